@@ -1,0 +1,268 @@
+"""What a user writes: frozen sections with checked values, read from YAML and `--set a.b=c`.
+
+Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Kind = Literal["label", "multilabel", "regression", "tagging", "span", "generation"]
+Head = Literal["lm", "sequence", "token", "span", "features"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message says what was given and what is possible."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and every key must be known."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The frozen backbone."""
+
+    name: str = "smollm2-135m"  # packaged model, local directory or hub name
+    revision: str | None = None
+    head: Head = "lm"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is native
+    device: str = "auto"
+    attention: str | None = None  # transformers' attn_implementation; None leaves the model's own choice
+    threads: int | None = Field(None, ge=1)
+
+
+class InitConfig(Section):
+    """Where a prompt starts."""
+
+    kind: Literal["random", "vocabulary", "text", "labels", "artefact"] = "vocabulary"
+    text: str | None = None  # kind text
+    labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
+    path: str | None = None  # kind artefact
+    population: int | None = Field(None, ge=1)  # draw from the n most common tokens only
+    distribution: Literal["table", "normal", "uniform"] = "table"  # kind random
+
+    @model_validator(mode="after")
+    def _complete(self) -> "InitConfig":
+        if self.kind == "text" and not self.text:
+            raise ValueError("init kind 'text' needs init.text, the words to start from")
+        if self.kind == "artefact" and not self.path:
+            raise ValueError("init kind 'artefact' needs init.path, the directory of a trained prompt")
+        return self
+
+
+class PromptConfig(Section):
+    """What is trained and where it enters."""
+
+    method: str = "prompt-tuning"
+    length: int = Field(20, ge=1)
+    site: Literal["input", "decoder", "layers", "kv"] = "input"
+    mode: Literal["replace", "add"] = "replace"  # site layers: overwrite the hidden states or add to them
+    place: Literal["auto", "first", "after_start"] = "auto"  # auto: after the first token in encoders, else first
+    init: InitConfig = InitConfig()
+    options: dict[str, Any] = {}  # the method's own configuration
+
+
+class SplitConfig(Section):
+    """Which rows train, choose and judge. Named splits of the source win over fractions."""
+
+    train: str | None = None  # a split name of the source, or a file
+    validation: str | None = None
+    test: str | None = None
+    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    test_fraction: float = Field(0.1, ge=0, lt=1)
+    seed: int = 0
+    shots: int | None = Field(None, ge=1)  # rows per class (per set where there are no classes) to train on
+    limit: dict[Literal["train", "validation", "test"], int] = {}
+
+
+class TaskConfig(Section):
+    """One task: where its rows are, how a row is put into words, what the answers are called."""
+
+    name: str = ""
+    source: str = "trec"  # packaged set, csv/tsv/jsonl/parquet file, dataset directory or hub name
+    kind: Kind | None = None  # None: what the packaged set says, else label
+    template: str | None = None  # "{text}" with the source's column names; masked models: with {mask}
+    pair: str | None = None  # the second text of a pair, for heads: template of the second segment
+    label: str = "label"  # column of the label, the answer, the tags or the answer spans
+    verbaliser: dict[str, str] | None = None  # label -> answer; None: the packaged one, else the labels themselves
+    separator: str = " "  # between template and answer
+    max_length: int | None = Field(None, ge=8)  # tokens of a row without the prompt; None: what the model can take
+    truncate: tuple[str, ...] | None = None  # columns that may be cut; None: all columns of the template
+    chat: bool = False
+    chat_place: Literal["start", "user"] = "start"  # chat: prompt before everything, or where the user begins
+    system: str | None = None  # chat: system message
+    metrics: tuple[str, ...] | None = None
+    positive: str | None = None  # the positive label of binary F1
+    split: SplitConfig = SplitConfig()
+
+
+class TrainConfig(Section):
+    """How the prompt is trained."""
+
+    steps: int = Field(300, ge=0)
+    batch_size: int = Field(16, ge=1)
+    accumulate: int = Field(1, ge=1)
+    optimiser: Literal["adamw", "adafactor"] = "adamw"
+    rate: float = Field(0.1, gt=0)
+    rate_unit: Literal["rms", "absolute"] = "rms"  # rms: in units of the embedding table's rms
+    head_rate: float = Field(1e-3, gt=0)  # absolute: for a head trained along with the prompt
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float | None = Field(1.0, gt=0)
+    evaluate_every: int | None = Field(None, ge=1)  # validation for the best checkpoint and early stopping
+    patience: int | None = Field(None, ge=1)  # evaluations without a better one before stopping
+    checkpoint_every: int = Field(50, ge=1)
+    objectives: dict[str, float] = {"task": 1.0}
+    train: Literal["prompt"] = "prompt"
+
+
+class EvaluateConfig(Section):
+    """How answers are judged."""
+
+    by: Literal["auto", "rank", "generate"] = "auto"  # auto: rank where there are label words
+    normalise: bool = False  # rank: mean instead of sum of the answer's token log-probabilities
+    batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(32, ge=1)
+    resamples: int = Field(1000, ge=100)
+
+
+class Run(Section):
+    """Everything one run needs; `results.json` stores it resolved."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    tasks: tuple[TaskConfig, ...] = (TaskConfig(),)
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: str = "runs/run"
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_task(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "task" in values:
+            if "tasks" in values:
+                raise ValueError("give either task or tasks, not both")
+            values = {**values, "tasks": [values["task"]]}
+            del values["task"]
+        return values
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> "Run":
+        names = [t.name or t.source for t in self.tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"task names must differ, given {', '.join(names)}; set tasks[i].name")
+        return self
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """A sentence part that suggests what was meant: `; did you mean 'x'?` or, with nothing close, an empty string."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "configuration") -> Any:
+    """`values` as a checked section.
+
+    Raises ConfigError that names each wrong key with the closest known one, and each wrong value with what is allowed.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(e, model, origin) for e in error.errors())) from None
+
+
+def read(path: str | Path, overrides: Iterable[str] = ()) -> Run:
+    """The run written in a YAML file, with `a.b=c` overrides applied.
+
+    Raises ConfigError for a file that is missing or is not a YAML mapping, and as `parse` does.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` pairs, found {type(values).__name__}")
+    return parse(override(values, overrides), origin=str(path))
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`values` with each `a.b=c` set; values are read as YAML, numbers in a path index lists (`tasks.0.name=x`)."""
+    result = yaml.safe_load(yaml.safe_dump(dict(values)))
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"--set {item}: write it as section.key=value, for example train.steps=500")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value is not YAML: {' '.join(str(error).split())}") from None
+        _assign(result, path.strip().split("."), value, item)
+    return typing.cast(dict[str, Any], result)
+
+
+def _assign(node: Any, keys: list[str], value: Any, item: str) -> None:
+    for here, key in enumerate(keys):
+        last = here == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"--set {item}: '{key}' is no index of a list of {len(node)}")
+            if last:
+                node[int(key)] = value
+            else:
+                node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            else:
+                node = node.setdefault(key, {})
+        else:
+            raise ConfigError(f"--set {item}: '{'.'.join(keys[:here])}' is a value, not a section")
+
+
+def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        owner = _section_at(model, error["loc"][:-1])
+        known = list(owner.model_fields) if owner else []
+        key = str(error["loc"][-1])
+        return f"{origin}: unknown key '{where}'{closest(key, known)} known: {', '.join(known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | list) or given is None else f" (given: {given!r}{_near(given, error)})"
+    return f"{origin}: {where}: {message}{shown}" if where else f"{origin}: {message}"
+
+
+def _near(given: Any, error: Any) -> str:
+    expected = str(error.get("ctx", {}).get("expected", ""))
+    options = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
+    return closest(str(given), options) if isinstance(given, str) and expected else ""
+
+
+def _section_at(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel] | None:
+    """The section class at a pydantic error location, looking through optionals and tuples."""
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        current = next(iter(_sections(current.model_fields[part].annotation)), None) if current else None
+    return typing.cast("type[BaseModel] | None", current)
+
+
+def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            yield from _sections(part)
