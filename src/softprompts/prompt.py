@@ -103,7 +103,7 @@ class Prompt:
     @property
     def lengths(self) -> Tensor:
         """Number of prompt tokens of each distinct prompt, [U]."""
-        return self.mask.sum(1)
+        return self.mask.bool().sum(1)
 
     def rows(self, index: Tensor) -> "Prompt":
         """The prompt for the batch rows named by `index [R]`; the distinct prompts stay as they are."""

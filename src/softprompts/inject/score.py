@@ -1,0 +1,121 @@
+"""Scores that line up with labels: the stock head on the states that score the labelled positions."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.inject.read import Reading, read
+from softprompts.inject.sites import Site
+from softprompts.prompt import IGNORE, Batch, Output, Prompt
+
+
+def forward(
+    backbone: Backbone,
+    batch: Batch,
+    prompt: Prompt | None,
+    site: Site,
+    *,
+    hidden: bool = False,
+    share: bool | None = None,
+) -> Output:
+    """Scores that line up with the labels of `batch`, for the labelled positions only.
+
+    prompt: None runs the stock model without one; hidden: also return the text's states [B, T, H]; share: force
+    (True) or forbid (False) the shared prefix, None takes it where it saves work.
+    Raises BackboneError when prompt and text do not fit the model's positions.
+    """
+    reading = read(backbone, batch, prompt, site, share=share)
+    rows = torch.arange(len(batch.ids), device=reading.hidden.device)
+    states = _unpack(reading) if hidden or backbone.head in ("span", "features") else None
+    result = Output(None, None, rows, hidden=states, cache=reading.cache, path=reading.path)
+    if backbone.head == "lm" and backbone.family.shifted:
+        result = replace(result, last=_last(reading))
+    if backbone.head == "features" or (batch.labels is None and backbone.head in ("lm", "token")):
+        return result
+    if backbone.head == "sequence":
+        return replace(result, logits=pooled(backbone, reading), labels=batch.labels)
+    if backbone.head == "span":
+        assert states is not None
+        scores = span_scores(backbone, reading, states, batch.mask)
+        flat = scores.permute(2, 0, 1).reshape(-1, scores.shape[1])
+        labels = None if batch.labels is None else batch.labels.T.reshape(-1)
+        return replace(result, logits=flat, labels=labels, row=rows.repeat(2))
+    assert batch.labels is not None
+    state, labels, row, column = _labelled(backbone, reading, batch.labels)
+    logits = head(backbone, reading, state[None])[0]
+    return replace(result, logits=logits, labels=labels, row=row, column=column)
+
+
+def head(backbone: Backbone, reading: Reading, states: Tensor) -> Tensor:
+    """The stock head's scores for `states [R, K, H]`: the trunk is replayed, the head is the model's own."""
+    output = type(reading.output)(**{**reading.output, "last_hidden_state": states})
+    ids = torch.full(states.shape[:2], _end_id(backbone), dtype=torch.long, device=states.device)
+    with backbone.replay(output):
+        if backbone.family is not SEQ2SEQ:
+            return backbone.model(input_ids=ids, return_dict=True).logits
+        encoded = type(reading.encoded[0])(last_hidden_state=states[:, :1])  # type: ignore[index]
+        return backbone.model(encoder_outputs=encoded, **_decoder_input(backbone, ids), return_dict=True).logits
+
+
+def pooled(backbone: Backbone, reading: Reading) -> Tensor:
+    """Scores [B, C] of a sequence head: encoders pool as the stock model does, others the last text position."""
+    if not backbone.family.shifted and backbone.family is not SEQ2SEQ:
+        return head(backbone, reading, reading.hidden)
+    last = reading.position.gather(1, reading.mask.sum(1, keepdim=True) - 1)
+    states = reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1]))
+    if backbone.family.shifted and backbone.config.pad_token_id is None:
+        # The stock head refuses batches when no padding token is defined; a row at a time it does not ask.
+        return torch.cat([head(backbone, reading, row[None]) for row in states])
+    return head(backbone, reading, states)
+
+
+def span_scores(backbone: Backbone, reading: Reading, states: Tensor, mask: Tensor) -> Tensor:
+    """Start and end scores [B, T, 2] in the text's own layout; padding can never be chosen."""
+    ids = torch.full(states.shape[:2], _end_id(backbone), device=states.device)
+    output = type(reading.output)(**{**reading.output, "last_hidden_state": states})
+    with backbone.replay(output):
+        if backbone.family is SEQ2SEQ:
+            encoded = type(reading.encoded[0])(last_hidden_state=states[:, :1])  # type: ignore[index]
+            out = backbone.model(encoder_outputs=encoded, **_decoder_input(backbone, ids), return_dict=True)
+        else:
+            out = backbone.model(input_ids=ids, return_dict=True)
+    scores = torch.stack([out.start_logits, out.end_logits], -1)
+    return scores.masked_fill(~mask.bool()[..., None], torch.finfo(scores.dtype).min)
+
+
+def _decoder_input(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
+    # Sequence and span heads look for the end token in input_ids; language models only want a decoder input.
+    return {"decoder_input_ids": ids} if backbone.head == "lm" else {"input_ids": ids, "decoder_input_ids": ids}
+
+
+def _end_id(backbone: Backbone) -> int:
+    end = backbone.model.config.eos_token_id
+    return int(end[0] if isinstance(end, list) else end) if backbone.family is SEQ2SEQ else 0
+
+
+def _labelled(backbone: Backbone, reading: Reading, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """States [N, H] that score the labelled positions, with their labels, rows and original columns [N]."""
+    packed = labels.gather(1, reading.order)
+    wanted = (packed != IGNORE) & reading.mask
+    place = reading.position
+    if backbone.head == "lm" and backbone.family.shifted:
+        place = place - 1
+        wanted = wanted & (place >= 0)
+    row, column = wanted.nonzero(as_tuple=True)
+    return reading.hidden[row, place[row, column]], packed[row, column], row, reading.order[row, column]
+
+
+def _last(reading: Reading) -> Tensor:
+    """The state [B, H] behind each row's last text token."""
+    last = reading.position.gather(1, (reading.mask.sum(1, keepdim=True) - 1).clamp(min=0))
+    return reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1]))[:, 0]
+
+
+def _unpack(reading: Reading) -> Tensor:
+    """The text's states [B, T, H] in the text's own layout, zero on padding."""
+    states = reading.hidden.gather(1, reading.position[..., None].expand(-1, -1, reading.hidden.shape[-1]))
+    states = states * reading.mask[..., None]
+    return torch.zeros_like(states).scatter(1, reading.order[..., None].expand_as(states), states)

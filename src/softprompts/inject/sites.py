@@ -1,0 +1,132 @@
+"""The sites: how wide a prompt is there, which families have them, and how deep prompts and caches are filled."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError
+from softprompts.prompt import Prompt, Slot
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a prompt enters: name (input, decoder, layers, kv), mode (layers: replace, add), place in the row."""
+
+    name: str = "input"
+    mode: str = "replace"
+    place: str = "auto"
+
+
+def width(backbone: Backbone, site: Site) -> int:
+    """The prompt width D of `site` on this backbone.
+
+    Raises BackboneError for a site that the family does not have, naming those it has.
+    """
+    check_site(backbone, site)
+    if site.name == "layers":
+        return len(backbone.layers) * _layer_width(backbone)
+    if site.name == "kv":
+        return sum(2 * heads * size for heads, size in backbone.kv_shape)
+    return backbone.features
+
+
+def slot(backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int) -> Slot:
+    """What a method must fill at `site`.
+
+    Raises BackboneError as `width` does, and when `length` leaves no room for text.
+    """
+    if backbone.context is not None and length >= backbone.context:
+        raise BackboneError(
+            f"a prompt of {length} tokens leaves no room for text: {backbone.name or 'the model'} takes "
+            f"{backbone.context} positions; choose a shorter prompt"
+        )
+    return Slot(tasks, length, width(backbone, site), backbone.features)
+
+
+def check_site(backbone: Backbone, site: Site) -> None:
+    """Raise BackboneError unless the backbone has this site, mode and place."""
+    family = backbone.family
+    if site.name not in family.sites:
+        hint = "; 'layers' puts a prompt at every layer of a model without a cache" if site.name == "kv" else ""
+        raise BackboneError(
+            f"site '{site.name}' is not possible for {family.name} models; possible: {', '.join(family.sites)}{hint}"
+        )
+    if site.name == "kv" and family.shifted and backbone.no_cache_because:
+        raise BackboneError(f"site 'kv' needs a key-value cache, but {backbone.no_cache_because}; use site 'input'")
+    if site.name in ("kv", "decoder") and family is SEQ2SEQ and backbone.head != "lm":
+        raise BackboneError(f"site '{site.name}' needs a language model head; use site 'input' or 'layers'")
+    if site.mode not in ("replace", "add"):
+        raise BackboneError(f"mode '{site.mode}' is unknown; possible: replace, add")
+    if site.place not in ("auto", "first", "after_start"):
+        raise BackboneError(f"place '{site.place}' is unknown; possible: auto, first, after_start")
+    if site.name in ("kv", "decoder") and site.place == "after_start":
+        raise BackboneError(f"place 'after_start' is not possible at site '{site.name}'; use 'first'")
+
+
+def resolve_place(backbone: Backbone, site: Site) -> str:
+    """`first` or `after_start`: what place `auto` means for this backbone."""
+    if site.place != "auto":
+        return site.place
+    return backbone.family.place if site.name in ("input", "layers") else "first"
+
+
+def by_layer(values: Tensor, backbone: Backbone) -> Tensor:
+    """A deep prompt [U, P, L*H] as [L, U, P, H]."""
+    return values.unflatten(-1, (len(backbone.layers), -1)).permute(2, 0, 1, 3)
+
+
+@contextlib.contextmanager
+def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> Iterator[None]:
+    """Inside, each layer's input on the prompt's positions is overwritten by, or gets added, its part of the prompt.
+
+    slots [B, S] is the prompt token at each position of the sequences that will be run, -1 elsewhere. Layer 0 with
+    mode replace is left to the embeddings. Runs of another length (decoding steps) pass untouched; rows repeated for
+    beams are repeated here too.
+    """
+    parts = by_layer(prompt.values, backbone)[:, prompt.row]  # [L, B, P, H]
+    here = slots >= 0
+    index = slots.clamp(min=0)[..., None].expand(-1, -1, parts.shape[-1])
+
+    def hook(layer: int) -> Any:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            states = args[0] if args else kwargs["hidden_states"]
+            if states.shape[1] != slots.shape[1]:
+                return None
+            times = states.shape[0] // slots.shape[0]
+            value = parts[layer].gather(1, index).to(states.dtype).repeat_interleave(times, 0)
+            inside = here.repeat_interleave(times, 0)[..., None]
+            states = torch.where(inside, value if mode == "replace" else states + value, states)
+            return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+        return enter
+
+    first = 1 if mode == "replace" else 0
+    handles = [
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True)
+        for i, layer in enumerate(backbone.layers)
+        if i >= first
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def fill(cache: Cache, backbone: Backbone, prompt: Prompt) -> None:
+    """Put a kv prompt's keys and values [U, P, D] into an empty `cache`, layer by layer."""
+    before = 0
+    for index, (heads, size) in enumerate(backbone.kv_shape):
+        part = prompt.values[..., before : before + 2 * heads * size].to(backbone.dtype)
+        keys, values = part.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)
+        cache.update(keys, values, index)
+        before += 2 * heads * size
+
+
+def _layer_width(backbone: Backbone) -> int:
+    return int(getattr(backbone.config, "d_model", None) or backbone.hidden)

@@ -1,0 +1,32 @@
+"""Prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691): one learned matrix a task, nothing else."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.prompt import Context, Prompt, Slot, Start, distinct
+
+
+class PromptTuning(nn.Module):
+    """One prompt `[P, D]` per task, all starting at `start.prompt`; a row gets its task's prompt (section 2)."""
+
+    @dataclass(frozen=True)
+    class Config:
+        """Prompt tuning has nothing to choose beyond length, place and start."""
+
+    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+        super().__init__()
+        self.slot = slot
+        self.prompts = nn.ParameterDict({task: start.prompt.detach().clone().float() for task in slot.tasks})
+
+    def forward(self, context: Context) -> Prompt:
+        """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`."""
+        used, row = distinct(context.task)
+        values = torch.stack([self.prompts[self.slot.tasks[i]] for i in used.tolist()])
+        mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
+        return Prompt(values, mask, row)
+
+    def fold(self, task: str) -> Tensor:
+        """The plain prompt `[P, D]` of `task`."""
+        return self.prompts[task].detach().clone()
