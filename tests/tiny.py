@@ -38,6 +38,16 @@ CONFIGS: dict[str, Any] = {
         num_hidden_layers=3,
         num_attention_heads=4,
         max_position_embeddings=64,
+        word_embed_proj_dim=32,
+        pad_token_id=0,
+    ),
+    "opt_projected": lambda: t.OPTConfig(  # as opt-350m
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
         word_embed_proj_dim=24,
         pad_token_id=0,
         do_layer_norm_before=False,
@@ -52,6 +62,8 @@ CONFIGS: dict[str, Any] = {
     ),
     "bloom": lambda: t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pad_token_id=0),
     "falcon": lambda: t.FalconConfig(**{**SIZES, "ffn_hidden_size": 48}),
+    "falcon_alibi": lambda: t.FalconConfig(**{**SIZES, "ffn_hidden_size": 48}, alibi=True),
+    "mpt": lambda: t.MptConfig(vocab_size=VOCABULARY, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
     "t5": lambda: t.T5Config(
         vocab_size=VOCABULARY,
         d_model=32,
@@ -85,7 +97,7 @@ CONFIGS: dict[str, Any] = {
     "albert": lambda: t.AlbertConfig(**ENCODER, embedding_size=24),
 }
 CAUSAL = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gemma", "gemma2", "gemma3", "phi", "gpt_neox", "gptj")
-CAUSAL += ("bloom", "falcon")
+CAUSAL += ("bloom", "falcon", "falcon_alibi", "mpt", "opt_projected")
 SEQ2SEQ = ("t5", "bart")
 MASKED = ("bert", "roberta", "albert")
 ALL = (*CAUSAL, *SEQ2SEQ, *MASKED)

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -208,6 +208,27 @@ class Backbone:
             for ids in torch.arange(self.vocabulary, device=self.device).split(4096):
                 total += self.embed(ids).double().square().sum().cpu()
         return float((total / (self.vocabulary * self.features)).sqrt())
+
+    @cached_property
+    def head_names(self) -> tuple[str, ...]:
+        """Parameters of a classification head: what the model has outside its trunk; none for language models."""
+        if self.head in ("lm", "features"):
+            return ()
+        inside = {"encoder", "decoder", "shared"} if self.trunk is self.model else {self.model.base_model_prefix}
+        return tuple(name for name, _ in self.model.named_parameters() if name.split(".")[0] not in inside)
+
+    @contextlib.contextmanager
+    def with_head(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the head's parameters named by `tensors` are those; the model's own come back afterwards."""
+        owners = [(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors]
+        own = [owner._parameters[name] for owner, name in owners]
+        try:
+            for (owner, name), tensor in zip(owners, tensors.values(), strict=True):
+                owner._parameters[name] = tensor  # type: ignore[assignment]
+            yield
+        finally:
+            for (owner, name), parameter in zip(owners, own, strict=True):
+                owner._parameters[name] = parameter
 
     @contextlib.contextmanager
     def replay(self, output: Any) -> Iterator[None]:

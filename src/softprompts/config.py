@@ -36,7 +36,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is native
     device: str = "auto"
     attention: str | None = None  # transformers' attn_implementation; None leaves the model's own choice
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(default=None, ge=1)
 
 
 class InitConfig(Section):
@@ -46,7 +46,7 @@ class InitConfig(Section):
     text: str | None = None  # kind text
     labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
     path: str | None = None  # kind artefact
-    population: int | None = Field(None, ge=1)  # draw from the n most common tokens only
+    population: int | None = Field(default=None, ge=1)  # draw from the n most common tokens only
     distribution: Literal["table", "normal", "uniform"] = "table"  # kind random
 
     @model_validator(mode="after")
@@ -62,7 +62,7 @@ class PromptConfig(Section):
     """What is trained and where it enters."""
 
     method: str = "prompt-tuning"
-    length: int = Field(20, ge=1)
+    length: int = Field(default=20, ge=1)
     site: Literal["input", "decoder", "layers", "kv"] = "input"
     mode: Literal["replace", "add"] = "replace"  # site layers: overwrite the hidden states or add to them
     place: Literal["auto", "first", "after_start"] = "auto"  # auto: after the first token in encoders, else first
@@ -76,10 +76,10 @@ class SplitConfig(Section):
     train: str | None = None  # a split name of the source, or a file
     validation: str | None = None
     test: str | None = None
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
-    test_fraction: float = Field(0.1, ge=0, lt=1)
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
+    test_fraction: float = Field(default=0.1, ge=0, lt=1)
     seed: int = 0
-    shots: int | None = Field(None, ge=1)  # rows per class (per set where there are no classes) to train on
+    shots: int | None = Field(default=None, ge=1)  # rows per class (per set where there are no classes) to train on
     limit: dict[Literal["train", "validation", "test"], int] = {}
 
 
@@ -94,7 +94,7 @@ class TaskConfig(Section):
     label: str = "label"  # column of the label, the answer, the tags or the answer spans
     verbaliser: dict[str, str] | None = None  # label -> answer; None: the packaged one, else the labels themselves
     separator: str = " "  # between template and answer
-    max_length: int | None = Field(None, ge=8)  # tokens of a row without the prompt; None: what the model can take
+    max_length: int | None = Field(default=None, ge=8)  # tokens of a row without the prompt; None: what the model can take
     truncate: tuple[str, ...] | None = None  # columns that may be cut; None: all columns of the template
     chat: bool = False
     chat_place: Literal["start", "user"] = "start"  # chat: prompt before everything, or where the user begins
@@ -107,20 +107,20 @@ class TaskConfig(Section):
 class TrainConfig(Section):
     """How the prompt is trained."""
 
-    steps: int = Field(300, ge=0)
-    batch_size: int = Field(16, ge=1)
-    accumulate: int = Field(1, ge=1)
+    steps: int = Field(default=300, ge=0)
+    batch_size: int = Field(default=16, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     optimiser: Literal["adamw", "adafactor"] = "adamw"
-    rate: float = Field(0.1, gt=0)
+    rate: float = Field(default=0.1, gt=0)
     rate_unit: Literal["rms", "absolute"] = "rms"  # rms: in units of the embedding table's rms
-    head_rate: float = Field(1e-3, gt=0)  # absolute: for a head trained along with the prompt
+    head_rate: float = Field(default=1e-3, gt=0)  # absolute: for a head trained along with the prompt
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float | None = Field(1.0, gt=0)
-    evaluate_every: int | None = Field(None, ge=1)  # validation for the best checkpoint and early stopping
-    patience: int | None = Field(None, ge=1)  # evaluations without a better one before stopping
-    checkpoint_every: int = Field(50, ge=1)
+    warmup: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float | None = Field(default=1.0, gt=0)
+    evaluate_every: int | None = Field(default=None, ge=1)  # validation for the best checkpoint and early stopping
+    patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before stopping
+    checkpoint_every: int = Field(default=50, ge=1)
     objectives: dict[str, float] = {"task": 1.0}
     train: Literal["prompt"] = "prompt"
 
@@ -130,9 +130,9 @@ class EvaluateConfig(Section):
 
     by: Literal["auto", "rank", "generate"] = "auto"  # auto: rank where there are label words
     normalise: bool = False  # rank: mean instead of sum of the answer's token log-probabilities
-    batch_size: int = Field(32, ge=1)
-    max_new_tokens: int = Field(32, ge=1)
-    resamples: int = Field(1000, ge=100)
+    batch_size: int = Field(default=32, ge=1)
+    max_new_tokens: int = Field(default=32, ge=1)
+    resamples: int = Field(default=1000, ge=100)
 
 
 class Run(Section):

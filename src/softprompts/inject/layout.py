@@ -1,6 +1,6 @@
 """Full rows `[prompt|text|pad]` or `[pad|prompt|text]`: one unbroken run each, by index arithmetic alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,3 +54,9 @@ def assemble(text: Tensor, prompt: Prompt | None, where: Layout, first: Tensor |
         values = prompt.values if first is None else first
         both = torch.cat([values.to(text.dtype)[prompt.row], text], 1)
     return both.gather(1, where.source[..., None].expand(-1, -1, both.shape[2]))
+
+
+def tight(prompt: Prompt) -> Prompt:
+    """The same prompt without slots that no row of the batch fills."""
+    spare = prompt.values.shape[1] - int(prompt.lengths[prompt.row].max())
+    return replace(prompt, values=prompt.values[:, spare:], mask=prompt.mask[:, spare:])

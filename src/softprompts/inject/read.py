@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError
 from softprompts.inject.layout import Layout, assemble, layout
-from softprompts.inject.seq2seq import decode, decoder_ids
+from softprompts.inject.seq2seq import check_room, decode, decoder_ids
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
 from softprompts.prompt import Batch, Prompt
 
@@ -20,15 +20,16 @@ class Reading:
     """What the trunk made of a batch, in a layout where nothing but `position` knows about the prompt.
 
     hidden [B, S, H] the states of the full sequences; position [B, T] where each packed text token stands in them;
-    order [B, T] the original column of each packed token; mask [B, T] packed text mask; first: whether a state scores
-    the first text token; output: the trunk's own output; encoded: the encoder's states and mask; cache; path.
+    order [B, T] the original column of each packed token; mask [B, T] packed text mask; end [B] the last position of
+    each row's run, be it text or prompt; output: the trunk's own output; encoded: the encoder's states and mask; cache;
+    path.
     """
 
     hidden: Tensor
     position: Tensor
     order: Tensor
     mask: Tensor
-    first: bool
+    end: Tensor
     output: Any
     encoded: tuple[Any, Tensor] | None = None
     cache: Any = None
@@ -43,7 +44,9 @@ def read(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, *,
     text = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
     text = text.gather(1, order[..., None].expand_as(text))
     place = _place(backbone, batch, site, mask)
-    _check_room(backbone, mask, prompt)
+    encoder_side = None if backbone.family is SEQ2SEQ and site.name in ("decoder", "kv") else prompt
+    check_room(backbone, mask, encoder_side)
+    _check_positions(backbone, batch)
     packed = replace(batch, mask=mask, embeds=text, place=place)
     if batch.types is not None:
         packed = replace(packed, types=batch.types.gather(1, order))
@@ -90,22 +93,19 @@ def _positions(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
 
 def _place(backbone: Backbone, batch: Batch, site: Site, mask: Tensor) -> Tensor:
     if batch.place is not None and site.name in ("input", "layers"):
+        if bool(((batch.place < 0) | (batch.place > mask.sum(1))).any()):
+            raise BackboneError(
+                f"places {batch.place.tolist()} do not all lie within texts of {mask.sum(1).tolist()} tokens"
+            )
         return batch.place
     after = resolve_place(backbone, site) == "after_start"
     return torch.full((len(mask),), int(after), device=mask.device).minimum(mask.sum(1))
 
 
-def _check_room(backbone: Backbone, mask: Tensor, prompt: Prompt | None) -> None:
-    if backbone.context is None:
-        return
-    slots = 0 if prompt is None else prompt.values.shape[1]
-    if mask.shape[1] + slots <= backbone.context:
-        return
-    longest = int((mask.sum(1) + (0 if prompt is None else prompt.lengths[prompt.row])).max())
-    if longest > backbone.context:
+def _check_positions(backbone: Backbone, batch: Batch) -> None:
+    if batch.positions is not None and not (backbone.family.shifted and "position_ids" in backbone.trunk_arguments):
         raise BackboneError(
-            f"prompt and text need {longest} positions, {backbone.name or 'the model'} takes {backbone.context}; "
-            f"shorten the text (max_length) or the prompt"
+            f"{type(backbone.model).__name__} counts positions itself, so positions cannot be given; leave them out"
         )
 
 
@@ -119,8 +119,6 @@ def _why_not_shared(
         return None
     if backbone.no_cache_because:
         return backbone.no_cache_because
-    if batch.positions is not None:
-        return "the caller gave positions"
     assert batch.place is not None
     if bool((batch.place > 0).any()):
         return "text stands before the prompt"
@@ -137,13 +135,15 @@ def _read_shared(backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt
     cache.batch_select_indices(prompt.row)
     before = prompt.mask[prompt.row]
     column = torch.arange(batch.mask.shape[1], device=batch.mask.device)
-    lengths = prompt.lengths[prompt.row][:, None]
+    own = column[None] if batch.positions is None else batch.positions
+    # Padding may reach past the last position the model has.
+    ids = (own + prompt.lengths[prompt.row][:, None]).where(batch.mask, 0)
     output = backbone.trunk(
         inputs_embeds=batch.embeds,
         attention_mask=torch.cat([before.bool(), batch.mask], 1).long(),
         past_key_values=cache,
         use_cache=True,
-        **_positions(backbone, column[None] + lengths),
+        **_positions(backbone, ids),
     )
     states, position = output.last_hidden_state, column.expand_as(batch.mask)
     if last is not None:
@@ -153,7 +153,7 @@ def _read_shared(backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt
         position,
         order,
         batch.mask,
-        last is not None,
+        (batch.mask.sum(1) - 1 + int(last is not None)).clamp(min=0),
         output,
         cache=cache,
         path="shared",
@@ -172,7 +172,7 @@ def _read_concatenated(
         where.position,
         order,
         batch.mask,
-        prompt is not None,
+        (where.mask.sum(1) - 1).clamp(min=0),
         output,
         path=f"concatenation: {reason}",
     )
@@ -186,19 +186,12 @@ def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: 
     first = None
     if deep and prompt is not None:
         first = by_layer(prompt.values, backbone)[0]
-        if backbone.features != first.shape[-1]:
-            raise BackboneError(
-                f"{type(backbone.model).__name__} embeds in {backbone.features} dimensions and works in "
-                f"{first.shape[-1]}: site 'layers' has no place for its first part; use site 'input'"
-            )
-        if site.mode == "add":
-            first = torch.zeros_like(first)
     arguments: dict[str, Tensor] = {}
     if backbone.family is not SEQ2SEQ:
         names = backbone.trunk_arguments
         if backbone.family.shifted and "position_ids" in names:
             arguments["position_ids"] = _given_positions(batch, where)
-        if batch.types is not None and "token_type_ids" in names:
+        if batch.types is not None and "token_type_ids" in names and not backbone.family.shifted:
             arguments["token_type_ids"] = _token_types(batch.types, front, where)
     context = at_layers(backbone, prompt, where.slot, site.mode) if deep and prompt else contextlib.nullcontext()
     with context:
@@ -232,13 +225,13 @@ def _read_seq2seq(
     encoded = _run_encoder(backbone, packed, encoder_side, site, where)
     ids, mask, target_order = decoder_ids(backbone, batch, packed, order)
     decoder_side = prompt if site.name not in ("input", "layers") else None
-    output, position, first = decode(backbone, ids, mask, encoded.last_hidden_state, where.mask, decoder_side, site)
+    output, position, end = decode(backbone, ids, mask, encoded.last_hidden_state, where.mask, decoder_side, site)
     return Reading(
         output.last_hidden_state,
         position,
         target_order,
         mask,
-        first,
+        end,
         output,
         (encoded, where.mask),
         cache=output.past_key_values,

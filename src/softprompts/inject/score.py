@@ -1,7 +1,6 @@
 """Scores that line up with labels: the stock head on the states that score the labelled positions."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,11 +60,10 @@ def head(backbone: Backbone, reading: Reading, states: Tensor) -> Tensor:
 
 
 def pooled(backbone: Backbone, reading: Reading) -> Tensor:
-    """Scores [B, C] of a sequence head: encoders pool as the stock model does, others the last text position."""
+    """Scores [B, C] of a sequence head: encoders pool as the stock model does, others the last position of the run."""
     if not backbone.family.shifted and backbone.family is not SEQ2SEQ:
         return head(backbone, reading, reading.hidden)
-    last = reading.position.gather(1, reading.mask.sum(1, keepdim=True) - 1)
-    states = reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1]))
+    states = _last(reading)[:, None]
     if backbone.family.shifted and backbone.config.pad_token_id is None:
         # The stock head refuses batches when no padding token is defined; a row at a time it does not ask.
         return torch.cat([head(backbone, reading, row[None]) for row in states])
@@ -109,9 +107,8 @@ def _labelled(backbone: Backbone, reading: Reading, labels: Tensor) -> tuple[Ten
 
 
 def _last(reading: Reading) -> Tensor:
-    """The state [B, H] behind each row's last text token."""
-    last = reading.position.gather(1, (reading.mask.sum(1, keepdim=True) - 1).clamp(min=0))
-    return reading.hidden.gather(1, last[..., None].expand(-1, -1, reading.hidden.shape[-1]))[:, 0]
+    """The state [B, H] at the end of each row's run, which scores the first new token."""
+    return reading.hidden[torch.arange(len(reading.end), device=reading.end.device), reading.end]
 
 
 def _unpack(reading: Reading) -> Tensor:

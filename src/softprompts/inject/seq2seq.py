@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts.backbone import Backbone, BackboneError
-from softprompts.inject.layout import assemble, layout
+from softprompts.inject.layout import assemble, layout, tight
 from softprompts.inject.sites import Site, fill
 from softprompts.prompt import IGNORE, Batch, Prompt
 
@@ -40,14 +40,16 @@ def decode(
     encoded_mask: Tensor,
     prompt: Prompt | None,
     site: Site,
-) -> tuple[Any, Tensor, bool]:
-    """The decoder's output, where each of `ids [B, S]` stands in it, and whether a state comes before the first."""
+) -> tuple[Any, Tensor, Tensor]:
+    """The decoder's output, where each of `ids [B, S]` stands in it, and each run's last position [B]."""
+    check_room(backbone, mask, prompt)
     common = {"encoder_hidden_states": encoded, "encoder_attention_mask": encoded_mask.long()}
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if prompt is None:
         output = backbone.decoder(input_ids=ids, attention_mask=mask.long(), **common)
-        return output, columns, False
+        return output, columns, mask.sum(1) - 1
     if site.name == "kv":
+        prompt = tight(prompt)
         lengths = prompt.lengths[prompt.row]
         if bool((lengths != lengths[0]).any()) and backbone.context is not None:
             raise BackboneError(
@@ -60,11 +62,26 @@ def decode(
         full = torch.cat([prompt.mask[prompt.row].bool(), mask], 1).long()
         cache = EncoderDecoderCache(own, backbone.new_cache())
         output = backbone.decoder(input_ids=ids, attention_mask=full, past_key_values=cache, use_cache=True, **common)
-        return output, columns, False
+        return output, columns, mask.sum(1) - 1
     where = layout(mask, torch.zeros_like(ids[:, 0]), prompt)
     embeds = assemble(backbone.decoder.embed_tokens(ids), prompt, where)
     output = backbone.decoder(inputs_embeds=embeds, attention_mask=where.mask.long(), **common)
-    return output, where.position, True
+    return output, where.position, where.mask.sum(1) - 1
+
+
+def check_room(backbone: Backbone, mask: Tensor, prompt: Prompt | None) -> None:
+    """Raise BackboneError when prompt and text (mask [B, T]) need more positions than the model has."""
+    if backbone.context is None:
+        return
+    slots = 0 if prompt is None else prompt.values.shape[1]
+    if mask.shape[1] + slots <= backbone.context:
+        return
+    longest = int((mask.sum(1) + (0 if prompt is None else prompt.lengths[prompt.row])).max())
+    if longest > backbone.context:
+        raise BackboneError(
+            f"prompt and text need {longest} positions, {backbone.name or 'the model'} takes {backbone.context}; "
+            f"shorten the text (max_length) or the prompt"
+        )
 
 
 def start_id(backbone: Backbone) -> int:

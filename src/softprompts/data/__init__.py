@@ -1,0 +1,30 @@
+"""From files to batches: sources give rows, a task gives them words, an encoder tokens, collate batches."""
+
+from softprompts.data.collate import collate, evaluation_order, mixture, order
+from softprompts.data.encode import Encoded, Encoder
+from softprompts.data.packaged import PACKAGED, Packaged
+from softprompts.data.sources import read
+from softprompts.data.splits import Splits
+from softprompts.data.task import Format, Task, answer, classes, decode_answer, load
+from softprompts.data.template import DataError, Row
+
+__all__ = [
+    "PACKAGED",
+    "DataError",
+    "Encoded",
+    "Encoder",
+    "Format",
+    "Packaged",
+    "Row",
+    "Splits",
+    "Task",
+    "answer",
+    "classes",
+    "collate",
+    "decode_answer",
+    "evaluation_order",
+    "load",
+    "mixture",
+    "order",
+    "read",
+]

@@ -1,0 +1,202 @@
+"""A task: its rows, and the format that says how a row is put into words and what the answers are called."""
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from softprompts.config import Kind, TaskConfig
+from softprompts.data import packaged, sources
+from softprompts.data.template import (
+    DataError,
+    Row,
+    closest,
+    default_template,
+    fields,
+    label_names,
+    missing,
+    need,
+    plain,
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """All that is needed to encode a row of a task, at training and years later at prediction time; JSON both ways.
+
+    The fields are those of `TaskConfig`, settled: `verbaliser` maps each class to its answer, in the order of the
+    classes, and is None where answers are free; `truncate` names the columns that may be cut, None means all.
+    """
+
+    name: str
+    template: str
+    kind: Kind = "label"
+    pair: str | None = None
+    label: str = "label"
+    separator: str = " "
+    verbaliser: dict[str, str] | None = None
+    truncate: tuple[str, ...] | None = None
+    max_length: int | None = None
+    chat: bool = False
+    chat_place: Literal["start", "user"] = "start"
+    system: str | None = None
+    metrics: tuple[str, ...] = ()
+    positive: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that make the text of a row."""
+        return tuple(dict.fromkeys((*fields(self.template), *fields(self.pair))))
+
+    @property
+    def cuttable(self) -> tuple[str, ...]:
+        """The columns that may be cut to make a row fit."""
+        return self.columns if self.truncate is None else self.truncate
+
+    def to_json(self) -> dict[str, Any]:
+        """The format as JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "Format":
+        """The format that `to_json` wrote. Raises DataError for unknown or missing keys and wrong kinds."""
+        known = {field.name: field for field in dataclasses.fields(Format)}
+        for name in values:
+            if name not in known:
+                raise DataError(f"format: unknown key '{name}'{closest(name, known)} known: {', '.join(known)}")
+        for name in ("name", "template"):
+            if not isinstance(values.get(name), str):
+                raise DataError(f"format: '{name}' must be text, found {type(values.get(name)).__name__}")
+        if values.get("kind", "label") not in typing.get_args(Kind):
+            raise DataError(f"format: unknown kind '{values['kind']}', known: {', '.join(typing.get_args(Kind))}")
+        settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return Format(**settled)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named task with its rows; `notes` says in plain words what was left out or assumed on the way."""
+
+    name: str
+    format: Format
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+def load(config: TaskConfig) -> Task:
+    """The task that `config` describes, with what it leaves open taken from the packaged set or from the rows.
+
+    Classes without a verbaliser are the sorted labels of all splits and answer with their own names.
+
+    Raises DataError as `sources.read` does, and for a format that cannot be used: answers that two labels share, an
+    unknown positive label, a column to truncate that the template does not have.
+    """
+    config = packaged.resolve(config)
+    rows = sources.read(config)
+    every = (*rows.train, *rows.validation, *rows.test)
+    template = default_template(rows.columns, config.label) if config.template is None else config.template
+    kind = config.kind or "label"
+    form = Format(
+        name=config.name or config.source,
+        template=template,
+        kind=kind,
+        pair=config.pair,
+        label=config.label,
+        separator=config.separator,
+        verbaliser=dict(config.verbaliser) if config.verbaliser else _labels(every, config.label, kind),
+        truncate=config.truncate,
+        max_length=config.max_length,
+        chat=config.chat,
+        chat_place=config.chat_place,
+        system=config.system,
+        metrics=config.metrics or (),
+        positive=config.positive,
+    )
+    _check(form)
+    empty = {c: sum(missing(row.get(c)) for row in every) for c in form.columns}
+    notes = [f"{count} rows have no {column}: read as empty text" for column, count in empty.items() if count]
+    return Task(form.name, form, rows.train, rows.validation, rows.test, (*rows.notes, *notes))
+
+
+def _labels(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | None:
+    if kind not in ("label", "multilabel", "tagging"):
+        return None
+    names = {name for row in rows for name in label_names(row[column], kind)}
+    try:
+        ordered = sorted(names, key=float)  # ratings 1..10 in the order of their values
+    except ValueError:
+        ordered = sorted(names)
+    return {name: name for name in ordered}
+
+
+def _check(form: Format) -> None:
+    answers: dict[str, str] = {}
+    for label, answer in (form.verbaliser or {}).items():
+        if not answer.strip():
+            raise DataError(f"{form.name}: the verbaliser's answer for label '{label}' is empty")
+        if answer.strip() in answers:
+            raise DataError(f"{form.name}: labels '{answers[answer.strip()]}' and '{label}' have the same answer "
+                            f"'{answer}'; answers must differ")  # fmt: skip
+        answers[answer.strip()] = label
+    if form.positive is not None and form.verbaliser:
+        need_label(form, form.positive, "positive label")
+    for column in form.cuttable:
+        need(column, (*form.columns, form.label), "truncation", form.name)
+
+
+def need_label(form: Format, label: str, what: str = "label") -> None:
+    """Raise DataError, with the labels there are, when `label` is no class of the format."""
+    if label not in classes(form):
+        known = classes(form)
+        raise DataError(f"{form.name}: {what} '{label}' is not in the verbaliser{closest(label, known)} "
+                        f"known labels: {', '.join(known)}")  # fmt: skip
+
+
+def classes(form: Format) -> tuple[str, ...]:
+    """The classes of a format in the order of their indices; empty where answers are free."""
+    return tuple(form.verbaliser or ())
+
+
+def answer(form: Format, row: Row) -> str:
+    """The right answer of `row` as a language model should write it, without the separator.
+
+    Several labels are joined by ", ", tags by spaces, a span is its first text. Raises DataError when the row has no
+    such column or an unknown label.
+    """
+    need(form.label, row, "label", form.name)
+    value = row[form.label]
+    if form.kind in ("label", "multilabel", "tagging"):
+        names = label_names(value, form.kind)
+        for name in names:
+            need_label(form, name)
+        words = [(form.verbaliser or {})[name] for name in names]
+        return " ".join(words) if form.kind == "tagging" else ", ".join(words)
+    if form.kind == "regression":
+        return f"{float(value):g}"
+    if form.kind == "span" and isinstance(value, Mapping):
+        return plain(next(iter(value["text"]), ""))
+    return plain(value).strip()
+
+
+def decode_answer(form: Format, text: str) -> str | None:
+    """What a generated `text` means: a label, a number, or the text itself; None when it is no legal answer.
+
+    Only the space around an answer is forgiven. Several labels come back joined by ", ".
+    """
+    text = text.strip()
+    if form.kind == "regression":
+        try:
+            return f"{float(text):g}"
+        except ValueError:
+            return None
+    labels = {given.strip(): label for label, given in (form.verbaliser or {}).items()}
+    if form.kind == "label":
+        return labels.get(text)
+    if form.kind in ("multilabel", "tagging"):
+        cut = ", " if form.kind == "multilabel" else " "
+        found = [labels.get(word.strip()) for word in text.split(cut.strip() or None) if word.strip()]
+        return None if None in found else cut.join(name for name in found if name)
+    return text

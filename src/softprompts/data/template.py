@@ -1,0 +1,140 @@
+"""Templates: how the columns of a row become text, and what the values of a row mean."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from softprompts import config
+
+Row = dict[str, Any]
+
+MASK = "mask"
+"""The name that stands for the masked answer in templates of masked models: `{mask}`."""
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message is one line with what was found, what is possible and the next step."""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """What joins a complaint to the list of what is known: `; did you mean 'x'?`, or with nothing close `;`."""
+    return config.closest(word, known) or ";"
+
+
+def parts(template: str) -> list[tuple[str, str | None]]:
+    """The pieces of `template` as (literal text, column that follows or None); `{{` and `}}` are literal braces.
+
+    Raises DataError for a brace that is neither doubled nor part of a `{column}`.
+    """
+    found: list[tuple[str, str | None]] = []
+    literal, at = "", 0
+    for match in _PIECE.finditer(template):
+        literal += template[at : match.start()]
+        at = match.end()
+        if match.group() in ("{{", "}}"):
+            literal += match.group()[0]
+        elif match.group(1):
+            found.append((literal, match.group(1)))
+            literal = ""
+        else:
+            given = match.group()
+            raise DataError(f"template {template!r}: '{given}' at character {match.start() + 1} names no column; "
+                            "write {column}, and {{ or }} for a literal brace")  # fmt: skip
+    return [*found, (literal + template[at:], None)]
+
+
+def fields(template: str | None) -> tuple[str, ...]:
+    """The columns that `template` names, each once, in order; `{mask}` is none of them."""
+    named = [column for _, column in parts(template or "") if column and column != MASK]
+    return tuple(dict.fromkeys(named))
+
+
+def mask_count(template: str) -> int:
+    """How often `template` names the masked answer."""
+    return sum(column == MASK for _, column in parts(template))
+
+
+def render(template: str, values: Mapping[str, str], mask: str = "") -> str:
+    """`template` with the column texts `values` and, for `{mask}`, the text `mask` filled in.
+
+    Raises DataError for a column that `values` does not have.
+    """
+    text = ""
+    for literal, column in parts(template):
+        text += literal
+        if column == MASK:
+            text += mask
+        elif column is not None:
+            need(column, values, "template")
+            text += values[column]
+    return text
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell holds nothing: None or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def plain(value: Any) -> str:
+    """A cell as text: nothing becomes the empty string, a list of words is joined by spaces."""
+    if missing(value):
+        return ""
+    if isinstance(value, list | tuple):
+        return " ".join(plain(item) for item in value)
+    return str(value)
+
+
+def need(column: str, columns: Iterable[str], what: str, origin: str = "") -> None:
+    """Raise DataError, with the columns there are and the closest one, when `column` is not among `columns`."""
+    known = list(columns)
+    if column not in known:
+        there = ", ".join(known) if known else "none"
+        before = f"{origin}: " if origin else ""
+        raise DataError(f"{before}no column '{column}' for the {what}{closest(column, known)} columns: {there}")
+
+
+def label_name(value: Any) -> str:
+    """One label as its name: `True` is "true", 1.0 is "1", text loses the spaces around it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
+
+
+def label_names(value: Any, kind: str) -> tuple[str, ...]:
+    """All labels in a cell: one for kind label, any number for multilabel and tagging, none for the other kinds.
+
+    Lists are taken as they are; text is cut at commas (multilabel) or spaces (tagging).
+    """
+    if kind == "label":
+        return (label_name(value),)
+    if kind not in ("multilabel", "tagging"):
+        return ()
+    if isinstance(value, str):
+        value = [item for item in (value.split(",") if kind == "multilabel" else value.split()) if item.strip()]
+    if not isinstance(value, Sequence):
+        return (label_name(value),)
+    return tuple(label_name(item) for item in value)
+
+
+def key(row: Row, columns: Sequence[str]) -> str:
+    """What makes two rows the same text: the cells of `columns` without regard to case and spacing."""
+    return "\x1f".join(" ".join(plain(row.get(column)).split()).casefold() for column in columns)
+
+
+def default_template(columns: Sequence[str], label: str) -> str:
+    """The template of a source that comes without one: its `text` column, or its only column beside the label.
+
+    Raises DataError when there are several to choose from.
+    """
+    others = [column for column in columns if column != label]
+    if "text" in others:
+        return "{text}"
+    if len(others) == 1:
+        return "{" + others[0] + "}"
+    shown = ", ".join(others) if others else "none"
+    raise DataError(f"give the task a template, such as '{{{others[0] if others else 'text'}}}'; columns: {shown}")

@@ -1,0 +1,280 @@
+"""Judging: answers by ranking label words, by generating, or by a classification head; then scores with intervals."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompts import generate, metrics
+from softprompts.config import EvaluateConfig
+from softprompts.data import Encoded, Encoder, Row, answer, classes, collate, decode_answer, evaluation_order
+from softprompts.data.spans import split_words
+from softprompts.learner import Learner
+from softprompts.prompt import IGNORE, Batch
+
+LONGEST_SPAN = 30
+"""Tokens an extracted answer may have, as in SQuAD's baselines."""
+
+CHUNK = 512
+"""Rows that are encoded and sorted by length together when answers are streamed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a row was answered with: `value` (label, labels, number, tags or text; None where it was no legal answer),
+    the generated `text`, and each label's log-probability (rank) or score (heads)."""
+
+    value: Any
+    text: str | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers and references of the same rows, in order, and their scores by metric, the headline first."""
+
+    answers: tuple[Answer, ...]
+    references: tuple[Any, ...]
+    scores: dict[str, metrics.Score]
+
+    @property
+    def headline(self) -> metrics.Score:
+        """The first metric's score."""
+        return next(iter(self.scores.values()))
+
+
+def evaluate(
+    learner: Learner,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    config: EvaluateConfig,
+    *,
+    seed: int = 0,
+    mapping: Mapping[str, str] | None = None,
+    votes: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Answer `rows` and score the answers.
+
+    mapping: what the task's labels are called in `rows`, where these come from another data set (predictions are
+    mapped after decoding and before the metric, as in the domain transfer of Lester et al. 2021, section 5);
+    votes: how many prompts of the learner vote on each row; progress: called with the number of rows done.
+    """
+    found = []
+    for one in answers(learner, encoder, rows, config, votes=votes):
+        found.append(one)
+        if progress is not None:
+            progress(len(found))
+    mapping = mapping or {}
+    predictions = [mapping.get(a.value, a.value) if isinstance(a.value, str) else a.value for a in found]
+    golds = [reference(encoder, row, mapping) for row in rows]
+    form = encoder.format
+    names = form.metrics or metrics.default_metrics(form.kind)
+    scores = {
+        name: metrics.score(
+            name, predictions, golds, resamples=config.resamples, seed=seed, positive=form.positive, kind=form.kind
+        )
+        for name in names
+    }
+    return Evaluation(tuple(replace(a, value=p) for a, p in zip(found, predictions, strict=True)), tuple(golds), scores)
+
+
+def answers(
+    learner: Learner, encoder: Encoder, rows: Sequence[Row], config: EvaluateConfig, *, votes: int = 1
+) -> Iterator[Answer]:
+    """The answer to each of `rows`, in order, with memory for a few batches only.
+
+    votes: prompts 0..votes-1 of the learner all answer a row in one batch, and the majority's string is the answer; of
+    several strings with as many votes, the one of the lowest prompt wins (Lester et al. 2021, section 6).
+    """
+    for begin in range(0, len(rows), CHUNK):
+        part = rows[begin : begin + CHUNK]
+        yield from _answers(learner, encoder, part, config, votes)
+
+
+def reference(encoder: Encoder, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
+    """What `row` should be answered with, in the form the metrics want it."""
+    form, value = encoder.format, row.get(encoder.format.label)
+    if form.kind == "label":
+        return str(value) if mapping else _label(encoder, row)
+    if form.kind == "regression":
+        return float(value)  # type: ignore[arg-type]
+    if form.kind == "span" and isinstance(value, Mapping):
+        return list(value.get("text", ()))
+    if form.kind in ("multilabel", "tagging"):
+        return answer(form, row).split(", " if form.kind == "multilabel" else " ")
+    return answer(form, row)
+
+
+def _label(encoder: Encoder, row: Row) -> str:
+    return next(k for k, v in (encoder.format.verbaliser or {}).items() if v == answer(encoder.format, row))
+
+
+def by_generation(encoder: Encoder, config: EvaluateConfig) -> bool:
+    """Whether answers are generated: asked for, or because there are no label words to rank."""
+    if encoder.head != "lm":
+        return False
+    return config.by == "generate" or (config.by == "auto" and encoder.format.kind != "label")
+
+
+def _answers(
+    learner: Learner, encoder: Encoder, rows: Sequence[Row], config: EvaluateConfig, votes: int
+) -> list[Answer]:
+    if by_generation(encoder, config):
+        ask: Callable[..., list[Answer]] = _generated
+    else:
+        ask = _ranked if encoder.head == "lm" else _from_head
+    with torch.no_grad():
+        found = ask(learner, encoder, [(row, task) for row in rows for task in range(votes)], config)
+    if votes == 1:
+        return found
+    return [_elect(found[i : i + votes]) for i in range(0, len(found), votes)]
+
+
+def _elect(ballots: Sequence[Answer]) -> Answer:
+    chosen = metrics.vote([ballot.value for ballot in ballots])
+    return next(ballot for ballot in ballots if ballot.value == chosen)
+
+
+Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each
+
+
+def _batches(encoded: Sequence[Encoded], learner: Learner, encoder: Encoder, size: int) -> Iterator[tuple[Any, Batch]]:
+    """Batches of `encoded` in order of length, each with the indices of its rows."""
+    pad = encoder.tokenizer.pad_token_id or 0
+    for index in evaluation_order([len(row.ids) for row in encoded], size):
+        yield index, collate([encoded[i] for i in index], pad).to(learner.backbone.device)
+
+
+def _ranked(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+    """The label whose words are most probable as a whole (rank classification).
+
+    All labels of one token come from one pass; every longer label takes a pass of its own.
+    """
+    candidates = encoder.candidates()
+    labels = list(candidates)
+    total = torch.full((len(asked), len(labels)), -torch.inf, dtype=torch.float64)
+    single = [i for i, label in enumerate(labels) if len(candidates[label]) == 1]
+    groups = ([single] if single else []) + [[i] for i in range(len(labels)) if i not in single]
+    for group in groups:
+        label = labels[group[0]]
+        encoded = [_with_answer(encoder, row, label, candidates[label], task) for row, task in asked]
+        for index, batch in _batches(encoded, learner, encoder, config.batch_size):
+            output = learner.forward(batch, learner.prompt(batch))
+            assert output.logits is not None
+            assert output.labels is not None
+            chances = output.logits.float().log_softmax(-1).double()
+            if group is single:
+                wanted = torch.tensor([candidates[labels[i]][0] for i in group], device=chances.device)
+                # Not every row order is the batch's: output.row says which row a score belongs to.
+                rows = torch.tensor(index)[output.row.cpu()]
+                total[rows[:, None], torch.tensor(group)[None]] = chances[:, wanted].cpu()
+            else:
+                own = chances.gather(1, output.labels[:, None])[:, 0]
+                summed = torch.zeros(len(index), dtype=torch.float64, device=own.device).index_add(0, output.row, own)
+                total[torch.tensor(index), group[0]] = summed.cpu()
+    if config.normalise:
+        total = total / torch.tensor([len(candidates[label]) for label in labels])
+    best = total.argmax(1).tolist()
+    return [
+        Answer(labels[b], scores=dict(zip(labels, row, strict=True)))
+        for b, row in zip(best, total.tolist(), strict=True)
+    ]
+
+
+def _with_answer(encoder: Encoder, row: Row, label: str, ids: list[int], task: int) -> Encoded:
+    """`row` with the candidate answer `ids` behind it (masked models: in place of the mask tokens)."""
+    if encoder.family == "masked":
+        return replace(encoder.encode(row, (encoder.format.verbaliser or {})[label]), task=task)
+    text = replace(encoder.encode(row), task=task)
+    if encoder.family == "seq2seq":
+        return replace(text, labels=list(ids))
+    return replace(text, ids=text.ids + ids, labels=[IGNORE] * len(text.ids) + ids)
+
+
+def _generated(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+    """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
+    found: list[Answer] = [Answer(None)] * len(asked)
+    encoded = [replace(encoder.encode(row), task=task) for row, task in asked]
+    tokenizer = encoder.tokenizer
+    for index, batch in _batches(encoded, learner, encoder, config.batch_size):
+        ids = generate.generate(
+            learner.backbone,
+            batch,
+            learner.prompt(batch),
+            learner.site,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        new = ids[:, batch.ids.shape[1] :] if encoder.family == "causal" else ids
+        for i, text in zip(index, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            found[i] = Answer(_parsed(encoder, text), text.strip())
+    return found
+
+
+def _parsed(encoder: Encoder, text: str) -> Any:
+    """A generated text in the form the metrics want it; None where it is no legal answer."""
+    value = decode_answer(encoder.format, text)
+    kind = encoder.format.kind
+    if value is None:
+        return None
+    if kind == "regression":
+        return float(value)
+    return value.split(", " if kind == "multilabel" else " ") if kind in ("multilabel", "tagging") else value
+
+
+def _from_head(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+    """What a classification head says."""
+    found: list[Answer] = [Answer(None)] * len(asked)
+    read = {"sequence": _classes, "token": _tags, "span": _span}[encoder.head]
+    encoded = [replace(encoder.encode(row), task=task, labels=None) for row, task in asked]
+    for index, batch in _batches(encoded, learner, encoder, config.batch_size):
+        if encoder.head == "token":
+            # Every text position is asked for by giving it a label; which one does not matter.
+            batch = replace(batch, labels=torch.zeros_like(batch.ids).masked_fill(batch.mask == 0, IGNORE))
+        output = learner.forward(batch, learner.prompt(batch))
+        assert output.logits is not None
+        rows = [asked[i][0] for i in index]
+        for i, one in zip(index, read(encoder, rows, output.logits.float(), output.row), strict=True):
+            found[i] = one
+    return found
+
+
+def _classes(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+    kind, names = encoder.format.kind, classes(encoder.format)
+    if kind == "regression":
+        return [Answer(value) for value in logits[:, 0].tolist()]
+    scores = [dict(zip(names, values, strict=True)) for values in logits.log_softmax(-1).tolist()]
+    if kind == "multilabel":
+        chosen = [[n for n, on in zip(names, line, strict=True) if on] for line in (logits > 0).tolist()]
+        return [Answer(value, scores=s) for value, s in zip(chosen, scores, strict=True)]
+    return [Answer(names[best], scores=s) for best, s in zip(logits.argmax(1).tolist(), scores, strict=True)]
+
+
+def _tags(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+    names, by_row = classes(encoder.format), defaultdict(list)
+    for r, tag in zip(row.tolist(), logits.argmax(1).tolist(), strict=True):
+        by_row[r].append(names[tag])
+    found = []
+    for i, one in enumerate(rows):
+        # A word is what its first token says; words that were cut off, or that have no token, are illegal.
+        tags = [by_row[i][at] if at >= 0 else None for at in encoder.first_tokens(one)]
+        missing = len(split_words(one[encoder.format.columns[0]])) - len(tags)
+        found.append(Answer([*tags, *[None] * missing]))
+    return found
+
+
+def _span(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+    starts, ends = logits.log_softmax(-1).view(2, len(rows), -1)
+    both = starts[:, :, None] + ends[:, None, :]
+    allowed = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).triu().tril(LONGEST_SPAN - 1)
+    best = both.masked_fill(~allowed, -torch.inf).flatten(1).argmax(1)
+    width = both.shape[2]
+    return [
+        Answer(encoder.decode_span(one, int(b) // width, int(b) % width)) for one, b in zip(rows, best, strict=True)
+    ]

@@ -1,0 +1,73 @@
+"""Whether a prompt meets the weights it was made for."""
+
+import math
+
+from torch import Tensor
+
+from softprompts.files import ArtefactError, plain
+from softprompts.prompt import Fingerprint
+
+BANDS = {"float64": 1e-4, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.05, "int8": 0.1}
+"""Largest `sketch_distance` that the same weights reach in another dtype, on another device or kernel.
+
+All but float32's are placeholders. To measure one: sketch the default model in float32 and in that dtype, on each
+device and attention kernel that is supported, and take twice the largest distance seen.
+"""
+
+
+class WrongBackbone(ArtefactError):
+    """A prompt that was made for other weights than those it is about to meet."""
+
+
+def check_fingerprint(saved: Fingerprint | None, current: Fingerprint, allow_other_weights: bool = False) -> list[str]:
+    """Compares the weights a prompt was made for with those it meets, and returns warnings.
+
+    Raises WrongBackbone where the architecture differs, and, unless `allow_other_weights`, where the sketch lies
+    outside the band of the coarser dtype of the two.
+    """
+    if saved is None:
+        return ["nothing ties this prompt to weights: PEFT's files do not say which it was made for"]
+    here = plain(current.architecture, "architecture")
+    # only what was recorded can differ: a fact that a later version adds says nothing against an old prompt
+    differing = [
+        f"{key} {value!r}, here {here.get(key)!r}"
+        for key, value in plain(saved.architecture, "architecture").items()
+        if key not in here or here[key] != value
+    ]
+    if saved.sketch.shape != current.sketch.shape:
+        differing.append(f"sketch {list(saved.sketch.shape)}, here {list(current.sketch.shape)}")
+    if differing:
+        raise WrongBackbone(f"this prompt was made for another architecture: {'; '.join(differing)}")
+    warnings = []
+    if saved.tokenizer and current.tokenizer and saved.tokenizer != current.tokenizer:
+        warnings.append("the tokenizer differs from the one this prompt was made with")
+    problem = _outside(saved, current)
+    if problem and not allow_other_weights:
+        raise WrongBackbone(f"{problem}; --allow-other-weights uses it all the same")
+    return [*warnings, problem] if problem else warnings
+
+
+def sketch_distance(saved: Tensor, current: Tensor) -> float:
+    """The relative distance of two sketches [32, H]: rms(saved - current) / rms(saved)."""
+    moved, size = rms(saved.double() - current.double()), rms(saved)
+    return moved / size if size else (0.0 if moved == 0 else math.inf)
+
+
+def rms(value: Tensor) -> float:
+    """Root mean square of a tensor of any shape."""
+    return float(value.double().square().mean().sqrt())
+
+
+def _outside(saved: Fingerprint, current: Fingerprint) -> str | None:
+    """Why the sketches say that these are other weights; None where they do not."""
+    unknown = [dtype for dtype in (saved.dtype, current.dtype) if dtype not in BANDS]
+    if unknown:
+        return f"sketches in {unknown[0]} cannot be compared: there are bands for {', '.join(BANDS)}"
+    band = max(BANDS[saved.dtype], BANDS[current.dtype])
+    distance = sketch_distance(saved.sketch, current.sketch)
+    if distance <= band:  # this way round, so that NaN is outside
+        return None
+    return (
+        f"this prompt was made for other weights: sketch distance {distance:.3g}, allowed {band:g} "
+        f"(made in {saved.dtype}, here {current.dtype})"
+    )

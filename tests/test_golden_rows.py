@@ -1,0 +1,204 @@
+"""Golden: a row in a mixed batch equals the row alone, whatever its neighbours, padding side and padding."""
+
+from dataclasses import replace
+
+import pytest
+import rows
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rows import INPUT, KV, called
+
+from softprompts import inject
+from softprompts.backbone import BackboneError
+from softprompts.prompt import Batch, Prompt, mix
+
+pytestmark = pytest.mark.golden
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+WHO = [1, 0, 2, 0]  # the distinct prompt of each row
+LENGTHS = (2, 9, 5)  # a sliding window of 6 is shorter than one prompt alone and than every prompt with its text
+
+
+def prompts(name: str, site: inject.Site) -> list[torch.Tensor]:
+    """Three prompts of different lengths; one length where a decoder that counts positions itself wants it."""
+    lengths = (4, 4, 4) if (name, site) == ("bart", KV) else LENGTHS
+    width = inject.width(tiny.backbone(name), site)
+    return [rows.random(i, length, width) for i, length in enumerate(lengths)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), rows.cases(tiny.ALL), ids=called)
+def test_rows(name: str, site: inject.Site) -> None:
+    bb = tiny.backbone(name)
+    texts, values = rows.texts(name), prompts(name, site)
+    alone = [
+        inject.forward(bb, rows.batch(name, [text]), rows.single(values[who]), site).logits
+        for text, who in zip(texts, WHO, strict=True)
+    ]
+    mixed = rows.several(values, WHO)
+    for side, extra, share in (("right", 0, None), ("right", 4, False), ("left", 0, None), ("left", 5, True)):
+        output = inject.forward(bb, rows.batch(name, texts, side, extra), mixed, site, share=share)
+        for i, expected in enumerate(alone):
+            torch.testing.assert_close(rows.of_row(output, i), expected, **CLOSE)
+    # Some rows of a batch, and the same rows under another order.
+    index = torch.tensor([3, 1])
+    output = inject.forward(bb, rows.batch(name, texts, "left").rows(index), mixed.rows(index), site)
+    for i, row in enumerate(index):
+        torch.testing.assert_close(rows.of_row(output, i), alone[row], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), rows.cases(tiny.MAIN), ids=called)
+def test_mixed_prompts_of_tasks(name: str, site: inject.Site) -> None:
+    """`mix` lays prompts of several tasks and lengths together as the test does by hand."""
+    bb = tiny.backbone(name)
+    values = prompts(name, site)
+    mixed = mix(
+        [rows.several(values[:1], [0, 0]), rows.several(values[1:], [1, 0])],
+        [torch.tensor([1, 3]), torch.tensor([2, 0])],
+    )
+    expected = rows.several(values, WHO)
+    for field in ("values", "mask"):
+        torch.testing.assert_close(getattr(mixed, field)[mixed.row].float(), getattr(expected, field)[WHO].float())
+    batch = rows.batch(name, rows.texts(name), "left")
+    ours = inject.forward(bb, batch, mixed, site)
+    torch.testing.assert_close(ours.logits, inject.forward(bb, batch, expected, site).logits, **CLOSE)
+
+
+def test_mix_refuses() -> None:
+    one, other = rows.single(torch.zeros(2, 8)), rows.single(torch.zeros(2, 9))
+    with pytest.raises(ValueError, match=r"prompts of widths \[8, 9\] cannot share a batch"):
+        mix([one, other], [torch.tensor([0]), torch.tensor([1])])
+    with pytest.raises(ValueError, match=r"rows \[0, 2\] must name each of the 2 batch rows exactly once"):
+        mix([one, one], [torch.tensor([0]), torch.tensor([2])])
+
+
+def test_bart_kv_refuses_mixed_lengths() -> None:
+    bb = tiny.backbone("bart")
+    width = inject.width(bb, KV)
+    mixed = rows.several([rows.random(0, 2, width), rows.random(1, 5, width)], [0, 1])
+    batch = rows.batch("bart", rows.texts("bart", (4, 6)))
+    with pytest.raises(BackboneError, match=r"prompts of \[2, 5\] tokens cannot share a batch at site 'kv' of Bart"):
+        inject.forward(bb, batch, mixed, KV)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.GENERATING)
+def test_unused_longer_neighbour(name: str) -> None:
+    """A longer prompt that no row uses leaves the rows as they are."""
+    bb = tiny.backbone(name)
+    width = inject.width(bb, KV)
+    mixed = rows.several([rows.random(0, 2, width), rows.random(1, 5, width)], [0, 0])
+    text = rows.texts(name, (4, 6))
+    ours = inject.forward(bb, rows.batch(name, text), mixed, KV)
+    alone = inject.forward(bb, rows.batch(name, text), rows.single(rows.random(0, 2, width), 2), KV)
+    torch.testing.assert_close(ours.logits, alone.logits, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("gpt2", "opt", "llama", "bart", "bert", "roberta"))
+def test_room(name: str) -> None:
+    """Rows that just fit are read whatever the padding; a row too long is refused with the figures."""
+    bb = tiny.backbone(name)
+    room = bb.context
+    texts = rows.texts(name, (room - 3, 10))
+    values = [rows.random(0, 3, bb.features), rows.random(1, 40, bb.features)]
+    for share in (True, False):
+        output = inject.forward(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, share=share)
+        for i, text in enumerate(texts):
+            alone = inject.forward(bb, rows.batch(name, [text]), rows.single(values[i]), INPUT)
+            torch.testing.assert_close(rows.of_row(output, i), alone.logits, atol=2e-5, rtol=1e-5)
+    with pytest.raises(BackboneError, match=rf"prompt and text need {room + 1} positions, {name} takes {room}"):
+        inject.forward(bb, rows.batch(name, texts), rows.single(rows.random(0, 4, bb.features), 2), INPUT)
+
+
+@torch.no_grad()
+def test_room_of_the_decoder() -> None:
+    """A prompt in the decoder takes room there, not in the encoder."""
+    bb = tiny.backbone("bart")
+    prompt = rows.single(rows.random(0, 3, 32))
+    batch = rows.batch("bart", rows.texts("bart", (bb.context,)))
+    assert inject.forward(bb, batch, prompt, rows.DECODER).logits is not None
+    long = replace(batch, labels=rows.ids(0, bb.context - 2)[None])
+    with pytest.raises(BackboneError, match="prompt and text need 65 positions, bart takes 64"):
+        inject.forward(bb, long, prompt, rows.DECODER)
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma3", "t5", "bart", "bert"))
+def test_rows_without_labels(name: str) -> None:
+    """A row with nothing to score, or no text at all, leaves its neighbours' scores and gradients finite."""
+    bb = tiny.backbone(name)
+    texts = rows.texts(name, (4, 6))
+    batch = rows.batch(name, texts)
+    labels = batch.labels.clone()
+    labels[0] = -100
+    values = rows.random(0, 3, bb.features).requires_grad_()
+    output = inject.forward(bb, replace(batch, labels=labels), rows.single(values, 2), INPUT)
+    expected = inject.forward(bb, batch, rows.single(values, 2), INPUT)
+    assert rows.of_row(output, 0).numel() == 0
+    torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
+    output.logits.sum().backward()
+    assert values.grad.isfinite().all()
+    if name in tiny.SEQ2SEQ:
+        return
+    mask = batch.mask.clone()
+    mask[0] = 0
+    values.grad = None
+    output = inject.forward(bb, replace(batch, mask=mask, labels=labels), rows.single(values, 2), INPUT)
+    torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
+    output.logits.sum().backward()
+    assert values.grad.isfinite().all()
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(st.data())
+def test_layout(data: st.DataObject) -> None:
+    """One unbroken run a row; every text and prompt token exactly once and in order; on either side."""
+    count = data.draw(st.integers(1, 4))
+    width = data.draw(st.integers(1, 6))
+    texts = [data.draw(st.integers(0 if i else 1, width)) for i in range(count)]
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    used = [data.draw(st.integers(0, len(lengths) - 1)) for _ in range(count)]
+    place = [data.draw(st.integers(0, text)) for text in texts]
+    left = data.draw(st.booleans())
+    mask = torch.arange(width)[None] < torch.tensor(texts)[:, None]
+    prompt: Prompt | None = None
+    if data.draw(st.booleans()):
+        prompt = rows.several([torch.zeros(n, 1) for n in lengths], used)
+    where = inject.layout(mask, torch.tensor(place), prompt, left)
+    slots = 0 if prompt is None else max(lengths)
+    for i, text in enumerate(texts):
+        tokens = [] if prompt is None else list(range(slots - lengths[used[i]], slots))
+        order = [slots + t for t in range(text)]
+        expected = order[: place[i]] + tokens + order[place[i] :]
+        inside = where.mask[i].nonzero()[:, 0]
+        assert where.source[i][where.mask[i]].tolist() == expected
+        begin = where.mask.shape[1] - len(expected) if left else 0
+        assert inside.tolist() == list(range(begin, begin + len(expected)))
+        assert where.ids[i][where.mask[i]].tolist() == list(range(len(expected)))
+        assert where.position[i, :text].tolist() == [begin + expected.index(slots + t) for t in range(text)]
+        assert [t for t in where.slot[i].tolist() if t >= 0] == tokens
+        assert where.source[i].min() >= 0
+        assert where.source[i].max() < slots + width
+        assert where.position[i].max() < where.mask.shape[1]
+
+
+def test_assemble() -> None:
+    """The assembled rows hold the very vectors, and gradients reach them."""
+    values = torch.tensor([[[1.0], [2.0]], [[0.0], [3.0]]], requires_grad=True)
+    prompt = Prompt(values, torch.tensor([[1, 1], [0, 1]]), torch.tensor([1, 0]))
+    text = torch.tensor([[[10.0], [11.0], [12.0]], [[20.0], [0.0], [0.0]]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    where = inject.layout(mask, torch.tensor([1, 0]), prompt)
+    full = inject.assemble(text, prompt, where)[..., 0]
+    assert full[0].tolist() == [10, 3, 11, 12]
+    assert full[1, :3].tolist() == [1, 2, 20]
+    (full * where.mask).sum().backward()
+    assert values.grad[..., 0].tolist() == [[1, 1], [0, 1]]
+
+
+def test_batch_rows_and_device() -> None:
+    batch = Batch(torch.arange(6).view(3, 2), torch.ones(3, 2), torch.arange(3))
+    assert batch.rows(torch.tensor([2, 0])).ids.tolist() == [[4, 5], [0, 1]]
+    assert batch.to(torch.device("cpu")).labels is None

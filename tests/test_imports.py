@@ -1,0 +1,205 @@
+"""Who may import whom: the table of the design, held by reading the imports of every source file."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
+
+CORE = "prompt config methods methods.* objectives backbone inject generate data artefact files fingerprint peft_format"
+BELOW_TRAINING = f"{CORE} vectors init words learner assets metrics report"
+MODELS = f"{BELOW_TRAINING} train evaluate model"
+RUNS = f"{MODELS} job"
+ALL = f"{RUNS} recipes studies peft serve export"
+
+# A row: what the file, or each file of the folder, may import of ours. Files of a folder may import each other, except
+# `methods.*`, where the row names every file by itself.
+OURS = {
+    "__init__": ALL,
+    "__main__": "cli",
+    "prompt": "",
+    "config": "",
+    "files": "",
+    "peft_format": "",
+    "fingerprint": "files prompt",
+    "methods": "prompt config",  # the table that finds a method by its name
+    "methods.*": "prompt",
+    "objectives": "prompt config",
+    "metrics": "",
+    "report": "metrics",
+    "backbone": "prompt",
+    "inject": "backbone prompt",
+    "generate": "backbone prompt inject",
+    "data": "backbone prompt config assets",
+    "artefact": "prompt config files fingerprint peft_format",
+    "vectors": "artefact",
+    "init": "backbone inject prompt config artefact vectors",
+    "words": "backbone prompt",
+    "learner": "backbone inject prompt config",
+    "assets": "backbone config",
+    "train": MODELS,
+    "evaluate": MODELS,
+    "model": MODELS,
+    "job": MODELS,
+    "recipes": f"{RUNS} studies",
+    "studies": f"{RUNS} recipes",
+    "peft": f"{RUNS} recipes studies export",
+    "serve": f"{MODELS.replace(' train', '')} recipes studies export",
+    "export": f"{MODELS.replace(' train', '')} recipes studies serve",
+    "cli": ALL,
+}
+
+# Rows that may import only these packages (and Python's own); the others are free within EXCLUSIVE.
+THIRD_PARTY = {
+    "prompt": "torch",
+    "config": "pydantic yaml",
+    "methods": "",
+    "methods.*": "torch",
+    "objectives": "torch",
+    "metrics": "numpy scipy sklearn rouge_score sacrebleu",
+    "backbone": "torch transformers",
+    "inject": "torch transformers",
+    "generate": "torch transformers",
+    "vectors": "torch",
+}
+
+# What only some rows may import; a name stands for everything below it.
+EXCLUSIVE = {
+    "peft": "",
+    "safetensors": "files artefact assets",
+    "transformers.cache_utils": "backbone inject generate init",
+    "transformers.generation": "backbone inject generate",
+    "transformers.models.auto": "backbone",
+    "typer": "cli",
+    "rich": "cli",
+    "fastapi": "serve.http",
+    "starlette": "serve.http",
+    "uvicorn": "serve.http",
+    "aiohttp": "serve.http",
+    "vllm": "serve.vllm",
+}
+
+
+def sources() -> dict[str, ast.Module]:
+    """Every source file, named as in `inject.read`; a folder's own file bears the folder's name."""
+    found = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        found[name] = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return found
+
+
+def row(module: str) -> str:
+    folder, _, rest = module.partition(".")
+    return "methods.*" if folder == "methods" and rest else folder
+
+
+def imported(module: str, tree: ast.Module) -> Iterator[str]:
+    """Full names of what a file imports, wherever in the file: `from a import b` gives `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively, line {node.lineno}: write `from softprompts...`"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def wrong(modules: dict[str, ast.Module]) -> list[str]:
+    """Every import that the tables above do not allow, in words."""
+    found = []
+    for module, tree in modules.items():
+        if row(module) not in OURS:
+            found.append(
+                f"{module} has no row in OURS of {Path(__file__).name}: add one, and to the table of the design"
+            )
+            continue
+        for name in imported(module, tree):
+            if name.split(".")[0] == "softprompts":
+                found += wrong_house(module, name, modules)
+            else:
+                found += wrong_third_party(module, name)
+    return found
+
+
+def wrong_house(module: str, name: str, modules: dict[str, ast.Module]) -> list[str]:
+    inner = name.removeprefix("softprompts").lstrip(".")
+    while inner and inner not in modules and "." in inner:  # drop what is inside a file: `inject.read.prefill`
+        inner = inner.rpartition(".")[0]
+    if inner not in modules:  # a name of the package itself, as in `from softprompts import __version__`
+        return []
+    target = row(inner)
+    together = target == row(module) and target != "methods.*"
+    return [] if together or target in OURS[row(module)].split() else [f"{module} imports softprompts.{inner}"]
+
+
+def wrong_third_party(module: str, name: str) -> list[str]:
+    top = name.split(".")[0]
+    if top in sys.stdlib_module_names:
+        return []
+    found = []
+    if top not in THIRD_PARTY.get(row(module), top).split():
+        found.append(f"{module} imports {top}; {row(module)} may import {THIRD_PARTY[row(module)] or 'no package'}")
+    if name.startswith("transformers.Auto"):
+        name = "transformers.models.auto"
+    for package, allowed in EXCLUSIVE.items():
+        if f"{name}.".startswith(f"{package}.") and not {row(module), module} & set(allowed.split()):
+            found.append(f"{module} imports {name}; only {allowed or 'nobody'} may")
+    return found
+
+
+def test_imports_follow_the_table() -> None:
+    assert wrong(sources()) == []
+
+
+def test_only_the_backbone_names_a_device() -> None:
+    found = [
+        f"{module}:{node.lineno}"
+        for module, tree in sources().items()
+        if module != "backbone"
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Constant) and node.value in ("cuda", "mps"))
+        or (isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("prompt", "import transformers"),
+        ("config", "import torch"),
+        ("methods.a", "from softprompts.methods.b import B"),
+        ("methods.a", "from softprompts.backbone import Backbone"),
+        ("methods.a", "def f():\n    import transformers"),
+        ("train", "from softprompts import cli"),
+        ("serve.engine", "from softprompts.train import fit"),
+        ("model", "from transformers import AutoModel"),
+        ("model", "from transformers.cache_utils import DynamicCache"),
+        ("data.sources", "import safetensors.torch"),
+        ("peft", "import peft"),
+        ("evaluate", "import rich"),
+        ("serve.engine", "import vllm"),
+        ("surprise", "import json"),
+    ],
+)
+def test_the_check_can_fail(module: str, text: str) -> None:
+    others = dict.fromkeys(("methods.b", "backbone", "cli", "train"), ast.Module([], []))
+    assert len(wrong({**others, module: ast.parse(text)})) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("inject.read", "from softprompts.inject.sites import fill"),
+        ("cli", "from softprompts import __version__, train\nimport rich"),
+        ("serve.vllm", "import vllm"),
+        ("peft", "from softprompts.methods import METHODS"),
+    ],
+)
+def test_the_check_allows(module: str, text: str) -> None:
+    others = dict.fromkeys(("inject.sites", "train", "methods"), ast.Module([], []))
+    assert wrong({**others, module: ast.parse(text)}) == []

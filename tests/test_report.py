@@ -1,0 +1,276 @@
+"""The page and the results file: whole, self-contained, escaped, and with the figures they were given."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softprompts.metrics import confusion, per_class, score
+from softprompts.report import Markup, _smooth, _thin, _ticks, table, write_page, write_results
+
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+LABELS = ["ABBR", "DESC", "HUM"]
+GOLDS = ["ABBR", "DESC", "HUM", "HUM", "DESC", "HUM"] * 20
+GUESSES = ["ABBR", "DESC", "HUM", "DESC", None, "HUM"] * 20
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: its tags with attributes, its text, and that every tag is closed in order."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.text, self.numbers = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag == "data":
+            self.numbers.append(dict(attributes)["value"])
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def results():
+    names = ("accuracy", "f1-macro")
+    scores = {name: score(name, GUESSES, GOLDS) for name in names}
+    before = {name: score(name, GUESSES[::-1], GOLDS) for name in names}
+    steps = range(1, 101)
+    return {
+        "format": 1,
+        "title": "trec with <tiny> & co",
+        "task": "trec",
+        "created": "2025-06-01T12:30:00+00:00",
+        "summary": {
+            "before": before["accuracy"],
+            "after": scores["accuracy"],
+            "metric": "accuracy",
+            "steps": 100,
+            "seconds": 180.2,
+            "trainable": 11520,
+            "tokens_per_second": 1234.5,
+        },
+        "curve": [{"step": s, "loss": 3 / s, "rate": 0.01 * s, "rms_ratio": 1 + s / 1e3, "seconds": s} for s in steps],
+        "validation": [{"step": 50, "value": 0.5}, {"step": 100, "value": 0.625}],
+        "scores": scores,
+        "scores_before": before,
+        "per_class": per_class(GUESSES, GOLDS, LABELS),
+        "confusion": {"labels": LABELS, "matrix": confusion(GUESSES, GOLDS, LABELS)},
+        "examples": [
+            {"input": "<script>alert('x')</script>", "gold": "HUM", "before": None, "after": "HUM", "correct": True},
+            *({"input": f"row {at}", "gold": "HUM", "after": "DESC", "correct": False} for at in range(24)),
+        ],
+        "nearest_words": [{"row": 0, "norm": 1.25, "words": [["<b>", 0.5], ["who", 0.25]]}],
+        "rows": {"train": 4000, "validation": 500, "test": 120},
+        "config": {"prompt": {"length": 20, "init": {"kind": "words"}}, "names": ["a", "b"]},
+        "seeds": {"init": 0},
+        "versions": {"softprompts": "0.1.0"},
+        "warnings": ["12 rows were cut <here>"],
+        "next": ['softprompts predict runs/trec --text "who ?"'],
+        "something later": {"is": "ignored"},
+    }
+
+
+@pytest.fixture(scope="module")
+def text(results, tmp_path_factory):
+    return write_page(tmp_path_factory.mktemp("page") / "run.html", results).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+def test_nothing_comes_from_elsewhere(page, text):
+    bare = text.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    for outside in ("http://", "https://", "src=", "href=", "<link", "@import", "url(", "<script"):
+        assert outside not in bare
+    policy = [meta["content"] for meta in page.of("meta") if "http-equiv" in meta]
+    assert policy == ["default-src 'none'; style-src 'unsafe-inline'"]
+
+
+def test_what_users_wrote_is_escaped(page, text):
+    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in text
+    assert not page.of("script")
+    assert not page.of("b")
+    assert "<script>alert('x')</script>" in page.text
+    assert "trec with <tiny> & co" in page.text
+
+
+def test_it_is_a_whole_and_accessible_page(page):
+    assert page.of("html") == [{"lang": "en"}]
+    assert len(page.of("title")) > 1  # the page's own, and those of the cells and dots of the plots
+    assert all(heading.get("scope") in ("col", "row") for heading in page.of("th"))
+    assert all("aria-label" in box for _, box in page.tags if box.get("role") in ("img", "region"))
+    titles = {piece.strip() for piece in page.text}
+    for section in ("Training", "Scores", "Labels", "Examples", "Nearest words", "Next", "The run", "Warnings"):
+        assert section in titles
+
+
+def test_the_plots_are_there_and_say_their_figures(page, results):
+    said = [svg["aria-label"] for svg in page.of("svg")]
+    assert len(said) == 6
+    assert said[0] == "Loss from step 1 to 100: first 3, last 0.03, lowest 0.03, highest 3"
+    assert said[1] == "Validation accuracy from step 50 to 100: first 0.5, last 0.625, lowest 0.5, highest 0.625"
+    assert said[2].startswith("Size of the prompt, rms(P) / rms(E) from step 1 to 100: first 1.001, last 1.1")
+    assert said[3].startswith("Learning rate from step 1 to 100: first 0.01, last 1")
+    after = results["scores"]["accuracy"]
+    assert f"accuracy after {after.value:.3f} ({after.low:.3f} to {after.high:.3f})" in said[4]
+    assert said[5] == "Confusion matrix of 3 labels: 80 of 120 predictions on the diagonal"
+    for svg in page.of("svg"):
+        assert "NaN" not in str(svg)
+
+
+def test_the_figures_are_those_of_the_results(page, text, results):
+    numbers = set(page.numbers)
+    for scores in (results["scores"], results["scores_before"]):
+        assert {repr(found.value) for found in scores.values()} <= numbers
+    for found in results["scores"].values():
+        assert {repr(found.low), repr(found.high)} <= numbers
+    for one in results["per_class"]:
+        assert {repr(one.precision), repr(one.recall), repr(one.f1), repr(one.support)} <= numbers
+    assert {"11520", "1234.5", "180.2", "4000", "1.25", "0.5", "0.25"} <= numbers
+    shown = "".join(page.text)
+    assert "11,520" in shown
+    assert "3 min 0 s" in shown
+    assert f"{results['scores']['accuracy'].value:.3f}" in shown
+    assert "prompt.init.kind" in shown
+    assert '["a", "b"]' in shown
+    counts = re.findall(r'class="count[^"]*">(\d+)<', text)
+    assert [int(count) for count in counts] == results["confusion"]["matrix"].ravel().tolist()
+
+
+def test_many_examples_are_folded(page):
+    assert "5 more" in "".join(page.text)
+    assert "no legal answer" in page.text
+
+
+def test_the_least_page(tmp_path):
+    page = Page(write_page(tmp_path / "least.html", {"title": "t", "task": "trec"}).read_text(encoding="utf-8"))
+    assert not page.of("section")
+    assert not page.of("svg")
+    assert [tag for tag, _ in page.tags].count("h1") == 1
+
+
+@pytest.mark.parametrize("key", ["title", "task"])
+def test_title_and_task_are_needed(tmp_path, key):
+    with pytest.raises(ValueError, match=f"no '{key}'"):
+        write_page(tmp_path / "p.html", {"title": "t", "task": "x"} | {key: ""})
+    with pytest.raises(ValueError, match="format 2"):
+        write_page(tmp_path / "p.html", {"title": "t", "task": "x", "format": 2})
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_section_stands_alone(tmp_path, results):
+    for key in results:
+        one = {"title": "t", "task": "x", key: results[key]}
+        Page(write_page(tmp_path / "p.html", one).read_text(encoding="utf-8"))
+
+
+def test_undefined_scores_are_shown_as_such(tmp_path):
+    found = score("pearson", [1.0, 1.0], [1.0, 2.0])
+    results = {
+        "title": "t",
+        "task": "x",
+        "summary": {"after": found, "metric": "pearson"},
+        "scores": {"pearson": found},
+    }
+    shown = "".join(Page(write_page(tmp_path / "p.html", results).read_text(encoding="utf-8")).text)
+    assert "the predictions are all 1" in shown
+    assert "nan" not in shown.rpartition("}")[2]  # behind the style sheet
+    assert "–" in shown
+
+
+def test_many_labels_become_a_table(tmp_path):
+    labels = [f"label {at}" for at in range(60)]
+    matrix = np.eye(60, 61, dtype=int) * 5
+    matrix[3, 7], matrix[4, 60] = 9, 2
+    results = {"title": "t", "task": "x", "confusion": {"labels": labels, "matrix": matrix}}
+    page = Page(write_page(tmp_path / "p.html", results).read_text(encoding="utf-8"))
+    assert not page.of("svg")
+    assert "Most frequent confusions" in page.text
+    assert page.numbers == ["9", "2"]
+
+
+def test_long_runs_stay_small(tmp_path):
+    curve = [{"step": step, "loss": 1 / step} for step in range(1, 50_001)]
+    path = write_page(tmp_path / "p.html", {"title": "t", "task": "x", "curve": curve})
+    assert path.stat().st_size < 60_000
+    points = _thin([(float(step), 2.0) for step in range(50_000)])
+    assert len(points) <= 500
+    assert all(y == 2.0 for _, y in _smooth(points))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.31, 0.87), (1, 1), (0, 0), (-3, 5), (1e-9, 3e-9), (1, 1 + 1e-15), (1, 50_000)]
+)
+def test_ticks_enclose_and_rise(low, high):
+    ticks = _ticks(low, high)
+    assert ticks[0] <= low + 1e-9 * abs(low)
+    assert ticks[-1] >= high - 1e-9 * abs(high)
+    assert all(a < b for a, b in pairwise(ticks))
+    assert 2 <= len(ticks) <= 7
+
+
+def test_tables_escape_align_and_dash():
+    made = table(["name", "count"], [["<i>", 1200], [Markup("<em>x</em>"), None]], "Some & all")
+    assert "&lt;i&gt;" in made
+    assert "<em>x</em>" in made
+    assert '<td class="figure"><data value="1200">1,200</data></td>' in made
+    assert "–" in made
+    assert 'aria-label="Some &amp; all"' in made
+
+
+@pytest.mark.parametrize("write", [write_page, write_results])
+def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, write):
+    path = tmp_path / "out"
+    write(path, {"title": "old", "task": "x"})
+    old = path.read_bytes()
+
+    def fail(self, *rest, **more):
+        self.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write(path, {"title": "new", "task": "x"})
+    assert path.read_bytes() == old
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_results_come_back(tmp_path, results):
+    path = write_results(tmp_path / "deep" / "results.json", results)
+    back = json.loads(path.read_text(encoding="utf-8"))
+    assert back["scores"]["accuracy"]["value"] == results["scores"]["accuracy"].value
+    assert back["confusion"]["matrix"] == results["confusion"]["matrix"].tolist()
+    assert back["title"] == results["title"]
+    again = write_page(tmp_path / "a.html", back).read_bytes()
+    assert again == write_page(tmp_path / "b.html", results).read_bytes()  # the page of the file is that of the run
+
+
+def test_nan_becomes_null_and_strangers_are_named(tmp_path):
+    path = write_results(
+        tmp_path / "r.json", {"a": [math.nan, np.float32(1.5), math.inf], "p": Path("x"), "s": {"b", "a"}}
+    )
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": [None, 1.5, None], "p": "x", "s": ["a", "b"]}
+    with pytest.raises(TypeError, match=r"results\.a\[1\] is a object"):
+        write_results(tmp_path / "r.json", {"a": [1, object()]})
