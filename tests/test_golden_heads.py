@@ -1,6 +1,7 @@
 """Golden: every stock head says of text behind a prompt of words what the stock model says of the words and the text."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import rows
@@ -138,6 +139,13 @@ def test_sequence_head_reads_a_prompt_behind_the_text(name: str) -> None:
         torch.testing.assert_close(output.logits[i], bb.model.score(state), **CLOSE)
 
 
+def spans(out: Any, where: list[int], labels: Tensor) -> Tensor:
+    """The stock loss of spans, chosen among the text's own positions."""
+    start, end = out.start_logits[:, where], out.end_logits[:, where]
+    entropy = torch.nn.functional.cross_entropy
+    return (entropy(start, labels[:, 0]) + entropy(end, labels[:, 1])) / 2
+
+
 def losses(name: str, head: str, labels: Tensor, classes: int = 3) -> tuple[Tensor, Tensor]:
     """Our loss of one row behind a prompt of words, and the stock model's of words and text."""
     bb = b.wrap(tiny.model(name, head, classes), name=name)
@@ -151,8 +159,9 @@ def losses(name: str, head: str, labels: Tensor, classes: int = 3) -> tuple[Tens
     if head == "token":
         given["labels"] = torch.cat([labels[:, :place], torch.full((1, 4), IGNORE), labels[:, place:]], 1)
     if head == "span":
-        given = {"start_positions": labels[:, 0] + 4, "end_positions": labels[:, 1] + 4}
-    theirs = bb.model(input_ids=full, **given).loss
+        given = {}
+    out = bb.model(input_ids=full, **given)
+    theirs = out.loss if head != "span" else spans(out, [*range(place), *range(place + 4, 10)], labels)
     return objectives.task(Step(batch, prompt, output, lambda _: output)), theirs
 
 

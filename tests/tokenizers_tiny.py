@@ -45,9 +45,10 @@ def _trained_wordpiece() -> str:
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     alphabet = list("abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"-()")
     trainer = trainers.WordPieceTrainer(
-        vocab_size=200, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=240, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
+    inside = " ".join(f"a{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")  # every letter also inside a word
+    tokenizer.train_from_iterator([*SENTENCES, inside], trainer)
     ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ids

@@ -135,8 +135,9 @@ def _answers(
 
 
 def _elect(ballots: Sequence[Answer]) -> Answer:
-    chosen = metrics.vote([ballot.value for ballot in ballots])
-    return next(ballot for ballot in ballots if ballot.value == chosen)
+    # Votes are cast over strings, so lists of labels and numbers vote by their text.
+    cast = [None if ballot.value is None else str(ballot.value) for ballot in ballots]
+    return ballots[cast.index(metrics.vote(cast))]
 
 
 Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each

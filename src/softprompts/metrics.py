@@ -107,10 +107,11 @@ def score(
 
     A row is a label, a number, or a string (its reference may then be several gold strings; an empty list stands for
     the empty answer). A set is a row's labels; a list is its labels or its tags in order, so lists need
-    `kind="multilabel"` or `kind="tagging"`. `positive` is the label `f1` is about. The interval is widened to hold the
-    value where the percentiles miss it, and has no width where all rows agree. `resamples=0` draws none; beyond
-    200 000 rows fewer are drawn, never below 100. Raises ValueError for an unknown metric or kind, no rows, lengths
-    that differ, a missing reference, and predictions of a type that can never equal the references'.
+    `kind="multilabel"` or `kind="tagging"`. Tags that are missing at the end of a row are illegal; a row with too many
+    is illegal as a whole. `positive` is the label `f1` is about. The interval is widened to hold the value where the
+    percentiles miss it, and has no width where all rows agree. `resamples=0` draws none; beyond 200 000 rows fewer are
+    drawn, never below 100. Raises ValueError for an unknown metric or kind, no rows, lengths that differ, a missing
+    reference, and predictions of a type that can never equal the references'.
     Source: Efron and Tibshirani 1993, chapter 13.
     """
     metric = METRICS.get(name)
@@ -225,9 +226,8 @@ def _items(rows: Rows, kind: str) -> Iterator[tuple[list[Any], list[Any], list[A
             found = {None} if guess is None else set(guess)
             yield list(found), list(set(gold)), list(found & set(gold))
         else:
-            tags = [None] * len(gold) if guess is None else list(guess)
-            if len(tags) != len(gold):
-                raise ValueError(f"row {row} has {len(tags)} tags for {len(gold)} gold ones; fill up with None or cut")
+            tags = [] if guess is None or len(guess) > len(gold) else list(guess)
+            tags += [None] * (len(gold) - len(tags))
             yield tags, list(gold), [right for tag, right in zip(tags, gold, strict=True) if tag == right]
 
 

