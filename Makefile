@@ -1,11 +1,11 @@
 # Needs python3 (3.11 or later) and make. `make` alone lists the targets.
-PYTHON = python3
+PYTHON ?= python3
 VENV = .venv
 LOWER = .venv-lower
 # An index that has CPU builds of torch, for machines where pip's usual one gives a CUDA build.
-TORCH_INDEX =
+TORCH_INDEX ?=
 # Set to 1 to keep a CUDA build of torch.
-ALLOW_CUDA =
+ALLOW_CUDA ?=
 # Test processes (one thread each), and more arguments for pytest.
 WORKERS = 2
 ARGS =

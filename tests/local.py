@@ -69,3 +69,24 @@ def run_values(folder: Path, model: str = "llama", **train: Any) -> dict[str, An
         "evaluate": {"resamples": 100},
         "out": str(folder / "out"),
     }
+
+
+def teach(path: Path, steps: int = 120) -> None:
+    """Train all weights of the model at `path` on sentences about colours, so that there is something to prompt."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path).train()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    chance = random.Random(1)
+    for _ in range(steps):
+        loss = torch.zeros(())
+        for _ in range(8):
+            colour = chance.choice(list(COLOURS))
+            text = tokenizer(f"the thing {chance.randrange(100)} is {colour}:")["input_ids"]
+            answer = [*tokenizer(f" {COLOURS[colour]}")["input_ids"], tokenizer.eos_token_id]
+            ids = torch.tensor([text + answer])
+            labels = torch.tensor([[-100] * len(text) + answer])
+            loss = loss + model(input_ids=ids, labels=labels).loss / 8
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    model.save_pretrained(path)

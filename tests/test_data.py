@@ -466,6 +466,7 @@ def test_spans_that_are_not_there():
     last = {**row, "answers": [CONTEXT.index("human"), len(CONTEXT) - 1]}
     assert short.encode(last).labels == [IGNORE, IGNORE]
     assert short.encode(last).cut > 0
+    assert short.encode({**row, "answers": [4, len(CONTEXT)]}).labels == [IGNORE, IGNORE]  # only its end is cut off
     assert short.encode({**row, "answers": [0, 3]}).labels == encoder.encode({**row, "answers": [0, 3]}).labels
     with pytest.raises(DataError, match=r"spans: a span label is \{'text': \[...\], 'answer_start': \[...\]\} or"):
         encoder.encode({**row, "answers": "here"})
@@ -594,6 +595,8 @@ def test_order_changes_with_seed_and_epoch_and_saves_padding():
     assert padded < 1.06 * sum(lengths)
     firsts = [lengths[batch[0]] for batch in orders[0]]
     assert firsts != sorted(firsts)
+    one_pool = [min(lengths[i] for i in batch) for batch in order(lengths[:400], 8, 0, 0)]
+    assert one_pool != sorted(one_pool)
     with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
         order([1], 0, 0, 0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):

@@ -4,14 +4,14 @@ import copy
 from typing import Any
 
 import pytest
-import rows
-import tiny
 import torch
-from rows import ADD, DECODER, INPUT, KV, REPLACE, called
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+import rows
+import tiny
+from rows import ADD, DECODER, INPUT, KV, REPLACE, called
 from softprompts import init, inject
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.generate import generate
@@ -276,9 +276,7 @@ def test_prompts_of_unequal_length_in_a_decoder_that_counts_itself() -> None:
     found = generate(bb, given, prompt, DECODER, **NEW, num_beams=2, num_return_sequences=2)
     for i in range(3):
         index = torch.tensor([i])
-        alone = generate(
-            bb, given.rows(index), prompt.rows(index), DECODER, **NEW, num_beams=2, num_return_sequences=2
-        )
+        alone = generate(bb, given.rows(index), prompt.rows(index), DECODER, **NEW, num_beams=2, num_return_sequences=2)
         assert torch.equal(found[2 * i : 2 * i + 2], alone)
     with pytest.raises(BackboneError, match="batch them by length"):
         generate(bb, given, prompt, DECODER, **NEW, return_dict_in_generate=True)

@@ -221,3 +221,17 @@ def test_labels_are_optional() -> None:
         assert one.shape == (4, 10, 32)
         assert (one[batch.mask == 0] == 0).all()
         torch.testing.assert_close(one, two, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.SEQ2SEQ)
+def test_hidden_of_encoder_decoder_models(name: str) -> None:
+    """Hidden states asked for are the text's, so the encoder's, whatever the decoder is fed."""
+    bb, texts = tiny.backbone(name), rows.texts(name)
+    batch, values = rows.batch(name, texts, "left", 2), rows.random(0, 3, 32)
+    for given in (batch, replace(batch, labels=None)):
+        hidden = inject.forward(bb, given, rows.single(values, 4), INPUT, hidden=True).hidden
+        for i, row in enumerate(texts):
+            full = torch.cat([values, bb.embedding(row)])[None]
+            expected = bb.encoder(inputs_embeds=full).last_hidden_state[0, 3:]
+            torch.testing.assert_close(hidden[i][batch.mask[i].bool()], expected, **CLOSE)

@@ -1,5 +1,7 @@
 """Golden: a prompt made of words, or put in front by hand, gives what the stock model gives."""
 
+from dataclasses import replace
+
 import pytest
 import rows
 import tiny
@@ -112,7 +114,8 @@ def test_given_positions(name: str, site: inject.Site) -> None:
     """A caller's text positions count on behind the prompt, shared or not."""
     bb = tiny.backbone(name)
     row = rows.texts(name, (6,))[0]
-    batch = Batch(row[None], torch.ones(1, 6), torch.zeros(1), row[None], positions=torch.arange(6)[None] + 3)
+    batch = rows.batch(name, [row], "left", 2)
+    batch = replace(batch, positions=torch.tensor([[0, 0, 3, 4, 5, 6, 7, 8]]))
     values = rows.random(3, 4, inject.width(bb, site))
     if "position_ids" not in bb.trunk_arguments:
         with pytest.raises(BackboneError, match="counts positions itself"):

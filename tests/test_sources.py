@@ -42,7 +42,7 @@ def test_the_same_rows_from_every_format(tmp_path):
         {"text": "two\nlines", "label": "b"},
         {"text": "x", "label": "a"},
     ]
-    write(tmp_path / "d.csv", 'text,label\n"he said ""hi"", twice",a\n\n"two\nlines",b\nx,a\n')
+    write(tmp_path / "d.csv", '\ufefftext,label\n"he said ""hi"", twice",a\n\n"two\nlines",b\nx,a\n')
     write(tmp_path / "d.jsonl", "\n".join(map(json.dumps, wanted)) + "\n\n")
     write(tmp_path / "d.json", json.dumps(wanted))
     write(tmp_path / "d.tsv", 'text\tlabel\n"he said ""hi"", twice"\ta\n"two\nlines"\tb\nx\ta\n')
@@ -390,6 +390,7 @@ def test_a_packaged_set_fills_in_what_is_left_open():
     assert (found.kind, found.label, found.template) == ("generation", "reply", "A: {prompt}\nB:")
     own = resolve(TaskConfig(source="trec", template="{text} =", verbaliser={"human": "who"}))
     assert (own.template, own.verbaliser) == ("{text} =", {"human": "who"})
+    assert resolve(TaskConfig(source="dialogue", label="prompt")).label == "prompt"
     assert resolve(TaskConfig(source="x.csv")).kind == "label"
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     except Exception as error:
         if not _known(error):
             raise
-        err.print(f"error: {error}", style="red", markup=False)
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -136,7 +136,7 @@ def _run(run: Run, as_json: bool) -> None:
         with _screen(run.train.steps) as screen:
             results = job.execute(run, screen)
     except KeyboardInterrupt:
-        err.print(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
+        _say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
         raise
     if as_json:
         out.print_json(json.dumps(_finite(results)))
@@ -215,7 +215,7 @@ def _screen(steps: int) -> Iterator[Any]:
             advance("training", r.step, r.steps, facts, 20)
 
         def say(text: str) -> None:
-            err.print(text, markup=False)
+            err.print(text, markup=False, soft_wrap=True)
 
         def judged(name: str, done: int, total: int) -> None:
             if terminal or done == total:
@@ -475,7 +475,7 @@ def _open(prompts: list[Path], model: str | None, device: str, dtype: str, allow
 
 
 def _say(text: str) -> None:
-    err.print(text, markup=False)
+    err.print(text, markup=False, soft_wrap=True)
 
 
 def _quiet() -> None:

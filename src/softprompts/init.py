@@ -160,7 +160,11 @@ def _from_labels(
     if site.name not in ("input", "decoder"):
         raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
     filler = sample_vocabulary(backbone, slot.length - len(words), population, generator)
-    rows = [from_ids(backbone, site, text_pieces(backbone.tokenizer, word)).mean(0, keepdim=True) for word in words]
+    pieces = {word: text_pieces(backbone.tokenizer, word) for word in words}
+    empty = [word for word, ids in pieces.items() if not len(ids)]
+    if empty:
+        raise BackboneError(f"the label word {empty[0]!r} has no tokens; name words in init.labels or the verbaliser")
+    rows = [from_ids(backbone, site, pieces[word]).mean(0, keepdim=True) for word in words]
     return torch.cat([*rows, *([from_ids(backbone, site, filler)] if len(filler) else [])])
 
 

@@ -1,6 +1,7 @@
 """One run from its configuration to artefact, results.json and report page; `open_artefact` is the way back."""
 
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -125,6 +126,7 @@ def execute(run: Run, screen: Screen = Screen()) -> dict[str, Any]:
     Returns what results.json holds. An interrupted run goes on from its checkpoint when called again.
     """
     out, began = Path(run.out), time.time()
+    _check_writable(out)
     job = prepare(run, screen)
     before = [_judge(job, i, screen, "before", stock=True) for i in range(len(job.tasks))]
     history = _train(job, out, screen)
@@ -139,6 +141,16 @@ def execute(run: Run, screen: Screen = Screen()) -> dict[str, Any]:
     for page, task in zip(pages, job.tasks, strict=True):
         report.write_page(out / ("report.html" if len(pages) == 1 else f"report-{task.name}.html"), page)
     return results
+
+
+def _check_writable(out: Path) -> None:
+    """Raise ConfigError now rather than after the work when nothing can be written into `out`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out) as file:
+            file.write(b"softprompts")
+    except OSError as error:
+        raise ConfigError(f"cannot write into {out}: {error.strerror}; choose another directory with --out") from None
 
 
 def prompt_directory(out: Path, task: str, tasks: int) -> Path:

@@ -119,7 +119,7 @@ def _no_leaks(parts: dict[str, list[Row]], columns: Sequence[str], notes: list[s
     taken: set[str] = set()
     for role in ("test", "validation", "train"):
         rows = parts.get(role, [])
-        kept = rows if role == "test" else [row for row in rows if key(row, columns) not in taken]
+        kept = [row for row in rows if key(row, columns) not in taken]
         if len(kept) < len(rows):
             notes.append(f"{role}: {len(rows) - len(kept)} rows left out whose text is also in a later split")
         taken.update(key(row, columns) for row in kept)

@@ -22,7 +22,7 @@ class Reading:
     hidden [B, S, H] the states of the full sequences; position [B, T] where each packed text token stands in them;
     order [B, T] the original column of each packed token; mask [B, T] packed text mask; end [B] the last position of
     each row's run, be it text or prompt; output: the trunk's own output; encoded: the encoder's states and mask; cache;
-    path.
+    path; text: in encoder-decoder models, whose decoder the rest describes, the same of the encoder.
     """
 
     hidden: Tensor
@@ -34,6 +34,7 @@ class Reading:
     encoded: tuple[Any, Tensor] | None = None
     cache: Any = None
     path: str = ""
+    text: "Reading | None" = None
 
 
 def read(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, *, share: bool | None = None) -> Reading:
@@ -211,9 +212,10 @@ def _given_positions(batch: Batch, where: Layout) -> Tensor:
     if batch.positions is None:
         return where.ids
     columns = torch.arange(batch.mask.shape[1], device=where.ids.device).expand_as(where.position)
-    shift = where.position - columns
-    own = batch.positions + shift
-    return where.ids.scatter(1, where.position, own.where(batch.mask, where.ids.gather(1, where.position)))
+    own = batch.positions + where.position - columns
+    size = where.ids.shape[1]
+    spare = torch.nn.functional.pad(where.ids, (0, 1))  # the last column takes what padding writes
+    return spare.scatter(1, where.position.where(batch.mask, size), own)[:, :size]
 
 
 def _read_seq2seq(
@@ -223,9 +225,11 @@ def _read_seq2seq(
     encoder_side = prompt if site.name in ("input", "layers") else None
     where = layout(packed.mask, packed.place, encoder_side)
     encoded = _run_encoder(backbone, packed, encoder_side, site, where)
+    states = encoded.last_hidden_state
     ids, mask, target_order = decoder_ids(backbone, batch, packed, order)
     decoder_side = prompt if site.name not in ("input", "layers") else None
-    output, position, end = decode(backbone, ids, mask, encoded.last_hidden_state, where.mask, decoder_side, site)
+    output, position, end = decode(backbone, ids, mask, states, where.mask, decoder_side, site)
+    text = Reading(states, where.position, order, packed.mask, where.mask.sum(1) - 1, encoded)
     return Reading(
         output.last_hidden_state,
         position,
@@ -236,4 +240,5 @@ def _read_seq2seq(
         (encoded, where.mask),
         cache=output.past_key_values,
         path="concatenation: an encoder's prompt sees the text",
+        text=text,
     )

@@ -22,14 +22,16 @@ def forward(
 ) -> Output:
     """Scores that line up with the labels of `batch`, for the labelled positions only.
 
-    prompt: None runs the stock model without one; hidden: also return the text's states [B, T, H]; share: force
+    prompt: None runs the stock model without one; hidden: also return the text's states [B, T, H] (encoder-decoder
+    models: the encoder's; with head features always, and then the decoder's, as the stock model does); share: force
     (True) or forbid (False) the shared prefix, None takes it where it saves work.
     Raises BackboneError when prompt and text do not fit the model's positions.
     """
     reading = read(backbone, batch, prompt, site, share=share)
     rows = torch.arange(len(batch.ids), device=reading.hidden.device)
-    states = _unpack(reading) if hidden or backbone.head in ("span", "features") else None
-    result = Output(None, None, rows, hidden=states, cache=reading.cache, path=reading.path)
+    states = _unpack(reading) if backbone.head in ("span", "features") else None
+    seen = _unpack(reading.text or reading) if hidden and backbone.head != "features" else states
+    result = Output(None, None, rows, hidden=seen, cache=reading.cache, path=reading.path)
     if backbone.head == "lm" and backbone.family.shifted:
         result = replace(result, last=_last(reading))
     if backbone.head == "features" or (batch.labels is None and backbone.head in ("lm", "token")):

@@ -1,0 +1,281 @@
+"""The plots of a page: drawn by matplotlib, put into HTML as inline SVG that takes the page's own font and colours.
+
+Every plot is a figure with a caption, and its label read aloud carries the figures that the eye would take from it.
+Nothing here touches pyplot, the settings of whoever calls, or a clock: the same facts always give the same text.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+if TYPE_CHECKING:  # matplotlib takes a second to import, so only drawing does it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 420, 230  # of a line plot, in pixels; the page scales it a little
+CELL = 44  # one side of a cell of the heatmap
+MOST_POINTS = 500
+
+# What is drawn in one of these colours takes the style sheet's variable of that name.
+COLOURS = {"ink": "#00000a", "quiet": "#00000b", "edge": "#00000c", "accent": "#00000d", "before": "#00000e"}
+_VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+_LOOK = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # a label may hold dollars
+    "text.color": COLOURS["quiet"],
+    "axes.labelcolor": COLOURS["quiet"],
+    "axes.edgecolor": COLOURS["edge"],
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "xtick.labelcolor": COLOURS["quiet"],
+    "ytick.labelcolor": COLOURS["quiet"],
+    "xtick.color": COLOURS["edge"],
+    "ytick.color": COLOURS["edge"],
+    "ytick.major.size": 0,
+    "grid.color": COLOURS["edge"],
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 13,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a plot: points (x, y); `look` is after, before or raw (thin and pale); `dots` marks each point."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    look: str = "after"
+    dots: bool = False
+
+
+def shown(value: float) -> str:
+    """Write a number for people: thousands in groups, or four significant digits."""
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def interval(one: Mapping[str, Any], shape: str) -> str:
+    """Put the bounds of a score into `shape`; nothing where it has none."""
+    low, high = one.get("low"), one.get("high")
+    return "" if low is None or high is None else shape.format(f"{low:.3f}", f"{high:.3f}")
+
+
+def with_interval(one: Mapping[str, Any]) -> str:
+    """Write a score and, where it has them, its bounds."""
+    return "undefined" if one.get("value") is None else f"{one['value']:.3f}{interval(one, ' ({} to {})')}"
+
+
+def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average neighbours until at most MOST_POINTS are left: a page of 50 000 steps stays small."""
+    if len(points) <= MOST_POINTS:
+        return list(points)
+    means = [part.mean(axis=0) for part in np.array_split(np.array(points, dtype=np.float64), MOST_POINTS)]
+    return [(float(x), float(y)) for x, y in means]
+
+
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Average over a centred window of a fifteenth of the points, cut off at both ends."""
+    half, ys = max(1, len(points) // 30), [y for _, y in points]
+    return [(x, float(np.mean(ys[max(0, at - half) : at + half + 1]))) for at, (x, _) in enumerate(points)]
+
+
+def line_plot(title: str, lines: Sequence[Line]) -> str:
+    """Draw lines over steps; nothing where no line has two points."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
+
+    lines = [line for line in lines if len(line.points) > 1]
+    if not lines:
+        return ""
+
+    def draw(figure: Figure) -> dict[str, list[str]]:
+        axes, tips = figure.add_subplot(), {}
+        for at, line in enumerate(lines):
+            style: dict[str, Any] = {"color": COLOURS["before" if line.look == "before" else "accent"]}
+            style |= {"linewidth": 1, "alpha": 0.4} if line.look == "raw" else {"linewidth": 2.2}
+            style |= {"marker": "o", "markersize": 7} if line.dots else {}
+            xs, ys = zip(*line.points, strict=True)
+            axes.plot(xs, ys, gid=f"line{at}", clip_on=False, **style)
+            if line.dots:
+                tips[f"line{at}"] = [f"step {x:g}: {shown(y)}" for x, y in line.points]
+        axes.margins(x=0)
+        axes.grid(axis="y")
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        large = max(abs(y) for line in lines for _, y in line.points) >= 1000
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
+        return tips
+
+    steps, values = zip(*lines[0].points, strict=True)
+    label = (
+        f"{title} from step {steps[0]:g} to {steps[-1]:g}: first {shown(values[0])}, last {shown(values[-1])}, "
+        f"lowest {shown(min(values))}, highest {shown(max(values))}"
+    )
+    legend = [(line.name, line.look) for line in lines] if len(lines) > 1 else []
+    return _plot(title, label, draw, (WIDTH, HEIGHT), legend)
+
+
+def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> str:
+    """Draw each metric before and after as a dot on its interval."""
+    pairs = {name: [("before", before.get(name) or {}), ("after", scores[name])] for name in scores}
+    pairs = {name: [(look, one) for look, one in pair if one.get("value") is not None] for name, pair in pairs.items()}
+    pairs = {name: pair for name, pair in pairs.items() if pair}
+    if not pairs:
+        return ""
+    lines = sum(len(pair) + 1.2 for pair in pairs.values())  # the name of a metric has a line of its own
+
+    def draw(figure: Figure) -> dict[str, list[str]]:
+        from matplotlib.ticker import MaxNLocator
+
+        axes, y = figure.add_subplot(), 0.1
+        for name, pair in pairs.items():
+            across = axes.get_yaxis_transform()
+            axes.text(0, y + 0.4, _printable(name), transform=across, va="center", weight="bold", color=COLOURS["ink"])
+            for at, (look, one) in enumerate(pair):
+                _whisker(axes, y + 1.2 + at, look, one)
+            y += len(pair) + 1.2
+        axes.set_ylim(lines + 0.1, 0)
+        axes.set_yticks([])
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        return {}
+
+    label = "; ".join(f"{name} {look} {with_interval(one)}" for name, pair in pairs.items() for look, one in pair)
+    legend = [(look, look) for look in ("before", "after") if any(look in dict(pair) for pair in pairs.values())]
+    return _plot("95 % intervals", label, draw, (WIDTH, round(36 + 24 * lines)), legend)
+
+
+def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> str:
+    """Draw the confusion matrix: counts, shaded by their share of the row; an empty illegal column is left out."""
+    counts = np.array(matrix, dtype=np.int64).reshape(len(labels), -1)
+    columns = [*map(str, labels), "no label"][: counts.shape[1]]
+    if len(columns) > len(labels) and not counts[:, -1].any():
+        columns, counts = columns[:-1], counts[:, :-1]
+
+    def draw(figure: Figure) -> dict[str, list[str]]:
+        axes = figure.add_axes((0, 0, 1, 1))  # the page gets what is drawn, so the labels may stand outside
+        axes.set(xlim=(0, len(columns)), ylim=(len(labels), 0), frame_on=False)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0, labelcolor=COLOURS["quiet"])
+        middle = np.arange(len(columns)) + 0.5
+        style = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
+        axes.set_xticks(middle, [_short(name) for name in columns], **style)
+        axes.set_yticks(middle[: len(labels)], [_short(str(name)) for name in labels])
+        return {"cells": _cells(axes, counts, list(map(str, labels)), columns)}
+
+    right = int(np.trace(counts))
+    label = f"Confusion matrix of {len(labels)} labels: {right} of {counts.sum()} predictions on the diagonal"
+    size = (CELL * len(columns), CELL * len(labels))
+    return _plot("Gold (rows) and predicted (columns)", label, draw, size, crop=True)
+
+
+def _whisker(axes: Axes, y: float, look: str, one: Mapping[str, Any]) -> None:
+    value = one["value"]
+    low, high = (value if one.get(key) is None else one[key] for key in ("low", "high"))
+    colour, text = (COLOURS[name] for name in (("before", "quiet") if look == "before" else ("accent", "ink")))
+    axes.axhline(y, color=COLOURS["edge"], linewidth=1)
+    axes.plot([low, high], [y, y], color=colour, linewidth=4, alpha=0.45, solid_capstyle="round", clip_on=False)
+    axes.plot(value, y, "o", color=colour, markersize=11, markeredgewidth=0, clip_on=False)
+    weight = "normal" if look == "before" else "bold"
+    spot = {"transform": axes.get_yaxis_transform(), "va": "center", "color": text, "weight": weight}
+    axes.text(1.04, y, f"{value:.3f}", **spot)
+
+
+def _cells(axes: Axes, counts: np.ndarray, labels: list[str], columns: list[str]) -> list[str]:
+    """Draw the cells with their counts; returns what the pointer shows on each."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    places = list(np.ndindex(*counts.shape))
+    boxes = [Rectangle((column + 0.02, row + 0.02), 0.96, 0.96) for row, column in places]
+    shades = [to_rgba(COLOURS["accent"], 0.03 + 0.52 * float(shares[place])) for place in places]
+    axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors="none", gid="cells", clip_on=False))
+    for row, column in places:
+        text = str(counts[row, column])
+        style = {"color": COLOURS["ink"], "alpha": 0.45 if text == "0" else 1.0, "fontsize": min(13, 64 / len(text))}
+        style |= {"ha": "center", "va": "center_baseline"}
+        axes.text(column + 0.5, row + 0.5, text, **style).set_in_layout(False)
+    return [f"gold {labels[i]}, predicted {columns[j]}: {counts[i, j]}" for i, j in places]
+
+
+def _printable(text: str) -> str:
+    """Put a space for what XML cannot hold and for line breaks."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
+def _short(label: str) -> str:
+    label = _printable(label)
+    return label if len(label) < 15 else f"{label[:7]}…{label[-6:]}"
+
+
+def _plot(
+    title: str,
+    label: str,
+    draw: Any,
+    size: tuple[float, float],
+    legend: Sequence[tuple[str, str]] = (),
+    crop: bool = False,
+) -> str:
+    """Lay out a figure with its caption and legend; `draw` fills it and answers with the tips of its groups."""
+    from matplotlib import style
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    name = re.sub(r"\W+", "-", title.lower()).strip("-")
+    with style.context([{**_LOOK, "svg.hashsalt": name}], after_reset=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's font, not ours, shows the text
+        figure = Figure((size[0] / 72, size[1] / 72), dpi=72, layout=None if crop else "constrained")
+        tips, drawn = draw(figure), io.StringIO()
+        box = {"bbox_inches": "tight", "pad_inches": 2 / 72} if crop else {}
+        FigureCanvasSVG(figure).print_figure(drawn, format="svg", metadata={"Date": None}, **box)
+    keys = "".join(f'<span class="key {look}">{html.escape(text)}</span>' for text, look in legend)
+    picture = _inline(drawn.getvalue(), name, _printable(label), tips)
+    return (
+        f"<figure>\n<figcaption>{html.escape(title)}{keys}</figcaption>\n"
+        f'<div class="scroll">{picture}</div>\n</figure>\n'
+    )
+
+
+def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) -> str:
+    """Turn a file of matplotlib's into an element of a page: no prolog, no style of its own, ids that begin with name.
+
+    `tips` are what the pointer shows on the things of a group, by the group's id.
+    """
+    root = ElementTree.fromstring(svg)
+    width = float(root.attrib["viewBox"].split()[2])
+    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label, "style": f"--units: {width:g}"}
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        element.text = (element.text or "").strip()
+        element.tail = ""
+        if "d" in element.attrib or "x" in element.attrib:
+            _compact(element)
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag in ("metadata", "style")]:
+            parent.remove(child)
+        things = parent.findall(".//use") or parent.findall("path")
+        for thing, tip in zip(things, tips.get(parent.get("id", ""), ()), strict=False):
+            ElementTree.SubElement(thing, "title").text = _printable(tip)
+    _rename(root, name)
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,295 @@
+"""The command as a user meets it: the common path, and one clear line for everything that can be wrong."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import local
+from softprompts import artefact, assets, cli, job
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of a tiny model in a folder of its own, and that folder."""
+    folder = tmp_path_factory.mktemp("run")
+    values = local.run_values(folder, steps=30, rate=0.1)
+    local.teach(folder / "llama")
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    job.execute(cli.parse(values))
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["softprompts", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def refused(result, *words):
+    """The result is one clear line with all `words`, a non-zero status and no traceback."""
+    status, _, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 1, err
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err[err.index(lines[0]) :], err
+
+
+def base(folder, *more):
+    return ["train", "--config", folder / "run.yaml", *more]
+
+
+def test_version_and_help(call):
+    assert call("--version")[1] == "softprompts 0.1.0\n"
+    assert "quickstart" in call("--help")[1]
+    status, out, _ = call("env", "--json")
+    assert status == 0
+    assert {"softprompts", "python", "torch", "transformers", "device", "dtype"} <= json.loads(out).keys()
+
+
+def test_methods_and_assets(call):
+    assert "prompt-tuning" in json.loads(call("methods", "--json")[1])
+    rows = json.loads(call("assets", "list", "--json")[1])
+    assert {"smollm2-135m", "trec"} <= {row["name"] for row in rows}
+
+
+def test_train_with_flags_writes_everything(call, tmp_path):
+    model = local.model_directory(tmp_path / "llama")
+    data = local.colours(tmp_path / "c.csv")
+    arguments = ["--model", model, "--data", data, "--text", "text", "--label", "label", "--out", tmp_path / "o"]
+    small = ["--set", "model.dtype=float32", "--set", "evaluate.resamples=100", "--steps", 2, "--length", 3]
+    status, out, err = call("train", *arguments, *small)
+    assert status == 0, err
+    for name in ("prompt/softprompts.json", "prompt/adapter_model.safetensors", "results.json", "report.html"):
+        assert (tmp_path / "o" / name).is_file(), name
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert results["config"]["prompt"]["length"] == 3
+    assert results["summary"]["steps"] == 2
+    assert len(results["curve"]) == 2
+    assert results["versions"]["softprompts"] == "0.1.0"
+    assert "softprompts predict" in out
+    assert "training 2/2 loss" in err
+
+
+def test_what_was_learned_is_used(trained, call):
+    results = json.loads((trained / "out" / "results.json").read_text())
+    assert results["summary"]["after"]["value"] >= 0.9
+    status, out, _ = call("predict", trained / "out" / "prompt", "the thing 7 is blue")
+    assert status == 0
+    answer = json.loads(out)
+    assert answer["answer"] == "cold"
+    assert set(answer["scores"]) == {"cold", "warm"}
+
+
+def test_predict_reads_files_and_standard_input(trained, call, tmp_path):
+    prompt = trained / "out" / "prompt"
+    texts = ["the thing 1 is red", "the thing 2 is green"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    exact = ["--dtype", "float32"]
+    from_file = call("predict", prompt, "--file", tmp_path / "in.jsonl", *exact)[1]
+    from_pipe = call("predict", prompt, *exact, stdin="\n".join(texts))[1]
+    assert from_file == from_pipe
+    assert [json.loads(line)["text"] for line in from_file.splitlines()] == texts
+    one = json.loads(call("predict", prompt, texts[1], *exact)[1])
+    assert one["scores"] == pytest.approx(json.loads(from_file.splitlines()[1])["scores"], abs=2e-4)
+
+
+def test_evaluate_repeats_the_run_s_own_figure(trained, call):
+    status, out, err = call("evaluate", trained / "out" / "prompt", "--json", "--dtype", "float32")
+    assert status == 0, err
+    results = json.loads((trained / "out" / "results.json").read_text())
+    assert json.loads(out)["scores"]["accuracy"]["value"] == results["summary"]["after"]["value"]
+
+
+def test_evaluate_on_other_rows_with_other_label_words(trained, call, tmp_path):
+    rows = "text,label\nthe thing 1 is red,hot\nthe thing 2 is blue,icy\nthe thing 3 is green,icy\n"
+    (tmp_path / "other.csv").write_text(rows)
+    other = ["--data", tmp_path / "other.csv", "--map", "warm=hot,cold=icy", "--split", "test"]
+    (tmp_path / "t").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "t" / f"{split}.csv").write_text(rows if split == "test" else rows.replace("thing", "cup"))
+    other[1] = tmp_path / "t"
+    status, out, err = call("evaluate", trained / "out" / "prompt", *other, "--json")
+    assert status == 0, err
+    score = json.loads(out)["scores"]["accuracy"]
+    assert score["n"] == 3
+    assert score["value"] >= 2 / 3
+
+
+def test_evaluate_with_votes(trained, call):
+    prompt = trained / "out" / "prompt"
+    alone = json.loads(call("evaluate", prompt, "--json")[1])
+    together = json.loads(call("evaluate", prompt, prompt, prompt, "--json")[1])
+    assert together["scores"]["accuracy"] == alone["scores"]["accuracy"]
+
+
+def test_generate_continues_a_text(trained, call):
+    status, out, err = call(
+        "generate", trained / "out" / "prompt", "the thing 9 is blue:", "--max-new-tokens", 8, "--dtype", "float32"
+    )
+    assert status == 0, err
+    assert out.strip() == "cold"
+
+
+def test_inspect_shows_the_facts(trained, call):
+    facts = json.loads(call("inspect", trained / "out" / "prompt", "--json")[1])
+    assert facts["task"] == "colours"
+    assert str(trained / "out" / "prompt") in call("inspect", trained / "out" / "prompt")[1].replace("\n", "")
+
+
+def test_shipped_examples_are_short_and_right():
+    files = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
+    assert len(files) >= 4
+    for file in files:
+        assert len(file.read_text().splitlines()) <= 25, file
+        cli.read_config(file)
+
+
+# Bad input
+
+
+def test_bad_configuration(trained, call, tmp_path):
+    refused(call(*base(trained, "--set", "train.stpes=3")), "train.stpes", "did you mean 'steps'?")
+    refused(call(*base(trained, "--set", "prompt.init.kind=tekst")), "prompt.init.kind", "did you mean 'text'?")
+    refused(call(*base(trained, "--set", "prompt.method=promt-tuning")), "did you mean 'prompt-tuning'?")
+    refused(call(*base(trained, "--set", "train.steps")), "section.key=value")
+    refused(call("train", "--config", tmp_path / "no.yaml"), "no configuration file")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    refused(call("train", "--config", tmp_path / "list.yaml"), "key: value")
+    refused(call("train"), "--data")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("words,label\na,warm\n", ("column", "text", "words")),
+        ("", ("empty",)),
+        ("text,label\n", ("no rows",)),
+        ("text;label\na;warm\n", ("';'",)),
+        ("text,label\na,warm\nb,warm,cold\n", ("c.csv:3",)),
+        ("text,label\nthe thing is odd,lukewarm\nx is red,warm\ny,cold\n", ("lukewarm", "warm")),
+    ],
+)
+def test_bad_rows(trained, call, tmp_path, content, words):
+    (tmp_path / "c.csv").write_text(content)
+    sets = [f"task.source={tmp_path / 'c.csv'}", "task.verbaliser={warm: warm, cold: cold}", f"out={tmp_path / 'o'}"]
+    refused(call(*base(trained, *[part for s in sets for part in ("--set", s)])), *words)
+    assert not (tmp_path / "o" / "prompt").exists()
+
+
+def test_a_text_longer_than_the_context_is_cut_and_said(trained, call, tmp_path):
+    rows = [f"the thing {i} is {'very ' * 300}{c},{local.COLOURS[c]}" for i, c in enumerate(list(local.COLOURS) * 6)]
+    (tmp_path / "long.csv").write_text("text,label\n" + "\n".join(rows))
+    sets = ["--set", f"task.source={tmp_path / 'long.csv'}", "--out", tmp_path / "o", "--steps", 1]
+    status, _, err = call(*base(trained, *sets))
+    assert status == 0, err
+    assert "texts were cut to fit 124 tokens" in err
+
+
+def test_a_prompt_longer_than_the_context(trained, call, tmp_path):
+    refused(call(*base(trained, "--length", 500, "--out", tmp_path)), "500 tokens", "takes 128 positions")
+
+
+def test_a_model_that_is_not_there(trained, call, tmp_path):
+    refused(call(*base(trained, "--model", "smollm3-135m", "--out", tmp_path)), "smollm3-135m", "assets list")
+
+
+def test_no_index_reachable_for_assets(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    refused(call("assets", "fetch", "smollm2-135m"), "Check the connection", "--model")
+    refused(call("assets", "fetch", "tric"), "did you mean 'trec'?")
+
+
+def test_an_output_that_cannot_be_written(trained, call, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    refused(call(*base(trained, "--out", tmp_path / "file" / "run")), "cannot write into")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_keeps_the_checkpoint(trained, call, tmp_path, monkeypatch):
+    def full(one, directory):
+        raise artefact.ArtefactError(f"{directory}: No space left on device")
+
+    monkeypatch.setattr(artefact, "save", full)
+    refused(call(*base(trained, "--out", tmp_path / "o", "--steps", 2)), "No space left")
+    assert (tmp_path / "o" / "checkpoint.safetensors").is_file()
+    monkeypatch.undo()
+
+
+def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_path, monkeypatch):
+    from softprompts import train
+
+    original = train._gradients
+
+    def interrupted(*arguments):
+        interrupted.calls += 1
+        if interrupted.calls == 3:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    interrupted.calls = 0
+    monkeypatch.setattr(train, "_gradients", interrupted)
+    status, _, err = call(*base(trained, "--out", tmp_path / "o", "--steps", 4))
+    assert status == 130
+    assert "the same command goes on" in err
+    assert (tmp_path / "o" / "checkpoint.safetensors").is_file()
+    status, _, err = call(*base(trained, "--out", tmp_path / "o", "--steps", 4))
+    assert status == 0, err
+    assert interrupted.calls == 5
+
+
+def test_bad_artefacts(trained, call, tmp_path):
+    refused(call("predict", tmp_path / "nowhere", "x"), "nowhere")
+
+    def copy(name):
+        return Path(shutil.copytree(trained / "out" / "prompt", tmp_path / name))
+
+    cut = copy("cut") / "softprompts.safetensors"
+    cut.write_bytes(cut.read_bytes()[:100])
+    refused(call("predict", cut.parent, "x"), "cut short")
+    pickle = copy("pickle") / "softprompts.safetensors"
+    pickle.write_bytes(b"\x80\x04" + b"x" * 50)
+    refused(call("predict", pickle.parent, "x"), "pickle")
+    newer = copy("newer") / "softprompts.json"
+    newer.write_text(newer.read_text().replace('"format_version": 1', '"format_version": 2'))
+    refused(call("predict", newer.parent, "x"), "newer")
+    found = artefact.load(trained / "out" / "prompt")
+    found.prompt[0, 0] = torch.nan
+    with pytest.raises(artefact.ArtefactError, match="NaN"):
+        artefact.save(found, tmp_path / "nan")
+
+
+def test_an_artefact_for_other_weights(trained, call, tmp_path):
+    other = local.model_directory(tmp_path / "other", seed=1)
+    arguments = ["predict", trained / "out" / "prompt", "the thing is red", "--model", other, "--dtype", "float32"]
+    refused(call(*arguments), "weights")
+    status, out, err = call(*arguments, "--allow-other-weights")
+    assert status == 0
+    assert "warning" in err
+    assert json.loads(out)["answer"] in ("warm", "cold")
+
+
+def test_cache_is_where_the_variable_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
+    assert assets.cache_dir() == tmp_path

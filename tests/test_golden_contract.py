@@ -1,0 +1,201 @@
+"""Golden: what every method promises, and that training leaves the backbone as it was."""
+
+import hashlib
+from typing import Any
+
+import pytest
+import rows
+import tiny
+import torch
+from rows import INPUT, called
+from torch import Tensor, nn
+
+from softprompts import backbone as b
+from softprompts import inject, objectives
+from softprompts.learner import Learner
+from softprompts.methods import METHODS, find
+from softprompts.prompt import IGNORE, Batch, Start
+
+pytestmark = pytest.mark.golden
+TASKS = ("sst2", "mnli", "trec")
+P = 5
+
+
+def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT, head: str = "lm") -> Learner:
+    """A method with its default configuration for three tasks on a shared tiny backbone."""
+    bb = tiny.backbone(name, head)
+    slot = inject.slot(bb, site, TASKS, P)
+    made: Any = find(method)
+    start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
+    torch.manual_seed(0)
+    return Learner(bb, site, slot, made(made.Config(), slot, start))
+
+
+def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
+    """A batch for a language model with a task for each row."""
+    lengths = [3 + (5 * i) % 7 for i in range(len(tasks))]
+    found = rows.batch(name, rows.texts(name, lengths, seed), "left")
+    return Batch(found.ids, found.mask, torch.tensor(tasks), found.labels)
+
+
+def loss(made: Learner, batch: Batch) -> Tensor:
+    """The task loss of one step."""
+    return objectives.task(made.step(batch))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
+def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: str) -> None:
+    made = learner(name, method, site)
+    batch = batch_of(name, [2, 0, 2, 2])
+    prompt = made.prompt(batch)
+    assert prompt.values.shape[1:] == (made.slot.length, made.slot.width)
+    assert prompt.values.dtype == torch.float32
+    assert prompt.mask.shape == prompt.values.shape[:2]
+    assert prompt.mask.all()
+    assert prompt.row.shape == (4,)
+    assert len(prompt.values) <= 4
+    start = rows.random(5, P, made.slot.width)
+    for values in prompt.values[prompt.row]:
+        torch.testing.assert_close(values, start, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_ignores_neighbours(method: str) -> None:
+    made = learner("llama", method)
+    for parameter in made.method.parameters():
+        parameter.add_(rows.random(8, *parameter.shape))
+    batch = batch_of("llama", [2, 0, 1, 2])
+    together = made.prompt(batch)
+    for i in range(4):
+        alone = made.prompt(batch.rows(torch.tensor([i])))
+        torch.testing.assert_close(together.values[together.row[i]], alone.values[alone.row[0]], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "gemma3", "t5", "bart", "bert")), ids=called)
+def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: str) -> None:
+    """A dead-row scan: after a few steps on all tasks no row of any parameter has been without a gradient."""
+    made = learner(name, method, site)
+    seen = {key: torch.zeros(len(p)) for key, p in made.parameters().items()}
+    optimiser = torch.optim.Adam(made.parameters().values(), lr=1e-2)
+    for seed in range(2):
+        optimiser.zero_grad()
+        loss(made, batch_of(name, [0, 1, 2, 0, 1, 2], 10 * seed)).backward()
+        for key, parameter in made.parameters().items():
+            assert parameter.grad is not None, f"{key} has no gradient"
+            assert parameter.grad.isfinite().all(), key
+            seen[key] += parameter.grad.flatten(1).abs().sum(1) if parameter.dim() > 1 else parameter.grad.abs()
+        optimiser.step()
+    assert {key: rest.eq(0).nonzero()[:, 0].tolist() for key, rest in seen.items() if rest.eq(0).any()} == {}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ("llama", "t5"))
+def test_overfits_eight_examples(name: str, method: str) -> None:
+    """Eight texts of two kinds with an answer word for each kind are learnt to 100 %."""
+    kind = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
+    words = torch.tensor([11, 12])[kind]
+    texts = [torch.cat([torch.full((4,), 20 + 20 * int(k)), rows.ids(30 + i, 3)]) for i, k in enumerate(kind)]
+    if name in tiny.SEQ2SEQ:
+        text, mask = rows.pad(texts)
+        labels = words[:, None]
+    else:
+        text, mask = rows.pad([torch.cat([t, w[None]]) for t, w in zip(texts, words, strict=True)])
+        labels = torch.full_like(text, IGNORE)
+        labels[:, -1] = words
+    batch = Batch(text, mask, torch.zeros(8, dtype=torch.long), labels)
+    made = learner(name, method)
+    optimiser = torch.optim.Adam(made.parameters().values(), lr=0.1)
+    for _ in range(400):
+        output = made.step(batch).output
+        if output.logits.argmax(1).equal(output.labels):
+            return
+        optimiser.zero_grad()
+        loss(made, batch).backward()
+        optimiser.step()
+    pytest.fail(f"{int((output.logits.argmax(1) == output.labels).sum())} of 8 learnt")
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that training must leave as it is: bytes, module identities, hooks, attributes, configuration."""
+    digest = hashlib.sha256()
+    for key, value in model.state_dict().items():
+        digest.update(key.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+    modules = dict(model.named_modules())
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+    return {
+        "bytes": digest.hexdigest(),
+        "modules": {key: id(module) for key, module in modules.items()},
+        "attributes": {key: sorted(vars(module)) for key, module in modules.items()},
+        "hooks": {key: [list(vars(module)[hook]) for hook in hooks] for key, module in modules.items()},
+        "config": model.config.to_dict(),
+        "training": {key: module.training for key, module in modules.items()},
+    }
+
+
+FROZEN = [
+    *((name, site, "lm") for name, site in rows.cases(("llama", "opt", "gemma2", "t5", "bart", "bert"))),
+    *((name, INPUT, head) for name in ("llama", "bart", "bert") for head in ("sequence", "span")),
+]
+
+
+@pytest.mark.parametrize(("name", "site", "head"), FROZEN, ids=called)
+def test_frozen(name: str, site: inject.Site, head: str) -> None:
+    made = learner(name, site=site, head=head)
+    model = made.backbone.model
+    before = snapshot(model)
+    start = [p.detach().clone() for p in made.method.parameters()]
+    optimiser = torch.optim.Adam(made.parameters().values(), lr=0.1)
+    batch = batch_of(name, [0, 1, 2, 0])
+    if head != "lm":
+        labels = torch.tensor([0, 1, 2, 0]) if head == "sequence" else torch.full((4, 2), batch.ids.shape[1] - 1)
+        batch = Batch(batch.ids, batch.mask, batch.task, labels)
+    for _ in range(3):
+        optimiser.zero_grad()
+        loss(made, batch).backward()
+        optimiser.step()
+    assert snapshot(model) == before
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert all((p - s).abs().sum() > 0 for p, s in zip(made.method.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("name", ("llama", "opt", "t5", "bert"))
+@pytest.mark.parametrize("broken", ("layer", "head"))
+def test_nothing_is_left_behind_after_an_error(name: str, broken: str) -> None:
+    bb = b.wrap(tiny.model(name), name=name)
+    values = rows.random(0, 3, inject.width(bb, rows.REPLACE))
+    batch = rows.batch(name, rows.texts(name))
+    before = snapshot(bb.model)
+    module = bb.layers[-1] if broken == "layer" else bb.model.get_output_embeddings()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inject.forward(bb, batch, rows.single(values, 4), rows.REPLACE)
+    handle.remove()
+    assert snapshot(bb.model) == before
+    assert inject.forward(bb, batch, rows.single(values, 4), rows.REPLACE).logits.isfinite().all()
+
+
+def test_a_head_that_reads_something_else_is_noticed() -> None:
+    """Scores are never silently of something else than the replayed states."""
+    bb = b.wrap(tiny.model("llama"), name="llama")
+    other = tiny.model("llama").model
+    forward = type(bb.model).forward
+
+    def elsewhere(input_ids: Tensor, **_: Any) -> Any:
+        own, bb.model.model = bb.model.model, other
+        try:
+            return forward(bb.model, input_ids=input_ids)
+        finally:
+            bb.model.model = own
+
+    output = bb.trunk(input_ids=torch.tensor([[5, 6]]))
+    bb.model.forward = elsewhere
+    with pytest.raises(b.BackboneError, match="the head of LlamaForCausalLM does not read its trunk's output"):  # noqa: SIM117
+        with bb.replay(output):
+            bb.model(input_ids=torch.tensor([[5, 6]]))
