@@ -4,11 +4,11 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import tiny
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+import tiny
 from softprompts import inject
 from softprompts.backbone import Backbone
 from softprompts.prompt import IGNORE, Batch, Output, Prompt

@@ -4,12 +4,12 @@ import hashlib
 from typing import Any
 
 import pytest
-import rows
-import tiny
 import torch
-from rows import INPUT, called
 from torch import Tensor, nn
 
+import rows
+import tiny
+from rows import INPUT, called
 from softprompts import backbone as b
 from softprompts import inject, objectives
 from softprompts.learner import Learner
@@ -92,7 +92,7 @@ def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: s
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ("llama", "t5"))
+@pytest.mark.parametrize("name", ["llama", "t5"])
 def test_overfits_eight_examples(name: str, method: str) -> None:
     """Eight texts of two kinds with an answer word for each kind are learnt to 100 %."""
     kind = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
@@ -161,8 +161,8 @@ def test_frozen(name: str, site: inject.Site, head: str) -> None:
     assert all((p - s).abs().sum() > 0 for p, s in zip(made.method.parameters(), start, strict=True))
 
 
-@pytest.mark.parametrize("name", ("llama", "opt", "t5", "bert"))
-@pytest.mark.parametrize("broken", ("layer", "head"))
+@pytest.mark.parametrize("name", ["llama", "opt", "t5", "bert"])
+@pytest.mark.parametrize("broken", ["layer", "head"])
 def test_nothing_is_left_behind_after_an_error(name: str, broken: str) -> None:
     bb = b.wrap(tiny.model(name), name=name)
     values = rows.random(0, 3, inject.width(bb, rows.REPLACE))

@@ -9,12 +9,12 @@ from typing import Any
 
 import peft
 import pytest
-import rows
-import tiny
 import torch
-from rows import INPUT
 from torch import Tensor
 
+import rows
+import tiny
+from rows import INPUT
 from softprompts import backbone as b
 from softprompts import init, inject, objectives
 from softprompts.config import InitConfig
@@ -73,7 +73,7 @@ def same_loss_and_gradient(name: str, batch: Batch, share: bool) -> None:
     assert (own - gradient[:P]).norm() < 1e-4 * gradient.norm()
 
 
-@pytest.mark.parametrize("share", (True, False))
+@pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", [name for name in tiny.CAUSAL if name not in FACTORISED])
 def test_first_causal(name: str, share: bool) -> None:
     """With labels = input_ids, right-padded: shared = concatenation = PEFT."""
@@ -100,7 +100,7 @@ def test_first_sequence_classification(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("gpt2", "llama", "qwen3", "gemma3"))
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma3"])
 def test_peers_left_padding(name: str) -> None:
     """PEFT's text positions move with the padding; ours never do."""
     made, texts = wrapped(name, values=values_for(name)), rows.texts(name, (5,))
@@ -117,7 +117,7 @@ def test_peers_left_padding(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("gpt2", "llama"))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_peers_extra_positions(name: str) -> None:
     """PEFT's logits are P longer than the labels; ours line up with them, one by one."""
     batch = rows.batch(name, rows.texts(name), "left")
@@ -129,7 +129,7 @@ def test_peers_extra_positions(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("bert", "roberta"))
+@pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_peers_token_classification(name: str) -> None:
     """PEFT raises on labels; ours gives the stock model's loss over the concatenation."""
     text, mask = rows.pad(rows.texts(name))
@@ -147,7 +147,7 @@ def test_peers_token_classification(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("bert", "roberta"))
+@pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_peers_question_answering(name: str) -> None:
     """PEFT trains on spans that are not shifted by the prompt; ours point at the words they name."""
     row = rows.texts(name, (7,))[0]
@@ -169,7 +169,7 @@ def test_peers_question_answering(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("llama", "opt"))
+@pytest.mark.parametrize("name", ["llama", "opt"])
 def test_peers_sequence_classification_pools_right_slot(name: str) -> None:
     """Under right padding PEFT's decoder pools a pad; ours pools the row's last token."""
     texts = rows.texts(name, (6, 3))
@@ -214,7 +214,7 @@ def test_peers_seq2seq_unused_rows(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "head"), (("opt_projected", "lm"), ("albert", "sequence")))
+@pytest.mark.parametrize(("name", "head"), [("opt_projected", "lm"), ("albert", "sequence")])
 def test_peers_factorised_embeddings(name: str, head: str) -> None:
     """Where embeddings are narrower than hidden states PEFT's prompt does not fit them; ours is as wide as they are."""
     text, mask = rows.pad(rows.texts(name, (5, 5)))

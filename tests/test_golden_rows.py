@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 import pytest
-import rows
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rows import INPUT, KV, called
 
+import rows
+import tiny
+from rows import INPUT, KV, called
 from softprompts import inject
 from softprompts.backbone import BackboneError
 from softprompts.prompt import Batch, Prompt, mix
@@ -97,7 +97,7 @@ def test_unused_longer_neighbour(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("gpt2", "opt", "llama", "bart", "bert", "roberta"))
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "bart", "bert", "roberta"])
 def test_room(name: str) -> None:
     """Rows that just fit are read whatever the padding; a row too long is refused with the figures."""
     bb = tiny.backbone(name)
@@ -125,7 +125,7 @@ def test_room_of_the_decoder() -> None:
         inject.forward(bb, long, prompt, rows.DECODER)
 
 
-@pytest.mark.parametrize("name", ("llama", "gemma3", "t5", "bart", "bert"))
+@pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart", "bert"])
 def test_rows_without_labels(name: str) -> None:
     """A row with nothing to score, or no text at all, leaves its neighbours' scores and gradients finite."""
     bb = tiny.backbone(name)

@@ -1,14 +1,14 @@
 """Golden: a prompt computed once gives what the plain concatenation gives: scores, loss, gradient."""
 
 import pytest
-import rows
-import tiny
 import torch
-from rows import INPUT, KV, called
 from torch import Tensor
 
-from softprompts import inject, objectives
+import rows
+import tiny
+from rows import INPUT, KV, called
 from softprompts import backbone as b
+from softprompts import inject, objectives
 from softprompts.prompt import Batch, Output, Prompt, Step
 
 pytestmark = pytest.mark.golden

@@ -1,13 +1,15 @@
 """Golden: a prompt made of words, or put in front by hand, gives what the stock model gives."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
+from torch import Tensor
+
 import rows
 import tiny
-import torch
 from rows import ADD, INPUT, KV, REPLACE, called
-
 from softprompts import init, inject
 from softprompts.backbone import BackboneError
 from softprompts.prompt import Batch
@@ -25,7 +27,7 @@ def places(name: str, batch: Batch) -> list[int]:
     return [1 if name in tiny.MASKED else 0] * len(batch.ids)
 
 
-def check(name: str, site: inject.Site, values: torch.Tensor, reference, place: str = "auto") -> None:  # noqa: ANN001
+def check(name: str, site: inject.Site, values: Tensor, reference: Callable[..., Tensor], place: str = "auto") -> None:
     """Compare every row, padded in every way, with the stock model on that row alone."""
     bb = tiny.backbone(name)
     texts = rows.texts(name)
@@ -109,7 +111,7 @@ def test_last_scores_the_next_token(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.CAUSAL)
-@pytest.mark.parametrize("site", (INPUT, KV), ids=called)
+@pytest.mark.parametrize("site", [INPUT, KV], ids=called)
 def test_given_positions(name: str, site: inject.Site) -> None:
     """A caller's text positions count on behind the prompt, shared or not."""
     bb = tiny.backbone(name)

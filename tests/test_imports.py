@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 
 CORE = "prompt config methods methods.* objectives backbone inject generate data artefact files fingerprint peft_format"
-BELOW_TRAINING = f"{CORE} vectors init words learner assets metrics report"
+BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
 MODELS = f"{BELOW_TRAINING} train evaluate model"
 RUNS = f"{MODELS} job"
 ALL = f"{RUNS} recipes studies peft serve export"
@@ -28,8 +28,10 @@ OURS = {
     "methods": "prompt config",  # the table that finds a method by its name
     "methods.*": "prompt",
     "objectives": "prompt config",
-    "metrics": "",
-    "report": "metrics",
+    "text_metrics": "",
+    "metrics": "text_metrics",
+    "plots": "",
+    "report": "metrics plots",
     "backbone": "prompt",
     "inject": "backbone prompt",
     "generate": "backbone prompt inject",
@@ -59,7 +61,10 @@ THIRD_PARTY = {
     "methods": "",
     "methods.*": "torch",
     "objectives": "torch",
-    "metrics": "numpy scipy sklearn rouge_score sacrebleu",
+    "text_metrics": "numpy rouge_score sacrebleu",
+    "metrics": "numpy scipy",
+    "plots": "numpy matplotlib",
+    "report": "",
     "backbone": "torch transformers",
     "inject": "torch transformers",
     "generate": "torch transformers",
@@ -73,6 +78,7 @@ EXCLUSIVE = {
     "transformers.cache_utils": "backbone inject generate init",
     "transformers.generation": "backbone inject generate",
     "transformers.models.auto": "backbone",
+    "matplotlib": "plots",
     "typer": "cli",
     "rich": "cli",
     "fastapi": "serve.http",

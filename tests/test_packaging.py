@@ -126,8 +126,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    sources = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src").rglob("*.py")}
-    assert sources | {"softprompts/py.typed"} <= set(names)
+    sources = [path for path in (ROOT / "src" / "softprompts").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {path.relative_to(ROOT / "src").as_posix() for path in sources} <= set(names)
+    assert "softprompts/py.typed" in names
     assert {name.partition("/")[0] for name in names} == {
         "softprompts",
         f"softprompts-{softprompts.__version__}.dist-info",

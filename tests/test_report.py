@@ -3,15 +3,18 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from softprompts.metrics import confusion, per_class, score
-from softprompts.report import Markup, _smooth, _thin, _ticks, table, write_page, write_results
+from softprompts.plots import COLOURS, Line, heatmap, interval_plot, line_plot, smooth, thin
+from softprompts.report import Markup, table, write_page, write_results
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 LABELS = ["ABBR", "DESC", "HUM"]
@@ -69,7 +72,10 @@ def results():
             "trainable": 11520,
             "tokens_per_second": 1234.5,
         },
-        "curve": [{"step": s, "loss": 3 / s, "rate": 0.01 * s, "rms_ratio": 1 + s / 1e3, "seconds": s} for s in steps],
+        "curve": [
+            {"step": s, "loss": 3 / s, "rate": 0.01 * s, "rms_ratio": 1 + s / 1e3, "tokens_per_second": s}
+            for s in steps
+        ],
         "validation": [{"step": 50, "value": 0.5}, {"step": 100, "value": 0.625}],
         "scores": scores,
         "scores_before": before,
@@ -128,16 +134,29 @@ def test_it_is_a_whole_and_accessible_page(page):
 
 def test_the_plots_are_there_and_say_their_figures(page, results):
     said = [svg["aria-label"] for svg in page.of("svg")]
-    assert len(said) == 6
+    assert len(said) == 7
     assert said[0] == "Loss from step 1 to 100: first 3, last 0.03, lowest 0.03, highest 3"
     assert said[1] == "Validation accuracy from step 50 to 100: first 0.5, last 0.625, lowest 0.5, highest 0.625"
     assert said[2].startswith("Size of the prompt, rms(P) / rms(E) from step 1 to 100: first 1.001, last 1.1")
     assert said[3].startswith("Learning rate from step 1 to 100: first 0.01, last 1")
+    assert said[4] == "Tokens per second from step 1 to 100: first 1, last 100, lowest 1, highest 100"
     after = results["scores"]["accuracy"]
-    assert f"accuracy after {after.value:.3f} ({after.low:.3f} to {after.high:.3f})" in said[4]
-    assert said[5] == "Confusion matrix of 3 labels: 80 of 120 predictions on the diagonal"
-    for svg in page.of("svg"):
-        assert "NaN" not in str(svg)
+    assert f"accuracy after {after.value:.3f} ({after.low:.3f} to {after.high:.3f})" in said[5]
+    assert said[6] == "Confusion matrix of 3 labels: 80 of 120 predictions on the diagonal"
+    assert "nan" not in " ".join(path["d"] for path in page.of("path"))
+
+
+def test_the_plots_take_the_page_for_what_it_is(page, text):
+    """No id twice, no link to nowhere, no colour or font or style of matplotlib's own."""
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)) > 0
+    links = re.findall(r'(?:href="|url\()#([^")]+)', text)
+    assert set(links) == set(ids)
+    plots = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
+    assert not re.findall(r"#[0-9a-f]{6}|DejaVu|<style|<metadata|xmlns|<!", plots)
+    used = set(re.findall(r"var\((--[a-z]+)\)", plots))
+    assert used == {f"--{name}" for name in COLOURS}
+    assert all(f"{name}:" in text for name in used)
 
 
 def test_the_figures_are_those_of_the_results(page, text, results):
@@ -155,8 +174,65 @@ def test_the_figures_are_those_of_the_results(page, text, results):
     assert f"{results['scores']['accuracy'].value:.3f}" in shown
     assert "prompt.init.kind" in shown
     assert '["a", "b"]' in shown
-    counts = re.findall(r'class="count[^"]*">(\d+)<', text)
-    assert [int(count) for count in counts] == results["confusion"]["matrix"].ravel().tolist()
+
+
+def cells(figure):
+    """The counts that a heatmap shows, and what the pointer shows on each."""
+    (svg,) = re.findall("<svg.*</svg>", figure, re.DOTALL)
+    root = ElementTree.fromstring(svg)
+    counts = [int(text.text) for text in root.iter("text") if text.text.isdigit()]
+    return counts, [title.text for title in root.iter("title")]
+
+
+def test_the_heatmap_holds_every_count(results):
+    matrix = results["confusion"]["matrix"]
+    counts, tips = cells(heatmap(LABELS, matrix.tolist()))
+    assert counts == [int(tip.split(": ")[1]) for tip in tips] == matrix.ravel().tolist()
+    assert tips[3] == f"gold ABBR, predicted no label: {matrix[0, 3]}"
+    assert cells(heatmap(["yes"], [[5, 0]])) == ([5], ["gold yes, predicted yes: 5"])  # nothing illegal: no column
+    assert cells(heatmap(["yes", "no"], [[5], [3]]))[0] == [5, 3]  # all predicted alike
+    big = cells(heatmap([0, 1], [[1_234_567, 0], [2, 3]]))[1]
+    assert big[0] == "gold 0, predicted 0: 1234567"
+
+
+@pytest.mark.parametrize(
+    "label", ["$5 or $x^$", "日本語のラベル", "<b>&amp;", "#00000d", "a\x00b\nc", "\\frac", "x" * 400, ""]
+)
+def test_any_label_can_be_drawn(label):
+    figure = heatmap([label, "b"], [[1, 2], [3, 4]])
+    Page(figure)
+    shown = label if len(label) < 15 else f"{label[:7]}…{label[-6:]}"
+    assert shown.replace("\x00", " ").replace("\n", " ").strip() in Page(figure).text or not label
+
+
+def test_plots_are_the_same_text_every_time_and_leave_settings_alone():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    matplotlib.rcParams["lines.linewidth"] = 9  # whatever the user's file says
+    line = Line("a", [(1, 2.0), (2, 3.0)], dots=True)
+    first = line_plot("One", [line])
+    matplotlib.rcParams.update(before)
+    assert line_plot("One", [line]) == first
+    assert dict(matplotlib.rcParams) == before
+    assert [title for title in Page(first).text if title.startswith("step 1")] == ["step 1: 2"]
+
+
+def test_matplotlib_waits_until_something_is_drawn(tmp_path):
+    least = {"title": "t", "task": "x"}
+    one, two = (least | {"curve": [{"step": s, "loss": 2} for s in range(n)]} for n in (1, 2))
+    path = str(tmp_path / "p.html")
+    code = f"""
+import sys
+from softprompts.report import write_page
+assert "matplotlib" not in sys.modules
+write_page({path!r}, {one!r})
+assert "matplotlib" not in sys.modules
+write_page({path!r}, {two!r})
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    source = str(Path(__file__).parents[1] / "src")
+    subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {source!r})\n{code}"], check=True)
 
 
 def test_many_examples_are_folded(page):
@@ -215,20 +291,30 @@ def test_long_runs_stay_small(tmp_path):
     curve = [{"step": step, "loss": 1 / step} for step in range(1, 50_001)]
     path = write_page(tmp_path / "p.html", {"title": "t", "task": "x", "curve": curve})
     assert path.stat().st_size < 60_000
-    points = _thin([(float(step), 2.0) for step in range(50_000)])
+    points = thin([(float(step), 2.0) for step in range(50_000)])
     assert len(points) <= 500
-    assert all(y == 2.0 for _, y in _smooth(points))
+    assert all(y == 2.0 for _, y in smooth(points))
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.31, 0.87), (1, 1), (0, 0), (-3, 5), (1e-9, 3e-9), (1, 1 + 1e-15), (1, 50_000)]
+    "values",
+    [(0, 1), (1, 1), (0, 0), (-3, 5), (1e-9, 3e-9), (1, 1 + 1e-15), (1.0001, 1.0003), (1, 50_000), (1e12, 1e13)],
 )
-def test_ticks_enclose_and_rise(low, high):
-    ticks = _ticks(low, high)
-    assert ticks[0] <= low + 1e-9 * abs(low)
-    assert ticks[-1] >= high - 1e-9 * abs(high)
-    assert all(a < b for a, b in pairwise(ticks))
-    assert 2 <= len(ticks) <= 7
+def test_any_range_has_ticks_that_differ(values):
+    figure = line_plot("Some", [Line("a", list(enumerate(values, 1)))])
+    root = ElementTree.fromstring(re.findall("<svg.*</svg>", figure, re.DOTALL)[0])
+    ticks = [text.text for text in root.iter("text") if text.text != "step"]
+    across = [tick for tick in ticks if tick in ("1", "2")]
+    assert len(ticks) - len(across) >= 2
+    assert len(set(ticks)) >= len(ticks) - len(across)
+
+
+def test_scores_without_bounds_are_dots_alone():
+    assert interval_plot({"a": {"value": None}}, {}) == ""
+    figure = interval_plot({"a": {"value": 0.5, "low": None, "high": None}}, {"a": {"value": None}})
+    assert 'aria-label="a after 0.500"' in figure
+    assert "before" not in figure
+    assert "0.500" in Page(figure).text
 
 
 def test_tables_escape_align_and_dash():

@@ -58,7 +58,14 @@ CONFIGS: dict[str, Any] = {
     "phi": lambda: t.PhiConfig(**SIZES),
     "gpt_neox": lambda: t.GPTNeoXConfig(**SIZES),
     "gptj": lambda: t.GPTJConfig(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4, bos_token_id=1
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        rotary_dim=4,
+        bos_token_id=1,
+        eos_token_id=2,
     ),
     "bloom": lambda: t.BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4, pad_token_id=0),
     "falcon": lambda: t.FalconConfig(**{**SIZES, "ffn_hidden_size": 48}),
@@ -112,10 +119,15 @@ def family(name: str) -> b.Family:
 
 
 def model(name: str, head: str = "lm", labels: int = 3, seed: int = 0, tokenizer: Any = None) -> t.PreTrainedModel:
-    """A fresh tiny model; weights are spread wider than usual so that scores differ clearly."""
+    """A fresh tiny model; weights are spread wider than usual so that scores differ clearly.
+
+    With a tokenizer its vocabulary is the tokenizer's.
+    """
     config = CONFIGS[name]()
     if head in ("sequence", "token"):
         config.num_labels = labels
+    if tokenizer is not None:
+        config.vocab_size = len(tokenizer)
     torch.manual_seed(seed)
     made = getattr(t, family(name).auto[head]).from_config(config)
     with torch.no_grad():

@@ -276,7 +276,9 @@ def family_of(model: PreTrainedModel) -> Family:
     config = model.config
     if config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
         return SEQ2SEQ
-    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not getattr(config, "is_decoder", False):
+    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    ):
         return replace(MASKED, place="first")  # an encoder alone (T5 with a token head): no special token in front
     masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     if masked and not getattr(config, "is_decoder", False):

@@ -202,6 +202,9 @@ def _generated(learner: Learner, encoder: Encoder, asked: Asked, config: Evaluat
     encoded = [replace(encoder.encode(row), task=task) for row, task in asked]
     tokenizer = encoder.tokenizer
     for index, batch in _batches(encoded, learner, encoder, config.batch_size):
+        if encoder.family == "causal":  # the stock model (no prompt) continues only what is padded on the left
+            left = batch.mask.argsort(dim=1, stable=True)
+            batch = replace(batch, ids=batch.ids.gather(1, left), mask=batch.mask.gather(1, left))
         ids = generate.generate(
             learner.backbone,
             batch,

@@ -126,12 +126,13 @@ def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
         backbone.decoder(input_ids=ids, encoder_hidden_states=state, past_key_values=pair, use_cache=True)
     else:
         backbone.trunk(input_ids=ids, past_key_values=cache, use_cache=True)
-    if any(layer.keys.shape[2] != ids.shape[1] for layer in cache.layers):  # type: ignore[union-attr]
+    layers: list[Any] = cache.layers
+    if any(layer.keys.shape[2] != ids.shape[1] for layer in layers):
         raise BackboneError(
             f"a sliding window of {backbone.config.sliding_window} positions cannot hold {ids.shape[1]} prompt tokens; "
             f"choose a shorter prompt or site 'input'"
         )
-    return [torch.stack([x.keys[0], x.values[0]]).permute(2, 0, 1, 3) for x in cache.layers]  # type: ignore[union-attr]
+    return [torch.stack([layer.keys[0], layer.values[0]]).permute(2, 0, 1, 3) for layer in layers]
 
 
 def _random(distribution: str, backbone: Backbone, site: Site, slot: Slot, generator: torch.Generator) -> Tensor:

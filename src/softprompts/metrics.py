@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 import reprlib
-import string
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from softprompts.text_metrics import Measured, Values, bleu, exact_match, rouge_l, squad_em, squad_f1
 
 KINDS = {  # the task kinds with their default metrics, the headline first
     "label": ("accuracy", "f1-macro"),
@@ -32,9 +32,6 @@ _LABELS = ("label", "multilabel", "tagging")
 _TEXT = ("label", "span", "generation")
 _DRAWS_AT_ONCE = 2_000_000  # one chunk of counts is 16 MB
 _DRAWS = 200_000_000  # beyond this fewer resamples are drawn, but never below 100: a few seconds for labels
-
-Values = Callable[[np.ndarray], np.ndarray]  # row counts [R, N] -> values [R]
-Measured = tuple[Values, int, str]  # what a metric has read: its values, rows with an illegal output, a note
 
 
 @dataclass(frozen=True)
@@ -343,64 +340,8 @@ def _ranks(numbers: np.ndarray) -> Values:
     return ranks
 
 
-def _golds(reference: Any) -> list[str]:
-    return [reference] if isinstance(reference, str) else list(reference) or [""]
-
-
-def _mean_of_rows(best: Callable[[str, list[str]], float]) -> Callable[[Rows], Measured]:
-    """Make a metric of a function that scores one string against its gold ones."""
-
-    def measure(rows: Rows) -> Measured:
-        pairs = zip(rows.predictions, rows.references, strict=True)
-        each = np.array([0.0 if guess is None else best(guess, _golds(gold)) for guess, gold in pairs])
-        return lambda counts: counts @ each / counts.sum(axis=1), sum(p is None for p in rows.predictions), ""
-
-    return measure
-
-
-def _normal(text: str) -> str:
-    """Lower the case, drop punctuation, articles and surplus space: the script of SQuAD (Rajpurkar et al. 2016)."""
-    bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
-
-
-def _equal(normal: Callable[[str], str]) -> Callable[[str, list[str]], float]:
-    return lambda guess, golds: float(normal(guess) in map(normal, golds))
-
-
-def _squad_f1(guess: str, golds: list[str]) -> float:
-    words, best = _normal(guess).split(), 0.0
-    for right in (_normal(gold).split() for gold in golds):
-        shared = sum((Counter(words) & Counter(right)).values())
-        # as SQuAD 2.0: an empty answer is right where the gold one is empty
-        best = max(best, 2 * shared / (len(words) + len(right)) if words or right else 1.0)
-    return best
-
-
-def _rouge_l(rows: Rows) -> Measured:
-    from rouge_score import rouge_scorer
-
-    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    values, illegal, _ = _mean_of_rows(lambda guess, golds: scorer.score_multi(golds, guess)["rougeL"].fmeasure)(rows)
-    blind = sum(not re.search("[a-z0-9]", " ".join(_golds(reference)).lower()) for reference in rows.references)
-    note = f"ROUGE reads only a-z and 0-9: {blind} references hold neither and score 0"
-    return values, illegal, note if blind else ""
-
-
-def _bleu(rows: Rows) -> Measured:
-    from sacrebleu.metrics.bleu import BLEU
-
-    bleu = BLEU(force=True)  # force only silences a hint about text that looks tokenised
-    pairs = zip(rows.predictions, rows.references, strict=True)
-    found = [bleu.corpus_score([guess or ""], [[text] for text in _golds(gold)]) for guess, gold in pairs]
-    each = np.array([[*row.counts, *row.totals, row.sys_len, row.ref_len] for row in found], dtype=np.float64)
-
-    def values(counts: np.ndarray) -> np.ndarray:
-        corpus = (counts @ each).round().astype(np.int64).tolist()
-        scores = [BLEU.compute_bleu(c[:4], c[4:8], c[8], c[9], smooth_method="exp").score for c in corpus]
-        return np.minimum(np.array(scores) / 100, 1.0)
-
-    return values, sum(prediction is None for prediction in rows.predictions), ""
+def _of_text(measure: Callable[[Sequence[Any], Sequence[Any]], Measured]) -> Callable[[Rows], Measured]:
+    return lambda rows: measure(rows.predictions, rows.references)
 
 
 METRICS: dict[str, Metric] = {
@@ -411,9 +352,9 @@ METRICS: dict[str, Metric] = {
     "matthews": Metric("Matthews correlation of any classes", ("label", "tagging"), _of_labels(_matthews), -1.0),
     "pearson": Metric("linear correlation; illegal: the gold mean", ("regression",), _correlation(False), -1.0),
     "spearman": Metric("rank correlation; illegal: the gold mean", ("regression",), _correlation(True), -1.0),
-    "squad-em": Metric("share of answers equal to a gold one, SQuAD-normalised", _TEXT, _mean_of_rows(_equal(_normal))),
-    "squad-f1": Metric("mean word F1 with the nearest gold answer, SQuAD-normalised", _TEXT, _mean_of_rows(_squad_f1)),
-    "rouge-l": Metric("mean ROUGE-L F with the nearest gold text, no stemming", _TEXT, _rouge_l),
-    "bleu": Metric("sacreBLEU's corpus BLEU (13a, exp) divided by 100", _TEXT, _bleu),
-    "exact-match": Metric("share of strings equal to a gold one, stripped", _TEXT, _mean_of_rows(_equal(str.strip))),
+    "squad-em": Metric("share of answers equal to a gold one, SQuAD-normalised", _TEXT, _of_text(squad_em)),
+    "squad-f1": Metric("mean word F1 with the nearest gold answer, SQuAD-normalised", _TEXT, _of_text(squad_f1)),
+    "rouge-l": Metric("mean ROUGE-L F with the nearest gold text, no stemming", _TEXT, _of_text(rouge_l)),
+    "bleu": Metric("sacreBLEU's corpus BLEU (13a, exp) divided by 100", _TEXT, _of_text(bleu)),
+    "exact-match": Metric("share of strings equal to a gold one, stripped", _TEXT, _of_text(exact_match)),
 }

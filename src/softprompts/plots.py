@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import html
 import io
-import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -25,10 +24,12 @@ if TYPE_CHECKING:  # matplotlib takes a second to import, so only drawing does i
 WIDTH, HEIGHT = 420, 230  # of a line plot, in pixels; the page scales it a little
 CELL = 44  # one side of a cell of the heatmap
 MOST_POINTS = 500
+_STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 
 # What is drawn in one of these colours takes the style sheet's variable of that name.
 COLOURS = {"ink": "#00000a", "quiet": "#00000b", "edge": "#00000c", "accent": "#00000d", "before": "#00000e"}
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+_LINK = re.compile(r"^(?:url\()?#([\w.-]+)\)?$")  # in an attribute, to an id
 _LOOK = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a label may hold dollars
@@ -48,10 +49,10 @@ _LOOK = {
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.size": 13,
-    "axes.labelsize": 13,
-    "xtick.labelsize": 13,
-    "ytick.labelsize": 13,
+    "font.size": 14,
+    "axes.labelsize": 14,
+    "xtick.labelsize": 14,
+    "ytick.labelsize": 14,
 }
 
 
@@ -98,38 +99,39 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def line_plot(title: str, lines: Sequence[Line]) -> str:
-    """Draw lines over steps; nothing where no line has two points."""
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
-
+    """Draw lines over steps, thinned; nothing where no line has two points."""
     lines = [line for line in lines if len(line.points) > 1]
     if not lines:
         return ""
 
     def draw(figure: Figure) -> dict[str, list[str]]:
+        from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
+        from matplotlib.transforms import nonsingular
+
         axes, tips = figure.add_subplot(), {}
         for at, line in enumerate(lines):
             style: dict[str, Any] = {"color": COLOURS["before" if line.look == "before" else "accent"]}
-            style |= {"linewidth": 1, "alpha": 0.4} if line.look == "raw" else {"linewidth": 2.2}
+            style |= {"linewidth": 1, "alpha": 0.5} if line.look == "raw" else {"linewidth": 2.2}
             style |= {"marker": "o", "markersize": 7} if line.dots else {}
-            xs, ys = zip(*line.points, strict=True)
+            xs, ys = zip(*thin(line.points), strict=True)
             axes.plot(xs, ys, gid=f"line{at}", clip_on=False, **style)
             if line.dots:
-                tips[f"line{at}"] = [f"step {x:g}: {shown(y)}" for x, y in line.points]
-        axes.margins(x=0)
+                tips[f"line{at}"] = [f"step {x:,.0f}: {shown(y)}" for x, y in zip(xs, ys, strict=True)]
+        axes.margins(x=0.02 if tips else 0)
+        axes.set_ylim(*nonsingular(*axes.get_ylim(), expander=0.05, tiny=1e-6))  # a constant line gets a scale too
         axes.grid(axis="y")
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         large = max(abs(y) for line in lines for _, y in line.points) >= 1000
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
         return tips
 
     steps, values = zip(*lines[0].points, strict=True)
-    label = (
-        f"{title} from step {steps[0]:g} to {steps[-1]:g}: first {shown(values[0])}, last {shown(values[-1])}, "
-        f"lowest {shown(min(values))}, highest {shown(max(values))}"
-    )
+    said = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
+    label = f"{title} from step {shown(steps[0])} to {shown(steps[-1])}: "
+    label += ", ".join(f"{name} {shown(value)}" for name, value in said.items())
     legend = [(line.name, line.look) for line in lines] if len(lines) > 1 else []
     return _plot(title, label, draw, (WIDTH, HEIGHT), legend)
 
@@ -155,7 +157,7 @@ def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, 
             y += len(pair) + 1.2
         axes.set_ylim(lines + 0.1, 0)
         axes.set_yticks([])
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
         return {}
 
     label = "; ".join(f"{name} {look} {with_interval(one)}" for name, pair in pairs.items() for look, one in pair)
@@ -231,7 +233,7 @@ def _short(label: str) -> str:
 def _plot(
     title: str,
     label: str,
-    draw: Any,
+    draw: Callable[[Figure], dict[str, list[str]]],
     size: tuple[float, float],
     legend: Sequence[tuple[str, str]] = (),
     crop: bool = False,
@@ -262,20 +264,40 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
     `tips` are what the pointer shows on the things of a group, by the group's id.
     """
     root = ElementTree.fromstring(svg)
-    width = float(root.attrib["viewBox"].split()[2])
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label, "style": f"--units: {width:g}"}
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-        element.text = (element.text or "").strip()
-        element.tail = ""
-        if "d" in element.attrib or "x" in element.attrib:
-            _compact(element)
-    for parent in list(root.iter()):
-        for child in [child for child in parent if child.tag in ("metadata", "style")]:
-            parent.remove(child)
-        things = parent.findall(".//use") or parent.findall("path")
-        for thing, tip in zip(things, tips.get(parent.get("id", ""), ()), strict=False):
-            ElementTree.SubElement(thing, "title").text = _printable(tip)
-    _rename(root, name)
+    box = root.attrib["viewBox"]
+    root.attrib = {"viewBox": box, "role": "img", "aria-label": label, "style": f"--units: {float(box.split()[2]):g}"}
+    for element in list(root.iter()):
+        for child in list(element):
+            if child.tag.endswith(("}metadata", "}style")):
+                element.remove(child)
+        if of_group := tips.get(element.get("id", "")):
+            things = element.findall(".//{*}use") or element.findall("{*}path")
+            for thing, tip in zip(things, of_group, strict=True):
+                ElementTree.SubElement(thing, "title").text = _printable(tip)
+    whole = list(root.iter())
+    links = {found for element in whole for value in element.attrib.values() for found in _LINK.findall(value)}
+    for element in whole:
+        _tidy(element, name, links)
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _tidy(element: ElementTree.Element, name: str, links: set[str]) -> None:
+    """Name an element as HTML does; keep only ids that something links to; take the page's colours; shorten numbers."""
+    element.tag = element.tag.rpartition("}")[2]
+    element.text, element.tail = (element.text or "").strip(), ""
+    attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+    if attributes.get("id") not in links:
+        attributes.pop("id", None)
+    if attributes.get("transform", "").startswith("rotate(-0 "):
+        del attributes["transform"]
+    for key, value in attributes.items():
+        attributes[key] = (
+            f"{name}-{value}" if key == "id" else _LINK.sub(lambda link: link[0].replace("#", f"#{name}-"), value)
+        )
+    for key in attributes.keys() & {"d", "x", "y", "width", "height"}:
+        short = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", attributes[key])
+        attributes[key] = " ".join(short.split())
+    if "style" in attributes:
+        style = re.sub(r"font-family: [^;]*;? *", "", attributes["style"])
+        attributes["style"] = re.sub(r"#[0-9a-f]{6}", lambda one: _VARIABLES.get(one[0], one[0]), style)
+    element.attrib = attributes

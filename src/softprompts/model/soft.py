@@ -1,0 +1,389 @@
+"""SoftPromptModel: a stock transformers model with named prompts, each task with a copy of the head of its own."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from softprompts import generate, inject
+from softprompts.backbone import Backbone, BackboneError, wrap
+from softprompts.config import ConfigError, PromptConfig
+from softprompts.inject import Site
+from softprompts.model import rows, stock, trained
+from softprompts.model.trained import Described, Task
+from softprompts.prompt import Batch, Prompt, mix
+
+
+def _stocks(name: str, doc: str) -> Any:
+    """An attribute of the stock model as one of ours."""
+    return property(
+        lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value), doc=doc
+    )
+
+
+class SoftPromptModel(nn.Module):
+    """A stock `model`, which it freezes in place, with a prompt for `task` as `config` says.
+
+    config: a PromptConfig, a peft.PromptTuningConfig, or None to begin without a prompt; tokenizer: for prompts that
+    start from words. More tasks come with `add_task` and `load_prompt`. Of all tensors only the prompts and, in
+    classification models, a copy of the head for each task require a gradient, and only they are in `state_dict`; the
+    model's own head stays as it was.
+    Raises BackboneError for a site the model does not have, ConfigError for a configuration that makes no sense.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: PromptConfig | Described | None = None,
+        task: str = "default",
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        self.backbone: Backbone = wrap(model, tokenizer)
+        self.model = model
+        self.prompts = nn.ModuleDict()
+        self.heads = nn.ModuleDict()
+        # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
+        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
+        self._tasks: dict[str, Task] = {}
+        self._active: str | None = None
+        self._prompted = True
+        if self.backbone.head == "span" and type(self) is SoftPromptModel:
+            self.__class__ = SoftPromptModelForQuestionAnswering
+        if config is not None:
+            self.add_task(task, config)
+
+    # What is trained
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the loaded prompts, in the order that `task_ids` count."""
+        return tuple(self._tasks)
+
+    @property
+    def task(self) -> str:
+        """The task of rows that name none; assign another of `tasks` to change it."""
+        if self._active is None:
+            raise ConfigError("no prompt is loaded; use add_task or load_prompt first, or no_prompt() to do without")
+        return self._active
+
+    @task.setter
+    def task(self, name: str) -> None:
+        self._active = self.tasks[rows.index(name, self.tasks)]
+
+    def add_task(
+        self, name: str, config: PromptConfig | Described | None = None, modules_to_save: Sequence[str] | None = None
+    ) -> None:
+        """Add a prompt called `name`; without `config` like the active one.
+
+        modules_to_save: modules of the head that are trained along; None takes what `config` says, else the whole
+        classification head.
+        Raises ConfigError for a name that is taken and for modules that the head does not have.
+        """
+        if name in self._tasks:
+            raise ConfigError(f"there is a prompt '{name}' already; remove_task('{name}') first, or give another name")
+        if config is None:
+            config = self._tasks[self.task].config
+        self._put(*trained.create(self.backbone, name, config, modules_to_save))
+
+    def remove_task(self, name: str) -> None:
+        """Forget the prompt called `name` and its head; the first of the others takes its place where it was active."""
+        name = self.tasks[rows.index(name, self.tasks)]
+        del self._tasks[name]
+        for kept in (self.prompts, self.heads):
+            if trained.key(name) in kept:
+                del kept[trained.key(name)]
+        if self._active == name:
+            self._active = next(iter(self._tasks), None)
+
+    def load_prompt(
+        self, path: str | Path, task: str | None = None, allow_other_weights: bool = False
+    ) -> tuple[str, list[str]]:
+        """Load a trained prompt, ours or PEFT's, to use it or to train it on; returns its name and warnings.
+
+        task: a name other than the artefact's own; a prompt of that name is replaced.
+        Raises ArtefactError for a prompt that was made for other weights or does not fit, saying how.
+        """
+        made, warnings = trained.restore(self.backbone, path, task, allow_other_weights)
+        name = made[0].name
+        if name in self._tasks:
+            order = list(self._tasks)
+            self._put(*made)
+            self._tasks = {key: self._tasks[key] for key in order}
+        else:
+            self._put(*made)
+        return name, warnings
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write one task as an artefact into `directory`, several each into a sub-directory of it.
+
+        Raises ArtefactError where the disk or the directory's content forbids it.
+        """
+        trained.save(self.backbone, [self._parts(name) for name in (self.tasks or (self.task,))], Path(directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, model: PreTrainedModel, path: str | Path, tokenizer: Any = None, allow_other_weights: bool = False
+    ) -> "SoftPromptModel":
+        """`model` with what `save_pretrained` wrote to `path`, or with one artefact of ours or PEFT's.
+
+        Raises ArtefactError as `load_prompt` does.
+        """
+        made = cls(model, tokenizer=tokenizer)
+        for directory in trained.directories(Path(path)):
+            made.load_prompt(directory, allow_other_weights=allow_other_weights)
+        return made
+
+    @contextlib.contextmanager
+    def no_prompt(self) -> Iterator[None]:
+        """Inside, this is the stock model and nothing else."""
+        before, self._prompted = self._prompted, False
+        try:
+            yield
+        finally:
+            self._prompted = before
+
+    def _put(self, task: Task, method: nn.Module, head: nn.Module | None) -> None:
+        self._tasks[task.name] = task
+        self.prompts[trained.key(task.name)] = method.to(self.device)
+        if head is not None:
+            self.heads[trained.key(task.name)] = head
+        elif trained.key(task.name) in self.heads:
+            del self.heads[trained.key(task.name)]
+        self._active = self._active or task.name
+
+    def _parts(self, name: str) -> tuple[Task, Any, dict[str, Tensor]]:
+        return self._tasks[name], self.prompts[trained.key(name)], self._head(name)
+
+    def _head(self, name: str) -> dict[str, Tensor]:
+        key = trained.key(name)
+        return dict(self.heads[key].named_parameters()) if key in self.heads else {}
+
+    # What a stock model does
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        tasks: rows.Names = None,
+        task_ids: rows.Places = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """The stock model's ModelOutput, with stock shapes and loss: nothing in it knows about prompt positions.
+
+        input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
+        inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
+        end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
+        each; task_ids [B]: the same as places in `tasks`; neither: the active task. logits_to_keep and
+        num_items_in_batch as in stock causal models.
+        Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "start_positions": start_positions,
+            "end_positions": end_positions,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+            "num_items_in_batch": num_items_in_batch,
+            "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
+            "return_dict": return_dict,
+        }
+        if not self._prompted:
+            return self.model(**{name: value for name, value in given.items() if value is not None})
+        batch, prompt, site = self._read(given, tasks, task_ids)
+        reading = inject.read(self.backbone, batch, prompt, site)
+        wanted = rows.labels(given)
+        wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
+        made = stock.output(self.backbone, batch, reading, wish, lambda score: self._with_heads(batch.task, score))
+        return made.to_tuple() if return_dict is False else made
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        tasks: rows.Names = None,
+        task_ids: rows.Places = None,
+        **options: Any,
+    ) -> Any:
+        """Continue each row with its task's prompt; `options` are those of transformers' generate.
+
+        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks and task_ids as in `forward`.
+        """
+        ids = inputs if input_ids is None else input_ids
+        if attention_mask is None and ids is not None:
+            attention_mask = rows.text_mask(ids, options, self.generation_config)
+        given = {
+            "input_ids": ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "decoder_input_ids": decoder_input_ids,
+            "decoder_attention_mask": decoder_attention_mask,
+        }
+        if not self._prompted:
+            stock_model: Any = self.model
+            return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
+        with torch.no_grad():
+            batch, prompt, site = self._read(given, tasks, task_ids)
+            if inputs_embeds is not None:
+                batch = replace(batch, ids=batch.ids[:, :0])
+            return generate.generate(self.backbone, batch, prompt, site, **options)
+
+    def _read(self, given: Mapping[str, Any], names: rows.Names, ids: rows.Places) -> tuple[Batch, Prompt, Site]:
+        """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
+        batch = rows.batch(
+            self.backbone, given, lambda count: rows.places(names, ids, count, self.tasks, lambda: self.task)
+        )
+        used = [self.tasks[i] for i in batch.task.unique().tolist()]
+        if len({self._tasks[name].site for name in used}) > 1:
+            where = ", ".join(f"{name} at {self._tasks[name].site.name}" for name in used)
+            raise BackboneError(
+                f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
+            )
+        made, places = [], []
+        for name in used:
+            places.append((batch.task == self.tasks.index(name)).nonzero()[:, 0])
+            part = batch if len(used) == 1 else batch.rows(places[-1])
+            made.append(self.prompts[trained.key(name)](rows.context(self.backbone, part)))
+        return batch, made[0] if len(made) == 1 else mix(made, places), self._tasks[used[0]].site
+
+    def _with_heads(self, task: Tensor, score: Callable[[], Tensor]) -> Tensor:
+        """`score()` [B, ...] with each row's own head."""
+        made: Tensor | None = None
+        for index in task.unique().tolist():
+            own = dict(self.model.named_parameters())
+            head = {k: v.to(own[k].dtype) for k, v in self._head(self.tasks[index]).items()}
+            with self.backbone.with_head(head):
+                one = score()
+            here = (task == index).view(-1, *[1] * (one.dim() - 1))
+            made = one if made is None else torch.where(here, one, made)
+        assert made is not None
+        return made
+
+    # What Trainer, pipelines and people ask a model for
+
+    def train(self, mode: bool = True) -> "SoftPromptModel":
+        """Set the mode of prompts; the frozen model stays in eval mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Prompts and heads only: `prompts.<task>.*`, `heads.<task>.*`."""
+        found: dict[str, Any] = self._trained().state_dict(*args, **kwargs)
+        return found
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; the frozen model is not looked for."""
+        return self._trained().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _trained(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"prompts": self.prompts, "heads": self.heads})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SoftPromptModel":
+        def move(tensor: Tensor) -> Tensor:  # prompts stay float32 whatever the model becomes
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        self.model._apply(fn, recurse)
+        self._trained()._apply(move, recurse)
+        return self
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise BackboneError(
+            "DataParallel copies modules and would run all of them on one device; start one process for each device "
+            "(torchrun, accelerate launch), or show one device only (CUDA_VISIBLE_DEVICES=0)"
+        )
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Refuse: transformers checkpoints in training mode only, and drops a prefix's cache when it does."""
+        raise BackboneError(
+            "gradient checkpointing has no effect here: the frozen model is in eval mode, and transformers drops a "
+            "prefix cache under it; leave it off and use smaller batches with gradient accumulation instead"
+        )
+
+    activation_checkpointing_enable = gradient_checkpointing_enable
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids must be."""
+        return self.backbone.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The frozen model's floating point type."""
+        return self.backbone.dtype
+
+    config = _stocks("config", "The stock model's own configuration.")
+    generation_config = _stocks("generation_config", "The stock model's own generation settings.")
+    main_input_name = _stocks("main_input_name", "The argument that holds the text.")
+    base_model_prefix = _stocks("base_model_prefix", "The stock model's name for its trunk.")
+    name_or_path = _stocks("name_or_path", "Where the stock model came from.")
+    hf_device_map = _stocks("hf_device_map", "Where accelerate put the stock model's parts, if it did.")
+
+    def can_generate(self) -> bool:
+        """Whether the stock model generates text."""
+        return bool(self.model.can_generate())
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The stock model's word embeddings."""
+        return self.backbone.embedding
+
+    def get_output_embeddings(self) -> Any:
+        """The stock model's output projection, None where it has none."""
+        return self.model.get_output_embeddings()
+
+
+class SoftPromptModelForQuestionAnswering(SoftPromptModel):
+    """The same for span heads: Trainer finds the labels of a question answering model by class name and arguments."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        tasks: rows.Names = None,
+        task_ids: rows.Places = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """As SoftPromptModel.forward; start_positions and end_positions [B] are columns of input_ids."""
+        return super().forward(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            start_positions=start_positions,
+            end_positions=end_positions,
+            tasks=tasks,
+            task_ids=task_ids,
+            return_dict=return_dict,
+        )

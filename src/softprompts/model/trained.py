@@ -1,0 +1,219 @@
+"""One task of a SoftPromptModel: made from a configuration, or from an artefact, and written back as one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+
+import softprompts
+from softprompts import artefact, init, inject, peft_format
+from softprompts.artefact import Artefact, ArtefactError
+from softprompts.backbone import Backbone, fingerprint
+from softprompts.config import ConfigError, PromptConfig, closest
+from softprompts.inject import Site
+from softprompts.methods import find
+from softprompts.prompt import Start
+
+ORDER = "tasks.json"
+"""Names the sub-directories of several tasks in the order that task_ids count."""
+
+
+class Described(Protocol):
+    """A configuration in other words, such as peft.PromptTuningConfig."""
+
+    modules_to_save: list[str] | None
+
+    def describe(self, backbone: Backbone) -> tuple[PromptConfig, Start | None]:
+        """The same as a PromptConfig, and the start where it has rules of its own."""
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is known of a prompt beside its tensors; `initial [P, D]` is where it began, `found` what it came from."""
+
+    name: str
+    site: Site
+    config: PromptConfig
+    initial: Tensor | None
+    found: Artefact | None = None
+
+
+Made = tuple[Task, nn.Module, nn.Module | None]
+
+
+def create(
+    backbone: Backbone, name: str, config: PromptConfig | Described, modules_to_save: Sequence[str] | None
+) -> Made:
+    """A new task with its method at its start and a copy of the head."""
+    if not name:
+        raise ConfigError("a task needs a name")
+    start, saved = None, modules_to_save
+    if not isinstance(config, PromptConfig):
+        saved = config.modules_to_save if saved is None else saved
+        config, start = config.describe(backbone)
+    site = Site(config.site, config.mode, config.place)
+    slot = inject.slot(backbone, site, (name,), config.length)
+    if start is None:
+        start = init.start(config.init, backbone, site, slot)
+    method = _method(config.method, config.options)(slot, start)
+    own = dict(backbone.model.named_parameters())
+    head = {key: own[key] for key in head_names(backbone, saved)}
+    return Task(name, site, config, start.prompt.detach().float().cpu().clone()), method, _tree(head)
+
+
+def _method(name: str, options: Mapping[str, Any]) -> Callable[..., nn.Module]:
+    kind: Any = find(name)
+    try:
+        config = kind.Config(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"options of method {name}: {error}") from None
+    return lambda slot, start: kind(config, slot, start)
+
+
+def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, ...]:
+    """Parameters of the classification head that belong to `modules` (their names may be the end of a path); None: all.
+
+    Raises ConfigError for a module that the head does not have.
+    """
+    if modules is None:
+        return backbone.head_names
+    known = list(dict.fromkeys(name.rpartition(".")[0] for name in backbone.head_names))
+    known += [part for name in known for part in (name.split(".")[0],) if part not in known]
+    for module in modules:
+        if not any(name == module or name.endswith(f".{module}") for name in known):
+            raise ConfigError(
+                f"modules_to_save '{module}' is no module of the head of {type(backbone.model).__name__}"
+                f"{closest(module, known) or ';'} possible: {', '.join(known) or 'none'}"
+            )
+    inside = [m for m in known if any(m == module or m.endswith(f".{module}") for module in modules)]
+    return tuple(name for name in backbone.head_names if any(name.startswith(f"{m}.") for m in inside))
+
+
+def _tree(tensors: Mapping[str, Tensor]) -> nn.Module | None:
+    """Trainable float32 copies of `tensors` as a module whose parameters bear the same dotted names; None for none."""
+    root = nn.Module()
+    for name, tensor in tensors.items():
+        *path, last = name.split(".")
+        owner = root
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_parameter(last, nn.Parameter(tensor.detach().clone().float()))
+    return root if tensors else None
+
+
+def key(name: str) -> str:
+    """A task's name as torch takes it for a module: no dots, and none of a module's own attributes."""
+    safe = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{safe}" if hasattr(nn.ModuleDict(), safe) else safe
+
+
+def restore(
+    backbone: Backbone, path: str | Path, name: str | None, allow_other_weights: bool
+) -> tuple[Made, list[str]]:
+    """The task in an artefact's directory, ready to be used or trained on, and warnings."""
+    found = artefact.load(path)
+    warnings = artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
+    if found.head != backbone.head or found.family not in (None, backbone.family.name):
+        raise ArtefactError(
+            f"{path} holds a prompt for a {found.family or 'any'} model with head '{found.head}', but "
+            f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
+        )
+    name, site = name or found.task, Site(found.site, found.mode, found.place)
+    slot = inject.slot(backbone, site, (name,), found.prompt.shape[0])
+    if slot.width != found.prompt.shape[1]:
+        raise ArtefactError(
+            f"{path} holds a prompt of width {found.prompt.shape[1]}; site '{site.name}' of this model takes {slot.width}"
+        )
+    trained = bool(found.state)
+    start = Start(found.initial if trained and found.initial is not None else found.prompt)
+    method = _method(found.method, found.options)(slot, start)
+    if trained:
+        _load(method, found.state, f"{path}: the tensors of method {found.method}")
+    own = dict(backbone.model.named_parameters())
+    wrong = [
+        name for name, value in found.heads.items() if name not in backbone.head_names or value.shape != own[name].shape
+    ]
+    if wrong:
+        here = {name: list(own[name].shape) for name in backbone.head_names}
+        raise ArtefactError(f"{path}: its head {', '.join(wrong)} does not fit this model's, which is {here}")
+    config = PromptConfig.model_validate(
+        {"method": found.method, "length": slot.length, "site": site.name, "mode": site.mode, "place": site.place}
+        | {"options": found.options}
+    )
+    task = Task(name, site, config, found.initial, found)
+    return (task, method, _tree(found.heads)), warnings
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    try:
+        module.load_state_dict(dict(state))
+    except RuntimeError as error:
+        raise ArtefactError(f"{what} do not fit: {' '.join(str(error).split())}") from None
+
+
+def save(backbone: Backbone, parts: Sequence[tuple[Task, Any, dict[str, Tensor]]], directory: Path) -> None:
+    """Write one artefact into `directory`, several into sub-directories of it."""
+    made = [_artefact(backbone, *part) for part in parts]
+    if len(made) == 1:
+        artefact.save(made[0], directory)
+        return
+    folders = [quote(one.task, safe=" ") for one in made]
+    folders = [folder.replace(".", "%2E") if not folder.strip(".") else folder for folder in folders]
+    for folder, one in zip(folders, made, strict=True):
+        artefact.save(one, directory / folder)
+    artefact.write_json(directory / ORDER, {"tasks": folders})
+
+
+def directories(path: Path) -> list[Path]:
+    """The artefacts that `save` wrote to `path`, in their order."""
+    if any((path / mark).is_file() for mark in (artefact.MANIFEST, peft_format.CONFIG)):
+        return [path]
+    if (path / ORDER).is_file():
+        values = artefact.read_json(path / ORDER)
+        names = values.get("tasks") if isinstance(values, dict) else None
+        if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
+            raise ArtefactError(f"{path / ORDER} must list the sub-directories of its tasks")
+        return [path / name for name in names]
+    return [path]
+
+
+def _artefact(backbone: Backbone, task: Task, method: Any, head: dict[str, Tensor]) -> Artefact:
+    fold = getattr(method, "fold", None)
+    if fold is None:
+        raise ArtefactError(f"task '{task.name}': method {task.config.method} cannot be folded to one prompt")
+    with torch.no_grad():
+        prompt = fold(task.name).float().cpu()
+    found = task.found
+    made = Artefact(
+        task=task.name,
+        prompt=prompt,
+        initial=task.initial,
+        method=task.config.method,
+        options=dict(task.config.options),
+        state={name: value.detach().cpu().clone() for name, value in method.state_dict().items()},
+        heads={name: value.detach().cpu().clone() for name, value in head.items()},
+        site=task.site.name,
+        mode=task.site.mode,
+        place=inject.resolve_place(backbone, task.site),
+        family=backbone.family.name,
+        head=backbone.head,
+        backbone=backbone.name,
+        revision=backbone.revision,
+        fingerprint=fingerprint(backbone),
+        format=None if found is None else found.format,
+        config={"prompt": task.config.model_dump(mode="json")} if found is None else found.config,
+        scores={},
+        parents=(),
+        version=softprompts.__version__,
+    )
+    if found is None:
+        return made
+    same = torch.equal(found.prompt, prompt) and all(torch.equal(found.heads[k], v) for k, v in made.heads.items())
+    return replace(made, scores=found.scores if same else {}, parents=found.parents if same else (found.digest,))

@@ -1,0 +1,232 @@
+"""Judging: ranked answers against sums written out with the stock model, generation, heads, votes and mapped labels."""
+
+import csv
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import local
+from softprompts import evaluate, job
+from softprompts.config import EvaluateConfig, parse
+from softprompts.init import from_ids
+from softprompts.metrics import vote
+
+CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+
+
+def prepared(folder, model, **task):
+    """A job on the colours with a tiny `model`, nothing trained."""
+    values = local.run_values(folder, model)
+    values["task"] |= task
+    values["model"]["head"] = values["task"].pop("head", "lm")
+    return job.prepare(parse(values))
+
+
+def with_words(made, ids):
+    """The job's learner with a prompt that is the words `ids`."""
+    with torch.no_grad():
+        made.learner.method.prompts[0].copy_(from_ids(made.learner.backbone, made.learner.site, torch.tensor(ids)))
+    return made.learner
+
+
+WORDS = [5, 9, 11, 7]
+ANSWERS = [
+    {"warm": "warm", "cold": "cold"},
+    {"warm": "a warm one", "cold": "a cold one"},  # the first tokens are the same
+    {"warm": "co", "cold": "cold"},  # one answer may begin another
+]
+
+
+@pytest.mark.parametrize("verbaliser", ANSWERS)
+@pytest.mark.parametrize("normalise", [False, True])
+def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbaliser, normalise):
+    made = prepared(tmp_path, "llama", verbaliser=verbaliser)
+    learner, encoder = with_words(made, WORDS), made.encoders[0]
+    rows = made.tasks[0].test[:5]
+    found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"normalise": normalise})))
+    model = learner.backbone.model
+    for row, one in zip(rows, found, strict=True):
+        expected = {}
+        for label, ids in encoder.candidates().items():
+            text = WORDS + encoder.encode(row).ids
+            logits = model(input_ids=torch.tensor([text + ids])).logits[0].log_softmax(-1)
+            parts = [float(logits[len(text) - 1 + i, token]) for i, token in enumerate(ids)]
+            expected[label] = sum(parts) / (len(ids) if normalise else 1)
+        assert one.scores == pytest.approx(expected, abs=2e-5)
+        assert one.value == max(expected, key=expected.__getitem__)
+
+
+def test_ranking_with_an_encoder_decoder(tmp_path):
+    made = prepared(tmp_path, "t5", verbaliser={"warm": "it is warm", "cold": "cold"})
+    learner, encoder = with_words(made, WORDS), made.encoders[0]
+    row = made.tasks[0].test[0]
+    (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
+    for label, ids in encoder.candidates().items():
+        text = torch.tensor([WORDS + encoder.encode(row).ids])
+        logits = learner.backbone.model(input_ids=text, labels=torch.tensor([ids])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[i, token]) for i, token in enumerate(ids))
+        assert found.scores[label] == pytest.approx(expected, abs=2e-5)
+
+
+def test_ranking_with_a_masked_model(tmp_path):
+    made = prepared(tmp_path, "bert", template="{text} it is {mask}", verbaliser={"warm": "warm", "cold": "so cold"})
+    learner, encoder = with_words(made, WORDS), made.encoders[0]
+    row = made.tasks[0].test[0]
+    (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
+    for label, answer in encoder.format.verbaliser.items():
+        one = encoder.encode(row, answer)
+        first, rest = one.ids[:1], one.ids[1:]
+        ids = torch.tensor([first + WORDS + rest])
+        logits = learner.backbone.model(input_ids=ids).logits[0].log_softmax(-1)
+        places = [i for i, wanted in enumerate(one.labels) if wanted != -100]
+        expected = sum(float(logits[i + len(WORDS), one.labels[i]]) for i in places)
+        assert found.scores[label] == pytest.approx(expected, abs=2e-5)
+
+
+def test_answers_do_not_depend_on_the_batch(tmp_path):
+    made = prepared(tmp_path, "llama", verbaliser=ANSWERS[1])
+    rows = made.tasks[0].test
+    alone = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG.model_copy(update={"batch_size": 1})))
+    together = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG))
+    for one, other in zip(alone, together, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_generated_answers_and_illegal_ones(tmp_path):
+    made = prepared(tmp_path, "llama")
+    found = evaluate.evaluate(
+        made.learner, made.encoders[0], made.tasks[0].test, CONFIG.model_copy(update={"by": "generate"})
+    )
+    # A random model writes nonsense: everything is illegal, counted and wrong.
+    assert found.headline.illegal == found.headline.n == len(made.tasks[0].test)
+    assert found.headline.value == 0
+    assert all(a.text is not None and a.value is None for a in found.answers)
+
+
+def test_generation_after_teaching_agrees_with_ranking(tmp_path):
+    values = local.run_values(tmp_path)
+    local.teach(tmp_path / "llama", steps=250)
+    made = job.prepare(parse(values))
+    stock = made.learner.stock()
+    ranked = evaluate.evaluate(stock, made.encoders[0], made.tasks[0].test, CONFIG)
+    written = evaluate.evaluate(
+        stock, made.encoders[0], made.tasks[0].test, CONFIG.model_copy(update={"by": "generate"})
+    )
+    assert ranked.headline.value == written.headline.value == 1.0
+    assert written.headline.illegal == 0
+
+
+def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
+    made = prepared(tmp_path, "llama")
+    rows = list(made.tasks[0].test[:3])
+    ballots = [["warm", "cold", None], ["cold", "cold", "cold"], ["odd", "warm", "warm"]]
+
+    def ask(learner, encoder, asked, config):
+        assert [task for _, task in asked] == [0, 1, 2] * len(rows)  # every row with every prompt, in one batch
+        return [evaluate.Answer(ballots[task][rows.index(row)]) for row, task in asked]
+
+    monkeypatch.setattr(evaluate, "_ranked", ask)
+    together = evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3)
+    assert [a.value for a in together] == ["warm", "cold", "cold"]
+    assert [vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
+
+
+def test_identical_prompts_vote_as_one(tmp_path):
+    values = local.run_values(tmp_path)
+    task = values.pop("task")
+    values["tasks"] = [{**task, "name": name} for name in ("a", "b", "c")]
+    made = job.prepare(parse(values))
+    rows = made.tasks[0].test
+    one = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG))
+    three = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3))
+    assert [a.value for a in one] == [a.value for a in three]
+
+
+def test_labels_of_another_set_are_mapped_after_decoding(tmp_path):
+    made = prepared(tmp_path, "llama")
+    rows = [{"text": row["text"], "label": {"warm": "hot", "cold": "icy"}[row["label"]]} for row in made.tasks[0].test]
+    own = evaluate.evaluate(made.learner, made.encoders[0], made.tasks[0].test, CONFIG)
+    mapped = evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"warm": "hot", "cold": "icy"})
+    assert mapped.headline.value == own.headline.value
+    assert set(mapped.references) <= {"hot", "icy"}
+    assert {a.value for a in mapped.answers} <= {"hot", "icy"}
+
+
+@pytest.mark.parametrize("kind", ["label", "regression", "multilabel"])
+def test_sequence_heads_train_and_answer(tmp_path, kind):
+    with (tmp_path / "rows.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["text", "label"])
+        for i in range(40):
+            warm = i % 2 == 0
+            label = {
+                "label": "warm" if warm else "cold",
+                "regression": float(warm),
+                "multilabel": "a,b" if warm else "b",
+            }
+            writer.writerow([f"the thing {i} is {'red' if warm else 'blue'}", label[kind]])
+    values = local.run_values(tmp_path, "bert", steps=150, rate=1.0, head_rate=0.05)
+    values["task"] |= {"source": str(tmp_path / "rows.csv"), "template": "{text}", "kind": kind, "name": "t"}
+    values["model"]["head"] = "sequence"
+    results = job.execute(parse(values))
+    score = results["summary"]["after"]["value"]
+    assert score > 0.9, results["scores"]
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    assert opened.learner.head is not None
+    rows = [{"text": "the thing 3 is red"}, {"text": "the thing 4 is blue"}]
+    one, other = evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)
+    if kind == "regression":
+        assert one.value - other.value > 0.5
+    else:
+        assert (one.value, other.value) == {"label": ("warm", "cold"), "multilabel": (["a", "b"], ["b"])}[kind]
+
+
+def test_token_heads_train_and_answer(tmp_path):
+    rows = [
+        {"tokens": ["the", colour, "thing", str(i)], "tags": ["O", "COLOUR", "O", "NUMBER"]}
+        for i, colour in enumerate(["red", "blue", "green", "orange"] * 10)
+    ]
+    (tmp_path / "tags.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    values = local.run_values(tmp_path, "bert", steps=60, rate=0.3, head_rate=0.02)
+    values["task"] |= {"source": str(tmp_path / "tags.jsonl"), "template": "{tokens}", "label": "tags"}
+    values["task"] |= {"kind": "tagging", "name": "tags"}
+    values["model"]["head"] = "token"
+    results = job.execute(parse(values))
+    assert results["summary"]["after"]["value"] > 0.9
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    (found,) = evaluate.answers(opened.learner, opened.encoder, [{"tokens": ["the", "red", "thing", "7"]}], CONFIG)
+    assert found.value == ["O", "COLOUR", "O", "NUMBER"]
+
+
+def test_span_heads_train_and_answer(tmp_path):
+    rows = []
+    for i, colour in enumerate(["red", "blue", "green", "orange"] * 10):
+        context = f"thing {i} is {colour} today"
+        start = context.index(colour)
+        rows.append({"q": "which colour", "context": context, "answers": {"text": [colour], "answer_start": [start]}})
+    (tmp_path / "qa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    values = local.run_values(tmp_path, "bert", steps=80, rate=0.3, head_rate=0.05)
+    values["task"] |= {"source": str(tmp_path / "qa.jsonl"), "template": "{q}", "pair": "{context}"}
+    values["task"] |= {"label": "answers", "kind": "span", "name": "qa"}
+    values["model"]["head"] = "span"
+    results = job.execute(parse(values))
+    assert results["summary"]["metric"].startswith("squad")
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    asked = [{"q": "which colour", "context": "thing 5 is red today"}]
+    (found,) = evaluate.answers(opened.learner, opened.encoder, asked, CONFIG)
+    assert found.value in asked[0]["context"]
+    assert results["summary"]["after"]["value"] > 0.5, results["scores"]
+
+
+def test_an_opened_artefact_scores_bit_for_bit_as_in_its_run(tmp_path):
+    values = local.run_values(tmp_path)
+    run = parse(values)
+    made = job.prepare(run)
+    job.execute(run)
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    again = replace(made.learner, method=opened.learner.method)
+    rows = made.tasks[0].test
+    mine = [a.scores for a in evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)]
+    assert mine == [a.scores for a in evaluate.answers(again, made.encoders[0], rows, CONFIG)]

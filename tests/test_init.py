@@ -1,0 +1,206 @@
+"""Where a prompt starts: every kind of start at every site."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rows
+import tiny
+import tokenizers_tiny
+from artefacts import example
+from rows import DECODER, INPUT, KV, REPLACE, called
+from softprompts import artefact, init, inject
+from softprompts import backbone as b
+from softprompts.artefact import ArtefactError
+from softprompts.backbone import BackboneError
+from softprompts.config import InitConfig
+
+P = 12
+TOKENIZERS = {"llama": tokenizers_tiny.byte_bpe, "t5": tokenizers_tiny.unigram, "bert": tokenizers_tiny.wordpiece}
+
+
+def made(name: str) -> b.Backbone:
+    """A tiny backbone with a tokenizer of its own kind."""
+    tokenizer = TOKENIZERS[name]()
+    return b.wrap(tiny.model(name, tokenizer=tokenizer), tokenizer, name=name)
+
+
+def start(bb: b.Backbone, site: inject.Site = INPUT, length: int = P, seed: int = 0, **values: Any) -> Tensor:
+    """The start that a configuration describes."""
+    slot = inject.slot(bb, site, ("a",), length)
+    labels = values.pop("words", ())
+    return init.start(InitConfig(**values), bb, site, slot, seed=seed, labels=labels).prompt
+
+
+def ids_of(bb: b.Backbone, prompt: Tensor) -> list[int]:
+    """Which words the rows of an input prompt are, bit for bit."""
+    found = [(bb.embed(torch.arange(bb.vocabulary)) == row).all(1).nonzero()[:, 0].tolist() for row in prompt]
+    assert all(len(index) == 1 for index in found)
+    return [index[0] for index in found]
+
+
+KINDS: tuple[dict[str, Any], ...] = (
+    {"kind": "vocabulary"},
+    {"kind": "random"},
+    {"kind": "random", "distribution": "normal"},
+    {"kind": "random", "distribution": "uniform"},
+    {"kind": "text", "text": "Review: a warm film."},
+)
+
+
+@pytest.mark.parametrize(("name", "site"), rows.cases(tuple(TOKENIZERS)), ids=called)
+def test_every_kind_at_every_site(name: str, site: inject.Site) -> None:
+    """Shape and dtype fit the slot, nothing wants a gradient, a seed repeats, another seed differs."""
+    bb = made(name)
+    for values in KINDS:
+        first = start(bb, site, **values)
+        assert first.shape == (P, inject.width(bb, site))
+        assert first.dtype == torch.float32
+        assert first.isfinite().all()
+        assert not first.requires_grad
+        assert first.equal(start(bb, site, **values))
+        assert first.equal(start(bb, site, seed=1, **values)) == (values["kind"] == "text")
+
+
+@pytest.mark.parametrize("name", tuple(TOKENIZERS))
+def test_random(name: str) -> None:
+    """Normal noise with the table's rms, PEFT's N(0, 1), or U(-.5, .5)."""
+    bb = made(name)
+    table = bb.embed(torch.arange(bb.vocabulary))
+    for distribution, rms, top in (
+        ("table", float(table.square().mean().sqrt()), None),
+        ("normal", 1.0, None),
+        ("uniform", 12**-0.5, 0.5),
+    ):
+        found = start(bb, kind="random", distribution=distribution, length=60)
+        assert float(found.square().mean().sqrt()) == pytest.approx(rms, rel=0.05)
+        assert float(found.mean()) == pytest.approx(0, abs=0.05 * max(rms, 0.3))
+        assert top is None or 0.45 < float(found.abs().max()) <= top
+
+
+@pytest.mark.parametrize("site", rows.sites("llama"), ids=called)
+def test_random_has_the_size_of_words_at_the_site(site: inject.Site) -> None:
+    bb = made("llama")
+    words = start(bb, site, kind="vocabulary", length=40)
+    noise = start(bb, site, kind="random", length=40)
+    assert float(noise.square().mean()) == pytest.approx(float(words.square().mean()), rel=0.2)
+
+
+@pytest.mark.parametrize("name", tuple(TOKENIZERS))
+def test_vocabulary_draws_without_replacement_from_the_population(name: str) -> None:
+    bb = made(name)
+    special = set(bb.tokenizer.all_special_ids)
+    common = [i for i in range(bb.vocabulary) if i not in special][:P]
+    found = ids_of(bb, start(bb, kind="vocabulary", population=P))
+    assert sorted(found) == common
+    assert found != common, "drawn, not copied in order"
+    wide = [ids_of(bb, start(bb, kind="vocabulary", seed=seed)) for seed in range(20)]
+    assert all(len(set(row)) == P for row in wide)
+    assert special.isdisjoint(itertools.chain(*wide))
+    assert max(itertools.chain(*wide)) > bb.vocabulary // 2
+
+
+def test_vocabulary_without_a_tokenizer_and_with_padding_rows() -> None:
+    """Rows behind the tokenizer's last token are no words."""
+    tokenizer = tokenizers_tiny.byte_bpe()
+    bare = b.wrap(tiny.model("llama"), name="llama")
+    assert max(ids_of(bare, start(bare, kind="vocabulary", length=60))) < tiny.VOCABULARY
+    model = tiny.model("llama", tokenizer=range(len(tokenizer) + 40))
+    padded = b.wrap(model, tokenizer, name="llama")
+    found = [ids_of(padded, start(padded, kind="vocabulary", length=60, seed=seed)) for seed in range(10)]
+    assert max(itertools.chain(*found)) < len(tokenizer)
+
+
+@pytest.mark.parametrize("name", tuple(TOKENIZERS))
+def test_text_is_repeated_or_cut(name: str) -> None:
+    bb = made(name)
+    text = "Review: a warm film."
+    ids = bb.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for length in (3, len(ids), 2 * len(ids) + 1):
+        found = start(bb, kind="text", text=text, length=length)
+        assert found.equal(bb.embed(torch.tensor((ids * 3)[:length])))
+    special = bb.tokenizer(text)["input_ids"]
+    assert init.text_ids(bb.tokenizer, text, len(special), special=True).tolist() == special
+
+
+@pytest.mark.parametrize("name", tuple(TOKENIZERS))
+@pytest.mark.parametrize("site", [INPUT, DECODER], ids=called)
+def test_labels_are_means_of_pieces_then_common_words(name: str, site: inject.Site) -> None:
+    """Row i is the mean of label i's piece embeddings, bit for bit; the rest are different common words."""
+    if site == DECODER and name != "t5":
+        return
+    bb, words = made(name), ("positive", "warmly funny", "negative")
+    found = start(bb, site, kind="labels", words=words, population=30)
+    for row, word in zip(found, words, strict=False):
+        pieces = torch.tensor(bb.tokenizer(word, add_special_tokens=False)["input_ids"])
+        assert row.equal(bb.embed(pieces).mean(0))
+    assert any(len(bb.tokenizer(word, add_special_tokens=False)["input_ids"]) > 1 for word in words)
+    rest = ids_of(bb, found[3:])
+    assert len(set(rest)) == P - 3
+    common = [i for i in range(bb.vocabulary) if i not in bb.tokenizer.all_special_ids][:30]
+    assert set(rest) <= set(common)
+    assert start(bb, site, kind="labels", labels=words, length=3).equal(found[:3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), rows.cases(tiny.MAIN), ids=called)
+def test_words_are_what_the_model_makes_of_them(name: str, site: inject.Site) -> None:
+    """`from_ids` leaves no hooks, takes no gradient and does not depend on the length that follows (causal)."""
+    bb, words = tiny.backbone(name), rows.ids(3, 5)
+    found = init.from_ids(bb, site, words)
+    assert found.shape == (5, inject.width(bb, site))
+    assert not any(layer._forward_pre_hooks for layer in bb.model.modules())
+    if bb.family.shifted:
+        torch.testing.assert_close(found[:3], init.from_ids(bb, site, words[:3]), atol=1e-5, rtol=1e-5)
+    found.zero_()
+    assert not init.from_ids(bb, site, words).eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("site", "values", "match"),
+    [
+        (INPUT, {"kind": "vocabulary", "population": 5}, "12 different words are wanted, but only 5 can be drawn"),
+        (INPUT, {"kind": "text", "text": " "}, "the start text ' ' has no tokens"),
+        (INPUT, {"kind": "labels"}, "a start from class labels needs label words"),
+        (INPUT, {"kind": "labels", "labels": tuple("abcdefghijklm")}, "13 labels do not fit into a prompt of 12"),
+        (INPUT, {"kind": "labels", "labels": ("good", "")}, "the label word '' has no tokens"),
+        (REPLACE, {"kind": "labels", "labels": ("good",)}, "for sites input and decoder, not layers; use text"),
+        (KV, {"kind": "labels", "labels": ("good",)}, "for sites input and decoder, not kv; use text"),
+    ],
+    ids=str,
+)
+def test_errors(site: inject.Site, values: dict[str, Any], match: str) -> None:
+    name = "bert" if values.get("text") == " " else "llama"
+    with pytest.raises(BackboneError, match=match):
+        start(made(name), site, **values)
+
+
+def test_words_need_a_tokenizer() -> None:
+    for values in ({"kind": "text", "text": "a film"}, {"kind": "labels", "labels": ("good",)}):
+        with pytest.raises(BackboneError, match="tokenizer"):
+            start(tiny.backbone("llama"), **values)
+
+
+def test_a_sliding_window_holds_no_longer_prefix() -> None:
+    with pytest.raises(BackboneError, match="a sliding window of 6 positions cannot hold 6 prompt tokens"):
+        init.from_ids(tiny.backbone("mistral"), KV, rows.ids(0, 6))
+    assert len(init.from_ids(tiny.backbone("mistral"), KV, rows.ids(0, 5))) == 5
+
+
+def test_artefact(tmp_path: Path) -> None:
+    """A trained prompt is taken as it is, on the weights, at the site and with the length it was trained for."""
+    bb = made("llama")
+    prompt = rows.random(0, P, inject.width(bb, INPUT))
+    saved = example(
+        prompt=prompt, initial=prompt, state={}, fingerprint=b.fingerprint(bb), config={}, method="prompt-tuning"
+    )
+    path = str(artefact.save(saved, tmp_path / "prompt"))
+    assert start(bb, kind="artefact", path=path).equal(prompt)
+    with pytest.raises(ArtefactError, match=r"set prompt\.length and prompt\.site to match"):
+        start(bb, kind="artefact", path=path, length=P + 1)
+    with pytest.raises(ArtefactError):
+        start(b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer), kind="artefact", path=path)
