@@ -185,6 +185,15 @@ def test_shots_of_a_multilabel_task_reach_every_label(tmp_path):
     assert {counts[name] for name in "bcd"} == {2}
 
 
+def test_nothing_in_the_label_column_is_no_label_but_in_a_multilabel_task(tmp_path):
+    source = write(tmp_path / "d.csv", 'text,label\na,x\nb,\nc,"x,y"\n')
+    split = SplitConfig(validation_fraction=0, test_fraction=0)
+    assert texts(read(TaskConfig(source=source, kind="multilabel", split=split)).train) == ["a", "b", "c"]
+    found = read(TaskConfig(source=source, split=split))
+    assert texts(found.train) == ["a", "c"]
+    assert found.notes == (f"{source}: 1 rows with nothing in 'label' left out",)
+
+
 def test_limit_keeps_the_proportions(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'a' if i < 90 else 'b'}\n" for i in range(120)))
     found = read(

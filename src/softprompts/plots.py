@@ -106,7 +106,6 @@ def line_plot(title: str, lines: Sequence[Line]) -> str:
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
-        from matplotlib.transforms import nonsingular
 
         axes, tips = figure.add_subplot(), {}
         for at, line in enumerate(lines):
@@ -118,7 +117,9 @@ def line_plot(title: str, lines: Sequence[Line]) -> str:
             if line.dots:
                 tips[f"line{at}"] = [f"step {x:,.0f}: {shown(y)}" for x, y in zip(xs, ys, strict=True)]
         axes.margins(x=0.02 if tips else 0)
-        axes.set_ylim(*nonsingular(*axes.get_ylim(), expander=0.05, tiny=1e-6))  # a constant line gets a scale too
+        low, high = axes.get_ylim()
+        if high - low < 1e-6 * abs(high):  # constant but for rounding
+            axes.set_ylim(low - abs(low) / 20, high + abs(high) / 20)
         axes.grid(axis="y")
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
@@ -177,10 +178,9 @@ def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> str:
         axes.set(xlim=(0, len(columns)), ylim=(len(labels), 0), frame_on=False)
         axes.xaxis.tick_top()
         axes.tick_params(length=0, labelcolor=COLOURS["quiet"])
-        middle = np.arange(len(columns)) + 0.5
         style = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
-        axes.set_xticks(middle, [_short(name) for name in columns], **style)
-        axes.set_yticks(middle[: len(labels)], [_short(str(name)) for name in labels])
+        axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(name) for name in columns], **style)
+        axes.set_yticks(np.arange(len(labels)) + 0.5, [_short(str(name)) for name in labels])
         return {"cells": _cells(axes, counts, list(map(str, labels)), columns)}
 
     right = int(np.trace(counts))

@@ -129,7 +129,7 @@ def restore(
     slot = inject.slot(backbone, site, (name,), found.prompt.shape[0])
     if slot.width != found.prompt.shape[1]:
         raise ArtefactError(
-            f"{path} holds a prompt of width {found.prompt.shape[1]}; site '{site.name}' of this model takes {slot.width}"
+            f"{path} holds a prompt of width {found.prompt.shape[1]}; site '{site.name}' of this model is {slot.width}"
         )
     trained = bool(found.state)
     start = Start(found.initial if trained and found.initial is not None else found.prompt)
