@@ -153,7 +153,8 @@ def test_the_plots_take_the_page_for_what_it_is(page, text):
     links = re.findall(r'(?:href="|url\()#([^")]+)', text)
     assert set(links) == set(ids)
     plots = "".join(re.findall("<svg.*?</svg>", text, re.DOTALL))
-    assert not re.findall(r"#[0-9a-f]{6}|DejaVu|<style|<metadata|xmlns|<!", plots)
+    assert not re.findall(r"#[0-9a-f]{6}|<style|<metadata|xmlns|<!", plots)
+    assert "svg text { font-family: inherit !important;" in text
     used = set(re.findall(r"var\((--[a-z]+)\)", plots))
     assert used == {f"--{name}" for name in COLOURS}
     assert all(f"{name}:" in text for name in used)

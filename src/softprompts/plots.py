@@ -49,6 +49,7 @@ _LOOK = {
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "font.family": "DejaVu Sans",  # matplotlib brings it and measures with it; the style sheet puts the page's instead
     "font.size": 14,
     "axes.labelsize": 14,
     "xtick.labelsize": 14,
@@ -178,7 +179,7 @@ def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> str:
         axes.set(xlim=(0, len(columns)), ylim=(len(labels), 0), frame_on=False)
         axes.xaxis.tick_top()
         axes.tick_params(length=0, labelcolor=COLOURS["quiet"])
-        style = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
+        style: Any = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
         axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(name) for name in columns], **style)
         axes.set_yticks(np.arange(len(labels)) + 0.5, [_short(str(name)) for name in labels])
         return {"cells": _cells(axes, counts, list(map(str, labels)), columns)}
@@ -197,7 +198,7 @@ def _whisker(axes: Axes, y: float, look: str, one: Mapping[str, Any]) -> None:
     axes.plot([low, high], [y, y], color=colour, linewidth=4, alpha=0.45, solid_capstyle="round", clip_on=False)
     axes.plot(value, y, "o", color=colour, markersize=11, markeredgewidth=0, clip_on=False)
     weight = "normal" if look == "before" else "bold"
-    spot = {"transform": axes.get_yaxis_transform(), "va": "center", "color": text, "weight": weight}
+    spot: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "color": text, "weight": weight}
     axes.text(1.04, y, f"{value:.3f}", **spot)
 
 
@@ -214,7 +215,11 @@ def _cells(axes: Axes, counts: np.ndarray, labels: list[str], columns: list[str]
     axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors="none", gid="cells", clip_on=False))
     for row, column in places:
         text = str(counts[row, column])
-        style = {"color": COLOURS["ink"], "alpha": 0.45 if text == "0" else 1.0, "fontsize": min(13, 64 / len(text))}
+        style: Any = {
+            "color": COLOURS["ink"],
+            "alpha": 0.45 if text == "0" else 1.0,
+            "fontsize": min(13, 64 / len(text)),
+        }
         style |= {"ha": "center", "va": "center_baseline"}
         axes.text(column + 0.5, row + 0.5, text, **style).set_in_layout(False)
     return [f"gold {labels[i]}, predicted {columns[j]}: {counts[i, j]}" for i, j in places]
@@ -248,8 +253,10 @@ def _plot(
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's font, not ours, shows the text
         figure = Figure((size[0] / 72, size[1] / 72), dpi=72, layout=None if crop else "constrained")
         tips, drawn = draw(figure), io.StringIO()
-        box = {"bbox_inches": "tight", "pad_inches": 2 / 72} if crop else {}
-        FigureCanvasSVG(figure).print_figure(drawn, format="svg", metadata={"Date": None}, **box)
+        box: Any = "tight" if crop else None
+        FigureCanvasSVG(figure).print_figure(
+            drawn, format="svg", metadata={"Date": None}, bbox_inches=box, pad_inches=2 / 72
+        )
     keys = "".join(f'<span class="key {look}">{html.escape(text)}</span>' for text, look in legend)
     picture = _inline(drawn.getvalue(), name, _printable(label), tips)
     return (
@@ -298,6 +305,5 @@ def _tidy(element: ElementTree.Element, name: str, links: set[str]) -> None:
         short = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", attributes[key])
         attributes[key] = " ".join(short.split())
     if "style" in attributes:
-        style = re.sub(r"font-family: [^;]*;? *", "", attributes["style"])
-        attributes["style"] = re.sub(r"#[0-9a-f]{6}", lambda one: _VARIABLES.get(one[0], one[0]), style)
+        attributes["style"] = re.sub("#[0-9a-f]{6}", lambda one: _VARIABLES.get(one[0], one[0]), attributes["style"])
     element.attrib = attributes

@@ -1,6 +1,7 @@
 """SoftPromptModel: a stock transformers model with named prompts, each task with a copy of the head of its own."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ class SoftPromptModel(nn.Module):
     start from words. More tasks come with `add_task` and `load_prompt`. Of all tensors only the prompts and, in
     classification models, a copy of the head for each task require a gradient, and only they are in `state_dict`; the
     model's own head stays as it was.
+    The object's class is a subclass that bears the stock class's name, because Trainer and pipelines go by that name
+    (whether labels are shifted, which arguments are labels, which tasks a model is for).
     Raises BackboneError for a site the model does not have, ConfigError for a configuration that makes no sense.
     """
 
@@ -53,8 +56,10 @@ class SoftPromptModel(nn.Module):
         self._tasks: dict[str, Task] = {}
         self._active: str | None = None
         self._prompted = True
-        if self.backbone.head == "span" and type(self) is SoftPromptModel:
-            self.__class__ = SoftPromptModelForQuestionAnswering
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # data collators look for it
+            self.prepare_decoder_input_ids_from_labels = model.prepare_decoder_input_ids_from_labels
+        stock_class: Any = type(model)
+        self.__class__ = _called(stock_class, self.backbone.head)
         if config is not None:
             self.add_task(task, config)
 
@@ -313,6 +318,9 @@ class SoftPromptModel(nn.Module):
         self._trained()._apply(move, recurse)
         return self
 
+    def __reduce__(self) -> Any:
+        return _empty, (type(self.model), self.backbone.head), self.__dict__
+
     def _replicate_for_data_parallel(self) -> Any:
         raise BackboneError(
             "DataParallel copies modules and would run all of them on one device; start one process for each device "
@@ -358,8 +366,8 @@ class SoftPromptModel(nn.Module):
         return self.model.get_output_embeddings()
 
 
-class SoftPromptModelForQuestionAnswering(SoftPromptModel):
-    """The same for span heads: Trainer finds the labels of a question answering model by class name and arguments."""
+class _Spans(SoftPromptModel):
+    """The same for span heads, whose labels have other names; Trainer wants to see all labels that it can find."""
 
     def forward(  # type: ignore[override]
         self,
@@ -387,3 +395,14 @@ class SoftPromptModelForQuestionAnswering(SoftPromptModel):
             task_ids=task_ids,
             return_dict=return_dict,
         )
+
+
+@functools.cache
+def _called(stock: type, head: str) -> type[SoftPromptModel]:
+    """The class of models around `stock`: ours in everything but the name."""
+    return type(stock.__name__, (_Spans if head == "span" else SoftPromptModel,), {"__doc__": SoftPromptModel.__doc__})
+
+
+def _empty(stock: type, head: str) -> SoftPromptModel:
+    kind = _called(stock, head)
+    return kind.__new__(kind)

@@ -148,7 +148,8 @@ def restore(
         | {"options": found.options}
     )
     task = Task(name, site, config, found.initial, found)
-    return (task, method, _tree(found.heads)), warnings
+    head = {name: found.heads[name] for name in backbone.head_names if name in found.heads}  # safetensors sorts them
+    return (task, method, _tree(head)), warnings
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

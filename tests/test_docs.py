@@ -1,0 +1,107 @@
+"""Every command and snippet of README and docs is run, and every link and file they name is there."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softprompts import config
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+# Commands that are the test run itself, or that contain it.
+RUN_ELSEWHERE = ("make demo", "make test", "pip install .")
+
+# Training is cut to two steps: that the command is right is tested here, what it reaches stands in the results.
+SHORT = ["--set", "train.steps=2", "--set", "evaluate.resamples=100"]
+SMALL = ["--set", "task.split.limit={train: 40, validation: 8, test: 8}"]
+
+
+def blocks(language):
+    """(page, content) of every fenced block of `language`."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.M | re.S)
+    return [(page, text) for page in PAGES for text in pattern.findall(page.read_text(encoding="utf-8"))]
+
+
+def commands():
+    """(page, words) of every command in a shell block, comments left out."""
+    lines = [(page, line.split(" #")[0].strip()) for page, text in blocks("sh") for line in text.splitlines()]
+    return [(page, line) for page, line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A directory as a user has it after the demo, with the run cut short."""
+    where = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "examples", where / "examples")
+    call(["quickstart", *SHORT, *SMALL], where)
+    return where
+
+
+def call(arguments, where, code="import sys; from softprompts.cli import main; main()"):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=where,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_every_command_runs(folder):
+    ran = 0
+    for page, line in commands():
+        if line.startswith(RUN_ELSEWHERE):
+            continue
+        words = shlex.split(line)
+        assert words[0] == "softprompts", f"{page.name}: {line}"
+        arguments = words[1:]
+        if arguments[0] == "train":
+            arguments = [*arguments, *SHORT, *([] if "reviews" in line else SMALL)]
+        if arguments[0] == "evaluate" and "--data" in arguments:
+            continue  # thousands of rows; the same path is tested in test_cli
+        call(arguments, folder)
+        ran += 1
+    assert ran >= 5
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(("page", "text"), blocks("python"), ids=lambda x: x.name if isinstance(x, Path) else "")
+def test_every_snippet_runs(page, text, tmp_path):
+    call([], tmp_path, code=text)
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda x: x.name if isinstance(x, Path) else "")
+def test_every_configuration_is_right(page, text):
+    config.parse(yaml.safe_load(text))
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_nothing_is_left_to_fill_in():
+    for page in PAGES:
+        assert not re.search(r"^(QUICKSTART|PREDICT|RESULTS)$|QUICKMEAN|TODO", page.read_text(encoding="utf-8"), re.M)
+
+
+def test_the_layout_in_the_design_is_the_layout():
+    named = set(re.findall(r"\b(\w+)\.py\b", (ROOT / "docs" / "design.md").read_text(encoding="utf-8")))
+    there = {p.stem for p in (ROOT / "src" / "softprompts").glob("*.py") if not p.stem.startswith("__")}
+    assert there <= named, there - named

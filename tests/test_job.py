@@ -1,0 +1,132 @@
+"""One run from configuration to files: mixed tasks, starts from artefacts, results.json, the default model."""
+
+import json
+
+import pytest
+import torch
+
+import local
+from softprompts import artefact, assets, backbone, inject, job
+from softprompts.artefact import ArtefactError
+from softprompts.config import ConfigError, Run, parse
+from softprompts.inject import Site
+from softprompts.prompt import Batch, Prompt
+
+
+@pytest.fixture
+def values(tmp_path):
+    return local.run_values(tmp_path, steps=3)
+
+
+def test_two_tasks_train_in_the_same_batches(values, tmp_path):
+    task = values.pop("task")
+    values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
+    results = job.execute(parse(values))
+    assert [page["task"] for page in results["tasks"]] == ["one", "two"]
+    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    assert not torch.equal(one.prompt, two.prompt)
+    assert torch.equal(one.initial, two.initial)
+    assert two.format["template"] == "{text}?"
+    for name in ("report-one.html", "report-two.html"):
+        assert (tmp_path / "out" / name).is_file()
+
+
+def test_the_artefact_tells_where_it_came_from(values, tmp_path):
+    results = job.execute(parse(values))
+    made = artefact.load(tmp_path / "out" / "prompt")
+    again = job.prepare(parse(values))
+    assert torch.equal(made.initial, again.start.prompt)
+    assert made.config["task"]["template"] == "{text}:"
+    assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
+    artefact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
+
+
+def test_results_hold_the_resolved_run(values, tmp_path):
+    results = job.execute(parse(values))
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["summary"] == results["summary"]
+    assert parse(saved["config"]) == parse(values)
+    assert [row["step"] for row in saved["curve"]] == [1, 2, 3]
+    matrix = torch.tensor(saved["confusion"]["matrix"])
+    assert int(matrix.sum()) == saved["rows"]["test"] == saved["summary"]["after"]["n"]
+    assert sum(row["support"] for row in saved["per_class"]) == saved["rows"]["test"]
+    assert len(saved["examples"]) == 10
+    assert len(saved["nearest_words"]) == 4
+    assert saved["summary"]["trainable"] == 4 * 32
+
+
+def test_a_finished_run_is_not_trained_again(values, tmp_path):
+    first = job.execute(parse(values))
+    steps = []
+    second = job.execute(parse(values), job.Screen(step=lambda r: steps.append(r.seconds)))
+    assert steps == [row["seconds"] for row in first["curve"]]
+    assert second["scores"] == first["scores"]
+
+
+def test_a_run_starts_from_another_artefact(values, tmp_path):
+    job.execute(parse(values))
+    init = {"kind": "artefact", "path": str(tmp_path / "out" / "prompt")}
+    made = job.prepare(parse({**values, "prompt": {"length": 4, "init": init}}))
+    assert torch.equal(made.start.prompt, artefact.load(init["path"]).prompt)
+    with pytest.raises(ArtefactError, match=r"\[4, 32\] at site input.*\[5, 32\]"):
+        job.prepare(parse({**values, "prompt": {"length": 5, "init": init}}))
+    other = local.model_directory(tmp_path / "other", seed=9)
+    with pytest.raises(ArtefactError, match="weights"):
+        job.prepare(
+            parse({**values, "model": {**values["model"], "name": str(other)}, "prompt": {"length": 4, "init": init}})
+        )
+
+
+def test_label_words_are_a_start(values):
+    made = job.prepare(parse({**values, "prompt": {"length": 4, "init": {"kind": "labels"}}}))
+    base = made.learner.backbone
+    pieces = base.tokenizer(" cold", add_special_tokens=False)["input_ids"]
+    assert torch.equal(made.start.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
+
+
+@pytest.mark.parametrize("site", ["layers", "kv"])
+def test_deep_prompts_train_and_come_back(values, tmp_path, site):
+    job.execute(parse({**values, "prompt": {"length": 4, "site": site}}))
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    assert opened.learner.site.name == site
+    assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
+
+
+def test_heads_and_several_tasks_are_refused(values):
+    task = values.pop("task")
+    values |= {"tasks": [{**task, "name": "a"}, {**task, "name": "b"}]}
+    values["model"]["head"] = "sequence"
+    with pytest.raises(ConfigError, match="one task at a time"):
+        job.prepare(parse(values))
+
+
+def test_artefacts_of_different_sites_cannot_stand_together(values, tmp_path):
+    job.execute(parse(values))
+    job.execute(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))
+    paths = [tmp_path / "out" / "prompt", tmp_path / "kv" / "prompt"]
+    with pytest.raises(ConfigError, match="differ in site"):
+        job.open_artefacts(paths, model=parse(values).model)
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_the_default_model_shares_its_prefix_exactly():
+    """Loss and prompt gradient of the real model: shared prefix and concatenation agree to float32's rounding."""
+    base = job.load_backbone(Run().model.model_copy(update={"dtype": "float32"}))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 40_000, (4, 12), generator=generator)
+    mask = torch.arange(12)[None] < torch.tensor([12, 7, 9, 12])[:, None]
+    start = base.rms * torch.randn(2, 20, 576, generator=generator)
+    found = []
+    for share in (True, False):
+        values = start.clone().requires_grad_()
+        prompt = Prompt(values, torch.ones(2, 20, dtype=torch.bool), torch.tensor([0, 1, 1, 0]))
+        batch = Batch(ids, mask.long(), prompt.row, ids.masked_fill(~mask, -100))
+        out = inject.forward(base, batch, prompt, Site(), share=share)
+        loss = torch.nn.functional.cross_entropy(out.logits, out.labels)
+        loss.backward()
+        found.append((loss.detach(), values.grad))
+    assert assets.is_asset("smollm2-135m")
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    relative = (found[0][1] - found[1][1]).norm() / found[1][1].norm()
+    assert relative < 1e-4
