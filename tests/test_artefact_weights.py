@@ -62,7 +62,7 @@ def test_another_tokenizer_warns() -> None:
         ("float32", "bfloat16", 0.04, True),
         ("bfloat16", "float32", 0.04, True),
         ("float16", "bfloat16", 0.06, False),
-        ("float16", "float32", 0.009, True),
+        ("float16", "float32", 0.005, True),
         ("float32", "float32", float("nan"), False),
         ("float32", "nf4", 0.0, False),
     ],

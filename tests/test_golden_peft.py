@@ -86,7 +86,7 @@ def test_first_seq2seq(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in tiny.MASKED if name not in FACTORISED])
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
 def test_first_sequence_classification(name: str) -> None:
     """An encoder with the prompt in front of everything, as PEFT places it, on texts of one length."""
     text, mask = rows.pad(rows.texts(name, (6, 6, 6)))

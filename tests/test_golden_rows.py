@@ -151,6 +151,19 @@ def test_rows_without_labels(name: str) -> None:
     assert values.grad.isfinite().all()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.MAIN)
+def test_labels_on_padding_do_not_count(name: str) -> None:
+    """Whoever copies input_ids into the labels, padding included, trains on the text all the same."""
+    if name in tiny.SEQ2SEQ:
+        return
+    bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name), "left", 2)
+    values = rows.single(rows.random(0, 3, bb.features), 4)
+    for share in (True, False):
+        ours = inject.forward(bb, replace(batch, labels=batch.ids), values, INPUT, share=share)
+        assert ours.labels.equal(inject.forward(bb, batch, values, INPUT, share=share).labels)
+
+
 @settings(deadline=None, derandomize=True, max_examples=200)
 @given(st.data())
 def test_layout(data: st.DataObject) -> None:

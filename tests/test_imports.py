@@ -41,7 +41,8 @@ OURS = {
     "init": "backbone inject prompt config artefact vectors",
     "words": "backbone prompt",
     "learner": "backbone inject prompt config",
-    "assets": "backbone config",
+    "conversion": "",
+    "assets": "backbone config conversion",
     "train": MODELS,
     "evaluate": MODELS,
     "model": MODELS,
@@ -74,7 +75,7 @@ THIRD_PARTY = {
 # What only some rows may import; a name stands for everything below it.
 EXCLUSIVE = {
     "peft": "",
-    "safetensors": "files artefact assets",
+    "safetensors": "files artefact conversion",
     "transformers.cache_utils": "backbone inject generate init",
     "transformers.generation": "backbone inject generate",
     "transformers.models.auto": "backbone",

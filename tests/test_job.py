@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import local
-from softprompts import artefact, assets, backbone, inject, job
+import tokenizers_tiny
+from softprompts import artefact, assets, backbone, evaluate, inject, job
 from softprompts.artefact import ArtefactError
-from softprompts.config import ConfigError, Run, parse
+from softprompts.config import ConfigError, EvaluateConfig, Run, parse
 from softprompts.inject import Site
 from softprompts.prompt import Batch, Prompt
 
@@ -90,6 +91,34 @@ def test_deep_prompts_train_and_come_back(values, tmp_path, site):
     opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     assert opened.learner.site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("place", ["start", "user"])
+def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
+    """The place goes from the task through training, artefact and generation to the same scores as by hand."""
+    tokenizers_tiny.byte_bpe(chat=True).save_pretrained(tmp_path / "llama")
+    values["task"] |= {"chat": True, "chat_place": place, "template": "{text}"}
+    made = job.prepare(parse(values))
+    row = made.tasks[0].test[0]
+    before = made.encoders[0].encode(row).place
+    assert (before == 0) == (place == "start")
+    job.execute(parse(values))
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluateConfig())
+    ids, model = opened.encoder.encode(row).ids, opened.learner.backbone.model
+    for label, answer in opened.encoder.candidates().items():
+        words = model.get_input_embeddings()(torch.tensor(ids + answer))
+        whole = torch.cat([words[:before], opened.artefacts[0].prompt, words[before:]])[None]
+        logits = model(inputs_embeds=whole).logits[0].log_softmax(-1)
+        first = len(ids) + 4 - 1
+        expected = sum(float(logits[first + i, token]) for i, token in enumerate(answer))
+        assert found.scores[label] == pytest.approx(expected, abs=2e-5)
+    written = EvaluateConfig(by="generate", max_new_tokens=3)
+    (said,) = evaluate.answers(opened.learner, opened.encoder, [row], written)
+    words = model.get_input_embeddings()(torch.tensor(ids))
+    whole = torch.cat([words[:before], opened.artefacts[0].prompt, words[before:]])[None]
+    tokens = model.generate(inputs_embeds=whole, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert said.text == opened.learner.backbone.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
 
 def test_heads_and_several_tasks_are_refused(values):

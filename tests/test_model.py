@@ -309,6 +309,21 @@ def test_mixed_tasks_in_one_batch_equal_each_task_alone(name: str) -> None:
             assert torch.equal(together[i, -4:], alone[0, -4:])
 
 
+def test_prompts_at_different_places_share_a_batch(tmp_path: Path) -> None:
+    model = SoftPromptModel(tiny.model("bert"), PromptConfig(length=3, init=RANDOM), "after")
+    model.add_task("first", PromptConfig(length=5, place="first", init=RANDOM))
+    for i, task in enumerate(model.tasks):
+        put(model, task, rows.random(i, 3 + 2 * i, 32))
+    model.save_pretrained(tmp_path)
+    model.load_prompt(tmp_path / "after", "again")
+    ids = torch.stack(rows.texts("bert", (6, 6, 6)))
+    names = ["first", "after", "again"]
+    found = model(ids, tasks=names).logits
+    for i, name in enumerate(names):
+        torch.testing.assert_close(found[i], model(ids[i : i + 1], tasks=name).logits[0], **CLOSE)
+    assert not torch.allclose(found[0], model(ids[:1], tasks="after").logits[0], atol=1e-3)
+
+
 def test_the_active_task_serves_rows_that_name_none() -> None:
     model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM), "mnli")
     model.add_task("sst2", PromptConfig(length=5, init=RANDOM))
@@ -395,6 +410,10 @@ def test_generate_takes_what_the_stock_model_takes() -> None:
     ):
         assert torch.equal(found[:, :7], ids)
         assert torch.equal(found[:, 7:], expected[:, 11:])
+    # Where padding also ends texts, as with most causal tokenizers, the stock model takes all for text.
+    both = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": [9, 0], "pad_token_id": 0}
+    taken = model.generate(ids, attention_mask=torch.ones_like(ids), **both)
+    assert torch.equal(model.generate(ids, **both), taken)
     embeds = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeds, attention_mask=mask, **options), expected[:, 11:])
 
@@ -444,6 +463,11 @@ def test_any_name_will_do_and_many_tasks_come_back_in_order(tmp_path: Path) -> N
     ids = rows.ids(1, 5).expand(len(NAMES), -1)
     places = torch.arange(len(NAMES))
     assert torch.equal(model(ids, task_ids=places).logits, again(ids, task_ids=places).logits)
+    SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM)).save_pretrained(tmp_path / "one")
+    with pytest.raises(ArtefactError, match="holds a prompt of its own; give another directory for 7 of them"):
+        model.save_pretrained(tmp_path / "one")
+    with pytest.raises(ArtefactError, match="is not empty and is not an artefact"):
+        SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM)).save_pretrained(tmp_path / "all")
 
 
 @pytest.mark.golden
@@ -694,10 +718,12 @@ def test_trainer_resumes(tmp_path: Path) -> None:
     torch.testing.assert_close(again.state_dict(), straight.state_dict(), **CLOSE)
 
 
-def test_trainer_takes_batches_of_mixed_tasks_and_accumulates_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("site", ["input", "kv"])
+def test_trainer_takes_batches_of_mixed_tasks_and_accumulates_exactly(tmp_path: Path, site: str) -> None:
+    """Loss and gradient are sums over the labels that the prompt can score, divided by their number."""
     found = []
     for size, accumulate in ((12, 1), (3, 4)):
-        model = prompted("llama", words=None)
+        model = prompted("llama", words=None, site=site)
         model.add_task("other")
         run = trainer(
             model,
@@ -710,10 +736,43 @@ def test_trainer_takes_batches_of_mixed_tasks_and_accumulates_exactly(tmp_path: 
             save_strategy="no",
             max_grad_norm=0.0,
         )
-        run.train()
+        whole = collate([Rows("mixed")[i] for i in range(12)])
+        with torch.no_grad():
+            expected = model(**whole).loss.item()
+        assert run.train().training_loss == pytest.approx(expected, rel=1e-5)
         found.append(model.state_dict())
     torch.testing.assert_close(found[0], found[1], **CLOSE)
     assert not torch.equal(*found[0].values())
+
+
+def test_a_sequence_to_sequence_trainer_generates_with_the_prompt(tmp_path: Path) -> None:
+    model = prompted("t5", words=None)
+    arguments = transformers.Seq2SeqTrainingArguments(
+        str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        predict_with_generate=True,
+        max_steps=2,
+        generation_max_length=6,
+        dataloader_pin_memory=False,
+    )
+    seen = []
+    run = transformers.Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows("lm"),
+        eval_dataset=Rows("lm", 4),
+        data_collator=collate,
+        compute_metrics=lambda prediction: seen.append(prediction.predictions) or {},
+    )
+    run.train()
+    run.evaluate()
+    ids = torch.stack([Rows("lm")[i]["input_ids"] for i in range(4)])
+    expected = model.generate(ids, max_length=6)
+    assert seen[0][:, : expected.shape[1]].tolist() == expected.tolist()
+    with model.no_prompt():
+        assert model.generate(ids, max_length=6).tolist() != expected.tolist()
 
 
 def tokenized(name: str, head: str) -> tuple[Any, Any]:

@@ -131,7 +131,9 @@ def test_sampled_words_are_words_and_none_comes_twice(words: Any) -> None:
 @pytest.mark.parametrize(("kind", "expected"), [("RANDOM", 0.02), ("RANDOM_NORMAL", 1.0), ("RANDOM_UNIFORM", 0.2887)])
 def test_random_starts_have_their_scale(words: Any, kind: str, expected: float) -> None:
     torch.nn.init.normal_(words.weight, std=0.02)
-    found = PromptEmbedding(PromptTuningConfig(num_virtual_tokens=200, prompt_tuning_init=kind), words).embedding.weight
+    found = PromptEmbedding(
+        PromptTuningConfig(num_virtual_tokens=200, prompt_tuning_init=kind), words
+    ).embedding.weight.detach()
     assert float(found.square().mean().sqrt()) == pytest.approx(expected, rel=0.05)
     assert float(found.mean()) == pytest.approx(0, abs=expected / 10)
 

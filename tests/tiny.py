@@ -102,11 +102,17 @@ CONFIGS: dict[str, Any] = {
     "bert": lambda: t.BertConfig(**ENCODER),
     "roberta": lambda: t.RobertaConfig(**{**ENCODER, "pad_token_id": 1, "bos_token_id": 0, "vocab_size": VOCABULARY}),
     "albert": lambda: t.AlbertConfig(**ENCODER, embedding_size=24),
+    "distilbert": lambda: t.DistilBertConfig(
+        vocab_size=VOCABULARY, dim=32, n_layers=3, n_heads=4, hidden_dim=48, max_position_embeddings=64
+    ),
+    "modernbert": lambda: t.ModernBertConfig(
+        **SIZES, local_attention=8, cls_token_id=1, sep_token_id=2, classifier_pooling="mean"
+    ),
 }
 CAUSAL = ("gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gemma", "gemma2", "gemma3", "phi", "gpt_neox", "gptj")
 CAUSAL += ("bloom", "falcon", "falcon_alibi", "mpt", "opt_projected")
 SEQ2SEQ = ("t5", "bart")
-MASKED = ("bert", "roberta", "albert")
+MASKED = ("bert", "roberta", "albert", "distilbert", "modernbert")
 ALL = (*CAUSAL, *SEQ2SEQ, *MASKED)
 # The main families, for tests that are slower or concern heads.
 MAIN = ("gpt2", "llama", "qwen3", "opt", "gemma3", "t5", "bart", "bert", "roberta")
@@ -145,4 +151,4 @@ def backbone(name: str, head: str = "lm", labels: int = 3) -> b.Backbone:
 
 def start(name: str) -> int | None:
     """The token that encoders put first."""
-    return {"bert": 1, "albert": 1, "roberta": 0, "bart": 1}.get(name)
+    return 0 if name == "roberta" else 1 if name in (*MASKED, "bart") else None

@@ -7,11 +7,12 @@ from torch import Tensor
 from softprompts.files import ArtefactError, plain
 from softprompts.prompt import Fingerprint
 
-BANDS = {"float64": 1e-4, "float32": 1e-4, "float16": 0.01, "bfloat16": 0.05, "int8": 0.1}
-"""Largest `sketch_distance` that the same weights reach in another dtype, on another device or kernel.
+BANDS = {"float64": 1e-4, "float32": 1e-4, "float16": 0.006, "bfloat16": 0.044, "int8": 0.064}
+"""Largest `sketch_distance` that the same weights are taken to reach in another dtype, on another device or kernel.
 
-All but float32's are placeholders. To measure one: sketch the default model in float32 and in that dtype, on each
-device and attention kernel that is supported, and take twice the largest distance seen.
+Twice the largest distance measured on the default model against float32, on a CPU with eager and sdpa attention:
+float32 7e-7 (1e-4 leaves room for other devices), float16 0.0029, bfloat16 0.0217, int8 weights per channel 0.032. One
+step of fine-tuning that moves every weight by 1e-5 is at 0.0047, by 1e-4 at 0.054.
 """
 
 

@@ -206,7 +206,10 @@ def _judge(job: Job, index: int, screen: Screen, when: str, stock: bool = False)
         screen.judged(f"{job.tasks[index].name} {when}", done, len(rows))
 
     chosen = learner.stock() if stock else learner
-    return evaluate.evaluate(chosen, job.encoders[index], rows, job.run.evaluate, seed=job.run.seed, progress=progress)
+    encoder, run = job.encoders[index], job.run
+    found = evaluate.evaluate(chosen, encoder, rows, run.evaluate, seed=run.seed, progress=progress)
+    screen.say(f"{job.tasks[index].name}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
+    return found
 
 
 def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:

@@ -50,13 +50,17 @@ def forward(
     return replace(result, logits=logits, labels=labels, row=row, column=column)
 
 
-def head(backbone: Backbone, reading: Reading, states: Tensor) -> Tensor:
-    """The stock head's scores for `states [R, K, H]`: the trunk is replayed, the head is the model's own."""
+def head(backbone: Backbone, reading: Reading, states: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The stock head's scores for `states [R, K, H]`: the trunk is replayed, the head is the model's own.
+
+    mask [R, K]: which states there are, for heads that average over them (default: all).
+    """
     output = type(reading.output)(**{**reading.output, "last_hidden_state": states})
     ids = torch.full(states.shape[:2], _end_id(backbone), dtype=torch.long, device=states.device)
     with backbone.replay(output):
         if backbone.family is not SEQ2SEQ:
-            return backbone.model(input_ids=ids, return_dict=True).logits
+            mask = torch.ones_like(ids) if mask is None else mask.long()
+            return backbone.model(input_ids=ids, attention_mask=mask, return_dict=True).logits
         encoded = type(reading.encoded[0])(last_hidden_state=states[:, :1])  # type: ignore[index]
         return backbone.model(encoder_outputs=encoded, **_decoder_input(backbone, ids), return_dict=True).logits
 
@@ -64,7 +68,8 @@ def head(backbone: Backbone, reading: Reading, states: Tensor) -> Tensor:
 def pooled(backbone: Backbone, reading: Reading) -> Tensor:
     """Scores [B, C] of a sequence head: encoders pool as the stock model does, others the last position of the run."""
     if not backbone.family.shifted and backbone.family is not SEQ2SEQ:
-        return head(backbone, reading, reading.hidden)
+        columns = torch.arange(reading.hidden.shape[1], device=reading.end.device)
+        return head(backbone, reading, reading.hidden, columns <= reading.end[:, None])
     states = _last(reading)[:, None]
     if backbone.family.shifted and backbone.config.pad_token_id is None:
         # The stock head refuses batches when no padding token is defined; a row at a time it does not ask.

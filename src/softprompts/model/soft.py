@@ -58,12 +58,11 @@ class SoftPromptModel(nn.Module):
         self._prompted = True
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # data collators look for it
             self.prepare_decoder_input_ids_from_labels = model.prepare_decoder_input_ids_from_labels
-        stock_class: Any = type(model)
-        self.__class__ = _called(stock_class, self.backbone.head)
+        if type(self) is SoftPromptModel:
+            stock_class: Any = type(model)
+            self.__class__ = _called(stock_class, self.backbone.head)
         if config is not None:
             self.add_task(task, config)
-
-    # What is trained
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -115,19 +114,13 @@ class SoftPromptModel(nn.Module):
         Raises ArtefactError for a prompt that was made for other weights or does not fit, saying how.
         """
         made, warnings = trained.restore(self.backbone, path, task, allow_other_weights)
-        name = made[0].name
-        if name in self._tasks:
-            order = list(self._tasks)
-            self._put(*made)
-            self._tasks = {key: self._tasks[key] for key in order}
-        else:
-            self._put(*made)
-        return name, warnings
+        self._put(*made)
+        return made[0].name, warnings
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write one task as an artefact into `directory`, several each into a sub-directory of it.
 
-        Raises ArtefactError where the disk or the directory's content forbids it.
+        Raises ArtefactError where the disk or what is in the directory forbids it.
         """
         trained.save(self.backbone, [self._parts(name) for name in (self.tasks or (self.task,))], Path(directory))
 
@@ -219,7 +212,8 @@ class SoftPromptModel(nn.Module):
         reading = inject.read(self.backbone, batch, prompt, site)
         wanted = rows.labels(given)
         wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
-        made = stock.output(self.backbone, batch, reading, wish, lambda score: self._with_heads(batch.task, score))
+        heads = {i: self._head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
+        made = stock.output(self.backbone, batch, reading, wish, heads)
         return made.to_tuple() if return_dict is False else made
 
     def generate(
@@ -241,7 +235,7 @@ class SoftPromptModel(nn.Module):
         """
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
-            attention_mask = rows.text_mask(ids, options, self.generation_config)
+            attention_mask = rows.text_mask(ids, options, getattr(self.model, "generation_config", None))
         given = {
             "input_ids": ids,
             "attention_mask": attention_mask,
@@ -264,30 +258,21 @@ class SoftPromptModel(nn.Module):
             self.backbone, given, lambda count: rows.places(names, ids, count, self.tasks, lambda: self.task)
         )
         used = [self.tasks[i] for i in batch.task.unique().tolist()]
-        if len({self._tasks[name].site for name in used}) > 1:
-            where = ", ".join(f"{name} at {self._tasks[name].site.name}" for name in used)
+        sites = {name: self._tasks[name].site for name in used}
+        if len({(site.name, site.mode) for site in sites.values()}) > 1:
+            where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
             raise BackboneError(
                 f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
             )
+        if len({site.place for site in sites.values()}) > 1:
+            after = [int(self._tasks[self.tasks[i]].site.place == "after_start") for i in batch.task.tolist()]
+            batch = replace(batch, place=torch.tensor(after, device=self.device).minimum(batch.mask.sum(1)))
         made, places = [], []
         for name in used:
             places.append((batch.task == self.tasks.index(name)).nonzero()[:, 0])
             part = batch if len(used) == 1 else batch.rows(places[-1])
             made.append(self.prompts[trained.key(name)](rows.context(self.backbone, part)))
         return batch, made[0] if len(made) == 1 else mix(made, places), self._tasks[used[0]].site
-
-    def _with_heads(self, task: Tensor, score: Callable[[], Tensor]) -> Tensor:
-        """`score()` [B, ...] with each row's own head."""
-        made: Tensor | None = None
-        for index in task.unique().tolist():
-            own = dict(self.model.named_parameters())
-            head = {k: v.to(own[k].dtype) for k, v in self._head(self.tasks[index]).items()}
-            with self.backbone.with_head(head):
-                one = score()
-            here = (task == index).view(-1, *[1] * (one.dim() - 1))
-            made = one if made is None else torch.where(here, one, made)
-        assert made is not None
-        return made
 
     # What Trainer, pipelines and people ask a model for
 
@@ -335,6 +320,12 @@ class SoftPromptModel(nn.Module):
         )
 
     activation_checkpointing_enable = gradient_checkpointing_enable
+
+    @property
+    def loss_type(self) -> str | None:
+        """What Trainer goes by when it counts labels: keys and values do not score a row's first one."""
+        keys = self.accepts_loss_kwargs and self._active is not None and self._tasks[self._active].site.name == "kv"
+        return "ForCausalLM" if keys else None
 
     @property
     def device(self) -> torch.device:

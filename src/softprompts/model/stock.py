@@ -1,7 +1,7 @@
 """What a stock model returns: its own output class, scores as long as its input, its loss; no prompt positions."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from softprompts.backbone import Backbone
 from softprompts.inject import Reading
 from softprompts.prompt import IGNORE, Batch
 
-Heads = Callable[[Callable[[], Tensor]], Tensor]
-"""Computes scores [B, ...] with each row's own head."""
+Heads = Mapping[int, Mapping[str, Tensor]]
+"""Tensors that replace the model's head, for each place in Batch.task; empty where no task has a head of its own."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def output(backbone: Backbone, batch: Batch, reading: Reading, wish: Wish, heads
         if backbone.head == "span":
             scores, loss = _span(backbone, batch, reading, wish, heads)
         elif backbone.head == "sequence":
-            logits = heads(lambda: inject.pooled(backbone, reading))
+            logits = _each(backbone, batch, heads, lambda: inject.pooled(backbone, reading))
             scores = {"logits": logits}
             loss = None if wish.labels is None else class_loss(backbone.config, logits, wish.labels)
         elif backbone.head == "lm" and backbone.family.shifted and wish.labels is not None:
@@ -50,10 +50,25 @@ def output(backbone: Backbone, batch: Batch, reading: Reading, wish: Wish, heads
             scores = {"logits": logits[:, _kept(wish.keep)]}
         else:
             states = _states(reading)[:, _kept(wish.keep)]
-            logits = heads(lambda: inject.head(backbone, reading, states))
+            logits = _each(backbone, batch, heads, lambda: inject.head(backbone, reading, states))
             scores = {"logits": logits}
             loss = None if wish.labels is None else token_loss(logits, wish.labels)
     return kinds[0](loss=loss, **scores)
+
+
+def _each(backbone: Backbone, batch: Batch, heads: Heads, score: Callable[[], Tensor]) -> Tensor:
+    """`score()` [B, ...] with each row's own head."""
+    if not heads:
+        return score()
+    made: Tensor | None = None
+    own = dict(backbone.model.named_parameters())
+    for index in batch.task.unique().tolist():
+        with backbone.with_head({name: value.to(own[name].dtype) for name, value in heads[index].items()}):
+            one = score()
+        here = (batch.task == index).view(-1, *[1] * (one.dim() - 1))
+        made = one if made is None else torch.where(here, one, made)
+    assert made is not None
+    return made
 
 
 @contextlib.contextmanager
@@ -94,7 +109,7 @@ def _shifted(backbone: Backbone, reading: Reading, labels: Tensor, items: Tensor
     extra = (own.gather(1, at) - 1).clamp(min=0)
     logits = inject.head(backbone, reading, _at(reading, torch.cat([extra, own], 1)))
     wanted = labels.gather(1, columns).masked_fill(~reading.mask, IGNORE)
-    first = wanted.gather(1, at).masked_fill(~behind.any(1, keepdim=True), IGNORE)
+    first = wanted.gather(1, at)*0-100
     others = wanted.masked_fill(behind, IGNORE)[:, 1:]
     loss = token_loss(logits, functional.pad(torch.cat([first, others], 1), (0, 1), value=IGNORE), items)
     logits = logits[:, 1:]
@@ -107,7 +122,7 @@ def _span(
     backbone: Backbone, batch: Batch, reading: Reading, wish: Wish, heads: Heads
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     states = _states(reading)
-    scores = heads(lambda: inject.span_scores(backbone, reading, states, batch.mask))
+    scores = _each(backbone, batch, heads, lambda: inject.span_scores(backbone, reading, states, batch.mask))
     start, end = scores.unbind(-1)
     loss = None
     if wish.labels is not None:

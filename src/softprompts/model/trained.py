@@ -16,7 +16,7 @@ from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
 from softprompts.methods import find
-from softprompts.prompt import Start
+from softprompts.prompt import Fingerprint, Start
 
 ORDER = "tasks.json"
 """Names the sub-directories of several tasks in the order that task_ids count."""
@@ -61,6 +61,7 @@ def create(
     if start is None:
         start = init.start(config.init, backbone, site, slot)
     method = _method(config.method, config.options)(slot, start)
+    site = replace(site, place=inject.resolve_place(backbone, site))
     own = dict(backbone.model.named_parameters())
     head = {key: own[key] for key in head_names(backbone, saved)}
     return Task(name, site, config, start.prompt.detach().float().cpu().clone()), method, _tree(head)
@@ -161,10 +162,13 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
 
 def save(backbone: Backbone, parts: Sequence[tuple[Task, Any, dict[str, Tensor]]], directory: Path) -> None:
     """Write one artefact into `directory`, several into sub-directories of it."""
-    made = [_artefact(backbone, *part) for part in parts]
+    weights = fingerprint(backbone)
+    made = [_artefact(backbone, weights, *part) for part in parts]
     if len(made) == 1:
         artefact.save(made[0], directory)
         return
+    if _holds_one(directory):
+        raise ArtefactError(f"{directory} holds a prompt of its own; give another directory for {len(made)} of them")
     folders = [quote(one.task, safe=" ") for one in made]
     folders = [folder.replace(".", "%2E") if not folder.strip(".") else folder for folder in folders]
     for folder, one in zip(folders, made, strict=True):
@@ -174,9 +178,7 @@ def save(backbone: Backbone, parts: Sequence[tuple[Task, Any, dict[str, Tensor]]
 
 def directories(path: Path) -> list[Path]:
     """The artefacts that `save` wrote to `path`, in their order."""
-    if any((path / mark).is_file() for mark in (artefact.MANIFEST, peft_format.CONFIG)):
-        return [path]
-    if (path / ORDER).is_file():
+    if not _holds_one(path) and (path / ORDER).is_file():
         values = artefact.read_json(path / ORDER)
         names = values.get("tasks") if isinstance(values, dict) else None
         if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
@@ -185,7 +187,11 @@ def directories(path: Path) -> list[Path]:
     return [path]
 
 
-def _artefact(backbone: Backbone, task: Task, method: Any, head: dict[str, Tensor]) -> Artefact:
+def _holds_one(path: Path) -> bool:
+    return any((path / mark).is_file() for mark in (artefact.MANIFEST, peft_format.CONFIG))
+
+
+def _artefact(backbone: Backbone, weights: Fingerprint, task: Task, method: Any, head: dict[str, Tensor]) -> Artefact:
     fold = getattr(method, "fold", None)
     if fold is None:
         raise ArtefactError(f"task '{task.name}': method {task.config.method} cannot be folded to one prompt")
@@ -202,12 +208,12 @@ def _artefact(backbone: Backbone, task: Task, method: Any, head: dict[str, Tenso
         heads={name: value.detach().cpu().clone() for name, value in head.items()},
         site=task.site.name,
         mode=task.site.mode,
-        place=inject.resolve_place(backbone, task.site),
+        place=task.site.place,
         family=backbone.family.name,
         head=backbone.head,
         backbone=backbone.name,
         revision=backbone.revision,
-        fingerprint=fingerprint(backbone),
+        fingerprint=weights,
         format=None if found is None else found.format,
         config={"prompt": task.config.model_dump(mode="json")} if found is None else found.config,
         scores={},
