@@ -130,9 +130,10 @@ def test_given_positions(name: str, site: inject.Site) -> None:
     else:
         full = torch.cat([values, bb.embedding(row)])[None]
         expected = bb.model(inputs_embeds=full, position_ids=ids).logits[0, 3:-1]
-    for share in (True, False):
-        output = inject.forward(bb, batch, rows.single(values), site, share=share)
-        torch.testing.assert_close(output.logits, expected, **CLOSE)
+    shared, plain = (inject.forward(bb, batch, rows.single(values), site, share=share) for share in (True, False))
+    torch.testing.assert_close(shared.logits, expected, **CLOSE)
+    torch.testing.assert_close(plain.logits, expected, **CLOSE)
+    torch.testing.assert_close(plain.last, shared.last, **CLOSE)
 
 
 @torch.no_grad()

@@ -196,6 +196,22 @@ def test_what_a_causal_call_may_ask_for() -> None:
     )
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_prompt_behind_the_first_token_scores_the_token_behind_it(side: str) -> None:
+    model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=4, place="after_start", init=RANDOM))
+    put(model, "default", init.from_ids(model.backbone, Site(), WORDS))
+    text = rows.ids(2, 6)
+    full = torch.cat([text[:1], WORDS, text[1:]])[None]
+    answers = full.clone()
+    answers[0, 1:5] = IGNORE
+    expected = model.model(input_ids=full, labels=answers)
+    ids, mask = rows.pad([text], side, 2, value=3)
+    found = model(ids, mask, labels=ids)  # padding is never scored, whatever its label
+    torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
+    own = expected.logits[:, [0, 5, 6, 7, 8, 9]]
+    torch.testing.assert_close(found.logits[:, mask[0].bool()], own, **CLOSE)
+
+
 def test_features_are_the_texts_states() -> None:
     model = prompted("bert", "features")
     text = rows.texts("bert", (6,))[0]

@@ -109,7 +109,7 @@ def _shifted(backbone: Backbone, reading: Reading, labels: Tensor, items: Tensor
     extra = (own.gather(1, at) - 1).clamp(min=0)
     logits = inject.head(backbone, reading, _at(reading, torch.cat([extra, own], 1)))
     wanted = labels.gather(1, columns).masked_fill(~reading.mask, IGNORE)
-    first = wanted.gather(1, at)*0-100
+    first = wanted.gather(1, at).masked_fill(~behind.any(1, keepdim=True), IGNORE)
     others = wanted.masked_fill(behind, IGNORE)[:, 1:]
     loss = token_loss(logits, functional.pad(torch.cat([first, others], 1), (0, 1), value=IGNORE), items)
     logits = logits[:, 1:]
