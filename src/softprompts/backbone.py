@@ -356,6 +356,18 @@ def load(
     return wrap(model.to(choose_device(device)), tokenizer, name, revision)
 
 
+def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:
+    """The tokenizer at `name`, a directory or hub name; raises BackboneError when there is none."""
+    tokenizers: Any = transformers.AutoTokenizer
+    try:
+        return tokenizers.from_pretrained(name, **options)
+    except (OSError, ValueError) as error:
+        raise BackboneError(
+            f"no tokenizer at '{name}': {' '.join(str(error).split())[:200]} Give a local directory or a hub name that "
+            f"can be reached."
+        ) from None
+
+
 def _family_of_config(config: PreTrainedConfig) -> Family:
     if config.is_encoder_decoder:
         return SEQ2SEQ

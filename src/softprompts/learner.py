@@ -63,7 +63,11 @@ class Learner:
 
     def own_head(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model's head is the learner's copy; the model's own stays as it was."""
-        return self.backbone.with_head(self.head) if self.head else contextlib.nullcontext()
+        if not self.head:
+            return contextlib.nullcontext()
+        # The copy is trained in float32 and used in the model's own number format.
+        own = self.backbone.model.get_parameter
+        return self.backbone.with_head({name: value.to(own(name).dtype) for name, value in self.head.items()})
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything trained, by name: `method.*` and `head.*`."""

@@ -240,14 +240,8 @@ def _text_ids(config: PromptTuningConfig, count: int) -> Tensor:
 
 def _tokenizer(config: PromptTuningConfig) -> Any:
     options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    load: Callable[..., Any] = transformers.AutoTokenizer.from_pretrained
-    try:
-        return load(config.tokenizer_name_or_path, **options)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"no tokenizer at '{config.tokenizer_name_or_path}': {' '.join(str(error).split())[:200]} Give a local "
-            f"directory or a hub name that can be reached."
-        ) from None
+    return load_tokenizer(str(config.tokenizer_name_or_path), options)
+
 
 
 def _labels(text: str | None) -> tuple[str, ...]:
