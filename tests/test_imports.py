@@ -12,7 +12,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 CORE = "prompt config methods methods.* objectives backbone inject generate data artefact files fingerprint peft_format"
 BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
 MODELS = f"{BELOW_TRAINING} train evaluate model"
-RUNS = f"{MODELS} job"
+RUNS = f"{MODELS} prepare results job"
 ALL = f"{RUNS} recipes studies peft serve export"
 
 # A row: what the file, or each file of the folder, may import of ours. Files of a folder may import each other, except
@@ -32,7 +32,8 @@ OURS = {
     "metrics": "text_metrics",
     "plots": "",
     "report": "metrics plots",
-    "backbone": "prompt",
+    "families": "",
+    "backbone": "prompt families",
     "inject": "backbone prompt",
     "generate": "backbone prompt inject",
     "data": "backbone prompt config assets",
@@ -46,7 +47,9 @@ OURS = {
     "train": MODELS,
     "evaluate": MODELS,
     "model": MODELS,
-    "job": MODELS,
+    "prepare": MODELS,
+    "results": f"{MODELS} prepare",
+    "job": f"{MODELS} prepare results",
     "recipes": f"{RUNS} studies",
     "studies": f"{RUNS} recipes",
     "peft": f"{RUNS} recipes studies export",
@@ -66,6 +69,7 @@ THIRD_PARTY = {
     "metrics": "numpy scipy",
     "plots": "numpy matplotlib",
     "report": "",
+    "families": "transformers",
     "backbone": "torch transformers",
     "inject": "torch transformers",
     "generate": "torch transformers",
@@ -78,7 +82,7 @@ EXCLUSIVE = {
     "safetensors": "files artefact conversion",
     "transformers.cache_utils": "backbone inject generate init",
     "transformers.generation": "backbone inject generate",
-    "transformers.models.auto": "backbone",
+    "transformers.models.auto": "backbone families",
     "matplotlib": "plots",
     "typer": "cli",
     "rich": "cli",

@@ -25,7 +25,15 @@ if TYPE_CHECKING:
     from softprompts.peft import PromptTuningInit as PromptTuningInit
     from softprompts.peft import TaskType as TaskType
 
-__all__ = ["Artefact", "PromptEmbedding", "PromptTuningConfig", "PromptTuningInit", "Run", "SoftPromptModel", "TaskType"]
+__all__ = [
+    "Artefact",
+    "PromptEmbedding",
+    "PromptTuningConfig",
+    "PromptTuningInit",
+    "Run",
+    "SoftPromptModel",
+    "TaskType",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The frozen model: families as rows of data, loading, freezing, facts, fingerprint.
+"""The frozen model: loading, freezing, facts, fingerprint; its kinds are rows of data in families.py.
 
 Supported transformers: 5.16 to 5.23, tested at both ends. This is the only user of the Auto classes, and the only
 file that names a device.
@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,55 +19,40 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.models.auto import modeling_auto
 
+from softprompts.families import (
+    CAUSAL,
+    FAMILIES,
+    MASKED,
+    SEQ2SEQ,
+    BackboneError,
+    Family,
+    family_of,
+    family_of_config,
+    head_of,
+)
 from softprompts.prompt import Fingerprint
 
-
-class BackboneError(ValueError):
-    """A model that cannot be loaded or cannot do what was asked; the message says what is possible."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """What a kind of transformer can do with a prompt."""
-
-    name: str
-    auto: dict[str, str]  # head -> Auto class
-    sites: tuple[str, ...]
-    place: str  # where the prompt stands unless told otherwise
-    shifted: bool  # a position scores the next label (causal), not its own
-    caches: bool  # the prompt's keys and values can stand in a cache
-
-
-_HEADS = {
-    "sequence": "AutoModelForSequenceClassification",
-    "token": "AutoModelForTokenClassification",
-    "span": "AutoModelForQuestionAnswering",
-    "features": "AutoModel",
-}
-
-CAUSAL = Family(
-    "causal", {"lm": "AutoModelForCausalLM", **_HEADS}, ("input", "layers", "kv"), "first", shifted=True, caches=True
-)
-SEQ2SEQ = Family(
-    "seq2seq",
-    {"lm": "AutoModelForSeq2SeqLM", **_HEADS},
-    ("input", "decoder", "layers", "kv"),
-    "first",
-    shifted=False,
-    caches=True,
-)
-MASKED = Family(
-    "masked", {"lm": "AutoModelForMaskedLM", **_HEADS}, ("input", "layers"), "after_start", shifted=False, caches=False
-)
-FAMILIES: dict[str, Family] = {f.name: f for f in (CAUSAL, SEQ2SEQ, MASKED)}
-
-_HEAD_OF_SUFFIX = {
-    "ForSequenceClassification": "sequence",
-    "ForTokenClassification": "token",
-    "ForQuestionAnswering": "span",
-}
+__all__ = [
+    "CAUSAL",
+    "FAMILIES",
+    "MASKED",
+    "SEQ2SEQ",
+    "Backbone",
+    "BackboneError",
+    "Family",
+    "choose_device",
+    "choose_dtype",
+    "choose_threads",
+    "family_of",
+    "fingerprint",
+    "freeze",
+    "head_of",
+    "load",
+    "load_tokenizer",
+    "native_bf16",
+    "wrap",
+]
 
 
 @dataclass(frozen=True)
@@ -268,38 +253,6 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """Which row of FAMILIES a stock model belongs to.
-
-    Raises BackboneError for models without text (vision models have no row yet).
-    """
-    config = model.config
-    if config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
-        return SEQ2SEQ
-    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    ):
-        return replace(MASKED, place="first")  # an encoder alone (T5 with a token head): no special token in front
-    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    if masked and not getattr(config, "is_decoder", False):
-        return MASKED
-    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return CAUSAL
-    raise BackboneError(
-        f"{type(model).__name__} is neither a causal, an encoder-decoder nor a masked language model; "
-        f"families: {', '.join(FAMILIES)}"
-    )
-
-
-def head_of(model: PreTrainedModel) -> str:
-    """The head a stock model carries: lm, sequence, token, span or features."""
-    name = type(model).__name__
-    for suffix, head in _HEAD_OF_SUFFIX.items():
-        if name.endswith(suffix):
-            return head
-    return "lm" if model.get_output_embeddings() is not None else "features"
-
-
 def wrap(
     model: PreTrainedModel, tokenizer: Any = None, name: str | None = None, revision: str | None = None
 ) -> Backbone:
@@ -336,7 +289,7 @@ def load(
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
         if labels is not None:
             config.num_labels = labels
-        family = _family_of_config(config)
+        family = family_of_config(config)
         auto = getattr(transformers, family.auto[head])
         options = {} if attention is None else {"attn_implementation": attention}
         with torch.random.fork_rng(devices=[]):
@@ -366,12 +319,6 @@ def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:
             f"no tokenizer at '{name}': {' '.join(str(error).split())[:200]} Give a local directory or a hub name that "
             f"can be reached."
         ) from None
-
-
-def _family_of_config(config: PreTrainedConfig) -> Family:
-    if config.is_encoder_decoder:
-        return SEQ2SEQ
-    return MASKED if type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING else CAUSAL
 
 
 def choose_device(name: str) -> torch.device:

@@ -94,7 +94,9 @@ class TaskConfig(Section):
     label: str = "label"  # column of the label, the answer, the tags or the answer spans
     verbaliser: dict[str, str] | None = None  # label -> answer; None: the packaged one, else the labels themselves
     separator: str = " "  # between template and answer
-    max_length: int | None = Field(default=None, ge=8)  # tokens of a row without the prompt; None: what the model can take
+    max_length: int | None = Field(
+        default=None, ge=8
+    )  # tokens of a row without the prompt; None: what the model can take
     truncate: tuple[str, ...] | None = None  # columns that may be cut; None: all columns of the template
     chat: bool = False
     chat_place: Literal["start", "user"] = "start"  # chat: prompt before everything, or where the user begins

@@ -11,7 +11,7 @@ from softprompts.prompt import IGNORE, Objective, Step
 
 
 def task(step: Step) -> Tensor:
-    """The task's own loss over scored positions, in float32.
+    """The task's own loss over scored positions, in float32 at least.
 
     Cross-entropy for tokens and classes (mean over the N labels that are not ignored), binary cross-entropy for
     multi-label [B, C], squared error for values [B].
@@ -20,12 +20,12 @@ def task(step: Step) -> Tensor:
     logits, labels = step.output.logits, step.output.labels
     if logits is None or labels is None or labels.numel() == 0:
         raise ValueError("the batch holds no label to learn from; check the task's template, label column and head")
-    logits = logits.float()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not labels.is_floating_point():
         return functional.cross_entropy(logits, labels, ignore_index=IGNORE)
     if labels.dim() == 2:
-        return functional.binary_cross_entropy_with_logits(logits, labels.float())
-    return functional.mse_loss(logits.squeeze(-1), labels.float())
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
 
 
 OBJECTIVES: dict[str, Objective] = {"task": task}

@@ -11,16 +11,14 @@ Thin shells over the rest of the library. What differs from PEFT 0.21, on purpos
 """
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from softprompts import artefact, init
-from softprompts.backbone import Backbone, BackboneError
+from softprompts.backbone import Backbone, load_tokenizer
 from softprompts.config import ConfigError, InitConfig, PromptConfig, closest
 from softprompts.inject import Site
 from softprompts.prompt import Start
@@ -241,7 +239,6 @@ def _text_ids(config: PromptTuningConfig, count: int) -> Tensor:
 def _tokenizer(config: PromptTuningConfig) -> Any:
     options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
     return load_tokenizer(str(config.tokenizer_name_or_path), options)
-
 
 
 def _labels(text: str | None) -> tuple[str, ...]:

