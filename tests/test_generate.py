@@ -116,7 +116,9 @@ def test_rows_with_prompts_of_their_own_equal_the_row_alone(name: str, site: inj
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_beams_and_static_caches_equal_the_row_alone(name: str, site: inject.Site, options: dict[str, Any]) -> None:
+def test_peers_caches_beams_and_static_caches_equal_the_row_alone(
+    name: str, site: inject.Site, options: dict[str, Any]
+) -> None:
     bb = tiny.backbone(name)
     prompt = rows.single(rows.random(4, 3, inject.width(bb, site)), 3)
     texts, settings = rows.texts("t5", (5, 8, 2)), {**NEW, **options}

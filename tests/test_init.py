@@ -204,3 +204,16 @@ def test_artefact(tmp_path: Path) -> None:
         start(bb, kind="artefact", path=path, length=P + 1)
     with pytest.raises(ArtefactError):
         start(b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer), kind="artefact", path=path)
+
+
+def test_peers_word_embeddings() -> None:
+    """Words come from the input embeddings, not from the first tensor with as many rows as the vocabulary."""
+    bb = made("llama")
+    decoy = torch.nn.Parameter(torch.zeros(bb.vocabulary, 32))
+    first = next(iter(bb.model.model._modules.values()))
+    bb.model.model._modules.pop("embed_tokens")
+    bb.model.model.register_parameter("decoy", decoy)
+    bb.model.model.add_module("embed_tokens", first)
+    found = start(bb, kind="vocabulary")
+    assert len(ids_of(bb, found)) == P
+    assert bool((found.abs().sum(1) > 0).all())

@@ -325,7 +325,7 @@ def test_mixed_tasks_in_one_batch_equal_each_task_alone(name: str) -> None:
             assert torch.equal(together[i, -4:], alone[0, -4:])
 
 
-def test_prompts_at_different_places_share_a_batch(tmp_path: Path) -> None:
+def test_peers_placement(tmp_path: Path) -> None:
     model = SoftPromptModel(tiny.model("bert"), PromptConfig(length=3, init=RANDOM), "after")
     model.add_task("first", PromptConfig(length=5, place="first", init=RANDOM))
     for i, task in enumerate(model.tasks):
@@ -507,7 +507,7 @@ def test_saved_and_loaded_scores_are_equal_bit_for_bit(tmp_path: Path, name: str
     assert list(again.state_dict()) == list(model.state_dict())
 
 
-def test_training_goes_on_after_loading(tmp_path: Path) -> None:
+def test_peers_training_on(tmp_path: Path) -> None:
     """PEFT refuses to load a prompt for training."""
     ids = torch.stack([rows.ids(i, 6) for i in range(4)])
 
@@ -530,7 +530,7 @@ def test_training_goes_on_after_loading(tmp_path: Path) -> None:
     assert (first["parents"], second["parents"]) == ([], [first["digest"]])
 
 
-def test_prompts_are_loaded_for_the_weights_they_were_made_for(tmp_path: Path) -> None:
+def test_peers_wrong_weights(tmp_path: Path) -> None:
     model = prompted("llama", words=None)
     model.save_pretrained(tmp_path)
     other = SoftPromptModel(tiny.model("llama", seed=1), PromptConfig(length=2, init=RANDOM), "mine")
@@ -683,7 +683,7 @@ def test_trainer_trains_it_as_it_is(tmp_path: Path, name: str, kind: str) -> Non
     assert all(torch.equal(value, before[key]) for key, value in model.model.state_dict().items())
 
 
-def test_the_best_checkpoint_is_the_best_and_not_the_last(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_peers_best_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """PEFT fails at load_best_model_at_end with prompts."""
     model = prompted("gpt2", words=None)
     run = trainer(

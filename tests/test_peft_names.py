@@ -164,7 +164,7 @@ def test_in_inference_mode_nothing_is_read(words: Any) -> None:
         PromptEmbedding(dataclasses.replace(config, inference_mode=False), words)
 
 
-def test_remote_code_is_never_trusted(tokenizer: str, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_remote_code(tokenizer: str, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, Any]] = []
     load = transformers.AutoTokenizer.from_pretrained
 
@@ -190,7 +190,7 @@ def test_remote_code_is_never_trusted(tokenizer: str, words: Any, monkeypatch: p
         ({"prompt_tuning_init": "ARTEFACT"}, "prompt_tuning_init_text can't be None"),
     ],
 )
-def test_mistakes_that_peft_takes_silently_are_refused(options: dict[str, Any], message: str) -> None:
+def test_peers_typos(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PromptTuningConfig(**options)
 

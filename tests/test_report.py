@@ -128,7 +128,7 @@ def test_it_is_a_whole_and_accessible_page(page):
     assert all(heading.get("scope") in ("col", "row") for heading in page.of("th"))
     assert all("aria-label" in box for _, box in page.tags if box.get("role") in ("img", "region"))
     titles = {piece.strip() for piece in page.text}
-    for section in ("Training", "Scores", "Labels", "Examples", "Nearest words", "Next", "The run", "Warnings"):
+    for section in ("Training", "Scores", "Labels", "Examples", "Nearest words", "Next", "The run", "Notes"):
         assert section in titles
 
 

@@ -170,10 +170,10 @@ def _summary(results: Mapping[str, Any]) -> str:
     facts += [("tokens per second", found.get("tokens_per_second"))] + [(f"{name} rows", rows[name]) for name in rows]
     tiles = [(name, _figure(value).html) for name, value in facts if value is not None]
     if found.get("seconds") is not None:
-        tiles.insert(1, ("training time", f'<data value="{found["seconds"]!r}">{_duration(found["seconds"])}</data>'))
+        tiles.insert(1, ("time in all", f'<data value="{found["seconds"]!r}">{_duration(found["seconds"])}</data>'))
     listed = "".join(f"<div><dt>{_safe(name)}</dt><dd>{value}</dd></div>" for name, value in tiles)
     warned = "".join(f"<li>{_safe(warning)}</li>" for warning in results.get("warnings") or ())
-    warned = f'<section class="warned"><h2>Warnings</h2><ul>{warned}</ul></section>\n' if warned else ""
+    warned = f'<section class="warned"><h2>Notes</h2><ul>{warned}</ul></section>\n' if warned else ""
     summary = (
         f'<section class="summary">{hero}{f"<dl>{listed}</dl>" if tiles else ""}</section>\n' if hero or tiles else ""
     )
