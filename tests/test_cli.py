@@ -164,6 +164,12 @@ def test_shipped_examples_are_short_and_right():
         cli.read_config(file)
 
 
+def test_the_quickstart_example_is_the_quickstart():
+    """`softprompts train --config examples/quickstart.yaml` does what `softprompts quickstart` does."""
+    example = cli.read_config(Path(__file__).parents[1] / "examples" / "quickstart.yaml")
+    assert example.model_copy(update={"out": ""}) == cli.parse({**cli.QUICKSTART, "out": ""})
+
+
 # Bad input
 
 

@@ -66,7 +66,7 @@ def progress() -> Iterator[Any]:
             facts += "" if terminal else f"  {left:.0f} s left"
             facts += "" if r.score is None else f"  validation {r.score:.3f}"
             if r.step == 1 and r.path:
-                say(f"prompt: {r.path}")
+                say("the prompt is computed " + ("once a batch" if r.path == "shared" else f"in every row ({r.path})"))
             advance("training", r.step, r.steps, facts, 20)
 
         def judged(name: str, done: int, total: int) -> None:
