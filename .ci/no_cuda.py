@@ -17,7 +17,7 @@ def message(found: list[str]) -> str:
     return (
         f"This environment came with {len(found)} CUDA packages: {', '.join(found)}.\n"
         "softprompts is set up with a CPU build of torch. Name an index that has one:\n"
-        "    make env TORCH_INDEX=<address of an index of CPU builds of torch>    (the README has an example)\n"
+        "    make env TORCH_INDEX=<address of an index of CPU builds of torch>    (the README says how)\n"
         "or keep the CUDA build on purpose:\n"
         "    make env ALLOW_CUDA=1"
     )

@@ -299,3 +299,73 @@ def test_an_artefact_for_other_weights(trained, call, tmp_path):
 def test_cache_is_where_the_variable_says(tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
     assert assets.cache_dir() == tmp_path
+
+
+def test_more_bad_input(trained, call, tmp_path):
+    def trains(*sets):
+        return call(*base(trained, *[part for one in sets for part in ("--set", one)], "--out", tmp_path / "o"))
+
+    refused(trains("task.metrics=[acuracy]"), "metric 'acuracy'", "did you mean 'accuracy'?")
+    refused(trains("train.objectives={tusk: 1}"), "did you mean 'task'?")
+    refused(trains("train.patience=2"), "evaluate_every")
+    refused(trains("train.evaluate_every=2", "task.split.validation_fraction=0"), "no validation rows")
+    refused(trains("model.head=features"), "lm, sequence, token, span")
+    refused(trains("seed=-1"), "seed")
+    refused(trains("train.rate=.inf"), "train.rate")
+    refused(trains("task.name=a/b"), "slash")
+    refused(call("train", "--data", "trec", "--model", "smolm2-135m"), "did you mean 'smollm2-135m'?")
+    refused(call("train", "--data", "trec", "--model", tmp_path / "moved"), "no model directory")
+    prompt = trained / "out" / "prompt"
+    refused(call("evaluate", prompt, "--map", "foo"), "label=name")
+    (tmp_path / "wrong.csv").write_text("words,label\na,warm\n")
+    refused(call("predict", prompt, "--file", tmp_path / "wrong.csv"), "wrong.csv", "'text'")
+    refused(call("predict", prompt, "a", "--file", tmp_path / "wrong.csv"), "not both")
+    (tmp_path / "inf.csv").write_text("text,label\na,1\nb,inf\nc,2\n")
+    refused(trains(f"task.source={tmp_path / 'inf.csv'}", "task.kind=regression"), "inf.csv:3", "no number")
+    assert not list((tmp_path / "o").iterdir())
+
+
+def test_labels_that_yaml_reads_as_numbers_are_labels(tmp_path):
+    (tmp_path / "run.yaml").write_text("task:\n  source: x.csv\n  verbaliser: {0: bad, 2: good, yes: 1}\n")
+    assert cli.read_config(tmp_path / "run.yaml").tasks[0].verbaliser == {"0": "bad", "2": "good", "true": "1"}
+
+
+def test_judging_goes_on_as_the_run_judged(call, tmp_path):
+    values = local.run_values(tmp_path)
+    values["evaluate"] |= {"by": "generate", "max_new_tokens": 3}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    assert call("train", "--config", tmp_path / "run.yaml")[0] == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["examples"][0]["after"].startswith("no answer: ")
+    prompt = tmp_path / "out" / "prompt"
+    again = json.loads(call("evaluate", prompt, "--json", "--dtype", "float32")[1])
+    assert again["scores"]["accuracy"]["illegal"] == results["summary"]["after"]["illegal"] > 0
+    said = json.loads(call("predict", prompt, "the thing 3 is red", "--dtype", "float32")[1])
+    assert said["text"] == "the thing 3 is red"
+    assert said["answer"] is None
+    assert said["output"]
+
+
+def test_another_file_is_judged_whole(trained, call, tmp_path):
+    rows = local.colours(tmp_path / "other.csv", rows=30, seed=5)
+    found = json.loads(call("evaluate", trained / "out" / "prompt", "--data", rows, "--json")[1])
+    assert found["split"] == "all"
+    assert found["scores"]["accuracy"]["n"] >= 28  # a few sentences come twice
+
+
+def test_inspect_shows_the_nearest_words(trained, call):
+    facts = json.loads(call("inspect", trained / "out" / "prompt", "--words", "--json")[1])
+    assert len(facts["nearest_words"]) == 4
+    assert len(facts["nearest_words"][0]["words"]) == 5
+
+
+def test_several_files_without_names_train_together(call, tmp_path):
+    values = local.run_values(tmp_path, steps=2)
+    task = {key: value for key, value in values.pop("task").items() if key != "name"}
+    other = local.colours(tmp_path / "tints.csv", seed=3)
+    values["tasks"] = [task, {**task, "source": str(other)}]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    status, out, err = call("train", "--config", tmp_path / "run.yaml")
+    assert status == 0, err
+    assert {p.name for p in (tmp_path / "out" / "prompt").iterdir()} == {"colours", "tints"}
+    assert "prompt/tints" in out

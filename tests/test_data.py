@@ -1,9 +1,7 @@
 """Templates, formats, encoding, batches: what the tokens are, for every family and head."""
 
-import itertools
 import json
 import math
-from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -24,7 +22,6 @@ from softprompts.data import (
     decode_answer,
     evaluation_order,
     load,
-    mixture,
     order,
 )
 from softprompts.data.template import fields, parts, render
@@ -603,37 +600,6 @@ def test_order_changes_with_seed_and_epoch_and_saves_padding():
         evaluation_order([1], 0)
 
 
-def test_mixtures():
-    def counts(how, sizes=(10, 100, 3), **other):
-        index = mixture(sizes, how, **other)
-        starts = [0, 10, 110, 113]
-        return [sum(low <= i < high for i in index) for low, high in itertools.pairwise(starts)]
-
-    assert mixture((10, 100, 3)) == list(range(113))
-    assert counts("equal") == [100, 100, 100]
-    assert counts("log") == [52, 100, 30]
-    assert counts("capped", cap=5) == [5, 5, 3]
-    repeats = Counter(mixture((10, 100, 3), "equal"))
-    assert {repeats[i] for i in range(10)} == {10}
-    assert {repeats[i] for i in range(110, 113)} == {33, 34}
-    assert mixture((10, 100), "capped", cap=5, epoch=0) != mixture((10, 100), "capped", cap=5, epoch=1)
-    assert mixture((10, 100), "capped", cap=5, epoch=1) == mixture((10, 100), "capped", cap=5, epoch=1)
-    assert mixture((10, 100), "capped", cap=5, seed=1) != mixture((10, 100), "capped", cap=5)
-    for sizes, how, cap, message in (
-        ((1, 0), "equal", 1, r"every task of a mixture needs rows, given sizes \[1, 0\]"),
-        ((1,), "other", 1, "no mixture 'other', known: proportional, equal, log, capped"),
-        ((1,), "capped", 0, "cap must be at least 1, given 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            mixture(sizes, how, cap=cap)
-
-
-# The default model's own tokenizer
-
-
-BIG = ("vitaminc", "presuppositions", "intents", "fever", "strategyqa")  # a package that is fetched by hand
-
-
 @pytest.fixture(scope="module")
 def smollm():
     from transformers import AutoTokenizer
@@ -641,6 +607,9 @@ def smollm():
     from softprompts.assets import fetch
 
     return AutoTokenizer.from_pretrained(fetch("smollm2-135m"))
+
+
+BIG = ("vitaminc", "presuppositions", "intents", "fever", "strategyqa")  # a package that is fetched by hand
 
 
 @pytest.mark.assets

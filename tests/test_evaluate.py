@@ -10,6 +10,7 @@ import torch
 import local
 from softprompts import evaluate, job
 from softprompts.config import EvaluateConfig, parse
+from softprompts.data import DataError
 from softprompts.init import from_ids
 from softprompts.metrics import vote
 
@@ -230,3 +231,41 @@ def test_an_opened_artefact_scores_bit_for_bit_as_in_its_run(tmp_path):
     rows = made.tasks[0].test
     mine = [a.scores for a in evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)]
     assert mine == [a.scores for a in evaluate.answers(again, made.encoders[0], rows, CONFIG)]
+
+
+def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
+    """Multi-label and tagging references are labels, as predictions are, also where the answers are other words."""
+    rows = [
+        {"text": "a red one", "label": "C,O"},
+        {"text": "a blue one", "label": ""},
+        {"text": "a green one", "label": "O"},
+    ] * 8
+    (tmp_path / "m.jsonl").write_text(
+        "".join(json.dumps({**row, "text": f"{row['text']} {i}"}) + "\n" for i, row in enumerate(rows))
+    )
+    words = {"C": "colour", "O": "other"}
+    made = prepared(tmp_path, "llama", source=str(tmp_path / "m.jsonl"), kind="multilabel", verbaliser=words)
+    encoder = made.encoders[0]
+    golds = [evaluate.reference(encoder, {"text": "x", "label": label}) for label in ("C,O", "", ["O"])]
+    assert golds == [["C", "O"], [], ["O"]]
+    assert [evaluate._parsed(encoder, text) for text in ("colour, other", "", "other")] == golds
+
+
+def test_the_positive_label_is_mapped_too(tmp_path):
+    made = prepared(tmp_path, "llama", metrics=["f1"], positive="warm")
+    rows = [{"text": row["text"], "label": {"warm": 1.0, "cold": 0.0}[row["label"]]} for row in made.tasks[0].test]
+    own = evaluate.evaluate(made.learner, made.encoders[0], made.tasks[0].test, CONFIG)
+    mapped = evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"warm": "1", "cold": "0"})
+    assert mapped.headline.value == own.headline.value
+    with pytest.raises(DataError, match="mapped label 'hot' is not in the verbaliser"):
+        evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"hot": "1"})
+
+
+def test_writing_keeps_within_the_model_s_positions(tmp_path):
+    (tmp_path / "long.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} " + "very " * 300, "label": "x"}) + "\n" for i in range(20))
+    )
+    made = prepared(tmp_path, "gpt2", source=str(tmp_path / "long.jsonl"), kind="generation", template="{text}")
+    config = CONFIG.model_copy(update={"max_new_tokens": 20})
+    (one, *_) = evaluate.answers(made.learner, made.encoders[0], made.tasks[0].test[:1], config)
+    assert one.text is not None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Kind = Literal["label", "multilabel", "regression", "tagging", "span", "generation"]
 Head = Literal["lm", "sequence", "token", "span", "features"]
@@ -78,7 +78,7 @@ class SplitConfig(Section):
     test: str | None = None
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     shots: int | None = Field(default=None, ge=1)  # rows per class (per set where there are no classes) to train on
     limit: dict[Literal["train", "validation", "test"], int] = {}
 
@@ -105,6 +105,30 @@ class TaskConfig(Section):
     positive: str | None = None  # the positive label of binary F1
     split: SplitConfig = SplitConfig()
 
+    @property
+    def title(self) -> str:
+        """What the task is called: its name, else the source without folders and suffix."""
+        return self.name or Path(self.source).stem
+
+    @field_validator("name")
+    @classmethod
+    def _no_folder(cls, name: str) -> str:
+        if "/" in name or "\\" in name or name in (".", ".."):
+            raise ValueError("a task name becomes a file name, so it holds no slash; give a plain name")
+        return name
+
+    @field_validator("verbaliser", mode="before")
+    @classmethod
+    def _words(cls, words: Any) -> Any:
+        # YAML reads 0, 1, yes and no as numbers and truth values; labels in rows are read the same way.
+        return {_word(k): _word(v) for k, v in words.items()} if isinstance(words, dict) else words
+
+
+def _word(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if isinstance(value, int | float) else value
+
 
 class TrainConfig(Section):
     """How the prompt is trained."""
@@ -113,9 +137,9 @@ class TrainConfig(Section):
     batch_size: int = Field(default=16, ge=1)
     accumulate: int = Field(default=1, ge=1)
     optimiser: Literal["adamw", "adafactor"] = "adamw"
-    rate: float = Field(default=0.1, gt=0)
+    rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     rate_unit: Literal["rms", "absolute"] = "rms"  # rms: in units of the embedding table's rms
-    head_rate: float = Field(default=1e-3, gt=0)  # absolute: for a head trained along with the prompt
+    head_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)  # absolute: for a trained head
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -125,6 +149,12 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(default=50, ge=1)
     objectives: dict[str, float] = {"task": 1.0}
     train: Literal["prompt"] = "prompt"
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> "TrainConfig":
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience counts evaluations: set train.evaluate_every too")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -142,11 +172,11 @@ class Run(Section):
 
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
-    tasks: tuple[TaskConfig, ...] = (TaskConfig(),)
+    tasks: tuple[TaskConfig, ...] = Field(default=(TaskConfig(),), min_length=1)
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     out: str = "runs/run"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -160,16 +190,16 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _distinct_names(self) -> "Run":
-        names = [t.name or t.source for t in self.tasks]
+        names = [t.title for t in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"task names must differ, given {', '.join(names)}; set tasks[i].name")
         return self
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """A sentence part that suggests what was meant: `; did you mean 'x'?` or, with nothing close, an empty string."""
+    """What joins a complaint to the list of what is known: `; did you mean 'x'?`, or with nothing close `;`."""
     found = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    return f"; did you mean '{found[0]}'?" if found else ";"
 
 
 def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "configuration") -> Any:
@@ -180,7 +210,7 @@ def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, model, origin) for e in error.errors())) from None
+        raise ConfigError("; ".join(_explain(e, model, origin) for e in error.errors())) from None
 
 
 def read(path: str | Path, overrides: Iterable[str] = ()) -> Run:
@@ -249,7 +279,7 @@ def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
 def _near(given: Any, error: Any) -> str:
     expected = str(error.get("ctx", {}).get("expected", ""))
     options = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
-    return closest(str(given), options) if isinstance(given, str) and expected else ""
+    return closest(str(given), options).removesuffix(";") if isinstance(given, str) and expected else ""
 
 
 def _section_at(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel] | None:

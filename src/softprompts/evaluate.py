@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from softprompts import generate, metrics
 from softprompts.config import EvaluateConfig
 from softprompts.data import Encoded, Encoder, Row, answer, classes, collate, decode_answer, evaluation_order
 from softprompts.data.spans import split_words
+from softprompts.data.task import need_label
+from softprompts.data.template import label_names, need
 from softprompts.learner import Learner
 from softprompts.prompt import IGNORE, Batch
 
@@ -63,19 +66,22 @@ def evaluate(
     mapped after decoding and before the metric, as in the domain transfer of Lester et al. 2021, section 5);
     votes: how many prompts of the learner vote on each row; progress: called with the number of rows done.
     """
+    mapping = mapping or {}
+    for label in mapping:
+        need_label(encoder.format, label, "the mapped label")
     found = []
     for one in answers(learner, encoder, rows, config, votes=votes):
         found.append(one)
         if progress is not None:
             progress(len(found))
-    mapping = mapping or {}
     predictions = [mapping.get(a.value, a.value) if isinstance(a.value, str) else a.value for a in found]
     golds = [reference(encoder, row, mapping) for row in rows]
     form = encoder.format
     names = form.metrics or metrics.default_metrics(form.kind)
+    positive = mapping.get(form.positive, form.positive) if form.positive is not None else None
     scores = {
         name: metrics.score(
-            name, predictions, golds, resamples=config.resamples, seed=seed, positive=form.positive, kind=form.kind
+            name, predictions, golds, resamples=config.resamples, seed=seed, positive=positive, kind=form.kind
         )
         for name in names
     }
@@ -97,20 +103,19 @@ def answers(
 
 def reference(encoder: Encoder, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
     """What `row` should be answered with, in the form the metrics want it."""
-    form, value = encoder.format, row.get(encoder.format.label)
-    if form.kind == "label":
-        return str(value) if mapping else _label(encoder, row)
+    form = encoder.format
+    need(form.label, row, "label", form.name)
+    value = row[form.label]
     if form.kind == "regression":
-        return float(value)  # type: ignore[arg-type]
+        return float(value)
     if form.kind == "span" and isinstance(value, Mapping):
         return list(value.get("text", ()))
-    if form.kind in ("multilabel", "tagging"):
-        return answer(form, row).split(", " if form.kind == "multilabel" else " ")
-    return answer(form, row)
-
-
-def _label(encoder: Encoder, row: Row) -> str:
-    return next(k for k, v in (encoder.format.verbaliser or {}).items() if v == answer(encoder.format, row))
+    if form.kind not in ("label", "multilabel", "tagging"):
+        return answer(form, row)
+    names = label_names(value, form.kind)
+    for name in names if not mapping else ():
+        need_label(form, name, "the row's label")
+    return names[0] if form.kind == "label" else list(names)
 
 
 def by_generation(encoder: Encoder, config: EvaluateConfig) -> bool:
@@ -199,6 +204,10 @@ def _with_answer(encoder: Encoder, row: Row, label: str, ids: list[int], task: i
 def _generated(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
     """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
     found: list[Answer] = [Answer(None)] * len(asked)
+    new_tokens = config.max_new_tokens
+    if encoder.family == "causal":  # what is written takes positions too, at most half of them
+        new_tokens = min(new_tokens, max(1, encoder.room // 2))
+        encoder = replace(encoder, room=encoder.room - new_tokens)
     encoded = [replace(encoder.encode(row), task=task) for row, task in asked]
     tokenizer = encoder.tokenizer
     for index, batch in _batches(encoded, learner, encoder, config.batch_size):
@@ -210,7 +219,7 @@ def _generated(learner: Learner, encoder: Encoder, asked: Asked, config: Evaluat
             batch,
             learner.prompt(batch),
             learner.site,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -229,7 +238,9 @@ def _parsed(encoder: Encoder, text: str) -> Any:
         return None
     if kind == "regression":
         return float(value)
-    return value.split(", " if kind == "multilabel" else " ") if kind in ("multilabel", "tagging") else value
+    if kind not in ("multilabel", "tagging"):
+        return value
+    return [part for part in value.split(", " if kind == "multilabel" else " ") if part]
 
 
 def _from_head(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
@@ -253,7 +264,8 @@ def _classes(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor)
     kind, names = encoder.format.kind, classes(encoder.format)
     if kind == "regression":
         return [Answer(value) for value in logits[:, 0].tolist()]
-    scores = [dict(zip(names, values, strict=True)) for values in logits.log_softmax(-1).tolist()]
+    chances = functional.logsigmoid(logits) if kind == "multilabel" else logits.log_softmax(-1)
+    scores = [dict(zip(names, values, strict=True)) for values in chances.tolist()]
     if kind == "multilabel":
         chosen = [[n for n, on in zip(names, line, strict=True) if on] for line in (logits > 0).tolist()]
         return [Answer(value, scores=s) for value, s in zip(chosen, scores, strict=True)]

@@ -41,7 +41,10 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
     text do not fit the model's positions.
     """
     if backbone.head != "lm" or backbone.family is MASKED:
-        raise BackboneError(f"{type(backbone.model).__name__} does not generate text; load it with head 'lm'")
+        raise BackboneError(
+            f"{type(backbone.model).__name__} does not generate text; rank label words (kind label), or train a "
+            f"classification head (model.head: sequence, token or span)"
+        )
     if prompt is None:
         return _call(backbone, _stock(batch, backbone), options)
     inject.check_site(backbone, site)
@@ -112,6 +115,11 @@ class _Settings:
         if self.get("min_new_tokens") is None and least > 0:
             self.set("min_length", None)
             self.set("min_new_tokens", max(least - text, 0))
+        # Behind the last position there is nothing: learned positions crash there, rotary ones write nonsense.
+        if room is not None and room < int(self.get("max_new_tokens")):
+            if room <= 0:
+                raise BackboneError("prompt and text fill all positions of the model; shorten the text to generate")
+            self.set("max_new_tokens", room)
         return int(self.get("max_new_tokens"))
 
     def static_length(self, filled: int, new: int) -> int | None:

@@ -1,17 +1,17 @@
 """From a configuration, or from artefacts, to a learner that is ready."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from softprompts import artefact, assets, backbone, init, inject
+from softprompts import artefact, assets, backbone, init, inject, metrics, objectives
 from softprompts.artefact import Artefact
-from softprompts.backbone import Backbone
-from softprompts.config import ConfigError, ModelConfig, Run
+from softprompts.backbone import Backbone, BackboneError
+from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, closest, parse
 from softprompts.data import Encoder, Format, Task, classes, load
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
@@ -48,7 +48,6 @@ class Job:
     start: Start
     tasks: tuple[Task, ...]
     encoders: tuple[Encoder, ...]
-    notes: tuple[str, ...] = field(default=())
 
 
 def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
@@ -57,6 +56,7 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callab
     Raises AssetError when it cannot be fetched, BackboneError when it cannot be loaded.
     """
     backbone.choose_threads(config.threads)
+    _check_model_name(config.name)
     path = assets.fetch(config.name, say) if assets.is_asset(config.name) else None
     say(f"loading {config.name}")
     return backbone.load(
@@ -69,6 +69,40 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callab
         attention=config.attention,
         labels=labels,
     )
+
+
+def _check_model_name(name: str) -> None:
+    """Raise BackboneError for a name that is nearly a packaged one, and for a directory that is not there."""
+    models = [asset.name for asset in assets.ASSETS.values() if asset.kind == "model"]
+    if name in models or Path(name).exists():
+        return
+    if name.startswith((".", "/", "~")):
+        raise BackboneError(f"no model directory {name}; say where it is now (--model DIRECTORY)")
+    if "/" not in name and closest(name, models) != ";":
+        raise BackboneError(
+            f"no model '{name}'{closest(name, models)} packaged: {', '.join(models)} (`softprompts assets list`); or "
+            f"give a local directory, or a hub name such as owner/model"
+        )
+
+
+def _check_run(run: Run, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError for what would only be noticed after hours of work."""
+    objectives.weigh(run.train.objectives)
+    if run.model.head == "features":
+        raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
+    if run.model.head != "lm" and len(tasks) > 1:
+        raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
+    for task in tasks:
+        if run.train.evaluate_every is not None and not task.validation:
+            raise ConfigError(f"{task.name} has no validation rows to choose by; set task.split.validation_fraction")
+        for name in task.format.metrics:
+            metric = metrics.METRICS.get(name)
+            fitting = [key for key, one in metrics.METRICS.items() if task.format.kind in one.kinds]
+            if metric is None or name not in fitting:
+                raise ConfigError(
+                    f"{task.name}: metric '{name}' is not for kind {task.format.kind}{closest(name, fitting)} "
+                    f"possible: {', '.join(fitting)}"
+                )
 
 
 def prepare(run: Run, screen: Screen = SILENT) -> Job:
@@ -84,8 +118,7 @@ def prepare(run: Run, screen: Screen = SILENT) -> Job:
         )
         for note in task.notes:
             screen.say(f"  {note}")
-    if run.model.head not in ("lm", "features") and len(tasks) > 1:
-        raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
+    _check_run(run, tasks)
     model = load_backbone(run.model, labels=_head_size(run.model.head, tasks[0].format), say=screen.say)
     site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
     slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
@@ -142,8 +175,15 @@ def open_artefacts(
     for other, path in zip(found, paths, strict=True):
         facts = ("site", "mode", "place", "head", "method")
         differs = [f for f in facts if getattr(other, f) != getattr(first, f)]
+        differs += (
+            ["task format"] if {**(other.format or {}), "name": ""} != {**(first.format or {}), "name": ""} else []
+        )
         if differs or other.prompt.shape != first.prompt.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
+    if len(found) > 1 and any(one.heads for one in found):
+        raise ConfigError(
+            "prompts with classification heads of their own cannot vote in one batch; open them one by one"
+        )
     size = _head_rows(first)
     config = (model or ModelConfig(name=first.backbone, revision=first.revision)).model_copy(
         update={"head": first.head}
@@ -174,11 +214,21 @@ def open_artefacts(
 
 
 def _head_rows(one: Artefact) -> int | None:
-    """Classes of the artefact's head: the rows of its last weight."""
+    """Classes of the artefact's head: the task's, or, where none is stored, the rows of its last weight."""
+    if one.format is not None:
+        return _head_size(one.head, Format.from_json(one.format))
     sizes: list[Tensor] = [v for k, v in one.heads.items() if k.endswith("weight")]
     return sizes[-1].shape[0] if sizes and one.head in ("sequence", "token") else None
 
 
-def settings_of(opened: Opened) -> Mapping[str, Any]:
-    """The run that made the first artefact, as it was resolved."""
-    return opened.artefacts[0].config
+def settings_of(one: Artefact, section: str) -> dict[str, Any]:
+    """A section of the run that made the artefact, as it was resolved; empty where nothing usable is stored."""
+    found = one.config.get(section)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
+def judging_of(one: Artefact, **changes: Any) -> EvaluateConfig:
+    """How the run that made the artefact judged its answers, with the `changes` that are not None."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    config: EvaluateConfig = parse({**settings_of(one, "evaluate"), **given}, EvaluateConfig, "evaluate")
+    return config

@@ -2,6 +2,7 @@
 
 import platform
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ import torch
 from softprompts import __version__, metrics
 from softprompts.config import Run
 from softprompts.data import Encoder, Row, Task, classes
-from softprompts.evaluate import Evaluation
+from softprompts.evaluate import Answer, Evaluation
 from softprompts.prepare import Job
 from softprompts.train import Report
 from softprompts.words import nearest_words
@@ -55,7 +56,7 @@ def page_of(
             "after": asdict(after.headline) if after else None,
             "steps": len(history),
             "seconds": round(seconds, 1),
-            "trainable": sum(p.numel() for p in learner.parameters().values()),
+            "trainable": sum(p.numel() for p in learner.parameters().values()) // len(job.tasks),
             "tokens_per_second": rate,
         },
         "curve": [{**asdict(r), "tokens_per_second": r.tokens / r.seconds if r.seconds else None} for r in history],
@@ -70,7 +71,7 @@ def page_of(
             "device": str(learner.backbone.device),
             "dtype": str(learner.backbone.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "path": history[-1].path if history else None,
+            "paths": dict(Counter(r.path for r in history)),
         },
         "warnings": list(task.notes),
         "next": next_commands(run, task),
@@ -105,8 +106,8 @@ def _examples(
         {
             "input": _shown(encoder, task.test[i]),
             "gold": _plain(after.references[i]),
-            "before": _plain(before.answers[i].value) if before else None,
-            "after": _plain(after.answers[i].value),
+            "before": _said(before.answers[i]) if before else None,
+            "after": _said(after.answers[i]),
             "correct": _plain(after.answers[i].value) == _plain(after.references[i]),
         }
         for i in picked
@@ -115,6 +116,11 @@ def _examples(
 
 def _shown(encoder: Encoder, row: Row) -> str:
     return " | ".join(str(row[column]) for column in encoder.format.columns)[:300]
+
+
+def _said(one: Answer) -> str | None:
+    """An answer as people read it; what was written and is no legal answer stands in quotation marks."""
+    return _plain(one.value) if one.value is not None or one.text is None else f"no answer: {one.text[:60]!r}"
 
 
 def _plain(value: Any) -> str | None:

@@ -94,7 +94,7 @@ def fit(
     optimiser = _optimiser(learner, parameters, config)
     batches = _Batches(rows, config.batch_size, seed)
     file = None if directory is None else Path(directory) / CHECKPOINT
-    fixed = json.loads(json.dumps({"seed": seed, "rows": len(rows), **(settings or {})}))
+    fixed = _fixed(rows, seed, settings)
     if file is not None and file.exists():
         now = _read(file, fixed)
         _apply(now, parameters, optimiser)
@@ -133,6 +133,21 @@ def fit(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(now.tensors.get(f"best.{name}", parameter))
+
+
+def check_checkpoint(
+    directory: str | Path, rows: Sequence[Encoded], seed: int, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Raise TrainingError when a checkpoint in `directory` belongs to other settings than those given to `fit`."""
+    file = Path(directory) / CHECKPOINT
+    if file.exists():
+        _read(file, _fixed(rows, seed, settings))
+
+
+def _fixed(rows: Sequence[Encoded], seed: int, settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What must be the same for going on, as JSON would give it back."""
+    fixed: dict[str, Any] = json.loads(json.dumps({"seed": seed, "rows": len(rows), **(settings or {})}))
+    return fixed
 
 
 class _Batches:
@@ -289,6 +304,10 @@ def _differences(saved: Any, given: Any, where: str = "") -> list[str]:
     if isinstance(saved, dict) and isinstance(given, dict):
         keys = sorted(saved.keys() | given.keys())
         return [d for key in keys for d in _differences(saved.get(key), given.get(key), f"{where}.{key}".strip("."))]
+    if isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
+        return [
+            d for i, (a, b) in enumerate(zip(saved, given, strict=True)) for d in _differences(a, b, f"{where}.{i}")
+        ]
     return [] if saved == given else [f"{where} was {saved}, is now {given}"]
 
 
@@ -296,5 +315,5 @@ def _diverged(step: int, good: int, config: TrainConfig, file: Path | None) -> s
     kept = f"the state after step {good} is kept in {file}" if file else f"the state after step {good} is kept"
     return (
         f"the loss of step {step} is not a number; {kept}. Try a lower rate (train.rate was {config.rate:g} "
-        f"{config.rate_unit}) or gradient clipping (train.clip)"
+        f"{config.rate_unit}) or gradient clipping (train.clip), in another output directory or with that file deleted"
     )

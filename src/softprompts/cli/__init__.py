@@ -12,8 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from softprompts import __version__
-from softprompts.cli.screen import err, finite, out, progress, quiet, say, show, show_json, show_table
-from softprompts.config import ConfigError, Run, override, parse
+from softprompts.cli.screen import err, finite, out, progress, quiet, say, show, show_json, show_table, show_words
+from softprompts.config import ConfigError, Run, SplitConfig, TaskConfig, override, parse
 from softprompts.config import read as read_config
 
 app = typer.Typer(
@@ -47,12 +47,9 @@ QUICKSTART: dict[str, Any] = {
 
 
 def main() -> None:
-    """Run the command; known errors become one line and exit status 1, an interrupt 130."""
+    """Run the command; known errors become one line and exit status 1."""
     try:
         app(standalone_mode=True)
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
     except Exception as error:
         if not _known(error):
             raise
@@ -115,7 +112,7 @@ def train(
     if config is None:
         if data is None:
             raise ConfigError("nothing to train on: give --data, or a configuration with --config")
-        run = parse(override({}, [*changes, *sets]))
+        run = parse(override({"out": f"runs/{TaskConfig(source=data).title}"}, [*changes, *sets]))
     else:
         run = read_config(config, [*changes, *sets])
     _run(run, as_json)
@@ -123,6 +120,7 @@ def train(
 
 def _run(run: Run, as_json: bool) -> None:
     from softprompts import job
+    from softprompts.train import CHECKPOINT
 
     quiet()
     out_dir = Path(run.out)
@@ -130,7 +128,10 @@ def _run(run: Run, as_json: bool) -> None:
         with progress() as screen:
             results = job.execute(run, screen)
     except KeyboardInterrupt:
-        say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
+        if (out_dir / CHECKPOINT).is_file():
+            say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
+        else:
+            say("interrupted; nothing was trained yet")
         raise
     if as_json:
         show_json(results)
@@ -148,13 +149,18 @@ def _run(run: Run, as_json: bool) -> None:
 def evaluate(
     prompts: Prompts,
     data: Annotated[str | None, typer.Option(help="Other rows than the prompt's own: set, file or directory.")] = None,
-    split: Annotated[str, typer.Option(help="Which rows: train, validation or test.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; other rows without a test split: all.")
+    ] = None,
     label: Annotated[str | None, typer.Option(help="The label column of the other rows.")] = None,
     mapping: Annotated[
         str | None, typer.Option("--map", help="What the labels are called there: positive=good,negative=bad.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="rank or generate.")] = None,
-    normalise: Annotated[bool, typer.Option(help="Rank by mean instead of summed log-probability.")] = False,
+    normalise: Annotated[
+        bool | None, typer.Option(help="Rank by mean instead of summed log-probability; as in the run unless given.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -164,38 +170,41 @@ def evaluate(
     """Judge a prompt on held-out rows, its own or those of another data set; several prompts vote."""
     from softprompts import data as d
     from softprompts import job
-    from softprompts.config import EvaluateConfig, TaskConfig
     from softprompts.evaluate import evaluate as judge
 
     quiet()
     opened = _open(prompts, model, device, dtype, allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
-    own = dict(job.settings_of(opened).get("task") or {})
+    own = job.settings_of(opened.artefacts[0], "task")
     if data is None and not own:
         raise ConfigError(f"{prompts[0]} does not say which rows it was made for; give --data")
     form = opened.encoder.format
     if data is None:
-        task = TaskConfig(**own)
+        task: TaskConfig = parse(own, TaskConfig, str(prompts[0]))
     else:
         task = TaskConfig(
             source=data, kind=form.kind, template=form.template, pair=form.pair, label=label or form.label
         )
-    renamed = dict(pair.split("=", 1) for pair in mapping.split(",")) if mapping else None
+        if split is None:  # nothing is held back: none of these rows were trained on
+            task = task.model_copy(update={"split": SplitConfig(validation_fraction=0, test_fraction=0)})
+    renamed = _renamed(mapping)
     if renamed is None and data is not None:
         task = task.model_copy(update={"verbaliser": form.verbaliser})
     loaded = d.load(task)
-    rows = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}.get(split)
+    known = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
+    rows = known.get(split) if split else loaded.test or loaded.train
     if not rows:
-        raise ConfigError(f"{loaded.name} has no rows in split '{split}'; possible: train, validation, test")
-    values = {"normalise": normalise, **({"by": by} if by else {})}
+        there = ", ".join(name for name, part in known.items() if part)
+        raise ConfigError(f"{loaded.name} has no rows in split '{split or 'test'}'; possible: {there}")
+    split = split or ("test" if loaded.test else "all")
     total = len(rows)
     with progress() as screen:
         found = judge(
             opened.learner,
             opened.encoder,
             rows,
-            parse(values, EvaluateConfig),
+            job.judging_of(opened.artefacts[0], by=by, normalise=normalise, max_new_tokens=max_new_tokens),
             mapping=renamed,
             votes=len(prompts),
             progress=lambda done: screen.judged(loaded.name, done, total),
@@ -216,35 +225,43 @@ def predict(
     prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
     text: Annotated[str | None, typer.Argument(help="One text; - or nothing reads lines from standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="A csv, jsonl or parquet file with the task's columns.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer texts with a trained prompt; one JSON line each on standard output."""
-    from softprompts.config import EvaluateConfig
+    from softprompts import job
     from softprompts.data.sources import read_file
+    from softprompts.data.template import need
     from softprompts.evaluate import answers
 
     quiet()
+    if file is not None and text is not None:
+        raise ConfigError("give either a text or --file, not both")
+    given = None if file is None else [dict(row) for table in read_file(file).values() for row in table.rows]
     opened = _open([prompt], model, device, dtype, allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
     form = opened.encoder.format
     if file is None and len(form.columns) > 1:
         raise ConfigError(f"the task reads columns {', '.join(form.columns)}: give them as a file with --file")
-    if file is not None:
-        rows = [dict(row) for table in read_file(file).values() for row in table.rows]
+    if given is not None:
+        rows = given
+        for column in form.columns:
+            need(column, rows[0], "template", str(file))
     elif text is None or text == "-":
-        rows = [{form.columns[0]: line.rstrip("\n")} for line in sys.stdin if line.strip()]
+        rows = [{form.columns[0]: line} for line in _lines()]
     else:
         rows = [{form.columns[0]: text}]
     if not rows:
         raise ConfigError("nothing to answer: standard input was empty")
-    for row, found in zip(rows, answers(opened.learner, opened.encoder, rows, EvaluateConfig()), strict=True):
+    config = job.judging_of(opened.artefacts[0], max_new_tokens=max_new_tokens)
+    for row, found in zip(rows, answers(opened.learner, opened.encoder, rows, config), strict=True):
         line = {**{c: row[c] for c in form.columns}, "answer": found.value}
         if found.text is not None:
-            line["text"] = found.text
+            line["output"] = found.text
         if found.scores:
             line["scores"] = {k: round(v, 4) for k, v in found.scores.items()}
         print(json.dumps(finite(line), ensure_ascii=False), flush=True)
@@ -254,10 +271,10 @@ def predict(
 def generate(
     prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
     text: Annotated[str, typer.Argument(help="The text to continue, exactly as it stands behind the prompt.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
     sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
-    temperature: Annotated[float, typer.Option(help="With --sample.")] = 1.0,
-    beams: Annotated[int, typer.Option(help="Beams to search with.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
     model: Model = None,
     device: Device = "auto",
@@ -287,12 +304,21 @@ def generate(
 
 @app.command()
 def inspect(
-    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")], as_json: Json = False
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
+    words: Annotated[bool, typer.Option("--words", help="Load the model, show the nearest words.")] = False,
+    model: Model = None,
+    as_json: Json = False,
 ) -> None:
     """What a trained prompt is, where it came from and what it scored."""
     from softprompts import artefact
+    from softprompts.words import nearest_words
 
     facts = artefact.inspect(prompt)
+    if words:
+        quiet()
+        opened = _open([prompt], model, "auto", "auto", True)
+        near = nearest_words(opened.learner.backbone, opened.artefacts[0].prompt)
+        facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)
         return
@@ -300,7 +326,9 @@ def inspect(
     for key, value in facts.items():
         shown = json.dumps(finite(value), ensure_ascii=False) if isinstance(value, dict | list) else str(value)
         rows.append((key, shown if len(shown) < 400 else shown[:400] + " …"))
-    show_table(str(prompt), ("fact", "value"), rows)
+    show_table(str(prompt), ("fact", "value"), [row for row in rows if row[0] != "nearest_words"])
+    if words:
+        show_words(facts["nearest_words"])
 
 
 @assets_app.command("list")
@@ -367,12 +395,35 @@ def env(as_json: Json = False) -> None:
     show_table("environment", ("fact", "value"), facts.items())
 
 
+def _renamed(mapping: str | None) -> dict[str, str] | None:
+    """`a=b,c=d` as a dictionary."""
+    if not mapping:
+        return None
+    pairs = [pair.partition("=") for pair in mapping.split(",")]
+    if not all(label.strip() and name.strip() for label, _, name in pairs):
+        raise ConfigError(f"--map {mapping}: write it as label=name,label=name")
+    return {label.strip(): name.strip() for label, _, name in pairs}
+
+
+def _lines() -> list[str]:
+    """The lines of standard input that hold text."""
+    lines = []
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"standard input, line {number}: not UTF-8 text; convert it first") from None
+        if line.strip():
+            lines.append(line.rstrip("\n"))
+    return lines
+
+
 def _open(prompts: list[Path], model: str | None, device: str, dtype: str, allow_other_weights: bool) -> Any:
     from softprompts import artefact, job
     from softprompts.config import ModelConfig
 
     first = artefact.load(prompts[0])
-    attention = (first.config.get("model") or {}).get("attention")
+    attention = job.settings_of(first, "model").get("attention")
     name = model or first.backbone
     if not name:
         raise ConfigError(f"{prompts[0]} does not say which model it is for; give --model")

@@ -1,7 +1,7 @@
 """What the command shows: tables and JSON on standard output, progress and notes on standard error."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,8 +65,6 @@ def progress() -> Iterator[Any]:
             facts = f"loss {r.loss:.3f}  rate {r.rate:.2g}  {speed:,.0f} tokens/s"
             facts += "" if terminal else f"  {left:.0f} s left"
             facts += "" if r.score is None else f"  validation {r.score:.3f}"
-            if r.step == 1 and r.path:
-                say("the prompt is computed " + ("once a batch" if r.path == "shared" else f"in every row ({r.path})"))
             advance("training", r.step, r.steps, facts, 20)
 
         def judged(name: str, done: int, total: int) -> None:
@@ -99,18 +97,20 @@ def show(page: dict[str, Any]) -> None:
     ]
     if examples:
         show_table("examples from the held-out rows", ("text", "right answer", "before", "after"), examples)
-    words = [
-        (row["row"], "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in row["words"]))
-        for row in page.get("nearest_words", ())[:10]
-    ]
-    if words:
-        show_table("what the prompt resembles", ("prompt row", "nearest words (cosine)"), words)
+    if page.get("nearest_words"):
+        show_words(page["nearest_words"][:10])
     if summary.get("after"):
         before = f"{_score(summary['before'])} before, " if summary.get("before") else ""
         out.print(
             f"{summary['metric']}: {before}{_score(summary['after'])} after {summary['steps']} steps", markup=False
         )
     out.print(f"{summary['trainable']:,} trained numbers, {summary['seconds']:.0f} s in all")
+
+
+def show_words(rows: Iterable[Mapping[str, Any]]) -> None:
+    """The words nearest to each prompt row."""
+    lines = [(row["row"], "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in row["words"])) for row in rows]
+    show_table("what the prompt resembles", ("prompt row", "nearest words (cosine)"), lines)
 
 
 def _score(score: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """From files to batches: sources give rows, a task gives them words, an encoder tokens, collate batches."""
 
-from softprompts.data.collate import collate, evaluation_order, mixture, order
+from softprompts.data.collate import collate, evaluation_order, order
 from softprompts.data.encode import Encoded, Encoder
 from softprompts.data.packaged import PACKAGED, Packaged
 from softprompts.data.sources import read
@@ -24,7 +24,6 @@ __all__ = [
     "decode_answer",
     "evaluation_order",
     "load",
-    "mixture",
     "order",
     "read",
 ]

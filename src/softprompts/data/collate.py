@@ -1,8 +1,6 @@
 """From encoded rows to batches: padding, and orders that are pure functions of their arguments."""
 
-import math
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -89,42 +87,3 @@ def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]
         raise ValueError(f"batch_size must be at least 1, given {batch_size}")
     by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
-
-
-def mixture(
-    sizes: Sequence[int],
-    how: Literal["proportional", "equal", "log", "capped"] = "proportional",
-    seed: int = 0,
-    epoch: int = 0,
-    cap: int = 1000,
-) -> list[int]:
-    """One epoch over several tasks as indices into their concatenated rows; give their lengths to `order` to batch it.
-
-    proportional: every row once; equal: as many rows of each task as the largest has; log: in proportion to the
-    logarithm of the sizes, the largest whole; capped: at most `cap` rows of each task. A task that gives more rows than
-    it has repeats all of them before it repeats one again; what is left over is drawn anew each epoch.
-
-    Raises ValueError for an empty task or an unknown `how`.
-    """
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"every task of a mixture needs rows, given sizes {list(sizes)}")
-    if cap < 1:
-        raise ValueError(f"cap must be at least 1, given {cap}")
-    largest = max(sizes)
-    wanted = {
-        "proportional": lambda size: size,
-        "equal": lambda size: largest,
-        "log": lambda size: max(1, round(largest * math.log1p(size) / math.log1p(largest))),
-        "capped": lambda size: min(size, cap),
-    }
-    if how not in wanted:
-        raise ValueError(f"no mixture '{how}', known: {', '.join(wanted)}")
-    mixed: list[int] = []
-    start = 0
-    for task, size in enumerate(sizes):
-        whole, rest = divmod(wanted[how](size), size)
-        random = np.random.default_rng([seed, epoch, task])
-        chosen = [*range(size)] * whole + sorted(random.permutation(size)[:rest].tolist())
-        mixed += [start + index for index in chosen]
-        start += size
-    return mixed

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompts.config import SplitConfig, TaskConfig
+from softprompts.config import SplitConfig, TaskConfig, closest
 from softprompts.data import packaged
 from softprompts.data.splits import Splits, Table, check_labels, divide
-from softprompts.data.template import DataError, Row, closest, default_template, fields, missing, need
+from softprompts.data.template import DataError, Row, default_template, fields, missing, need
 
 NAMES = {
     "train": ("train", "training"),

@@ -1,12 +1,13 @@
 """From rows to splits: duplicates, contradictions and leaks out, then seeded draws that do not depend on row order."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from softprompts.config import SplitConfig, TaskConfig
-from softprompts.data.template import DataError, Row, closest, key, label_names, missing, plain
+from softprompts.config import SplitConfig, TaskConfig, closest
+from softprompts.data.template import DataError, Row, key, label_names, missing, plain
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,11 @@ def check_labels(table: Table, config: TaskConfig) -> None:
             continue
         if config.kind == "regression":
             try:
-                float(value)
+                finite = math.isfinite(float(value))
             except (TypeError, ValueError):
-                raise DataError(f"{table.where(index)}: '{value}' in column '{config.label}' is no number") from None
+                finite = False
+            if not finite:
+                raise DataError(f"{table.where(index)}: '{value}' in column '{config.label}' is no number")
         for name in label_names(value, config.kind or "label") if config.verbaliser else ():
             if name not in (config.verbaliser or {}):
                 known = list(config.verbaliser or {})

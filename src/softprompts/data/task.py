@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from softprompts.config import Kind, TaskConfig
+from softprompts.config import Kind, TaskConfig, closest
 from softprompts.data import packaged, sources
 from softprompts.data.template import (
     DataError,
     Row,
-    closest,
     default_template,
     fields,
     label_names,
@@ -100,7 +99,7 @@ def load(config: TaskConfig) -> Task:
     template = default_template(rows.columns, config.label) if config.template is None else config.template
     kind = config.kind or "label"
     form = Format(
-        name=config.name or config.source,
+        name=config.title,
         template=template,
         kind=kind,
         pair=config.pair,

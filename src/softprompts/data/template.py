@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from softprompts import config
+from softprompts.config import closest
 
 Row = dict[str, Any]
 
@@ -17,11 +17,6 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 class DataError(ValueError):
     """Data that cannot be used; the message is one line with what was found, what is possible and the next step."""
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """What joins a complaint to the list of what is known: `; did you mean 'x'?`, or with nothing close `;`."""
-    return config.closest(word, known) or ";"
 
 
 def parts(template: str) -> list[tuple[str, str | None]]:

@@ -20,9 +20,7 @@ Places = Tensor | Sequence[int] | None
 def index(name: str, loaded: Sequence[str]) -> int:
     """The place of `name` among the loaded tasks; raises ConfigError that suggests what was meant."""
     if name not in loaded:
-        raise ConfigError(
-            f"no prompt '{name}'{closest(name, loaded) or ';'} loaded: {', '.join(sorted(loaded)) or 'none'}"
-        )
+        raise ConfigError(f"no prompt '{name}'{closest(name, loaded)} loaded: {', '.join(sorted(loaded)) or 'none'}")
     return loaded.index(name)
 
 

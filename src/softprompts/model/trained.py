@@ -89,7 +89,7 @@ def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, 
         if not any(name == module or name.endswith(f".{module}") for name in known):
             raise ConfigError(
                 f"modules_to_save '{module}' is no module of the head of {type(backbone.model).__name__}"
-                f"{closest(module, known) or ';'} possible: {', '.join(known) or 'none'}"
+                f"{closest(module, known)} possible: {', '.join(known) or 'none'}"
             )
     inside = [m for m in known if any(m == module or m.endswith(f".{module}") for module in modules)]
     return tuple(name for name in backbone.head_names if any(name.startswith(f"{m}.") for m in inside))
