@@ -132,7 +132,10 @@ def _plain(value: Any) -> str | None:
 def next_commands(run: Run, task: Task) -> list[str]:
     """What a user may want to type after a run."""
     where = prompt_directory(Path(run.out), task.name, len(run.tasks))
-    text = shlex.quote(str(next(iter(task.test or task.train))[task.format.columns[0]]))
+    column = task.format.columns[0]
+    texts = [str(row[column]) for row in (*task.test, *task.train)[:100]]
+    # A text without quotation marks needs no more than two of them on a command line.
+    text = shlex.quote(min(texts, key=lambda one: ("'" in one or "\n" in one, len(one) > 80)))
     return [
         f"softprompts predict {where} {text}",
         f"softprompts evaluate {where}",
