@@ -184,7 +184,7 @@ def test_peers_remote_code(tokenizer: str, words: Any, monkeypatch: pytest.Monke
     [
         ({"prompt_tuning_init": "TXET"}, "prompt_tuning_init 'TXET' is unknown; did you mean 'TEXT'"),
         ({"task_type": "CAUSAL"}, "task_type 'CAUSAL' is unknown; did you mean 'CAUSAL_LM'"),
-        ({"peft_type": "LORA"}, "peft_type 'LORA' is unknown known: PROMPT_TUNING"),
+        ({"peft_type": "LORA"}, "peft_type 'LORA' is unknown; known: PROMPT_TUNING"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive number"),
         ({"num_virtual_tokens": "20"}, "num_virtual_tokens must be a positive number"),
         ({"prompt_tuning_init": "ARTEFACT"}, "prompt_tuning_init_text can't be None"),
