@@ -1,0 +1,221 @@
+"""The commands that use trained prompts: evaluate, predict, generate."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompts.cli.options import Device, Dtype, Json, Model, OtherWeights, Prompts
+from softprompts.cli.screen import finite, progress, quiet, say, show_json, show_table
+from softprompts.config import ConfigError, SplitConfig, TaskConfig, parse
+
+
+def evaluate(
+    prompts: Prompts,
+    data: Annotated[str | None, typer.Option(help="Other rows than the prompt's own: set, file or directory.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test; other rows without a test split: all.")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="The label column of the other rows.")] = None,
+    mapping: Annotated[
+        str | None, typer.Option("--map", help="What the labels are called there: positive=good,negative=bad.")
+    ] = None,
+    by: Annotated[str | None, typer.Option(help="rank or generate.")] = None,
+    normalise: Annotated[
+        bool | None, typer.Option(help="Rank by mean instead of summed log-probability; as in the run unless given.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    allow_other_weights: OtherWeights = False,
+    as_json: Json = False,
+) -> None:
+    """Judge a prompt on held-out rows, its own or those of another data set; several prompts vote."""
+    from softprompts import job
+    from softprompts.evaluate import evaluate as judge
+
+    quiet()
+    opened = open_prompts(prompts, model, device, dtype, allow_other_weights)
+    if opened.encoder is None:
+        raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
+    renamed = _renamed(mapping)
+    name, split, rows = _rows(opened, prompts[0], data, split, label, renamed)
+    total = len(rows)
+    with progress() as screen:
+        found = judge(
+            opened.learner,
+            opened.encoder,
+            rows,
+            job.judging_of(opened.artefacts[0], by=by, normalise=normalise, max_new_tokens=max_new_tokens),
+            mapping=renamed,
+            votes=len(prompts),
+            progress=lambda done: screen.judged(name, done, total),
+        )
+    scores = {metric: vars(score) for metric, score in found.scores.items()}
+    if as_json:
+        show_json({"task": name, "split": split, "scores": scores})
+        return
+    lines = [
+        (metric, f"{s['value']:.3f}", f"{s['low']:.3f} to {s['high']:.3f}", s["n"], s["illegal"])
+        for metric, s in scores.items()
+    ]
+    show_table(f"{name}, {split} rows", ("metric", "value", "95 % interval", "rows", "illegal"), lines)
+
+
+def _rows(
+    opened: Any, prompt: Path, data: str | None, split: str | None, label: str | None, renamed: dict[str, str] | None
+) -> tuple[str, str, Any]:
+    """The rows to judge, with the names of their set and split: the prompt's own test rows, or those of `data`."""
+    from softprompts import job
+    from softprompts.data import load
+
+    own, form = job.settings_of(opened.artefacts[0], "task"), opened.encoder.format
+    if data is None and not own:
+        raise ConfigError(f"{prompt} does not say which rows it was made for; give --data")
+    task: TaskConfig = (
+        parse(own, TaskConfig, str(prompt))
+        if data is None
+        else TaskConfig(
+            source=data,
+            kind=form.kind,
+            template=form.template,
+            pair=form.pair,
+            label=label or form.label,
+            verbaliser=form.verbaliser if renamed is None else None,
+            # Nothing is held back: these are not the rows that were trained on.
+            split=SplitConfig(validation_fraction=0, test_fraction=0) if split is None else SplitConfig(),
+        )
+    )
+    loaded = load(task)
+    known = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
+    rows = known.get(split) if split else loaded.test or loaded.train
+    if not rows:
+        there = ", ".join(name for name, part in known.items() if part)
+        raise ConfigError(f"{loaded.name} has no rows in split '{split or 'test'}'; possible: {there}")
+    return loaded.name, split or ("test" if loaded.test else "all"), rows
+
+
+def _renamed(mapping: str | None) -> dict[str, str] | None:
+    """`a=b,c=d` as a dictionary."""
+    if not mapping:
+        return None
+    pairs = [pair.partition("=") for pair in mapping.split(",")]
+    if not all(label.strip() and name.strip() for label, _, name in pairs):
+        raise ConfigError(f"--map {mapping}: write it as label=name,label=name")
+    return {label.strip(): name.strip() for label, _, name in pairs}
+
+
+def predict(
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
+    text: Annotated[str | None, typer.Argument(help="One text; - or nothing reads lines from standard input.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A csv, jsonl or parquet file with the task's columns.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    allow_other_weights: OtherWeights = False,
+) -> None:
+    """Answer texts with a trained prompt; one JSON line each on standard output."""
+    from softprompts import job
+    from softprompts.data.sources import read_file
+    from softprompts.data.template import need
+    from softprompts.evaluate import answers
+
+    quiet()
+    if file is not None and text is not None:
+        raise ConfigError("give either a text or --file, not both")
+    given = None if file is None else [dict(row) for table in read_file(file).values() for row in table.rows]
+    opened = open_prompts([prompt], model, device, dtype, allow_other_weights)
+    if opened.encoder is None:
+        raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
+    form = opened.encoder.format
+    if file is None and len(form.columns) > 1:
+        raise ConfigError(f"the task reads columns {', '.join(form.columns)}: give them as a file with --file")
+    if given is not None:
+        rows = given
+        for column in form.columns:
+            need(column, rows[0], "template", str(file))
+    elif text is None or text == "-":
+        rows = [{form.columns[0]: line} for line in _lines()]
+    else:
+        rows = [{form.columns[0]: text}]
+    if not rows:
+        raise ConfigError("nothing to answer: standard input was empty")
+    config = job.judging_of(opened.artefacts[0], max_new_tokens=max_new_tokens)
+    for row, found in zip(rows, answers(opened.learner, opened.encoder, rows, config), strict=True):
+        line = {**{c: row[c] for c in form.columns}, "answer": found.value}
+        if found.text is not None:
+            line["output"] = found.text
+        if found.scores:
+            line["scores"] = {k: round(v, 4) for k, v in found.scores.items()}
+        print(json.dumps(finite(line), ensure_ascii=False), flush=True)
+
+
+def _lines() -> list[str]:
+    """The lines of standard input that hold text."""
+    lines = []
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"standard input, line {number}: not UTF-8 text; convert it first") from None
+        if line.strip():
+            lines.append(line.rstrip("\n"))
+    return lines
+
+
+def generate(
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
+    text: Annotated[str, typer.Argument(help="The text to continue, exactly as it stands behind the prompt.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write.")] = 64,
+    sample: Annotated[bool, typer.Option(help="Sample instead of taking the most probable token.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01, help="With --sample.")] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
+    seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    allow_other_weights: OtherWeights = False,
+) -> None:
+    """Continue a text behind a trained prompt."""
+    import torch
+
+    from softprompts.generate import generate as write
+    from softprompts.prompt import Batch
+
+    quiet()
+    opened = open_prompts([prompt], model, device, dtype, allow_other_weights)
+    base = opened.learner.backbone
+    ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
+    batch = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long, device=base.device))
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": sample, "num_beams": beams, "max_new_tokens": max_new_tokens}
+    if sample:
+        options["temperature"] = temperature
+    with torch.no_grad():
+        found = write(base, batch, opened.learner.prompt(batch), opened.learner.site, **options)
+    new = found[0, ids.shape[1] :] if base.family.shifted else found[0]
+    print(base.tokenizer.decode(new, skip_special_tokens=True))
+
+
+def open_prompts(prompts: list[Path], model: str | None, device: str, dtype: str, allow_other_weights: bool) -> Any:
+    from softprompts import artefact, job
+    from softprompts.config import ModelConfig
+
+    first = artefact.load(prompts[0])
+    attention = job.settings_of(first, "model").get("attention")
+    name = model or first.backbone
+    if not name:
+        raise ConfigError(f"{prompts[0]} does not say which model it is for; give --model")
+    values = {"name": name, "device": device, "dtype": dtype, "attention": attention}
+    if model is None:
+        values["revision"] = first.revision
+    opened = job.open_artefacts(
+        prompts, model=parse(values, ModelConfig), allow_other_weights=allow_other_weights, say=say
+    )
+    for warning in opened.warnings:
+        say(f"warning: {warning}")
+    return opened
