@@ -37,15 +37,18 @@ ANSWERS = [
     {"warm": "warm", "cold": "cold"},
     {"warm": "a warm one", "cold": "a cold one"},  # the first tokens are the same
     {"warm": "co", "cold": "cold"},  # one answer may begin another
+    {"warm": "Q", "cold": "Z"},  # one token each: both from the same pass
 ]
 
 
 @pytest.mark.parametrize("verbaliser", ANSWERS)
 @pytest.mark.parametrize("normalise", [False, True])
 def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbaliser, normalise):
-    made = prepared(tmp_path, "llama", verbaliser=verbaliser)
+    short = max(map(len, verbaliser.values())) == 1
+    made = prepared(tmp_path, "llama", verbaliser=verbaliser, separator="" if short else " ")
     learner, encoder = with_words(made, WORDS), made.encoders[0]
-    rows = made.tasks[0].test[:5]
+    assert short == all(len(ids) == 1 for ids in encoder.candidates().values())
+    rows = [{**row, "text": row["text"] + " indeed" * (i % 3)} for i, row in enumerate(made.tasks[0].test[:5])]
     found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"normalise": normalise})))
     model = learner.backbone.model
     for row, one in zip(rows, found, strict=True):

@@ -129,6 +129,17 @@ def test_heads_and_several_tasks_are_refused(values):
         job.prepare(parse(values))
 
 
+def test_each_of_several_artefacts_keeps_its_prompt(values, tmp_path):
+    job.execute(parse(values))
+    job.execute(parse({**values, "seed": 1, "out": str(tmp_path / "second")}))
+    paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
+    opened = job.open_artefacts(paths, model=parse(values).model)
+    found = [parameter.detach() for parameter in opened.learner.method.prompts]
+    assert not torch.equal(*found)
+    for prompt, path in zip(found, paths, strict=True):
+        assert torch.equal(prompt, artefact.load(path).prompt)
+
+
 def test_artefacts_of_different_sites_cannot_stand_together(values, tmp_path):
     job.execute(parse(values))
     job.execute(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))

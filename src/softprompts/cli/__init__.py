@@ -32,7 +32,7 @@ QUICKSTART: dict[str, Any] = {
     "model": {"name": "smollm2-135m", "attention": "eager"},
     "prompt": {"length": 20, "init": {"kind": "labels"}},
     "task": {"source": "trec"},
-    "train": {"steps": 400, "batch_size": 16, "rate": 0.1, "warmup": 30},
+    "train": {"steps": 500, "batch_size": 16, "rate": 0.1, "warmup": 30},
     "out": "runs/quickstart",
 }
 """The main job. Eager attention: the CPU's fused kernel is slow in the backward pass of short bfloat16 rows."""
