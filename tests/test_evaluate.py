@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 import local
 from softprompts import evaluate, job
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import ConfigError, EvaluateConfig, parse
 from softprompts.data import DataError
 from softprompts.init import from_ids
 from softprompts.metrics import vote
@@ -184,6 +185,10 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
     if kind == "regression":
         assert one.value - other.value > 0.5
     else:
+        if kind == "multilabel":  # each label has its own chance: they do not share one between them
+            assert all((chance > math.log(0.5)) == (label in one.value) for label, chance in one.scores.items())
+        with pytest.raises(ConfigError, match="cannot vote in one batch"):
+            job.open_artefacts([tmp_path / "out" / "prompt"] * 2, model=parse(values).model)
         assert (one.value, other.value) == {"label": ("warm", "cold"), "multilabel": (["a", "b"], ["b"])}[kind]
 
 
