@@ -14,7 +14,7 @@ PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SPREAD = -n $(WORKERS) --dist loadfile
 PIP = -m pip install --quiet --disable-pip-version-check --no-input
 
-.PHONY: help env demo test test-lower check format clean
+.PHONY: help env demo test test-lower bench check format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -e 's/:.*## /\t/' | while IFS="$$(printf '\t')" read -r name about; do printf '  make %-12s%s\n' "$$name" "$$about"; done
@@ -32,6 +32,10 @@ test: env ## run all tests; ARGS="-k word" passes more to pytest
 test-lower: $(LOWER)/.installed ## run the golden tests at the lower end of the supported versions
 	@echo "Running the golden tests at the lower end of the supported versions."
 	@$(PYTEST) $(LOWER)/bin/python -m pytest $(SPREAD) -m golden $(ARGS)
+
+bench: env ## measure speed and memory beside PEFT, about half an hour; ARGS="--resume" goes on
+	@echo "Running the benchmarks; the machine must have nothing else to do."
+	@$(VENV)/bin/python -m benchmarks $(ARGS)
 
 check: env ## what has to pass: format, lint, types, then all tests
 	@echo "Checking the format."

@@ -16,6 +16,7 @@ from softprompts.prompt import IGNORE, Batch, Output, Prompt
 INPUT, DECODER, KV = inject.Site(), inject.Site("decoder"), inject.Site("kv")
 REPLACE, ADD = inject.Site("layers", "replace"), inject.Site("layers", "add")
 LENGTHS = (5, 9, 1, 7)
+UNPACKED = ("gptj", "bloom", "falcon", "falcon_alibi", "mpt")  # their attention is not one that can be switched
 UNLAYERED = ("albert", "opt_projected")  # one shared layer; embeds in another width
 
 
@@ -29,6 +30,14 @@ def sites(name: str) -> tuple[inject.Site, ...]:
 def cases(names: Sequence[str], only: Sequence[str] = ("input", "decoder", "layers", "kv")) -> list[Any]:
     """(family, site) pairs, readable in pytest's output."""
     return [(name, site) for name in names for site in sites(name) if site.name in only]
+
+
+def paths(name: str, site: inject.Site) -> tuple[str, ...]:
+    """The ways in which a tiny model can compute a prompt at a site."""
+    if name not in tiny.CAUSAL:
+        return ("concatenation",) if site != KV else ()
+    packed = ("packed",) if name not in UNPACKED else ()
+    return (*packed, "shared", *(("concatenation",) if site != KV else ()))
 
 
 def called(value: Any) -> str | None:

@@ -64,7 +64,10 @@ def test_another_tokenizer_warns() -> None:
         ("float16", "bfloat16", 0.06, False),
         ("float16", "float32", 0.005, True),
         ("float32", "float32", float("nan"), False),
-        ("float32", "nf4", 0.0, False),
+        ("float32", "gptq", 0.0, False),
+        ("float32", "int8", 0.06, True),
+        ("int8", "bfloat16", 0.06, True),
+        ("int8", "bfloat16", 0.08, False),
     ],
 )
 def test_other_weights_are_refused_unless_allowed(saved_dtype: str, dtype: str, moved: float, fits: bool) -> None:
@@ -75,7 +78,7 @@ def test_other_weights_are_refused_unless_allowed(saved_dtype: str, dtype: str, 
         return
     with pytest.raises(WrongBackbone) as caught:
         a.check_fingerprint(one, two)
-    if dtype != "nf4":
+    if dtype != "gptq":
         assert f"sketch distance {a.sketch_distance(one.sketch, two.sketch):.3g}, allowed" in str(caught.value)
     (warning,) = a.check_fingerprint(one, two, allow_other_weights=True)
     assert str(caught.value).startswith(warning)

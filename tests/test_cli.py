@@ -369,3 +369,94 @@ def test_several_files_without_names_train_together(call, tmp_path):
     assert status == 0, err
     assert {p.name for p in (tmp_path / "out" / "prompt").iterdir()} == {"colours", "tints"}
     assert "prompt/tints" in out
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_predict_writes_a_file_and_goes_on_with_it(trained, call, tmp_path, monkeypatch):
+    prompt, exact = trained / "out" / "prompt", ["--dtype", "float32"]
+    texts = [f"the thing {i} is {'red' if i % 3 else 'blue'}" for i in range(40)]
+    source, out = tmp_path / "in.jsonl", tmp_path / "answers.jsonl"
+    partial, beside = tmp_path / "answers.jsonl.partial", tmp_path / "answers.jsonl.partial.json"
+    source.write_text("".join(json.dumps({"text": t, "id": i}) + "\n" for i, t in enumerate(texts)))
+    plain = call("predict", prompt, "--file", source, *exact)[1]
+    assert [one["text"] for one in lines(plain)] == texts
+    status, printed, _ = call("predict", prompt, "--file", source, "--out", out, *exact)
+    assert (status, printed) == (0, "")
+    assert out.read_text() == plain
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["answers.jsonl", "in.jsonl"]
+
+    # A broken row ends the run; what stands before it is answered, and the next run goes on there.
+    good = source.read_text()
+    source.write_text(good.replace('{"text": "the thing 25', '{"text" "the thing 25'))
+    monkeypatch.setattr("softprompts.evaluate.CHUNK", 10)
+    broken = call("predict", prompt, "--file", source, *exact)
+    refused(broken, "in.jsonl:26", "broken row")
+    assert [one["text"] for one in lines(broken[1])] == texts[:25]
+    refused(call("predict", prompt, "--file", source, "--out", out, *exact), "in.jsonl:26")
+    assert out.read_text() == plain  # that of the run before
+    assert len(lines(partial.read_text())) == 25
+    with partial.open("a") as file:
+        file.write('{"text": "half a li')
+    # Half a line is written anew, and nothing else: one answer is changed to tell.
+    kept = partial.read_text()
+    partial.write_text(kept.replace('"answer": "cold"', '"answer": "kept"', 1))
+    source.write_text(good)
+    status, _, err = call("predict", prompt, "--file", source, "--out", out, *exact)
+    assert status == 0, err
+    assert "25 rows were answered before" in err
+    found = lines(out.read_text())
+    assert [one["text"] for one in found] == texts
+    assert [one["answer"] for one in found].count("kept") == 1
+    for one, other in zip(found, lines(plain), strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=2e-4)
+    assert not partial.exists()
+    assert not beside.exists()
+
+    # Other rows, or another prompt or setting, do not get mixed.
+    partial.write_text(kept[: kept.index("\n") + 1])
+    refused(call("predict", prompt, "--file", source, "--out", out, *exact), "begun with another prompt, model")
+
+
+def test_other_rows_are_not_mixed_with_those_of_an_interrupted_run(trained, call, tmp_path):
+    prompt, exact = trained / "out" / "prompt", ["--dtype", "float32"]
+    source, out = tmp_path / "in.csv", tmp_path / "answers.jsonl"
+    partial = tmp_path / "answers.jsonl.partial"
+    source.write_text('text\nthe thing 1 is red\nthe thing 2 is blue\n"bad\n')
+    refused(call("predict", prompt, "--file", source, "--out", out, *exact), "in.csv:4")
+    assert len(lines(partial.read_text())) == 2
+    source.write_text("text\nthe thing 1 is red\nthe thing 2 is green\n")
+    refused(call("predict", prompt, "--file", source, "--out", out, *exact), "answers.jsonl.partial:2", "another row")
+    refused(
+        call("predict", prompt, "--file", source, "--out", out, *exact, "--max-new-tokens", 5),
+        "begun with another evaluate",
+    )
+    assert len(lines(partial.read_text())) == 2
+    assert not out.exists()
+    # Standard input can go on too: the rows are compared, wherever they come from.
+    status, _, err = call(
+        "predict", prompt, "--out", out, *exact, stdin="the thing 1 is red\nthe thing 2 is blue\nthe thing 3 is red\n"
+    )
+    assert status == 0, err
+    assert [one["text"][10] for one in lines(out.read_text())] == ["1", "2", "3"]
+
+
+def test_predict_counts_its_rows_and_reads_them_as_they_come(trained, call, tmp_path, monkeypatch):
+    taken = []
+
+    def numbered():
+        for i in range(1500):
+            taken.append(i)
+            yield {"text": f"{i % 9}"}
+
+    monkeypatch.setattr("softprompts.data.streams.stream", lambda path: numbered())
+    monkeypatch.setattr("softprompts.evaluate.CHUNK", 50)
+    ahead = []
+    monkeypatch.setattr("softprompts.cli.answers._line", lambda row, columns, found: ahead.append(len(taken)) or row)
+    status, out, err = call("predict", trained / "out" / "prompt", "--file", tmp_path / "x.csv", "--dtype", "float32")
+    assert status == 0, err
+    assert [one["text"] for one in lines(out)] == [f"{i % 9}" for i in range(1500)]
+    assert max(number - i for i, number in enumerate(ahead)) <= 50
+    assert "1,000 rows answered" in err

@@ -1,5 +1,6 @@
 """Templates, formats, encoding, batches: what the tokens are, for every family and head."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -598,6 +599,18 @@ def test_order_changes_with_seed_and_epoch_and_saves_padding():
         order([1], 0, 0, 0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
         evaluation_order([1], 0)
+    with pytest.raises(ValueError, match="tokens must be at least 1, given 0"):
+        evaluation_order([1], 1, 0)
+
+
+@given(st.lists(st.integers(0, 50), max_size=300), st.integers(1, 9), st.integers(1, 200))
+def test_batches_keep_to_their_tokens(lengths, size, tokens):
+    ordered = evaluation_order(lengths, size, tokens)
+    assert [i for batch in ordered for i in batch] == [i for batch in evaluation_order(lengths, 1) for i in batch]
+    for batch, after in itertools.zip_longest(ordered, ordered[1:]):
+        longest = lengths[batch[0]]
+        assert len(batch) == 1 or (len(batch) <= size and longest * len(batch) <= tokens)
+        assert not after or len(batch) == size or longest * (len(batch) + 1) > tokens  # none is smaller than need be
 
 
 @pytest.fixture(scope="module")

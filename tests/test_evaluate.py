@@ -123,12 +123,20 @@ def test_generation_after_teaching_agrees_with_ranking(tmp_path):
     assert written.headline.illegal == 0
 
 
+def three_tasks(folder):
+    """A job on the colours with a tiny model and three tasks that are alike, nothing trained."""
+    values = local.run_values(folder)
+    task = values.pop("task")
+    values["tasks"] = [{**task, "name": name} for name in ("a", "b", "c")]
+    return job.prepare(parse(values))
+
+
 def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
-    made = prepared(tmp_path, "llama")
+    made = three_tasks(tmp_path)
     rows = list(made.tasks[0].test[:3])
     ballots = [["warm", "cold", None], ["cold", "cold", "cold"], ["odd", "warm", "warm"]]
 
-    def ask(learner, encoder, asked, config):
+    def ask(reader, encoder, asked, config):
         assert [task for _, task in asked] == [0, 1, 2] * len(rows)  # every row with every prompt, in one batch
         return [evaluate.Answer(ballots[task][rows.index(row)]) for row, task in asked]
 
@@ -139,10 +147,7 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
 
 
 def test_identical_prompts_vote_as_one(tmp_path):
-    values = local.run_values(tmp_path)
-    task = values.pop("task")
-    values["tasks"] = [{**task, "name": name} for name in ("a", "b", "c")]
-    made = job.prepare(parse(values))
+    made = three_tasks(tmp_path)
     rows = made.tasks[0].test
     one = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG))
     three = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3))

@@ -122,7 +122,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that training must leave as it is: bytes, module identities, hooks, attributes, configuration."""
     digest = hashlib.sha256()
     for key, value in model.state_dict().items():
-        digest.update(key.encode() + value.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(key.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     modules = dict(model.named_modules())
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
     return {

@@ -1,5 +1,6 @@
 """Golden: a stock head says of text behind a prompt of words what it says of the words and the text."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -94,10 +95,11 @@ def test_heads(name: str, head: str, site: inject.Site) -> None:
     if name in tiny.SEQ2SEQ:
         texts = [torch.cat([text, torch.tensor([end])]) for text in texts]
     place = int(inject.resolve_place(bb, site) == "after_start")
-    for side, extra in (("right", 0), ("left", 2)):
+    sides = (("right", 0), ("left", 2))
+    for (side, extra), path in itertools.product(sides, (None, *rows.paths(name, site))):
         text, mask = rows.pad(texts, side, extra, value=3)
         batch = with_labels(Batch(text, mask, torch.zeros(len(texts), dtype=torch.long)), head)
-        output = inject.forward(bb, batch, rows.single(values, len(texts)), site, share=True)
+        output = inject.forward(bb, batch, rows.single(values, len(texts)), site, path=path)
         bare = inject.forward(bb, batch, None, site)
         for i, row in enumerate(texts):
             full = torch.cat([row[:place], words, row[place:]])
@@ -215,13 +217,14 @@ def test_labels_are_optional() -> None:
     batch = rows.batch("llama", rows.texts("llama"), "left", 1)
     for site in (INPUT, REPLACE):
         values = rows.random(0, 3, inject.width(tiny.backbone("llama"), site))
-        one, two = (
-            inject.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site, hidden=True, share=share).hidden
-            for share in (True, False)
+        one, *others = (
+            inject.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site, hidden=True, path=path).hidden
+            for path in rows.paths("llama", site)
         )
         assert one.shape == (4, 10, 32)
         assert (one[batch.mask == 0] == 0).all()
-        torch.testing.assert_close(one, two, **CLOSE)
+        for other in others:
+            torch.testing.assert_close(one, other, **CLOSE)
 
 
 @torch.no_grad()

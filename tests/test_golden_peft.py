@@ -60,29 +60,31 @@ def loss(output: Output) -> Tensor:
     return objectives.task(Step(batch, prompt, output, lambda _: output))
 
 
-def same_loss_and_gradient(name: str, batch: Batch, share: bool) -> None:
+def same_loss_and_gradient(name: str, batch: Batch, path: str) -> None:
     """Our loss and prompt gradient are PEFT's."""
     made = wrapped(name, values=values_for(name))
     theirs = made(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
     (gradient,) = torch.autograd.grad(theirs, prompt_of(made))
     values = values_for(name).requires_grad_()
-    output = inject.forward(tiny.backbone(name), batch, rows.single(values, len(batch.ids)), INPUT, share=share)
+    output = inject.forward(tiny.backbone(name), batch, rows.single(values, len(batch.ids)), INPUT, path=path)
     ours = loss(output)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     (own,) = torch.autograd.grad(ours, values)
     assert (own - gradient[:P]).norm() < 1e-4 * gradient.norm()
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("name", [name for name in tiny.CAUSAL if name not in FACTORISED])
-def test_first_causal(name: str, share: bool) -> None:
-    """With labels = input_ids, right-padded: shared = concatenation = PEFT."""
-    same_loss_and_gradient(name, rows.batch(name, rows.texts(name)), share)
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name in tiny.CAUSAL if name not in FACTORISED for path in rows.paths(name, INPUT)],
+)
+def test_first_causal(name: str, path: str) -> None:
+    """With labels = input_ids, right-padded: packed = shared = concatenation = PEFT."""
+    same_loss_and_gradient(name, rows.batch(name, rows.texts(name)), path)
 
 
 @pytest.mark.parametrize("name", tiny.SEQ2SEQ)
 def test_first_seq2seq(name: str) -> None:
-    same_loss_and_gradient(name, rows.batch(name, rows.texts(name)), share=False)
+    same_loss_and_gradient(name, rows.batch(name, rows.texts(name)), path="concatenation")
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Golden: a row in a mixed batch equals the row alone, whatever its neighbours, padding side and padding."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -37,8 +38,9 @@ def test_rows(name: str, site: inject.Site) -> None:
         for text, who in zip(texts, WHO, strict=True)
     ]
     mixed = rows.several(values, WHO)
-    for side, extra, share in (("right", 0, None), ("right", 4, False), ("left", 0, None), ("left", 5, True)):
-        output = inject.forward(bb, rows.batch(name, texts, side, extra), mixed, site, share=share)
+    layouts = [("right", 0), ("right", 4), ("left", 0), ("left", 5)]
+    for (side, extra), path in itertools.product(layouts, (None, *rows.paths(name, site))):
+        output = inject.forward(bb, rows.batch(name, texts, side, extra), mixed, site, path=path)
         for i, expected in enumerate(alone):
             torch.testing.assert_close(rows.of_row(output, i), expected, **CLOSE)
     # Some rows of a batch, and the same rows under another order.
@@ -104,8 +106,8 @@ def test_room(name: str) -> None:
     room = bb.context
     texts = rows.texts(name, (room - 3, 10))
     values = [rows.random(0, 3, bb.features), rows.random(1, 40, bb.features)]
-    for share in (True, False):
-        output = inject.forward(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, share=share)
+    for path in rows.paths(name, INPUT):
+        output = inject.forward(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, path=path)
         for i, text in enumerate(texts):
             alone = inject.forward(bb, rows.batch(name, [text]), rows.single(values[i]), INPUT)
             torch.testing.assert_close(rows.of_row(output, i), alone.logits, atol=2e-5, rtol=1e-5)
@@ -159,9 +161,9 @@ def test_labels_on_padding_do_not_count(name: str) -> None:
         return
     bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name), "left", 2)
     values = rows.single(rows.random(0, 3, bb.features), 4)
-    for share in (True, False):
-        ours = inject.forward(bb, replace(batch, labels=batch.ids), values, INPUT, share=share)
-        assert ours.labels.equal(inject.forward(bb, batch, values, INPUT, share=share).labels)
+    for path in rows.paths(name, INPUT):
+        ours = inject.forward(bb, replace(batch, labels=batch.ids), values, INPUT, path=path)
+        assert ours.labels.equal(inject.forward(bb, batch, values, INPUT, path=path).labels)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)

@@ -1,5 +1,7 @@
 """Golden: a prompt computed once gives what the plain concatenation gives: scores, loss, gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +11,8 @@ import tiny
 from rows import INPUT, KV, called
 from softprompts import backbone as b
 from softprompts import inject, objectives
+from softprompts.backbone import BackboneError
+from softprompts.kernels import Kernels
 from softprompts.prompt import Batch, Output, Prompt, Step
 
 pytestmark = pytest.mark.golden
@@ -17,9 +21,9 @@ USED = [2, 0, 0, 1, 2, 0]
 TEXTS = (5, 9, 1, 7, 3, 4)
 
 
-def loss(bb: b.Backbone, batch: Batch, prompt: Prompt, site: inject.Site, share: bool | None) -> tuple[Tensor, Output]:
+def loss(bb: b.Backbone, batch: Batch, prompt: Prompt, site: inject.Site, path: str | None) -> tuple[Tensor, Output]:
     """The task loss, as training sees it."""
-    output = inject.forward(bb, batch, prompt, site, share=share)
+    output = inject.forward(bb, batch, prompt, site, path=path)
     return objectives.task(Step(batch, prompt, output, lambda _: output)), output
 
 
@@ -38,11 +42,13 @@ def three(name: str, site: inject.Site, dtype: torch.dtype = torch.float32) -> l
 def test_shared(name: str, site: inject.Site) -> None:
     bb = tiny.backbone(name)
     found = []
-    for share, side, extra in ((False, "right", 0), (True, "right", 0), (None, "left", 2)):
+    sides = {"concatenation": ("right", 0), "shared": ("right", 0), "packed": ("left", 2)}
+    for path in reversed(rows.paths(name, site)):
+        side, extra = sides[path]
         values = three(name, site)
         batch = rows.batch(name, rows.texts(name, TEXTS), side, extra)
-        value, output = loss(bb, batch, rows.several(values, USED), site, share)
-        assert output.path == ("concatenation: sharing was switched off" if share is False else "shared")
+        value, output = loss(bb, batch, rows.several(values, USED), site, path)
+        assert output.path == ("concatenation: asked for" if path == "concatenation" else path)
         found.append((output, value.detach(), torch.autograd.grad(value, values), output.last))
     (plain, value, gradients, last), *others = found
     for output, same, grads, end in others:
@@ -56,14 +62,15 @@ def test_shared(name: str, site: inject.Site) -> None:
 
 @pytest.mark.parametrize("name", tiny.CAUSAL)
 def test_prompt_of_each_row(name: str) -> None:
-    """With as many prompts as rows the concatenation is taken unless sharing is asked for; the result is the same."""
+    """With as many prompts as rows the cache saves nothing; the result is the same on every path."""
     bb = tiny.backbone(name)
     found = []
-    for share in (None, True):
+    for path in (None, "shared"):
         values = three(name, INPUT)
         prompt = rows.several(values, [1, 2, 0])
-        value, output = loss(bb, rows.batch(name, rows.texts(name, TEXTS[:3])), prompt, INPUT, share)
-        assert output.path == ("shared" if share else "concatenation: every row has a prompt of its own")
+        value, output = loss(bb, rows.batch(name, rows.texts(name, TEXTS[:3])), prompt, INPUT, path)
+        best = "packed" if name not in rows.UNPACKED else "concatenation: every row has a prompt of its own"
+        assert output.path == (path or best)
         found.append((output.logits, torch.autograd.grad(value, values)))
     torch.testing.assert_close(found[1][0], found[0][0], **CLOSE)
     for one, other in zip(found[1][1], found[0][1], strict=True):
@@ -116,6 +123,22 @@ def test_reasons() -> None:
     ):
         output = inject.forward(tiny.backbone(name), given, prompt, INPUT)
         assert output.path == f"concatenation: {reason}"
+        for path in ("packed", "shared"):
+            with pytest.raises(BackboneError, match=f"path '{path}' is not possible: {reason}; leave the path out"):
+                inject.forward(tiny.backbone(name), given, prompt, INPUT, path=path)
+    prompt = rows.single(values, 2)
+    with pytest.raises(BackboneError, match="path 'concatenation' is not possible: keys and values are no tokens"):
+        inject.forward(
+            tiny.backbone("llama"), batch, rows.single(rows.random(0, 3, 96), 2), rows.KV, path="concatenation"
+        )
+    with pytest.raises(BackboneError, match="path 'pack' is unknown; possible: packed, shared, concatenation"):
+        inject.forward(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
+    with pytest.raises(
+        BackboneError, match="path 'packed' is not possible: GPTJForCausalLM has an attention of its own"
+    ):
+        inject.forward(tiny.backbone("gptj"), batch, prompt, INPUT, path="packed")
+    shared = replace(tiny.backbone("llama"), kernels=Kernels(rows="shared"))
+    assert inject.forward(shared, batch, prompt, INPUT).path == "shared"
 
 
 @torch.no_grad()
@@ -125,7 +148,7 @@ def test_prefill_once_decode_often(name: str, site: inject.Site) -> None:
     bb = tiny.backbone(name)
     text, token = rows.texts(name, (6,))[0], rows.ids(9, 1)
     values = rows.random(0, 4, inject.width(bb, site))
-    output = inject.forward(bb, rows.batch(name, [text]), rows.single(values), site, share=True)
+    output = inject.forward(bb, rows.batch(name, [text]), rows.single(values), site, path="shared")
     again = bb.model(input_ids=token[None], past_key_values=output.cache).logits[0, -1]
     expected = inject.forward(bb, rows.batch(name, [torch.cat([text, token, token])]), rows.single(values), site)
     torch.testing.assert_close(again, expected.logits[-1], **CLOSE)
@@ -142,10 +165,10 @@ def test_half_precision() -> None:
         true = exact.model(input_ids=torch.cat([words, text[0]])[None]).logits[0, 5:-1]
     for site in rows.sites("llama"):
         values = rows.random(0, 6, inject.width(coarse, site)).requires_grad_()
-        value, _ = loss(coarse, rows.batch("llama", text), rows.single(values), site, True)
+        value, _ = loss(coarse, rows.batch("llama", text), rows.single(values), site, None)
         value.backward()
         assert values.grad.dtype == torch.float32
     prompt = rows.single(coarse.embed(words).float())
-    for share in (True, False):
-        ours = inject.forward(coarse, rows.batch("llama", text), prompt, INPUT, share=share).logits.float()
+    for path in rows.paths("llama", INPUT):
+        ours = inject.forward(coarse, rows.batch("llama", text), prompt, INPUT, path=path).logits.float()
         assert (ours - true).norm() < 2 * (own - true).norm()

@@ -9,10 +9,13 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 
-CORE = "prompt config methods methods.* objectives backbone inject generate data artefact files fingerprint peft_format"
+CORE = (
+    "prompt config methods methods.* objectives backbone machine loading "
+    "inject generate data artefact files fingerprint peft_format"
+)
 BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
-MODELS = f"{BELOW_TRAINING} train evaluate model"
-RUNS = f"{MODELS} prepare results job"
+MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint joint train evaluate model"
+RUNS = f"{MODELS} prepare results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
 
 # A row: what the file, or each file of the folder, may import of ours. Files of a folder may import each other, except
@@ -33,8 +36,12 @@ OURS = {
     "plots": "",
     "report": "metrics plots",
     "families": "",
-    "backbone": "prompt families",
-    "inject": "backbone prompt",
+    "machine": "families",
+    "quantise": "families",
+    "kernels": "families",
+    "backbone": "prompt families kernels quantise",
+    "loading": "backbone families machine quantise",
+    "inject": "backbone prompt kernels",
     "generate": "backbone prompt inject",
     "data": "backbone prompt config assets",
     "artefact": "prompt config files fingerprint peft_format",
@@ -42,19 +49,24 @@ OURS = {
     "init": "backbone inject prompt config artefact vectors",
     "words": "backbone prompt",
     "learner": "backbone inject prompt config",
+    "tune": "backbone inject prompt kernels machine assets files",
+    "parity": "inject learner prompt kernels",
     "conversion": "",
     "assets": "backbone config conversion",
+    "variants": "config",
+    "checkpoint": "data files",
+    "joint": "config data learner prompt",
     "train": MODELS,
     "evaluate": MODELS,
     "model": MODELS,
     "prepare": MODELS,
     "results": f"{MODELS} prepare",
-    "job": f"{MODELS} prepare results",
+    "job": f"{MODELS} prepare results variants",
     "recipes": f"{RUNS} studies",
     "studies": f"{RUNS} recipes",
     "peft": f"{RUNS} recipes studies export",
-    "serve": f"{MODELS.replace(' train', '')} recipes studies export",
-    "export": f"{MODELS.replace(' train', '')} recipes studies serve",
+    "serve": f"{MODELS.replace(' checkpoint joint train', '')} recipes studies export",
+    "export": f"{MODELS.replace(' checkpoint joint train', '')} recipes studies serve",
     "cli": ALL,
 }
 
@@ -70,6 +82,9 @@ THIRD_PARTY = {
     "plots": "numpy matplotlib",
     "report": "",
     "families": "transformers",
+    "machine": "torch",
+    "kernels": "torch transformers",
+    "quantise": "torch transformers bitsandbytes",
     "backbone": "torch transformers",
     "inject": "torch transformers",
     "generate": "torch transformers",
@@ -80,9 +95,10 @@ THIRD_PARTY = {
 EXCLUSIVE = {
     "peft": "",
     "safetensors": "files artefact conversion",
-    "transformers.cache_utils": "backbone inject generate init",
+    "transformers.cache_utils": "backbone kernels inject generate init",
     "transformers.generation": "backbone inject generate",
-    "transformers.models.auto": "backbone families",
+    "transformers.models.auto": "loading families",
+    "bitsandbytes": "quantise",
     "matplotlib": "plots",
     "typer": "cli",
     "rich": "cli",
@@ -166,11 +182,11 @@ def test_imports_follow_the_table() -> None:
     assert wrong(sources()) == []
 
 
-def test_only_the_backbone_names_a_device() -> None:
+def test_one_file_names_devices() -> None:
     found = [
         f"{module}:{node.lineno}"
         for module, tree in sources().items()
-        if module != "backbone"
+        if module != "machine"
         for node in ast.walk(tree)
         if (isinstance(node, ast.Constant) and node.value in ("cuda", "mps"))
         or (isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps"))

@@ -1,17 +1,14 @@
-"""The frozen model: loading, freezing, facts, fingerprint; its kinds are rows of data in families.py.
+"""The frozen model: freezing, facts, fingerprint. Its kinds are rows of data in families.py, loading.py loads it.
 
-Supported transformers: 5.16 to 5.23, tested at both ends. This is the only user of the Auto classes, and the only
-file that names a device.
+Supported transformers: 5.16 to 5.23, tested at both ends.
 """
 
 import contextlib
 import hashlib
 import inspect
-import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,10 +25,11 @@ from softprompts.families import (
     BackboneError,
     Family,
     family_of,
-    family_of_config,
     head_of,
 )
+from softprompts.kernels import Kernels, running
 from softprompts.prompt import Fingerprint
+from softprompts.quantise import quantised
 
 __all__ = [
     "CAUSAL",
@@ -41,16 +39,10 @@ __all__ = [
     "Backbone",
     "BackboneError",
     "Family",
-    "choose_device",
-    "choose_dtype",
-    "choose_threads",
     "family_of",
     "fingerprint",
     "freeze",
     "head_of",
-    "load",
-    "load_tokenizer",
-    "native_bf16",
     "wrap",
 ]
 
@@ -65,6 +57,8 @@ class Backbone:
     tokenizer: Any = None
     name: str = ""
     revision: str | None = None
+    kernels: Kernels = field(default_factory=Kernels)
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # facts found out once
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -73,13 +67,21 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be."""
-        return self.embedding.weight.device
+        """Where token ids must be: with the embeddings, or where those are brought to when they are needed."""
+        device: torch.device = self.embedding.weight.device
+        hook = getattr(self.embedding, "_hf_hook", None)  # accelerate's, in a model spread over devices
+        there = getattr(hook, "execution_device", None)
+        return torch.device(there) if device.type == "meta" and there is not None else device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating point type of the embeddings, which the prompt is cast to."""
         return self.embedding.weight.dtype
+
+    @cached_property
+    def quantised(self) -> str | None:
+        """How the layers' weights are quantised (int8, nf4, ...); None where they are plain numbers."""
+        return quantised(self.model)
 
     @cached_property
     def trunk(self) -> Any:
@@ -191,7 +193,7 @@ class Backbone:
         total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
             for ids in torch.arange(self.vocabulary, device=self.device).split(4096):
-                total += self.embed(ids).double().square().sum().cpu()
+                total += self.embed(ids).cpu().double().square().sum()  # not every device knows float64
         return float((total / (self.vocabulary * self.features)).sqrt())
 
     @cached_property
@@ -201,6 +203,10 @@ class Backbone:
             return ()
         inside = {"encoder", "decoder", "shared"} if self.trunk is self.model else {self.model.base_model_prefix}
         return tuple(name for name, _ in self.model.named_parameters() if name.split(".")[0] not in inside)
+
+    def running(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model runs with `kernels`; its own modules are as before afterwards."""
+        return running(self.model, self.kernels, self.known)
 
     @contextlib.contextmanager
     def with_head(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -267,98 +273,6 @@ def wrap(
     )
 
 
-def load(
-    name: str,
-    *,
-    path: str | Path | None = None,
-    revision: str | None = None,
-    head: str = "lm",
-    dtype: str = "auto",
-    device: str = "auto",
-    attention: str | None = None,
-    labels: int | None = None,
-) -> Backbone:
-    """The model and tokenizer at `path` (a directory or hub name; default `name`), frozen.
-
-    head: which Auto class; labels: classes of a classification head. A head that the checkpoint does not hold starts
-    from a fixed seed, so that a run is repeatable.
-    Raises BackboneError when nothing can be loaded from there.
-    """
-    where = str(path or name)
-    try:
-        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
-        if labels is not None:
-            config.num_labels = labels
-        family = family_of_config(config)
-        auto = getattr(transformers, family.auto[head])
-        options = {} if attention is None else {"attn_implementation": attention}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = auto.from_pretrained(
-                where, config=config, revision=revision, dtype=choose_dtype(dtype), use_safetensors=True, **options
-            )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise BackboneError(
-            f"cannot load '{where}': {' '.join(str(error).split())[:300]} Give a packaged model "
-            f"(`softprompts assets list`), a local directory with config.json, model.safetensors and a tokenizer, "
-            f"or a hub name that can be reached."
-        ) from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return wrap(model.to(choose_device(device)), tokenizer, name, revision)
-
-
-def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:
-    """The tokenizer at `name`, a directory or hub name; raises BackboneError when there is none."""
-    tokenizers: Any = transformers.AutoTokenizer
-    try:
-        return tokenizers.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
-        raise BackboneError(
-            f"no tokenizer at '{name}': {' '.join(str(error).split())[:200]} Give a local directory or a hub name that "
-            f"can be reached."
-        ) from None
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called `name`; auto is the first accelerator that torch sees, else the CPU.
-
-    Raises BackboneError for a device this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise BackboneError(f"device '{name}' cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def native_bf16() -> bool:
-    """Whether this machine multiplies bfloat16 matrices in hardware."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(facts.get("avx512_bf16") or facts.get("amx_bf16") or facts.get("bf16"))
-
-
-def choose_dtype(name: str) -> torch.dtype:
-    """The torch dtype called `name`; auto is bfloat16 where it is native, else float32."""
-    if name == "auto":
-        return torch.bfloat16 if native_bf16() else torch.float32
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def choose_threads(threads: int | None) -> int:
-    """Set and return torch's thread count; None keeps torch's own choice unless OMP_NUM_THREADS says otherwise."""
-    if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    return torch.get_num_threads()
-
-
 _FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 
 
@@ -376,7 +290,7 @@ def fingerprint(backbone: Backbone) -> Fingerprint:
             sketch = backbone.decoder(input_ids=ids, encoder_hidden_states=state).last_hidden_state
         else:
             sketch = backbone.trunk(input_ids=ids).last_hidden_state
-    dtype = str(backbone.dtype).removeprefix("torch.")
+    dtype = backbone.quantised or str(backbone.dtype).removeprefix("torch.")
     return Fingerprint(facts, _tokenizer_hash(backbone.tokenizer), sketch[0].float().cpu(), dtype)
 
 

@@ -34,8 +34,13 @@ class ModelConfig(Section):
     revision: str | None = None
     head: Head = "lm"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where it is native
-    device: str = "auto"
-    attention: str | None = None  # transformers' attn_implementation; None leaves the model's own choice
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: the first accelerator, else cpu
+    device_map: Literal["auto"] | dict[str, str | int] | None = None  # instead of device: one for each part
+    quantise: Literal["int8", "nf4", "fp4"] | None = None  # the matrices inside the layers; dtype is the rest's
+    attention: str | None = None  # packed, packed-fused or transformers' eager, sdpa, ...; None: the fastest, measured
+    products: Literal["auto", "torch", "onednn"] = "auto"  # who multiplies matrices on a CPU; auto: the faster
+    compiled: bool = False  # norms and MLPs through torch.compile: some seconds once, then faster steps
+    checkpointing: bool = False  # compute layers again in the backward pass instead of keeping them: slower, smaller
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -135,6 +140,10 @@ class TrainConfig(Section):
 
     steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=16, ge=1)
+    batch_tokens: int | None = Field(
+        default=None, ge=1
+    )  # most text tokens of a batch; batch_size is then the most rows
+    parity: Literal["off", "check"] = "off"  # check: compare the first batch with plain concatenation before training
     accumulate: int = Field(default=1, ge=1)
     optimiser: Literal["adamw", "adafactor"] = "adamw"
     rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
@@ -162,7 +171,8 @@ class EvaluateConfig(Section):
 
     by: Literal["auto", "rank", "generate"] = "auto"  # auto: rank where there are label words
     normalise: bool = False  # rank: mean instead of sum of the answer's token log-probabilities
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=512, ge=1)  # most rows of a batch
+    batch_tokens: int | None = Field(default=None, ge=1)  # most tokens of its texts and answers; None: by the device
     max_new_tokens: int = Field(default=32, ge=1)
     resamples: int = Field(default=1000, ge=100)
 
@@ -177,6 +187,7 @@ class Run(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     out: str = "runs/run"
     seed: int = Field(default=0, ge=0)
+    runs: tuple[dict[str, Any], ...] = ()  # runs that train together: each a name, and what it has otherwise
 
     @model_validator(mode="before")
     @classmethod
@@ -240,16 +251,17 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {item}: the value is not YAML: {' '.join(str(error).split())}") from None
-        _assign(result, path.strip().split("."), value, item)
+        assign(result, path.strip().split("."), value, f"--set {item}")
     return typing.cast(dict[str, Any], result)
 
 
-def _assign(node: Any, keys: list[str], value: Any, item: str) -> None:
+def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
+    """Set `value` at the path `keys` of nested values, making sections on the way; `item` is how a message calls it."""
     for here, key in enumerate(keys):
         last = here == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"--set {item}: '{key}' is no index of a list of {len(node)}")
+                raise ConfigError(f"{item}: '{key}' is no index of a list of {len(node)}")
             if last:
                 node[int(key)] = value
             else:
@@ -260,7 +272,7 @@ def _assign(node: Any, keys: list[str], value: Any, item: str) -> None:
             else:
                 node = node.setdefault(key, {})
         else:
-            raise ConfigError(f"--set {item}: '{'.'.join(keys[:here])}' is a value, not a section")
+            raise ConfigError(f"{item}: '{'.'.join(keys[:here])}' is a value, not a section")
 
 
 def _explain(error: Any, model: type[BaseModel], origin: str) -> str:

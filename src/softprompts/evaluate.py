@@ -1,7 +1,7 @@
 """Judging: answers by ranking label words, by generating, or by a classification head; then scores with intervals."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from softprompts import generate, metrics
+from softprompts import generate, inject, metrics
 from softprompts.config import EvaluateConfig
 from softprompts.data import Encoded, Encoder, Row, answer, classes, collate, decode_answer, evaluation_order
 from softprompts.data.spans import split_words
 from softprompts.data.task import need_label
 from softprompts.data.template import label_names, need
-from softprompts.learner import Learner
+from softprompts.learner import Learner, Reader
 from softprompts.prompt import IGNORE, Batch
 
 LONGEST_SPAN = 30
@@ -23,6 +23,13 @@ LONGEST_SPAN = 30
 
 CHUNK = 512
 """Rows that are encoded and sorted by length together when answers are streamed."""
+
+FEW = 16
+"""Rows below which it does not pay to look for tokens that all of them begin with."""
+
+TOKENS, TOKENS_THERE, TOKENS_WRITTEN = 1024, 8192, 4096
+"""Tokens of a batch, unless the configuration says otherwise: where full speed begins on a CPU and on accelerators, and
+for writing, where every step is one token a row."""
 
 
 @dataclass(frozen=True)
@@ -89,16 +96,35 @@ def evaluate(
 
 
 def answers(
-    learner: Learner, encoder: Encoder, rows: Sequence[Row], config: EvaluateConfig, *, votes: int = 1
+    learner: Learner, encoder: Encoder, rows: Iterable[Row], config: EvaluateConfig, *, votes: int = 1
 ) -> Iterator[Answer]:
     """The answer to each of `rows`, in order, with memory for a few batches only.
 
+    rows: taken as they are needed, at most a chunk of them ahead; where taking one fails, those before it are answered
+    first. Prompts that do not depend on the text are computed and read once.
     votes: prompts 0..votes-1 of the learner all answer a row in one batch, and the majority's string is the answer; of
     several strings with as many votes, the one of the lowest prompt wins (Lester et al. 2021, section 6).
     """
-    for begin in range(0, len(rows), CHUNK):
-        part = rows[begin : begin + CHUNK]
-        yield from _answers(learner, encoder, part, config, votes)
+    with torch.no_grad():
+        reader = learner.reader([encoder.task] if votes == 1 else range(votes))
+    for part in _chunks(rows):
+        yield from _answers(reader, encoder, part, config, votes)
+
+
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    part: list[Row] = []
+    try:
+        for row in rows:
+            part.append(row)
+            if len(part) == CHUNK:
+                yield part
+                part = []
+    except Exception:
+        if part:
+            yield part
+        raise
+    if part:
+        yield part
 
 
 def reference(encoder: Encoder, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
@@ -125,15 +151,13 @@ def by_generation(encoder: Encoder, config: EvaluateConfig) -> bool:
     return config.by == "generate" or (config.by == "auto" and encoder.format.kind != "label")
 
 
-def _answers(
-    learner: Learner, encoder: Encoder, rows: Sequence[Row], config: EvaluateConfig, votes: int
-) -> list[Answer]:
+def _answers(reader: Reader, encoder: Encoder, rows: Sequence[Row], config: EvaluateConfig, votes: int) -> list[Answer]:
     if by_generation(encoder, config):
         ask: Callable[..., list[Answer]] = _generated
     else:
         ask = _ranked if encoder.head == "lm" else _from_head
     with torch.no_grad():
-        found = ask(learner, encoder, [(row, task) for row in rows for task in range(votes)], config)
+        found = ask(reader, encoder, [(row, reader.first + i) for row in rows for i in range(votes)], config)
     if votes == 1:
         return found
     return [_elect(found[i : i + votes]) for i in range(0, len(found), votes)]
@@ -148,40 +172,49 @@ def _elect(ballots: Sequence[Answer]) -> Answer:
 Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each
 
 
-def _batches(encoded: Sequence[Encoded], learner: Learner, encoder: Encoder, size: int) -> Iterator[tuple[Any, Batch]]:
-    """Batches of `encoded` in order of length, each with the indices of its rows."""
-    pad = encoder.tokenizer.pad_token_id or 0
-    for index in evaluation_order([len(row.ids) for row in encoded], size):
-        yield index, collate([encoded[i] for i in index], pad).to(learner.backbone.device)
+def _batches(
+    encoded: Sequence[Encoded],
+    reader: Reader,
+    encoder: Encoder,
+    config: EvaluateConfig,
+    more: int = 0,
+    most: int = CHUNK,
+) -> Iterator[tuple[list[int], Batch]]:
+    """Batches of `encoded` in order of length, each with the indices of its rows.
 
-
-def _ranked(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
-    """The label whose words are most probable as a whole (rank classification).
-
-    All labels of one token come from one pass; every longer label takes a pass of its own.
+    more: tokens that are read behind each text; most: rows that a batch may have, whatever the configuration says.
     """
+    pad, device = encoder.tokenizer.pad_token_id or 0, reader.learner.backbone.device
+    usual = TOKENS_WRITTEN if by_generation(encoder, config) else TOKENS if device.type == "cpu" else TOKENS_THERE
+    lengths = [len(row.ids) + more for row in encoded]
+    for index in evaluation_order(lengths, max(1, min(config.batch_size, most)), config.batch_tokens or usual):
+        yield index, collate([encoded[i] for i in index], pad).to(device)
+
+
+def _texts(encoder: Encoder, asked: Asked) -> list[Encoded]:
+    """The rows without answers or labels; a row that several prompts answer is encoded once."""
+    found: list[Encoded] = []
+    for i, (row, task) in enumerate(asked):
+        one = found[-1] if i and asked[i - 1][0] is row else replace(encoder.encode(row), labels=None)
+        found.append(replace(one, task=task))
+    return found
+
+
+def _leading(reader: Reader, encoded: list[Encoded]) -> tuple[tuple[int, ...], list[Encoded]]:
+    """The tokens that all rows begin with, such as a template's words, where they can be read once; and the rest."""
+    if not reader.leads or len(encoded) < FEW or any(row.place for row in encoded):
+        return (), encoded
+    low, high = min(row.ids for row in encoded), max(row.ids for row in encoded)
+    count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return tuple(low[:count]), [replace(row, ids=row.ids[count:]) for row in encoded]
+
+
+def _ranked(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+    """The label whose words are most probable as a whole (rank classification)."""
     candidates = encoder.candidates()
     labels = list(candidates)
-    total = torch.full((len(asked), len(labels)), -torch.inf, dtype=torch.float64)
-    single = [i for i, label in enumerate(labels) if len(candidates[label]) == 1]
-    groups = ([single] if single else []) + [[i] for i in range(len(labels)) if i not in single]
-    for group in groups:
-        label = labels[group[0]]
-        encoded = [_with_answer(encoder, row, label, candidates[label], task) for row, task in asked]
-        for index, batch in _batches(encoded, learner, encoder, config.batch_size):
-            output = learner.forward(batch, learner.prompt(batch))
-            assert output.logits is not None
-            assert output.labels is not None
-            chances = output.logits.float().log_softmax(-1).double()
-            if group is single:
-                wanted = torch.tensor([candidates[labels[i]][0] for i in group], device=chances.device)
-                # Not every row order is the batch's: output.row says which row a score belongs to.
-                rows = torch.tensor(index)[output.row.cpu()]
-                total[rows[:, None], torch.tensor(group)[None]] = chances[:, wanted].cpu()
-            else:
-                own = chances.gather(1, output.labels[:, None])[:, 0]
-                summed = torch.zeros(len(index), dtype=torch.float64, device=own.device).index_add(0, output.row, own)
-                total[torch.tensor(index), group[0]] = summed.cpu()
+    rank = _continued if encoder.family == "causal" else _filled
+    total = rank(reader, encoder, asked, candidates, config)
     if config.normalise:
         total = total / torch.tensor([len(candidates[label]) for label in labels])
     best = total.argmax(1).tolist()
@@ -191,26 +224,63 @@ def _ranked(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateCo
     ]
 
 
-def _with_answer(encoder: Encoder, row: Row, label: str, ids: list[int], task: int) -> Encoded:
-    """`row` with the candidate answer `ids` behind it (masked models: in place of the mask tokens)."""
-    if encoder.family == "masked":
-        return replace(encoder.encode(row, (encoder.format.verbaliser or {})[label]), task=task)
-    text = replace(encoder.encode(row), task=task)
-    if encoder.family == "seq2seq":
-        return replace(text, labels=list(ids))
-    return replace(text, ids=text.ids + ids, labels=[IGNORE] * len(text.ids) + ids)
+def _continued(
+    reader: Reader, encoder: Encoder, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+) -> Tensor:
+    """The log-probability [rows, labels] of each label behind each text, of causal models: one pass for all labels."""
+    learner, answers = reader.learner, list(candidates.values())
+    total = torch.empty(len(asked), len(answers), dtype=torch.float64)
+    leading, encoded = _leading(reader, _texts(encoder, asked))
+    for index, batch in _batches(encoded, reader, encoder, config, more=len(inject.branches(answers).ids)):
+        prompt, prefix = reader.prompts(batch, leading)
+        found = inject.continuations(learner.backbone, batch, prompt, learner.site, answers, prefix=prefix)
+        total[torch.tensor(index)] = found.cpu()
+    return total
 
 
-def _generated(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _filled(
+    reader: Reader, encoder: Encoder, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+) -> Tensor:
+    """The same of encoder-decoder and masked models: labels of one token from one pass, a pass for each longer one."""
+    labels = list(candidates)
+    total = torch.full((len(asked), len(labels)), -torch.inf, dtype=torch.float64)
+    single = [i for i, label in enumerate(labels) if len(candidates[label]) == 1]
+    groups = ([single] if single else []) + [[i] for i in range(len(labels)) if i not in single]
+    texts = _texts(encoder, asked) if encoder.family == "seq2seq" else []
+    most = inject.LOGITS // reader.learner.backbone.vocabulary
+    for group in groups:
+        label = labels[group[0]]
+        if encoder.family == "seq2seq":
+            encoded = [replace(text, labels=list(candidates[label])) for text in texts]
+        else:  # in place of the mask tokens, whose number is the answer's
+            word = (encoder.format.verbaliser or {})[label]
+            encoded = [replace(encoder.encode(row, word), task=task) for row, task in asked]
+        for index, batch in _batches(encoded, reader, encoder, config, most=most):
+            output = reader.forward(batch, logits=group is single)
+            assert output.labels is not None
+            if group is single:
+                assert output.logits is not None
+                chances = output.logits.float().log_softmax(-1).double()
+                wanted = torch.tensor([candidates[labels[i]][0] for i in group], device=chances.device)
+                # Not every row order is the batch's: output.row says which row a score belongs to.
+                rows = torch.tensor(index)[output.row.cpu()]
+                total[rows[:, None], torch.tensor(group)[None]] = chances[:, wanted].cpu()
+            else:
+                assert output.nll is not None
+                summed = torch.zeros(len(index), dtype=torch.float64, device=output.nll.device)
+                total[torch.tensor(index), group[0]] = summed.index_add(0, output.row, -output.nll.double()).cpu()
+    return total
+
+
+def _generated(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
     """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
     found: list[Answer] = [Answer(None)] * len(asked)
     new_tokens = config.max_new_tokens
     if encoder.family == "causal":  # what is written takes positions too, at most half of them
         new_tokens = min(new_tokens, max(1, encoder.room // 2))
         encoder = replace(encoder, room=encoder.room - new_tokens)
-    encoded = [replace(encoder.encode(row), task=task) for row, task in asked]
-    tokenizer = encoder.tokenizer
-    for index, batch in _batches(encoded, learner, encoder, config.batch_size):
+    learner, tokenizer = reader.learner, encoder.tokenizer
+    for index, batch in _batches(_texts(encoder, asked), reader, encoder, config, more=new_tokens):
         if encoder.family == "causal":  # the stock model (no prompt) continues only what is padded on the left
             left = batch.mask.argsort(dim=1, stable=True)
             batch = replace(batch, ids=batch.ids.gather(1, left), mask=batch.mask.gather(1, left))
@@ -243,16 +313,18 @@ def _parsed(encoder: Encoder, text: str) -> Any:
     return [part for part in value.split(", " if kind == "multilabel" else " ") if part]
 
 
-def _from_head(learner: Learner, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _from_head(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
     """What a classification head says."""
     found: list[Answer] = [Answer(None)] * len(asked)
     read = {"sequence": _classes, "token": _tags, "span": _span}[encoder.head]
-    encoded = [replace(encoder.encode(row), task=task, labels=None) for row, task in asked]
-    for index, batch in _batches(encoded, learner, encoder, config.batch_size):
+    texts = _texts(encoder, asked)
+    # The other heads look at every token of the text.
+    leading, encoded = _leading(reader, texts) if encoder.head == "sequence" else ((), texts)
+    for index, batch in _batches(encoded, reader, encoder, config):
         if encoder.head == "token":
             # Every text position is asked for by giving it a label; which one does not matter.
             batch = replace(batch, labels=torch.zeros_like(batch.ids).masked_fill(batch.mask == 0, IGNORE))
-        output = learner.forward(batch, learner.prompt(batch))
+        output = reader.forward(batch, leading)
         assert output.logits is not None
         rows = [asked[i][0] for i in index]
         for i, one in zip(index, read(encoder, rows, output.logits.float(), output.row), strict=True):

@@ -1,8 +1,9 @@
-"""One run from its configuration to artefact, results.json and report page; `open_artefact` is the way back."""
+"""Runs from their configuration to artefact, results.json and report page; `open_artefacts` is the way back."""
 
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -22,16 +23,19 @@ from softprompts.prepare import (
     load_backbone,
     open_artefacts,
     prepare,
+    prepare_together,
     settings_of,
 )
-from softprompts.results import next_commands, page_of, prompt_directory, versions
-from softprompts.train import Report, check_checkpoint, fit
+from softprompts.results import compare, next_commands, page_of, prompt_directory, versions
+from softprompts.train import Report, Trainee, TrainingError, check_checkpoint, fit_together, is_main_process
+from softprompts.variants import variants
 
 __all__ = [
     "Job",
     "Opened",
     "Screen",
     "execute",
+    "is_main_process",
     "judging_of",
     "load_backbone",
     "next_commands",
@@ -46,27 +50,58 @@ __all__ = [
 def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     """Do the whole of `run`: judge the stock model, train, judge again, write artefact, results and page into run.out.
 
-    Returns what results.json holds. An interrupted run goes on from its checkpoint when called again.
+    Returns what results.json holds. An interrupted run goes on from its checkpoint when called again. With a list
+    `runs` all of them train together, each is written to a folder of run.out as it would be alone, and results.json
+    and the page of run.out compare them; a run that failed is named there, the others are finished all the same.
+    Of several processes that a launcher started, all train, and the first one writes and shows.
     """
-    out, began = Path(run.out), time.time()
-    _check_writable(out)
-    job = prepare(run, screen)
-    rows = _encode(job, screen)
-    check_checkpoint(out, rows, run.seed, _settings(run))
-    before = [_judge(job, i, screen, "before", stock=True) for i in range(len(job.tasks))]
-    history = _train(job, rows, out, screen)
-    after = [_judge(job, i, screen, "after") for i in range(len(job.tasks))]
-    made = [pack(job, i, after[i]) for i in range(len(job.tasks))]
+    began, main = time.time(), is_main_process()
+    screen = screen if main else SILENT
+    runs = variants(run)
+    for one in runs.values() if main else ():
+        _check_writable(Path(one.out))
+    jobs = prepare_together(runs, screen)
+    rows = _encode(jobs, screen)
+    for name, one in runs.items():
+        check_checkpoint(one.out, rows[name], one.seed, _settings(one))
+    before = _judge_stock(jobs, screen)
+    histories, failed = _train(jobs, rows, screen)
+    pages = {}
+    for name, job in jobs.items():
+        if name not in failed:
+            pages[name] = _finish(name, job, before[name], histories[name], began, screen)
+    if not run.runs:
+        return _results(pages[""])
+    results = compare(run, jobs, pages, histories, failed, time.time() - began)
+    if main:
+        report.write_results(Path(run.out) / "results.json", results)
+        report.write_page(Path(run.out) / "report.html", results)
+    return results
+
+
+def _finish(
+    name: str, job: Job, before: list[Evaluation | None], history: list[Report], began: float, screen: Screen
+) -> list[dict[str, Any]]:
+    """Judge a trained run, and write its artefacts, results.json and pages; gives the page of each task."""
+    out, count = Path(job.run.out), len(job.tasks)
+    after = [_judge(name, job, i, screen, "after") for i in range(count)]
+    made = [pack(job, i, after[i]) for i in range(count)]
+    pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(count)]
+    if not is_main_process():
+        return pages
     screen.say(f"writing {out}")
     for one in made:
-        artefact.save(one, prompt_directory(out, one.task, len(made)))
-    pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(len(job.tasks))]
-    several = {"format": 1, "tasks": pages, "next": [line for page in pages for line in page["next"]]}
-    results = pages[0] if len(pages) == 1 else several
-    report.write_results(out / "results.json", results)
+        artefact.save(one, prompt_directory(out, one.task, count))
+    report.write_results(out / "results.json", _results(pages))
     for page, task in zip(pages, job.tasks, strict=True):
-        report.write_page(out / ("report.html" if len(pages) == 1 else f"report-{task.name}.html"), page)
-    return results
+        report.write_page(out / ("report.html" if count == 1 else f"report-{task.name}.html"), page)
+    return pages
+
+
+def _results(pages: list[dict[str, Any]]) -> dict[str, Any]:
+    """What results.json holds of a run: its one page, or those of its tasks."""
+    several = {"format": 1, "tasks": pages, "next": [line for page in pages for line in page["next"]]}
+    return pages[0] if len(pages) == 1 else several
 
 
 def _check_writable(out: Path) -> None:
@@ -81,41 +116,59 @@ def _check_writable(out: Path) -> None:
 
 def _settings(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on from its checkpoint."""
-    return run.model_dump(mode="json", exclude={"out": True, "evaluate": True, "train": {"checkpoint_every"}})
+    others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every"}}
+    return run.model_dump(mode="json", exclude=others)
 
 
-def _encode(job: Job, screen: Screen) -> list[Encoded]:
-    """The training rows of all tasks as tokens."""
-    rows = [e.example(row) for e, task in zip(job.encoders, job.tasks, strict=True) for row in task.train]
-    cut = sum(row.cut > 0 for row in rows)
-    if cut:
-        screen.say(f"{cut} of {len(rows)} texts were cut to fit {job.encoders[0].budget} tokens")
-    return rows
+def _key(job: Job, index: int) -> str:
+    """What the rows of the job's task number `index` are read by: runs with the same key read them alike."""
+    return f"{index} {job.encoders[index].room} {job.run.tasks[index].model_dump_json()}"
 
 
-def _train(job: Job, rows: list[Encoded], out: Path, screen: Screen) -> list[Report]:
-    run, learner = job.run, job.learner
-    history: list[Report] = []
-    pad = learner.backbone.tokenizer.pad_token_id or 0
-    steps = fit(
-        learner,
-        rows,
-        run.train,
-        pad=pad,
-        seed=run.seed,
-        validate=(lambda: _validation(job)) if run.train.evaluate_every is not None else None,
-        directory=out,
-        settings=_settings(run),
-    )
-    with closing(steps):
-        for step in steps:
-            history.append(step)
-            screen.step(step)
-    paths = Counter(step.path for step in history)
-    for path, count in paths.most_common(1):
-        how = "once a batch" if path == "shared" else f"in every row ({path})"
-        screen.say(f"the prompt was computed {how} in {count} of {len(history)} steps")
-    return history
+def _encode(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Encoded]]:
+    """The training rows of all tasks of each run as tokens."""
+    parts: dict[str, list[Encoded]] = {}
+    for job in jobs.values():
+        for i, (encoder, task) in enumerate(zip(job.encoders, job.tasks, strict=True)):
+            if _key(job, i) in parts:
+                continue
+            rows = parts[_key(job, i)] = [encoder.example(row) for row in task.train]
+            cut = sum(row.cut > 0 for row in rows)
+            if cut:
+                screen.say(f"{task.name}: {cut} of {len(rows)} texts were cut to fit {encoder.budget} tokens")
+    return {name: [row for i in range(len(job.tasks)) for row in parts[_key(job, i)]] for name, job in jobs.items()}
+
+
+def _train(
+    jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen: Screen
+) -> tuple[dict[str, list[Report]], dict[str, str]]:
+    """The history of each run, and why those that failed did; raises TrainingError when none is left."""
+    histories: dict[str, list[Report]] = {name: [] for name in jobs}
+    failed: dict[str, str] = {}
+    trainees = [_trainee(name, job, rows[name]) for name, job in jobs.items()]
+    pad = trainees[0].learner.backbone.tokenizer.pad_token_id or 0
+    try:
+        with closing(fit_together(trainees, pad=pad)) as steps:
+            for name, step in steps:
+                histories[name].append(step)
+                screen.step(name, step)
+    except TrainingError as error:
+        if len(error.failed) in (0, len(jobs)):
+            raise
+        failed = error.failed
+        for name, message in failed.items():
+            screen.say(f"run '{name}' failed: {message}")
+    every = [step for history in histories.values() for step in history]
+    for path, count in Counter(step.path for step in every).most_common(1):
+        how = f"in every row ({path})" if path.startswith("concatenation") else "once a batch"
+        screen.say(f"the prompt was computed {how} in {count} of {len(every)} steps")
+    return histories, failed
+
+
+def _trainee(name: str, job: Job, rows: list[Encoded]) -> Trainee:
+    run = job.run
+    validate = (lambda: _validation(job)) if run.train.evaluate_every is not None else None
+    return Trainee(name, job.learner, rows, run.train, run.seed, validate, run.out, _settings(run))
 
 
 def _validation(job: Job) -> float:
@@ -127,21 +180,36 @@ def _validation(job: Job) -> float:
     return sum(values) / len(values)
 
 
-def _judge(job: Job, index: int, screen: Screen, when: str, stock: bool = False) -> Evaluation | None:
+def _judge_stock(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Evaluation | None]]:
+    """The stock model's scores on the test rows of each run's tasks; tasks that runs judge alike are judged once."""
+    found: dict[str, Evaluation | None] = {}
+    for job in jobs.values():
+        for i in range(len(job.tasks)):
+            key = _key(job, i) + job.run.evaluate.model_dump_json()
+            if key not in found:
+                found[key] = _judge("", job, i, screen, "before", stock=True)
+    return {
+        name: [found[_key(job, i) + job.run.evaluate.model_dump_json()] for i in range(len(job.tasks))]
+        for name, job in jobs.items()
+    }
+
+
+def _judge(name: str, job: Job, index: int, screen: Screen, when: str, stock: bool = False) -> Evaluation | None:
     """Scores on the test rows; None for the stock model where its head has not been trained either."""
     learner, rows = job.learner, job.tasks[index].test
+    title = f"{name}: {job.tasks[index].name}" if name else job.tasks[index].name
     if not rows and not stock:
-        screen.say(f"{job.tasks[index].name} has no test rows: nothing is judged")
+        screen.say(f"{title} has no test rows: nothing is judged")
     if not rows or (stock and learner.head is not None):
         return None
 
     def progress(done: int) -> None:
-        screen.judged(f"{job.tasks[index].name} {when}", done, len(rows))
+        screen.judged(f"{title} {when}", done, len(rows))
 
     chosen = learner.stock() if stock else learner
     encoder, run = job.encoders[index], job.run
     found = evaluate.evaluate(chosen, encoder, rows, run.evaluate, seed=run.seed, progress=progress)
-    screen.say(f"{job.tasks[index].name}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
+    screen.say(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
     return found
 
 
@@ -149,7 +217,7 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
     """The artefact of the job's task number `index`: what was trained, where it began, and all that belongs to it."""
     learner, run, task = job.learner, job.run, job.tasks[index]
     tasks = run.tasks[index].model_dump(mode="json")
-    config = {**run.model_dump(mode="json", exclude={"tasks"}), "task": tasks}
+    config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
     return Artefact(
         task=task.name,
         prompt=learner.method.fold(task.name).float().cpu(),

@@ -1,7 +1,8 @@
 """A frozen backbone with a method at a site and, for classification, a head of its own: what is trained and judged."""
 
 import contextlib
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from softprompts import inject
 from softprompts.backbone import Backbone
-from softprompts.inject import Site
+from softprompts.inject import Prefix, Site
 from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step
 
 
@@ -47,7 +48,9 @@ class Learner:
         return made
 
     def step(self, batch: Batch) -> Step:
-        """Run `batch` and give what objectives look at."""
+        """Run `batch` and give what objectives look at; its text is embedded once."""
+        if batch.embeds is None:
+            batch = replace(batch, embeds=self.backbone.embed(batch.ids))
         prompt = self.prompt(batch)
 
         def again(other: Prompt | None) -> Output:
@@ -56,10 +59,24 @@ class Learner:
         assert prompt is not None
         return Step(batch, prompt, again(prompt), again)
 
-    def forward(self, batch: Batch, prompt: Prompt | None) -> Output:
+    def forward(
+        self, batch: Batch, prompt: Prompt | None, *, prefix: Prefix | None = None, logits: bool | None = None
+    ) -> Output:
         """Scores that line up with the labels of `batch`, as `inject.forward` gives them, read with the own head."""
         with self.own_head():
-            return inject.forward(self.backbone, batch, prompt, self.site)
+            return inject.forward(self.backbone, batch, prompt, self.site, prefix=prefix, logits=logits)
+
+    def fixed(self, tasks: Sequence[int]) -> Prompt | None:
+        """The prompts of `tasks` for any text, one row each; None where they depend on the text."""
+        if not hasattr(self.method, "fold"):
+            return None
+        task = torch.tensor(list(tasks), device=self.backbone.device)
+        word = torch.zeros(len(task), 1, dtype=torch.long, device=task.device)  # what a text says does not matter
+        return self.prompt(Batch(word, torch.ones_like(word), task))
+
+    def reader(self, tasks: Sequence[int]) -> "Reader":
+        """The learner for many batches of rows of `tasks`, which must follow each other."""
+        return Reader(self, tasks[0], self.fixed(tasks))
 
     def own_head(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model's head is the learner's copy; the model's own stays as it was."""
@@ -73,6 +90,59 @@ class Learner:
         """Everything trained, by name: `method.*` and `head.*`."""
         named = {} if self.method is None else {f"method.{k}": v for k, v in self.method.named_parameters()}
         return {**named, **{f"head.{k}": v for k, v in (self.head or {}).items()}}
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A learner for judging: prompts that are the same for any text are computed and read once, not once a batch.
+
+    fixed: the prompts of the tasks from number `first` on; None where they depend on the text.
+    """
+
+    learner: Learner
+    first: int
+    fixed: Prompt | None
+    known: dict[tuple[int, ...], tuple[Prompt, Prefix | None]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def leads(self) -> bool:
+        """Whether tokens that all texts begin with can be read together with the prompts, once."""
+        one = self.learner
+        return self.fixed is not None and one.site.name == "input" and inject.can_read_prompts(one.backbone, one.site)
+
+    def prompts(self, batch: Batch, leading: tuple[int, ...] = ()) -> tuple[Prompt | None, Prefix | None]:
+        """The prompts of the rows of `batch` and, where they were read before, what was read.
+
+        leading: tokens that stood before every text of `batch`, and now stand behind every prompt.
+        """
+        if self.fixed is None:
+            return self.learner.prompt(batch), None
+        if leading not in self.known:
+            self.known.clear()  # one is used for many batches, and then no more
+            prompt = self._followed(leading)
+            self.known[leading] = prompt, inject.read_prompts(self.learner.backbone, prompt, self.learner.site)
+        prompt, prefix = self.known[leading]
+        return prompt.rows(batch.task - self.first), prefix
+
+    def forward(self, batch: Batch, leading: tuple[int, ...] = (), logits: bool | None = None) -> Output:
+        """Scores that line up with the labels of `batch`; arguments as for `prompts` and `inject.forward`."""
+        prompt, prefix = self.prompts(batch, leading)
+        return self.learner.forward(batch, prompt, prefix=prefix, logits=logits)
+
+    def _followed(self, leading: tuple[int, ...]) -> Prompt:
+        """The prompts with the embeddings of `leading` behind each: to the model they are tokens like others."""
+        assert self.fixed is not None
+        if not leading:
+            return self.fixed
+        words = self.learner.backbone.embed(torch.tensor(leading, device=self.learner.backbone.device))
+        dtype = torch.promote_types(words.dtype, self.fixed.values.dtype)
+        each = words.to(dtype).expand(len(self.fixed.values), -1, -1)
+        there = self.fixed.mask.new_ones(each.shape[:2])
+        return replace(
+            self.fixed,
+            values=torch.cat([self.fixed.values.to(dtype), each], 1),
+            mask=torch.cat([self.fixed.mask, there], 1),
+        )
 
 
 def copy_head(backbone: Backbone) -> dict[str, nn.Parameter] | None:

@@ -18,6 +18,8 @@ def task(step: Step) -> Tensor:
     Raises ValueError when the batch has no label to learn from.
     """
     logits, labels = step.output.logits, step.output.labels
+    if step.output.nll is not None:
+        return step.output.nll.mean()
     if logits is None or labels is None or labels.numel() == 0:
         raise ValueError("the batch holds no label to learn from; check the task's template, label column and head")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from softprompts import artefact, init
-from softprompts.backbone import Backbone, load_tokenizer
+from softprompts.backbone import Backbone
 from softprompts.config import ConfigError, InitConfig, PromptConfig, closest
 from softprompts.inject import Site
+from softprompts.loading import load_tokenizer
 from softprompts.prompt import Start
 
 

@@ -1,5 +1,6 @@
 """From a configuration, or from artefacts, to a learner that is ready."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompts import artefact, assets, backbone, init, inject, metrics, objectives
+from softprompts import artefact, assets, backbone, init, inject, loading, machine, metrics, objectives, tune
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
-from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, closest, parse
+from softprompts.checkpoint import Report
+from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, TaskConfig, closest, parse
 from softprompts.data import Encoder, Format, Task, classes, load
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
 from softprompts.methods import find
 from softprompts.prompt import Start
-from softprompts.train import Report
 
 UNBOUNDED = 1_000_000
 """Room for models with relative positions, which nothing bounds."""
@@ -29,10 +30,13 @@ def _silent(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Screen:
-    """What a person sees while a job runs: plain lines, each training step, rows judged of all rows."""
+    """What a person sees while a job runs: plain lines, each training step of each run, rows judged of all rows.
+
+    A run's name is empty where it is the only one.
+    """
 
     say: Callable[[str], None] = _silent
-    step: Callable[[Report], None] = _silent
+    step: Callable[[str, Report], None] = _silent
     judged: Callable[[str, int, int], None] = _silent
 
 
@@ -55,20 +59,35 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callab
 
     Raises AssetError when it cannot be fetched, BackboneError when it cannot be loaded.
     """
-    backbone.choose_threads(config.threads)
+    machine.choose_threads(config.threads)
     _check_model_name(config.name)
     path = assets.fetch(config.name, say) if assets.is_asset(config.name) else None
     say(f"loading {config.name}")
-    return backbone.load(
+    loaded = loading.load(
         config.name,
         path=path,
         revision=config.revision,
         head=config.head,
         dtype=config.dtype,
         device=config.device,
-        attention=config.attention,
+        attention=None if config.attention in tune.PACKED else config.attention,
         labels=labels,
+        quantise=config.quantise,
+        device_map=config.device_map,
     )
+    return _with_kernels(loaded, config, say)
+
+
+def _with_kernels(loaded: Backbone, config: ModelConfig, say: Callable[[str], None]) -> Backbone:
+    """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
+    if config.compiled:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
+    choice = tune.choose(loaded, attention=config.attention, products=config.products, compiled=config.compiled)
+    ready = replace(loaded, kernels=replace(choice.kernels, checkpoint=config.checkpointing))
+    say(f"running with {choice}")
+    if config.compiled:
+        say(f"compiled in {tune.first_step(ready):.0f} s; the next process finds most of it done")
+    return ready
 
 
 def _check_model_name(name: str) -> None:
@@ -110,16 +129,40 @@ def prepare(run: Run, screen: Screen = SILENT) -> Job:
 
     Raises DataError, AssetError, BackboneError, ArtefactError or ConfigError before anything is trained or written.
     """
+    return prepare_together({"": run}, screen)[""]
+
+
+def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[str, Job]:
+    """The same for runs that share their model, which is loaded once, as are the rows of a task that several have."""
+    loaded: dict[str, Task] = {}
+    for run in runs.values():
+        find(run.prompt.method)
+        for config in run.tasks:
+            key = config.model_dump_json()
+            if key not in loaded:
+                loaded[key] = _load_rows(config, screen)
+    tasks = {name: tuple(loaded[one.model_dump_json()] for one in run.tasks) for name, run in runs.items()}
+    for name, run in runs.items():
+        _check_run(run, tasks[name])
+    first = next(iter(runs))
+    head = _head_size(runs[first].model.head, tasks[first][0].format)
+    model = load_backbone(runs[first].model, labels=head, say=screen.say)
+    return {name: _job(run, model, tasks[name]) for name, run in runs.items()}
+
+
+def _load_rows(config: TaskConfig, screen: Screen) -> Task:
+    task = load(config)
+    screen.say(
+        f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
+    )
+    for note in task.notes:
+        screen.say(f"  {note}")
+    return task
+
+
+def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
+    """The run on a backbone and rows that are there."""
     method = find(run.prompt.method)
-    tasks = tuple(load(config) for config in run.tasks)
-    for task in tasks:
-        screen.say(
-            f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
-        )
-        for note in task.notes:
-            screen.say(f"  {note}")
-    _check_run(run, tasks)
-    model = load_backbone(run.model, labels=_head_size(run.model.head, tasks[0].format), say=screen.say)
     site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
     slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
     encoders = tuple(encoder_for(model, task.format, run.prompt.length, i) for i, task in enumerate(tasks))

@@ -116,12 +116,14 @@ class Output:
 
     logits  [N, V] for language models, [N, C] for token heads, [B, C] for sequence heads, [2B, T] for spans
             (starts, then ends), None for feature extraction
+    nll     [N] minus the log-probability of each label, in float32, where `logits` would be too large and is None
     labels  [N], aligned with `logits` (multi-label [B, C] and values [B] as floats); None where none were given
     row     [N] batch row of each scored position
     column  [N] its place in the labels; None where a row has one label
     hidden  [B, T, H] last hidden states of the text in its own layout (only where asked for)
-    cache   the backbone's cache after the text, and `last` [B, H] the state that scores the first new token
-    path    "shared" or "concatenation", and why
+    cache   the backbone's cache after the text (on path "shared"), and `last` [B, H] the state that scores the first
+            new token
+    path    "packed", "shared" or "concatenation", and why
     """
 
     logits: Tensor | None
@@ -132,6 +134,7 @@ class Output:
     cache: Any = None
     last: Tensor | None = None
     path: str = ""
+    nll: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -277,4 +277,28 @@ def _next(results: Mapping[str, Any]) -> str:
     return _section("Next", *(f"<pre><code>{_safe(command)}</code></pre>\n" for command in results.get("next") or ()))
 
 
-SECTIONS = (_summary, _training, _scores, _classes, _examples, _nearest, _next, _run)
+def _differing(differs: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in differs.items()) or "–"
+
+
+def _compared(results: Mapping[str, Any]) -> str:
+    """The table of runs that trained together, and what the seeds of equal runs make of it."""
+    rows = []
+    for one in results.get("runs") or []:
+        after = one.get("after") or {}
+        ends = " to ".join(_figure(after[key], 3).html for key in ("low", "high") if after.get(key) is not None)
+        about = [one["name"], one["task"], _differing(one["differs"]), one.get("metric") or "–"]
+        figures = [_figure(one.get("loss"), 3), _figure((one.get("before") or {}).get("value"), 3)]
+        figures += [_figure(after.get("value"), 3), Markup(ends or "–")]
+        rows.append([*about, *figures, Markup('<span class="bad">failed</span>' if one.get("failed") else "")])
+    columns = ["run", "task", "what differs", "metric", "last loss", "before", "after", "95 % interval", ""]
+    groups = []
+    for one in results.get("groups") or []:
+        facts = [_differing(one["differs"]), one["task"], one["metric"]]
+        groups.append([*facts, _figure(one["mean"], 3), _figure(one["sd"], 3), one["n"]])
+    names = ["what differs", "task", "metric", "mean", "standard deviation", "runs"]
+    seeds = table(names, groups, "Over the seeds") if groups else ""
+    return _section("Runs", table(columns, rows) if rows else "", seeds)
+
+
+SECTIONS = (_summary, _compared, _training, _scores, _classes, _examples, _nearest, _next, _run)

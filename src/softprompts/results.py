@@ -1,9 +1,11 @@
 """What a run leaves to read: the content of results.json and of the page."""
 
+import json
 import platform
 import shlex
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -13,11 +15,11 @@ from typing import Any
 import torch
 
 from softprompts import __version__, metrics
+from softprompts.checkpoint import Report
 from softprompts.config import Run
 from softprompts.data import Encoder, Row, Task, classes
 from softprompts.evaluate import Answer, Evaluation
 from softprompts.prepare import Job
-from softprompts.train import Report
 from softprompts.words import nearest_words
 
 
@@ -64,7 +66,7 @@ def page_of(
         "scores": {k: asdict(v) for k, v in after.scores.items()} if after else {},
         "scores_before": {k: asdict(v) for k, v in before.scores.items()} if before else {},
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
-        "config": run.model_dump(mode="json"),
+        "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
         "versions": versions(),
         "machine": {
@@ -82,6 +84,116 @@ def page_of(
         words = nearest_words(learner.backbone, learner.method.fold(task.name))
         page["nearest_words"] = [asdict(row) for row in words]
     return page
+
+
+def compare(
+    run: Run,
+    jobs: Mapping[str, Job],
+    pages: Mapping[str, Sequence[Mapping[str, Any]]],
+    histories: Mapping[str, Sequence[Report]],
+    failed: Mapping[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """What results.json and the page hold of runs that trained together.
+
+    runs: a row for each run and task, with what differs between the runs, the last loss and the headline score;
+    groups: for runs that differ by nothing but their seed, mean and standard deviation over the seeds.
+    pages, histories and failed are those of each run, by name; a run that failed has no pages.
+    """
+    differs = _different({name: job.run for name, job in jobs.items()})
+    rows = [
+        {
+            "name": name,
+            "task": task.name,
+            "differs": differs[name],
+            "steps": len(histories[name]),
+            "loss": histories[name][-1].loss if histories[name] else None,
+            **{key: pages[name][i]["summary"][key] if name in pages else None for key in ("metric", "before", "after")},
+            "failed": failed.get(name),
+            "directory": job.run.out,
+        }
+        for name, job in jobs.items()
+        for i, task in enumerate(job.tasks)
+    ]
+    backbone = next(iter(jobs.values())).learner.backbone
+    return {
+        "format": 1,
+        "title": f"{len(jobs)} runs with {backbone.name}",
+        "task": ", ".join(dict.fromkeys(str(row["task"]) for row in rows)),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+        "runs": rows,
+        "groups": _groups(rows),
+        "config": run.model_dump(mode="json"),
+        "versions": versions(),
+        "warnings": [f"run '{name}' failed: {message}" for name, message in failed.items()],
+        "next": _next_of_several(jobs, pages),
+    }
+
+
+def _different(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """The settings that are not the same in all runs, as dotted keys, and each run's value."""
+    flat = {name: _flat(run.model_dump(mode="json", exclude={"out", "runs"})) for name, run in runs.items()}
+    keys = sorted({key for values in flat.values() for key in values})
+    different = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
+    return {name: {key: values.get(key) for key in different} for name, values in flat.items()}
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation of the headline score over rows that differ by nothing but the seed."""
+    together: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["after"] is not None:
+            same = {key: value for key, value in row["differs"].items() if key != "seed"}
+            together.setdefault(json.dumps([row["task"], same]), []).append(row)
+    found = []
+    for group in together.values():
+        if len(group) < 2:
+            continue
+        scores = [row["after"]["value"] for row in group]
+        first = group[0]
+        found.append(
+            {
+                "task": first["task"],
+                "differs": {key: value for key, value in first["differs"].items() if key != "seed"},
+                "runs": [row["name"] for row in group],
+                "metric": first["metric"],
+                "mean": statistics.fmean(scores),
+                "sd": statistics.stdev(scores),
+                "n": len(scores),
+            }
+        )
+    return found
+
+
+def _next_of_several(jobs: Mapping[str, Job], pages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """The commands of the first run that was finished, and a vote of all that can stand in one batch with it."""
+    if not pages:
+        return []
+    name = next(iter(pages))
+    lines: list[str] = list(pages[name][0]["next"])
+    job, task = jobs[name], jobs[name].tasks[0]
+    alike = [
+        str(prompt_directory(Path(other.run.out), task.name, len(other.tasks)))
+        for key, other in jobs.items()
+        if key in pages
+        and other.tasks[0].format == task.format
+        and (other.run.prompt.length, other.run.prompt.method) == (job.run.prompt.length, job.run.prompt.method)
+    ]
+    return [*lines, f"softprompts evaluate {' '.join(alike)}"] if len(alike) > 1 else lines
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested values as dotted keys, as a user would set them; the one task of a run is called `task`."""
+    if isinstance(values, list) and len(values) == 1 and name == "tasks":
+        return _flat(values[0], "task")
+    if isinstance(values, list) and name == "tasks":
+        return {key: value for i, one in enumerate(values) for key, value in _flat(one, f"tasks.{i}").items()}
+    if not isinstance(values, dict) or not values:
+        return {name: values}
+    return {
+        path: value for key, one in values.items() for path, value in _flat(one, f"{name}.{key}".strip(".")).items()
+    }
 
 
 def _details(job: Job, index: int, before: Evaluation | None, after: Evaluation) -> dict[str, Any]:

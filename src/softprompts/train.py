@@ -1,63 +1,57 @@
 """Training: `fit` is a generator that yields one Report a step; resuming is `fit` with the same directory.
 
 Every choice of a step (its rows, its rate, its random stream) is a function of the seed and the step's number, so a
-checkpoint holds tensors and a few numbers, and a killed run goes on bit for bit.
+checkpoint holds tensors and a few numbers, and a killed run goes on bit for bit. `fit_together` trains several runs in
+the same frozen batch, `fit` is its case of one run.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
+from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from softprompts import objectives
+from softprompts import checkpoint, objectives
+from softprompts.checkpoint import CHECKPOINT, Checkpoint, Report, TrainingError, Written, check_checkpoint
 from softprompts.config import ConfigError, TrainConfig
-from softprompts.data import Encoded, collate, order
-from softprompts.files import read_tensors, write_tensors
+from softprompts.data import Encoded, order
+from softprompts.joint import check_together, joint_steps, label_count
 from softprompts.learner import Learner
-from softprompts.prompt import IGNORE, Objective
+from softprompts.prompt import Objective
 
-CHECKPOINT = "checkpoint.safetensors"
-
-
-class TrainingError(RuntimeError):
-    """Training that cannot go on; the message says what was kept and what to change."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """One step: mean loss over its labels, the prompt's rate, rms(P)/rms(E), tokens read and seconds taken.
-
-    score: the validation score, where one was due; path: how the prompt was computed (shared, or why not).
-    """
-
-    step: int
-    steps: int
-    loss: float
-    rate: float
-    rms_ratio: float
-    tokens: int
-    seconds: float
-    score: float | None = None
-    path: str = ""
+__all__ = [
+    "CHECKPOINT",
+    "Report",
+    "Trainee",
+    "TrainingError",
+    "check_checkpoint",
+    "fit",
+    "fit_together",
+    "is_main_process",
+]
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """All that changes during training: parameters, optimiser state and best parameters by name, and the history."""
+class Trainee:
+    """One run: what is trained on which rows and how, and where its checkpoints go; see `fit` for each."""
 
-    step: int
-    tensors: dict[str, Tensor]
-    best: float | None = None
-    best_step: int = 0
-    history: tuple[Report, ...] = ()
+    name: str
+    learner: Learner
+    rows: Sequence[Encoded]
+    config: TrainConfig
+    seed: int = 0
+    validate: Callable[[], float] | None = None
+    directory: str | Path | None = None
+    settings: Mapping[str, Any] | None = None
 
 
 class _UnfactoredAdafactor(Adafactor):
@@ -66,6 +60,11 @@ class _UnfactoredAdafactor(Adafactor):
     @staticmethod
     def _get_options(param_group: Mapping[str, Any], param_shape: Sequence[int]) -> tuple[bool, bool]:
         return False, param_group["beta1"] is not None
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes and prints: the first of those that a launcher started."""
+    return bool(get_cpu_distributed_information().rank == 0)
 
 
 def fit(
@@ -87,67 +86,93 @@ def fit(
     Raises TrainingError when the loss stops being a number (the last good state is saved) and when a checkpoint
     belongs to other settings; ConfigError when there is nothing to train on.
     """
-    if not rows:
-        raise ConfigError("there are no rows to train on; check the task's source and split")
-    accelerator = Accelerator(cpu=learner.backbone.device.type == "cpu")
-    parameters, objective = learner.parameters(), objectives.weigh(config.objectives)
-    optimiser = _optimiser(learner, parameters, config)
-    batches = _Batches(rows, config.batch_size, seed)
-    file = None if directory is None else Path(directory) / CHECKPOINT
-    fixed = _fixed(rows, seed, settings)
-    if file is not None and file.exists():
-        now = _read(file, fixed)
-        _apply(now, parameters, optimiser)
-        yield from now.history
-    else:
-        now = _capture(None, parameters, optimiser)
-    good = now
-    try:
-        while now.step < config.steps and not _patience_spent(now, config):
-            began = time.perf_counter()
-            torch.manual_seed(seed * 1_000_003 + now.step)
-            parts = [batches.at(now.step * config.accumulate + i) for i in range(config.accumulate)]
-            loss, tokens, path = _gradients(learner, objective, parts, parameters, pad, accelerator)
-            norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.clip or math.inf))
-            if not math.isfinite(loss + norm):
-                _apply(good, parameters, optimiser)
-                _write(file, good, fixed, accelerator)
-                raise TrainingError(_diverged(now.step + 1, good.step, config, file))
-            good = now  # its loss is a number, which the values made by this step have yet to show
-            rate = _set_rates(optimiser, config, now.step)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            due = validate is not None and config.evaluate_every and (now.step + 1) % config.evaluate_every == 0
-            score = validate() if validate is not None and due else None
-            seconds = time.perf_counter() - began
-            ratio = _rms_ratio(learner)
-            report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path)
-            now = _capture(now, parameters, optimiser, report)
-            if now.step % config.checkpoint_every == 0 or now.step == config.steps:
-                _write(file, now, fixed, accelerator)
+    one = Trainee("", learner, rows, config, seed, validate, directory, settings)
+    with closing(fit_together([one], pad=pad)) as steps:
+        for _, report in steps:
             yield report
+
+
+def fit_together(trainees: Sequence[Trainee], *, pad: int) -> Generator[tuple[str, Report], None, None]:
+    """Train several runs in the same batches of their one frozen backbone; gives (name, Report) of each step of each.
+
+    Each run is the run it would be alone, up to rounding: its own rows, optimiser, schedule, clipping, validation,
+    random stream and checkpoints. A run that is done, or stops early, leaves the batch. One whose loss stops being a
+    number leaves it too, and TrainingError tells so after the others are done (`failed`: the message of each).
+    Raises ConfigError for runs without rows, or that cannot share a batch; else as `fit`.
+    """
+    courses, accelerator = _begin(trainees)
+    states = {course.trainee.name: _resumed(course) for course in courses}
+    for name, state in states.items():
+        for report in state.now.history:
+            yield name, report
+    going: Sequence[_Course] = ()
+    try:
+        while going := [course for course in courses if course.goes_on(states)]:
+            began = time.perf_counter()
+            measured = _gradients(going, [states[c.trainee.name].now.step for c in going], pad, accelerator)
+            spent = time.perf_counter() - began
+            # All at once, so that an interrupt finds every run at the same step.
+            states = {**states, **_updated(going, states, measured, spent, accelerator)}
+            ended = [course for course in going if not course.goes_on(states)]
+            if ended or any(states[c.trainee.name].due(c) for c in going):
+                _save(going, states, accelerator)
+            for course in going:
+                if not states[course.trainee.name].now.failed:
+                    yield course.trainee.name, states[course.trainee.name].now.history[-1]
     except (KeyboardInterrupt, GeneratorExit):
-        _write(file, now, fixed, accelerator)
+        _save(going, states, accelerator)
         raise
-    _write(file, now, fixed, accelerator)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(now.tensors.get(f"best.{name}", parameter))
+    _save([c for c in courses if c.written is not None and not c.written.file.exists()], states, accelerator)
+    for course in courses:
+        course.keep_best(states)
+    failed = {name: state.now.failed for name, state in states.items() if state.now.failed}
+    if failed:
+        lines = [f"run '{name}': {message}" if name else message for name, message in failed.items()]
+        raise TrainingError("; ".join(lines), failed)
 
 
-def check_checkpoint(
-    directory: str | Path, rows: Sequence[Encoded], seed: int, settings: Mapping[str, Any] | None = None
-) -> None:
-    """Raise TrainingError when a checkpoint in `directory` belongs to other settings than those given to `fit`."""
-    file = Path(directory) / CHECKPOINT
-    if file.exists():
-        _read(file, _fixed(rows, seed, settings))
+@dataclass(frozen=True)
+class _Measured:
+    """Loss, tokens read and path of a step; `failed` where there was nothing to measure."""
+
+    loss: float
+    tokens: int
+    path: str
+    failed: str = ""
 
 
-def _fixed(rows: Sequence[Encoded], seed: int, settings: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What must be the same for going on, as JSON would give it back."""
-    fixed: dict[str, Any] = json.loads(json.dumps({"seed": seed, "rows": len(rows), **(settings or {})}))
-    return fixed
+@dataclass(frozen=True)
+class _State:
+    """A run after its last step, and the last state whose loss is known to be a number."""
+
+    now: Checkpoint
+    good: Checkpoint
+
+    def due(self, course: "_Course") -> bool:
+        return self.now.step % course.trainee.config.checkpoint_every == 0
+
+
+@dataclass(frozen=True)
+class _Course:
+    """A trainee on its way: what its steps need besides its state."""
+
+    trainee: Trainee
+    parameters: dict[str, nn.Parameter]
+    objective: Objective
+    optimiser: Any
+    batches: "_Batches"
+    written: Written | None
+
+    def goes_on(self, states: Mapping[str, _State]) -> bool:
+        now, config = states[self.trainee.name].now, self.trainee.config
+        return not now.failed and now.step < config.steps and not _patience_spent(now, config)
+
+    def keep_best(self, states: Mapping[str, _State]) -> None:
+        """Leave the best parameters in place; those of a run that failed are its last good ones."""
+        state = states[self.trainee.name].now
+        with torch.no_grad():
+            for name, parameter in self.parameters.items() if not state.failed else ():
+                parameter.copy_(state.tensors.get(f"best.{name}", parameter))
 
 
 class _Batches:
@@ -166,43 +191,143 @@ class _Batches:
         return [self.rows[i] for i in self.order[index]]
 
 
-def _gradients(
-    learner: Learner,
-    objective: Objective,
-    parts: Sequence[Sequence[Encoded]],
-    parameters: Mapping[str, nn.Parameter],
-    pad: int,
-    accelerator: Accelerator,
-) -> tuple[float, int, str]:
-    """Fill the gradients of the mean loss over all labels of `parts`; returns the loss, tokens read and the path.
+def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
+    names = [trainee.name for trainee in trainees]
+    if not names or len(set(names)) != len(names):
+        raise ConfigError(f"runs that train together need names that differ, given {', '.join(names) or 'no run'}")
+    for trainee in trainees:
+        if not trainee.rows:
+            which = f"run '{trainee.name}' has" if trainee.name else "there are"
+            raise ConfigError(f"{which} no rows to train on; check the task's source and split")
+    check_together([trainee.learner for trainee in trainees], names)
+    accelerator = Accelerator(cpu=trainees[0].learner.backbone.device.type == "cpu")
+    courses = []
+    for one in trainees:
+        parameters = one.learner.parameters()
+        optimiser = _optimiser(one.learner, parameters, one.config)
+        batches = _Batches(one.rows, one.config.batch_size, one.seed)
+        written = checkpoint.place(one.directory, one.rows, one.seed, one.settings)
+        courses.append(_Course(one, parameters, objectives.weigh(one.config.objectives), optimiser, batches, written))
+    if accelerator.is_main_process:
+        checkpoint.settle([course.written.file for course in courses if course.written is not None])
+    accelerator.wait_for_everyone()
+    return courses, accelerator
+
+
+def _resumed(course: _Course) -> _State:
+    """The state of the run's checkpoint, put in place, or that of a run that has not begun."""
+    if course.written is not None and course.written.file.exists():
+        now = checkpoint.read(course.written)
+        checkpoint.put_back(now, course.parameters, course.optimiser)
+    else:
+        now = checkpoint.capture(None, course.parameters, course.optimiser)
+    return _State(now, now)
+
+
+def _save(courses: Sequence[_Course], states: Mapping[str, _State], accelerator: Accelerator) -> None:
+    """Write the checkpoints of all `courses` as one."""
+    if accelerator.is_main_process:
+        checkpoint.write([(c.written, states[c.trainee.name].now) for c in courses if c.written is not None])
+
+
+def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, accelerator: Accelerator) -> list[_Measured]:
+    """Fill each run's gradients of its mean loss over all labels of its step, with one pass a part for all runs.
 
     Each part counts with its share of the labels, so accumulation and several processes equal one large batch.
     """
-    total = sum(_labels(row) for part in parts for row in part)
-    if total == 0:
-        raise TrainingError("a batch holds no label to learn from; check the template and the label column")
-    loss, tokens, path = torch.zeros((), device=learner.backbone.device), 0, ""
-    for part in parts:
-        mine = list(part)[accelerator.process_index :: accelerator.num_processes]
-        tokens += sum(len(row.ids) for row in part)
-        share = sum(_labels(row) for row in mine) / total
-        if share == 0:
+    backbone = going[0].trainee.learner.backbone
+    zero = torch.zeros((), device=backbone.device, dtype=torch.promote_types(backbone.dtype, torch.float32))
+    parts, totals, losses, paths = [], [], [zero] * len(going), [""] * len(going)
+    for course, step in zip(going, steps, strict=True):
+        course.optimiser.zero_grad(set_to_none=True)
+        count = course.trainee.config.accumulate
+        parts.append([course.batches.at(step * count + i) for i in range(count)])
+        totals.append(sum(label_count(row, course.trainee.learner) for part in parts[-1] for row in part))
+    for number in range(max(map(len, parts))):
+        mine, labels = [], []
+        for course, own in zip(going, parts, strict=True):
+            part = own[number] if number < len(own) else []
+            mine.append(part[accelerator.process_index :: accelerator.num_processes])
+            labels.append(sum(label_count(row, course.trainee.learner) for row in mine[-1]))
+        here = [i for i, found in enumerate(labels) if found]
+        if not here:
             continue
-        step = learner.step(collate(mine, pad).to(learner.backbone.device))
-        value = objective(step) * share
-        value.backward()
-        loss, path = loss + value.detach(), step.output.path
-    for parameter in parameters.values():
-        if parameter.grad is not None and accelerator.num_processes > 1:
-            parameter.grad = accelerator.reduce(parameter.grad, "sum")
-    return float(accelerator.reduce(loss, "sum")), tokens, path
+        seeds = [_stream(going[i].trainee.seed, steps[i], 2 * number) for i in here]
+        found = joint_steps([going[i].trainee.learner for i in here], [mine[i] for i in here], seeds, pad)
+        values = []
+        for i, made in zip(here, found, strict=True):
+            torch.manual_seed(_stream(going[i].trainee.seed, steps[i], 2 * number + 1))
+            values.append(going[i].objective(made).to(zero.dtype) * (labels[i] / totals[i]))
+            losses[i], paths[i] = losses[i] + values[-1].detach(), made.output.path
+        torch.stack(values).sum().backward()
+    tokens = [sum(len(row.ids) for part in own for row in part) for own in parts]
+    none = "a batch holds no label to learn from; check the template and the label column"
+    return [
+        _Measured(_summed(course, loss, accelerator), count, path, "" if total else none)
+        for course, loss, count, path, total in zip(going, losses, tokens, paths, totals, strict=True)
+    ]
 
 
-def _labels(row: Encoded) -> int:
-    """How many labels of a row count: its scored tokens, or one where the row has a single label."""
-    if not isinstance(row.labels, list | tuple) or not all(isinstance(x, int) for x in row.labels):
-        return 1
-    return sum(label != IGNORE for label in row.labels)
+def _stream(seed: int, step: int, draw: int) -> int:
+    """The seed of a random stream: methods and objectives of each part draw from their own, whoever else trains."""
+    return (seed * 1_000_003 + step + (draw << 40)) % 2**63
+
+
+def _summed(course: _Course, loss: Tensor, accelerator: Accelerator) -> float:
+    """Sum the gradients and the loss over all processes; what has no gradient in any of them keeps none."""
+    if accelerator.num_processes > 1:
+        every = list(course.parameters.values())
+        there = loss.new_tensor([parameter.grad is not None for parameter in every])
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
+        loss, there, *gradients = accelerator.reduce([loss, there, *own], "sum")
+        for parameter, count, gradient in zip(every, there.tolist(), gradients, strict=True):
+            parameter.grad = gradient if count else None
+    return float(loss)
+
+
+def _updated(
+    going: Sequence[_Course],
+    states: Mapping[str, _State],
+    measured: Sequence[_Measured],
+    spent: float,
+    accelerator: Accelerator,
+) -> dict[str, _State]:
+    """The states after each run has made its step with its gradients."""
+    found = {}
+    for course, one in zip(going, measured, strict=True):
+        name = course.trainee.name
+        found[name] = _update(course, states[name], one, spent, accelerator)
+    return found
+
+
+def _update(course: _Course, state: _State, measured: _Measured, spent: float, accelerator: Accelerator) -> _State:
+    """The run's state after one optimiser step, or its last good one, put back, where the loss was not a number."""
+    began, one, now = time.perf_counter(), course.trainee, state.now
+    config, parameters, optimiser = one.config, course.parameters, course.optimiser
+    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.clip or math.inf))
+    if measured.failed or not math.isfinite(measured.loss + norm):
+        checkpoint.put_back(state.good, parameters, optimiser)
+        optimiser.zero_grad(set_to_none=True)
+        failed = measured.failed or _diverged(now.step + 1, state.good.step, config, course.written)
+        return _State(replace(state.good, failed=failed), state.good)
+    rate = _set_rates(optimiser, config, now.step)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    score = None
+    if one.validate is not None and config.evaluate_every and (now.step + 1) % config.evaluate_every == 0:
+        score = _agreed(one.validate(), accelerator)
+    ratio, seconds = _rms_ratio(one.learner), spent + time.perf_counter() - began
+    loss, tokens, path = measured.loss, measured.tokens, measured.path
+    report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path)
+    # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
+    return _State(checkpoint.capture(now, parameters, optimiser, report), now)
+
+
+def _agreed(score: float, accelerator: Accelerator) -> float:
+    """The first process's score, so that all choose and stop alike."""
+    if accelerator.num_processes == 1:
+        return score
+    return float(broadcast(torch.tensor(score, dtype=torch.float64, device=accelerator.device), from_process=0))
 
 
 def _optimiser(learner: Learner, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Any:
@@ -244,75 +369,10 @@ def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:
     return now.step - now.best_step >= config.patience * config.evaluate_every
 
 
-def _capture(
-    before: Checkpoint | None, parameters: Mapping[str, nn.Parameter], optimiser: Any, report: Report | None = None
-) -> Checkpoint:
-    """The state after a step, as copies."""
-    tensors = {name: value.detach().clone() for name, value in parameters.items()}
-    for name, value in parameters.items():
-        for key, part in optimiser.state.get(value, {}).items():
-            tensors[f"optimiser.{name}.{key}"] = torch.as_tensor(part).detach().clone()
-    if before is None or report is None:
-        return Checkpoint(0, tensors)
-    best, best_step = before.best, before.best_step
-    if report.score is not None and (best is None or report.score > best):
-        best, best_step = report.score, report.step
-        tensors |= {f"best.{name}": value.detach().clone() for name, value in parameters.items()}
-    else:
-        tensors |= {name: value for name, value in before.tensors.items() if name.startswith("best.")}
-    return Checkpoint(report.step, tensors, best, best_step, (*before.history, report))
-
-
-def _apply(state: Checkpoint, parameters: Mapping[str, nn.Parameter], optimiser: Any) -> None:
-    """Put a checkpoint's values into the parameters and the optimiser."""
-    optimiser.state.clear()
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            parameter.copy_(state.tensors[name])
-        prefix = f"optimiser.{name}."
-        for key, value in state.tensors.items():
-            if key.startswith(prefix):
-                kept = value.clone().to(parameter.device if value.dim() else value.device)
-                # AdamW counts steps in a tensor, Adafactor in plain numbers.
-                plain = isinstance(optimiser, Adafactor) and value.dim() == 0
-                optimiser.state[parameter][key.removeprefix(prefix)] = kept.item() if plain else kept
-
-
-def _write(file: Path | None, state: Checkpoint, fixed: Mapping[str, Any], accelerator: Accelerator) -> None:
-    if file is None or not accelerator.is_main_process:
-        return
-    facts = {"step": state.step, "best": state.best, "best_step": state.best_step, "settings": fixed}
-    history = json.dumps([asdict(report) for report in state.history])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(file, state.tensors, {"facts": json.dumps(facts), "history": history})
-
-
-def _read(file: Path, fixed: Mapping[str, Any]) -> Checkpoint:
-    tensors, metadata = read_tensors(file)
-    facts = json.loads(metadata["facts"])
-    changed = _differences(facts["settings"], fixed)
-    if changed:
-        raise TrainingError(
-            f"{file} belongs to a run with other settings ({'; '.join(changed[:4])}); "
-            f"choose another output directory, or delete the file to start anew"
-        )
-    history = tuple(Report(**report) for report in json.loads(metadata["history"]))
-    return Checkpoint(facts["step"], tensors, facts["best"], facts["best_step"], history)
-
-
-def _differences(saved: Any, given: Any, where: str = "") -> list[str]:
-    if isinstance(saved, dict) and isinstance(given, dict):
-        keys = sorted(saved.keys() | given.keys())
-        return [d for key in keys for d in _differences(saved.get(key), given.get(key), f"{where}.{key}".strip("."))]
-    if isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
-        return [
-            d for i, (a, b) in enumerate(zip(saved, given, strict=True)) for d in _differences(a, b, f"{where}.{i}")
-        ]
-    return [] if saved == given else [f"{where} was {saved}, is now {given}"]
-
-
-def _diverged(step: int, good: int, config: TrainConfig, file: Path | None) -> str:
-    kept = f"the state after step {good} is kept in {file}" if file else f"the state after step {good} is kept"
+def _diverged(step: int, good: int, config: TrainConfig, written: Written | None) -> str:
+    kept = (
+        f"the state after step {good} is kept in {written.file}" if written else f"the state after step {good} is kept"
+    )
     return (
         f"the loss of step {step} is not a number; {kept}. Try a lower rate (train.rate was {config.rate:g} "
         f"{config.rate_unit}) or gradient clipping (train.clip), in another output directory or with that file deleted"

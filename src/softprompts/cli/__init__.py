@@ -13,10 +13,23 @@ import typer
 
 from softprompts import __version__
 from softprompts.cli.answers import evaluate, generate, open_prompts, predict
-from softprompts.cli.options import Json, Model, Sets
-from softprompts.cli.screen import err, finite, out, progress, quiet, say, show, show_json, show_table, show_words
+from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
+from softprompts.cli.screen import (
+    err,
+    finite,
+    out,
+    progress,
+    quiet,
+    say,
+    show,
+    show_json,
+    show_runs,
+    show_table,
+    show_words,
+)
 from softprompts.config import ConfigError, Run, TaskConfig, override, parse
 from softprompts.config import read as read_config
+from softprompts.variants import cross
 
 app = typer.Typer(
     add_completion=False,
@@ -29,13 +42,13 @@ assets_app = typer.Typer(no_args_is_help=True, help="The packaged models and dat
 app.add_typer(assets_app, name="assets")
 
 QUICKSTART: dict[str, Any] = {
-    "model": {"name": "smollm2-135m", "attention": "eager"},
+    "model": {"name": "smollm2-135m"},
     "prompt": {"length": 20, "init": {"kind": "labels"}},
     "task": {"source": "trec"},
     "train": {"steps": 500, "batch_size": 16, "rate": 0.1, "warmup": 30},
     "out": "runs/quickstart",
 }
-"""The main job. Eager attention: the CPU's fused kernel is slow in the backward pass of short bfloat16 rows."""
+"""The main job."""
 
 
 def main() -> None:
@@ -65,11 +78,15 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Show the vers
 @app.command()
 def quickstart(
     out_dir: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("runs/quickstart"),
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """The main job: teach the packaged model to classify questions, in a few minutes."""
-    values = override({**QUICKSTART, "out": str(out_dir)}, sets)
+    model = QUICKSTART["model"] | on_machine(device, dtype, quantise)
+    values = override({**QUICKSTART, "model": model, "out": str(out_dir)}, sets)
     _run(parse(values), as_json)
 
 
@@ -84,7 +101,12 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
     rate: Annotated[float | None, typer.Option(help="Learning rate, in units of the embeddings' rms.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of start and data order.")] = None,
+    rates: Annotated[str | None, typer.Option(help="Several rates, trained together: 0.05,0.1")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Several seeds, trained together: 0,1,2")] = None,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything is written.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
@@ -101,18 +123,34 @@ def train(
         ("out", None if out_dir is None else str(out_dir)),
     ]
     changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
+    changes += [f"model.{key}={json.dumps(value)}" for key, value in on_machine(device, dtype, quantise).items()]
     if config is None:
         if data is None:
             raise ConfigError("nothing to train on: give --data, or a configuration with --config")
         run = parse(override({"out": f"runs/{TaskConfig(source=data).title}"}, [*changes, *sets]))
     else:
         run = read_config(config, [*changes, *sets])
-    _run(run, as_json)
+    lists = {"seed": _listed("--seeds", seeds, seed, int), "train.rate": _listed("--rates", rates, rate, float)}
+    given_lists = {key: values for key, values in lists.items() if values}
+    _run(cross(run, given_lists) if given_lists else run, as_json)
+
+
+def _listed(option: str, text: str | None, single: float | None, kind: type[int] | type[float]) -> list[Any]:
+    """The values of an option such as `--seeds 0,1,2`; empty where it was not given."""
+    if text is None:
+        return []
+    if single is not None:
+        raise ConfigError(f"give either {option} or {option.removesuffix('s')}, not both")
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "0,1,2" if kind is int else "0.05,0.1"
+        raise ConfigError(f"{option} {text}: write numbers with commas between them, such as {example}") from None
 
 
 def _run(run: Run, as_json: bool) -> None:
     from softprompts import job
-    from softprompts.train import CHECKPOINT
+    from softprompts.train import CHECKPOINT, TrainingError
 
     quiet()
     out_dir = Path(run.out)
@@ -120,18 +158,33 @@ def _run(run: Run, as_json: bool) -> None:
         with progress() as screen:
             results = job.execute(run, screen)
     except KeyboardInterrupt:
-        if (out_dir / CHECKPOINT).is_file():
+        kept = out_dir.glob(f"*/{CHECKPOINT}") if run.runs else out_dir.glob(CHECKPOINT)
+        if any(kept):
             say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
         else:
             say("interrupted; nothing was trained yet")
         raise
+    if not job.is_main_process():
+        return
     if as_json:
         show_json(results)
-        return
-    for page in results.get("tasks", [results]):
-        show(page)
+    else:
+        _show_results(run, results)
+    if run.runs and results["warnings"]:
+        raise TrainingError("; ".join(results["warnings"]))
+
+
+def _show_results(run: Run, results: dict[str, Any]) -> None:
+    out_dir = Path(run.out)
+    if run.runs:
+        show_runs(results)
+        prompts = out_dir / "*" / "prompt"
+    else:
+        for page in results.get("tasks", [results]):
+            show(page)
+        prompts = out_dir / "prompt"
     where = sorted(str(p) for p in out_dir.glob("report*.html"))
-    out.print(f"\nprompt   {out_dir / 'prompt'}\nresults  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
+    out.print(f"\nprompt   {prompts}\nresults  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
     out.print("\nnext:")
     for line in results["next"]:
         out.print(f"  {line}", markup=False, soft_wrap=True)
@@ -155,7 +208,7 @@ def inspect(
     facts = artefact.inspect(prompt)
     if words:
         quiet()
-        opened = open_prompts([prompt], model, "auto", "auto", True)
+        opened = open_prompts([prompt], model, {}, True)
         near = nearest_words(opened.learner.backbone, opened.artefacts[0].prompt)
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
@@ -215,16 +268,16 @@ def methods(as_json: Json = False) -> None:
 @app.command()
 def env(as_json: Json = False) -> None:
     """Versions, device and number formats of this machine."""
-    import torch
+    from softprompts import assets, job, machine
 
-    from softprompts import assets, backbone, job
-
+    device = machine.choose_device("auto")
     facts: dict[str, Any] = {
         **job.versions(),
-        "device": str(backbone.choose_device("auto")),
-        "dtype": str(backbone.choose_dtype("auto")).removeprefix("torch."),
-        "native_bfloat16": backbone.native_bf16(),
-        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "devices": ", ".join(machine.devices()),
+        "dtype": str(machine.choose_dtype("auto", device)).removeprefix("torch."),
+        "native_bfloat16": machine.native_bf16(device),
+        "threads": machine.choose_threads(None),
         "cores": os.cpu_count(),
         "cache": str(assets.cache_dir()),
     }

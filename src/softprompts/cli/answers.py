@@ -1,14 +1,17 @@
 """The commands that use trained prompts: evaluate, predict, generate."""
 
-import json
+import itertools
 import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from softprompts.cli.options import Device, Dtype, Json, Model, OtherWeights, Prompts
-from softprompts.cli.screen import finite, progress, quiet, say, show_json, show_table
+from softprompts.cli.options import Device, Dtype, Json, Model, OtherWeights, Prompts, Quantise, on_machine
+from softprompts.cli.partial import digest, writing
+from softprompts.cli.screen import counting, progress, quiet, say, show_json, show_table
 from softprompts.config import ConfigError, SplitConfig, TaskConfig, parse
 
 
@@ -28,8 +31,9 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
     model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
     allow_other_weights: OtherWeights = False,
     as_json: Json = False,
 ) -> None:
@@ -38,7 +42,7 @@ def evaluate(
     from softprompts.evaluate import evaluate as judge
 
     quiet()
-    opened = open_prompts(prompts, model, device, dtype, allow_other_weights)
+    opened = open_prompts(prompts, model, on_machine(device, dtype, quantise), allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
     renamed = _renamed(mapping)
@@ -112,59 +116,86 @@ def predict(
     prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
     text: Annotated[str | None, typer.Argument(help="One text; - or nothing reads lines from standard input.")] = None,
     file: Annotated[Path | None, typer.Option(help="A csv, jsonl or parquet file with the task's columns.")] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="A file for the answers; an interrupted run goes on where it stopped.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
     model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
     allow_other_weights: OtherWeights = False,
 ) -> None:
-    """Answer texts with a trained prompt; one JSON line each on standard output."""
+    """Answer texts with a trained prompt; one JSON line each, in order. Takes little memory, however many there are."""
     from softprompts import job
-    from softprompts.data.sources import read_file
-    from softprompts.data.template import need
+    from softprompts.data.streams import stream
     from softprompts.evaluate import answers
 
     quiet()
     if file is not None and text is not None:
         raise ConfigError("give either a text or --file, not both")
-    given = None if file is None else [dict(row) for table in read_file(file).values() for row in table.rows]
-    opened = open_prompts([prompt], model, device, dtype, allow_other_weights)
+    given = None if file is None else stream(file)
+    opened = open_prompts([prompt], model, on_machine(device, dtype, quantise), allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
-    form = opened.encoder.format
-    if file is None and len(form.columns) > 1:
-        raise ConfigError(f"the task reads columns {', '.join(form.columns)}: give them as a file with --file")
-    if given is not None:
-        rows = given
-        for column in form.columns:
-            need(column, rows[0], "template", str(file))
-    elif text is None or text == "-":
-        rows = [{form.columns[0]: line} for line in _lines()]
-    else:
-        rows = [{form.columns[0]: text}]
-    if not rows:
-        raise ConfigError("nothing to answer: standard input was empty")
+    columns = opened.encoder.format.columns
+    if file is None and len(columns) > 1:
+        raise ConfigError(f"the task reads columns {', '.join(columns)}: give them as a file with --file")
+    if given is None:
+        given = _lines(columns[0]) if text is None or text == "-" else iter([{columns[0]: text}])
+    rows, kept = _asked(given, columns, str(file)), deque[dict[str, Any]]()
     config = job.judging_of(opened.artefacts[0], max_new_tokens=max_new_tokens)
-    for row, found in zip(rows, answers(opened.learner, opened.encoder, rows, config), strict=True):
-        line = {**{c: row[c] for c in form.columns}, "answer": found.value}
-        if found.text is not None:
-            line["output"] = found.text
-        if found.scores:
-            line["scores"] = {k: round(v, 4) for k, v in found.scores.items()}
-        print(json.dumps(finite(line), ensure_ascii=False), flush=True)
+    base = opened.learner.backbone
+    made_by = {
+        "prompt": digest(prompt),
+        "model": [base.name, str(base.dtype), base.quantised],
+        "evaluate": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
+    }
+    shown = file is not None or text is None
+    with writing(out_file, rows, columns, made_by) as (done, write), counting(shown, done, out_file) as count:
+        for found in answers(opened.learner, opened.encoder, _keeping(rows, kept), config):
+            write(_line(kept.popleft(), columns, found))
+            count()
 
 
-def _lines() -> list[str]:
-    """The lines of standard input that hold text."""
-    lines = []
+def _line(row: dict[str, Any], columns: Sequence[str], found: Any) -> dict[str, Any]:
+    """What is written about a row."""
+    line = {**{c: row[c] for c in columns}, "answer": found.value}
+    if found.text is not None:
+        line["output"] = found.text
+    if found.scores:
+        line["scores"] = {k: round(v, 4) for k, v in found.scores.items()}
+    return line
+
+
+def _asked(rows: Iterator[dict[str, Any]], columns: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
+    """The same rows, the first of which must have all `columns`; in others what is missing is empty."""
+    from softprompts.data.template import need
+
+    first = next(rows, None)
+    if first is None:
+        raise ConfigError("nothing to answer: standard input was empty")
+    for column in columns:
+        need(column, first, "template", name)
+    return ({**dict.fromkeys(columns), **row} for row in itertools.chain([first], rows))
+
+
+def _keeping(rows: Iterator[dict[str, Any]], kept: deque[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same rows, each put into `kept` too, until its answer is written."""
+    for row in rows:
+        kept.append(row)
+        yield row
+
+
+def _lines(column: str) -> Iterator[dict[str, Any]]:
+    """The lines of standard input that hold text, as rows."""
     for number, line in enumerate(sys.stdin, 1):
         try:
             line.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"standard input, line {number}: not UTF-8 text; convert it first") from None
         if line.strip():
-            lines.append(line.rstrip("\n"))
-    return lines
+            yield {column: line.rstrip("\n")}
 
 
 def generate(
@@ -176,8 +207,9 @@ def generate(
     beams: Annotated[int, typer.Option(min=1, help="Beams to search with.")] = 1,
     seed: Annotated[int, typer.Option(help="With --sample.")] = 0,
     model: Model = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Continue a text behind a trained prompt."""
@@ -187,7 +219,7 @@ def generate(
     from softprompts.prompt import Batch
 
     quiet()
-    opened = open_prompts([prompt], model, device, dtype, allow_other_weights)
+    opened = open_prompts([prompt], model, on_machine(device, dtype, quantise), allow_other_weights)
     base = opened.learner.backbone
     ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
     batch = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long, device=base.device))
@@ -201,16 +233,20 @@ def generate(
     print(base.tokenizer.decode(new, skip_special_tokens=True))
 
 
-def open_prompts(prompts: list[Path], model: str | None, device: str, dtype: str, allow_other_weights: bool) -> Any:
+def open_prompts(prompts: list[Path], model: str | None, machine: dict[str, Any], allow_other_weights: bool) -> Any:
+    """The prompts with their model, which stands as `machine` (keys of the section `model`) and the first run say."""
     from softprompts import artefact, job
     from softprompts.config import ModelConfig
 
     first = artefact.load(prompts[0])
-    attention = job.settings_of(first, "model").get("attention")
+    run = job.settings_of(first, "model")
+    kept: dict[str, Any] = {key: run[key] for key in ("attention", "quantise") if key in run}
+    if run.get("device_map") == "auto" and "device" not in machine:
+        kept["device_map"] = "auto"
     name = model or first.backbone
     if not name:
         raise ConfigError(f"{prompts[0]} does not say which model it is for; give --model")
-    values = {"name": name, "device": device, "dtype": dtype, "attention": attention}
+    values = {"name": name, **kept, **machine}
     if model is None:
         values["revision"] = first.revision
     opened = job.open_artefacts(

@@ -1,7 +1,8 @@
 """What the command shows: tables and JSON on standard output, progress and notes on standard error."""
 
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,13 +60,13 @@ def progress() -> Iterator[Any]:
             elif done % every == 0 or done == total:
                 err.print(f"{name} {done}/{total} {facts}".rstrip(), markup=False)
 
-        def step(r: Any) -> None:
+        def step(name: str, r: Any) -> None:
             speed = r.tokens / r.seconds if r.seconds else 0.0
             left = (r.steps - r.step) * r.seconds
             facts = f"loss {r.loss:.3f}  rate {r.rate:.2g}  {speed:,.0f} tokens/s"
             facts += "" if terminal else f"  {left:.0f} s left"
             facts += "" if r.score is None else f"  validation {r.score:.3f}"
-            advance("training", r.step, r.steps, facts, 20)
+            advance(f"training {name}".strip(), r.step, r.steps, facts, 20)
 
         def judged(name: str, done: int, total: int) -> None:
             if terminal or done == total:
@@ -74,12 +75,67 @@ def progress() -> Iterator[Any]:
         yield Screen(say, step, judged)
 
 
+@contextmanager
+def counting(shown: bool, done: int, out_file: Any = None) -> Iterator[Callable[[], None]]:
+    """What counts one answered row more, after `done`: live on a terminal, else a plain line each thousand rows."""
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    # Answers that are written to the same terminal show by themselves how far they are.
+    live = shown and err.is_terminal and (out_file is not None or not out.is_terminal)
+    columns = (TextColumn("{task.completed:,.0f} rows answered"), TimeElapsedColumn())
+    with Progress(*columns, console=err, disable=not live) as bar:
+        task, rows = bar.add_task("", total=None, completed=done), itertools.count(done + 1)
+        if shown and done:
+            say(f"{done:,} rows were answered before")
+
+        def count() -> None:
+            number = next(rows)
+            bar.update(task, completed=number)
+            if shown and not err.is_terminal and number % 1000 == 0:
+                say(f"{number:,} rows answered")
+
+        yield count
+
+
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print rows of cells as a table; what looks like markup in a cell is shown as it is."""
     table = Table(*columns, title=Text(title))
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     out.print(table)
+
+
+def show_runs(results: Mapping[str, Any]) -> None:
+    """Runs that trained together: a table on a terminal, a line each elsewhere."""
+    several = len({row["task"] for row in results["runs"]}) > 1
+    columns = ("run", *(("task",) if several else ()), "what differs", "last loss", "score (95 % interval)")
+    rows = []
+    for row in results["runs"]:
+        loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
+        score = "failed" if row["failed"] else f"{row['metric']} {_score(row['after'])}" if row["after"] else "-"
+        rows.append((row["name"], *((row["task"],) if several else ()), _differs(row), loss, score))
+    _table_or_lines(results["title"], columns, rows)
+    groups = [
+        (*((one["task"],) if several else ()), _differs(one), f"{one['metric']} {one['mean']:.3f}", f"{one['sd']:.3f}",
+         one["n"])
+        for one in results["groups"]
+    ]  # fmt: skip
+    if groups:
+        columns = (*(("task",) if several else ()), "what differs", "mean", "standard deviation", "runs")
+        _table_or_lines("over the seeds", columns, groups)
+
+
+def _differs(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in row["differs"].items()) or "-"
+
+
+def _table_or_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    if out.is_terminal:
+        show_table(title, columns, rows)
+        return
+    out.print(f"{title}: {', '.join(columns)}", markup=False, soft_wrap=True)
+    for row in rows:
+        out.print("  ".join(map(str, row)), markup=False, soft_wrap=True)
 
 
 def show(page: dict[str, Any]) -> None:

@@ -81,9 +81,18 @@ def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> lis
     return [batches[i] for i in random.permutation(len(batches)).tolist()]
 
 
-def evaluation_order(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of row indices sorted by length, the longest first so that too little memory shows at once."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, given {batch_size}")
-    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    return [by_length[at : at + batch_size] for at in range(0, len(by_length), batch_size)]
+def evaluation_order(lengths: Sequence[int], batch_size: int, tokens: int | None = None) -> list[list[int]]:
+    """Batches of row indices sorted by length, the longest first so that too little memory shows at once.
+
+    tokens: the most that a batch may have, padding to its longest row counted; a row that is longer is one by itself.
+    """
+    for name, given in (("batch_size", batch_size), ("tokens", tokens)):
+        if given is not None and given < 1:
+            raise ValueError(f"{name} must be at least 1, given {given}")
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        full = not batches or len(batches[-1]) == batch_size
+        if full or (tokens is not None and lengths[batches[-1][0]] * (len(batches[-1]) + 1) > tokens):
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -5,7 +5,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,12 +156,16 @@ def _tsv(path: Path) -> dict[str, Table]:
 
 
 def _delimited(path: Path, text: str, delimiter: str, quoting: Any) -> Table:
+    found = list(delimited(path, io.StringIO(text, newline=""), delimiter, quoting))
+    return table(str(path), [row for _, row in found], [line for line, _ in found])
+
+
+def delimited(path: Path, text: Iterable[str], delimiter: str, quoting: Any) -> Iterator[tuple[int, Row]]:
+    """The rows in the lines of `text`, each with the line it begins at. Raises DataError where one is broken."""
     limit = csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    rows: list[Row] = []
-    lines: list[int] = []
+    reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=True)
     header: list[str] | None = None
-    line = 1
+    line, empty = 1, True
     try:
         for cells in reader:
             if header is None and cells:
@@ -171,16 +175,15 @@ def _delimited(path: Path, text: str, delimiter: str, quoting: Any) -> Table:
                 if len(cells) != len(header):
                     raise DataError(f"{path}:{line}: {len(cells)} fields, but the header has {len(header)}: "
                                     f"{', '.join(header)}; a field that holds {delimiter!r} needs quotes")  # fmt: skip
-                rows.append(dict(zip(header, cells, strict=True)))
-                lines.append(line)
+                yield line, dict(zip(header, cells, strict=True))
+                empty = False
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{path}:{line}: broken row: {error}") from None
     finally:
         csv.field_size_limit(limit)
-    if not rows:
+    if empty:
         raise DataError(f"{path} has no rows" + (" beneath its header" if header else ""))
-    return table(str(path), rows, lines)
 
 
 def _check_header(path: Path, header: list[str], delimiter: str) -> None:
@@ -197,26 +200,34 @@ def _check_header(path: Path, header: list[str], delimiter: str) -> None:
 
 
 def _objects(path: Path, found: Iterable[tuple[int, Any]], what: str) -> Table:
-    rows: list[Row] = []
-    lines: list[int] = []
+    rows = list(_checked(path, found, what))
+    return table(str(path), [row for _, row in rows], [line for line, _ in rows] if what == ":" else None)
+
+
+def _checked(path: Path, found: Iterable[tuple[int, Any]], what: str) -> Iterator[tuple[int, Row]]:
     for number, value in found:
         if not isinstance(value, dict):
             raise DataError(f"{path}{what}{number}: expected an object of columns, found {type(value).__name__}")
-        rows.append(value)
-        lines.append(number)
-    return table(str(path), rows, lines if what == ":" else None)
+        yield number, value
 
 
 def _jsonl(path: Path) -> dict[str, Table]:
-    def values() -> Iterable[tuple[int, Any]]:
-        for number, line in enumerate(_text(path).split("\n"), 1):
+    rows = list(objects(path, _text(path).split("\n")))
+    return {"": table(str(path), [row for _, row in rows], [line for line, _ in rows])}
+
+
+def objects(path: Path, text: Iterable[str]) -> Iterator[tuple[int, Row]]:
+    """The rows in the lines of `text`, a JSON object each, with their lines. Raises DataError where one is broken."""
+
+    def values() -> Iterator[tuple[int, Any]]:
+        for number, line in enumerate(text, 1):
             if line.strip():
                 try:
                     yield number, json.loads(line)
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}:{number}: broken row: {error.msg} at column {error.colno}") from None
 
-    return {"": _objects(path, values(), ":")}
+    return _checked(path, values(), ":")
 
 
 def _json(path: Path) -> dict[str, Table]:
@@ -291,8 +302,12 @@ def _datasets(name: str, found: Any) -> dict[str, Table]:
 
 
 def _dataset(name: str, found: Any) -> Table:
+    return table(name, named(found))
+
+
+def named(found: Any) -> list[Row]:
     """Rows of a `datasets.Dataset`; classes stored as numbers get their names, -1 (no label) becomes None."""
-    rows = found.to_list()
+    rows: list[Row] = found.to_list()
     for column, feature in found.features.items():
         names = getattr(feature, "names", None)
         inner = getattr(getattr(feature, "feature", None), "names", None)
@@ -302,4 +317,4 @@ def _dataset(name: str, found: Any) -> Table:
                 row[column] = names[value] if value >= 0 else None
             elif inner and value is not None:
                 row[column] = [inner[item] for item in value]
-    return table(name, rows)
+    return rows

@@ -10,19 +10,29 @@ A site only fixes the prompt's width D; everything a method or an objective sees
 | kv      | sum of 2 * heads * head_dim  | keys and values in front of each layer's own, as a cache has them |
 """
 
+from softprompts.inject.attention import Unpackable
+from softprompts.inject.continuations import branches, continuations
 from softprompts.inject.layout import Layout, assemble, layout
-from softprompts.inject.read import Reading, prefill, read
-from softprompts.inject.score import forward, head, pooled, span_scores
+from softprompts.inject.packed import Prefix, read_prefix, why_not_packed
+from softprompts.inject.read import Reading, can_read_prompts, choose_path, prefill, read, read_prompts
+from softprompts.inject.score import LOGITS, forward, head, pooled, span_scores
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place, slot, width
 
 __all__ = [
+    "LOGITS",
     "Layout",
+    "Prefix",
     "Reading",
     "Site",
+    "Unpackable",
     "assemble",
     "at_layers",
+    "branches",
     "by_layer",
+    "can_read_prompts",
     "check_site",
+    "choose_path",
+    "continuations",
     "fill",
     "forward",
     "head",
@@ -30,8 +40,11 @@ __all__ = [
     "pooled",
     "prefill",
     "read",
+    "read_prefix",
+    "read_prompts",
     "resolve_place",
     "slot",
     "span_scores",
+    "why_not_packed",
     "width",
 ]

@@ -1,6 +1,8 @@
-"""Run the frozen trunk over a batch with its prompts: the prefix shared through the cache, or concatenated."""
+"""Run the frozen trunk over a batch with its prompts: packed, shared through the cache, or concatenated."""
 
 import contextlib
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +12,13 @@ from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError
 from softprompts.inject.layout import Layout, assemble, layout
+from softprompts.inject.packed import Prefix, check_depth, read_prefix, run, why_not_packed
 from softprompts.inject.seq2seq import check_room, decode, decoder_ids
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
 from softprompts.prompt import Batch, Prompt
+
+PATHS = ("packed", "shared", "concatenation")
+"""How prompts can be computed: once, with all rows in one pass; once, through the cache; in every row."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,36 @@ class Reading:
     text: "Reading | None" = None
 
 
-def read(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, *, share: bool | None = None) -> Reading:
-    """Run the trunk on `batch` with `prompt` at `site`; see Reading. Arguments as for `forward`."""
+def read(
+    backbone: Backbone,
+    batch: Batch,
+    prompt: Prompt | None,
+    site: Site,
+    *,
+    path: str | None = None,
+    prefix: Prefix | None = None,
+    wanted: Callable[[Tensor, Tensor], Tensor] | None = None,
+    branch: Tensor | None = None,
+) -> Reading:
+    """Run the trunk on `batch` with `prompt` at `site`; see Reading. Arguments as for `forward`.
+
+    wanted: which packed text tokens' last states are needed, given their order and mask [B, T]; None: all;
+    branch [B, T]: on path "packed", 0 for text and c for the c-th continuation, whose tokens stand behind all text.
+    """
+    with backbone.running():
+        return _read(backbone, batch, prompt, site, path, prefix, wanted, branch)
+
+
+def _read(
+    backbone: Backbone,
+    batch: Batch,
+    prompt: Prompt | None,
+    site: Site,
+    path: str | None,
+    prefix: Prefix | None,
+    wanted: Callable[[Tensor, Tensor], Tensor] | None,
+    branch: Tensor | None = None,
+) -> Reading:
     check_site(backbone, site)
     order = batch.mask.argsort(dim=1, descending=True, stable=True)
     mask = batch.mask.gather(1, order).bool()
@@ -46,7 +80,11 @@ def read(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, *,
     text = text.gather(1, order[..., None].expand_as(text))
     place = _place(backbone, batch, site, mask)
     encoder_side = None if backbone.family is SEQ2SEQ and site.name in ("decoder", "kv") else prompt
-    check_room(backbone, mask, encoder_side)
+    if branch is None:
+        check_room(backbone, mask, encoder_side)
+    else:
+        branch = branch.gather(1, order)
+        check_depth(backbone, mask, branch, encoder_side)
     _check_positions(backbone, batch)
     packed = replace(batch, mask=mask, embeds=text, place=place)
     if batch.types is not None:
@@ -54,12 +92,18 @@ def read(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, *,
     if batch.positions is not None:
         packed = replace(packed, positions=batch.positions.gather(1, order))
     if backbone.family is SEQ2SEQ:
+        _check_path(path)
+        if path in ("packed", "shared"):
+            raise BackboneError(f"path '{path}' is not possible: an encoder's prompt sees the text; leave the path out")
         return _read_seq2seq(backbone, batch, packed, order, prompt, site)
-    reason = _why_not_shared(backbone, packed, prompt, site, share)
-    if reason is None:
-        assert prompt is not None
-        return _read_shared(backbone, packed, order, prompt, site)
-    return _read_concatenated(backbone, packed, order, prompt, site, reason)
+    path, reason = choose_path(backbone, packed, prompt, site, path, prefix)
+    if path == "concatenation":
+        return _read_concatenated(backbone, packed, order, prompt, site, reason)
+    assert prompt is not None
+    if path == "packed":
+        chosen = None if wanted is None else wanted(order, mask)
+        return _read_packed(backbone, packed, order, prompt, site, prefix, chosen, branch)
+    return _read_shared(backbone, packed, order, prompt, site, prefix)
 
 
 def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tensor | None]:
@@ -88,8 +132,38 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
     return cache, output.last_hidden_state[:, -1]
 
 
+def can_read_prompts(backbone: Backbone, site: Site) -> bool:
+    """Whether prompts can be read before any text: they stand before it, and the model has a cache."""
+    first = backbone.family.shifted and resolve_place(backbone, site) == "first"
+    return first and (site.name == "kv" or backbone.no_cache_because is None)
+
+
+def read_prompts(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix | None:
+    """The distinct prompts read once, to be given to any number of batches; None where that cannot be done."""
+    check_site(backbone, site)
+    if not can_read_prompts(backbone, site):
+        return None
+    if backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
+        return read_prefix(backbone, prompt, site)
+    with backbone.running():
+        cache, last = prefill(backbone, prompt, site)
+    return Prefix((), prompt.mask.bool(), last, cache)
+
+
+def _copied(cache: Any) -> Any:
+    """The same cache, to be added to: its layers put new tensors in the place of their own and change none."""
+    found = copy.copy(cache)
+    found.layers = [copy.copy(layer) for layer in cache.layers]
+    return found
+
+
 def _positions(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
     return {"position_ids": ids} if "position_ids" in backbone.trunk_arguments else {}
+
+
+def placed(backbone: Backbone, batch: Batch, site: Site) -> Batch:
+    """The same batch with the place of each row's prompt, as `choose_path` wants it."""
+    return replace(batch, place=_place(backbone, batch, site, batch.mask.bool()))
 
 
 def _place(backbone: Backbone, batch: Batch, site: Site, mask: Tensor) -> Tensor:
@@ -110,10 +184,43 @@ def _check_positions(backbone: Backbone, batch: Batch) -> None:
         )
 
 
-def _why_not_shared(
-    backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, share: bool | None
-) -> str | None:
-    """None where the prompt's keys and values are computed once and shared; else the reason for the concatenation."""
+def choose_path(
+    backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, path: str | None, prefix: Prefix | None = None
+) -> tuple[str, str]:
+    """How the prompts of `batch` are computed, `packed`, `shared` or `concatenation`, and for the last one why.
+
+    prefix: the prompts, read before, which are then used where no path is asked for.
+    Raises BackboneError where `path` is asked for and not possible.
+    """
+    _check_path(path)
+    reason = _why_concatenated(backbone, batch, prompt, site)
+    if path is None and prefix is not None and reason is None:
+        path = prefix.path
+    if reason is not None or path == "concatenation":
+        if path in ("packed", "shared"):
+            raise BackboneError(f"path '{path}' is not possible: {reason}; leave the path out")
+        if site.name == "kv" and reason is None:
+            raise BackboneError("path 'concatenation' is not possible: keys and values are no tokens; leave it out")
+        return "concatenation", reason or "asked for"
+    unpackable = (
+        why_not_packed(backbone) if path == "packed" or (path is None and backbone.kernels.rows == "packed") else ""
+    )
+    if unpackable is None:
+        return "packed", ""
+    if path == "packed":
+        raise BackboneError(f"path 'packed' is not possible: {unpackable}; leave the path out")
+    if path is None and site.name != "kv" and prompt is not None and len(prompt.values) >= len(prompt.row):
+        return "concatenation", "every row has a prompt of its own"
+    return "shared", ""
+
+
+def _check_path(path: str | None) -> None:
+    if path not in (None, *PATHS):
+        raise BackboneError(f"path '{path}' is unknown; possible: {', '.join(PATHS)}")
+
+
+def _why_concatenated(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site) -> str | None:
+    """None where the prompt's keys and values can be computed once and shared; else the reason why not."""
     if prompt is None:
         return "no prompt"
     if site.name == "kv":
@@ -121,18 +228,39 @@ def _why_not_shared(
     if backbone.no_cache_because:
         return backbone.no_cache_because
     assert batch.place is not None
-    if bool((batch.place > 0).any()):
-        return "text stands before the prompt"
-    if share is False:
-        return "sharing was switched off"
-    if share is None and len(prompt.values) >= len(prompt.row):
-        return "every row has a prompt of its own"
-    return None
+    return "text stands before the prompt" if bool((batch.place > 0).any()) else None
 
 
-def _read_shared(backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt, site: Site) -> Reading:
+def _read_packed(
+    backbone: Backbone,
+    batch: Batch,
+    order: Tensor,
+    prompt: Prompt,
+    site: Site,
+    prefix: Prefix | None,
+    wanted: Tensor | None,
+    branch: Tensor | None,
+) -> Reading:
+    if prefix is not None and prefix.cache is not None:
+        prefix = None
+    found = run(backbone, batch, prompt, site, prefix=prefix, wanted=wanted, branch=branch)
+    states, position = found.texts, torch.arange(batch.mask.shape[1], device=batch.mask.device).expand_as(batch.mask)
+    assert states is not None
+    if found.last is not None:
+        states, position = torch.cat([found.last[prompt.row][:, None], states], 1), position + 1
+    text = batch.mask if branch is None else batch.mask & (branch == 0)
+    end = (text.sum(1) - 1 + int(found.last is not None)).clamp(min=0)
+    return Reading(states, position, order, batch.mask, end, found.output, path="packed")
+
+
+def _read_shared(
+    backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt, site: Site, prefix: Prefix | None
+) -> Reading:
     assert batch.embeds is not None
-    cache, last = prefill(backbone, prompt, site)
+    if prefix is None or prefix.cache is None:
+        cache, last = prefill(backbone, prompt, site)
+    else:
+        cache, last = _copied(prefix.cache), prefix.last
     cache.batch_select_indices(prompt.row)
     before = prompt.mask[prompt.row]
     column = torch.arange(batch.mask.shape[1], device=batch.mask.device)
@@ -187,9 +315,11 @@ def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: 
     first = None
     if deep and prompt is not None:
         first = by_layer(prompt.values, backbone)[0]
-    arguments: dict[str, Tensor] = {}
+    arguments: dict[str, Any] = {}
     if backbone.family is not SEQ2SEQ:
         names = backbone.trunk_arguments
+        if backbone.family.shifted and "use_cache" in names:
+            arguments["use_cache"] = False
         if backbone.family.shifted and "position_ids" in names:
             arguments["position_ids"] = _given_positions(batch, where)
         if batch.types is not None and "token_type_ids" in names and not backbone.family.shifted:

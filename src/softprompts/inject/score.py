@@ -1,14 +1,22 @@
 """Scores that line up with labels: the stock head on the states that score the labelled positions."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.inject.packed import Prefix
 from softprompts.inject.read import Reading, read
 from softprompts.inject.sites import Site
 from softprompts.prompt import IGNORE, Batch, Output, Prompt
+
+LOGITS = 1 << 25
+"""Scores (positions times vocabulary) that are made at once; in float32 they take 128 MB."""
 
 
 def forward(
@@ -18,16 +26,21 @@ def forward(
     site: Site,
     *,
     hidden: bool = False,
-    share: bool | None = None,
+    path: str | None = None,
+    prefix: Prefix | None = None,
+    logits: bool | None = None,
 ) -> Output:
     """Scores that line up with the labels of `batch`, for the labelled positions only.
 
     prompt: None runs the stock model without one; hidden: also return the text's states [B, T, H] (encoder-decoder
-    models: the encoder's; with head features always, and then the decoder's, as the stock model does); share: force
-    (True) or forbid (False) the shared prefix, None takes it where it saves work.
-    Raises BackboneError when prompt and text do not fit the model's positions.
+    models: the encoder's; with head features always, and then the decoder's, as the stock model does); path: `packed`,
+    `shared` or `concatenation`, None takes the best that is possible; prefix: the distinct prompts, read before;
+    logits: of a language model the scores [N, V] (True) or each label's `nll` [N] alone (False), made a few rows at a
+    time; None takes the latter where scores would be large.
+    Raises BackboneError when prompt and text do not fit the model's positions, or the path is not possible.
     """
-    reading = read(backbone, batch, prompt, site, share=share)
+    wanted = None if hidden or backbone.head in ("span", "features") else functools.partial(_wanted, backbone, batch)
+    reading = read(backbone, batch, prompt, site, path=path, prefix=prefix, wanted=wanted)
     rows = torch.arange(len(batch.ids), device=reading.hidden.device)
     states = _unpack(reading) if backbone.head in ("span", "features") else None
     seen = _unpack(reading.text or reading) if hidden and backbone.head != "features" else states
@@ -46,8 +59,51 @@ def forward(
         return replace(result, logits=flat, labels=labels, row=rows.repeat(2))
     assert batch.labels is not None
     state, labels, row, column = _labelled(backbone, reading, batch.labels)
-    logits = head(backbone, reading, state[None])[0]
-    return replace(result, logits=logits, labels=labels, row=row, column=column)
+    result = replace(result, labels=labels, row=row, column=column)
+
+    def read_off(part: Tensor) -> Tensor:
+        return head(backbone, reading, part[None])[0]
+
+    if backbone.head == "lm" and (len(labels) * backbone.vocabulary > LOGITS if logits is None else not logits):
+        return replace(result, nll=surprise(state, labels, read_off, max(1, LOGITS // backbone.vocabulary)))
+    return replace(result, logits=read_off(state))
+
+
+def surprise(states: Tensor, labels: Tensor, scores: Callable[[Tensor], Tensor], size: int) -> Tensor:
+    """Minus the log-probability of each label [N] at states [N, H], in float32, `size` rows of scores at a time.
+
+    Neither the scores nor their gradient ever stand in memory as a whole.
+    """
+    if not torch.is_grad_enabled() or not states.requires_grad:
+        return torch.cat([_nll(scores(s), y) for s, y in zip(states.split(size), labels.split(size), strict=True)])
+    return _Surprise.apply(states, labels, scores, size)
+
+
+def _nll(scores: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(
+        scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="none"
+    )
+
+
+class _Surprise(torch.autograd.Function):
+    """A position's scores depend on its own state alone, so the gradient is made together with the value."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, labels: Tensor, scores: Callable[[Tensor], Tensor], size: int) -> Tensor:
+        values, gradients = [], []
+        for part, wanted in zip(states.split(size), labels.split(size), strict=True):
+            with torch.enable_grad():
+                own = part.detach().requires_grad_()
+                value = _nll(scores(own), wanted)
+                gradients.append(torch.autograd.grad(value.sum(), own)[0])
+            values.append(value.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (own,) = ctx.saved_tensors
+        return own * gradients[0][:, None].to(own.dtype), None, None, None
 
 
 def head(backbone: Backbone, reading: Reading, states: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -99,6 +155,16 @@ def _decoder_input(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
 def _end_id(backbone: Backbone) -> int:
     end = backbone.model.config.eos_token_id
     return int(end[0] if isinstance(end, list) else end) if backbone.family is SEQ2SEQ else 0
+
+
+def _wanted(backbone: Backbone, batch: Batch, order: Tensor, mask: Tensor) -> Tensor:
+    """Which packed text tokens [B, T] have states that `forward` looks at: those that score a label, and the last."""
+    ends = torch.zeros_like(mask)
+    ends.scatter_(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0), True)
+    if batch.labels is not None and backbone.head in ("lm", "token"):
+        scored = (batch.labels.gather(1, order) != IGNORE) & mask
+        ends |= functional.pad(scored[:, 1:], (0, 1)) if backbone.head == "lm" else scored
+    return ends & mask
 
 
 def _labelled(backbone: Backbone, reading: Reading, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -43,8 +43,10 @@ def decode(
 ) -> tuple[Any, Tensor, Tensor]:
     """The decoder's output, where each of `ids [B, S]` stands in it, and each run's last position [B]."""
     check_room(backbone, mask, prompt)
-    common = {"encoder_hidden_states": encoded, "encoder_attention_mask": encoded_mask.long()}
+    common: dict[str, Any] = {"encoder_hidden_states": encoded, "encoder_attention_mask": encoded_mask.long()}
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    if backbone.kernels.checkpoint and (prompt is None or site.name != "kv"):
+        common["use_cache"] = False  # nothing goes on from here, and a layer computed again would find its own keys
     if prompt is None:
         output = backbone.decoder(input_ids=ids, attention_mask=mask.long(), **common)
         return output, columns, mask.sum(1) - 1

@@ -120,14 +120,20 @@ def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> I
             handle.remove()
 
 
+def split_layers(values: Tensor, backbone: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
+    """A kv prompt [U, P, D] as each layer's keys and values [U, heads, P, d], in the model's number format."""
+    before = 0
+    for heads, size in backbone.kv_shape:
+        part = values[..., before : before + 2 * heads * size].to(backbone.dtype)
+        keys, own = part.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)
+        yield keys, own
+        before += 2 * heads * size
+
+
 def fill(cache: Cache, backbone: Backbone, prompt: Prompt) -> None:
     """Put a kv prompt's keys and values [U, P, D] into an empty `cache`, layer by layer."""
-    before = 0
-    for index, (heads, size) in enumerate(backbone.kv_shape):
-        part = prompt.values[..., before : before + 2 * heads * size].to(backbone.dtype)
-        keys, values = part.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)
+    for index, (keys, values) in enumerate(split_layers(prompt.values, backbone)):
         cache.update(keys, values, index)
-        before += 2 * heads * size
 
 
 def _layer_width(backbone: Backbone) -> int:

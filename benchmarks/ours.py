@@ -1,0 +1,88 @@
+"""Our side of the measurements: every call to softprompts stands here."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import models
+from benchmarks.workload import Row
+from softprompts import backbone, evaluate, inject, loading, objectives, tune
+from softprompts.config import EvaluateConfig
+from softprompts.data import Encoded, Encoder, Format, collate
+from softprompts.init import from_ids
+from softprompts.inject import Site
+from softprompts.learner import Learner, copy_head
+from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.prompt import Batch, Start
+
+RATE = 1e-3
+
+
+class Ours:
+    """softprompts with one prompt of `prompt` tokens; a `workload.Side`."""
+
+    def __init__(self, model: str, dtype: str, device: str, prompt: int) -> None:
+        loaded = _load(model, dtype, device)
+        choice = tune.choose(loaded)
+        self.backbone, self.kernels = replace(loaded, kernels=choice.kernels), str(choice)
+        self.prompt, self.loss, self.path = prompt, float("nan"), ""
+        # PEFT puts the prompt of an encoder first, so here it stands there too.
+        self.site = Site(place="first" if models.kind(model) == "sequence" else "auto")
+        self.objective = objectives.weigh({"task": 1.0})
+
+    def start(self, ids: Sequence[int]) -> None:
+        """See `workload.Side`."""
+        slot = inject.slot(self.backbone, self.site, ("benchmark",), self.prompt)
+        values = from_ids(self.backbone, self.site, torch.tensor(ids)).to(self.backbone.device)
+        method = PromptTuning(PromptTuning.Config(), slot, Start(values))
+        self.learner = Learner(self.backbone, self.site, slot, method, copy_head(self.backbone))
+        self.optimiser = torch.optim.AdamW(self.learner.parameters().values(), lr=RATE)
+
+    def prepare(self, rows: Sequence[Row]) -> Batch:
+        """See `workload.Side`."""
+        return collate([Encoded(row.ids, row.labels) for row in rows], 0).to(self.backbone.device)
+
+    def step(self, batch: Batch) -> None:
+        """See `workload.Side`."""
+        self.optimiser.zero_grad()
+        step = self.learner.step(batch)
+        loss = self.objective(step)
+        loss.backward()
+        self.optimiser.step()
+        self.loss, self.path = float(loss.detach()), step.output.path
+
+    def gradient(self) -> Tensor:
+        """See `workload.Side`."""
+        found: Tensor = self.learner.method.prompts[0].grad
+        return found.float().cpu()
+
+    def touch(self) -> None:
+        """See `workload.Side`."""
+        with torch.no_grad():
+            self.backbone.model(input_ids=torch.ones(1, 1, dtype=torch.long, device=self.backbone.device))
+
+    def score(self, texts: Sequence[str], labels: dict[str, list[int]], size: int) -> Tensor:
+        """See `workload.Side`; the texts are encoded on the way, as a user's file is."""
+        rows = [{"text": text} for text in texts]
+        config = EvaluateConfig(by="rank", batch_size=size)
+        found = evaluate.answers(self.learner, self._encoder(tuple(labels)), rows, config)
+        return torch.tensor([[answer.scores[label] for label in labels] for answer in found])
+
+    def candidates(self, answers: Sequence[str]) -> dict[str, list[int]]:
+        """The tokens of each answer, as both sides score them."""
+        return self._encoder(tuple(answers)).candidates()
+
+    def _encoder(self, answers: tuple[str, ...]) -> Encoder:
+        form = Format("benchmark", "{text}", verbaliser={answer: answer for answer in answers})
+        room = (self.backbone.context or 4096) - self.prompt
+        return Encoder(form, self.backbone.tokenizer, "causal", "lm", room)
+
+
+def _load(model: str, dtype: str, device: str) -> Any:
+    if models.is_random(model):
+        tokenizer = models.tokenizer(model) if models.kind(model) == "causal" else None
+        return backbone.wrap(models.randomly(model, dtype, device), tokenizer, model)
+    return loading.load(model, path=models.path(model), dtype=dtype, device=device)

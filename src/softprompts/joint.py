@@ -1,0 +1,111 @@
+"""One pass of the frozen backbone over the rows of several runs, each of which then sees a step of its own rows."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from softprompts.config import ConfigError
+from softprompts.data import Encoded, collate
+from softprompts.learner import Learner
+from softprompts.prompt import IGNORE, Batch, Output, Prompt, Step, mix
+
+
+def check_together(learners: Sequence[Learner], names: Sequence[str]) -> None:
+    """Raise ConfigError, naming what differs, unless the learners' rows can stand in one batch of one backbone."""
+    first = learners[0]
+    for learner, name in zip(learners, names, strict=True):
+        other = f"runs '{names[0]}' and '{name}'"
+        if learner.backbone is not first.backbone:
+            raise ConfigError(
+                f"{other} have backbones of their own ({first.backbone.name}, {learner.backbone.name}): runs that "
+                f"train together share one that is loaded once; train these one after the other"
+            )
+        for fact in ("name", "mode", "place"):
+            one, two = getattr(first.site, fact), getattr(learner.site, fact)
+            if one != two:
+                raise ConfigError(
+                    f"{other} differ in the {'name' if fact == 'name' else fact} of their site ({one}, {two}): runs "
+                    f"that train together share the site; train these one after the other"
+                )
+        if learner.head and len(learners) > 1:
+            raise ConfigError(
+                f"run '{name}' trains a classification head of its own, and a batch is read with one head; train such "
+                f"runs one after the other, or use model.head: lm"
+            )
+
+
+def joint_steps(
+    learners: Sequence[Learner], rows: Sequence[Sequence[Encoded]], seeds: Sequence[int], pad: int
+) -> list[Step]:
+    """The training step of each learner on its own `rows`, from one pass over the rows of all.
+
+    seeds: of the random stream that each method draws from. Every learner's method, batch and output are those it
+    would have alone; only `again` of a step runs that learner's rows alone.
+    """
+    backbone, sizes = learners[0].backbone, [len(part) for part in rows]
+    whole = collate([row for part in rows for row in part], pad).to(backbone.device)
+    whole = replace(whole, embeds=backbone.embed(whole.ids))
+    batches = [whole] if len(rows) == 1 else [_own(collate(part, pad), whole, i, sizes) for i, part in enumerate(rows)]
+    prompts: list[Prompt] = []
+    for learner, batch, seed in zip(learners, batches, seeds, strict=True):
+        torch.manual_seed(seed)
+        prompt = learner.prompt(batch)
+        assert prompt is not None
+        prompts.append(prompt)
+    together = prompts[0]
+    if len(rows) > 1:
+        together = mix(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
+    outputs = split(learners[0].forward(whole, together), sizes)
+    return [
+        Step(batch, prompt, output, functools.partial(learner.forward, batch))
+        for learner, batch, prompt, output in zip(learners, batches, prompts, outputs, strict=True)
+    ]
+
+
+def _own(batch: Batch, whole: Batch, index: int, sizes: Sequence[int]) -> Batch:
+    """A run's own batch, with its part of the text that was embedded for all."""
+    assert whole.embeds is not None
+    begin = sum(sizes[:index])
+    return replace(batch.to(whole.ids.device), embeds=whole.embeds[begin : begin + sizes[index], : batch.ids.shape[1]])
+
+
+def split(output: Output, sizes: Sequence[int]) -> list[Output]:
+    """The outputs of the runs whose rows stand one run behind the other in the batch, `sizes` rows each.
+
+    Scores are handed out by one `Tensor.split`, whose backward pass is one concatenation: taking each run's by index
+    would make a zero gradient as large as all scores for each of them.
+    """
+    if len(sizes) == 1:
+        return [output]
+    ends = torch.tensor(sizes, device=output.row.device).cumsum(0)
+    run = torch.bucketize(output.row, ends, right=True)
+    counts = torch.bincount(run, minlength=len(sizes)).tolist()
+    order = None if bool((run.diff() >= 0).all()) else run.argsort(stable=True)
+
+    def scored(values: Tensor | None) -> Sequence[Tensor | None]:
+        """What has one value for each score."""
+        if values is None:
+            return [None] * len(sizes)
+        return (values if order is None else values[order]).split(counts)
+
+    begins = [0, *ends[:-1].tolist()]
+    last = [None] * len(sizes) if output.last is None else output.last.split(list(sizes))
+    each = map(scored, (output.logits, output.nll, output.labels, output.row, output.column))
+    return [
+        Output(logits, labels, row - begin, column, nll=nll, last=own, path=output.path)
+        for begin, own, logits, nll, labels, row, column in zip(begins, last, *each, strict=True)
+    ]
+
+
+def label_count(row: Encoded, learner: Learner) -> int:
+    """How many labels of a row count in its loss: its scored tokens, or one where the row has a single label."""
+    if not isinstance(row.labels, list | tuple) or not all(isinstance(x, int) for x in row.labels):
+        return 1
+    labels = row.labels
+    # Nothing scores the first token of a causal text that has no prompt state in front of it.
+    if learner.backbone.head == "lm" and learner.backbone.family.shifted and (learner.site.name == "kv" or row.place):
+        labels = labels[1:]
+    return sum(label != IGNORE for label in labels)

@@ -1,0 +1,175 @@
+"""What judging costs: prompts and common words read once, rows encoded once, batches of tokens, rows as they come."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import local
+from softprompts import evaluate, inject, job
+from softprompts.config import EvaluateConfig, parse
+from softprompts.data import DataError
+from softprompts.init import from_ids
+from softprompts.kernels import Kernels
+from softprompts.metrics import vote
+from softprompts.prompt import IGNORE, Batch
+
+CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+WORDS = {"warm": "a warm one", "cold": "a cold one"}  # the first tokens are the same
+
+
+def prepared(folder, model="llama", tasks=1, site="input", **task):
+    """A job on the colours with a tiny `model` and several tasks that are alike, nothing trained."""
+    values = local.run_values(folder, model)
+    values["prompt"]["site"] = site
+    first = {"verbaliser": WORDS, **values.pop("task"), **task}
+    values["tasks"] = [{**first, "name": f"colours{i}"} for i in range(tasks)]
+    return job.prepare(parse(values))
+
+
+def passes(learner):
+    """What counts the tokens of each pass through the first layer; and a handle to stop it."""
+    found = []
+    inject.why_not_packed(learner.backbone)  # tries a few tokens, once
+
+    def count(module, args, kwargs, output):
+        found.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel())
+
+    return found, learner.backbone.layers[0].register_forward_hook(count, with_kwargs=True)
+
+
+def alike(texts):
+    """How many tokens all texts begin with."""
+    return next(i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
+
+
+def one_by_one(learner, encoder, rows, task=0):
+    """Each row's scores with the whole row read by itself, nothing shared: the prompt's words by concatenation."""
+    found = []
+    for row in rows:
+        text = encoder.encode(row).ids
+        scores = {}
+        for label, ids in encoder.candidates().items():
+            batch = Batch(
+                torch.tensor([text + ids]), torch.ones(1, len(text + ids), dtype=torch.long), torch.tensor([task])
+            )
+            batch = replace(batch, labels=torch.tensor([[IGNORE] * len(text) + ids]))
+            path = None if learner.site.name == "kv" else "concatenation"
+            output = inject.forward(learner.backbone, batch, learner.prompt(batch), learner.site, path=path)
+            logits = output.logits.log_softmax(-1)
+            scores[label] = float(logits.gather(1, output.labels[:, None]).sum())
+        found.append(scores)
+    return found
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("site", ["input", "layers", "kv"])
+@torch.no_grad()
+def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, site):
+    made = prepared(tmp_path, model, site=site, template="What is this: {text}")
+    learner, encoder = made.learner, made.encoders[0]
+    rows = list(made.tasks[0].train[:20])
+    expected = one_by_one(learner, encoder, rows)
+    read, handle = passes(learner)
+    found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"batch_size": 5})))
+    handle.remove()
+    for one, scores in zip(found, expected, strict=True):
+        assert one.scores == pytest.approx(scores, abs=2e-5)
+    texts = [encoder.encode(row).ids for row in rows]
+    common = alike(texts) if site == "input" else 0
+    assert common > 3 or site != "input"
+    beside = len(inject.branches(list(encoder.candidates().values())).ids)
+    first, *others = read if site != "kv" else [0, *read]
+    assert first == (0 if site == "kv" else 4 + common)
+    assert len(others) == 4
+    assert sum(others) == sum(map(len, texts)) + len(rows) * (beside - common)
+
+
+def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
+    made = prepared(tmp_path, verbaliser={"warm": "co", "cold": "cold"})
+    learner, rows = made.learner, list(made.tasks[0].train[:20])
+    packed = list(evaluate.answers(learner, made.encoders[0], rows, CONFIG))
+    shared = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared")))
+    read, handle = passes(learner)
+    found = list(evaluate.answers(shared, made.encoders[0], rows, CONFIG.model_copy(update={"batch_size": 1})))
+    handle.remove()
+    for one, other in zip(found, packed, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=2e-5)
+    assert sum(read[1:]) < len(rows) * 40  # no row read the prompt's 4 and the common tokens again
+    assert read[0] == 4 + alike([made.encoders[0].encode(row).ids for row in rows])
+
+
+def test_each_task_is_judged_with_its_own_prompt(tmp_path):
+    made = prepared(tmp_path, tasks=3)
+    with torch.no_grad():
+        for i, prompt in enumerate(made.learner.method.prompts):
+            prompt.copy_(from_ids(made.learner.backbone, made.learner.site, torch.tensor([5 + i, 9, 11 + i, 7])))
+    rows = list(made.tasks[0].test[:4])
+    seen = []
+    for i, encoder in enumerate(made.encoders):
+        with torch.no_grad():
+            expected = one_by_one(made.learner, encoder, rows, i)
+        found = [one.scores for one in evaluate.answers(made.learner, encoder, rows, CONFIG)]
+        for one, scores in zip(found, expected, strict=True):
+            assert one == pytest.approx(scores, abs=2e-5)
+        seen.append(found[0]["warm"])
+    assert len({round(value, 3) for value in seen}) == 3
+    # Of three votes each is that of its own prompt: the majority is theirs.
+    ballots = [[a.value for a in evaluate.answers(made.learner, e, rows, CONFIG)] for e in made.encoders]
+    voted = [a.value for a in evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3)]
+    assert voted == [vote(column) for column in zip(*ballots, strict=True)]
+
+
+def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeypatch):
+    made = prepared(tmp_path)
+    learner, encoder = made.learner, made.encoders[0]
+    rows = [{**row, "text": row["text"] + " indeed" * (i % 5)} for i, row in enumerate(made.tasks[0].train[:30])]
+    whole = [
+        one.scores for one in evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"batch_size": 30}))
+    ]
+    encoded = []
+    original = type(encoder).encode
+
+    def encode(self, row, answer=None):
+        encoded.append(row["text"])
+        return original(self, row, answer)
+
+    monkeypatch.setattr(type(encoder), "encode", encode)
+    read, handle = passes(learner)
+    config = CONFIG.model_copy(update={"batch_size": 30, "batch_tokens": 120})
+    found = [one.scores for one in evaluate.answers(learner, encoder, rows, config)]
+    handle.remove()
+    for one, scores in zip(found, whole, strict=True):
+        assert one == pytest.approx(scores, abs=2e-5)
+    assert sorted(encoded) == sorted(row["text"] for row in rows)
+    assert len(read) > 8
+    assert max(read[1:]) <= 120
+
+
+def test_rows_are_taken_as_they_are_needed_and_those_before_a_fault_are_answered(tmp_path):
+    made = prepared(tmp_path, verbaliser={"warm": "Q", "cold": "Z"}, separator="")
+    alive, most, texts = 0, 0, ["red", "blue", "green", "orange"]
+
+    class Counted(dict):
+        def __init__(self, **values):
+            nonlocal alive, most
+            super().__init__(**values)
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def rows(count):
+        for i in range(count):
+            yield Counted(text=texts[i % 4])
+        raise DataError("row 20001 is broken")
+
+    found = evaluate.answers(made.learner, made.encoders[0], rows(20_000), EvaluateConfig())
+    values = []
+    with pytest.raises(DataError, match="row 20001"):
+        values.extend(one.value for one in found)
+    assert len(values) == 20_000
+    assert values == values[:4] * 5000
+    assert most <= 2 * evaluate.CHUNK + 2

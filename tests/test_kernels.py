@@ -1,0 +1,239 @@
+"""Golden: whatever the frozen model is run with, loss and gradient are the same, and the model is as before."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rows
+import tiny
+from rows import INPUT, KV, called
+from softprompts import backbone as b
+from softprompts import inject, kernels
+from softprompts.backbone import BackboneError
+from softprompts.inject import attention, score
+from softprompts.kernels import Kernels
+from softprompts.prompt import IGNORE, Batch, Output
+
+pytestmark = pytest.mark.golden
+LENGTHS = (9, 7, 12, 3, 10, 8, 9, 5, 6, 11)  # 80 tokens: enough for oneDNN's product
+USED = [2, 0, 0, 1, 2, 0, 1, 1, 0, 2]
+MANY = {
+    "onednn": Kernels(products="onednn"),
+    "fused": Kernels(core="fused"),
+    "whole last layer": Kernels(trim=False),
+    "again": Kernels(checkpoint=True),
+    "again, onednn": Kernels(checkpoint=True, products="onednn"),
+    "again, cache": Kernels(rows="shared", checkpoint=True),
+}
+
+
+def step(bb: b.Backbone, name: str, site: inject.Site, **options: Any) -> tuple[Output, list[Tensor]]:
+    """Output and prompt gradients of one batch with one label a row."""
+    width = inject.width(bb, site)
+    values = [rows.random(i, 5, width).requires_grad_() for i in range(3)]
+    batch = one_label(rows.batch(name, rows.texts(name, LENGTHS), "left", 2))
+    output = inject.forward(bb, batch, rows.several(values, USED), site, **options)
+    loss = torch.nn.functional.cross_entropy(output.logits, output.labels)
+    return output, list(torch.autograd.grad(loss, values))
+
+
+def one_label(batch: Batch) -> Batch:
+    """The batch with its last label a row only."""
+    columns = torch.arange(batch.labels.shape[1]).expand_as(batch.labels)
+    last = columns.where(batch.labels != IGNORE, -1).amax(1, keepdim=True)
+    return replace(batch, labels=batch.labels.masked_fill(columns != last, IGNORE))
+
+
+@pytest.mark.parametrize("kind", MANY)
+@pytest.mark.parametrize(("name", "site"), rows.cases(tiny.ALL), ids=called)
+def test_kernels(name: str, site: inject.Site, kind: str) -> None:
+    plain, changed = tiny.backbone(name), replace(tiny.backbone(name), kernels=MANY[kind])
+    if MANY[kind].checkpoint and (name == "albert" or (name in tiny.SEQ2SEQ and site == KV)):
+        with pytest.raises(BackboneError, match=r"(Albert|T5|Bart).*gradient checkpointing"):
+            step(changed, name, site)
+        return
+    if kind == "fused" and name == "gemma2":  # it caps its scores
+        with pytest.raises(attention.Unpackable, match="caps scores"):
+            step(changed, name, site)
+        return
+    path = rows.paths(name, site)[-1] if name in tiny.CAUSAL else None
+    expected, gradients = step(replace(plain, kernels=Kernels(rows="shared")), name, site, path=path)
+    before = state(plain)
+    output, found = step(changed, name, site)
+    assert state(plain) == before
+    torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+    for one, other in zip(found, gradients, strict=True):
+        assert (one - other).norm() < 1e-4 * other.norm()
+
+
+def state(bb: b.Backbone) -> list[Any]:
+    """Module identities, their instance attributes, and the attention in use."""
+    modules = [(name, id(m), sorted(m.__dict__), len(m._forward_pre_hooks)) for name, m in bb.model.named_modules()]
+    return [modules, bb.model.config._attn_implementation, bb.model.training]
+
+
+def test_the_model_is_as_before_after_an_error() -> None:
+    bb = replace(tiny.backbone("llama"), kernels=Kernels(products="onednn", checkpoint=True))
+    before = state(bb)
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("broken")
+
+    handle = bb.layers[1].mlp.act_fn.register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        step(bb, "llama", INPUT)
+    handle.remove()
+    assert state(bb) == before
+
+
+def seen(module: Any, run: Callable[[], Any]) -> list[tuple[int, ...]]:
+    """Shapes of what `module` was given while `run` ran."""
+    shapes: list[tuple[int, ...]] = []
+    handle = module.register_forward_pre_hook(lambda m, args: shapes.append(tuple(args[0].shape)))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3"])
+def test_nothing_is_computed_in_vain(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No padding, prompts once, no repeated keys; head and last layer only for what is asked for."""
+    bb = tiny.backbone(name)
+    tokens = 3 * 5 + sum(LENGTHS)
+
+    def refuse(*_: Any) -> Tensor:
+        raise AssertionError("keys were repeated")
+
+    assert inject.why_not_packed(bb) is None  # found out before, with the model's own attention
+    inject.width(bb, KV)
+    monkeypatch.setattr(f"transformers.models.{name}.modeling_{name}.repeat_kv", refuse)
+    assert seen(bb.layers[0].mlp, lambda: step(bb, name, INPUT)) == [(1, tokens, 32)]
+    assert seen(bb.model.lm_head, lambda: step(bb, name, INPUT)) == [(1, len(LENGTHS), 32)]
+    asked = 3 + 2 * len(LENGTHS)  # the prompts' ends, and of each row the state that scores its label, and its end
+    assert seen(bb.layers[-1].mlp, lambda: step(bb, name, INPUT)) == [(1, asked, 32)]
+    assert seen(bb.layers[0].mlp, lambda: step(bb, name, KV)) == [(1, sum(LENGTHS), 32)]
+
+
+def test_no_graph_below_the_first_layer_a_prompt_can_influence() -> None:
+    """At site kv the first layer's queries, keys and values of the text need no gradient; its output does."""
+    bb, wants = tiny.backbone("llama"), {}
+    parts = {"q": bb.layers[0].self_attn.q_proj, "out": bb.layers[0].self_attn.o_proj, "next": bb.layers[1].mlp}
+    handles = [
+        part.register_forward_hook(lambda m, a, out, name=name: wants.update({name: out.requires_grad}))
+        for name, part in parts.items()
+    ]
+    step(bb, "llama", KV)
+    for handle in handles:
+        handle.remove()
+    assert wants == {"q": False, "out": True, "next": True}
+
+
+def test_checkpointing_keeps_less() -> None:
+    """What is kept for the backward pass shrinks to the layers' inputs (and the trimmed last layer)."""
+    sizes = {}
+    for again in (False, True):
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(checkpoint=again))
+        values = rows.random(0, 5, 32).requires_grad_()
+        batch = one_label(rows.batch("llama", rows.texts("llama", LENGTHS)))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            inject.forward(bb, batch, rows.single(values, len(LENGTHS)), INPUT)
+        weights = {p.untyped_storage().data_ptr() for p in bb.model.parameters()}
+        sizes[again] = sum(size for place, size in kept.items() if place not in weights)
+    assert sizes[True] < 0.6 * sizes[False]
+
+
+def test_products_fit_the_weights() -> None:
+    """oneDNN's product is torch's, in values and gradient, for both kinds of layer; few rows stay with torch."""
+    for name in ("gpt2", "bert"):
+        bb = tiny.backbone(name)
+        found = kernels.linears(bb.model)
+        assert len(found) > 6
+        for module in found[:8]:
+            width = module.nx if hasattr(module, "nx") else module.in_features
+            x = rows.random(0, 2, 40, width).requires_grad_()
+            plain = module(x)
+            with kernels.running(bb.model, Kernels(products="onednn"), {}):
+                fast, few = module(x), module(x[:, :1])
+            torch.testing.assert_close(fast, plain)
+            assert type(fast.grad_fn).__name__ == "_OneDNNBackward"
+            assert type(few.grad_fn).__name__ != "_OneDNNBackward"
+            weights = rows.random(1, *plain.shape)
+            torch.testing.assert_close(
+                torch.autograd.grad((fast * weights).sum(), x), torch.autograd.grad((plain * weights).sum(), x)
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # torch's compiler looks at its own deprecated parts
+def test_compiled_parts() -> None:
+    """Norms and MLPs are compiled once for all layers, and give the same loss and gradient at any length."""
+    for products in ("torch", "onednn"):
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, products=products), known={})
+        parts = kernels.compile_parts(bb.model, bb.kernels)
+        assert {type(m).__name__ for m in parts} == (
+            {"LlamaRMSNorm", "LlamaMLP"} if products == "torch" else {"LlamaRMSNorm"}
+        )
+        expected, gradients = step(tiny.backbone("llama"), "llama", INPUT)
+        output, found = step(bb, "llama", INPUT)
+        torch.testing.assert_close(output.logits, expected.logits, atol=1e-5, rtol=1e-5)
+        for one, other in zip(found, gradients, strict=True):
+            assert (one - other).norm() < 1e-4 * other.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "t5", "bert"])
+def test_large_vocabularies_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where scores would be large they are made a few rows at a time: same loss, same gradient, never more at once."""
+    bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name))
+    values = rows.random(0, 3, bb.features).requires_grad_()
+    plain = inject.forward(bb, batch, rows.single(values, 4), INPUT)
+    expected = torch.nn.functional.cross_entropy(plain.logits, plain.labels, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.square().sum(), values)
+    monkeypatch.setattr(score, "LOGITS", 5 * tiny.VOCABULARY)
+    shapes = seen(bb.model.get_output_embeddings(), lambda: inject.forward(bb, batch, rows.single(values, 4), INPUT))
+    assert len(shapes) == -(-len(plain.labels) // 5)
+    assert max(shape[1] for shape in shapes) == 5
+    output = inject.forward(bb, batch, rows.single(values, 4), INPUT)
+    assert output.logits is None
+    torch.testing.assert_close(output.nll, expected, atol=1e-5, rtol=1e-5)
+    (own,) = torch.autograd.grad(output.nll.square().sum(), values)
+    assert (own - gradient).norm() < 1e-4 * gradient.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(inject.forward(bb, batch, rows.single(values, 4), INPUT).nll, output.nll)
+    assert inject.forward(bb, batch, rows.single(values, 4), INPUT, logits=True).logits is not None
+
+
+def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {name: inject.why_not_packed(tiny.backbone(name)) for name in tiny.ALL}
+    for name in tiny.CAUSAL:
+        assert (reasons[name] is None) == (name not in rows.UNPACKED)
+    assert reasons["bloom"] == "BloomForCausalLM has an attention of its own kind"
+    assert reasons["bert"] == "an encoder's prompt sees the text"
+    # Attention that is not what the model's own is: packed rows are not taken, and the next best path is.
+    honest = attention._math
+
+    def shifted(seen: attention.Seen, *rest: Any) -> Tensor:
+        return honest(attention.Seen(seen.allowed.roll(1, -1)), *rest)
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(shifted))
+    bb = replace(tiny.backbone("llama"), known={})
+    assert inject.why_not_packed(bb) == "LlamaForCausalLM gives other states with packed rows"
+    assert step(bb, "llama", INPUT)[0].path == "shared"
+    monkeypatch.undo()
+    mistral = b.wrap(tiny.model("mistral"), name="mistral")
+    monkeypatch.setattr(mistral.model.config, "sliding_window", None)
+    monkeypatch.setattr("softprompts.inject.packed.sliding", lambda backbone: (True,) * 3)
+    assert inject.why_not_packed(mistral) == (
+        "MistralForCausalLM cannot pack rows: its attention keeps its window to itself"
+    )

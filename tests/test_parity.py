@@ -1,0 +1,66 @@
+"""The comparison of the fast path with plain concatenation: it holds where it should, and fails where it should."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rows
+import tiny
+from rows import INPUT, KV
+from softprompts import inject, objectives, parity
+from softprompts.inject import attention
+from softprompts.kernels import Kernels
+from softprompts.learner import Learner
+from softprompts.methods import find
+from softprompts.prompt import Start
+
+
+def learner(name: str, site: inject.Site = INPUT, kernels: Kernels | None = None) -> Learner:
+    """Prompt tuning with three tokens on a tiny model."""
+    bb = tiny.backbone(name) if kernels is None else replace(tiny.backbone(name), kernels=kernels)
+    slot = inject.slot(bb, site, ("a",), 3)
+    method = find("prompt-tuning")
+    return Learner(bb, site, slot, method(method.Config(), slot, Start(rows.random(0, 3, slot.width))))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bert"])
+def test_it_holds(name: str) -> None:
+    objective = objectives.weigh({"task": 1.0})
+    for site in (INPUT, KV) if name in tiny.CAUSAL else (INPUT,):
+        one = learner(name, site)
+        before = torch.get_rng_state()
+        found = parity.compare(one, rows.batch(name, rows.texts(name)), objective)
+        assert found.holds
+        assert found.loss < 1e-6
+        assert found.gradient < 1e-5
+        assert torch.get_rng_state().equal(before)
+        assert all(p.grad is None for p in one.parameters().values())
+    assert found.path.startswith(
+        "concatenation" if name in ("t5", "bert") else "shared" if name == "bloom" else "packed"
+    )
+
+
+def test_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong mask shows in the figures; so does a gradient that is wrong while the loss is right."""
+    one, objective = learner("llama"), objectives.weigh({"task": 1.0})
+    batch = rows.batch("llama", rows.texts("llama"))
+    inject.why_not_packed(one.backbone)
+    honest = attention._math
+
+    def wrong(seen: attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        return honest(seen, q, k, v * 1.01, *rest)
+
+    def cut(seen: attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        return honest(seen, q, k.detach(), v, *rest)
+
+    for core, loss_moves in ((wrong, True), (cut, False)):
+        monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(core))
+        found = parity.compare(one, batch, objective)
+        assert not found.holds
+        assert (found.loss > 1e-5) == loss_moves
+        assert found.gradient > 2e-3
+        assert str(found).startswith("packed against concatenation: asked for: loss differs by ")
+        assert str(found).endswith("(allowed in float32: 1e-05, 1e-03)")
