@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from softprompts.config import TaskConfig
 from softprompts.data import (
     PACKAGED,
+    Batches,
     DataError,
     Encoded,
     Encoder,
@@ -654,3 +655,16 @@ def test_the_default_models_chat(smollm):
         start = causal(replace(form, chat_place="start"), smollm).encode({"text": text})
         assert (start.ids, start.place) == (stock, 0)
     assert speller.answer("location")[-1] == smollm.eos_token_id
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 9), st.integers(1, 200) | st.none())
+def test_micro_batches_are_a_function_of_their_number(lengths, size, tokens):
+    """Epoch after epoch in `order`, however many batches an epoch has, and in whatever order they are asked for."""
+    rows = [encoded([0] * length, task=i) for i, length in enumerate(lengths)]
+    expected = [batch for epoch in range(3) for batch in order(lengths, size, 5, epoch, tokens)]
+    for batch in expected:
+        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= (tokens or 10**9)
+    forward, backward = Batches(rows, size, 5, tokens), Batches(rows, size, 5, tokens)
+    assert [[row.task for row in forward.at(i)] for i in range(len(expected))] == expected
+    last = range(len(expected))[::-1]
+    assert [[row.task for row in backward.at(i)] for i in last] == [expected[i] for i in last]

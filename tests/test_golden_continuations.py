@@ -86,8 +86,9 @@ def test_a_row_does_not_know_its_neighbours(name: str) -> None:
             torch.testing.assert_close(own[0, 0], together[i, c], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gptj"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "gptj"])
 def test_without_a_prompt(name: str) -> None:
+    """The stock model's own texts are packed too."""
     bb, texts = tiny.backbone(name), rows.texts(name, TEXTS)
     found = inject.continuations(bb, rows.batch(name, texts, "left"), None, INPUT, CANDIDATES)
     for i, text in enumerate(texts):
@@ -95,6 +96,11 @@ def test_without_a_prompt(name: str) -> None:
             logits = bb.model(input_ids=torch.cat([text, torch.tensor(candidate)])[None]).logits[0, len(text) - 1 : -1]
             own = logits.log_softmax(-1).double().gather(1, torch.tensor(candidate)[:, None]).sum()
             torch.testing.assert_close(found[i, c], own, **CLOSE)
+    read: list[int] = []
+    handle = bb.layers[0].register_forward_hook(lambda module, args, output: read.append(output[0].numel()))
+    inject.continuations(bb, rows.batch(name, texts, "left"), None, INPUT, CANDIDATES)
+    handle.remove()
+    assert len(read) == (1 if name not in rows.UNPACKED else 1 + sum(len(c) > 1 for c in CANDIDATES))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gptj"])
@@ -133,6 +139,14 @@ def test_given_positions_and_embeddings(name: str) -> None:
     torch.testing.assert_close(found[0], found[1], **CLOSE)
     plain = inject.continuations(bb, replace(batch, positions=None), prompt, INPUT, CANDIDATES)
     assert not torch.allclose(found[0], plain, atol=1e-3)
+    candidate = torch.tensor(CANDIDATES[4])
+    row = torch.cat([texts[1], candidate])
+    own = torch.cat([torch.arange(9) * 2, 17 + torch.arange(len(candidate))])  # the ninth stands at 16
+    one = replace(rows.batch(name, [row]), positions=own[None])
+    one = replace(one, labels=one.labels.index_fill(1, torch.arange(9), -100))
+    output = inject.forward(bb, one, rows.single(prompts(name, INPUT)[USED[1]]), INPUT, path="concatenation")
+    chances = output.logits.log_softmax(-1).double().gather(1, candidate[:, None])
+    torch.testing.assert_close(found[0][1, 4], chances.sum(), **CLOSE)
 
 
 def judged(name: str, site: inject.Site, head: str = "lm") -> Learner:

@@ -14,9 +14,10 @@ import torch
 import yaml
 
 import local
-from softprompts import job, train
+from softprompts import inject, job, train
 from softprompts.config import ConfigError, TrainConfig, parse
 from softprompts.files import read_tensors
+from softprompts.inject import attention
 
 
 @pytest.fixture
@@ -202,3 +203,46 @@ def test_the_backbone_is_never_touched(values):
 
 def replace_steps(run, steps):
     return run.model_copy(update={"train": run.train.model_copy(update={"steps": steps})})
+
+
+def test_a_batch_of_tokens(values, tmp_path):
+    """`batch_tokens` bounds each step's tokens; a run that stops goes on with the same batches, epochs later too."""
+    values["train"]["steps"] = 30
+    changes = {"batch_tokens": 90, "batch_size": 8}
+    whole, reports = fitted(values, **changes)
+    rows = [whole.encoders[0].example(row) for row in whole.tasks[0].train]
+    assert sum(r.tokens for r in reports) > sum(len(row.ids) for row in rows)  # more than one epoch
+    assert 60 < max(r.tokens for r in reports) <= 90
+    fitted(values, tmp_path / "run", steps=25, **changes)
+    resumed, again = fitted(values, tmp_path / "run", **changes)
+    assert [r.tokens for r in again] == [r.tokens for r in reports]
+    assert torch.equal(prompt_of(whole), prompt_of(resumed))
+
+
+def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
+    plain, _ = fitted(values)
+    checked, reports = fitted(values, parity="check")
+    assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
+    assert reports[0].parity.startswith("packed against concatenation: asked for: loss differs by ")
+    assert [r.parity for r in reports[1:]] == [""] * (len(reports) - 1)
+    honest = attention._math
+
+    def wrong(seen, q, k, v, *rest):
+        return honest(seen, q, k, v * 1.01, *rest)
+
+    made = job.prepare(parse({**values, "train": {**values["train"], "parity": "check"}}))
+    inject.why_not_packed(made.learner.backbone)  # the model is found fit, and goes wrong after that
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(wrong))
+    rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
+    before = prompt_of(made).clone()
+    with pytest.raises(train.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
+        next(train.fit(made.learner, rows, made.run.train, pad=0))
+    assert torch.equal(prompt_of(made), before)
+
+
+def test_checkpointed_layers_train_the_same_prompt(values):
+    plain, reports = fitted(values)
+    again, others = fitted({**values, "model": {**values["model"], "checkpointing": True}})
+    assert again.learner.backbone.kernels.checkpoint
+    assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=1e-6)
+    torch.testing.assert_close(prompt_of(again), prompt_of(plain))

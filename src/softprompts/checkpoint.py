@@ -40,7 +40,8 @@ class Report:
     """One step: mean loss over its labels, the prompt's rate, rms(P)/rms(E), tokens read and seconds taken.
 
     tokens: of this run's own rows; seconds: of the step, which runs that train together share; score: the validation
-    score, where one was due; path: how the prompt was computed (shared, or why not).
+    score, where one was due; path: how the prompt was computed (packed, shared, or why not); parity: what comparing the
+    first batch with plain concatenation found, where that was asked for.
     """
 
     step: int
@@ -52,6 +53,7 @@ class Report:
     seconds: float
     score: float | None = None
     path: str = ""
+    parity: str = ""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,8 @@ def _train(
         with closing(fit_together(trainees, pad=pad)) as steps:
             for name, step in steps:
                 histories[name].append(step)
+                if step.parity:
+                    screen.say(f"first batch: {step.parity}")
                 screen.step(name, step)
     except TrainingError as error:
         if len(error.failed) in (0, len(jobs)):

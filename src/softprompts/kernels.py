@@ -47,9 +47,9 @@ class Kernels:
     checkpoint: bool = False
 
 
-scene: ContextVar[Callable[[], contextlib.AbstractContextManager[None]]] = ContextVar(
-    "softprompts_scene", default=contextlib.nullcontext
-)
+Scene = Callable[[], contextlib.AbstractContextManager[None]]
+
+scene: ContextVar[Scene] = ContextVar("softprompts_scene", default=contextlib.nullcontext)
 """What has to be set up again before a layer is computed a second time, in the backward pass."""
 
 
@@ -94,11 +94,13 @@ def _attention(model: Any, name: str | None) -> Iterator[None]:
     if name in (None, own):
         yield
         return
-    model.set_attn_implementation(name)
+    again = scene.set(lambda: _attention(model, name))
     try:
+        model.set_attn_implementation(name)
         yield
     finally:
         model.set_attn_implementation(own)
+        scene.reset(again)
 
 
 def linears(model: nn.Module) -> list[nn.Module]:
@@ -194,9 +196,9 @@ class _Again:
                 f"{self.name} writes into a cache that cannot be handed to it twice: gradient checkpointing is not "
                 f"possible here; leave it off, or use site 'input'"
             )
-        return self._with_cache(cache, args, kwargs)
+        return self._with_cache(cache, enter, args, kwargs)
 
-    def _with_cache(self, cache: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _with_cache(self, cache: Any, enter: Scene, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = self.number
         own = cache.layers[number]
         empty = own.keys is None
@@ -210,7 +212,7 @@ class _Again:
                 [fresh if a is cache else a for a in args],
                 {k: fresh if v is cache else v for k, v in kwargs.items()},
             )
-            with swapped(self.inside):
+            with swapped(self.inside), enter():
                 out = self.plain(*moved[0], **moved[1])
             filled.append(part)
             return out, part.keys, part.values

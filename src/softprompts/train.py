@@ -20,10 +20,10 @@ from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from softprompts import checkpoint, objectives
+from softprompts import checkpoint, objectives, parity
 from softprompts.checkpoint import CHECKPOINT, Checkpoint, Report, TrainingError, Written, check_checkpoint
 from softprompts.config import ConfigError, TrainConfig
-from softprompts.data import Encoded, order
+from softprompts.data import Batches, Encoded, collate
 from softprompts.joint import check_together, joint_steps, label_count
 from softprompts.learner import Learner
 from softprompts.prompt import Objective
@@ -107,12 +107,16 @@ def fit_together(trainees: Sequence[Trainee], *, pad: int) -> Generator[tuple[st
             yield name, report
     going: Sequence[_Course] = ()
     try:
+        found = {
+            c.trainee.name: _compared(c, states[c.trainee.name].now.step, pad) for c in courses if c.goes_on(states)
+        }
         while going := [course for course in courses if course.goes_on(states)]:
             began = time.perf_counter()
             measured = _gradients(going, [states[c.trainee.name].now.step for c in going], pad, accelerator)
             spent = time.perf_counter() - began
             # All at once, so that an interrupt finds every run at the same step.
-            states = {**states, **_updated(going, states, measured, spent, accelerator)}
+            states = {**states, **_updated(going, states, measured, spent, accelerator, found)}
+            found = {}
             ended = [course for course in going if not course.goes_on(states)]
             if ended or any(states[c.trainee.name].due(c) for c in going):
                 _save(going, states, accelerator)
@@ -160,7 +164,7 @@ class _Course:
     parameters: dict[str, nn.Parameter]
     objective: Objective
     optimiser: Any
-    batches: "_Batches"
+    batches: Batches
     written: Written | None
 
     def goes_on(self, states: Mapping[str, _State]) -> bool:
@@ -173,22 +177,6 @@ class _Course:
         with torch.no_grad():
             for name, parameter in self.parameters.items() if not state.failed else ():
                 parameter.copy_(state.tensors.get(f"best.{name}", parameter))
-
-
-class _Batches:
-    """The rows of every micro-batch, as a pure function of its number."""
-
-    def __init__(self, rows: Sequence[Encoded], size: int, seed: int) -> None:
-        self.rows, self.size, self.seed = rows, size, seed
-        self.lengths = [len(row.ids) for row in rows]
-        self.count = -(-len(rows) // size)
-        self.epoch, self.order = -1, [[0]]
-
-    def at(self, number: int) -> list[Encoded]:
-        epoch, index = divmod(number, self.count)
-        if epoch != self.epoch:
-            self.epoch, self.order = epoch, order(self.lengths, self.size, self.seed, epoch)
-        return [self.rows[i] for i in self.order[index]]
 
 
 def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
@@ -205,7 +193,7 @@ def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
     for one in trainees:
         parameters = one.learner.parameters()
         optimiser = _optimiser(one.learner, parameters, one.config)
-        batches = _Batches(one.rows, one.config.batch_size, one.seed)
+        batches = Batches(one.rows, one.config.batch_size, one.seed, one.config.batch_tokens)
         written = checkpoint.place(one.directory, one.rows, one.seed, one.settings)
         courses.append(_Course(one, parameters, objectives.weigh(one.config.objectives), optimiser, batches, written))
     if accelerator.is_main_process:
@@ -228,6 +216,24 @@ def _save(courses: Sequence[_Course], states: Mapping[str, _State], accelerator:
     """Write the checkpoints of all `courses` as one."""
     if accelerator.is_main_process:
         checkpoint.write([(c.written, states[c.trainee.name].now) for c in courses if c.written is not None])
+
+
+def _compared(course: _Course, step: int, pad: int) -> str:
+    """What the comparison of the next batch with plain concatenation found, where it is asked for.
+
+    Raises TrainingError when the two differ by more than rounding.
+    """
+    one = course.trainee
+    if one.config.parity == "off":
+        return ""
+    batch = collate(course.batches.at(step * one.config.accumulate), pad).to(one.learner.backbone.device)
+    found = parity.compare(one.learner, batch, course.objective)
+    if not found.holds:
+        raise TrainingError(
+            f"the first batch does not come out as by plain concatenation: {found}. Nothing was trained; set "
+            f"model.attention to eager and model.products to torch, and please report the model"
+        )
+    return str(found)
 
 
 def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, accelerator: Accelerator) -> list[_Measured]:
@@ -291,16 +297,19 @@ def _updated(
     measured: Sequence[_Measured],
     spent: float,
     accelerator: Accelerator,
+    compared: Mapping[str, str],
 ) -> dict[str, _State]:
     """The states after each run has made its step with its gradients."""
     found = {}
     for course, one in zip(going, measured, strict=True):
         name = course.trainee.name
-        found[name] = _update(course, states[name], one, spent, accelerator)
+        found[name] = _update(course, states[name], one, spent, accelerator, compared.get(name, ""))
     return found
 
 
-def _update(course: _Course, state: _State, measured: _Measured, spent: float, accelerator: Accelerator) -> _State:
+def _update(
+    course: _Course, state: _State, measured: _Measured, spent: float, accelerator: Accelerator, compared: str
+) -> _State:
     """The run's state after one optimiser step, or its last good one, put back, where the loss was not a number."""
     began, one, now = time.perf_counter(), course.trainee, state.now
     config, parameters, optimiser = one.config, course.parameters, course.optimiser
@@ -318,7 +327,7 @@ def _update(course: _Course, state: _State, measured: _Measured, spent: float, a
         score = _agreed(one.validate(), accelerator)
     ratio, seconds = _rms_ratio(one.learner), spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
-    report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path)
+    report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path, compared)
     # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
     return _State(checkpoint.capture(now, parameters, optimiser, report), now)
 

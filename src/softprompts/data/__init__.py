@@ -1,6 +1,6 @@
 """From files to batches: sources give rows, a task gives them words, an encoder tokens, collate batches."""
 
-from softprompts.data.collate import collate, evaluation_order, order
+from softprompts.data.collate import Batches, collate, evaluation_order, order
 from softprompts.data.encode import Encoded, Encoder
 from softprompts.data.packaged import PACKAGED, Packaged
 from softprompts.data.sources import read
@@ -10,6 +10,7 @@ from softprompts.data.template import DataError, Row
 
 __all__ = [
     "PACKAGED",
+    "Batches",
     "DataError",
     "Encoded",
     "Encoder",

@@ -61,23 +61,22 @@ def _labels(rows: Sequence[Encoded]) -> Tensor | None:
     raise ValueError("the rows of the batch have labels of different kinds: tasks that share a batch must share a head")
 
 
-def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, tokens: int | None = None) -> list[list[int]]:
     """The batches of one epoch as row indices: every index once, rows of similar length together, in random order.
 
     A pure function of its arguments, so that a resumed run rebuilds it. Rows are shuffled, cut into pools of 50
     batches, sorted by length within a pool and cut into batches, which are shuffled; the last, smaller one is kept.
+    tokens: as for `evaluation_order`.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, given {batch_size}")
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths)).tolist()
     pool = POOL * batch_size
     sorted_pools = [
         index
-        for at in range(0, len(shuffled), pool)
+        for at in range(0, len(shuffled), max(1, pool))
         for index in sorted(shuffled[at : at + pool], key=lengths.__getitem__)
     ]
-    batches = [sorted_pools[at : at + batch_size] for at in range(0, len(sorted_pools), batch_size)]
+    batches = _cut(sorted_pools, lengths, batch_size, tokens)
     return [batches[i] for i in random.permutation(len(batches)).tolist()]
 
 
@@ -86,13 +85,45 @@ def evaluation_order(lengths: Sequence[int], batch_size: int, tokens: int | None
 
     tokens: the most that a batch may have, padding to its longest row counted; a row that is longer is one by itself.
     """
+    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return _cut(by_length, lengths, batch_size, tokens)
+
+
+def _cut(indices: Sequence[int], lengths: Sequence[int], batch_size: int, tokens: int | None) -> list[list[int]]:
+    """`indices` in batches of at most so many rows and tokens."""
     for name, given in (("batch_size", batch_size), ("tokens", tokens)):
         if given is not None and given < 1:
             raise ValueError(f"{name} must be at least 1, given {given}")
     batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+    longest = 0
+    for index in indices:
+        longest = max(longest, lengths[index])
         full = not batches or len(batches[-1]) == batch_size
-        if full or (tokens is not None and lengths[batches[-1][0]] * (len(batches[-1]) + 1) > tokens):
+        if full or (tokens is not None and longest * (len(batches[-1]) + 1) > tokens):
             batches.append([])
+            longest = lengths[index]
         batches[-1].append(index)
     return batches
+
+
+class Batches:
+    """The rows of every micro-batch of a run, as a pure function of its number; epoch after epoch in `order`."""
+
+    def __init__(self, rows: Sequence[Encoded], size: int, seed: int, tokens: int | None = None) -> None:
+        self.rows, self.size, self.seed, self.tokens = rows, size, seed, tokens
+        self.lengths = [len(row.ids) for row in rows]
+        self.epoch, self.first, self.batches = 0, 0, self._order(0)
+
+    def at(self, number: int) -> list[Encoded]:
+        """The rows of micro-batch `number`, counted from 0 over all epochs."""
+        if number < self.first:
+            self.epoch, self.first, self.batches = 0, 0, self._order(0)
+        # How many batches an epoch has depends on its order where they are cut by tokens, so epochs are counted up.
+        while number >= self.first + len(self.batches):
+            self.first += len(self.batches)
+            self.epoch += 1
+            self.batches = self._order(self.epoch)
+        return [self.rows[i] for i in self.batches[number - self.first]]
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        return order(self.lengths, self.size, self.seed, epoch, self.tokens)

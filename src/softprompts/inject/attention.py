@@ -63,9 +63,11 @@ class Group:
     full: bool
 
     def spread(self, packed: Tensor) -> Tensor:
-        """Packed tokens [tokens, h, d] as [N, K, h, d]; padding repeats the first token."""
+        """Packed tokens [tokens, h, d] as [N, K, h, d]; padding repeats the first token (zeros where there is none)."""
         if self.full:
             return packed.view(*self.index.shape, *packed.shape[1:])
+        if not len(packed):
+            return packed.new_zeros(*self.index.shape, *packed.shape[1:])
         return _Spread.apply(packed, self.index, self.inverse)
 
     def gather(self, padded: Tensor) -> Tensor:
@@ -110,7 +112,7 @@ class Packing:
 
     prompts: the U prompts where they stand in the sequence (None: their keys and values are given); texts: the B rows,
     None in a pass over prompts alone; row [B]: each text's prompt; prompt_places: of all U prompts; given: each
-    layer's keys and values [U, heads, P, d]; sliding: whether each layer looks through a window.
+    layer's keys and values [U, heads, P, d]; sliding: each layer's window, as the cache knows it.
     What a pass leaves behind: `called`, the layers that came here, and with `keep` their prompts' keys and values.
     `asked`: the queries are these groups' tokens alone, and keys and values those `captured` (see `last_layer`).
     """
@@ -119,7 +121,7 @@ class Packing:
     texts: Group | None
     row: Tensor
     prompt_places: Places
-    sliding: tuple[bool, ...]
+    sliding: tuple[int | None, ...]
     given: tuple[tuple[Tensor, Tensor], ...] | None = None
     keep: bool = False
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -141,17 +143,18 @@ class Seen:
     """Which keys each query may see, `allowed` [N, 1, Q, K], and the same in the form that products want."""
 
     allowed: Tensor
-    added: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    added: dict[tuple[torch.dtype, int, int], Tensor] = field(default_factory=dict)
 
     def bias(self, dtype: torch.dtype, heads: int, groups: int) -> Tensor:
         """What is added to scores [N * heads, groups * Q, K]."""
-        if dtype not in self.added:
+        key = (dtype, heads, groups)  # layers may differ in heads
+        if key not in self.added:
             # Not minus infinity: a padded query sees nothing, and must come out as a number.
             low = torch.finfo(dtype).min / 2
             added = torch.zeros_like(self.allowed, dtype=dtype).masked_fill_(~self.allowed, low)
             n, _, q, k = added.shape
-            self.added[dtype] = added[:, :, None].expand(n, heads, groups, q, k).reshape(n * heads, groups * q, k)
-        return self.added[dtype]
+            self.added[key] = added[:, :, None].expand(n, heads, groups, q, k).reshape(n * heads, groups * q, k)
+        return self.added[key]
 
 
 class Captured(Exception):
@@ -234,7 +237,7 @@ def _attention(core: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]
         """Attention of one layer: query [1, heads, M, d], key and value [1, kv heads, M, d] -> [1, M, heads, d]."""
         packing = _current.get()
         assert packing is not None, "packed attention outside packed_attention()"
-        layer = _check(module, packing, sliding_window)
+        layer = _check(module, packing, sliding_window, others)
         q, k, v = (t.transpose(1, 2)[0] for t in (query, key, value))  # [M, heads, d]
         if _capturing.get():
             raise Captured((k, v))
@@ -251,13 +254,22 @@ def _attention(core: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]
     return attend
 
 
-def _check(module: nn.Module, packing: Packing, window: int | None) -> int:
-    """The layer's number; raises Unpackable where its attention is not what its cache says."""
+def _check(module: nn.Module, packing: Packing, window: int | None, others: dict[str, Any]) -> int:
+    """The layer's number; raises Unpackable where its attention wants more, or is not what its cache says.
+
+    Seen on a few tokens, a long window or a small share of attention that goes nowhere would pass for rounding.
+    """
     layer = getattr(module, "layer_idx", None)
     if layer is None:
         raise Unpackable("its attention does not know its layer")
     if packing.sliding[layer] and window is None:
         raise Unpackable("its attention keeps its window to itself")
+    if packing.sliding[layer] != window:
+        raise Unpackable(f"its attention has a window of {window} tokens and its cache one of {packing.sliding[layer]}")
+    if not getattr(module, "is_causal", True):
+        raise Unpackable("its attention looks both ways")
+    if others.get("s_aux") is not None:
+        raise Unpackable("its attention has sinks")
     return int(layer)
 
 
@@ -312,7 +324,8 @@ def _math(seen: Seen, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: fl
     else:
         scores = bias + softcap * torch.tanh(torch.bmm(rows, k.transpose(1, 2)) * (scale / softcap))
     out = torch.bmm(scores.softmax(-1), v)
-    return out.view(n, shared, groups, queries, size).permute(0, 3, 1, 2, 4).reshape(n, queries, heads, size)
+    # Values may be of another size than keys (latent attention).
+    return out.view(n, shared, groups, queries, -1).permute(0, 3, 1, 2, 4).reshape(n, queries, heads, v.shape[-1])
 
 
 def _fused(seen: Seen, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import CAUSAL, Backbone, BackboneError
-from softprompts.inject.packed import Prefix
+from softprompts.inject.packed import Prefix, why_not_packed
 from softprompts.inject.read import Reading, choose_path, placed, read
 from softprompts.inject.score import LOGITS, forward, head
-from softprompts.inject.sites import Site
+from softprompts.inject.sites import Site, width
 from softprompts.prompt import IGNORE, Batch, Prompt
 
 Tokens = tuple[int, ...]
@@ -89,11 +89,21 @@ def continuations(
         )
     tree = branches(candidates)
     batch = replace(batch, labels=None)
+    if prompt is None and path is None and backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
+        site, prompt = _nothing(backbone, batch)
     chosen, _ = choose_path(backbone, placed(backbone, batch, site), prompt, site, path, prefix)
-    if chosen == "packed":
-        assert prompt is not None
-        return _branched(backbone, batch, prompt, site, tree, path, prefix)
-    return _one_by_one(backbone, batch, prompt, site, candidates, path, prefix)
+    with backbone.running():  # the head too
+        if chosen == "packed":
+            assert prompt is not None
+            return _branched(backbone, batch, prompt, site, tree, path, prefix)
+        return _one_by_one(backbone, batch, prompt, site, candidates, path, prefix)
+
+
+def _nothing(backbone: Backbone, batch: Batch) -> tuple[Site, Prompt]:
+    """No prompt as one of no tokens, behind which rows can be packed as behind others."""
+    site, row = Site("kv"), torch.zeros(len(batch.ids), dtype=torch.long, device=batch.ids.device)
+    values = torch.zeros(1, 0, width(backbone, site), device=row.device)
+    return site, Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
 
 
 def _branched(
