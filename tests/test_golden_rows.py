@@ -153,6 +153,21 @@ def test_rows_without_labels(name: str) -> None:
     assert values.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt"])
+def test_batch_without_any_text(name: str) -> None:
+    """Prompts alone score the first token, on every path the same."""
+    bb, found = tiny.backbone(name), []
+    empty = rows.batch(name, rows.texts(name, (2, 3)))
+    empty = replace(empty, mask=torch.zeros_like(empty.mask), labels=None)
+    for path in rows.paths(name, INPUT):
+        values = [rows.random(i, n, bb.features).requires_grad_() for i, n in enumerate((3, 8))]
+        last = inject.forward(bb, empty, rows.several(values, [1, 0]), INPUT, path=path).last
+        found.append((last, torch.autograd.grad((last * rows.random(9, *last.shape)).sum(), values)))
+    for last, gradients in found[:-1]:
+        torch.testing.assert_close(last, found[-1][0], **CLOSE)
+        torch.testing.assert_close(gradients, found[-1][1], atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.MAIN)
 def test_labels_on_padding_do_not_count(name: str) -> None:

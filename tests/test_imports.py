@@ -54,7 +54,7 @@ OURS = {
     "conversion": "",
     "assets": "backbone config conversion",
     "variants": "config",
-    "checkpoint": "data files",
+    "checkpoint": "backbone data files machine",
     "joint": "config data learner prompt",
     "train": MODELS,
     "evaluate": MODELS,

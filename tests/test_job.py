@@ -7,10 +7,12 @@ import torch
 
 import local
 import tokenizers_tiny
-from softprompts import artefact, assets, backbone, evaluate, inject, job
+from softprompts import artefact, assets, backbone, evaluate, inject, job, loading, tune
 from softprompts.artefact import ArtefactError
+from softprompts.backbone import BackboneError
 from softprompts.config import ConfigError, EvaluateConfig, Run, parse
 from softprompts.inject import Site
+from softprompts.kernels import Kernels
 from softprompts.prompt import Batch, Prompt
 
 
@@ -170,3 +172,60 @@ def test_the_default_model_shares_its_prefix_exactly():
     for loss, gradient in found[:-1]:
         torch.testing.assert_close(loss, found[-1][0], rtol=1e-5, atol=0)
         assert (gradient - found[-1][1]).norm() < 1e-4 * found[-1][1].norm()
+
+
+def test_results_tell_what_the_run_was_made_with(values, tmp_path):
+    products = "onednn" if torch.backends.mkldnn.is_available() else "torch"
+    values["model"] |= {"products": products, "attention": "packed-fused", "checkpointing": True}
+    machine = job.execute(parse(values))["machine"]
+    chosen = {"rows": "packed", "core": "fused", "products": products, "checkpoint": True, "compiled": False}
+    assert {key: machine["kernels"][key] for key in chosen} == chosen
+    assert (machine["device"], machine["dtype"], machine["threads"]) == ("cpu", "float32", 1)
+    assert machine["paths"] == {"packed": 3}
+    assert "kernels.core" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeypatch):
+    """What was measured may be lost, or the run moved to another machine: equal up to rounding, and told."""
+    values["train"] |= {"checkpoint_every": 1}
+    steps = []
+
+    def stop(_, report):
+        steps.append(report.step)
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(parse(values), job.Screen(step=stop))
+    choice = tune.Choice(Kernels(core="fused"), {})
+    monkeypatch.setattr(tune, "choose", lambda *_, **__: choice)
+    said = []
+    results = job.execute(parse(values), job.Screen(say=said.append))
+    line = "from step 3 on computed with core fused, before with core math: the same up to rounding, not to the bit"
+    assert line in said
+    assert line in results["warnings"]
+    assert [bool(row["machine"]) for row in results["curve"]] == [True, False, True]
+    assert job.execute(parse(values))["warnings"] == results["warnings"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "no attention 'nonsense'; possible: packed, packed-fused, eager, .*sdpa"),
+        ("packt", "no attention 'packt'; did you mean 'packed'"),
+    ],
+)
+def test_an_attention_that_is_not_there_is_named(values, name, message):
+    values["model"] |= {"attention": name}
+    with pytest.raises(BackboneError, match=message):
+        job.prepare(parse(values))
+
+
+def test_an_attention_whose_package_is_missing_is_one_line(values, monkeypatch):
+    def missing(*_, **__):
+        raise ImportError("flash is not here.")
+
+    monkeypatch.setattr(loading, "load", missing)
+    values["model"] |= {"attention": "flash_attention_2"}
+    with pytest.raises(BackboneError, match="'flash_attention_2' cannot be used here: flash is not here"):
+        job.prepare(parse(values))

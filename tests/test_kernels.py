@@ -28,6 +28,7 @@ MANY = {
     "again": Kernels(checkpoint=True),
     "again, onednn": Kernels(checkpoint=True, products="onednn"),
     "again, cache": Kernels(rows="shared", checkpoint=True),
+    "again, cache, other attention": Kernels(rows="shared", checkpoint=True, attention="eager"),
 }
 
 
@@ -233,7 +234,36 @@ def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     mistral = b.wrap(tiny.model("mistral"), name="mistral")
     monkeypatch.setattr(mistral.model.config, "sliding_window", None)
-    monkeypatch.setattr("softprompts.inject.packed.sliding", lambda backbone: (True,) * 3)
+    monkeypatch.setattr("softprompts.inject.packed.sliding", lambda backbone: (6,) * 3)
     assert inject.why_not_packed(mistral) == (
         "MistralForCausalLM cannot pack rows: its attention keeps its window to itself"
     )
+    # A window that is longer than the few tokens that are tried.
+    monkeypatch.setattr("softprompts.inject.packed.sliding", lambda backbone: (4096,) * 3)
+    other = b.wrap(tiny.model("mistral"), name="mistral")
+    assert inject.why_not_packed(other) == (
+        "MistralForCausalLM cannot pack rows: its attention has a window of 6 tokens and its cache one of 4096"
+    )
+
+
+def test_a_model_that_fails_when_packed_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong with packed rows, the next best path is taken; running out of memory says nothing."""
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(broken))
+    bb = replace(tiny.backbone("llama"), known={})
+    before = state(bb)
+    assert inject.why_not_packed(bb) == "LlamaForCausalLM fails with packed rows (RuntimeError: no kernel)"
+    assert step(bb, "llama", INPUT)[0].path == "shared"
+    assert state(bb) == before
+
+    def full(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(full))
+    bb = replace(tiny.backbone("llama"), known={})
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        inject.why_not_packed(bb)
+    assert "packed" not in bb.known

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -277,3 +278,33 @@ def test_the_example_and_the_page_list_runs_that_can_be():
     (block,) = re.findall(r"^```yaml\n(.*?)^```", (root / "docs" / "many-prompts.md").read_text(), re.M | re.S)
     found = variants(parse(yaml.safe_load(block)))
     assert (found["long"].prompt.length, found["films"].tasks[0].source) == (50, "movies")
+
+
+def test_names_that_may_be_one_folder_are_refused(values):
+    with pytest.raises(ConfigError, match="'a' and 'A', which may be one folder; their names must differ"):
+        variants(parse({**values, "runs": [{"name": "a"}, {"name": "A"}]}))
+    with pytest.raises(ConfigError, match="entry 1 needs a name that can be a folder, given ' '"):
+        variants(parse({**values, "runs": [{"name": " "}]}))
+
+
+def test_next_commands_can_be_pasted_where_a_folder_has_a_space(values, tmp_path):
+    values |= {"out": str(tmp_path / "my runs"), "runs": [{"name": "a"}, {"name": "b c", "seed": 1}]}
+    lines = [shlex.split(line) for line in job.execute(parse(values))["next"]]
+    prompts = [str(tmp_path / "my runs" / name / "prompt") for name in ("a", "b c")]
+    assert [line[2] for line in lines[:3]] == prompts[:1] * 3
+    assert lines[3] == ["softprompts", "evaluate", *prompts]
+
+
+def test_a_rate_that_the_optimiser_cannot_hold_is_refused(values):
+    """Adam's step would not fit a float32, and its error would take the other runs along."""
+    runs = [{"name": "a"}, {"name": "b", "train.rate": 1e38, "train.rate_unit": "absolute"}]
+    with pytest.raises(ConfigError, match=r"runs 'b': train.rate: .* less than or equal to 1000000000 \(given: 1e\+38"):
+        variants(parse({**values, "runs": runs}))
+
+
+def test_the_largest_rate_that_is_allowed_does_not_break_the_optimiser(values):
+    wild = {"name": "b", "train": {"rate": 1e9, "rate_unit": "absolute", "schedule": "constant"}}
+    found = job.execute(parse({**values, "runs": [{"name": "a"}, wild]}))
+    alone = job.execute(parse({**values, "out": f"{values['out']}-alone"}))
+    assert found["runs"][0]["steps"] == 4
+    assert found["runs"][0]["loss"] == pytest.approx(alone["curve"][-1]["loss"], abs=1e-4)

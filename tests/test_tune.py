@@ -63,6 +63,8 @@ def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
     assert tune.choose(bb, attention="packed-fused").kernels == Kernels(core="fused", products="onednn")
     assert tune.choose(bb, attention="sdpa", products="torch").kernels == Kernels(rows="shared")
     assert tune.choose(bb, products="torch", compiled=True).kernels == Kernels(compiled=True)
+    with pytest.raises(BackboneError, match="attention 'packed-fused' is not possible: .*caps scores"):
+        tune.choose(tiny.backbone("gemma2"), attention="packed-fused")
     for name, reason in (("bloom", "has an attention of its own kind"), ("t5", "an encoder's prompt sees the text")):
         with pytest.raises(BackboneError, match=f"attention 'packed' is not possible: .*{reason}; leave"):
             tune.choose(tiny.backbone(name), attention="packed")
@@ -105,3 +107,9 @@ def test_a_kernel_that_fails_is_no_candidate(clock: dict[str, float], monkeypatc
 
     monkeypatch.setattr(tune, "_clock", timed)
     assert "packed-fused" not in tune.choose(tiny.backbone("llama")).seconds
+
+    def none(*_: Any) -> float:
+        raise RuntimeError("nothing runs")
+
+    monkeypatch.setattr(tune, "_clock", none)
+    assert tune.choose(tiny.backbone("qwen2")) == tune.Choice(Kernels(), {})

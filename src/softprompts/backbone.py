@@ -175,6 +175,8 @@ class Backbone:
         """Why a prefix cannot be shared through a cache, or None where it can."""
         if not self.family.caches:
             return "an encoder's prompt sees the text"
+        if any(getattr(m, "is_causal", None) is False and hasattr(m, "layer_idx") for m in self.trunk.modules()):
+            return f"{type(self.model).__name__} looks both ways, so its prompt sees the text"
         if "past_key_values" not in self.trunk_arguments or self.model._is_stateful:
             return f"{type(self.model).__name__} keeps a state that is no key-value cache"
         kinds = {type(layer) for layer in self.new_cache().layers} - {DynamicLayer, DynamicSlidingWindowLayer}

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
+from softprompts.backbone import Backbone
 from softprompts.data import Encoded
 from softprompts.files import read_tensors, write_tensors
+from softprompts.machine import chip
 
 CHECKPOINT = "checkpoint.safetensors"
 STAGED = "checkpoint.next.safetensors"
@@ -41,7 +43,8 @@ class Report:
 
     tokens: of this run's own rows; seconds: of the step, which runs that train together share; score: the validation
     score, where one was due; path: how the prompt was computed (packed, shared, or why not); parity: what comparing the
-    first batch with plain concatenation found, where that was asked for.
+    first batch with plain concatenation found, where that was asked for; machine: what it was computed with, at the
+    first step and wherever that changed.
     """
 
     step: int
@@ -54,6 +57,7 @@ class Report:
     score: float | None = None
     path: str = ""
     parity: str = ""
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ class Written:
 
     file: Path
     fixed: Mapping[str, Any]
+
+
+def machine_of(backbone: Backbone) -> dict[str, Any]:
+    """What steps are computed with: device, number format, threads, kernels.
+
+    Other kernels give other rounding, so only steps with the same of all these are repeatable to the bit.
+    """
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    facts = {"device": str(backbone.device), "chip": chip(backbone.device), "dtype": dtype}
+    return {**facts, "threads": torch.get_num_threads(), "kernels": asdict(backbone.kernels)}
 
 
 def place(

@@ -146,9 +146,9 @@ class TrainConfig(Section):
     parity: Literal["off", "check"] = "off"  # check: compare the first batch with plain concatenation before training
     accumulate: int = Field(default=1, ge=1)
     optimiser: Literal["adamw", "adafactor"] = "adamw"
-    rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    rate: float = Field(default=0.1, gt=0, le=1e9, allow_inf_nan=False)
     rate_unit: Literal["rms", "absolute"] = "rms"  # rms: in units of the embedding table's rms
-    head_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)  # absolute: for a trained head
+    head_rate: float = Field(default=1e-3, gt=0, le=1e9, allow_inf_nan=False)  # absolute: for a trained head
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)

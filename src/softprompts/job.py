@@ -26,7 +26,7 @@ from softprompts.prepare import (
     prepare_together,
     settings_of,
 )
-from softprompts.results import compare, next_commands, page_of, prompt_directory, versions
+from softprompts.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
 from softprompts.train import Report, Trainee, TrainingError, check_checkpoint, fit_together, is_main_process
 from softprompts.variants import variants
 
@@ -154,6 +154,9 @@ def _train(
                 if step.parity:
                     screen.say(f"first batch: {step.parity}")
                 screen.step(name, step)
+        for name, history in histories.items():
+            for line in machine_changes(history):
+                screen.say(f"{name}: {line}" if name else line)
     except TrainingError as error:
         if len(error.failed) in (0, len(jobs)):
             raise

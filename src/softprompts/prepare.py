@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softprompts import artefact, assets, backbone, init, inject, loading, machine, metrics, objectives, tune
 from softprompts.artefact import Artefact
@@ -61,20 +62,28 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callab
     """
     machine.choose_threads(config.threads)
     _check_model_name(config.name)
+    _check_attention(config.attention)
     path = assets.fetch(config.name, say) if assets.is_asset(config.name) else None
     say(f"loading {config.name}")
-    loaded = loading.load(
-        config.name,
-        path=path,
-        revision=config.revision,
-        head=config.head,
-        dtype=config.dtype,
-        device=config.device,
-        attention=None if config.attention in tune.PACKED else config.attention,
-        labels=labels,
-        quantise=config.quantise,
-        device_map=config.device_map,
-    )
+    try:
+        loaded = loading.load(
+            config.name,
+            path=path,
+            revision=config.revision,
+            head=config.head,
+            dtype=config.dtype,
+            device=config.device,
+            attention=None if config.attention in tune.PACKED else config.attention,
+            labels=labels,
+            quantise=config.quantise,
+            device_map=config.device_map,
+        )
+    except ImportError as error:
+        if config.attention is None:
+            raise
+        raise BackboneError(
+            f"attention '{config.attention}' cannot be used here: {error} Leave model.attention out, or use sdpa"
+        ) from None
     return _with_kernels(loaded, config, say)
 
 
@@ -101,6 +110,16 @@ def _check_model_name(name: str) -> None:
         raise BackboneError(
             f"no model '{name}'{closest(name, models)} packaged: {', '.join(models)} (`softprompts assets list`); or "
             f"give a local directory, or a hub name such as owner/model"
+        )
+
+
+def _check_attention(name: str | None) -> None:
+    """Raise BackboneError for an attention that neither we nor transformers have; names with a slash are its own."""
+    known = [*tune.PACKED, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and name not in known and "/" not in name:
+        plain = [one for one in known if "|" not in one]
+        raise BackboneError(
+            f"no attention '{name}'{closest(name, known)} possible: {', '.join(plain)}; or leave it out"
         )
 
 

@@ -266,7 +266,12 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 def _run(results: Mapping[str, Any]) -> str:
     parts = []
-    for title, key in (("Configuration", "config"), ("Seeds", "seeds"), ("Versions", "versions")):
+    for title, key in (
+        ("Configuration", "config"),
+        ("Seeds", "seeds"),
+        ("Machine", "machine"),
+        ("Versions", "versions"),
+    ):
         if results.get(key):
             rows = [(name, Markup(f"<code>{_safe(value)}</code>")) for name, value in _flat(results[key])]
             parts.append(f"<details><summary>{title}</summary>{table(['name', 'value'], rows, title)}</details>\n")

@@ -1,5 +1,6 @@
 """What a run leaves to read: the content of results.json and of the page."""
 
+import itertools
 import json
 import platform
 import shlex
@@ -12,10 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from softprompts import __version__, metrics
-from softprompts.checkpoint import Report
+from softprompts.checkpoint import Report, machine_of
 from softprompts.config import Run
 from softprompts.data import Encoder, Row, Task, classes
 from softprompts.evaluate import Answer, Evaluation
@@ -32,6 +31,19 @@ def versions() -> dict[str, str]:
     """What the figures were made with."""
     names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
     return {"softprompts": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+
+
+def machine_changes(history: Sequence[Report]) -> list[str]:
+    """A line for each step from which on a run was computed with something else, as after a resume elsewhere."""
+    lines = []
+    for before, after in itertools.pairwise(report for report in history if report.machine):
+        was, now = (dict.fromkeys(report.machine.split(", ")) for report in (before, after))
+        new, old = ([fact for fact in one if fact not in other] for one, other in ((now, was), (was, now)))
+        lines.append(
+            f"from step {after.step} on computed with {', '.join(new)}, before with {', '.join(old)}: the same up to "
+            f"rounding, not to the bit"
+        )
+    return lines
 
 
 def page_of(
@@ -69,13 +81,8 @@ def page_of(
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
         "versions": versions(),
-        "machine": {
-            "device": str(learner.backbone.device),
-            "dtype": str(learner.backbone.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "paths": dict(Counter(r.path for r in history)),
-        },
-        "warnings": list(task.notes),
+        "machine": {**machine_of(learner.backbone), "paths": dict(Counter(r.path for r in history))},
+        "warnings": [*task.notes, *machine_changes(history)],
         "next": next_commands(run, task),
     }
     if after is not None:
@@ -126,6 +133,7 @@ def compare(
         "groups": _groups(rows),
         "config": run.model_dump(mode="json"),
         "versions": versions(),
+        "machine": machine_of(backbone),
         "warnings": [f"run '{name}' failed: {message}" for name, message in failed.items()],
         "next": _next_of_several(jobs, pages),
     }
@@ -174,7 +182,7 @@ def _next_of_several(jobs: Mapping[str, Job], pages: Mapping[str, Sequence[Mappi
     lines: list[str] = list(pages[name][0]["next"])
     job, task = jobs[name], jobs[name].tasks[0]
     alike = [
-        str(prompt_directory(Path(other.run.out), task.name, len(other.tasks)))
+        shlex.quote(str(prompt_directory(Path(other.run.out), task.name, len(other.tasks))))
         for key, other in jobs.items()
         if key in pages
         and other.tasks[0].format == task.format
@@ -243,7 +251,7 @@ def _plain(value: Any) -> str | None:
 
 def next_commands(run: Run, task: Task) -> list[str]:
     """What a user may want to type after a run."""
-    where = prompt_directory(Path(run.out), task.name, len(run.tasks))
+    where = shlex.quote(str(prompt_directory(Path(run.out), task.name, len(run.tasks))))
     column = task.format.columns[0]
     texts = [str(row[column]) for row in (*task.test, *task.train)[:100]]
     # A text without quotation marks needs no more than two of them on a command line.

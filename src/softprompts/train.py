@@ -327,9 +327,19 @@ def _update(
         score = _agreed(one.validate(), accelerator)
     ratio, seconds = _rms_ratio(one.learner), spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
-    report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path, compared)
+    machine = _machine_if_new(one.learner, now)
+    report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path, compared, machine)
     # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
     return _State(checkpoint.capture(now, parameters, optimiser, report), now)
+
+
+def _machine_if_new(learner: Learner, now: Checkpoint) -> str:
+    """What this step is computed with, where the last one was computed with something else; else an empty string."""
+    before = next((report.machine for report in reversed(now.history) if report.machine), "")
+    facts = checkpoint.machine_of(learner.backbone)
+    flat = {**{name: value for name, value in facts.items() if name != "kernels"}, **facts["kernels"]}
+    machine = ", ".join(f"{name} {value}" for name, value in flat.items())
+    return "" if machine == before else machine
 
 
 def _agreed(score: float, accelerator: Accelerator) -> float:

@@ -74,7 +74,8 @@ def choose(
 
 
 def _check_packable(backbone: Backbone, attention: str) -> None:
-    reason = inject.why_not_packed(backbone) if backbone.family.shifted else "an encoder's prompt sees the text"
+    tried = replace(backbone, kernels=Kernels(core=PACKED[attention]), known={})
+    reason = inject.why_not_packed(tried) if backbone.family.shifted else "an encoder's prompt sees the text"
     if reason is not None:
         raise BackboneError(f"attention '{attention}' is not possible: {reason}; leave model.attention out")
 
@@ -133,7 +134,7 @@ def _fastest(
                 continue
             if turn > 0:  # the first turn warms up
                 seconds[name] = min(seconds[name], round(taken, 6))
-    best = next(iter(seconds))
+    best = next(iter(seconds), next(iter(candidates)))
     for name in seconds:
         if seconds[name] < BETTER * seconds[best]:
             best = name

@@ -69,13 +69,15 @@ def cross(run: Run, lists: Mapping[str, Iterable[Any]]) -> Run:
 
 def _variant_name(entry: Mapping[str, Any], number: int, taken: Iterable[str]) -> str:
     name = str(entry.get("name", ""))
-    if not name or name in (".", "..") or "/" in name or "\\" in name:
+    if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(
             f"runs: entry {number + 1} needs a name that can be a folder, given {entry.get('name')!r}; write it as "
             f"{{name: a, seed: 1}}"
         )
-    if name in taken:
-        raise ConfigError(f"runs: two entries are called '{name}'; their names must differ")
+    # Some file systems do not tell small letters from capitals.
+    if twin := [other for other in taken if other.casefold() == name.casefold()]:
+        called = f"'{name}'" if name in twin else f"'{twin[0]}' and '{name}', which may be one folder"
+        raise ConfigError(f"runs: two entries are called {called}; their names must differ")
     return name
 
 

@@ -289,7 +289,7 @@ def _pieces(packing: Packing, layer: int, q: Tensor, k: Tensor, v: Tensor) -> It
             yield "prompt", ask_prompts.spread(qp), ask_prompts, *front, packing.prompt_places
     elif packing.given is not None:
         front = packing.given[layer]
-    if packing.texts is None or ask_texts is None:
+    if packing.texts is None or ask_texts is None or not len(packing.texts.inverse):
         return
     keys, values = packing.texts.spread(k).transpose(1, 2), packing.texts.spread(v).transpose(1, 2)
     places = packing.texts.places

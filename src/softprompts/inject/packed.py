@@ -135,8 +135,8 @@ def run(
         sliding(backbone),
         given=None if prefix is None else prefix.layers,
     )
-    text = batch.embeds.flatten(0, 1)[_flat(batch.mask)]
-    ids = _positions(batch, prompt, branch)
+    text = batch.embeds.flatten(0, 1)[texts.inverse]
+    ids = _positions(batch, prompt, branch)[texts.inverse]
     output = _pass(backbone, packing, inside, site, text, ids, wanted)
     states = output.last_hidden_state[0]
     own = 0 if front is None else len(front.inverse)
@@ -179,7 +179,7 @@ def _pass(
     embeds, positions = text, ids
     if prompt is not None:
         assert packing.prompts is not None
-        chosen = _flat(packing.prompts.mask)
+        chosen = packing.prompts.inverse
         values = prompt.values
         if site.name == "layers":
             values = by_layer(values, backbone)[0]
@@ -266,9 +266,9 @@ def check_depth(backbone: Backbone, mask: Tensor, branch: Tensor, prompt: Prompt
 
 
 def _positions(batch: Batch, prompt: Prompt, branch: Tensor | None) -> Tensor:
-    """Positions [tokens] of the packed text: behind the prompt, counted or as the caller gives them."""
+    """Positions [B * T] of the text: behind the prompt, counted or as the caller gives them."""
     own = _depth(batch.mask.bool(), branch) if batch.positions is None else batch.positions
-    return (own + prompt.lengths[prompt.row][:, None]).flatten()[_flat(batch.mask)]
+    return (own + prompt.lengths[prompt.row][:, None]).flatten()
 
 
 def _spread_states(texts: Group, states: Tensor, wanted: Tensor | None) -> Tensor:
