@@ -156,7 +156,7 @@ def test_checkpointing_keeps_less() -> None:
 
 
 def test_products_fit_the_weights() -> None:
-    """oneDNN's product is torch's, in values and gradient, for both kinds of layer; few rows stay with torch."""
+    """oneDNN's product is torch's, in values and gradient, for both kinds of layer."""
     for name in ("gpt2", "bert"):
         bb = tiny.backbone(name)
         found = kernels.linears(bb.model)
@@ -166,10 +166,10 @@ def test_products_fit_the_weights() -> None:
             x = rows.random(0, 2, 40, width).requires_grad_()
             plain = module(x)
             with kernels.running(bb.model, Kernels(products="onednn"), {}):
-                fast, few = module(x), module(x[:, :1])
+                fast, none = module(x), module(x[:, :0])
             torch.testing.assert_close(fast, plain)
             assert type(fast.grad_fn).__name__ == "_OneDNNBackward"
-            assert type(few.grad_fn).__name__ != "_OneDNNBackward"
+            assert none.shape == (2, 0, plain.shape[-1])
             weights = rows.random(1, *plain.shape)
             torch.testing.assert_close(
                 torch.autograd.grad((fast * weights).sum(), x), torch.autograd.grad((plain * weights).sum(), x)

@@ -63,7 +63,7 @@ def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
     assert tune.choose(bb, attention="packed-fused").kernels == Kernels(core="fused", products="onednn")
     assert tune.choose(bb, attention="sdpa", products="torch").kernels == Kernels(rows="shared")
     assert tune.choose(bb, products="torch", compiled=True).kernels == Kernels(compiled=True)
-    with pytest.raises(BackboneError, match="attention 'packed-fused' is not possible: .*caps scores"):
+    with pytest.raises(BackboneError, match=r"attention 'packed-fused' is not possible: .*caps scores"):
         tune.choose(tiny.backbone("gemma2"), attention="packed-fused")
     for name, reason in (("bloom", "has an attention of its own kind"), ("t5", "an encoder's prompt sees the text")):
         with pytest.raises(BackboneError, match=f"attention 'packed' is not possible: .*{reason}; leave"):

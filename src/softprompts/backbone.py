@@ -245,7 +245,8 @@ class Backbone:
         for module in modules:
             module.forward = answer
         try:
-            yield
+            with self.running():
+                yield
         finally:
             for module, own in zip(modules, before, strict=True):
                 if own is None:

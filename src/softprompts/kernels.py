@@ -21,9 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompts.families import BackboneError
 
-ROWS = 48
-"""Rows from which oneDNN's matrix product pays: with few rows it spends its time on putting the weights in order."""
-
 Forward = Callable[..., Any]
 
 
@@ -55,7 +52,7 @@ scene: ContextVar[Scene] = ContextVar("softprompts_scene", default=contextlib.nu
 
 @contextlib.contextmanager
 def running(model: Any, kernels: Kernels, known: dict[str, Any]) -> Iterator[None]:
-    """Inside, `model` runs with `kernels`; `known` keeps what was compiled.
+    """Inside, `model` runs with `kernels`; `known` keeps what was compiled. May be entered again inside.
 
     Raises BackboneError for a model whose layers cannot be computed again, where that is asked for.
     """
@@ -67,7 +64,8 @@ def running(model: Any, kernels: Kernels, known: dict[str, Any]) -> Iterator[Non
             known["compiled"] = compile_parts(model, kernels)
         swaps |= known["compiled"]
     if kernels.checkpoint and torch.is_grad_enabled():
-        swaps |= {layer: _Again(layer, swaps) for layer in _layers(model)}
+        own = [layer for layer in _layers(model) if not isinstance(layer.__dict__.get("forward"), _Again)]
+        swaps |= {layer: _Again(layer, swaps) for layer in own}
     with swapped(swaps), _attention(model, kernels.attention):
         yield
 
@@ -120,7 +118,7 @@ def linears(model: nn.Module) -> list[nn.Module]:
 def _product(module: Any, x: Tensor) -> Tensor:
     """The forward of a linear layer, x [..., in] -> [..., out]."""
     weight = module.weight.t() if type(module) is Conv1D else module.weight
-    if x.numel() < ROWS * x.shape[-1] or x.dtype != weight.dtype:
+    if x.numel() == 0 or x.dtype != weight.dtype:
         return functional.linear(x, weight, module.bias)
     return _OneDNN.apply(x, weight, module.bias)
 
