@@ -50,7 +50,7 @@ OURS = {
     "words": "backbone prompt",
     "learner": "backbone inject prompt config",
     "tune": "backbone inject prompt kernels machine assets files",
-    "parity": "inject learner prompt kernels",
+    "parity": "backbone inject learner prompt kernels",
     "conversion": "",
     "assets": "backbone config conversion",
     "variants": "config",

@@ -10,6 +10,7 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT, KV
+from softprompts import backbone as b
 from softprompts import inject, objectives, parity
 from softprompts.inject import attention
 from softprompts.kernels import Kernels
@@ -41,6 +42,23 @@ def test_it_holds(name: str) -> None:
     assert found.path.startswith(
         "concatenation" if name in ("t5", "bert") else "shared" if name == "bloom" else "packed"
     )
+
+
+def test_half_precision_measures_its_own_rounding() -> None:
+    """Two plain ways differ by rounding too, and that widens what is allowed; in float32 one plain way is enough."""
+    coarse = b.wrap(tiny.model("llama").bfloat16(), name="llama")
+    one = learner("llama")
+    half, objective = replace(one, backbone=coarse), objectives.weigh({"task": 1.0})
+    batch = rows.batch("llama", rows.texts("llama"))
+    found = parity.compare(half, batch, objective)
+    assert found.holds
+    assert 0 < found.noise[1] < 0.2
+    assert parity.compare(one, batch, objective).noise == (0.0, 0.0)
+    wide = replace(found, gradient=0.5, noise=(0.0, 0.26))
+    assert wide.allowed == (2e-2, 0.52)
+    assert wide.holds
+    assert not replace(wide, gradient=0.53).holds
+    assert not replace(found, gradient=0.5).holds
 
 
 def test_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:

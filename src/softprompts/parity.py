@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompts import inject
+from softprompts.backbone import Backbone
 from softprompts.kernels import Kernels
 from softprompts.learner import Learner
 from softprompts.prompt import Batch, Objective, Output, Prompt, Step
@@ -16,32 +17,46 @@ ALLOWED: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-2, 0.1),
     torch.bfloat16: (2e-2, 0.2),
 }
-"""Relative differences of loss and gradient that are the number format's rounding.
+"""Relative differences of loss and gradient that are the number format's rounding in any case.
 
-On the default model, packed rows against concatenation, the prompt gradient moves by up to 0.06 in bfloat16 and by 1e-5
-in float32 on ordinary text. Random text, whose gradient is a small difference of large sums, reaches 3e-4 in float32
-with oneDNN's products.
+On the default model, packed rows against concatenation, the prompt gradient moves by 1e-5 in float32 on ordinary text,
+and by 3e-4 with oneDNN's products on random text, whose gradient is a small difference of large sums. In bfloat16 it
+moves by 0.06 to 0.26, depending on the prompt, so there the rounding of the plain way is measured too (see `compare`).
 """
+
+NOISE = 2
+"""How many times the difference between two plain ways a difference may be, where that is more than ALLOWED."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Relative differences of loss and of the gradient of all that is trained, and the two ways compared."""
+    """Relative differences of loss and of the gradient of all that is trained, and the two ways compared.
+
+    noise: the same two figures between two plain ways, with transformers' own attention implementations; zeros where
+    the model has only one.
+    """
 
     loss: float
     gradient: float
     path: str
     plain: str
     dtype: torch.dtype
+    noise: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def allowed(self) -> tuple[float, float]:
+        """How much loss and gradient may differ."""
+        loss, gradient = ALLOWED[self.dtype]
+        return max(loss, NOISE * self.noise[0]), max(gradient, NOISE * self.noise[1])
 
     @property
     def holds(self) -> bool:
-        """Whether both differences are rounding (see ALLOWED)."""
-        loss, gradient = ALLOWED[self.dtype]
+        """Whether both differences are rounding."""
+        loss, gradient = self.allowed
         return self.loss <= loss and self.gradient <= gradient
 
     def __str__(self) -> str:
-        loss, gradient = ALLOWED[self.dtype]
+        loss, gradient = self.allowed
         name = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.path} against {self.plain}: loss differs by {self.loss:.1e}, gradient by {self.gradient:.1e} "
@@ -52,25 +67,41 @@ class Parity:
 def compare(learner: Learner, batch: Batch, objective: Objective) -> Parity:
     """One step of `learner` on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
 
-    Nothing is changed: gradients are returned to where they were. At site kv, where nothing can be concatenated, the
-    plain way is the model's own cache.
+    In half precision the plain way is run with both of transformers' usual attention implementations, where the model
+    has them, to see how far rounding alone goes. Nothing is changed: gradients are returned to where they were. At site
+    kv, where nothing can be concatenated, the plain way is the model's own cache.
     """
-    plain = "shared" if learner.site.name == "kv" else "concatenation"
-    stock = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared")))
-    fast, path, gradients = _once(learner, batch, objective, None)
-    slow, plain, expected = _once(stock, batch, objective, plain if learner.backbone.family.shifted else None)
-    scale = float(torch.cat(expected).norm()) or 1.0
-    return Parity(
-        abs(fast - slow) / (abs(slow) or 1.0),
-        float((torch.cat(gradients) - torch.cat(expected)).norm()) / scale,
-        path,
-        plain,
-        learner.backbone.dtype,
-    )
+    backbone = learner.backbone
+    asked = None if not backbone.family.shifted else "shared" if learner.site.name == "kv" else "concatenation"
+    fast, path, gradient = _once(learner, batch, objective, None)
+    found = [_once(_plain(learner, name), batch, objective, asked) for name in _ways(backbone)]
+    slow, plain, expected = found[0]
+    noise = (_apart(found[-1][0], slow), _far(found[-1][2], expected))
+    return Parity(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
 
 
-def _once(learner: Learner, batch: Batch, objective: Objective, path: str | None) -> tuple[float, str, list[Tensor]]:
-    """Loss, path and flat gradients of one step; the random stream is put back, so that both ways draw the same."""
+def _ways(backbone: Backbone) -> list[str | None]:
+    """The attention implementations of the plain way: the model's own, and in half precision another one."""
+    if backbone.dtype.itemsize > 2 or not backbone.model._can_set_attn_implementation():
+        return [None]
+    other = "eager" if backbone.model.config._attn_implementation != "eager" else "sdpa"
+    return [None, other] if other == "eager" or backbone.model._supports_sdpa else [None]
+
+
+def _plain(learner: Learner, attention: str | None) -> Learner:
+    return replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared", attention=attention)))
+
+
+def _apart(one: float, other: float) -> float:
+    return abs(one - other) / (abs(other) or 1.0)
+
+
+def _far(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / (other.norm() or 1.0))
+
+
+def _once(learner: Learner, batch: Batch, objective: Objective, path: str | None) -> tuple[float, str, Tensor]:
+    """Loss, path and flat gradient of one step; the random stream is put back, so that both ways draw the same."""
     parameters: list[nn.Parameter] = list(learner.parameters().values())
 
     def run(prompt: Prompt | None) -> Output:
@@ -84,4 +115,4 @@ def _once(learner: Learner, batch: Batch, objective: Objective, path: str | None
         loss = objective(Step(batch, prompt, output, run))
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = [torch.zeros(p.numel()) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    return float(loss.detach()), output.path, [g.detach().double().cpu().flatten() for g in flat]
+    return float(loss.detach()), output.path, torch.cat([g.detach().cpu().double().flatten() for g in flat])

@@ -91,7 +91,9 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, say: Callable[[str], No
     """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
     if config.compiled:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
-    choice = tune.choose(loaded, attention=config.attention, products=config.products, compiled=config.compiled)
+    choice = tune.choose(
+        loaded, attention=config.attention, products=config.products, compiled=config.compiled, say=say
+    )
     ready = replace(loaded, kernels=replace(choice.kernels, checkpoint=config.checkpointing))
     say(f"running with {choice}")
     if config.compiled:
@@ -155,6 +157,8 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
     """The same for runs that share their model, which is loaded once, as are the rows of a task that several have."""
     loaded: dict[str, Task] = {}
     for run in runs.values():
+        if run.model.device_map is None:
+            machine.choose_device(run.model.device)  # refused before rows are read, where it is not here
         find(run.prompt.method)
         for config in run.tasks:
             key = config.model_dump_json()

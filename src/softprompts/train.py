@@ -230,7 +230,7 @@ def _compared(course: _Course, step: int, pad: int) -> str:
     found = parity.compare(one.learner, batch, course.objective)
     if not found.holds:
         raise TrainingError(
-            f"the first batch does not come out as by plain concatenation: {found}. Nothing was trained; set "
+            f"the next batch does not come out as by plain concatenation: {found}. No step was made; set "
             f"model.attention to eager and model.products to torch, and please report the model"
         )
     return str(found)

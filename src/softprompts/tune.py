@@ -31,6 +31,9 @@ BETTER = 0.95
 PACKED = {"packed": "math", "packed-fused": "fused"}
 """What a user may ask for as `attention` besides transformers' own, and its core."""
 
+BUDGET = 20.0
+"""Seconds after which no further candidate is begun: where steps take that long, the first in the list is kept."""
+
 SHAPE = (8, 24, 20)  # rows, tokens a row, prompt tokens of the step that is measured
 
 
@@ -50,11 +53,17 @@ class Choice:
 
 
 def choose(
-    backbone: Backbone, *, attention: str | None = None, products: str = "auto", compiled: bool = False
+    backbone: Backbone,
+    *,
+    attention: str | None = None,
+    products: str = "auto",
+    compiled: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Choice:
     """The kernels for `backbone` on its device: as asked for, and what is left open by the remembered measurement.
 
-    attention: "packed", "packed-fused", or the implementation of transformers that the model was loaded with.
+    attention: "packed", "packed-fused", or the implementation of transformers that the model was loaded with; say: is
+    told when a measurement begins.
     Raises BackboneError when rows are to be packed and cannot be.
     """
     if attention in PACKED:
@@ -68,7 +77,7 @@ def choose(
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
     if not open_ or size < WORTH:
         return Choice(replace(Kernels(), **asked), {})
-    found = _remembered(backbone)
+    found = _remembered(backbone, say or (lambda line: None))
     kept = {k: v for k, v in found["kernels"].items() if k not in asked}
     return Choice(replace(Kernels(), **{**kept, **asked}), found["seconds"])
 
@@ -80,7 +89,7 @@ def _check_packable(backbone: Backbone, attention: str) -> None:
         raise BackboneError(f"attention '{attention}' is not possible: {reason}; leave model.attention out")
 
 
-def _remembered(backbone: Backbone) -> dict[str, Any]:
+def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any]:
     """The measurement for models of this shape, on this device with these versions; made if it is not there."""
     file = cache_dir() / "kernels.json"
     try:
@@ -91,6 +100,7 @@ def _remembered(backbone: Backbone) -> dict[str, Any]:
     key = _key(backbone)
     entry = known.get(key)
     if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys():
+        say("measuring which kernels are fastest here, once for this model and machine")
         kernels, seconds = measure(backbone)
         entry = {"kernels": asdict(kernels), "seconds": seconds}
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,16 +134,19 @@ def _fastest(
     rounds: int,
 ) -> tuple[Kernels, dict[str, float]]:
     """The best of the candidates and the shortest time of each; they take turns, so that a busy moment hits all."""
-    seconds = dict.fromkeys(candidates, float("inf"))
+    seconds, began = dict.fromkeys(candidates, float("inf")), time.perf_counter()
     for turn in range(rounds if len(candidates) > 1 else 0):
         for name in list(seconds):
+            if time.perf_counter() - began > BUDGET:
+                break
             try:
                 taken = _clock(backbone, candidates[name], once)
             except (RuntimeError, ValueError, ImportError, inject.Unpackable):
                 del seconds[name]  # a kernel that does not run here is no candidate
                 continue
-            if turn > 0:  # the first turn warms up
-                seconds[name] = min(seconds[name], round(taken, 6))
+            # The first turn warms up; it counts only where there is no other.
+            seconds[name] = round(taken, 6) if turn < 2 else min(seconds[name], round(taken, 6))
+    seconds = {name: taken for name, taken in seconds.items() if taken < float("inf")}
     best = next(iter(seconds), next(iter(candidates)))
     for name in seconds:
         if seconds[name] < BETTER * seconds[best]:
