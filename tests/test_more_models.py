@@ -116,6 +116,7 @@ def apart(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().norm() / expected.detach().norm())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # GPTBigCode, before 5.23
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")  # what an architecture's own code warns of
 def test_other_architectures(name: str) -> None:

@@ -53,7 +53,9 @@ CONFIGS: dict[str, Any] = {
         do_layer_norm_before=False,
     ),
     "gemma": lambda: t.GemmaConfig(**GROUPED),
-    "gemma2": lambda: t.Gemma2Config(**GROUPED, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma2": lambda: t.Gemma2Config(  # older transformers: sdpa forgets the cap on scores
+        **GROUPED, sliding_window=6, query_pre_attn_scalar=8, attn_implementation="eager"
+    ),
     "gemma3": lambda: t.Gemma3TextConfig(**GROUPED, sliding_window=6, query_pre_attn_scalar=8),
     "phi": lambda: t.PhiConfig(**SIZES),
     "gpt_neox": lambda: t.GPTNeoXConfig(**SIZES),
