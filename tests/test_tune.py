@@ -80,6 +80,10 @@ def test_a_damaged_memory_only_costs_the_measurement(clock: dict[str, float], tm
 def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
     assert tune.choose(tiny.backbone("llama")) == tune.Choice(Kernels(), {})
+    for name in ("bloom", "bert", "t5"):  # nothing is packed, and what is said is true
+        found = tune.choose(tiny.backbone(name))
+        assert found == tune.Choice(Kernels(rows="shared"), {})
+        assert str(found) == "attention the model's own, products by torch"
     assert not (tmp_path / "kernels.json").exists()
 
 

@@ -68,6 +68,8 @@ def choose(
     """
     if attention in PACKED:
         _check_packable(backbone, attention)
+    packs = backbone.family.shifted and inject.why_not_packed(backbone) is None
+    usual = Kernels() if packs else Kernels(rows="shared")
     asked: dict[str, Any] = {"compiled": compiled}
     if products != "auto":
         asked["products"] = products
@@ -76,10 +78,10 @@ def choose(
     open_ = [name for name, value in (("attention", attention), ("products", products)) if value in (None, "auto")]
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
     if not open_ or size < WORTH:
-        return Choice(replace(Kernels(), **asked), {})
+        return Choice(replace(usual, **asked), {})
     found = _remembered(backbone, say or (lambda line: None))
     kept = {k: v for k, v in found["kernels"].items() if k not in asked}
-    return Choice(replace(Kernels(), **{**kept, **asked}), found["seconds"])
+    return Choice(replace(usual, **{**kept, **asked}), found["seconds"])
 
 
 def _check_packable(backbone: Backbone, attention: str) -> None:
