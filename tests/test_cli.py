@@ -1,9 +1,7 @@
 """The command as a user meets it: the common path, and one clear line for everything that can be wrong."""
 
-import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,24 +21,6 @@ def trained(tmp_path_factory):
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     job.execute(cli.parse(values))
     return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["softprompts", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
 
 
 def refused(result, *words):

@@ -1,7 +1,6 @@
 """Where a model stands: devices, maps of devices with accelerate's hooks, the options of the command."""
 
 import json
-import sys
 
 import accelerate
 import pytest
@@ -11,7 +10,7 @@ import local
 import rows
 import tiny
 from rows import called
-from softprompts import artefact, backbone, cli, inject, job, loading, machine
+from softprompts import artefact, backbone, inject, job, loading, machine
 from softprompts.backbone import BackboneError
 from softprompts.config import ConfigError, ModelConfig, parse
 
@@ -127,23 +126,6 @@ def test_the_section_of_the_configuration():
     }
     with pytest.raises(ConfigError, match="quantise: Input should be 'int8', 'nf4' or 'fp4'"):
         parse({"quantise": "int4"}, ModelConfig)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["softprompts", *map(str, arguments)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
 
 
 def test_the_options_of_the_command(call, tmp_path, monkeypatch):

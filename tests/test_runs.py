@@ -1,10 +1,8 @@
 """Several runs in one configuration: what is written, what is compared, and what the command says."""
 
-import io
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,24 +20,6 @@ from softprompts.variants import cross, variants
 @pytest.fixture
 def values(tmp_path):
     return local.run_values(tmp_path, steps=4)
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit status, standard output, standard error)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["softprompts", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            status = stop.code or 0
-        printed = capsys.readouterr()
-        return status, printed.out, printed.err
-
-    return run
 
 
 RUNS = [
