@@ -4,6 +4,7 @@ Figures and JSON go to standard output, everything said on the way to standard e
 """
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,8 @@ QUICKSTART: dict[str, Any] = {
 
 def main() -> None:
     """Run the command; known errors become one line and exit status 1."""
+    # Where it is installed, it is imported with others and complains about parts that only 4-bit models need.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except Exception as error:
