@@ -88,7 +88,8 @@ class Learner:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Everything trained, by name: `method.*` and `head.*`."""
-        named = {} if self.method is None else {f"method.{k}": v for k, v in self.method.named_parameters()}
+        every = () if self.method is None else self.method.named_parameters()
+        named = {f"method.{name}": value for name, value in every if value.requires_grad}
         return {**named, **{f"head.{k}": v for k, v in (self.head or {}).items()}}
 
 

@@ -6,7 +6,7 @@ H hidden, D site width, L layers, V vocabulary, C classes, N scored positions.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -30,10 +30,27 @@ class Slot:
 
 @dataclass(frozen=True)
 class Start:
-    """Where training begins: `prompt [P, D]` and, for methods that mix other artefacts, `sources [S, P, D]`."""
+    """Where training begins: `prompt [P, D]` and, for methods that mix other artefacts, `sources [S, P, D]`.
+
+    factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task.
+    """
 
     prompt: Tensor
     sources: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of a method that learn at a rate of their own: those whose names begin with one of `parameters`.
+
+    unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
+    right for factors around one and for weights. rate: what it is unless `train.rates` says otherwise; None: the run's.
+    """
+
+    parameters: tuple[str, ...]
+    unit: Literal["rms", "one"] = "rms"
+    rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,11 @@ class Fingerprint:
 
 
 class Method(Protocol):
-    """A module that turns (task ids, input) into a prompt; one file each in `methods/`."""
+    """A module that turns (task ids, input) into a prompt; one file each in `methods/`.
+
+    It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists with
+    one parameter a task; and `groups`, parameters with learning rates of their own (name -> Group).
+    """
 
     Config: type
 

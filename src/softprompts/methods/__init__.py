@@ -4,13 +4,18 @@ Third parties add theirs through the entry point group `softprompts.methods` (na
 """
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import Any
+
+from torch import Tensor, nn
 
 from softprompts.config import ConfigError, closest
-from softprompts.prompt import Method
+from softprompts.prompt import Group, Method
 
 METHODS: dict[str, str] = {
     "prompt-tuning": "softprompts.methods.prompt_tuning:PromptTuning",
+    "multitask-prompt-tuning": "softprompts.methods.multitask:MultitaskPromptTuning",
 }
 
 
@@ -29,4 +34,23 @@ def find(name: str) -> type[Method]:
         raise ConfigError(f"unknown method '{name}'{closest(name, names())} known: {', '.join(names())}")
     module, _, attribute = target.partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def groups(method: Any) -> Mapping[str, Group]:
+    """The method's parameters by groups that may have learning rates of their own; one of all where it names none."""
+    return getattr(method, "groups", {"prompt": Group(("",))})
+
+
+def state_of(method: nn.Module, task: str) -> dict[str, Tensor]:
+    """What the method holds for `task`, as the same method made for that task alone would hold it."""
+    lists: tuple[str, ...] = getattr(method, "per_task", ())
+    index = str(method.slot.tasks.index(task))  # type: ignore[union-attr, operator]
+    found = {}
+    for name, value in method.state_dict().items():
+        owner, _, place = name.partition(".")
+        if owner not in lists:
+            found[name] = value
+        elif place == index:
+            found[f"{owner}.0"] = value
     return found

@@ -1,6 +1,7 @@
 """Prompt tuning (Lester, Al-Rfou, Constant 2021, arXiv 2104.08691): one learned matrix a task, nothing else."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from softprompts.prompt import Context, Prompt, Slot, Start, distinct
 
 class PromptTuning(nn.Module):
     """One prompt `[P, D]` per task, all starting at `start.prompt`; a row gets its task's prompt (section 2)."""
+
+    per_task: ClassVar[tuple[str, ...]] = ("prompts",)
 
     @dataclass(frozen=True)
     class Config:
