@@ -14,7 +14,7 @@ CORE = (
     "inject generate data artefact files fingerprint peft_format"
 )
 BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
-MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint joint train evaluate model"
+MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint distil joint optimise train evaluate model"
 RUNS = f"{MODELS} prepare results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
 
@@ -55,7 +55,9 @@ OURS = {
     "assets": "backbone config conversion",
     "variants": "config",
     "checkpoint": "backbone data files machine",
-    "joint": "config data learner prompt",
+    "distil": "artefact backbone checkpoint config data files inject prompt",
+    "joint": "config data distil learner prompt",
+    "optimise": "config learner methods",
     "train": MODELS,
     "evaluate": MODELS,
     "model": MODELS,

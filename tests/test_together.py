@@ -189,9 +189,9 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
 
     rows, original = [], joint.joint_steps
 
-    def counted(learners, parts, seeds, pad):
+    def counted(learners, parts, seeds, pad, targets):
         rows.append([len(part) for part in parts])
-        return original(learners, parts, seeds, pad)
+        return original(learners, parts, seeds, pad, targets)
 
     monkeypatch.setattr(train, "joint_steps", counted)
     runs = made()

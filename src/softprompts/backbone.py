@@ -135,7 +135,7 @@ class Backbone:
 
     @cached_property
     def layers(self) -> nn.ModuleList:
-        """The stack of layers a deep prompt enters.
+        """The stack of layers a deep prompt enters: the encoder's, or the only one.
 
         Raises BackboneError for models that share one layer.
         """
@@ -143,7 +143,19 @@ class Backbone:
         count = getattr(config, "num_hidden_layers", None)
         if self.family is SEQ2SEQ:
             count = getattr(config, "encoder_layers", None) or count
-        found = [m for m in self.encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        return self._stack(self.encoder, count)
+
+    @cached_property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The decoder's stack of layers; raises BackboneError as `layers` does."""
+        if self.family is not SEQ2SEQ:
+            return self.layers
+        config = self.model.config
+        names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+        return self._stack(self.decoder, next(filter(None, (getattr(config, name, None) for name in names)), None))
+
+    def _stack(self, module: nn.Module, count: int | None) -> nn.ModuleList:
+        found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
         if not found:
             raise BackboneError(
                 f"{type(self.model).__name__} has no stack of {count} layers of its own (it shares them), "

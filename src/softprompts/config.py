@@ -47,10 +47,12 @@ class ModelConfig(Section):
 class InitConfig(Section):
     """Where a prompt starts."""
 
-    kind: Literal["random", "vocabulary", "text", "labels", "artefact"] = "vocabulary"
+    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "multitask"] = "vocabulary"
     text: str | None = None  # kind text
     labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
-    path: str | None = None  # kind artefact
+    path: str | None = None  # kind artefact; kind multitask: the directory with the prompts of the source tasks
+    factors: Literal["average", "task", "ones"] = "average"  # kind multitask: of all sources, of init.task, or one
+    task: str | None = None  # kind multitask with factors `task`: the source task
     population: int | None = Field(default=None, ge=1)  # draw from the n most common tokens only
     distribution: Literal["table", "normal", "uniform"] = "table"  # kind random
 
@@ -58,8 +60,10 @@ class InitConfig(Section):
     def _complete(self) -> "InitConfig":
         if self.kind == "text" and not self.text:
             raise ValueError("init kind 'text' needs init.text, the words to start from")
-        if self.kind == "artefact" and not self.path:
-            raise ValueError("init kind 'artefact' needs init.path, the directory of a trained prompt")
+        if self.kind in ("artefact", "multitask") and not self.path:
+            raise ValueError(f"init kind '{self.kind}' needs init.path, the directory of a trained prompt")
+        if self.kind == "multitask" and self.factors == "task" and not self.task:
+            raise ValueError("init.factors 'task' needs init.task, the source task whose factors to start from")
         return self
 
 
@@ -135,6 +139,30 @@ def _word(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
 
 
+class SamplingConfig(Section):
+    """Which tasks the rows of a batch come from, where a run has several.
+
+    draw: `rows`, all rows shuffled; `all`, every batch has every task; `some`, each batch draws how many, uniformly
+    from 2 to all, then which, and splits itself evenly among them (Wang et al. 2023, section 3.2).
+    mixing: how probable a task with n rows is, for draw `some`: as n, min(n, cap) or log n, or all alike.
+    """
+
+    draw: Literal["rows", "all", "some"] = "rows"
+    mixing: Literal["proportional", "capped", "log", "equal"] = "proportional"
+    cap: int = Field(default=2**18, ge=1)
+
+
+class DistilConfig(Section):
+    """Teachers for the objectives `distil-logits` and `distil-hidden` (Wang et al. 2023, section 3.1)."""
+
+    teachers: dict[str, str]  # task -> directory of its trained prompt
+    temperature: float = Field(default=1.0, gt=0)  # of both softmaxes; the divergence is multiplied by its square
+    layers: tuple[int, ...] = Field(
+        default=(-1,), min_length=1
+    )  # states after layer 1, 2, ...; -1: what the head reads
+    cache: str | None = None  # where the teachers' states are kept; None: in the run's directory
+
+
 class TrainConfig(Section):
     """How the prompt is trained."""
 
@@ -156,8 +184,19 @@ class TrainConfig(Section):
     evaluate_every: int | None = Field(default=None, ge=1)  # validation for the best checkpoint and early stopping
     patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before stopping
     checkpoint_every: int = Field(default=50, ge=1)
+    rates: dict[str, float] = {}  # of the method's groups of parameters; those not named learn at `rate`
+    sampling: SamplingConfig = SamplingConfig()
     objectives: dict[str, float] = {"task": 1.0}
+    distil: DistilConfig | None = None
     train: Literal["prompt"] = "prompt"
+
+    @field_validator("rates")
+    @classmethod
+    def _positive(cls, rates: dict[str, float]) -> dict[str, float]:
+        for name, rate in rates.items():
+            if not 0 < rate <= 1e9:
+                raise ValueError(f"the rate of '{name}' must be above 0 and finite, given {rate}")
+        return rates
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> "TrainConfig":

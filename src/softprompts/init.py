@@ -5,6 +5,7 @@ states at every layer, or their keys and values. So a prompt that starts from wo
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts import artefact
+from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError, fingerprint
-from softprompts.config import InitConfig
+from softprompts.config import ConfigError, InitConfig, closest
 from softprompts.inject import Site
 from softprompts.prompt import Slot, Start
 
@@ -41,6 +43,9 @@ def start(
     if config.kind == "artefact":
         assert config.path is not None
         return Start(_from_artefact(config.path, backbone, site, slot, allow_other_weights))
+    if config.kind == "multitask":
+        assert config.path is not None
+        return _from_multitask(config, config.path, backbone, site, slot, allow_other_weights)
     if config.kind == "random":
         return Start(_random(config.distribution, backbone, site, slot, generator))
     if config.kind == "text":
@@ -175,11 +180,55 @@ def text_pieces(tokenizer: Any, text: str) -> Tensor:
 
 
 def _from_artefact(path: str, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool) -> Tensor:
+    return _fitting(path, backbone, site, slot, allow_other_weights).prompt.clone()
+
+
+def _fitting(path: str | Path, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool) -> Artefact:
+    """The artefact there; raises ArtefactError unless it was made for this backbone, site, length and width."""
     found = artefact.load(path)
     artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
     if found.site != site.name or tuple(found.prompt.shape) != (slot.length, slot.width):
-        raise artefact.ArtefactError(
+        raise ArtefactError(
             f"{path} holds a prompt of {list(found.prompt.shape)} at site {found.site}, but the run wants "
             f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
         )
-    return found.prompt.clone()
+    return found
+
+
+def _from_multitask(
+    config: InitConfig, path: str, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
+) -> Start:
+    """The shared prompt of source tasks, with their factors' average (Wang et al. 2023, section 3.2), one's, or ones.
+
+    Columns and rows are averaged on their own; the average of their products would not be of the same rank.
+    """
+    sources = {one.task: one for one in (_fitting(p, backbone, site, slot, allow_other_weights) for p in _parts(path))}
+    for name, one in sources.items():
+        if not {"shared", "columns.0", "rows.0"} <= set(one.state):
+            raise ArtefactError(
+                f"{path}: the prompt of {name} was trained with {one.method}, which has no shared prompt and factors; "
+                f"start from a multitask prompt, or use init kind 'artefact'"
+            )
+    first = next(iter(sources.values())).state
+    if any(not torch.equal(one.state["shared"], first["shared"]) for one in sources.values()):
+        raise ArtefactError(f"{path}: {', '.join(sources)} do not share one prompt; they come from different runs")
+    if config.factors == "ones":
+        return Start(first["shared"].clone())
+    if config.factors == "task":
+        if config.task not in sources:
+            raise ConfigError(
+                f"{path} has no source task '{config.task}'{closest(str(config.task), sources)} there are: "
+                f"{', '.join(sources)}"
+            )
+        sources = {config.task: sources[config.task]}
+    columns, rows = (
+        torch.stack([one.state[name].double() for one in sources.values()]).mean(0).float()
+        for name in ("columns.0", "rows.0")
+    )
+    return Start(first["shared"].clone(), factors=(columns, rows))
+
+
+def _parts(path: str) -> list[Path]:
+    """The artefacts in a directory that holds one for each source task, or the directory itself, sorted by name."""
+    found = sorted(entry.parent for entry in Path(path).glob(f"*/{artefact.MANIFEST}"))
+    return [Path(path)] if (Path(path) / artefact.MANIFEST).is_file() or not found else found

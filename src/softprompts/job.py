@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, artefact, backbone, evaluate, inject, report
+from softprompts import __version__, artefact, backbone, distil, evaluate, inject, report
 from softprompts.artefact import Artefact
 from softprompts.config import ConfigError, Run
 from softprompts.data import Encoded
+from softprompts.distil import Targets
 from softprompts.evaluate import Evaluation
+from softprompts.methods import state_of
 from softprompts.prepare import (
     SILENT,
     Job,
@@ -145,7 +147,8 @@ def _train(
     """The history of each run, and why those that failed did; raises TrainingError when none is left."""
     histories: dict[str, list[Report]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
-    trainees = [_trainee(name, job, rows[name]) for name, job in jobs.items()]
+    targets = _targets(jobs, rows, screen)
+    trainees = [_trainee(name, job, rows[name], targets[name]) for name, job in jobs.items()]
     pad = trainees[0].learner.backbone.tokenizer.pad_token_id or 0
     try:
         with closing(fit_together(trainees, pad=pad)) as steps:
@@ -170,10 +173,34 @@ def _train(
     return histories, failed
 
 
-def _trainee(name: str, job: Job, rows: list[Encoded]) -> Trainee:
+def _targets(jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen: Screen) -> dict[str, Targets | None]:
+    """What the teachers of each run make of its rows; computed once for runs that have the same of both."""
+    found: dict[str, Targets | None] = {}
+    known: dict[tuple[Any, ...], Targets] = {}
+    for name, job in jobs.items():
+        config = job.run.train.distil
+        if config is None:
+            found[name] = None
+            continue
+        own, digests = rows[name], tuple(teacher.digest for teacher in job.teachers)
+        key = (digests, config.layers, config.temperature, tuple(_key(job, i) for i in range(len(job.tasks))))
+        if key not in known:
+            file = Path(job.run.out) / distil.FILE if config.cache is None else Path(config.cache)
+
+            def progress(
+                done: int, title: str = f"{name}: teachers" if name else "teachers", of: int = len(own)
+            ) -> None:
+                screen.judged(title, done, of)
+
+            known[key] = distil.targets(job.learner.backbone, job.teachers, own, config, file, progress)
+        found[name] = known[key]
+    return found
+
+
+def _trainee(name: str, job: Job, rows: list[Encoded], targets: Targets | None) -> Trainee:
     run = job.run
     validate = (lambda: _validation(job)) if run.train.evaluate_every is not None else None
-    return Trainee(name, job.learner, rows, run.train, run.seed, validate, run.out, _settings(run))
+    return Trainee(name, job.learner, rows, run.train, run.seed, validate, run.out, _settings(run), targets)
 
 
 def _validation(job: Job) -> float:
@@ -229,7 +256,7 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
         initial=job.start.prompt.float().cpu(),
         method=run.prompt.method,
         options=dict(run.prompt.options),
-        state={k: v.detach().cpu() for k, v in learner.method.state_dict().items()},
+        state={k: v.detach().cpu() for k, v in state_of(learner.method, task.name).items()},
         heads={k: v.detach().cpu() for k, v in (learner.head or {}).items()},
         site=learner.site.name,
         mode=learner.site.mode,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from softprompts.config import ConfigError
 from softprompts.data import Encoded, collate
+from softprompts.distil import Targets
 from softprompts.learner import Learner
 from softprompts.prompt import IGNORE, Batch, Output, Prompt, Step, mix
 
@@ -38,13 +39,19 @@ def check_together(learners: Sequence[Learner], names: Sequence[str]) -> None:
 
 
 def joint_steps(
-    learners: Sequence[Learner], rows: Sequence[Sequence[Encoded]], seeds: Sequence[int], pad: int
+    learners: Sequence[Learner],
+    rows: Sequence[Sequence[Encoded]],
+    seeds: Sequence[int],
+    pad: int,
+    targets: Sequence[Targets | None] | None = None,
 ) -> list[Step]:
     """The training step of each learner on its own `rows`, from one pass over the rows of all.
 
-    seeds: of the random stream that each method draws from. Every learner's method, batch and output are those it
-    would have alone; only `again` of a step runs that learner's rows alone.
+    seeds: of the random stream that each method draws from; targets: of the learners that have a teacher. Every
+    learner's method, batch and output are those it would have alone; only `again` of a step runs that learner's rows
+    alone.
     """
+    targets = targets or [None] * len(learners)
     backbone, sizes = learners[0].backbone, [len(part) for part in rows]
     whole = collate([row for part in rows for row in part], pad).to(backbone.device)
     whole = replace(whole, embeds=backbone.embed(whole.ids))
@@ -58,11 +65,26 @@ def joint_steps(
     together = prompts[0]
     if len(rows) > 1:
         together = mix(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
-    outputs = split(learners[0].forward(whole, together), sizes)
+    taught = [one for one in targets if one is not None]
+    layers = sorted({number for one in taught for number in one.numbers})
+    outputs = split(learners[0].forward(whole, together, logits=True if taught else None, layers=layers), sizes)
     return [
-        Step(batch, prompt, output, functools.partial(learner.forward, batch))
-        for learner, batch, prompt, output in zip(learners, batches, prompts, outputs, strict=True)
+        Step(
+            batch,
+            prompt,
+            output if own is None else _asked(output, own),
+            functools.partial(learner.forward, batch),
+            None if own is None else own.of(part, backbone.device),
+        )
+        for learner, batch, prompt, output, own, part in zip(
+            learners, batches, prompts, outputs, targets, rows, strict=True
+        )
     ]
+
+
+def _asked(output: Output, targets: Targets) -> Output:
+    """The output with the layers that this run's teacher has, where other runs of the batch ask for others."""
+    return replace(output, layers={key: states for key, states in output.layers.items() if key in targets.layers})
 
 
 def _own(batch: Batch, whole: Batch, index: int, sizes: Sequence[int]) -> Batch:
@@ -93,10 +115,26 @@ def split(output: Output, sizes: Sequence[int]) -> list[Output]:
 
     begins = [0, *ends[:-1].tolist()]
     last = [None] * len(sizes) if output.last is None else output.last.split(list(sizes))
-    each = map(scored, (output.logits, output.nll, output.labels, output.row, output.column))
+    tokens = {side: own.split(list(sizes)) for side, own in output.tokens.items()}
+    layers = {key: states.split([int(own.sum()) for own in tokens[key[0]]]) for key, states in output.layers.items()}
+    each = map(scored, (output.logits, output.nll, output.labels, output.row, output.column, output.states))
     return [
-        Output(logits, labels, row - begin, column, nll=nll, last=own, path=output.path)
-        for begin, own, logits, nll, labels, row, column in zip(begins, last, *each, strict=True)
+        Output(
+            logits,
+            labels,
+            row - begin,
+            column,
+            last=own,
+            path=output.path,
+            nll=nll,
+            states=states,
+            scores=output.scores,
+            layers={key: parts[i] for key, parts in layers.items()},
+            tokens={side: parts[i] for side, parts in tokens.items()},
+        )
+        for i, (begin, own, logits, nll, labels, row, column, states) in enumerate(
+            zip(begins, last, *each, strict=True)
+        )
     ]
 
 

@@ -1,7 +1,7 @@
 """A frozen backbone with a method at a site and, for classification, a head of its own: what is trained and judged."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -60,11 +60,17 @@ class Learner:
         return Step(batch, prompt, again(prompt), again)
 
     def forward(
-        self, batch: Batch, prompt: Prompt | None, *, prefix: Prefix | None = None, logits: bool | None = None
+        self,
+        batch: Batch,
+        prompt: Prompt | None,
+        *,
+        prefix: Prefix | None = None,
+        logits: bool | None = None,
+        layers: Collection[int] = (),
     ) -> Output:
         """Scores that line up with the labels of `batch`, as `inject.forward` gives them, read with the own head."""
         with self.own_head():
-            return inject.forward(self.backbone, batch, prompt, self.site, prefix=prefix, logits=logits)
+            return inject.forward(self.backbone, batch, prompt, self.site, prefix=prefix, logits=logits, layers=layers)
 
     def fixed(self, tasks: Sequence[int]) -> Prompt | None:
         """The prompts of `tasks` for any text, one row each; None where they depend on the text."""

@@ -9,7 +9,7 @@ from softprompts import inject
 from softprompts.backbone import Backbone
 from softprompts.kernels import Kernels
 from softprompts.learner import Learner
-from softprompts.prompt import Batch, Objective, Output, Prompt, Step
+from softprompts.prompt import Batch, Objective, Output, Prompt, Step, Teacher
 
 ALLOWED: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-7),
@@ -64,17 +64,18 @@ class Parity:
         )
 
 
-def compare(learner: Learner, batch: Batch, objective: Objective) -> Parity:
+def compare(learner: Learner, batch: Batch, objective: Objective, teacher: Teacher | None = None) -> Parity:
     """One step of `learner` on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
 
     In half precision the plain way is run with both of transformers' usual attention implementations, where the model
     has them, to see how far rounding alone goes. Nothing is changed: gradients are returned to where they were. At site
-    kv, where nothing can be concatenated, the plain way is the model's own cache.
+    kv, where nothing can be concatenated, the plain way is the model's own cache. teacher: of the rows, where the
+    objective compares with one.
     """
     backbone = learner.backbone
     asked = None if not backbone.family.shifted else "shared" if learner.site.name == "kv" else "concatenation"
-    fast, path, gradient = _once(learner, batch, objective, None)
-    found = [_once(_plain(learner, name), batch, objective, asked) for name in _ways(backbone)]
+    fast, path, gradient = _once(learner, batch, objective, None, teacher)
+    found = [_once(_plain(learner, name), batch, objective, asked, teacher) for name in _ways(backbone)]
     slow, plain, expected = found[0]
     noise = (_apart(found[-1][0], slow), _far(found[-1][2], expected))
     return Parity(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
@@ -100,19 +101,30 @@ def _far(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / (other.norm() or 1.0))
 
 
-def _once(learner: Learner, batch: Batch, objective: Objective, path: str | None) -> tuple[float, str, Tensor]:
+def _once(
+    learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: Teacher | None
+) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; the random stream is put back, so that both ways draw the same."""
     parameters: list[nn.Parameter] = list(learner.parameters().values())
+    layers = sorted({number for _, number in teacher.layers}) if teacher else []
 
     def run(prompt: Prompt | None) -> Output:
         with learner.own_head():
-            return inject.forward(learner.backbone, batch, prompt, learner.site, path=path)
+            return inject.forward(
+                learner.backbone,
+                batch,
+                prompt,
+                learner.site,
+                path=path,
+                logits=True if teacher else None,
+                layers=layers,
+            )
 
     with torch.random.fork_rng(devices=[]):
         prompt = learner.prompt(batch)
         assert prompt is not None
         output = run(prompt)
-        loss = objective(Step(batch, prompt, output, run))
+        loss = objective(Step(batch, prompt, output, run, teacher))
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = [torch.zeros(p.numel()) if g is None else g for p, g in zip(parameters, found, strict=True)]
     return float(loss.detach()), output.path, torch.cat([g.detach().cpu().double().flatten() for g in flat])

@@ -14,11 +14,12 @@ from softprompts import artefact, assets, backbone, init, inject, loading, machi
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.checkpoint import Report
-from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, TaskConfig, closest, parse
+from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, TaskConfig, TrainConfig, closest, parse
 from softprompts.data import Encoder, Format, Task, classes, load
+from softprompts.distil import TaskTeacher, load_teachers
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
-from softprompts.methods import find
+from softprompts.methods import find, groups
 from softprompts.prompt import Start
 
 UNBOUNDED = 1_000_000
@@ -46,13 +47,14 @@ SILENT = Screen()
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, ready: the learner at its start, and its tasks with their encoders."""
+    """All that a run needs, ready: the learner at its start, its tasks with their encoders, and their teachers."""
 
     run: Run
     learner: Learner
     start: Start
     tasks: tuple[Task, ...]
     encoders: tuple[Encoder, ...]
+    teachers: tuple[TaskTeacher, ...] = ()
 
 
 def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
@@ -125,9 +127,33 @@ def _check_attention(name: str | None) -> None:
         )
 
 
+def _check_training(train: TrainConfig, method: str) -> None:
+    """Raise ConfigError for settings of the training that contradict each other or the method."""
+    objectives.weigh(train.objectives)
+    taught = [name for name in objectives.TAUGHT if train.objectives.get(name)]
+    if taught and train.distil is None:
+        raise ConfigError(f"objective '{taught[0]}' compares with teachers; name them in train.distil.teachers")
+    if train.distil is not None and not taught:
+        raise ConfigError(
+            f"train.distil names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a weight in "
+            f"train.objectives, or leave train.distil out"
+        )
+    if train.sampling.draw != "rows" and train.batch_tokens is not None:
+        raise ConfigError(
+            f"train.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks first; "
+            f"leave one of them out"
+        )
+    known = groups(find(method))
+    for name in train.rates:
+        if name not in known:
+            raise ConfigError(
+                f"train.rates: method {method} has no group '{name}'{closest(name, known)} groups: {', '.join(known)}"
+            )
+
+
 def _check_run(run: Run, tasks: Sequence[Task]) -> None:
     """Raise ConfigError for what would only be noticed after hours of work."""
-    objectives.weigh(run.train.objectives)
+    _check_training(run.train, run.prompt.method)
     if run.model.head == "features":
         raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
     if run.model.head != "lm" and len(tasks) > 1:
@@ -193,13 +219,16 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
         f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbaliser or {}).values()
     )
     start = init.start(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
+    torch.manual_seed(run.seed)  # a method may draw
     try:
-        options = method.Config(**run.prompt.options)
-    except TypeError as error:
-        raise ConfigError(f"prompt.options: {error}") from None
-    learner = Learner(model, site, slot, method(options, slot, start), copy_head(model))
+        made = method(method.Config(**run.prompt.options), slot, start)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"prompt.options of method {run.prompt.method}: {error}") from None
+    learner = Learner(model, site, slot, made, copy_head(model))
     learner.method.to(model.device)
-    return Job(run, learner, start, tasks, encoders)
+    distil = run.train.distil
+    teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
+    return Job(run, learner, start, tasks, encoders, teachers)
 
 
 def encoder_for(model: Backbone, form: Format, length: int, task: int = 0) -> Encoder:

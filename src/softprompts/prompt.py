@@ -4,7 +4,7 @@ Shapes use one alphabet everywhere: B rows, T text tokens, S target tokens, P pr
 H hidden, D site width, L layers, V vocabulary, C classes, N scored positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -141,6 +141,11 @@ class Output:
     cache   the backbone's cache after the text (on path "shared"), and `last` [B, H] the state that scores the first
             new token
     path    "packed", "shared" or "concatenation", and why
+    states  [N, H] what the head read at the scored positions, and `scores`, the head from such states to [N, V]
+            (language models and token heads)
+    layers  states [M, H] of all M text tokens, row behind row, where layers were asked for: (side, layer) -> states;
+            side "text", and in encoder-decoder models also "target", the decoder's; `tokens`: side -> [B], how many
+            of the M belong to each row
     """
 
     logits: Tensor | None
@@ -152,6 +157,23 @@ class Output:
     last: Tensor | None = None
     path: str = ""
     nll: Tensor | None = None
+    states: Tensor | None = None
+    scores: Callable[[Tensor], Tensor] | None = None
+    layers: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What the frozen backbone makes of a batch behind the prompts of its rows' teachers; lines up with the Output.
+
+    states [N, H], from which the head makes the teachers' scores; layers: (side, layer) -> [M, H]; temperature: of both
+    softmaxes.
+    """
+
+    states: Tensor
+    layers: Mapping[tuple[str, int], Tensor]
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -162,6 +184,7 @@ class Step:
     prompt: Prompt
     output: Output
     again: Callable[[Prompt | None], Output]
+    teacher: Teacher | None = None
 
 
 Objective = Callable[[Step], Tensor]
@@ -185,8 +208,8 @@ class Fingerprint:
 class Method(Protocol):
     """A module that turns (task ids, input) into a prompt; one file each in `methods/`.
 
-    It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists with
-    one parameter a task; and `groups`, parameters with learning rates of their own (name -> Group).
+    It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists
+    with one parameter a task; and `groups`, parameters with learning rates of their own (name -> Group).
     """
 
     Config: type

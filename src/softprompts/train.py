@@ -18,14 +18,15 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
-from transformers.optimization import Adafactor
 
 from softprompts import checkpoint, objectives, parity
 from softprompts.checkpoint import CHECKPOINT, Checkpoint, Report, TrainingError, Written, check_checkpoint
 from softprompts.config import ConfigError, TrainConfig
-from softprompts.data import Batches, Encoded, collate
+from softprompts.data import Batches, Encoded, TaskBatches, collate
+from softprompts.distil import Targets
 from softprompts.joint import check_together, joint_steps, label_count
 from softprompts.learner import Learner
+from softprompts.optimise import optimiser_of, set_rates
 from softprompts.prompt import Objective
 
 __all__ = [
@@ -42,7 +43,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Trainee:
-    """One run: what is trained on which rows and how, and where its checkpoints go; see `fit` for each."""
+    """One run: what is trained on which rows and how, and where its checkpoints go; see `fit` for each.
+
+    targets: what the teachers make of the rows, for the objectives that compare with them.
+    """
 
     name: str
     learner: Learner
@@ -52,14 +56,7 @@ class Trainee:
     validate: Callable[[], float] | None = None
     directory: str | Path | None = None
     settings: Mapping[str, Any] | None = None
-
-
-class _UnfactoredAdafactor(Adafactor):
-    """Adafactor that keeps the full second moment, as the code of Lester et al. does for prompts."""
-
-    @staticmethod
-    def _get_options(param_group: Mapping[str, Any], param_shape: Sequence[int]) -> tuple[bool, bool]:
-        return False, param_group["beta1"] is not None
+    targets: Targets | None = None
 
 
 def is_main_process() -> bool:
@@ -77,16 +74,18 @@ def fit(
     validate: Callable[[], float] | None = None,
     directory: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
+    targets: Targets | None = None,
 ) -> Generator[Report, None, None]:
     """Train the learner's parameters in place on `rows`, one Report a step; afterwards they are the best ones.
 
     validate: a score (higher is better), asked every `config.evaluate_every` steps, that chooses the best checkpoint
     and stops early; directory: where checkpoints go, and where training goes on from if one is there; settings: what
-    must be the same for going on. Reports of steps done before a resume come first, so a history is always whole.
+    must be the same for going on; targets: as of a Trainee. Reports of steps done before a resume come first, so a
+    history is always whole.
     Raises TrainingError when the loss stops being a number (the last good state is saved) and when a checkpoint
     belongs to other settings; ConfigError when there is nothing to train on.
     """
-    one = Trainee("", learner, rows, config, seed, validate, directory, settings)
+    one = Trainee("", learner, rows, config, seed, validate, directory, settings, targets)
     with closing(fit_together([one], pad=pad)) as steps:
         for _, report in steps:
             yield report
@@ -164,7 +163,7 @@ class _Course:
     parameters: dict[str, nn.Parameter]
     objective: Objective
     optimiser: Any
-    batches: Batches
+    batches: Batches | TaskBatches
     written: Written | None
 
     def goes_on(self, states: Mapping[str, _State]) -> bool:
@@ -192,14 +191,20 @@ def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
     courses = []
     for one in trainees:
         parameters = one.learner.parameters()
-        optimiser = _optimiser(one.learner, parameters, one.config)
-        batches = Batches(one.rows, one.config.batch_size, one.seed, one.config.batch_tokens)
+        optimiser = optimiser_of(one.learner, parameters, one.config)
+        batches = _batches(one)
         written = checkpoint.place(one.directory, one.rows, one.seed, one.settings)
         courses.append(_Course(one, parameters, objectives.weigh(one.config.objectives), optimiser, batches, written))
     if accelerator.is_main_process:
         checkpoint.settle([course.written.file for course in courses if course.written is not None])
     accelerator.wait_for_everyone()
     return courses, accelerator
+
+
+def _batches(one: Trainee) -> Batches | TaskBatches:
+    if one.config.sampling.draw == "rows":
+        return Batches(one.rows, one.config.batch_size, one.seed, one.config.batch_tokens)
+    return TaskBatches(one.rows, one.config.batch_size, one.seed, one.config.sampling)
 
 
 def _resumed(course: _Course) -> _State:
@@ -226,8 +231,9 @@ def _compared(course: _Course, step: int, pad: int) -> str:
     one = course.trainee
     if one.config.parity == "off":
         return ""
-    batch = collate(course.batches.at(step * one.config.accumulate), pad).to(one.learner.backbone.device)
-    found = parity.compare(one.learner, batch, course.objective)
+    rows, device = course.batches.at(step * one.config.accumulate), one.learner.backbone.device
+    batch, teacher = collate(rows, pad).to(device), None if one.targets is None else one.targets.of(rows, device)
+    found = parity.compare(one.learner, batch, course.objective, teacher)
     if not found.holds:
         raise TrainingError(
             f"the next batch does not come out as by plain concatenation: {found}. No step was made; set "
@@ -259,7 +265,9 @@ def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, acceler
         if not here:
             continue
         seeds = [_stream(going[i].trainee.seed, steps[i], 2 * number) for i in here]
-        found = joint_steps([going[i].trainee.learner for i in here], [mine[i] for i in here], seeds, pad)
+        trainees = [going[i].trainee for i in here]
+        targets = [trainee.targets for trainee in trainees]
+        found = joint_steps([one.learner for one in trainees], [mine[i] for i in here], seeds, pad, targets)
         values = []
         for i, made in zip(here, found, strict=True):
             torch.manual_seed(_stream(going[i].trainee.seed, steps[i], 2 * number + 1))
@@ -319,7 +327,7 @@ def _update(
         optimiser.zero_grad(set_to_none=True)
         failed = measured.failed or _diverged(now.step + 1, state.good.step, config, course.written)
         return _State(replace(state.good, failed=failed), state.good)
-    rate = _set_rates(optimiser, config, now.step)
+    rate = set_rates(optimiser, config, now.step)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     score = None
@@ -347,33 +355,6 @@ def _agreed(score: float, accelerator: Accelerator) -> float:
     if accelerator.num_processes == 1:
         return score
     return float(broadcast(torch.tensor(score, dtype=torch.float64, device=accelerator.device), from_process=0))
-
-
-def _optimiser(learner: Learner, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Any:
-    unit = learner.backbone.rms if config.rate_unit == "rms" else 1.0
-    groups = []
-    for prefix, rate in (("method.", config.rate * unit), ("head.", config.head_rate)):
-        chosen = [p for name, p in parameters.items() if name.startswith(prefix)]
-        if chosen:
-            groups.append({"params": chosen, "lr": rate, "rate": rate})
-    if config.optimiser == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
-    return _UnfactoredAdafactor(
-        groups, lr=config.rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
-    )
-
-
-def _set_rates(optimiser: Any, config: TrainConfig, step: int) -> float:
-    """Set every group's rate for `step` (counted from 0) and return the first, the prompt's."""
-    factor = 1.0
-    if step < config.warmup:
-        factor = (step + 1) / config.warmup
-    elif config.schedule != "constant":
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        factor = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    for group in optimiser.param_groups:
-        group["lr"] = group["rate"] * factor
-    return float(optimiser.param_groups[0]["lr"])
 
 
 def _rms_ratio(learner: Learner) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 
 from softprompts.config import ConfigError, ModelConfig, Run, assign, parse
 
-OPEN = ("options", "limit", "verbaliser", "objectives")
+OPEN = ("options", "limit", "verbaliser", "objectives", "rates", "teachers", "distil")
 """Keys whose value is a mapping of the user's own: a run of several that gives one replaces it whole."""
 
 SHARED = (*(f"model.{name}" for name in ModelConfig.model_fields), "prompt.site", "prompt.mode", "prompt.place")

@@ -3,6 +3,7 @@
 from softprompts.data.collate import Batches, collate, evaluation_order, order
 from softprompts.data.encode import Encoded, Encoder
 from softprompts.data.packaged import PACKAGED, Packaged
+from softprompts.data.sampling import TaskBatches
 from softprompts.data.sources import read
 from softprompts.data.splits import Splits
 from softprompts.data.task import Format, Task, answer, classes, decode_answer, load
@@ -19,6 +20,7 @@ __all__ = [
     "Row",
     "Splits",
     "Task",
+    "TaskBatches",
     "answer",
     "classes",
     "collate",

@@ -17,8 +17,10 @@ from softprompts.inject.packed import Prefix, read_prefix, why_not_packed
 from softprompts.inject.read import Reading, can_read_prompts, choose_path, prefill, read, read_prompts
 from softprompts.inject.score import LOGITS, forward, head, pooled, span_scores
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place, slot, width
+from softprompts.inject.states import LAST, check_layers
 
 __all__ = [
+    "LAST",
     "LOGITS",
     "Layout",
     "Prefix",
@@ -30,6 +32,7 @@ __all__ = [
     "branches",
     "by_layer",
     "can_read_prompts",
+    "check_layers",
     "check_site",
     "choose_path",
     "continuations",

@@ -5,7 +5,7 @@ prefix that was computed before); then it is that of the texts alone.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,15 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Packed:
-    """States of one pass: prompts' last [U, H] (None at site kv) and texts [B, T, H], zero where not asked for."""
+    """States of one pass: prompts' last [U, H] (None at site kv) and texts [B, T, H], zero where not asked for.
+
+    spread: from a layer's states [1, tokens, H] to its texts' [B, T, H].
+    """
 
     last: Tensor | None
     texts: Tensor | None
     output: Any
-    prefix: Prefix | None = None
+    spread: Callable[[Tensor], Tensor]
 
 
 def why_not_packed(backbone: Backbone) -> str | None:
@@ -143,7 +146,11 @@ def run(
     last = prefix.last if prefix is not None else None
     if front is not None:
         last = states[:own].index_select(0, front.index[:, -1])
-    return Packed(last, _spread_states(texts, states[own:], wanted), output)
+
+    def spread(states: Tensor) -> Tensor:
+        return texts.spread(states[0, own:, None])[:, :, 0]
+
+    return Packed(last, spread(output.last_hidden_state), output, spread)
 
 
 def read_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
@@ -269,7 +276,3 @@ def _positions(batch: Batch, prompt: Prompt, branch: Tensor | None) -> Tensor:
     """Positions [B * T] of the text: behind the prompt, counted or as the caller gives them."""
     own = _depth(batch.mask.bool(), branch) if batch.positions is None else batch.positions
     return (own + prompt.lengths[prompt.row][:, None]).flatten()
-
-
-def _spread_states(texts: Group, states: Tensor, wanted: Tensor | None) -> Tensor:
-    return texts.spread(states[:, None])[:, :, 0]

@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from softprompts.inject.layout import Layout, assemble, layout
 from softprompts.inject.packed import Prefix, check_depth, read_prefix, run, why_not_packed
 from softprompts.inject.seq2seq import check_room, decode, decoder_ids
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
+from softprompts.inject.states import Caught, catching, check_layers
 from softprompts.prompt import Batch, Prompt
 
 PATHS = ("packed", "shared", "concatenation")
@@ -28,7 +29,8 @@ class Reading:
     hidden [B, S, H] the states of the full sequences; position [B, T] where each packed text token stands in them;
     order [B, T] the original column of each packed token; mask [B, T] packed text mask; end [B] the last position of
     each row's run, be it text or prompt; output: the trunk's own output; encoded: the encoder's states and mask; cache;
-    path; text: in encoder-decoder models, whose decoder the rest describes, the same of the encoder.
+    path; text: in encoder-decoder models, whose decoder the rest describes, the same of the encoder; inner: the states
+    of the layers that were asked for, laid out as `hidden`.
     """
 
     hidden: Tensor
@@ -41,6 +43,7 @@ class Reading:
     cache: Any = None
     path: str = ""
     text: "Reading | None" = None
+    inner: dict[int, Tensor] = field(default_factory=dict)
 
 
 def read(
@@ -53,14 +56,16 @@ def read(
     prefix: Prefix | None = None,
     wanted: Callable[[Tensor, Tensor], Tensor] | None = None,
     branch: Tensor | None = None,
+    layers: Collection[int] = (),
 ) -> Reading:
     """Run the trunk on `batch` with `prompt` at `site`; see Reading. Arguments as for `forward`.
 
     wanted: which packed text tokens' last states are needed, given their order and mask [B, T]; None: all;
     branch [B, T]: on path "packed", 0 for text and c for the c-th continuation, whose tokens stand behind all text.
     """
-    with backbone.running():
-        return _read(backbone, batch, prompt, site, path, prefix, wanted, branch)
+    check_layers(backbone, layers)
+    with backbone.running(), catching(backbone, layers) as caught:
+        return _read(backbone, batch, prompt, site, path, prefix, wanted, branch, caught)
 
 
 def _read(
@@ -71,7 +76,8 @@ def _read(
     path: str | None,
     prefix: Prefix | None,
     wanted: Callable[[Tensor, Tensor], Tensor] | None,
-    branch: Tensor | None = None,
+    branch: Tensor | None,
+    caught: Caught,
 ) -> Reading:
     check_site(backbone, site)
     order = batch.mask.argsort(dim=1, descending=True, stable=True)
@@ -95,15 +101,15 @@ def _read(
         _check_path(path)
         if path in ("packed", "shared"):
             raise BackboneError(f"path '{path}' is not possible: an encoder's prompt sees the text; leave the path out")
-        return _read_seq2seq(backbone, batch, packed, order, prompt, site)
+        return _read_seq2seq(backbone, batch, packed, order, prompt, site, caught)
     path, reason = choose_path(backbone, packed, prompt, site, path, prefix)
     if path == "concatenation":
-        return _read_concatenated(backbone, packed, order, prompt, site, reason)
+        return _read_concatenated(backbone, packed, order, prompt, site, reason, caught)
     assert prompt is not None
     if path == "packed":
         chosen = None if wanted is None else wanted(order, mask)
-        return _read_packed(backbone, packed, order, prompt, site, prefix, chosen, branch)
-    return _read_shared(backbone, packed, order, prompt, site, prefix)
+        return _read_packed(backbone, packed, order, prompt, site, prefix, chosen, branch, caught)
+    return _read_shared(backbone, packed, order, prompt, site, prefix, caught)
 
 
 def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tensor | None]:
@@ -240,21 +246,35 @@ def _read_packed(
     prefix: Prefix | None,
     wanted: Tensor | None,
     branch: Tensor | None,
+    caught: Caught,
 ) -> Reading:
     if prefix is not None and prefix.cache is not None:
         prefix = None
     found = run(backbone, batch, prompt, site, prefix=prefix, wanted=wanted, branch=branch)
     states, position = found.texts, torch.arange(batch.mask.shape[1], device=batch.mask.device).expand_as(batch.mask)
     assert states is not None
+    inner = {number: found.spread(value) for (_, number), value in caught.items()}
     if found.last is not None:
         states, position = torch.cat([found.last[prompt.row][:, None], states], 1), position + 1
+        inner = {number: _behind_one(value) for number, value in inner.items()}
     text = batch.mask if branch is None else batch.mask & (branch == 0)
     end = (text.sum(1) - 1 + int(found.last is not None)).clamp(min=0)
-    return Reading(states, position, order, batch.mask, end, found.output, path="packed")
+    return Reading(states, position, order, batch.mask, end, found.output, path="packed", inner=inner)
+
+
+def _behind_one(states: Tensor) -> Tensor:
+    """States [B, T, H] behind a position that nobody looks at, where `hidden` has that of the prompt's last token."""
+    return torch.nn.functional.pad(states, (0, 0, 1, 0))
 
 
 def _read_shared(
-    backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt, site: Site, prefix: Prefix | None
+    backbone: Backbone,
+    batch: Batch,
+    order: Tensor,
+    prompt: Prompt,
+    site: Site,
+    prefix: Prefix | None,
+    caught: Caught,
 ) -> Reading:
     assert batch.embeds is not None
     if prefix is None or prefix.cache is None:
@@ -275,8 +295,10 @@ def _read_shared(
         **_positions(backbone, ids),
     )
     states, position = output.last_hidden_state, column.expand_as(batch.mask)
+    inner = {number: value for (_, number), value in caught.items()}
     if last is not None:
         states, position = torch.cat([last[prompt.row][:, None], states], 1), position + 1
+        inner = {number: _behind_one(value) for number, value in inner.items()}
     return Reading(
         states,
         position,
@@ -286,11 +308,12 @@ def _read_shared(
         output,
         cache=cache,
         path="shared",
+        inner=inner,
     )
 
 
 def _read_concatenated(
-    backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt | None, site: Site, reason: str
+    backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt | None, site: Site, reason: str, caught: Caught
 ) -> Reading:
     assert batch.embeds is not None
     assert batch.place is not None
@@ -304,6 +327,7 @@ def _read_concatenated(
         (where.mask.sum(1) - 1).clamp(min=0),
         output,
         path=f"concatenation: {reason}",
+        inner={number: value for (_, number), value in caught.items()},
     )
 
 
@@ -349,7 +373,7 @@ def _given_positions(batch: Batch, where: Layout) -> Tensor:
 
 
 def _read_seq2seq(
-    backbone: Backbone, batch: Batch, packed: Batch, order: Tensor, prompt: Prompt | None, site: Site
+    backbone: Backbone, batch: Batch, packed: Batch, order: Tensor, prompt: Prompt | None, site: Site, caught: Caught
 ) -> Reading:
     assert packed.place is not None
     encoder_side = prompt if site.name in ("input", "layers") else None
@@ -359,7 +383,8 @@ def _read_seq2seq(
     ids, mask, target_order = decoder_ids(backbone, batch, packed, order)
     decoder_side = prompt if site.name not in ("input", "layers") else None
     output, position, end = decode(backbone, ids, mask, states, where.mask, decoder_side, site)
-    text = Reading(states, where.position, order, packed.mask, where.mask.sum(1) - 1, encoded)
+    inner = {side: {n: v for (own, n), v in caught.items() if own == side} for side in ("text", "target")}
+    text = Reading(states, where.position, order, packed.mask, where.mask.sum(1) - 1, encoded, inner=inner["text"])
     return Reading(
         output.last_hidden_state,
         position,
@@ -371,4 +396,5 @@ def _read_seq2seq(
         cache=output.past_key_values,
         path="concatenation: an encoder's prompt sees the text",
         text=text,
+        inner=inner["target"],
     )

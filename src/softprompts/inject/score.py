@@ -1,7 +1,7 @@
 """Scores that line up with labels: the stock head on the states that score the labelled positions."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.inject.packed import Prefix
 from softprompts.inject.read import Reading, read
 from softprompts.inject.sites import Site
+from softprompts.inject.states import LAST
 from softprompts.prompt import IGNORE, Batch, Output, Prompt
 
 LOGITS = 1 << 25
@@ -29,6 +30,7 @@ def forward(
     path: str | None = None,
     prefix: Prefix | None = None,
     logits: bool | None = None,
+    layers: Collection[int] = (),
 ) -> Output:
     """Scores that line up with the labels of `batch`, for the labelled positions only.
 
@@ -36,15 +38,19 @@ def forward(
     models: the encoder's; with head features always, and then the decoder's, as the stock model does); path: `packed`,
     `shared` or `concatenation`, None takes the best that is possible; prefix: the distinct prompts, read before;
     logits: of a language model the scores [N, V] (True) or each label's `nll` [N] alone (False), made a few rows at a
-    time; None takes the latter where scores would be large.
+    time; None takes the latter where scores would be large; layers: whose states of the text to return too, 1 for the
+    first layer, -1 for what the head reads (encoder-decoder models: of both stacks).
     Raises BackboneError when prompt and text do not fit the model's positions, or the path is not possible.
     """
-    wanted = None if hidden or backbone.head in ("span", "features") else functools.partial(_wanted, backbone, batch)
-    reading = read(backbone, batch, prompt, site, path=path, prefix=prefix, wanted=wanted)
+    every = hidden or layers or backbone.head in ("span", "features")
+    wanted = None if every else functools.partial(_wanted, backbone, batch)
+    reading = read(backbone, batch, prompt, site, path=path, prefix=prefix, wanted=wanted, layers=layers)
     rows = torch.arange(len(batch.ids), device=reading.hidden.device)
     states = _unpack(reading) if backbone.head in ("span", "features") else None
     seen = _unpack(reading.text or reading) if hidden and backbone.head != "features" else states
     result = Output(None, None, rows, hidden=seen, cache=reading.cache, path=reading.path)
+    if layers:
+        result = replace(result, **_text_states(reading, layers))
     if backbone.head == "lm" and backbone.family.shifted:
         result = replace(result, last=_last(reading))
     if backbone.head == "features" or (batch.labels is None and backbone.head in ("lm", "token")):
@@ -59,14 +65,27 @@ def forward(
         return replace(result, logits=flat, labels=labels, row=rows.repeat(2))
     assert batch.labels is not None
     state, labels, row, column = _labelled(backbone, reading, batch.labels)
-    result = replace(result, labels=labels, row=row, column=column)
 
     def read_off(part: Tensor) -> Tensor:
         return head(backbone, reading, part[None])[0]
 
+    result = replace(result, labels=labels, row=row, column=column, states=state, scores=read_off)
+
     if backbone.head == "lm" and (len(labels) * backbone.vocabulary > LOGITS if logits is None else not logits):
         return replace(result, nll=surprise(state, labels, read_off, max(1, LOGITS // backbone.vocabulary)))
     return replace(result, logits=read_off(state))
+
+
+def _text_states(reading: Reading, layers: Collection[int]) -> dict[str, Any]:
+    """`layers` and `tokens` of an Output."""
+    sides = {"text": reading} if reading.text is None else {"text": reading.text, "target": reading}
+    found = {}
+    for side, own in sides.items():
+        for number in layers:
+            states = own.hidden if number == LAST else own.inner[number]
+            places = own.position[..., None].expand(-1, -1, states.shape[-1])
+            found[side, number] = states.gather(1, places)[own.mask.bool()]
+    return {"layers": found, "tokens": {side: own.mask.sum(1) for side, own in sides.items()}}
 
 
 def surprise(states: Tensor, labels: Tensor, scores: Callable[[Tensor], Tensor], size: int) -> Tensor:

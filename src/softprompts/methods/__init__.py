@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from torch import Tensor, nn
-
 from softprompts.config import ConfigError, closest
 from softprompts.prompt import Group, Method
 
@@ -42,11 +40,11 @@ def groups(method: Any) -> Mapping[str, Group]:
     return getattr(method, "groups", {"prompt": Group(("",))})
 
 
-def state_of(method: nn.Module, task: str) -> dict[str, Tensor]:
-    """What the method holds for `task`, as the same method made for that task alone would hold it."""
+def state_of(method: Any, task: str) -> dict[str, Any]:
+    """The tensors that the method holds for `task`, as the same method made for that task alone would hold them."""
     lists: tuple[str, ...] = getattr(method, "per_task", ())
-    index = str(method.slot.tasks.index(task))  # type: ignore[union-attr, operator]
-    found = {}
+    index = str(method.slot.tasks.index(task))
+    found: dict[str, Any] = {}
     for name, value in method.state_dict().items():
         owner, _, place = name.partition(".")
         if owner not in lists:

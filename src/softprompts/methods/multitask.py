@@ -13,8 +13,8 @@ from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct
 class MultitaskPromptTuning(nn.Module):
     """Task k's prompt is `shared ∘ (columns_k rows_k)` (section 3.1): shared [P, D], columns_k [P, r], rows_k [r, D].
 
-    With r = 1 the factors scale rows and columns of the shared prompt, `diag(u_k) shared diag(v_k)`; they are the "fast"
-    weights of a task, the shared prompt the "slow" ones of all. Trained numbers: P·D + K·r·(P + D) for K tasks.
+    With r = 1 the factors scale rows and columns of the shared prompt, `diag(u_k) shared diag(v_k)`. They are the
+    "fast" weights of a task, the shared prompt the "slow" ones of all. Trained numbers: P·D + K·r·(P + D) for K tasks.
     Raises ValueError for a start whose factors do not fit.
     """
 
