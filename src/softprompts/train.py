@@ -37,6 +37,7 @@ __all__ = [
     "fit",
     "fit_together",
     "is_main_process",
+    "set_rates",
 ]
 
 
@@ -319,7 +320,7 @@ def _update(
         optimiser.zero_grad(set_to_none=True)
         failed = measured.failed or _diverged(now.step + 1, state.good.step, config, course.written)
         return _State(replace(state.good, failed=failed), state.good)
-    rate = _set_rates(optimiser, config, now.step)
+    rate = set_rates(optimiser, config, now.step)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     score = None
@@ -336,9 +337,7 @@ def _update(
 def _machine_if_new(learner: Learner, now: Checkpoint) -> str:
     """What this step is computed with, where the last one was computed with something else; else an empty string."""
     before = next((report.machine for report in reversed(now.history) if report.machine), "")
-    facts = checkpoint.machine_of(learner.backbone)
-    flat = {**{name: value for name, value in facts.items() if name != "kernels"}, **facts["kernels"]}
-    machine = ", ".join(f"{name} {value}" for name, value in flat.items())
+    machine = checkpoint.machine_line(learner.backbone)
     return "" if machine == before else machine
 
 
@@ -363,8 +362,8 @@ def _optimiser(learner: Learner, parameters: Mapping[str, nn.Parameter], config:
     )
 
 
-def _set_rates(optimiser: Any, config: TrainConfig, step: int) -> float:
-    """Set every group's rate for `step` (counted from 0) and return the first, the prompt's."""
+def set_rates(optimiser: Any, config: TrainConfig, step: int) -> float:
+    """Set every group's rate for `step` (counted from 0) and return that of the first group, the prompt's."""
     factor = 1.0
     if step < config.warmup:
         factor = (step + 1) / config.warmup
