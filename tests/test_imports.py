@@ -14,7 +14,7 @@ CORE = (
     "inject generate data artefact files fingerprint peft_format"
 )
 BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
-MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint distil joint optimise train evaluate model"
+MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint distil joint optimise train finetune evaluate model"
 RUNS = f"{MODELS} prepare results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
 
@@ -59,6 +59,7 @@ OURS = {
     "joint": "config data distil learner prompt",
     "optimise": "config learner methods",
     "train": MODELS,
+    "finetune": "backbone checkpoint config data inject joint kernels learner objectives optimise prompt train",
     "evaluate": MODELS,
     "model": MODELS,
     "prepare": MODELS,
@@ -67,8 +68,8 @@ OURS = {
     "recipes": f"{RUNS} studies",
     "studies": f"{RUNS} recipes",
     "peft": f"{RUNS} recipes studies export",
-    "serve": f"{MODELS.replace(' checkpoint joint train', '')} recipes studies export",
-    "export": f"{MODELS.replace(' checkpoint joint train', '')} recipes studies serve",
+    "serve": f"{MODELS.replace(' checkpoint joint train finetune', '')} recipes studies export",
+    "export": f"{MODELS.replace(' checkpoint joint train finetune', '')} recipes studies serve",
     "cli": ALL,
 }
 
@@ -95,7 +96,7 @@ THIRD_PARTY = {
 
 # What only some rows may import; a name stands for everything below it.
 EXCLUSIVE = {
-    "peft": "",
+    "peft": "finetune",
     "safetensors": "files artefact conversion",
     "transformers.cache_utils": "backbone kernels inject generate init",
     "transformers.generation": "backbone inject generate",
@@ -210,13 +211,15 @@ def test_one_file_names_devices() -> None:
         ("model", "from transformers.cache_utils import DynamicCache"),
         ("data.sources", "import safetensors.torch"),
         ("peft", "import peft"),
+        ("train", "import peft"),
+        ("finetune", "from softprompts import evaluate"),
         ("evaluate", "import rich"),
         ("serve.engine", "import vllm"),
         ("surprise", "import json"),
     ],
 )
 def test_the_check_can_fail(module: str, text: str) -> None:
-    others = dict.fromkeys(("methods.b", "backbone", "cli", "train"), ast.Module([], []))
+    others = dict.fromkeys(("methods.b", "backbone", "cli", "train", "evaluate"), ast.Module([], []))
     assert len(wrong({**others, module: ast.parse(text)})) == 1
 
 
@@ -226,6 +229,7 @@ def test_the_check_can_fail(module: str, text: str) -> None:
         ("inject.read", "from softprompts.inject.sites import fill"),
         ("cli", "from softprompts import __version__, train\nimport rich"),
         ("serve.vllm", "import vllm"),
+        ("finetune", "def f():\n    import peft"),
         ("peft", "from softprompts.methods import METHODS"),
     ],
 )

@@ -41,17 +41,18 @@ class TrainingError(RuntimeError):
 class Report:
     """One step: mean loss over its labels, the prompt's rate, rms(P)/rms(E), tokens read and seconds taken.
 
-    tokens: of this run's own rows; seconds: of the step, which runs that train together share; score: the validation
-    score, where one was due; path: how the prompt was computed (packed, shared, or why not); parity: what comparing the
-    first batch with plain concatenation found, where that was asked for; machine: what it was computed with, at the
-    first step and wherever that changed.
+    rate: of the weights, and no rms_ratio, where weights are trained and no prompt; tokens: of this run's own rows;
+    seconds: of the step, which runs that train together share; score: the validation score, where one was due; path:
+    how the prompt was computed (packed, shared, or why not); parity: what comparing the first batch with plain
+    concatenation found, where that was asked for; machine: what it was computed with, at the first step and wherever
+    that changed.
     """
 
     step: int
     steps: int
     loss: float
     rate: float
-    rms_ratio: float
+    rms_ratio: float | None
     tokens: int
     seconds: float
     score: float | None = None
@@ -91,6 +92,13 @@ def machine_of(backbone: Backbone) -> dict[str, Any]:
     dtype = str(backbone.dtype).removeprefix("torch.")
     facts = {"device": str(backbone.device), "chip": chip(backbone.device), "dtype": dtype}
     return {**facts, "threads": torch.get_num_threads(), "kernels": asdict(backbone.kernels)}
+
+
+def machine_line(backbone: Backbone) -> str:
+    """The same in one line, as reports have it."""
+    facts = machine_of(backbone)
+    flat = {**{name: value for name, value in facts.items() if name != "kernels"}, **facts["kernels"]}
+    return ", ".join(f"{name} {value}" for name, value in flat.items())
 
 
 def place(

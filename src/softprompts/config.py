@@ -89,6 +89,7 @@ class SplitConfig(Section):
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
     shots: int | None = Field(default=None, ge=1)  # rows per class (per set where there are no classes) to train on
+    shots_seed: int | None = Field(default=None, ge=0)  # of the draw of shots alone; None: seed
     limit: dict[Literal["train", "validation", "test"], int] = {}
 
 
@@ -163,8 +164,18 @@ class DistilConfig(Section):
     cache: str | None = None  # where the teachers' states are kept; None: in the run's directory
 
 
+class LoraConfig(Section):
+    """Low-rank updates of the backbone's matrices (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(default=8, ge=1)
+    alpha: int = Field(default=16, ge=1)  # an update counts alpha / rank
+    targets: tuple[str, ...] | str | None = (
+        None  # module names, or one pattern; None: PEFT's usual ones, else all-linear
+    )
+
+
 class TrainConfig(Section):
-    """How the prompt is trained."""
+    """How the prompt is trained; or, where `train` says so, the weights of a copy of the backbone."""
 
     steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=16, ge=1)
@@ -188,7 +199,9 @@ class TrainConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     objectives: dict[str, float] = {"task": 1.0}
     distil: DistilConfig | None = None
-    train: Literal["prompt"] = "prompt"
+    train: Literal["prompt", "backbone", "lora"] = "prompt"  # backbone: all weights, lora: updates; without a prompt
+    lora: LoraConfig = LoraConfig()
+    keep: bool = False  # train backbone: write the trained model too, as large as the backbone is in float32
 
     @field_validator("rates")
     @classmethod
@@ -202,6 +215,27 @@ class TrainConfig(Section):
     def _patience_needs_evaluations(self) -> "TrainConfig":
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience counts evaluations: set train.evaluate_every too")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_no_prompt(self) -> "TrainConfig":
+        if self.keep and self.train != "backbone":
+            raise ValueError("keep is for train: backbone; a prompt and LoRA's adapter are always kept")
+        if self.train == "prompt":
+            return self
+        if self.rate_unit != "absolute" or "rate" not in self.model_fields_set:
+            raise ValueError(
+                f"train: {self.train} needs a rate in plain numbers, as rms is the unit of a prompt: set train.rate "
+                f"and train.rate_unit: absolute; a common rate is {'2e-5' if self.train == 'backbone' else '2e-4'}"
+            )
+        if self.optimiser != "adamw":
+            raise ValueError(f"train: {self.train} is done with train.optimiser: adamw, not {self.optimiser}")
+        if set(self.objectives) != {"task"}:
+            raise ValueError(f"train: {self.train} has the objective task alone, given {', '.join(self.objectives)}")
+        if self.parity != "off":
+            raise ValueError(
+                f"parity compares how prompts are computed, and train: {self.train} has none; leave it off"
+            )
         return self
 
 
@@ -243,6 +277,18 @@ class Run(Section):
         names = [t.title for t in self.tasks]
         if len(set(names)) != len(names):
             raise ValueError(f"task names must differ, given {', '.join(names)}; set tasks[i].name")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_plain(self) -> "Run":
+        kind = self.train.train
+        if kind != "prompt" and self.model.quantise is not None:
+            raise ValueError(
+                f"train: {kind} changes weights in float32, and model.quantise: {self.model.quantise} rounds them; "
+                f"leave quantise out, or train a prompt"
+            )
+        if kind != "prompt" and self.model.device_map is not None:
+            raise ValueError(f"train: {kind} needs the model on one device; set model.device instead of device_map")
         return self
 
 

@@ -109,18 +109,18 @@ def targets(
     rows: Sequence[Encoded],
     config: DistilConfig,
     file: Path | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Targets:
     """What the teachers make of `rows`, read from `file` where it holds just this, else computed and written there.
 
-    teachers: by the rows' task number; progress: told how many rows are done. Kept in the model's number format: for a
-    row of n labels and m tokens n·H + layers·m·H numbers.
+    teachers: by the rows' task number; progress: told how many rows are done, of how many. Kept in the model's number
+    format: for a row of n labels and m tokens n·H + layers·m·H numbers.
     """
     key = _key(backbone, teachers, rows, config.layers)
     if file is not None and file.exists():
         tensors, metadata = read_tensors(file)
         if metadata.get("key") == key:
-            progress(len(rows))
+            progress(len(rows), len(rows))
             return _targets(rows, tensors, config.temperature)
     tensors = _compute(backbone, teachers, rows, config.layers, progress)
     if file is not None:
@@ -143,7 +143,7 @@ def _compute(
     teachers: Sequence[TaskTeacher],
     rows: Sequence[Encoded],
     layers: Collection[int],
-    progress: Callable[[int], None],
+    progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """Tensors by the names they have in the file: those of all rows behind each other, and how many belong to each."""
     found: list[dict[str, Tensor]] = [{}] * len(rows)
@@ -156,7 +156,7 @@ def _compute(
             for i, one in zip(at, _by_row(output, len(at)), strict=True):
                 found[i] = one
             done += len(at)
-            progress(done)
+            progress(done, len(rows))
     counts = {"states": "states.counts"} | {
         name: f"tokens.{name.split('.')[1]}" for name in found[0] if name.startswith("layers.")
     }

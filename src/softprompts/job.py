@@ -1,15 +1,19 @@
-"""Runs from their configuration to artefact, results.json and report page; `open_artefacts` is the way back."""
+"""Runs from their configuration to artefact, results.json and report page; `open_artefacts` is the way back.
 
+A run that trains weights (`train.train`) goes the same way; what it keeps instead of an artefact, finetune.py writes.
+"""
+
+import functools
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, artefact, backbone, distil, evaluate, inject, report
+from softprompts import __version__, artefact, backbone, distil, evaluate, finetune, inject, report
 from softprompts.artefact import Artefact
 from softprompts.config import ConfigError, Run
 from softprompts.data import Encoded
@@ -62,6 +66,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     runs = variants(run)
     for one in runs.values() if main else ():
         _check_writable(Path(one.out))
+        finetune.kept_at(one.train, one.out)
     jobs = prepare_together(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
@@ -84,20 +89,28 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
 def _finish(
     name: str, job: Job, before: list[Evaluation | None], history: list[Report], began: float, screen: Screen
 ) -> list[dict[str, Any]]:
-    """Judge a trained run, and write its artefacts, results.json and pages; gives the page of each task."""
+    """Judge a trained run, and write what it trained, results.json and pages; gives the page of each task."""
     out, count = Path(job.run.out), len(job.tasks)
     after = [_judge(name, job, i, screen, "after") for i in range(count)]
-    made = [pack(job, i, after[i]) for i in range(count)]
     pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(count)]
     if not is_main_process():
         return pages
     screen.say(f"writing {out}")
-    for one in made:
-        artefact.save(one, prompt_directory(out, one.task, count))
+    _keep(job, after)
     report.write_results(out / "results.json", _results(pages))
     for page, task in zip(pages, job.tasks, strict=True):
         report.write_page(out / ("report.html" if count == 1 else f"report-{task.name}.html"), page)
     return pages
+
+
+def _keep(job: Job, after: list[Evaluation | None]) -> None:
+    """Write the run's artefacts; where it trained weights, LoRA's adapter or, if asked for, the model."""
+    if job.weights is None:
+        for i, scored in enumerate(after):
+            one = pack(job, i, scored)
+            artefact.save(one, prompt_directory(Path(job.run.out), one.task, len(job.tasks)))
+    elif place := finetune.kept_at(job.run.train, job.run.out):
+        finetune.save(job.weights, place)
 
 
 def _results(pages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,7 +131,7 @@ def _check_writable(out: Path) -> None:
 
 def _settings(run: Run) -> dict[str, Any]:
     """What must be the same for a run to go on from its checkpoint."""
-    others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every"}}
+    others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
     return run.model_dump(mode="json", exclude=others)
 
 
@@ -148,10 +161,8 @@ def _train(
     histories: dict[str, list[Report]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
     targets = _targets(jobs, rows, screen)
-    trainees = [_trainee(name, job, rows[name], targets[name]) for name, job in jobs.items()]
-    pad = trainees[0].learner.backbone.tokenizer.pad_token_id or 0
     try:
-        with closing(fit_together(trainees, pad=pad)) as steps:
+        with closing(_steps(jobs, rows, targets)) as steps:
             for name, step in steps:
                 histories[name].append(step)
                 if step.parity:
@@ -166,7 +177,7 @@ def _train(
         failed = error.failed
         for name, message in failed.items():
             screen.say(f"run '{name}' failed: {message}")
-    every = [step for history in histories.values() for step in history]
+    every = [step for name, history in histories.items() for step in history if jobs[name].weights is None]
     for path, count in Counter(step.path for step in every).most_common(1):
         how = f"in every row ({path})" if path.startswith("concatenation") else "once a batch"
         screen.say(f"the prompt was computed {how} in {count} of {len(every)} steps")
@@ -186,21 +197,36 @@ def _targets(jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen:
         key = (digests, config.layers, config.temperature, tuple(_key(job, i) for i in range(len(job.tasks))))
         if key not in known:
             file = Path(job.run.out) / distil.FILE if config.cache is None else Path(config.cache)
-
-            def progress(
-                done: int, title: str = f"{name}: teachers" if name else "teachers", of: int = len(own)
-            ) -> None:
-                screen.judged(title, done, of)
-
-            known[key] = distil.targets(job.learner.backbone, job.teachers, own, config, file, progress)
+            title = f"{name}: teachers" if name else "teachers"
+            show = functools.partial(screen.judged, title)
+            known[key] = distil.targets(job.learner.backbone, job.teachers, own, config, file, show)
         found[name] = known[key]
     return found
 
 
+def _steps(
+    jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], targets: Mapping[str, Targets | None]
+) -> Generator[tuple[str, Report], None, None]:
+    """The steps of all runs; one that trains weights is always alone."""
+    pad = next(iter(jobs.values())).learner.backbone.tokenizer.pad_token_id or 0
+    for name, job in jobs.items():
+        if job.weights is not None:
+            run, validate = job.run, _validate(job)
+            fitting = finetune.fit(job.weights, rows[name], run.train, pad=pad, seed=run.seed, validate=validate)
+            with closing(fitting) as steps:
+                yield from ((name, step) for step in steps)
+            return
+    yield from fit_together([_trainee(name, job, rows[name], targets[name]) for name, job in jobs.items()], pad=pad)
+
+
 def _trainee(name: str, job: Job, rows: list[Encoded], targets: Targets | None) -> Trainee:
     run = job.run
-    validate = (lambda: _validation(job)) if run.train.evaluate_every is not None else None
-    return Trainee(name, job.learner, rows, run.train, run.seed, validate, run.out, _settings(run), targets)
+    return Trainee(name, job.learner, rows, run.train, run.seed, _validate(job), run.out, _settings(run), targets)
+
+
+def _validate(job: Job) -> Callable[[], float] | None:
+    """What scores the validation rows, where the run asks for that."""
+    return (lambda: _validation(job)) if job.run.train.evaluate_every is not None else None
 
 
 def _validation(job: Job) -> float:
@@ -232,7 +258,7 @@ def _judge(name: str, job: Job, index: int, screen: Screen, when: str, stock: bo
     title = f"{name}: {job.tasks[index].name}" if name else job.tasks[index].name
     if not rows and not stock:
         screen.say(f"{title} has no test rows: nothing is judged")
-    if not rows or (stock and learner.head is not None):
+    if not rows or (stock and learner.backbone.head_names):
         return None
 
     def progress(done: int) -> None:
@@ -248,6 +274,7 @@ def _judge(name: str, job: Job, index: int, screen: Screen, when: str, stock: bo
 def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
     """The artefact of the job's task number `index`: what was trained, where it began, and all that belongs to it."""
     learner, run, task = job.learner, job.run, job.tasks[index]
+    assert job.start is not None
     tasks = run.tasks[index].model_dump(mode="json")
     config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
     return Artefact(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompts import artefact, assets, backbone, init, inject, loading, machine, metrics, objectives, tune
+from softprompts import artefact, assets, backbone, finetune, init, inject, loading, machine, metrics, objectives, tune
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.checkpoint import Report
@@ -47,14 +47,18 @@ SILENT = Screen()
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, ready: the learner at its start, its tasks with their encoders, and their teachers."""
+    """All that a run needs, ready: the learner at its start, its tasks with their encoders, and their teachers.
+
+    weights: what is trained instead of a prompt, which then has no start.
+    """
 
     run: Run
     learner: Learner
-    start: Start
+    start: Start | None
     tasks: tuple[Task, ...]
     encoders: tuple[Encoder, ...]
     teachers: tuple[TaskTeacher, ...] = ()
+    weights: finetune.Weights | None = None
 
 
 def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
@@ -186,6 +190,7 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
         if run.model.device_map is None:
             machine.choose_device(run.model.device)  # refused before rows are read, where it is not here
         find(run.prompt.method)
+        finetune.check_installed(run.train)
         for config in run.tasks:
             key = config.model_dump_json()
             if key not in loaded:
@@ -211,6 +216,8 @@ def _load_rows(config: TaskConfig, screen: Screen) -> Task:
 
 def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     """The run on a backbone and rows that are there."""
+    if run.train.train != "prompt":
+        return _weights_job(run, model, tasks)
     method = find(run.prompt.method)
     site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
     slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
@@ -229,6 +236,13 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     distil = run.train.distil
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
     return Job(run, learner, start, tasks, encoders, teachers)
+
+
+def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
+    """The run that trains weights of a copy of the backbone; no prompt takes room from its texts."""
+    weights = finetune.copied(model, run.train, tuple(task.name for task in tasks), run.seed)
+    encoders = tuple(encoder_for(model, task.format, 0, i) for i, task in enumerate(tasks))
+    return Job(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
 
 
 def encoder_for(model: Backbone, form: Format, length: int, task: int = 0) -> Encoder:

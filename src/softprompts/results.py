@@ -21,6 +21,9 @@ from softprompts.evaluate import Answer, Evaluation
 from softprompts.prepare import Job
 from softprompts.words import nearest_words
 
+TRAINED = {"prompt": "", "backbone": ", all weights trained", "lora": ", trained with LoRA"}
+"""What a page's title says about what was trained."""
+
 
 def prompt_directory(out: Path, task: str, tasks: int) -> Path:
     """Where a run's artefact lies: `prompt`, or `prompt/<task>` where it trained several."""
@@ -61,7 +64,7 @@ def page_of(
     metric = next(iter(after.scores)) if after else None
     page: dict[str, Any] = {
         "format": 1,
-        "title": f"{task.name} with {learner.backbone.name}",
+        "title": f"{task.name} with {learner.backbone.name}{TRAINED[run.train.train]}",
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": {
@@ -70,7 +73,7 @@ def page_of(
             "after": asdict(after.headline) if after else None,
             "steps": len(history),
             "seconds": round(seconds, 1),
-            "trainable": sum(p.numel() for p in learner.parameters().values()) // len(job.tasks),
+            "trainable": job.weights.count if job.weights else _prompt_size(job),
             "tokens_per_second": rate,
         },
         "curve": [{**asdict(r), "tokens_per_second": r.tokens / r.seconds if r.seconds else None} for r in history],
@@ -80,17 +83,25 @@ def page_of(
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
-        "versions": versions(),
-        "machine": {**machine_of(learner.backbone), "paths": dict(Counter(r.path for r in history))},
+        "versions": {**versions(), **({"peft": version("peft")} if run.train.train == "lora" else {})},
+        "machine": {
+            **machine_of((job.weights or job).learner.backbone),
+            "paths": dict(Counter(r.path for r in history)),
+        },
         "warnings": [*task.notes, *machine_changes(history)],
-        "next": next_commands(run, task),
+        "next": next_commands(run, task) if job.weights is None else [],
     }
     if after is not None:
         page |= _details(job, index, before, after)
-    if learner.site.name in ("input", "decoder"):
+    if job.weights is None and learner.site.name in ("input", "decoder"):
         words = nearest_words(learner.backbone, learner.method.fold(task.name))
         page["nearest_words"] = [asdict(row) for row in words]
     return page
+
+
+def _prompt_size(job: Job) -> int:
+    """Trained numbers a task."""
+    return sum(parameter.numel() for parameter in job.learner.parameters().values()) // len(job.tasks)
 
 
 def compare(

@@ -344,9 +344,7 @@ def _update(
 def _machine_if_new(learner: Learner, now: Checkpoint) -> str:
     """What this step is computed with, where the last one was computed with something else; else an empty string."""
     before = next((report.machine for report in reversed(now.history) if report.machine), "")
-    facts = checkpoint.machine_of(learner.backbone)
-    flat = {**{name: value for name, value in facts.items() if name != "kernels"}, **facts["kernels"]}
-    machine = ", ".join(f"{name} {value}" for name, value in flat.items())
+    machine = checkpoint.machine_line(learner.backbone)
     return "" if machine == before else machine
 
 

@@ -35,6 +35,12 @@ def variants(run: Run) -> dict[str, Run]:
         found[name] = parse(values, origin=f"runs '{name}'")
     first = next(iter(found))
     for name, one in found.items():
+        if one.train.train != "prompt":
+            raise ConfigError(
+                f"run '{name}' changes weights (train: {one.train.train}), and runs that train together share a frozen "
+                f"backbone; start such runs one after the other, each with an --out of its own, without --seeds, "
+                f"--rates and runs"
+            )
         for key in SHARED:
             here, there = _at(one, key), _at(found[first], key)
             if here != there:

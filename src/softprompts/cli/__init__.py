@@ -113,7 +113,10 @@ def train(
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
-    """Train a prompt, judge it before and after, and write prompt, results.json and report.html."""
+    """Train a prompt, judge it before and after, and write prompt, results.json and report.html.
+
+    With --set train.train=lora or train.train=backbone weights are trained instead, to compare with.
+    """
     given: list[tuple[str, Any]] = [
         ("model.name", model),
         ("task.source", data),
@@ -162,7 +165,9 @@ def _run(run: Run, as_json: bool) -> None:
             results = job.execute(run, screen)
     except KeyboardInterrupt:
         kept = out_dir.glob(f"*/{CHECKPOINT}") if run.runs else out_dir.glob(CHECKPOINT)
-        if any(kept):
+        if run.train.train != "prompt":
+            say("interrupted; weights are kept when they are finished only: the same command begins anew")
+        elif any(kept):
             say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
         else:
             say("interrupted; nothing was trained yet")
@@ -187,8 +192,11 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
             show(page)
         prompts = out_dir / "prompt"
     where = sorted(str(p) for p in out_dir.glob("report*.html"))
-    out.print(f"\nprompt   {prompts}\nresults  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
-    out.print("\nnext:")
+    kept = {"prompt": f"prompt   {prompts}\n", "lora": f"adapter  {out_dir / 'lora'}\n"}.get(run.train.train, "")
+    kept = f"model    {out_dir / 'model'}\n" if run.train.keep else kept
+    out.print(f"\n{kept}results  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
+    if results["next"]:
+        out.print("\nnext:")
     for line in results["next"]:
         out.print(f"  {line}", markup=False, soft_wrap=True)
 
