@@ -14,7 +14,8 @@ CORE = (
     "inject generate data artefact files fingerprint peft_format"
 )
 BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
-MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint distil joint optimise train finetune evaluate model"
+TRAINING = "checkpoint distil joint optimise train finetune"
+MODELS = f"{BELOW_TRAINING} kernels tune parity {TRAINING} evaluate model"
 RUNS = f"{MODELS} prepare results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
 
@@ -65,7 +66,7 @@ OURS = {
     "prepare": MODELS,
     "results": f"{MODELS} prepare",
     "job": f"{MODELS} prepare results variants",
-    "recipes": f"{RUNS} studies",
+    "recipes": f"{RUNS} transfer studies",
     "studies": f"{RUNS} recipes",
     "peft": f"{RUNS} recipes studies export",
     "serve": f"{MODELS.replace(' checkpoint joint train finetune', '')} recipes studies export",

@@ -309,8 +309,8 @@ def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "
         raise ConfigError("; ".join(_explain(e, model, origin) for e in error.errors())) from None
 
 
-def read(path: str | Path, overrides: Iterable[str] = ()) -> Run:
-    """The run written in a YAML file, with `a.b=c` overrides applied.
+def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] = Run) -> Any:
+    """The run, or another `model`, written in a YAML file, with `a.b=c` overrides applied.
 
     Raises ConfigError for a file that is missing or is not a YAML mapping, and as `parse` does.
     """
@@ -322,7 +322,7 @@ def read(path: str | Path, overrides: Iterable[str] = ()) -> Run:
         raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold `key: value` pairs, found {type(values).__name__}")
-    return parse(override(values, overrides), origin=str(path))
+    return parse(override(values, overrides), model, str(path))
 
 
 def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""What a user writes for the recipe: sources, targets, and how each stage trains; every cap is a key."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from softprompts.config import (
+    EvaluateConfig,
+    ModelConfig,
+    PromptConfig,
+    SamplingConfig,
+    Section,
+    TaskConfig,
+    TrainConfig,
+    closest,
+)
+from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
+
+KEPT = ("train", "distil", "objectives", "rates")
+"""Keys of a stage's training that the recipe sets itself."""
+
+
+class TeacherStage(Section):
+    """A prompt for each source, all in one frozen batch; `trained` names those that are there already."""
+
+    train: TrainConfig = TrainConfig(steps=300, batch_size=16, warmup=30, schedule="linear")
+    trained: dict[str, str] = Field(default={})  # source -> directory of its prompt
+
+
+class SourceStage(Section):
+    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1), each batch draws its tasks."""
+
+    train: TrainConfig = TrainConfig(steps=400, batch_size=16, warmup=30, sampling=SamplingConfig(draw="some"))
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    logits: float = Field(default=0.9, ge=0)
+    hidden: float = Field(default=0.9, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+    layers: tuple[int, ...] = (-1,)
+    seed: int = Field(default=0, ge=0)
+
+
+class TargetStage(Section):
+    """Every arm on every target, with all rows and with few; the rate of each arm is chosen on validation rows."""
+
+    train: TrainConfig = TrainConfig(steps=200, batch_size=8, warmup=10)
+    few: TrainConfig = TrainConfig(steps=60, batch_size=8, warmup=5)
+    shots: tuple[int | None, ...] = (None, 16)  # None: all rows
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
+    arms: tuple[str, ...] = tuple(ARMS)
+    few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
+    rates: tuple[float, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    weight_rates: dict[str, tuple[float, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
+    factor_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
+    tune_on: tuple[str, ...] | None = None  # targets on which rates are chosen; None: all
+    weight_targets: tuple[str, ...] | None = None  # targets of fine-tuning and lora; None: all
+    probe_steps: int = Field(default=30, ge=1)  # after so many steps a target's prompt is its embedding (SPoT)
+    nearest: int = Field(default=3, ge=1)  # how many sources the weighted start of SPoT mixes
+
+
+class Plan(Section):
+    """The whole study."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    sources: tuple[TaskConfig, ...] = Field(min_length=1)
+    targets: tuple[TaskConfig, ...] = Field(min_length=1)
+    teachers: TeacherStage = TeacherStage()
+    source: SourceStage = SourceStage()
+    target: TargetStage = TargetStage()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: str = "runs/multitask"
+
+    @field_validator("sources", "targets")
+    @classmethod
+    def _distinct(cls, tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+        names = [task.title for task in tasks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"task names must differ, given {', '.join(names)}; set the name of one")
+        return tasks
+
+    @model_validator(mode="after")
+    def _names(self) -> "Plan":
+        sources, targets = ([task.title for task in tasks] for tasks in (self.sources, self.targets))
+        if self.model.head != "lm":
+            raise ValueError(f"tasks that share a prompt share a language model's head, not '{self.model.head}'")
+        _known("teachers.trained", self.teachers.trained, sources)
+        _known("source.variants", self.source.variants, list(VARIANTS))
+        _known("target.arms", (*self.target.arms, *(self.target.few_arms or ())), list(ARMS))
+        _known("target.tune_on", self.target.tune_on or (), targets)
+        _known("target.weight_targets", self.target.weight_targets or (), targets)
+        _known("target.weight_rates", self.target.weight_rates, list(WEIGHTS))
+        for arm in (*self.target.arms, *(self.target.few_arms or ())):
+            variant = ARMS[arm].variant
+            if variant and variant not in self.source.variants:
+                raise ValueError(f"arm '{arm}' starts from variant '{variant}'; add it to source.variants")
+            if arm in WEIGHTS and not self.target.weight_rates.get(arm):
+                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_rates")
+        for name, stage in (
+            ("teachers", self.teachers.train),
+            ("source", self.source.train),
+            ("target", self.target.train),
+        ):
+            for key in KEPT:
+                if getattr(stage, key) != getattr(TrainConfig(), key):
+                    raise ValueError(f"{name}.train.{key} is set by the recipe itself; leave it out")
+        return self
+
+
+def _known(where: str, given: Iterable[str], possible: Any) -> None:
+    for name in given:
+        if name not in possible:
+            raise ValueError(f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}")

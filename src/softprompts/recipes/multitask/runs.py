@@ -1,0 +1,197 @@
+"""From the plan to the runs of each stage: what is trained from which start, and where it is written."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softprompts.config import Run, TaskConfig, TrainConfig, parse
+from softprompts.job import prompt_directory
+from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
+from softprompts.recipes.multitask.plan import Plan
+
+TOGETHER = "together"
+"""What takes a target's name in the runs of all targets."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the table: an arm at a rate with a seed."""
+
+    arm: str
+    rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.arm}-rate{self.rate:g}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Origins:
+    """What targets start from: each source's prompt, each variant's directory, and for each (target, shots) the
+    sources most like it, as (name, weight), the nearest first."""
+
+    teachers: Mapping[str, str]
+    variants: Mapping[str, Path]
+    nearest: Mapping[tuple[str, int | None], Sequence[tuple[str, float]]]
+
+
+def teacher_runs(plan: Plan) -> Run:
+    """Prompt tuning of each source that has no teacher yet, all in one frozen batch."""
+    entries = [
+        {"name": task.title, "task": task.model_dump(mode="json")}
+        for task in plan.sources
+        if task.title not in plan.teachers.trained
+    ]
+    return _run(plan, plan.sources[:1], plan.teachers.train, Path(plan.out) / "teachers", runs=entries)
+
+
+def teacher_paths(plan: Plan) -> dict[str, str]:
+    """Where the prompt of each source lies."""
+    own = {task.title: str(Path(plan.out) / "teachers" / task.title / "prompt") for task in plan.sources}
+    return own | dict(plan.teachers.trained)
+
+
+def source_runs(plan: Plan) -> Run:
+    """Each variant of the shared prompt on all sources, all in one frozen batch; the teachers' states are shared."""
+    stage, out = plan.source, Path(plan.out) / "sources"
+    distil = {
+        "teachers": teacher_paths(plan),
+        "temperature": stage.temperature,
+        "layers": list(stage.layers),
+        "cache": str(out / "teacher-states.safetensors"),
+    }
+    taught = {"distil-logits": stage.logits, "distil-hidden": stage.hidden}
+    entries = []
+    for name in stage.variants:
+        variant = VARIANTS[name]
+        used = {key: weight for key, weight in taught.items() if weight and variant.distil}
+        entries.append(
+            {
+                "name": name,
+                "prompt.options": {"factors": "trained" if variant.decompose else "fixed"},
+                "train.objectives": {"task": 1.0, **used},
+                "train.distil": distil if used else None,
+            }
+        )
+    return _run(
+        plan, plan.sources, stage.train, out, method="multitask-prompt-tuning", runs=entries, seed=plan.source.seed
+    )
+
+
+def probe_runs(plan: Plan) -> Run:
+    """A short prompt tuning of each target from vocabulary: where it has come to is the target's embedding (SPoT)."""
+    entries = [
+        {"name": f"{task.title}-{size_name(shots)}", "task": _shots(task, shots, 0).model_dump(mode="json")}
+        for shots in plan.target.shots
+        for task in plan.targets
+    ]
+    train = plan.target.few.model_copy(update={"steps": plan.target.probe_steps, "warmup": 0, "schedule": "constant"})
+    return _run(plan, plan.targets[:1], train, Path(plan.out) / "probes", method="prompt-tuning", runs=entries)
+
+
+def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cells: Sequence[Cell], part: str) -> Run:
+    """The runs of `cells` on one target, or on all of them, in one frozen batch; `part` is their folder."""
+    tasks = plan.targets if target == TOGETHER else tuple(t for t in plan.targets if t.title == target)
+    entries = [_entry(plan, tasks, shots, origins, cell) for cell in cells]
+    out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / part
+    return _run(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
+
+
+def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
+    """A run that trains weights of the backbone: by itself, because nothing of it is shared."""
+    task = next(task for task in plan.targets if task.title == target)
+    out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
+    train = {
+        **_training(plan, shots, 1).model_dump(mode="json"),
+        "train": ARMS[cell.arm].method,
+        "rate": cell.rate,
+        "rate_unit": "absolute",
+    }
+    return _run(plan, (_shots(task, shots, cell.seed),), parse(train, TrainConfig), out, seed=cell.seed)
+
+
+def size_name(shots: int | None) -> str:
+    """How a size is called in folders and tables."""
+    return "full" if shots is None else f"{shots}-shot"
+
+
+def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False) -> list[str]:
+    """The arms at a size that train weights, or prompts for each target, or one prompt for all."""
+    chosen = plan.target.arms if shots is None or plan.target.few_arms is None else plan.target.few_arms
+    return [arm for arm in chosen if (arm in WEIGHTS) == weights and ARMS[arm].together == together]
+
+
+def _training(plan: Plan, shots: int | None, tasks: int) -> TrainConfig:
+    """With one validation at the end, from which the rate is chosen; several tasks see as many rows each as one."""
+    train = plan.target.train if shots is None else plan.target.few
+    return train.model_copy(update={"evaluate_every": max(1, train.steps), "batch_size": train.batch_size * tasks})
+
+
+def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: Cell) -> dict[str, Any]:
+    arm = ARMS[cell.arm]
+    rates = {"factors": cell.rate * plan.target.factor_rate} if arm.start == "factors" else {}
+    target = TOGETHER if len(tasks) > 1 else tasks[0].title
+    return {
+        "name": cell.name,
+        "seed": cell.seed,
+        "tasks": [_shots(task, shots, cell.seed).model_dump(mode="json") for task in tasks],
+        "prompt.method": arm.method,
+        "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots), ())),
+        "train.rate": cell.rate,
+        "train.rates": rates,
+    }
+
+
+def _init(name: str, plan: Plan, origins: Origins, nearest: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """`prompt.init` of an arm."""
+    arm = ARMS[name]
+    if arm.start == "factors":
+        return {"kind": "multitask", "path": str(origins.variants[arm.variant] / "prompt")}
+    if arm.start == "prompt":
+        # With factors fixed at one every source's prompt is the shared one.
+        first, count = plan.sources[0].title, len(plan.sources)
+        return {"kind": "artefact", "path": str(prompt_directory(origins.variants[arm.variant], first, count))}
+    if arm.start == "nearest":
+        return {"kind": "artefact", "path": origins.teachers[nearest[0][0]]}
+    if arm.start == "weighted":
+        paths = [origins.teachers[source] for source, _ in nearest]
+        return {"kind": "mean", "paths": paths, "weights": [weight for _, weight in nearest]}
+    if arm.start == "sources":
+        return {"kind": "vocabulary", "sources": list(origins.teachers.values())}
+    return {"kind": arm.start}
+
+
+def _shots(task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
+    """The task with all rows, or with few of them drawn by `seed`; the rows that judge are the same for all."""
+    named = task.model_copy(update={"name": task.title})
+    if shots is None:
+        return named
+    return named.model_copy(update={"split": task.split.model_copy(update={"shots": shots, "shots_seed": seed})})
+
+
+def _run(
+    plan: Plan,
+    tasks: Sequence[TaskConfig],
+    train: TrainConfig,
+    out: Path,
+    *,
+    method: str = "prompt-tuning",
+    runs: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+) -> Run:
+    found: Run = parse(
+        {
+            "model": plan.model.model_dump(mode="json"),
+            "prompt": {**plan.prompt.model_dump(mode="json"), "method": method},
+            "tasks": [task.model_dump(mode="json") for task in tasks],
+            "train": train.model_dump(mode="json"),
+            "evaluate": plan.evaluate.model_dump(mode="json"),
+            "out": str(out),
+            "seed": seed,
+            "runs": list(runs),
+        }
+    )
+    return found
