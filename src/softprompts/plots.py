@@ -175,19 +175,37 @@ def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> str:
         columns, counts = columns[:-1], counts[:, :-1]
 
     def draw(figure: Figure) -> dict[str, list[str]]:
-        axes = figure.add_axes((0, 0, 1, 1))  # the page gets what is drawn, so the labels may stand outside
-        axes.set(xlim=(0, len(columns)), ylim=(len(labels), 0), frame_on=False)
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0, labelcolor=COLOURS["quiet"])
-        style: Any = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
-        axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(name) for name in columns], **style)
-        axes.set_yticks(np.arange(len(labels)) + 0.5, [_short(str(name)) for name in labels])
-        return {"cells": _cells(axes, counts, list(map(str, labels)), columns)}
+        shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        texts = [[str(count) for count in row] for row in counts.tolist()]
+        tips = [
+            f"gold {gold}, predicted {found}: {texts[i][j]}"
+            for i, gold in enumerate(map(str, labels))
+            for j, found in enumerate(columns)
+        ]
+        _cells(figure, list(map(str, labels)), columns, shares, texts)
+        return {"cells": tips}
 
     right = int(np.trace(counts))
     label = f"Confusion matrix of {len(labels)} labels: {right} of {counts.sum()} predictions on the diagonal"
     size = (CELL * len(columns), CELL * len(labels))
     return _plot("Gold (rows) and predicted (columns)", label, draw, size, crop=True)
+
+
+def similarities(title: str, labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
+    """Draw a matrix of cosines, shaded from 0 to 1; nothing where there are no labels."""
+    if not labels:
+        return ""
+    values = np.array(matrix, dtype=np.float64)
+    texts = [[f"{value:.2f}" for value in row] for row in values.tolist()]
+
+    def draw(figure: Figure) -> dict[str, list[str]]:
+        _cells(figure, list(labels), list(labels), values.clip(0, 1), texts)
+        return {"cells": [f"{a}, {b}: {texts[i][j]}" for i, a in enumerate(labels) for j, b in enumerate(labels)]}
+
+    others = values[~np.eye(len(labels), dtype=bool)]
+    label = f"{title}, {len(labels)} by {len(labels)}"
+    label += f": between {others.min():.2f} and {others.max():.2f} off the diagonal" if others.size else ""
+    return _plot(title, label, draw, (CELL * len(labels), CELL * len(labels)), crop=True)
 
 
 def _whisker(axes: Axes, y: float, look: str, one: Mapping[str, Any]) -> None:
@@ -202,27 +220,30 @@ def _whisker(axes: Axes, y: float, look: str, one: Mapping[str, Any]) -> None:
     axes.text(1.04, y, f"{value:.3f}", **spot)
 
 
-def _cells(axes: Axes, counts: np.ndarray, labels: list[str], columns: list[str]) -> list[str]:
-    """Draw the cells with their counts; returns what the pointer shows on each."""
+def _cells(
+    figure: Figure, rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, texts: Sequence[Sequence[str]]
+) -> None:
+    """Draw a cell for each row and column, as dark as its share (0 to 1), with its text, and the names outside."""
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    places = list(np.ndindex(*counts.shape))
+    axes = figure.add_axes((0, 0, 1, 1))  # the page gets what is drawn, so the labels may stand outside
+    axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), frame_on=False)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelcolor=COLOURS["quiet"])
+    style: Any = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(name) for name in columns], **style)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(name) for name in rows])
+    places = list(np.ndindex(*shares.shape))
     boxes = [Rectangle((column + 0.02, row + 0.02), 0.96, 0.96) for row, column in places]
     shades = [to_rgba(COLOURS["accent"], 0.03 + 0.52 * float(shares[place])) for place in places]
     axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors="none", gid="cells", clip_on=False))
     for row, column in places:
-        text = str(counts[row, column])
-        style: Any = {
-            "color": COLOURS["ink"],
-            "alpha": 0.45 if text == "0" else 1.0,
-            "fontsize": min(13, 64 / len(text)),
-        }
+        text = texts[row][column]
+        style = {"color": COLOURS["ink"], "alpha": 0.45 if text == "0" else 1.0, "fontsize": min(13, 64 / len(text))}
         style |= {"ha": "center", "va": "center_baseline"}
         axes.text(column + 0.5, row + 0.5, text, **style).set_in_layout(False)
-    return [f"gold {labels[i]}, predicted {columns[j]}: {counts[i, j]}" for i, j in places]
 
 
 def _printable(text: str) -> str:

@@ -18,7 +18,18 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.metrics import METRICS
-from softprompts.plots import Line, heatmap, interval, interval_plot, line_plot, shown, smooth, thin, with_interval
+from softprompts.plots import (
+    Line,
+    heatmap,
+    interval,
+    interval_plot,
+    line_plot,
+    shown,
+    similarities,
+    smooth,
+    thin,
+    with_interval,
+)
 
 MOST_LABELS, FIRST_EXAMPLES = 40, 20
 
@@ -306,4 +317,35 @@ def _compared(results: Mapping[str, Any]) -> str:
     return _section("Runs", table(columns, rows) if rows else "", seeds)
 
 
-SECTIONS = (_summary, _compared, _training, _scores, _classes, _examples, _nearest, _next, _run)
+def _mean(cell: Any) -> Any:
+    """A cell {mean, sd, n} as people read it; others as they are, other numbers rounded."""
+    if isinstance(cell, Mapping):
+        spread = "" if cell.get("sd") is None else f" ± {cell['sd']:.3f}"
+        return Markup(f"{_figure(cell['mean'], 3).html}{spread}<small>{cell['n']} runs</small>")
+    return _figure(cell, 3) if isinstance(cell, float) and abs(cell) < 1 else cell
+
+
+def _tables(results: Mapping[str, Any]) -> str:
+    """Tables of studies: title, columns, and rows whose cells may be {mean, sd, n}."""
+    parts = []
+    for one in results.get("tables") or []:
+        rows = [[_mean(cell) for cell in row] for row in one["rows"]]
+        parts.append(_section(one["title"], table(one["columns"], rows) if rows else ""))
+    return "".join(parts)
+
+
+def _pictures(results: Mapping[str, Any]) -> str:
+    """Line plots and heatmaps of studies."""
+    lines = [
+        line_plot(
+            one["title"], [Line(x["name"], smooth(thin(x["points"])), x.get("look", "after")) for x in one["lines"]]
+        )
+        for one in results.get("plots") or []
+    ]
+    maps = [similarities(one["title"], one["labels"], one["matrix"]) for one in results.get("heatmaps") or []]
+    boxes = [f'<div class="plots">{"".join(lines)}</div>\n' if any(lines) else ""]
+    boxes += [f'<div class="half">{one}</div>\n' for one in maps if one]
+    return _section("Curves and similarities", *boxes)
+
+
+SECTIONS = (_summary, _tables, _pictures, _compared, _training, _scores, _classes, _examples, _nearest, _next, _run)

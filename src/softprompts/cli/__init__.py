@@ -23,6 +23,7 @@ from softprompts.cli.screen import (
     quiet,
     say,
     show,
+    show_arms,
     show_json,
     show_runs,
     show_table,
@@ -199,6 +200,38 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
         out.print("\nnext:")
     for line in results["next"]:
         out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def multitask(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file with sources and targets.")],
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything is written.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Teach sources, train a prompt that they share, adapt it to targets, and compare with other ways to start."""
+    from softprompts.recipes.multitask import Plan, execute
+
+    given = [("out", None if out_dir is None else str(out_dir)), ("model.name", model)]
+    changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
+    changes += [f"model.{key}={json.dumps(value)}" for key, value in on_machine(device, dtype, quantise).items()]
+    plan = read_config(config, [*changes, *sets], Plan)
+    quiet()
+    try:
+        with progress() as screen:
+            results = execute(plan, screen)
+    except KeyboardInterrupt:
+        say(f"interrupted; what is done is kept in {plan.out}: the same command goes on from there")
+        raise
+    if as_json:
+        show_json(results)
+        return
+    show_arms(results)
+    out.print(f"\nresults  {Path(plan.out) / 'results.json'}\nreport   {Path(plan.out) / 'report.html'}")
 
 
 for _command in (evaluate, predict, generate):

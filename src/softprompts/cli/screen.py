@@ -125,6 +125,23 @@ def show_runs(results: Mapping[str, Any]) -> None:
         _table_or_lines("over the seeds", columns, groups)
 
 
+def show_arms(results: Mapping[str, Any]) -> None:
+    """The arms of a study on its targets: a table for each size on a terminal, a line each elsewhere."""
+    for one in results["arms"]:
+        rows = []
+        for line in one["lines"]:
+            scores = [line["scores"].get(target) for target in one["targets"]]
+            mean = "-" if line["mean"] is None else f"{line['mean']:.3f}"
+            rows.append((line["arm"], f"{line['trainable']:,}", *map(_mean, scores), mean))
+        _table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *one["targets"], "mean"), rows)
+
+
+def _mean(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    return f"{score['mean']:.3f}" + ("" if score["sd"] is None else f" ± {score['sd']:.3f}")
+
+
 def _differs(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in row["differs"].items()) or "-"
 

@@ -29,7 +29,7 @@ class TeacherStage(Section):
 
 
 class SourceStage(Section):
-    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1), each batch draws its tasks."""
+    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1); batches draw their tasks."""
 
     train: TrainConfig = TrainConfig(steps=400, batch_size=16, warmup=30, sampling=SamplingConfig(draw="some"))
     variants: tuple[str, ...] = tuple(VARIANTS)

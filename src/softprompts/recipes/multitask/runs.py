@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import Run, TaskConfig, TrainConfig, parse
-from softprompts.job import prompt_directory
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
 from softprompts.recipes.multitask.plan import Plan
+from softprompts.results import prompt_directory
 
 TOGETHER = "together"
 """What takes a target's name in the runs of all targets."""

@@ -31,7 +31,7 @@ from softprompts.recipes.multitask.runs import (
     teacher_runs,
     weights_run,
 )
-from softprompts.recipes.multitask.summary import Found, summarise
+from softprompts.recipes.multitask.summary import Found, page_of, summarise
 
 Place = tuple[str, int | None]
 """A target, or TOGETHER, and its shots."""
@@ -63,7 +63,7 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
             _adapt(plan, shots, origins, together, weights, found, chosen, screen)
     results = summarise(plan, found, chosen, sources, origins, transfer.matrix(similar), time.time() - began)
     report.write_results(Path(plan.out) / "results.json", results)
-    report.write_page(Path(plan.out) / "report.html", results)
+    report.write_page(Path(plan.out) / "report.html", page_of(results))
     return results
 
 

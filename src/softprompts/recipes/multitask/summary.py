@@ -39,7 +39,9 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of results.json and of the page."""
     names, matrix = similarity
-    machine = next((page["machine"] for own in found.values() for one in own for page in one.pages), {})
+    machine: Mapping[str, Any] = next(
+        (page["machine"] for own in found.values() for one in own for page in one.pages), {}
+    )
     return {
         "format": 1,
         "title": f"Multitask prompt tuning with {plan.model.name}",
@@ -47,8 +49,8 @@ def summarise(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "arms": [_table(plan, shots, found) for shots in plan.target.shots],
-        "sources": _sources(plan, sources),
-        "curves": _curves(plan, found),
+        "sources": _sources(sources),
+        "curves": _curves(found),
         "similarity": {"labels": list(names), "matrix": [list(row) for row in matrix]},
         "nearest": [
             {"target": target, "size": size_name(shots), "sources": dict(near)}
@@ -64,7 +66,7 @@ def summarise(
             for one in own
             if not one.pages
         ],
-        "next": _next(plan, origins),
+        "next": [f"softprompts inspect {path}" for path in list(origins.teachers.values())[:1]],
     }
 
 
@@ -76,36 +78,24 @@ def _table(plan: Plan, shots: int | None, found: Mapping[tuple[str, int | None],
         for one in own if size == shots else ():
             for page in one.pages:
                 pages.setdefault(one.cell.arm, {}).setdefault(page["task"], []).append(page)
-    stock = {
-        page["task"]: page
-        for own in pages.values()
-        for each in own.values()
-        for page in each
-        if page["summary"]["before"]
-    }
-    lines = [
-        {
-            "arm": "no prompt",
-            "about": "the stock model",
-            "trainable": 0,
-            "scores": {t: _spread([stock[t]["summary"]["before"]["value"]]) for t in targets if t in stock},
-        }
-    ]
+    every = [page for each in pages.values() for same in each.values() for page in same]
+    stock = {page["task"]: [page["summary"]["before"]["value"]] for page in every if page["summary"]["before"]}
+    lines = [_line("no prompt", "the stock model", 0, stock, targets)]
     for arm in (arm for arm in ARMS if arm in pages):
-        own = pages[arm]
-        lines.append(
-            {
-                "arm": arm,
-                "about": ARMS[arm].about,
-                "trainable": max(page["summary"]["trainable"] for each in own.values() for page in each),
-                "scores": {t: _spread([p["summary"]["after"]["value"] for p in own[t]]) for t in targets if t in own},
-            }
-        )
-    metrics = {t: own[t][0]["summary"]["metric"] for own in pages.values() for t in targets if t in own}
-    for line in lines:
-        scores = line["scores"]
-        line["mean"] = statistics.fmean(s["mean"] for s in scores.values()) if set(scores) == set(targets) else None
+        trained = max(page["summary"]["trainable"] for same in pages[arm].values() for page in same)
+        values = {task: [page["summary"]["after"]["value"] for page in same] for task, same in pages[arm].items()}
+        lines.append(_line(arm, ARMS[arm].about, trained, values, targets))
+    metrics = {page["task"]: page["summary"]["metric"] for page in every}
     return {"size": size_name(shots), "targets": targets, "metrics": metrics, "lines": lines}
+
+
+def _line(
+    arm: str, about: str, trainable: int, values: Mapping[str, Sequence[float]], targets: Sequence[str]
+) -> dict[str, Any]:
+    """A line of the table: scores by target, and their mean where it has all of them."""
+    scores = {target: _spread(values[target]) for target in targets if target in values}
+    mean = statistics.fmean(score["mean"] for score in scores.values()) if len(scores) == len(targets) else None
+    return {"arm": arm, "about": about, "trainable": trainable, "scores": scores, "mean": mean}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
@@ -113,7 +103,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
 
 
-def _sources(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _sources(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """How well each variant's prompts do on the sources themselves."""
     found: dict[str, dict[str, Any]] = {}
     for row in results["runs"]:
@@ -123,7 +113,7 @@ def _sources(plan: Plan, results: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [found[name] for name in VARIANTS if name in found]
 
 
-def _curves(plan: Plan, found: Mapping[tuple[str, int | None], Sequence[Found]]) -> list[dict[str, Any]]:
+def _curves(found: Mapping[tuple[str, int | None], Sequence[Found]]) -> list[dict[str, Any]]:
     """The loss by step, mean over the seeds, of each arm on each target and size."""
     curves = []
     for (target, shots), own in found.items():
@@ -143,7 +133,59 @@ def _curves(plan: Plan, found: Mapping[tuple[str, int | None], Sequence[Found]])
     return curves
 
 
-def _next(plan: Plan, origins: Origins) -> list[str]:
-    """Commands that show what there is."""
-    paths = list(origins.teachers.values())[:1]
-    return [f"softprompts inspect {path}" for path in paths]
+def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results with the tables and pictures of their page."""
+    return {**results, "tables": _tables(results), "heatmaps": _heatmaps(results), "plots": _plots(results)}
+
+
+def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    tables = []
+    for one in results["arms"]:
+        targets = [f"{task} ({one['metrics'].get(task, '')})" for task in one["targets"]]
+        rows = [
+            [
+                *(line[key] for key in ("arm", "about", "trainable")),
+                *map(line["scores"].get, one["targets"]),
+                line["mean"],
+            ]
+            for line in one["lines"]
+        ]
+        columns = ["arm", "what it is", "trained numbers", *targets, "mean"]
+        tables.append({"title": f"Targets, {one['size']}", "columns": columns, "rows": rows})
+    names = list(dict.fromkeys(task for line in results["sources"] for task in line["scores"]))
+    rows = [[line["variant"], line["loss"], *(line["scores"].get(n) for n in names)] for line in results["sources"]]
+    tables.append(
+        {"title": "Shared prompts on their sources", "columns": ["variant", "last loss", *names], "rows": rows}
+    )
+    rows = [
+        [one["arm"], one["size"], one["rate"], ", ".join(f"{r}: {s:.3f}" for r, s in one["tried"].items())]
+        for one in results["rates"]
+    ]
+    columns = ["arm", "size", "rate", "validation scores by rate"]
+    tables.append({"title": "Rates chosen on validation rows", "columns": columns, "rows": rows})
+    rows = [
+        [one["target"], one["size"], ", ".join(f"{name} {weight:.3f}" for name, weight in one["sources"].items())]
+        for one in results["nearest"]
+    ]
+    tables.append({"title": "Nearest sources (SPoT)", "columns": ["target", "size", "source, weight"], "rows": rows})
+    return tables
+
+
+def _heatmaps(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    title = "Similarity of the sources' prompts (cosine of their mean tokens)"
+    return [{"title": title, **results["similarity"]}]
+
+
+def _plots(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The loss of prompt tuning and of multitask prompt tuning on each target, where both are there."""
+    return [
+        {
+            "title": f"Loss on {one['target']}, {one['size']}",
+            "lines": [
+                {"name": arm, "points": one["lines"][arm], "look": look}
+                for arm, look in (("mpt", "after"), ("prompt-tuning", "before"))
+                if arm in one["lines"]
+            ],
+        }
+        for one in results["curves"]
+    ]
