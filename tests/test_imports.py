@@ -69,8 +69,8 @@ OURS = {
     "recipes": f"{RUNS} transfer studies",
     "studies": f"{RUNS} recipes",
     "peft": f"{RUNS} recipes studies export",
-    "serve": f"{MODELS.replace(' checkpoint joint train finetune', '')} recipes studies export",
-    "export": f"{MODELS.replace(' checkpoint joint train finetune', '')} recipes studies serve",
+    "serve": f"{MODELS.replace(TRAINING, '')} recipes studies export",
+    "export": f"{MODELS.replace(TRAINING, '')} recipes studies serve",
     "cli": ALL,
 }
 

@@ -58,13 +58,13 @@ def distil_hidden(step: Step) -> Tensor:
     teacher, output = _teacher(step), step.output
     rows = len(step.batch.ids)
     labels = torch.bincount(output.row, minlength=rows)
-    share = labels / labels.sum()
     parts = []
     for key, states in output.layers.items():
         counts = output.tokens[key[0]]
         each = (_wide(states) - _wide(teacher.layers[key].to(states.device))).square().mean(-1)
+        share = labels.to(each.dtype) / labels.sum()
         row = torch.arange(rows, device=each.device).repeat_interleave(counts)
-        parts.append((each * (share / counts.clamp(min=1)).to(each.dtype)[row]).sum())
+        parts.append((each * (share / counts.clamp(min=1))[row]).sum())
     return torch.stack(parts).mean()
 
 

@@ -1,0 +1,377 @@
+"""Distillation: the two losses by their formulas, the states they compare, and teachers computed once."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+import local
+import rows
+import test_together as together
+import tiny
+from softprompts import artefact, distil, inject, job, objectives, train
+from softprompts.artefact import ArtefactError
+from softprompts.backbone import BackboneError
+from softprompts.config import ConfigError, DistilConfig, parse
+from softprompts.inject import Site
+from softprompts.joint import joint_steps
+from softprompts.learner import Learner
+from softprompts.methods.multitask import MultitaskPromptTuning
+from softprompts.prompt import Output, Start, Step, Teacher
+
+TASKS = ("a", "b")
+LAYERS = (-1, 1, 2)
+
+
+# What the objectives compare
+
+
+def stock_states(bb, prompt, row, layers):
+    """The stock model's states of the text behind `prompt [P, H]`, by hand: (side, layer) -> [T, H]."""
+    text = bb.model.get_input_embeddings()(row)
+    full = torch.cat([prompt, text])[None]
+    out = bb.model(inputs_embeds=full, output_hidden_states=True)
+    return {("text", n): out.hidden_states[n][0, len(prompt) :] for n in layers}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["packed", "shared", "concatenation"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "opt", "gemma3"])
+def test_states_are_the_stock_models(name, path):
+    bb = tiny.backbone(name)
+    prompt = rows.random(3, 4, 32)
+    texts = rows.texts(name)
+    for side in ("left", "right"):
+        batch = rows.batch(name, texts, side)
+        output = inject.forward(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
+        parts = {key: states.split(output.tokens["text"].tolist()) for key, states in output.layers.items()}
+        assert output.tokens["text"].tolist() == [len(text) for text in texts]
+        for i, text in enumerate(texts):
+            expected = stock_states(bb, prompt, text, LAYERS)
+            for key, states in expected.items():
+                torch.testing.assert_close(parts[key][i], states, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_states_of_both_stacks(name):
+    bb = tiny.backbone(name)
+    prompt = rows.random(3, 4, 32)
+    texts = rows.texts(name)
+    batch = rows.batch(name, texts, "left")
+    output = inject.forward(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
+    for i, (text, target) in enumerate(zip(texts, rows.targets(texts), strict=True)):
+        full = torch.cat([prompt, bb.model.get_input_embeddings()(text)])[None]
+        out = bb.model(inputs_embeds=full, decoder_input_ids=rows.shifted(bb, target)[None], output_hidden_states=True)
+        sides = {"text": (out.encoder_hidden_states, 4), "target": (out.decoder_hidden_states, 0)}
+        for side, (states, before) in sides.items():
+            for number in (-1, 1):
+                own = output.layers[side, number].split(output.tokens[side].tolist())[i]
+                torch.testing.assert_close(own, states[number][0, before:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_states_of_an_encoder():
+    bb = tiny.backbone("bert")
+    prompt, text = rows.random(3, 4, 32), rows.texts("bert")[1]
+    batch = rows.batch("bert", [text], "right", extra=3)
+    output = inject.forward(bb, batch, rows.single(prompt), Site(), layers=(2,))
+    words = bb.model.get_input_embeddings()(text)
+    full = torch.cat([words[:1], prompt, words[1:]])[None]
+    states = bb.model(inputs_embeds=full, output_hidden_states=True).hidden_states[2][0]
+    torch.testing.assert_close(output.layers["text", 2], torch.cat([states[:1], states[5:]]), rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_not_there():
+    bb = tiny.backbone("llama")
+    with pytest.raises(BackboneError, match=r"there is no layer 4; LlamaForCausalLM has layers 1 to 3, and -1 is what"):
+        inject.check_layers(bb, (1, 4))
+    with pytest.raises(BackboneError, match="there is no layer 0"):
+        inject.check_layers(bb, (0,))
+    inject.check_layers(tiny.backbone("albert"), (-1,))
+
+
+# The losses
+
+
+def step_of(student, teacher, temperature=1.0, row=None):
+    """A step whose head is the identity, so that states are scores."""
+    row = torch.arange(len(student)) if row is None else row
+    output = Output(student, torch.zeros(len(student), dtype=torch.long), row, states=student, scores=lambda s: s)
+    batch = rows.batch("llama", rows.texts("llama")[: int(row.max()) + 1])
+    return Step(batch, None, output, None, Teacher(teacher, {}, temperature))
+
+
+def divergence(p, q, temperature):
+    """KL(p || q) by the sum, for lists of scores."""
+    total = 0.0
+    for one, other in zip(p.tolist(), q.tolist(), strict=True):
+        a, b = ([math.exp(x / temperature) for x in scores] for scores in (one, other))
+        total += sum(x / sum(a) * math.log((x / sum(a)) / (y / sum(b))) for x, y in zip(a, b, strict=True))
+    return total / len(p)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_logits_by_the_sum_and_in_the_right_direction(temperature):
+    student, teacher = rows.random(1, 3, 5) * 4, rows.random(2, 3, 5) * 4
+    found = float(objectives.distil_logits(step_of(student, teacher, temperature)))
+    assert found == pytest.approx(temperature**2 * divergence(teacher, student, temperature), rel=1e-5)
+    assert found != pytest.approx(temperature**2 * divergence(student, teacher, temperature), rel=1e-2)
+    assert found > 0
+    assert float(objectives.distil_logits(step_of(teacher, teacher, temperature))) == 0
+
+
+def test_hidden_by_the_mean_of_rows():
+    """Rows of 2 and 3 tokens with 1 and 3 labels: each row's mean square counts with its share of the labels."""
+    student, teacher = rows.random(1, 5, 4), rows.random(2, 5, 4)
+    key = ("text", -1)
+    output = Output(
+        None, None, torch.tensor([0, 1, 1, 1]), layers={key: student}, tokens={"text": torch.tensor([2, 3])}
+    )
+    step = Step(
+        rows.batch("llama", rows.texts("llama")[:2]), None, output, None, Teacher(torch.zeros(0), {key: teacher})
+    )
+    square = (student - teacher).square()
+    expected = 0.25 * square[:2].mean() + 0.75 * square[2:].mean()
+    torch.testing.assert_close(objectives.distil_hidden(step), expected)
+    two = {key: student, ("text", 1): student * 0}
+    both = replace(
+        step, output=replace(output, layers=two), teacher=Teacher(torch.zeros(0), dict.fromkeys(two, teacher))
+    )
+    zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
+    torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)
+
+
+def test_a_step_without_a_teacher_says_so():
+    step = replace(step_of(rows.random(1, 2, 4), rows.random(1, 2, 4)), teacher=None)
+    for name in objectives.TAUGHT:
+        with pytest.raises(ValueError, match=r"the step has none; name them in train\.distil"):
+            objectives.OBJECTIVES[name](step)
+
+
+# Teachers
+
+
+def student(name, seed=1, tasks=TASKS, site=None):
+    base = together.double(name)
+    site = site or Site()
+    slot = inject.slot(base, site, tasks, 4)
+    start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, Start(start)).double()
+    with torch.no_grad():
+        method.shared.copy_(start)
+    return Learner(base, site, slot, method)
+
+
+def teachers(one, prompts):
+    return tuple(
+        distil.TaskTeacher(task, prompt, one.site, str(i))
+        for i, (task, prompt) in enumerate(zip(one.slot.tasks, prompts, strict=True))
+    )
+
+
+def config(**changes):
+    return DistilConfig(**{"teachers": {}, "layers": LAYERS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [("llama", Site()), ("gemma3", Site()), ("llama", Site("kv")), ("gpt2", Site("layers")), ("bert", Site())],
+)
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(name, site):
+    check_equal_student(name, site, LAYERS)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_the_same_for_encoder_decoders(name):
+    check_equal_student(name, Site(), (-1, 1))
+
+
+def check_equal_student(name, site, layers):
+    one = student(name, site=site)
+    data = together.encoded(name, 8, 5, tasks=2)
+    if site.name == "kv":  # nothing scores a first token there
+        data = [replace(row, labels=[-100, *row.labels[1:]]) for row in data]
+    same = [one.method.fold(task).clone() for task in TASKS]
+    found = distil.targets(one.backbone, teachers(one, same), data, config(layers=layers))
+    other = distil.targets(one.backbone, teachers(one, [-p.flip(0) for p in same]), data, config(layers=layers))
+    for targets, equal in ((found, True), (other, False)):
+        (step,) = joint_steps([one], [data[2:7]], [0], 0, [targets])
+        for objective in (objectives.distil_logits, objectives.distil_hidden):
+            loss = objective(step)
+            gradient = torch.autograd.grad(loss, list(one.parameters().values()), retain_graph=True)
+            size = max(float(g.abs().max()) for g in gradient)
+            if equal:
+                assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
+                assert size < 1e-10
+            else:
+                assert float(loss.detach()) > 1e-4
+                assert size > 1e-5
+
+
+def test_kept_states_are_those_of_the_pass(tmp_path):
+    """What is kept, in whatever order and batches it was computed, is what one pass over the batch gives."""
+    one = student("llama")
+    data = together.encoded("llama", 9, 5, tasks=2)
+    prompts = [rows.random(7, 4, 32), rows.random(8, 4, 32)]
+    seen = []
+    file = tmp_path / "kept.safetensors"
+    made = distil.targets(one.backbone, teachers(one, prompts), data, config(), file, lambda *done: seen.append(done))
+    assert seen[-1] == (9, 9)
+    again = distil.targets(one.backbone, teachers(one, prompts), data, config(), file)
+    chosen = [data[3], data[0], data[6]]
+    for targets in (made, again):
+        teacher = targets.of(chosen, torch.device("cpu"))
+        batch = together.train.collate(chosen, 0)
+        prompt = rows.several(prompts, [row.task for row in chosen])
+        expected = inject.forward(one.backbone, batch, prompt, Site(), layers=LAYERS)
+        torch.testing.assert_close(teacher.states, expected.states)
+        torch.testing.assert_close(expected.scores(teacher.states), expected.logits)
+        for key, states in expected.layers.items():
+            torch.testing.assert_close(teacher.layers[key], states)
+
+
+def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, monkeypatch):
+    one = student("llama")
+    data = together.encoded("llama", 6, 5, tasks=2)
+    prompts = [rows.random(7, 4, 32), rows.random(8, 4, 32)]
+    calls = []
+    original = distil._compute
+    monkeypatch.setattr(distil, "_compute", lambda *given: calls.append(1) or original(*given))
+    file = tmp_path / "kept.safetensors"
+
+    def made(own=data, given=prompts, **changes):
+        distil.targets(one.backbone, teachers(one, given), own, config(**changes), file)
+        return len(calls)
+
+    assert (made(), made(), made(temperature=3.0)) == (1, 1, 1)
+    assert made(layers=(-1,)) == 2
+    assert made(data[1:], layers=(-1,)) == 3
+    changed = [replace(teachers(one, prompts)[0], digest="x"), teachers(one, prompts)[1]]
+    distil.targets(one.backbone, changed, data[1:], config(layers=(-1,)), file)
+    assert len(calls) == 4
+
+
+def test_distilled_runs_train_alone_and_together_alike():
+    """Two students with other layers and a plain run share their batches; each is the run it is alone, step by step."""
+    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    data = together.encoded("llama", 12, 5, tasks=2)
+
+    def runs():
+        base = together.double("llama")
+        made = []
+        for name, layers, changes in (("one", (-1, 2), {}), ("two", (1,), {"rate": 0.1})):
+            learner = replace(student("llama"), backbone=base)
+            prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
+            targets = distil.targets(base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0))
+            settings = together.config(steps=8, objectives=weights, **changes)
+            made.append(train.Trainee(name, learner, data, settings, targets=targets))
+        plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
+        return [*made, train.Trainee("plain", plain, data, together.config(steps=8))]
+
+    alone = {}
+    for one in runs():
+        alone[one.name] = [report.loss for _, report in train.fit_together([one], pad=0)]
+    both = {name: [] for name in alone}
+    for name, report in train.fit_together(runs(), pad=0):
+        both[name].append(report.loss)
+    for name, losses in alone.items():
+        assert both[name] == pytest.approx(losses, rel=1e-9)
+    assert alone["one"] != pytest.approx(alone["two"], rel=1e-3)
+
+
+def test_accumulated_batches_equal_one_large_batch():
+    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    data = together.encoded("llama", 8, 5, tasks=2)
+    found = []
+    for size, parts in ((8, 1), (2, 4)):
+        one = student("llama")
+        prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
+        targets = distil.targets(one.backbone, teachers(one, prompts), data, config())
+        settings = together.config(steps=4, batch_size=size, accumulate=parts, objectives=weights)
+        losses = [r.loss for r in train.fit(one, data, settings, pad=0, targets=targets)]
+        found.append((losses, one.method.fold("a")))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_weight_of_zero_is_the_task_alone():
+    data = together.encoded("llama", 8, 5, tasks=2)
+    losses = []
+    for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distil-logits": 0.0, "distil-hidden": 0.0}, True)):
+        one = student("llama")
+        targets = distil.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
+        settings = together.config(steps=6, objectives=weights)
+        fitting = train.fit(one, data, settings, pad=0, targets=targets if taught else None)
+        losses.append([report.loss for report in fitting])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+
+
+# Runs with teachers
+
+
+@pytest.fixture
+def values(tmp_path):
+    """A run of two tasks on a tiny model, and a teacher for each."""
+    made = local.run_values(tmp_path, steps=4)
+    task = made.pop("task")
+    made["tasks"] = [{**task, "name": name} for name in TASKS]
+    for name in TASKS:
+        job.execute(parse({**made, "tasks": [{**task, "name": name}], "out": str(tmp_path / name)}))
+    made["prompt"] |= {"method": "multitask-prompt-tuning"}
+    made["train"] |= {
+        "objectives": {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.9},
+        "distil": {"teachers": {name: str(tmp_path / name / "prompt") for name in TASKS}},
+        "sampling": {"draw": "some"},
+    }
+    return made
+
+
+def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
+    results = job.execute(parse(values))
+    assert len(results["tasks"]) == 2
+    assert (tmp_path / "out" / distil.FILE).exists()
+    one = artefact.load(tmp_path / "out" / "prompt" / "a")
+    assert sorted(one.state) == ["columns.0", "rows.0", "shared"]
+    assert one.prompt.equal(one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
+    other = artefact.load(tmp_path / "out" / "prompt" / "b")
+    assert one.state["shared"].equal(other.state["shared"])
+    assert not one.state["columns.0"].equal(other.state["columns.0"])
+    curve = [step["loss"] for step in results["tasks"][0]["curve"]]
+    assert len(curve) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda v: v["train"]["distil"]["teachers"].pop("b"), ConfigError, "no teacher for b: name the directory"),
+        (
+            lambda v: v["train"]["distil"]["teachers"].update(c="x"),
+            ConfigError,
+            "train.distil.teachers: there is no task 'c'; tasks: a, b",
+        ),
+        (lambda v: v["train"]["distil"]["teachers"].update(b="nowhere"), ArtefactError, "no directory nowhere"),
+        (lambda v: v["train"]["distil"].update(layers=[9]), BackboneError, "there is no layer 9"),
+        (lambda v: v["train"].pop("distil"), ConfigError, "objective 'distil-logits' compares with teachers"),
+        (lambda v: v["train"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
+        (lambda v: v["train"].update(rates={"factor": 1.0}), ConfigError, "no group 'factor'; did you mean 'factors'"),
+        (lambda v: v["train"].update(batch_tokens=100), ConfigError, "draw 'some' draws tasks first"),
+        (lambda v: v["model"].update(name=str(v["other"])), ArtefactError, "weights"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_any_training(values, tmp_path, change, kind, words):
+    values["other"] = local.model_directory(tmp_path / "other", seed=5)
+    change(values)
+    del values["other"]
+    values["out"] = str(tmp_path / "refused")
+    with pytest.raises(kind, match=words):
+        job.execute(parse(values))
+    assert not list((tmp_path / "refused").glob("*"))
+
+
+def test_divergence_equals_torchs_own():
+    student, teacher = rows.random(1, 6, 9) * 3, rows.random(2, 6, 9) * 3
+    expected = functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(objectives.distil_logits(step_of(student, teacher)), expected)
