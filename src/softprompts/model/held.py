@@ -80,15 +80,15 @@ class Held:
                     f"there is a prompt '{name}' already; remove_task('{name}') first, or give another name"
                 )
 
-    def put(self, made: Made) -> None:
-        """Take tasks in, in the places of those that bear their names already."""
+    def put(self, made: Made, device: torch.device) -> None:
+        """Take tasks in and move them to `device`; tasks that bear their names already give up their places."""
         for task, head in zip(made.tasks, made.heads, strict=True):
             if task.name in self.tasks:
                 self._leave(task.name)
             self.tasks[task.name] = task
             if head is not None:
-                self.heads[key(task.name)] = head
-        self.prompts[key(*made.tasks[0].group)] = made.method
+                self.heads[key(task.name)] = head.to(device)
+        self.prompts[key(*made.tasks[0].group)] = made.method.to(device)
 
     def join(self, made: Made, old: str) -> None:
         """Take in a task that the method of the task `old` shall hold; it begins at what they share."""

@@ -171,8 +171,7 @@ class SoftPromptModel(nn.Module):
             self._prompted = before
 
     def _put(self, made: Made) -> None:
-        made.method.to(self.device)
-        self._held.put(made)
+        self._held.put(made, self.device)
         self._active = self._active or made.tasks[0].name
 
     # What a stock model does
