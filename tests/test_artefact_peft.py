@@ -193,7 +193,10 @@ def theirs(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LORA"}, "peft_type 'LORA' is not a soft prompt of one matrix; only PROMPT_TUNING loads"),
+        (
+            {"peft_type": "LORA"},
+            "peft_type 'LORA' is not a soft prompt that loads here; possible: PROMPT_TUNING, MULTI",
+        ),
         ({"peft_type": ...}, "peft_type None is not a soft prompt"),
         (
             {"task_type": None},

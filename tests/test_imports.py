@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 
 CORE = (
     "prompt config methods methods.* objectives backbone machine loading "
-    "inject generate data artefact files fingerprint peft_format"
+    "inject generate data artefact files fingerprint peft_format several"
 )
 BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
 TRAINING = "checkpoint distil joint optimise train finetune"
@@ -45,7 +45,8 @@ OURS = {
     "inject": "backbone prompt kernels",
     "generate": "backbone prompt inject",
     "data": "backbone prompt config assets",
-    "artefact": "prompt config files fingerprint peft_format",
+    "several": "config files peft_format",
+    "artefact": "prompt config files fingerprint peft_format several",
     "vectors": "artefact",
     "init": "backbone inject prompt config artefact vectors",
     "words": "backbone prompt",

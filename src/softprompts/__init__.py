@@ -8,6 +8,9 @@ __version__ = "0.1.0"
 # Names are loaded when first used, so that the command's help does not wait for torch.
 _PUBLIC = {
     "SoftPromptModel": "softprompts.model",
+    "MultitaskPromptEmbedding": "softprompts.peft",
+    "MultitaskPromptTuningConfig": "softprompts.peft",
+    "MultitaskPromptTuningInit": "softprompts.peft",
     "PromptEmbedding": "softprompts.peft",
     "PromptTuningConfig": "softprompts.peft",
     "PromptTuningInit": "softprompts.peft",
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from softprompts.artefact import Artefact as Artefact
     from softprompts.config import Run as Run
     from softprompts.model import SoftPromptModel as SoftPromptModel
+    from softprompts.peft import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from softprompts.peft import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from softprompts.peft import MultitaskPromptTuningInit as MultitaskPromptTuningInit
     from softprompts.peft import PromptEmbedding as PromptEmbedding
     from softprompts.peft import PromptTuningConfig as PromptTuningConfig
     from softprompts.peft import PromptTuningInit as PromptTuningInit
@@ -27,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artefact",
+    "MultitaskPromptEmbedding",
+    "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "PromptEmbedding",
     "PromptTuningConfig",
     "PromptTuningInit",

@@ -3,11 +3,9 @@
 The format is specified in docs/artefact.md. safetensors and JSON only: nothing is unpickled, nothing is executed.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -17,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from softprompts import peft_format
+from softprompts import peft_format, several
 from softprompts.config import ConfigError, Head, Section, parse
 from softprompts.files import ArtefactError as ArtefactError
 from softprompts.files import dump, number, pack, plain, read_bytes, replace_directory, unpack
@@ -31,9 +29,9 @@ from softprompts.fingerprint import check_fingerprint as check_fingerprint
 from softprompts.fingerprint import rms
 from softprompts.fingerprint import sketch_distance as sketch_distance
 from softprompts.prompt import Fingerprint
+from softprompts.several import MANIFEST as MANIFEST
 
 FORMAT = 1
-MANIFEST = "softprompts.json"
 TENSORS = "softprompts.safetensors"
 CARD = "README.md"
 _FILES = (MANIFEST, TENSORS, CARD, peft_format.CONFIG, peft_format.TENSORS)
@@ -124,24 +122,27 @@ def save(artefact: Artefact, directory: str | Path) -> Path:
     Raises ArtefactError for an artefact that would not load again, for a directory that holds something else, and for
     a disk that does not take it: what was there before is then still there.
     """
+    several.refuse(Path(directory))
     replace_directory(Path(directory), _contents(artefact, Path(directory)), _FILES, _MARKS)
     return Path(directory)
 
 
-def load(directory: str | Path) -> Artefact:
-    """The artefact in a directory written by `save` or by PEFT (prompt tuning).
+def load(directory: str | Path, task: int | str | None = None) -> Artefact:
+    """The artefact in a directory written by `save` or by PEFT (prompt tuning, multitask prompt tuning).
 
+    task: which one, by name or place, of a directory that holds several.
     Raises ArtefactError with one line for whatever is wrong with it.
     """
-    path = Path(directory)
-    if not os.path.isdir(path):
-        raise ArtefactError(_missing(path))
+    path, task = several.find(Path(directory), task)
     if (path / MANIFEST).is_file():
-        return _load_own(path)
+        found = _load_own(path)
+        if task not in (None, 0, found.task):
+            raise ArtefactError(f"{path} holds one prompt, '{found.task}', and none called '{task}'")
+        return found
     if (path / TENSORS).is_file():
         raise ArtefactError(f"{path}: {TENSORS} is there but {MANIFEST} is missing; copy the whole directory")
     if (path / peft_format.CONFIG).is_file():
-        return _load_peft(path)
+        return _load_peft(path, task)
     raise ArtefactError(f"{path} is not an artefact: it holds neither {MANIFEST} nor {peft_format.CONFIG}")
 
 
@@ -270,27 +271,31 @@ def _check_sums(artefact: Artefact, manifest: _Manifest, path: Path, data: bytes
         )
 
 
-def _load_peft(path: Path) -> Artefact:
-    origin, values = path / peft_format.CONFIG, read_json(path / peft_format.CONFIG)
-    if not isinstance(values, dict):
-        raise ArtefactError(f"{origin} must hold an object, found {type(values).__name__}")
+def read_peft(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """PEFT's two files in a directory; raises ArtefactError for a pickle, which is not opened, and for no object."""
+    if not isinstance(values := read_json(path / peft_format.CONFIG), dict):
+        raise ArtefactError(f"{path / peft_format.CONFIG} must hold an object, found {type(values).__name__}")
     if not (path / peft_format.TENSORS).is_file() and (path / peft_format.PICKLE).is_file():
         raise ArtefactError(
             f"{path / peft_format.PICKLE} is a pickle, which can execute code when read, and is not opened; convert it "
             "where you trust it: load it in PEFT and call save_pretrained(directory, safe_serialization=True)"
         )
-    tensors, _ = read_tensors(path / peft_format.TENSORS)
+    return values, read_tensors(path / peft_format.TENSORS)[0]
+
+
+def _load_peft(path: Path, task: int | str | None) -> Artefact:
+    values, tensors = read_peft(path)
     try:
-        adapter = peft_format.read(values, tensors)
+        adapter = peft_format.read(values, tensors, task)
     except ValueError as error:
-        raise ArtefactError(f"{origin}: {error}") from None
+        raise ArtefactError(f"{path / peft_format.CONFIG}: {error}") from None
     artefact = Artefact(
-        task=path.resolve().name,
+        task=adapter.task or path.resolve().name,
         prompt=adapter.prompt.to(torch.float32, copy=True),
         initial=None,
-        method="prompt-tuning",
-        options={},
-        state={},
+        method=adapter.method,
+        options=dict(adapter.options),
+        state=dict(adapter.state),
         heads=adapter.heads,
         site="input",
         mode="replace",
@@ -308,16 +313,6 @@ def _load_peft(path: Path) -> Artefact:
     )
     _check(artefact, path / peft_format.TENSORS)
     return artefact
-
-
-def _missing(path: Path) -> str:
-    if os.path.exists(path):
-        return f"{path} is a file; give the directory of an artefact"
-    # a save that is killed between its two renames leaves the old artefact under this name
-    kept: list[Path] = []
-    with contextlib.suppress(OSError):
-        kept = sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(f".{path.name}.old-"))
-    return f"no directory {path}" + (f"; an interrupted save left the artefact in {kept[-1]}" if kept else "")
 
 
 def _manifest(values: Any, path: Path) -> _Manifest:

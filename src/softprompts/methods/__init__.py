@@ -52,3 +52,9 @@ def state_of(method: Any, task: str) -> dict[str, Any]:
         elif place == index:
             found[f"{owner}.0"] = value
     return found
+
+
+def shares(method: Any) -> bool:
+    """Whether the method's tasks have parameters in common, beside those of their own."""
+    lists: tuple[str, ...] = getattr(method, "per_task", ())
+    return bool(lists) and any(name.partition(".")[0] not in lists for name, _ in method.named_parameters())

@@ -88,8 +88,8 @@ def text_mask(ids: Tensor, options: Mapping[str, Any], config: Any) -> Tensor:
     return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
 
 
-def context(backbone: Backbone, part: Batch) -> Context:
-    """What the method of one task may look at, for rows that are all of that task."""
+def context(backbone: Backbone, part: Batch, task: Tensor) -> Context:
+    """What a method may look at, for rows that are all of its tasks; `task [B]` counts the method's own."""
     with torch.no_grad():
         embeds = backbone.embed(part.ids) if part.embeds is None else part.embeds
 
@@ -99,4 +99,4 @@ def context(backbone: Backbone, part: Batch) -> Context:
         assert states is not None
         return states
 
-    return Context(torch.zeros_like(part.task), part.ids, embeds, part.mask, encode)
+    return Context(task, part.ids, embeds, part.mask, encode)

@@ -15,9 +15,11 @@ from softprompts import generate, inject
 from softprompts.backbone import Backbone, BackboneError, wrap
 from softprompts.config import ConfigError, PromptConfig
 from softprompts.inject import Site
+from softprompts.methods import shares
 from softprompts.model import rows, stock, trained
-from softprompts.model.trained import Described, Task
-from softprompts.prompt import Batch, Prompt, mix
+from softprompts.model.held import Held, Made
+from softprompts.model.trained import Described
+from softprompts.prompt import Batch, Prompt
 
 
 def _stocks(name: str, doc: str) -> Any:
@@ -30,10 +32,11 @@ def _stocks(name: str, doc: str) -> Any:
 class SoftPromptModel(nn.Module):
     """A stock `model`, which it freezes in place, with a prompt for `task` as `config` says.
 
-    config: a PromptConfig, a peft.PromptTuningConfig, or None to begin without a prompt; tokenizer: for prompts that
-    start from words. More tasks come with `add_task` and `load_prompt`. Of all tensors only the prompts and, in
-    classification models, a copy of the head for each task require a gradient, and only they are in `state_dict`; the
-    model's own head stays as it was.
+    config: a PromptConfig, a peft.PromptTuningConfig or peft.MultitaskPromptTuningConfig, or None to begin without a
+    prompt; tokenizer: for prompts that start from words; tasks: names of several tasks that share what their method
+    shares (without them the tasks of a MultitaskPromptTuningConfig are called 0, 1, ...). More tasks come with
+    `add_task`, `add_tasks` and `load_prompt`. Of all tensors only the prompts and, in classification models, a copy of
+    the head for each task require a gradient, and only they are in `state_dict`; the model's own head stays as it was.
     The object's class is a subclass that bears the stock class's name, because Trainer and pipelines go by that name
     (whether labels are shifted, which arguments are labels, which tasks a model is for).
     Raises BackboneError for a site the model does not have, ConfigError for a configuration that makes no sense.
@@ -45,6 +48,7 @@ class SoftPromptModel(nn.Module):
         config: PromptConfig | Described | None = None,
         task: str = "default",
         tokenizer: Any = None,
+        tasks: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self.backbone: Backbone = wrap(model, tokenizer)
@@ -53,7 +57,7 @@ class SoftPromptModel(nn.Module):
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
         self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
-        self._tasks: dict[str, Task] = {}
+        self._held = Held(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # data collators look for it
@@ -62,12 +66,14 @@ class SoftPromptModel(nn.Module):
             stock_class: Any = type(model)
             self.__class__ = _called(stock_class, self.backbone.head)
         if config is not None:
-            self.add_task(task, config)
+            self.add_tasks(trained.names_of(config, task, tasks), config)
+        elif tasks is not None:
+            raise ConfigError("tasks are named, but there is no config that says what they are")
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the loaded prompts, in the order that `task_ids` count."""
-        return tuple(self._tasks)
+        return tuple(self._held.tasks)
 
     @property
     def task(self) -> str:
@@ -83,27 +89,34 @@ class SoftPromptModel(nn.Module):
     def add_task(
         self, name: str, config: PromptConfig | Described | None = None, modules_to_save: Sequence[str] | None = None
     ) -> None:
-        """Add a prompt called `name`; without `config` like the active one.
+        """Add a prompt called `name`; without `config` like the active one, sharing with it what its method shares.
 
         modules_to_save: modules of the head that are trained along; None takes what `config` says, else the whole
         classification head.
         Raises ConfigError for a name that is taken and for modules that the head does not have.
         """
-        if name in self._tasks:
-            raise ConfigError(f"there is a prompt '{name}' already; remove_task('{name}') first, or give another name")
         if config is None:
-            config = self._tasks[self.task].config
-        self._put(*trained.create(self.backbone, name, config, modules_to_save))
+            config = self._held.tasks[self.task].config
+            if shares(self._held.method(self.task)):
+                self._held.check_new((name,))
+                made = trained.alike(self.backbone, self._held, name, self.task, modules_to_save)
+                self._held.join(made, self.task)
+                return
+        self.add_tasks((name,), config, modules_to_save)
+
+    def add_tasks(
+        self, names: Sequence[str], config: PromptConfig | Described, modules_to_save: Sequence[str] | None = None
+    ) -> None:
+        """Add prompts that share what the method of `config` shares; arguments and errors as for `add_task`."""
+        self._held.check_new(names)
+        self._put(trained.create(self.backbone, tuple(names), config, modules_to_save))
 
     def remove_task(self, name: str) -> None:
         """Forget the prompt called `name` and its head; the first of the others takes its place where it was active."""
         name = self.tasks[rows.index(name, self.tasks)]
-        del self._tasks[name]
-        for kept in (self.prompts, self.heads):
-            if trained.key(name) in kept:
-                del kept[trained.key(name)]
+        self._held.remove(name)
         if self._active == name:
-            self._active = next(iter(self._tasks), None)
+            self._active = next(iter(self.tasks), None)
 
     def load_prompt(
         self, path: str | Path, task: str | None = None, allow_other_weights: bool = False
@@ -114,27 +127,38 @@ class SoftPromptModel(nn.Module):
         Raises ArtefactError for a prompt that was made for other weights or does not fit, saying how.
         """
         made, warnings = trained.restore(self.backbone, path, task, allow_other_weights)
-        self._put(*made)
-        return made[0].name, warnings
+        self._put(made)
+        return made.tasks[0].name, warnings
+
+    def load_prompts(self, path: str | Path, allow_other_weights: bool = False) -> tuple[tuple[str, ...], list[str]]:
+        """Load all prompts of a directory, those together that share a method; returns their names and warnings.
+
+        Raises ArtefactError as `load_prompt` does.
+        """
+        found, order, warnings = trained.restore_all(self.backbone, Path(path), allow_other_weights)
+        for made in found:
+            self._put(made)
+        self._held.last(order)
+        return order, warnings
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write one task as an artefact into `directory`, several each into a sub-directory of it.
 
+        Beside the sub-directories stand PEFT's two files for tasks that share a prompt, where PEFT can reproduce them.
         Raises ArtefactError where the disk or what is in the directory forbids it.
         """
-        trained.save(self.backbone, [self._parts(name) for name in (self.tasks or (self.task,))], Path(directory))
+        trained.save(self.backbone, self._held, Path(directory))
 
     @classmethod
     def from_pretrained(
         cls, model: PreTrainedModel, path: str | Path, tokenizer: Any = None, allow_other_weights: bool = False
     ) -> "SoftPromptModel":
-        """`model` with what `save_pretrained` wrote to `path`, or with one artefact of ours or PEFT's.
+        """`model` with what `save_pretrained` wrote to `path`, or with what is in one directory of ours or PEFT's.
 
         Raises ArtefactError as `load_prompt` does.
         """
         made = cls(model, tokenizer=tokenizer)
-        for directory in trained.directories(Path(path)):
-            made.load_prompt(directory, allow_other_weights=allow_other_weights)
+        made.load_prompts(path, allow_other_weights)
         return made
 
     @contextlib.contextmanager
@@ -146,21 +170,9 @@ class SoftPromptModel(nn.Module):
         finally:
             self._prompted = before
 
-    def _put(self, task: Task, method: nn.Module, head: nn.Module | None) -> None:
-        self._tasks[task.name] = task
-        self.prompts[trained.key(task.name)] = method.to(self.device)
-        if head is not None:
-            self.heads[trained.key(task.name)] = head
-        elif trained.key(task.name) in self.heads:
-            del self.heads[trained.key(task.name)]
-        self._active = self._active or task.name
-
-    def _parts(self, name: str) -> tuple[Task, Any, dict[str, Tensor]]:
-        return self._tasks[name], self.prompts[trained.key(name)], self._head(name)
-
-    def _head(self, name: str) -> dict[str, Tensor]:
-        key = trained.key(name)
-        return dict(self.heads[key].named_parameters()) if key in self.heads else {}
+    def _put(self, made: Made) -> None:
+        self._held.put(made, self.device)
+        self._active = self._active or made.tasks[0].name
 
     # What a stock model does
 
@@ -212,7 +224,7 @@ class SoftPromptModel(nn.Module):
         reading = inject.read(self.backbone, batch, prompt, site)
         wanted = rows.labels(given)
         wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
-        heads = {i: self._head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
+        heads = {i: self._held.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
         made = stock.output(self.backbone, batch, reading, wish, heads)
         return made.to_tuple() if return_dict is False else made
 
@@ -257,22 +269,7 @@ class SoftPromptModel(nn.Module):
         batch = rows.batch(
             self.backbone, given, lambda count: rows.places(names, ids, count, self.tasks, lambda: self.task)
         )
-        used = [self.tasks[i] for i in batch.task.unique().tolist()]
-        sites = {name: self._tasks[name].site for name in used}
-        if len({(site.name, site.mode) for site in sites.values()}) > 1:
-            where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
-            raise BackboneError(
-                f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
-            )
-        if len({site.place for site in sites.values()}) > 1:
-            after = [int(self._tasks[self.tasks[i]].site.place == "after_start") for i in batch.task.tolist()]
-            batch = replace(batch, place=torch.tensor(after, device=self.device).minimum(batch.mask.sum(1)))
-        made, places = [], []
-        for name in used:
-            places.append((batch.task == self.tasks.index(name)).nonzero()[:, 0])
-            part = batch if len(used) == 1 else batch.rows(places[-1])
-            made.append(self.prompts[trained.key(name)](rows.context(self.backbone, part)))
-        return batch, made[0] if len(made) == 1 else mix(made, places), self._tasks[used[0]].site
+        return self._held.of_batch(self.backbone, batch)
 
     # What Trainer, pipelines and people ask a model for
 
@@ -324,7 +321,9 @@ class SoftPromptModel(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """What Trainer goes by when it counts labels: keys and values do not score a row's first one."""
-        keys = self.accepts_loss_kwargs and self._active is not None and self._tasks[self._active].site.name == "kv"
+        keys = (
+            self.accepts_loss_kwargs and self._active is not None and self._held.tasks[self._active].site.name == "kv"
+        )
         return "ForCausalLM" if keys else None
 
     @property

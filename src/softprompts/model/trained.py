@@ -1,25 +1,22 @@
-"""One task of a SoftPromptModel: made from a configuration, or from an artefact, and written back as one."""
+"""The tasks of a SoftPromptModel: made from a configuration, or from artefacts, and written back as one each."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
 
 import softprompts
-from softprompts import artefact, init, inject, peft_format
+from softprompts import artefact, init, inject, peft_format, several
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
-from softprompts.methods import find
+from softprompts.methods import find, state_of
+from softprompts.model.held import Held, Made, Task, absorb
 from softprompts.prompt import Fingerprint, Start
-
-ORDER = "tasks.json"
-"""Names the sub-directories of several tasks in the order that task_ids count."""
 
 
 class Described(Protocol):
@@ -27,44 +24,65 @@ class Described(Protocol):
 
     modules_to_save: list[str] | None
 
+    @property
+    def count(self) -> int:
+        """Number of tasks that share what their method shares."""
+        ...
+
     def describe(self, backbone: Backbone) -> tuple[PromptConfig, Start | None]:
         """The same as a PromptConfig, and the start where it has rules of its own."""
         ...
 
 
-@dataclass(frozen=True)
-class Task:
-    """What is known of a prompt beside its tensors; `initial [P, D]` is where it began, `found` what it came from."""
+def names_of(config: PromptConfig | Described, task: str, tasks: Sequence[str] | None) -> Sequence[str]:
+    """What a model's first prompts are called: `tasks` or, without them, `task`, or places where `config` has several.
 
-    name: str
-    site: Site
-    config: PromptConfig
-    initial: Tensor | None
-    found: Artefact | None = None
-
-
-Made = tuple[Task, nn.Module, nn.Module | None]
+    Raises ConfigError where one name is given for several prompts.
+    """
+    count = 1 if isinstance(config, PromptConfig) else config.count
+    if task != "default" and (tasks is not None or count > 1):
+        raise ConfigError(f"task '{task}' names one prompt; give the names of all {count} as tasks")
+    if tasks is None:
+        return (task,) if count == 1 else tuple(map(str, range(count)))
+    return tasks
 
 
 def create(
-    backbone: Backbone, name: str, config: PromptConfig | Described, modules_to_save: Sequence[str] | None
+    backbone: Backbone, names: tuple[str, ...], config: PromptConfig | Described, modules_to_save: Sequence[str] | None
 ) -> Made:
-    """A new task with its method at its start and a copy of the head."""
-    if not name:
-        raise ConfigError("a task needs a name")
+    """New tasks of one method at its start, each with a copy of the head."""
+    count = len(names) if isinstance(config, PromptConfig) else config.count
+    if count != len(names):
+        raise ConfigError(f"num_tasks is {count}, but {len(names)} are named: {', '.join(names) or 'none'}")
     start, saved = None, modules_to_save
     if not isinstance(config, PromptConfig):
         saved = config.modules_to_save if saved is None else saved
         config, start = config.describe(backbone)
     site = Site(config.site, config.mode, config.place)
-    slot = inject.slot(backbone, site, (name,), config.length)
+    slot = inject.slot(backbone, site, names, config.length)
     if start is None:
         start = init.start(config.init, backbone, site, slot)
-    method = _method(config.method, config.options)(slot, start)
+    method: Any = _method(config.method, config.options)(slot, start)
+    if count > 1 and not getattr(method, "per_task", ()):
+        raise ConfigError(f"method {config.method} does not say which parameters are one task's; add tasks one by one")
     site = replace(site, place=inject.resolve_place(backbone, site))
+    fold = getattr(method, "fold", lambda _: start.prompt)
+    tasks = [Task(name, site, config, fold(name).detach().float().cpu().clone(), names) for name in names]
+    return Made(tasks, method, [_new_head(backbone, saved) for _ in names])
+
+
+def alike(backbone: Backbone, held: Held, name: str, old: str, modules_to_save: Sequence[str] | None) -> Made:
+    """A new task for the method that holds the task `old`, its own parameters where the method lets them start."""
+    task, method = held.tasks[old], held.method(old)
+    start = Start(torch.zeros(method.slot.length, method.slot.width))  # only what is the new task's own will be kept
+    made = _method(task.config.method, task.config.options)(replace(method.slot, tasks=(name,)), start)
+    new = replace(task, name=name, initial=None, found=None)
+    return Made([new], made.to(backbone.device), [_new_head(backbone, modules_to_save)])
+
+
+def _new_head(backbone: Backbone, modules: Sequence[str] | None) -> nn.Module | None:
     own = dict(backbone.model.named_parameters())
-    head = {key: own[key] for key in head_names(backbone, saved)}
-    return Task(name, site, config, start.prompt.detach().float().cpu().clone()), method, _tree(head)
+    return _tree({key: own[key] for key in head_names(backbone, modules)})
 
 
 def _method(name: str, options: Mapping[str, Any]) -> Callable[..., nn.Module]:
@@ -109,17 +127,11 @@ def _tree(tensors: Mapping[str, Tensor]) -> nn.Module | None:
     return root if tensors else None
 
 
-def key(name: str) -> str:
-    """A task's name as torch takes it for a module: no dots, and none of a module's own attributes."""
-    safe = name.replace("%", "%25").replace(".", "%2E")
-    return f"%{safe}" if hasattr(nn.ModuleDict(), safe) else safe
-
-
 def restore(
-    backbone: Backbone, path: str | Path, name: str | None, allow_other_weights: bool
+    backbone: Backbone, path: str | Path, name: str | None, allow_other_weights: bool, place: int | None = None
 ) -> tuple[Made, list[str]]:
-    """The task in an artefact's directory, ready to be used or trained on, and warnings."""
-    found = artefact.load(path)
+    """The task in an artefact's directory, ready to be used or trained on, and warnings; `place`: which of several."""
+    found = artefact.load(path, place)
     warnings = artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
     if found.head != backbone.head or found.family not in (None, backbone.family.name):
         raise ArtefactError(
@@ -148,9 +160,44 @@ def restore(
         {"method": found.method, "length": slot.length, "site": site.name, "mode": site.mode, "place": site.place}
         | {"options": found.options}
     )
-    task = Task(name, site, config, found.initial, found)
-    head = {name: found.heads[name] for name in backbone.head_names if name in found.heads}  # safetensors sorts them
-    return (task, method, _tree(head)), warnings
+    head = {key: found.heads[key] for key in backbone.head_names if key in found.heads}  # safetensors sorts them
+    return Made([Task(name, site, config, found.initial, (name,), found)], method, [_tree(head)]), warnings
+
+
+def restore_all(
+    backbone: Backbone, path: Path, allow_other_weights: bool
+) -> tuple[list[Made], tuple[str, ...], list[str]]:
+    """All tasks in a directory, those of a group with one method; their names in their order, and warnings.
+
+    Raises ArtefactError as `restore` does, and where tasks of a group do not share what they should.
+    """
+    found: list[Made] = []
+    warnings: list[str] = []
+    places: list[tuple[int, str]] = []
+    for unit in several.units(path):
+        parts = [restore(backbone, part.path, None, allow_other_weights, part.task) for part in unit]
+        places += [(part.place, made.tasks[0].name) for part, (made, _) in zip(unit, parts, strict=True)]
+        warnings += [warning for _, said in parts for warning in said]
+        found.append(_together(path, [made for made, _ in parts]))
+    return found, tuple(name for _, name in sorted(places)), warnings
+
+
+def _together(path: Path, parts: Sequence[Made]) -> Made:
+    """One method for the tasks of all parts; raises ArtefactError where what they should share differs."""
+    method, group = parts[0].method, tuple(made.tasks[0].name for made in parts)
+    for made, name in zip(parts[1:], group[1:], strict=True):
+        theirs = made.method.state_dict()
+        for key, value in method.state_dict().items():
+            if key.partition(".")[0] in method.per_task:
+                continue
+            if not torch.equal(value, theirs.get(key, value[:0])):
+                raise ArtefactError(
+                    f"{path}: '{key}', which {group[0]} and {name} share, differs between them: they were not saved "
+                    "together; load them one by one"
+                )
+        absorb(method, made.method)
+    tasks = [replace(made.tasks[0], group=group) for made in parts]
+    return Made(tasks, method, [made.heads[0] for made in parts])
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -160,38 +207,48 @@ def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
         raise ArtefactError(f"{what} do not fit: {' '.join(str(error).split())}") from None
 
 
-def save(backbone: Backbone, parts: Sequence[tuple[Task, Any, dict[str, Tensor]]], directory: Path) -> None:
+def save(backbone: Backbone, held: Held, directory: Path) -> None:
     """Write one artefact into `directory`, several into sub-directories of it."""
+    if not held.tasks:
+        raise ConfigError("no prompt is loaded; use add_task or load_prompt first")
     weights = fingerprint(backbone)
-    made = [_artefact(backbone, weights, *part) for part in parts]
+    made = {name: _artefact(backbone, weights, held, name) for name in held.tasks}
     if len(made) == 1:
-        artefact.save(made[0], directory)
+        artefact.save(next(iter(made.values())), directory)
         return
-    if _holds_one(directory):
+    if several.holds_one(directory):
         raise ArtefactError(f"{directory} holds a prompt of its own; give another directory for {len(made)} of them")
-    folders = [quote(one.task, safe=" ") for one in made]
-    folders = [folder.replace(".", "%2E") if not folder.strip(".") else folder for folder in folders]
-    for folder, one in zip(folders, made, strict=True):
-        artefact.save(one, directory / folder)
-    artefact.write_json(directory / ORDER, {"tasks": folders})
+    for name, one in made.items():
+        artefact.save(one, directory / several.folder(name))
+    groups = [group for group in dict.fromkeys(task.group for task in held.tasks.values()) if len(group) > 1]
+    folders = tuple(tuple(map(several.folder, group)) for group in groups)
+    peft = _peft([[made[name] for name in group] for group in groups]) if groups else None
+    several.write(directory, several.Order(tuple(map(several.folder, made)), folders), peft)
 
 
-def directories(path: Path) -> list[Path]:
-    """The artefacts that `save` wrote to `path`, in their order."""
-    if not _holds_one(path) and (path / ORDER).is_file():
-        values = artefact.read_json(path / ORDER)
-        names = values.get("tasks") if isinstance(values, dict) else None
-        if not isinstance(names, list) or not all(isinstance(n, str) and n == Path(n).name for n in names):
-            raise ArtefactError(f"{path / ORDER} must list the sub-directories of its tasks")
-        return [path / name for name in names]
-    return [path]
+def _peft(groups: Sequence[Sequence[Artefact]]) -> several.Peft | str:
+    """PEFT's files for the tasks that share a prompt, or why it cannot reproduce them."""
+    first = groups[0][0]
+    if len(groups) > 1:
+        return f"{len(groups)} groups: PEFT's files hold one"
+    if first.method != peft_format.MULTITASK:
+        return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
+    reason = peft_format.obstacle(first.site, first.place, first.family, first.head, first.heads)
+    if reason is not None:
+        return reason
+    if any(not torch.equal(value, one.heads[key]) for one in groups[0] for key, value in first.heads.items()):
+        return f"head {first.head} of each task: PEFT has one for all"
+    facts = first.fingerprint.architecture if first.fingerprint else {}
+    shape = (first.prompt.shape[0], first.prompt.shape[1])
+    place = (first.family, first.head, first.heads, first.backbone, first.revision, facts)
+    states = [one.state for one in groups[0]]
+    ranks = states[0][peft_format.STATE[1]].shape[1]
+    config = peft_format.shared_config(peft_format.config(shape, *place), len(states), ranks)
+    return several.Peft(config, peft_format.shared_tensors(states, first.heads))
 
 
-def _holds_one(path: Path) -> bool:
-    return any((path / mark).is_file() for mark in (artefact.MANIFEST, peft_format.CONFIG))
-
-
-def _artefact(backbone: Backbone, weights: Fingerprint, task: Task, method: Any, head: dict[str, Tensor]) -> Artefact:
+def _artefact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -> Artefact:
+    task, method, head = held.tasks[name], held.method(name), held.head(name)
     fold = getattr(method, "fold", None)
     if fold is None:
         raise ArtefactError(f"task '{task.name}': method {task.config.method} cannot be folded to one prompt")
@@ -204,8 +261,8 @@ def _artefact(backbone: Backbone, weights: Fingerprint, task: Task, method: Any,
         initial=task.initial,
         method=task.config.method,
         options=dict(task.config.options),
-        state={name: value.detach().cpu().clone() for name, value in method.state_dict().items()},
-        heads={name: value.detach().cpu().clone() for name, value in head.items()},
+        state={key: value.detach().cpu().clone() for key, value in state_of(method, name).items()},
+        heads={key: value.detach().cpu().clone() for key, value in head.items()},
         site=task.site.name,
         mode=task.site.mode,
         place=task.site.place,

@@ -1,18 +1,8 @@
-"""The names that PEFT's prompt-tuning page documents, for people who change one import; PEFT itself is not needed.
-
-Thin shells over the rest of the library. What differs from PEFT 0.21, on purpose:
-
-- RANDOM is scaled to the embedding table. PEFT's N(0, 1), about 50 times the words of a Llama, is RANDOM_NORMAL; the
-  uniform start of Lester et al. 2021 is RANDOM_UNIFORM. SAMPLE_VOCAB never draws a word twice.
-- CLASS_LABELS and ARTEFACT are starts that PEFT does not have; both read `prompt_tuning_init_text`.
-- Values that PEFT takes silently for something else are refused, with what is possible.
-- `num_transformer_submodules` is 1 unless given. PEFT gives encoder-decoder models 2, of which it trains and reads the
-  first half only.
-"""
+"""Prompt tuning under PEFT's names: configuration, embedding, and what both share with the multitask kind."""
 
 import enum
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +42,7 @@ class PeftType(enum.StrEnum):
     """The kinds of adapter; the other methods of this library are named in `PromptConfig.method`."""
 
     PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
 
 
 _FITS = {  # task type -> family (None: any), head; FEATURE_EXTRACTION fits all, PEFT writes it for masked models too
@@ -97,19 +88,25 @@ class PromptTuningConfig:
     tokenizer_kwargs: dict[str, Any] | None = None
     modules_to_save: list[str] | None = None
 
+    _type: ClassVar[PeftType] = PeftType.PROMPT_TUNING
+    _starts: ClassVar[type[enum.StrEnum]] = PromptTuningInit
+
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            self.task_type = _known("task_type", self.task_type, TaskType)
-        self.peft_type = _known("peft_type", self.peft_type or PeftType.PROMPT_TUNING, PeftType)
-        kind = self.prompt_tuning_init = _known("prompt_tuning_init", self.prompt_tuning_init, PromptTuningInit)
-        if kind is PromptTuningInit.TEXT and not self.tokenizer_name_or_path:
-            raise ConfigError(_missing(kind, "tokenizer_name_or_path", self.tokenizer_name_or_path))
+            self.task_type = known("task_type", self.task_type, TaskType)
+        self.peft_type = known("peft_type", self.peft_type or self._type, PeftType)
+        if self.peft_type is not self._type:
+            raise ConfigError(f"peft_type {self.peft_type.value} is not that of a {type(self).__name__}; leave it out")
+        kind = known("prompt_tuning_init", self.prompt_tuning_init, self._starts)
+        self.prompt_tuning_init = kind
+        if kind == PromptTuningInit.TEXT and not self.tokenizer_name_or_path:
+            raise ConfigError(missing(kind, "tokenizer_name_or_path", self.tokenizer_name_or_path))
         if kind in (*_WORDS, PromptTuningInit.ARTEFACT) and not self.prompt_tuning_init_text:
-            raise ConfigError(_missing(kind, "prompt_tuning_init_text", self.prompt_tuning_init_text))
+            raise ConfigError(missing(kind, "prompt_tuning_init_text", self.prompt_tuning_init_text))
         if self.tokenizer_kwargs and kind not in _WORDS:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
         count = self.num_virtual_tokens
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        if count is not None and not positive(count):
             raise ConfigError(f"num_virtual_tokens must be a positive number of prompt tokens, given {count!r}")
 
     @property
@@ -118,6 +115,11 @@ class PromptTuningConfig:
         if self.num_virtual_tokens is None:
             raise ConfigError("num_virtual_tokens is missing: say how many prompt tokens there are, for example 20")
         return self.num_virtual_tokens
+
+    @property
+    def count(self) -> int:
+        """Number of tasks."""
+        return 1
 
     def describe(self, backbone: Backbone) -> tuple[PromptConfig, Start | None]:
         """The same in this library's words, and the start [P, D] where PEFT's rules for it are its own (TEXT).
@@ -130,20 +132,20 @@ class PromptTuningConfig:
                 f"task_type {TaskType(str(self.task_type)).value} does not fit {type(backbone.model).__name__}, a "
                 f"{backbone.family.name} model with head '{backbone.head}'; leave task_type out or load another class"
             )
-        _check_width(self.token_dim, backbone.features)
+        check_width(self.token_dim, backbone.features)
         return PromptConfig(length=self.length, init=self._init()), self._start(backbone)
 
     def _init(self) -> InitConfig:
-        kind, text = PromptTuningInit(self.prompt_tuning_init), self.prompt_tuning_init_text
-        if kind is PromptTuningInit.TEXT:
+        kind, text = self.prompt_tuning_init, self.prompt_tuning_init_text
+        if kind == PromptTuningInit.TEXT:
             return InitConfig(kind="text", text=text)
-        if kind is PromptTuningInit.CLASS_LABELS:
+        if kind == PromptTuningInit.CLASS_LABELS:
             return InitConfig(kind="labels", labels=_labels(text))
-        if kind is PromptTuningInit.ARTEFACT:
+        if kind == PromptTuningInit.ARTEFACT:
             return InitConfig(kind="artefact", path=text)
-        if kind is PromptTuningInit.SAMPLE_VOCAB:
+        if kind == PromptTuningInit.SAMPLE_VOCAB:
             return InitConfig(kind="vocabulary")
-        return InitConfig.model_validate({"kind": "random", "distribution": _RANDOM[kind]})
+        return InitConfig.model_validate({"kind": "random", "distribution": _RANDOM[PromptTuningInit(kind)]})
 
     def _start(self, backbone: Backbone) -> Start | None:
         if self.prompt_tuning_init != PromptTuningInit.TEXT or self.inference_mode:
@@ -164,7 +166,7 @@ class PromptEmbedding(nn.Module):
         super().__init__()
         rows = config.length * (config.num_transformer_submodules or 1)
         with torch.no_grad():
-            start = _rows(config, word_embeddings, rows).to(word_embeddings.weight.device, torch.float32)
+            start = first_rows(config, word_embeddings, rows).to(word_embeddings.weight.device, torch.float32)
         self.embedding = nn.Embedding(start.shape[0], start.shape[1], _weight=start)
 
     def forward(self, indices: Tensor) -> Tensor:
@@ -173,25 +175,25 @@ class PromptEmbedding(nn.Module):
         return found
 
 
-def _rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
+def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
     """The first values [count, token_dim] of a prompt."""
-    kind = PromptTuningInit(config.prompt_tuning_init)
+    kind = config.prompt_tuning_init
     device = embed.weight.device
     width = embed(torch.zeros(1, dtype=torch.long, device=device)).shape[-1]
-    _check_width(config.token_dim, width)
+    check_width(config.token_dim, width)
     if config.inference_mode and kind not in _RANDOM:
         kind = PromptTuningInit.RANDOM
-    if kind is PromptTuningInit.RANDOM_NORMAL:
+    if kind == PromptTuningInit.RANDOM_NORMAL:
         return torch.randn(count, width)
-    if kind is PromptTuningInit.RANDOM_UNIFORM:
+    if kind == PromptTuningInit.RANDOM_UNIFORM:
         return torch.rand(count, width) - 0.5
-    if kind is PromptTuningInit.RANDOM:
+    if kind == PromptTuningInit.RANDOM:
         return torch.randn(count, width) * _rms(embed)
-    if kind is PromptTuningInit.TEXT:
+    if kind == PromptTuningInit.TEXT:
         return _words(embed, _text_ids(config, count))
-    if kind is PromptTuningInit.SAMPLE_VOCAB:
+    if kind == PromptTuningInit.SAMPLE_VOCAB:
         return _words(embed, _sample(embed.weight.shape[0], count))
-    if kind is PromptTuningInit.CLASS_LABELS:
+    if kind == PromptTuningInit.CLASS_LABELS:
         return _label_rows(config, embed, count)
     found = artefact.load(str(config.prompt_tuning_init_text)).prompt
     if tuple(found.shape) != (count, width):
@@ -208,7 +210,7 @@ def _label_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
     if len(labels) > count:
         raise ConfigError(f"{len(labels)} labels do not fit into {count} rows; raise num_virtual_tokens")
     if not config.tokenizer_name_or_path:
-        raise ConfigError(_missing(PromptTuningInit.CLASS_LABELS, "tokenizer_name_or_path", None))
+        raise ConfigError(missing(PromptTuningInit.CLASS_LABELS, "tokenizer_name_or_path", None))
     tokenizer = _tokenizer(config)
     means = [_words(embed, init.text_pieces(tokenizer, label)).mean(0, keepdim=True) for label in labels]
     common = _sample(min(init.LABEL_POPULATION, embed.weight.shape[0]), count - len(labels))
@@ -246,7 +248,7 @@ def _labels(text: str | None) -> tuple[str, ...]:
     return tuple(label.strip() for label in (text or "").split(",") if label.strip())
 
 
-def _check_width(given: int | None, found: int) -> None:
+def check_width(given: int | None, found: int) -> None:
     if given is not None and given != found:
         raise ConfigError(f"token_dim is {given}, but the word embeddings are {found} wide; leave it out to ask them")
 
@@ -254,7 +256,12 @@ def _check_width(given: int | None, found: int) -> None:
 Known = TypeVar("Known", bound=enum.Enum)
 
 
-def _known(field: str, value: Any, kind: type[Known]) -> Known:
+def positive(value: Any) -> bool:
+    """Whether `value` is a whole number above zero."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def known(field: str, value: Any, kind: type[Known]) -> Known:
     names = [str(member.value) for member in kind]
     try:
         return kind(value)
@@ -264,5 +271,5 @@ def _known(field: str, value: Any, kind: type[Known]) -> Known:
         ) from None
 
 
-def _missing(kind: PromptTuningInit, field: str, value: Any) -> str:
+def missing(kind: enum.StrEnum, field: str, value: Any) -> str:
     return f"When prompt_tuning_init='{kind.value}', {field} can't be {value}."
