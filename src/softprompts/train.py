@@ -325,7 +325,7 @@ def _update(
     score = None
     if one.validate is not None and config.evaluate_every and (now.step + 1) % config.evaluate_every == 0:
         score = _agreed(one.validate(), accelerator)
-    ratio, seconds = _rms_ratio(one.learner), spent + time.perf_counter() - began
+    ratio, seconds = one.learner.rms_ratio(), spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
     machine = _machine_if_new(one.learner, now)
     report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path, compared, machine)
@@ -374,12 +374,6 @@ def _set_rates(optimiser: Any, config: TrainConfig, step: int) -> float:
     for group in optimiser.param_groups:
         group["lr"] = group["rate"] * factor
     return float(optimiser.param_groups[0]["lr"])
-
-
-def _rms_ratio(learner: Learner) -> float:
-    """rms(P)/rms(E) over the prompts of all tasks."""
-    prompts = torch.stack([learner.method.fold(task) for task in learner.slot.tasks])
-    return float(prompts.square().mean().sqrt()) / learner.backbone.rms
 
 
 def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:

@@ -267,11 +267,11 @@ class SoftPromptModel(nn.Module):
         if len({site.place for site in sites.values()}) > 1:
             after = [int(self._tasks[self.tasks[i]].site.place == "after_start") for i in batch.task.tolist()]
             batch = replace(batch, place=torch.tensor(after, device=self.device).minimum(batch.mask.sum(1)))
-        made, places = [], []
+        made, places, mask = [], [], rows.readable(self.backbone, batch.mask, given)
         for name in used:
             places.append((batch.task == self.tasks.index(name)).nonzero()[:, 0])
-            part = batch if len(used) == 1 else batch.rows(places[-1])
-            made.append(self.prompts[trained.key(name)](rows.context(self.backbone, part)))
+            part, seen = (batch, mask) if len(used) == 1 else (batch.rows(places[-1]), mask[places[-1]])
+            made.append(self.prompts[trained.key(name)](rows.context(self.backbone, part, seen)))
         return batch, made[0] if len(made) == 1 else mix(made, places), self._tasks[used[0]].site
 
     # What Trainer, pipelines and people ask a model for
