@@ -11,9 +11,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 
 CORE = (
     "prompt config methods methods.* objectives backbone machine loading "
-    "inject generate data artefact files fingerprint peft_format"
+    "inject generate data artefact manifest files fingerprint peft_format"
 )
-BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
+BELOW_TRAINING = f"{CORE} vectors transfer stored init words learner assets text_metrics metrics plots report"
 MODELS = f"{BELOW_TRAINING} kernels tune parity checkpoint joint train evaluate model"
 RUNS = f"{MODELS} prepare results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
@@ -44,9 +44,12 @@ OURS = {
     "inject": "backbone prompt kernels",
     "generate": "backbone prompt inject",
     "data": "backbone prompt config assets",
-    "artefact": "prompt config files fingerprint peft_format",
+    "manifest": "config files",
+    "artefact": "prompt config files fingerprint manifest peft_format",
+    "stored": "artefact methods prompt",
     "vectors": "artefact",
-    "init": "backbone inject prompt config artefact vectors",
+    "transfer": "",
+    "init": "backbone inject prompt config artefact vectors transfer",
     "words": "backbone prompt",
     "learner": "backbone inject prompt config",
     "tune": "backbone inject prompt kernels machine assets files",
@@ -89,6 +92,9 @@ THIRD_PARTY = {
     "inject": "torch transformers",
     "generate": "torch transformers",
     "vectors": "torch",
+    "stored": "torch",
+    "transfer": "torch",
+    "manifest": "",
 }
 
 # What only some rows may import; a name stands for everything below it.

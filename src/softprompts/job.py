@@ -1,5 +1,6 @@
 """Runs from their configuration to artefact, results.json and report page; `open_artefacts` is the way back."""
 
+import hashlib
 import tempfile
 import time
 from collections import Counter
@@ -9,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, artefact, backbone, evaluate, inject, report
+from softprompts import __version__, artefact, backbone, evaluate, inject, report, stored
 from softprompts.artefact import Artefact
 from softprompts.config import ConfigError, Run
 from softprompts.data import Encoded
@@ -63,7 +64,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     jobs = prepare_together(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
-        check_checkpoint(one.out, rows[name], one.seed, _settings(one))
+        check_checkpoint(one.out, rows[name], one.seed, _settings(jobs[name]))
     before = _judge_stock(jobs, screen)
     histories, failed = _train(jobs, rows, screen)
     pages = {}
@@ -114,10 +115,16 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"cannot write into {out}: {error.strerror}; choose another directory with --out") from None
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on from its checkpoint."""
+def _settings(job: Job) -> dict[str, Any]:
+    """What must be the same for a run to go on from its checkpoint.
+
+    The sources of a method are not in the checkpoint, and the artefacts they are read from may have been made anew.
+    """
     others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every"}}
-    return run.model_dump(mode="json", exclude=others)
+    settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
+    if job.start.sources is not None:
+        settings["sources"] = hashlib.sha256(job.start.sources.numpy().tobytes()).hexdigest()
+    return settings
 
 
 def _key(job: Job, index: int) -> str:
@@ -173,7 +180,7 @@ def _train(
 def _trainee(name: str, job: Job, rows: list[Encoded]) -> Trainee:
     run = job.run
     validate = (lambda: _validation(job)) if run.train.evaluate_every is not None else None
-    return Trainee(name, job.learner, rows, run.train, run.seed, validate, run.out, _settings(run))
+    return Trainee(name, job.learner, rows, run.train, run.seed, validate, run.out, _settings(job))
 
 
 def _validation(job: Job) -> float:
@@ -225,11 +232,11 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
     config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
     return Artefact(
         task=task.name,
-        prompt=learner.method.fold(task.name).float().cpu(),
-        initial=job.start.prompt.float().cpu(),
+        prompt=stored.folded(learner.method, task.name),
+        initial=job.initial[index],
         method=run.prompt.method,
         options=dict(run.prompt.options),
-        state={k: v.detach().cpu() for k, v in learner.method.state_dict().items()},
+        state=stored.state(learner.method, task.name),
         heads={k: v.detach().cpu() for k, v in (learner.head or {}).items()},
         site=learner.site.name,
         mode=learner.site.mode,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompts import artefact, assets, backbone, init, inject, loading, machine, metrics, objectives, tune
+from softprompts import artefact, assets, backbone, init, inject, loading, machine, metrics, objectives, stored, tune
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.checkpoint import Report
@@ -18,7 +18,7 @@ from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, Ta
 from softprompts.data import Encoder, Format, Task, classes, load
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
-from softprompts.methods import find
+from softprompts.methods import build, find
 from softprompts.prompt import Start
 
 UNBOUNDED = 1_000_000
@@ -46,13 +46,17 @@ SILENT = Screen()
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, ready: the learner at its start, and its tasks with their encoders."""
+    """All that a run needs, ready: the learner at its start, its tasks with their encoders and first prompts [P, D].
+
+    Where a method makes a prompt from each text, the first prompt of its tasks is the start that it was given.
+    """
 
     run: Run
     learner: Learner
     start: Start
     tasks: tuple[Task, ...]
     encoders: tuple[Encoder, ...]
+    initial: tuple[Tensor, ...]
 
 
 def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
@@ -185,7 +189,6 @@ def _load_rows(config: TaskConfig, screen: Screen) -> Task:
 
 def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     """The run on a backbone and rows that are there."""
-    method = find(run.prompt.method)
     site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
     slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
     encoders = tuple(encoder_for(model, task.format, run.prompt.length, i) for i, task in enumerate(tasks))
@@ -193,13 +196,13 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
         f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbaliser or {}).values()
     )
     start = init.start(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
-    try:
-        options = method.Config(**run.prompt.options)
-    except TypeError as error:
-        raise ConfigError(f"prompt.options: {error}") from None
-    learner = Learner(model, site, slot, method(options, slot, start), copy_head(model))
-    learner.method.to(model.device)
-    return Job(run, learner, start, tasks, encoders)
+    torch.manual_seed(run.seed)  # what a method draws for itself
+    method = build(run.prompt.method, run.prompt.options, slot, start)
+    first = [stored.folded(method, task) for task in slot.tasks]
+    initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
+    return Job(
+        run, Learner(model, site, slot, method.to(model.device), copy_head(model)), start, tasks, encoders, initial
+    )
 
 
 def encoder_for(model: Backbone, form: Format, length: int, task: int = 0) -> Encoder:
@@ -244,7 +247,7 @@ def open_artefacts(
         differs += (
             ["task format"] if {**(other.format or {}), "name": ""} != {**(first.format or {}), "name": ""} else []
         )
-        if differs or other.prompt.shape != first.prompt.shape:
+        if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
     if len(found) > 1 and any(one.heads for one in found):
         raise ConfigError(
@@ -259,23 +262,19 @@ def open_artefacts(
     warnings = [w for a in found for w in artefact.check_fingerprint(a.fingerprint, now, allow_other_weights)]
     site = Site(first.site, first.mode, first.place)
     names = tuple(f"{i}:{a.task}" for i, a in enumerate(found))
-    slot = inject.slot(base, site, names, first.prompt.shape[0])
-    if slot.width != first.prompt.shape[1]:
+    slot = inject.slot(base, site, names, first.shape[0])
+    if slot.width != first.shape[1]:
         raise artefact.ArtefactError(
-            f"{paths[0]}: prompt rows of width {first.prompt.shape[1]} do not fit site {site.name} of {base.name}, "
+            f"{paths[0]}: prompt rows of width {first.shape[1]} do not fit site {site.name} of {base.name}, "
             f"which takes {slot.width}"
         )
-    method = find("prompt-tuning")
-    learner = Learner(base, site, slot, method(method.Config(), slot, Start(first.prompt)), None)
-    with torch.no_grad():
-        for parameter, one in zip(learner.method.prompts, found, strict=True):
-            parameter.copy_(one.prompt)
-    learner.method.to(base.device).requires_grad_(False)
+    method = stored.answering(found, slot, paths)
+    learner = Learner(base, site, slot, method.to(base.device).requires_grad_(False), None)
     if first.heads:
         learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
     encoder = None
     if first.format is not None:
-        encoder = encoder_for(base, Format.from_json(first.format), first.prompt.shape[0])
+        encoder = encoder_for(base, Format.from_json(first.format), first.shape[0])
     return Opened(learner, encoder, found, tuple(dict.fromkeys(warnings)))
 
 

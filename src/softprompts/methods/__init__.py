@@ -4,10 +4,12 @@ Third parties add theirs through the entry point group `softprompts.methods` (na
 """
 
 import importlib
+from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import Any
 
 from softprompts.config import ConfigError, closest
-from softprompts.prompt import Method
+from softprompts.prompt import Method, Slot, Start
 
 METHODS: dict[str, str] = {
     "prompt-tuning": "softprompts.methods.prompt_tuning:PromptTuning",
@@ -30,3 +32,19 @@ def find(name: str) -> type[Method]:
     module, _, attribute = target.partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def build(name: str, options: Mapping[str, Any], slot: Slot, start: Start) -> Any:
+    """The method called `name` at its start, as its `options` say.
+
+    Raises ConfigError for a name or options that are not known, and for what the method says against its start.
+    """
+    kind = find(name)
+    try:
+        config = kind.Config(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"prompt.options of method {name}: {error}") from None
+    try:
+        return kind(config, slot, start)
+    except ValueError as error:
+        raise ConfigError(f"method {name}: {error}") from None

@@ -27,6 +27,10 @@ class PromptTuning(nn.Module):
         mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         return Prompt(values, mask, row)
 
+    def alone(self, task: str) -> dict[str, Tensor]:
+        """The state of the method for `task` alone."""
+        return {"prompts.0": self.prompts[self.slot.tasks.index(task)].detach()}
+
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`."""
         return self.prompts[self.slot.tasks.index(task)].detach().clone()

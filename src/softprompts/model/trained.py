@@ -1,21 +1,20 @@
 """One task of a SoftPromptModel: made from a configuration, or from an artefact, and written back as one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
-import torch
 from torch import Tensor, nn
 
 import softprompts
-from softprompts import artefact, init, inject, peft_format
+from softprompts import artefact, init, inject, peft_format, stored
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
-from softprompts.methods import find
+from softprompts.methods import build
 from softprompts.prompt import Fingerprint, Start
 
 ORDER = "tasks.json"
@@ -60,20 +59,13 @@ def create(
     slot = inject.slot(backbone, site, (name,), config.length)
     if start is None:
         start = init.start(config.init, backbone, site, slot)
-    method = _method(config.method, config.options)(slot, start)
+    method = build(config.method, config.options, slot, start)
     site = replace(site, place=inject.resolve_place(backbone, site))
     own = dict(backbone.model.named_parameters())
     head = {key: own[key] for key in head_names(backbone, saved)}
-    return Task(name, site, config, start.prompt.detach().float().cpu().clone()), method, _tree(head)
-
-
-def _method(name: str, options: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    kind: Any = find(name)
-    try:
-        config = kind.Config(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"options of method {name}: {error}") from None
-    return lambda slot, start: kind(config, slot, start)
+    initial = stored.folded(method, name)
+    initial = start.prompt.detach().float().cpu().clone() if initial is None else initial
+    return Task(name, site, config, initial), method, _tree(head)
 
 
 def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, ...]:
@@ -127,16 +119,12 @@ def restore(
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
     name, site = name or found.task, Site(found.site, found.mode, found.place)
-    slot = inject.slot(backbone, site, (name,), found.prompt.shape[0])
-    if slot.width != found.prompt.shape[1]:
+    slot = inject.slot(backbone, site, (name,), found.shape[0])
+    if slot.width != found.shape[1]:
         raise ArtefactError(
-            f"{path} holds a prompt of width {found.prompt.shape[1]}; site '{site.name}' of this model is {slot.width}"
+            f"{path} holds a prompt of width {found.shape[1]}; site '{site.name}' of this model is {slot.width}"
         )
-    trained = bool(found.state)
-    start = Start(found.initial if trained and found.initial is not None else found.prompt)
-    method = _method(found.method, found.options)(slot, start)
-    if trained:
-        _load(method, found.state, f"{path}: the tensors of method {found.method}")
+    method = stored.rebuilt(found, slot, path)
     own = dict(backbone.model.named_parameters())
     wrong = [
         name for name, value in found.heads.items() if name not in backbone.head_names or value.shape != own[name].shape
@@ -151,13 +139,6 @@ def restore(
     task = Task(name, site, config, found.initial, found)
     head = {name: found.heads[name] for name in backbone.head_names if name in found.heads}  # safetensors sorts them
     return (task, method, _tree(head)), warnings
-
-
-def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    try:
-        module.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise ArtefactError(f"{what} do not fit: {' '.join(str(error).split())}") from None
 
 
 def save(backbone: Backbone, parts: Sequence[tuple[Task, Any, dict[str, Tensor]]], directory: Path) -> None:
@@ -192,19 +173,14 @@ def _holds_one(path: Path) -> bool:
 
 
 def _artefact(backbone: Backbone, weights: Fingerprint, task: Task, method: Any, head: dict[str, Tensor]) -> Artefact:
-    fold = getattr(method, "fold", None)
-    if fold is None:
-        raise ArtefactError(f"task '{task.name}': method {task.config.method} cannot be folded to one prompt")
-    with torch.no_grad():
-        prompt = fold(task.name).float().cpu()
     found = task.found
     made = Artefact(
         task=task.name,
-        prompt=prompt,
+        prompt=stored.folded(method, task.name),
         initial=task.initial,
         method=task.config.method,
         options=dict(task.config.options),
-        state={name: value.detach().cpu().clone() for name, value in method.state_dict().items()},
+        state=stored.state(method, task.name),
         heads={name: value.detach().cpu().clone() for name, value in head.items()},
         site=task.site.name,
         mode=task.site.mode,
@@ -222,5 +198,5 @@ def _artefact(backbone: Backbone, weights: Fingerprint, task: Task, method: Any,
     )
     if found is None:
         return made
-    same = torch.equal(found.prompt, prompt) and all(torch.equal(found.heads[k], v) for k, v in made.heads.items())
+    same = stored.unchanged(found, made)
     return replace(made, scores=found.scores if same else {}, parents=found.parents if same else (found.digest,))
