@@ -47,10 +47,13 @@ class ModelConfig(Section):
 class InitConfig(Section):
     """Where a prompt starts."""
 
-    kind: Literal["random", "vocabulary", "text", "labels", "artefact"] = "vocabulary"
+    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "mean"] = "vocabulary"
     text: str | None = None  # kind text
     labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
     path: str | None = None  # kind artefact
+    paths: tuple[str, ...] = ()  # kind mean
+    weights: tuple[float, ...] | None = None  # kind mean, one for each path; None: all alike
+    sources: tuple[str, ...] = ()  # trained prompts that a method mixes, whatever the kind
     population: int | None = Field(default=None, ge=1)  # draw from the n most common tokens only
     distribution: Literal["table", "normal", "uniform"] = "table"  # kind random
 
@@ -60,7 +63,19 @@ class InitConfig(Section):
             raise ValueError("init kind 'text' needs init.text, the words to start from")
         if self.kind == "artefact" and not self.path:
             raise ValueError("init kind 'artefact' needs init.path, the directory of a trained prompt")
+        if self.kind == "mean" and not self.paths:
+            raise ValueError("init kind 'mean' needs init.paths, the directories of trained prompts")
+        if self.kind == "mean" and self.weights is not None:
+            _check_weights(self.weights, len(self.paths))
         return self
+
+
+def _check_weights(weights: tuple[float, ...], count: int) -> None:
+    if len(weights) != count:
+        raise ValueError(f"init.weights are {len(weights)} numbers for {count} init.paths; give one for each path")
+    if not all(0 <= weight <= 1e9 for weight in weights) or not any(weights):
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"init.weights must be numbers from 0 to 1e9, not all 0; given {shown}")
 
 
 class PromptConfig(Section):

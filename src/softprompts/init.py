@@ -1,4 +1,4 @@
-"""Where a prompt starts: random vectors, words, class labels or another artefact, at any site.
+"""Where a prompt starts: random vectors, words, class labels or other artefacts, at any site.
 
 A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
 states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
-from softprompts import artefact
+from softprompts import artefact, transfer
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError, fingerprint
 from softprompts.config import InitConfig
 from softprompts.inject import Site
@@ -31,25 +31,39 @@ def start(
     labels: Sequence[str] = (),
     allow_other_weights: bool = False,
 ) -> Start:
-    """The start `[P, D]` that `config` describes.
+    """The start `[P, D]` that `config` describes, and the sources `[S, P, D]` where it names some.
 
     labels: the task's label words, for kind labels where the configuration names none.
     Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are
     wanted than there are words, and ArtefactError when another artefact does not fit.
     """
-    generator = torch.Generator().manual_seed(seed)
+    paths = {"artefact": (config.path or "",), "mean": config.paths}.get(config.kind, ())
+    found = _from_artefacts((*paths, *config.sources), backbone, site, slot, allow_other_weights)
+    sources = torch.stack(found[len(paths) :]) if config.sources else None
     if config.kind == "artefact":
-        assert config.path is not None
-        return Start(_from_artefact(config.path, backbone, site, slot, allow_other_weights))
+        return Start(found[0], sources)
+    if config.kind == "mean":
+        return Start(transfer.mean(found[: len(paths)], config.weights), sources)
+    return Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels), sources)
+
+
+def _made(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: Slot,
+    generator: torch.Generator,
+    labels: Sequence[str],
+) -> Tensor:
+    """The start of the kinds that need no other artefact."""
     if config.kind == "random":
-        return Start(_random(config.distribution, backbone, site, slot, generator))
+        return _random(config.distribution, backbone, site, slot, generator)
     if config.kind == "text":
-        ids = text_ids(backbone.tokenizer, config.text or "", slot.length)
-        return Start(from_ids(backbone, site, ids))
+        return from_ids(backbone, site, text_ids(backbone.tokenizer, config.text or "", slot.length))
     if config.kind == "labels":
         words = config.labels or tuple(labels)
-        return Start(_from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator))
-    return Start(from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator)))
+        return _from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator)
+    return from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator))
 
 
 def text_ids(tokenizer: Any, text: str, length: int, special: bool = False) -> Tensor:
@@ -174,12 +188,22 @@ def text_pieces(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _from_artefact(path: str, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool) -> Tensor:
-    found = artefact.load(path)
-    artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
-    if found.site != site.name or tuple(found.prompt.shape) != (slot.length, slot.width):
-        raise artefact.ArtefactError(
-            f"{path} holds a prompt of {list(found.prompt.shape)} at site {found.site}, but the run wants "
-            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
-        )
-    return found.prompt.clone()
+def _from_artefacts(
+    paths: Sequence[str], backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
+) -> list[Tensor]:
+    """The prompts in `paths`, which must have been trained for these weights, this site and this shape."""
+    prompts, weights = [], fingerprint(backbone) if paths else None
+    for path in paths:
+        found = artefact.load(path)
+        assert weights is not None
+        try:
+            artefact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
+        except artefact.WrongBackbone as error:
+            raise artefact.WrongBackbone(f"{path}: {error}") from None
+        if found.site != site.name or found.shape != (slot.length, slot.width):
+            raise artefact.ArtefactError(
+                f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
+                f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+            )
+        prompts.append(found.matrix(path).clone())
+    return prompts
