@@ -13,6 +13,7 @@ from softprompts.prompt import Method, Slot, Start
 
 METHODS: dict[str, str] = {
     "prompt-tuning": "softprompts.methods.prompt_tuning:PromptTuning",
+    "attempt": "softprompts.methods.attempt:Attempt",
 }
 
 
