@@ -324,3 +324,27 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
         model(input_ids=ids, tasks="mixed")
     torch.testing.assert_close(seen[0], seen[1], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(seen[0], seen[2], atol=1e-4), "the answer would have made a difference"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "template"),
+    [
+        ("llama", "bfloat16", "{text}:"),
+        ("t5", "float32", "{text}:"),
+        ("bert", "float32", "{text}: {mask}"),
+        ("gpt2", "float32", "{text}:"),
+    ],
+)
+def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, template: str) -> None:
+    """Trains, and the artefact scores as the run did."""
+    values = local.run_values(tmp_path, name, steps=2)
+    values["model"]["dtype"] = dtype
+    values["task"]["template"] = template
+    job.execute(parse({**values, "out": str(tmp_path / "source")}))
+    values["prompt"] |= {"method": "attempt", "init": {"sources": [str(tmp_path / "source" / "prompt")]}}
+    results = job.execute(parse(values))
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    assert opened.artefacts[0].state["prompts.0"].dtype == torch.float32
+    rows = job.prepare(parse(values)).tasks[0].test
+    found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluate)
+    assert found.headline.value == results["summary"]["after"]["value"]
