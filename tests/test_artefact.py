@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from artefacts import D, P, assert_equal, bits, example, fingerprint
+from artefacts import D, P, assert_equal, bits, edit, example, fingerprint
 from softprompts import artefact as a
+from softprompts.artefact import Artefact, ArtefactError
 
 
 @pytest.fixture
@@ -170,6 +171,80 @@ def test_digest_is_the_one_that_the_specification_describes() -> None:
     }
     numbers = struct.pack(f"<{P * D}f", *example().prompt.flatten().tolist())
     assert example().digest == hashlib.sha256(json.dumps(facts).encode() + b"\0" + numbers).hexdigest()
+
+
+def of_texts(**changes: Any) -> Artefact:
+    """The artefact of a method that makes a prompt from each text: none of its own, but a state."""
+    state = {"up.weight": torch.arange(6.0).view(2, 3), "sources": torch.ones(2, P, D), "n": torch.tensor(3)}
+    return example(**{"prompt": None, "method": "attempt", "state": state, **changes})
+
+
+def test_without_a_prompt_the_state_is_the_artefact(tmp_path: Path) -> None:
+    made = of_texts()
+    loaded = a.load(a.save(made, tmp_path / "x"))
+    assert_equal(made, loaded)
+    assert loaded.prompt is None
+    assert made.shape == loaded.shape == (P, D)
+    assert not (tmp_path / "x" / "adapter_config.json").exists()
+    facts = a.inspect(tmp_path / "x")
+    json.dumps(facts, allow_nan=False)
+    assert (facts["fixed"], facts["length"], facts["width"], facts["parameters"]) == (False, P, D, 7)
+    assert (facts["rms"], facts["distance"]) == (None, None)
+    assert facts["rms_initial"] > 0
+    assert facts["peft"] == "method attempt: its prompt depends on the text, and PEFT stores one matrix"
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "The method makes a prompt from each text" in card
+    assert "PEFT cannot load it (method attempt" in card
+    with pytest.raises(ArtefactError, match=r"^x holds no one prompt: attempt makes one from each text"):
+        loaded.matrix("x")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"state": {**of_texts().state, "n": torch.tensor(4)}},
+        {"state": {**of_texts().state, "n": torch.tensor(3.0)}},
+        {"state": {**of_texts().state, "up.weight": torch.arange(6.0).view(3, 2)}},
+        {"state": {**of_texts().state, "m": torch.zeros(0)}},
+        {"options": {"temperature": 2.0}},
+        {"method": "another"},
+        {"site": "decoder"},
+    ],
+)
+def test_the_digest_without_a_prompt_covers_what_answers(changes: dict[str, Any]) -> None:
+    assert of_texts(**changes).digest != of_texts().digest
+
+
+def test_the_digest_without_a_prompt_is_the_one_that_the_specification_describes() -> None:
+    made = of_texts(initial=torch.zeros(P, D), scores={}, state=dict(reversed(of_texts().state.items())))
+    facts = {
+        "architecture": {"hidden_size": 8, "model_type": "llama", "num_attention_heads": 4, "num_hidden_layers": 2},
+        "method": "attempt",
+        "mode": "replace",
+        "options": {"dropout": 0.1, "names": ["b", "a"]},
+        "place": "first",
+        "shape": [P, D],
+        "site": "input",
+        "state": {
+            "n": ["torch.int64", []],
+            "sources": ["torch.float32", [2, P, D]],
+            "up.weight": ["torch.float32", [2, 3]],
+        },
+    }
+    numbers = struct.pack(f"<q{2 * P * D}f6f", 3, *[1.0] * (2 * P * D), *map(float, range(6)))
+    assert made.digest == hashlib.sha256(json.dumps(facts).encode() + b"\0" + numbers).hexdigest()
+
+
+def test_format_1_loads(saved: Path, tmp_path: Path) -> None:
+    """It had no key `fixed`, and always a prompt."""
+    edit(saved / "softprompts.json", format_version=1, fixed=...)
+    assert_equal(example(), a.load(saved))
+    edit(saved / "softprompts.json", fixed=True)
+    with pytest.raises(ArtefactError, match="unknown key 'fixed': format 1 has none"):
+        a.load(saved)
+    edit(a.save(of_texts(), tmp_path / "x") / "softprompts.json", format_version=1, fixed=...)
+    with pytest.raises(ArtefactError, match="no tensor 'prompt'"):
+        a.load(tmp_path / "x")
 
 
 def test_inspect(saved: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every way in which an artefact's files can be wrong has a message of one line."""
 
 import dataclasses
+import hashlib
 import os
 import pickle
 import zipfile
@@ -135,7 +136,7 @@ def test_wrong_tensors(saved: Path, changes: dict[str, Tensor | None], message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2, "novelty": 1}, "written by a newer softprompts, format 2 > 1; upgrade"),
+        ({"format_version": 3, "novelty": 1}, "written by a newer softprompts, format 3 > 2; upgrade"),
         ({"format_version": 0}, "there is no format 0"),
         ({"format_version": "1"}, "format_version: Input should be a valid integer (given: '1')"),
         ({"format_version": ...}, "format_version: Field required"),
@@ -151,11 +152,48 @@ def test_wrong_tensors(saved: Path, changes: dict[str, Tensor | None], message: 
         ({"fingerprint": {"architecture": {}}}, "fingerprint.tokenizer: Field required"),
         ({"shape": [True, 8]}, "shape.0: Input should be a valid integer"),
         ({"place": "after_start"}, "the digest is not that of the prompt"),
+        ({"fixed": ...}, "fixed: Field required"),
+        ({"fixed": False}, "unknown tensor 'prompt'"),
+        ({"fixed": "yes"}, "fixed: Input should be a valid boolean"),
     ],
 )
 def test_wrong_manifest(saved: Path, changes: dict[str, Any], message: str) -> None:
     edit(saved / "softprompts.json", **changes)
     assert message in refused(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"initial": None}, "no tensor 'initial'"),
+        ({"prompt": torch.ones(P, D)}, "unknown tensor 'prompt'"),
+        ({"initial": torch.ones(P + 1, D)}, f"the initial prompt is [{P + 1}, {D}], but softprompts.json says"),
+        ({"state.weight": None}, "without a prompt the method's state answers from its initial prompt; no state"),
+        ({"state.weight": torch.zeros(2)}, "is not the file that softprompts.json was written with"),
+    ],
+)
+def test_wrong_tensors_of_a_method_without_a_prompt(
+    tmp_path: Path, changes: dict[str, Tensor | None], message: str
+) -> None:
+    saved = a.save(example(prompt=None, state={"weight": torch.ones(2)}), tmp_path / "x")
+    stored = {**load_file(saved / "softprompts.safetensors"), **changes}
+    save_file({key: value for key, value in stored.items() if value is not None}, saved / "softprompts.safetensors")
+    assert message in refused(saved)
+
+
+def test_a_changed_state_is_noticed_whatever_its_checksum_says(tmp_path: Path) -> None:
+    saved = a.save(example(prompt=None, state={"weight": torch.ones(2)}), tmp_path / "x")
+    stored = {**load_file(saved / "softprompts.safetensors"), "state.weight": torch.zeros(2)}
+    save_file(stored, saved / "softprompts.safetensors")
+    sha = hashlib.sha256((saved / "softprompts.safetensors").read_bytes()).hexdigest()
+    edit(saved / "softprompts.json", sha256={"softprompts.safetensors": sha})
+    assert "the digest is not that of the prompt" in refused(saved)
+
+
+@pytest.mark.parametrize("changes", [{"initial": None}, {"state": {}}])
+def test_what_could_not_answer_is_not_saved(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(ArtefactError, match="without a prompt the method's state answers"):
+        a.save(example(**{"prompt": None, "state": {"weight": torch.ones(2)}, **changes}), tmp_path / "x")
 
 
 @pytest.mark.parametrize("name", ["softprompts.json", "adapter_config.json"])

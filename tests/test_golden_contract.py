@@ -20,6 +20,12 @@ pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
 P = 5
 
+MIXES = ("attempt",)
+"""Methods whose prompt begins at the start plus a mixture of sources and start: they cannot begin at the start alone.
+
+What the mixture is to the last digit is tested with each of them.
+"""
+
 
 def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT, head: str = "lm") -> Learner:
     """A method with its default configuration for three tasks on a shared tiny backbone."""
@@ -32,10 +38,16 @@ def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT,
 
 
 def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
-    """A batch for a language model with a task for each row."""
+    """A batch for a language model with a task for each row; of a causal text the first two tokens are no labels.
+
+    A method may look at these only.
+    """
     lengths = [3 + (5 * i) % 7 for i in range(len(tasks))]
     found = rows.batch(name, rows.texts(name, lengths, seed), "left")
-    return Batch(found.ids, found.mask, torch.tensor(tasks), found.labels)
+    labels = found.labels
+    if name in tiny.CAUSAL:
+        labels = labels.masked_fill(found.mask.cumsum(1) <= 2, IGNORE)
+    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
 
 
 def loss(made: Learner, batch: Batch) -> Tensor:
@@ -57,7 +69,32 @@ def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: s
     assert len(prompt.values) <= 4
     start = rows.random(5, P, made.slot.width)
     for values in prompt.values[prompt.row]:
-        torch.testing.assert_close(values, start, atol=1e-6, rtol=1e-5)
+        if method in MIXES:
+            mixed = torch.stack([start, *(rows.random(i, P, made.slot.width) for i in range(3))])
+            rest = values - start
+            assert (mixed.amin(0) - 1e-6 <= rest).all()
+            assert (rest <= mixed.amax(0) + 1e-6).all()
+        else:
+            torch.testing.assert_close(values, start, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
+    """In training as in answering: other labels, and texts without them, have the same prompts."""
+    made = learner(name, method)
+    batch = batch_of(name, [2, 0, 1, 2])
+    prompt = made.prompt(batch)
+    scored = batch.labels != IGNORE
+    labels = batch.labels.masked_fill(scored, 7)
+    same = [Batch(batch.ids, batch.mask, batch.task, labels)]
+    if name in tiny.CAUSAL:  # whose labels are part of the text
+        ids = batch.ids.masked_fill(scored, 7)
+        same = [Batch(ids, batch.mask, batch.task, labels), Batch(batch.ids, batch.mask * ~scored, batch.task)]
+    for other in same:
+        found = made.prompt(other)
+        torch.testing.assert_close(found.values[found.row], prompt.values[prompt.row], atol=1e-6, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -11,9 +11,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 
 CORE = (
     "prompt config methods methods.* objectives backbone machine loading "
-    "inject generate data artefact files fingerprint peft_format several"
+    "inject generate data artefact manifest files fingerprint peft_format several"
 )
-BELOW_TRAINING = f"{CORE} vectors init words learner assets text_metrics metrics plots report"
+BELOW_TRAINING = f"{CORE} vectors transfer stored init words learner assets text_metrics metrics plots report"
 TRAINING = "checkpoint distil joint optimise train finetune"
 MODELS = f"{BELOW_TRAINING} kernels tune parity {TRAINING} evaluate model"
 RUNS = f"{MODELS} prepare results job variants"
@@ -25,7 +25,7 @@ OURS = {
     "__init__": ALL,
     "__main__": "cli",
     "prompt": "",
-    "config": "",
+    "config": "",  # its files import each other
     "files": "",
     "peft_format": "",
     "fingerprint": "files prompt",
@@ -45,10 +45,13 @@ OURS = {
     "inject": "backbone prompt kernels",
     "generate": "backbone prompt inject",
     "data": "backbone prompt config assets",
-    "several": "config files peft_format",
-    "artefact": "prompt config files fingerprint peft_format several",
+    "manifest": "config files",
+    "several": "config files manifest peft_format",
+    "artefact": "prompt config files fingerprint manifest peft_format several",
+    "stored": "artefact methods prompt",
     "vectors": "artefact",
-    "init": "backbone inject prompt config artefact vectors",
+    "transfer": "",
+    "init": "backbone inject prompt config artefact vectors transfer",
     "words": "backbone prompt",
     "learner": "backbone inject prompt config",
     "tune": "backbone inject prompt kernels machine assets files",
@@ -94,6 +97,9 @@ THIRD_PARTY = {
     "inject": "torch transformers",
     "generate": "torch transformers",
     "vectors": "torch",
+    "stored": "torch",
+    "transfer": "torch",
+    "manifest": "",
 }
 
 # What only some rows may import; a name stands for everything below it.

@@ -13,11 +13,11 @@ import tiny
 import tokenizers_tiny
 from artefacts import example
 from rows import DECODER, INPUT, KV, REPLACE, called
-from softprompts import artefact, init, inject
+from softprompts import artefact, init, inject, transfer
 from softprompts import backbone as b
 from softprompts.artefact import ArtefactError
 from softprompts.backbone import BackboneError
-from softprompts.config import InitConfig
+from softprompts.config import ConfigError, InitConfig, PromptConfig, parse
 
 P = 12
 TOKENIZERS = {"llama": tokenizers_tiny.byte_bpe, "t5": tokenizers_tiny.unigram, "bert": tokenizers_tiny.wordpiece}
@@ -204,6 +204,77 @@ def test_artefact(tmp_path: Path) -> None:
         start(bb, kind="artefact", path=path, length=P + 1)
     with pytest.raises(ArtefactError):
         start(b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer), kind="artefact", path=path)
+
+
+def saved(bb: b.Backbone, path: Path, seed: int, site: inject.Site = INPUT, length: int = P, **changes: Any) -> str:
+    """A random prompt as an artefact for `bb`; its directory."""
+    prompt = rows.random(seed, length, inject.width(bb, site))
+    facts = {"prompt": prompt, "initial": prompt, "state": {}, "site": site.name, "fingerprint": b.fingerprint(bb)}
+    return str(artefact.save(example(**{**facts, **changes}), path))
+
+
+def test_mean_of_artefacts(tmp_path: Path) -> None:
+    """By weights of any sum, or all alike; one artefact is taken bit for bit."""
+    bb = made("llama")
+    paths = tuple(saved(bb, tmp_path / str(i), i) for i in range(3))
+    prompts = [artefact.load(path).prompt for path in paths]
+    found = start(bb, kind="mean", paths=paths, weights=(2, 1, 1))
+    expected = (prompts[0].double() / 2 + prompts[1].double() / 4 + prompts[2].double() / 4).float()
+    assert found.equal(expected)
+    assert start(bb, kind="mean", paths=paths).equal(transfer.mean(prompts))
+    assert start(bb, kind="mean", paths=paths[:1], weights=(7,)).equal(prompts[0])
+
+
+def test_sources(tmp_path: Path) -> None:
+    """In the order they are named, beside any kind of start."""
+    bb = made("llama")
+    paths = tuple(saved(bb, tmp_path / str(i), i) for i in range(3))
+    slot = inject.slot(bb, INPUT, ("a",), P)
+    for kind in ({"kind": "vocabulary"}, {"kind": "artefact", "path": paths[2]}, {"kind": "mean", "paths": paths[1:]}):
+        plain = init.start(InitConfig(**kind), bb, INPUT, slot)
+        found = init.start(InitConfig(**kind, sources=(paths[1], paths[0])), bb, INPUT, slot)
+        assert plain.sources is None
+        assert found.prompt.equal(plain.prompt)
+        assert found.sources.equal(torch.stack([rows.random(i, P, 32) for i in (1, 0)]))
+
+
+@pytest.mark.parametrize("kind", ["sources", "mean"])
+def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
+    bb = made("llama")
+    good, short = saved(bb, tmp_path / "good", 0), saved(bb, tmp_path / "short", 1, length=P - 1)
+    deep = saved(bb, tmp_path / "deep", 2, site=KV)
+    text = saved(bb, tmp_path / "text", 3, prompt=None, method="attempt", state={"x": torch.ones(1)})
+    other = b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer)
+    away = saved(other, tmp_path / "away", 4)
+    wide = saved(made("bert"), tmp_path / "wide", 5)
+    for path, message in (
+        (short, r"short holds a prompt of \[11, 32\] at site input, but the run wants \[12, 32\] at site input"),
+        (deep, r"deep holds a prompt of \[12, 96\] at site kv, but the run wants"),
+        (text, "text holds no one prompt: attempt makes one from each text"),
+        (away, "away: .*other weights"),
+        (wide, "wide: .*another architecture"),
+        (str(tmp_path / "none"), "no directory"),
+    ):
+        values = {"sources": (good, path)} if kind == "sources" else {"kind": "mean", "paths": (good, path)}
+        with pytest.raises(ArtefactError, match=message):
+            start(bb, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kind": "mean"}, "init kind 'mean' needs init.paths"),
+        ({"kind": "mean", "paths": ["a", "b"], "weights": [1]}, "1 numbers for 2 init.paths; give one for each path"),
+        ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
+        ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
+        ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
+        ({"kind": "meen", "paths": ["a"]}, "'artefact' or 'mean'"),
+        ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
+    ],
+)
+def test_what_a_configuration_may_not_say(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse({"init": values}, PromptConfig)
 
 
 def test_peers_word_embeddings() -> None:

@@ -4,16 +4,18 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import local
 import tokenizers_tiny
-from softprompts import artefact, assets, backbone, evaluate, inject, job, loading, tune
+from softprompts import SoftPromptModel, artefact, assets, backbone, evaluate, inject, job, loading, methods, tune
 from softprompts.artefact import ArtefactError
 from softprompts.backbone import BackboneError
 from softprompts.config import ConfigError, EvaluateConfig, Run, parse
 from softprompts.inject import Site
 from softprompts.kernels import Kernels
-from softprompts.prompt import Batch, Prompt
+from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.prompt import Batch, Prompt, Start
 
 
 @pytest.fixture
@@ -42,6 +44,27 @@ def test_the_artefact_tells_where_it_came_from(values, tmp_path):
     assert made.config["task"]["template"] == "{text}:"
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
     artefact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
+
+
+class Halved(PromptTuning):
+    """Prompt tuning that begins at half of its start."""
+
+    def __init__(self, config, slot, start):
+        super().__init__(config, slot, Start(start.prompt / 2))
+
+
+def test_the_artefact_holds_where_the_method_began(values, tmp_path, monkeypatch):
+    """Not every method begins at the start that it is given; a task vector is counted from where it did."""
+    monkeypatch.setitem(methods.METHODS, "halved", f"{__name__}:Halved")
+    values["prompt"] |= {"method": "halved"}
+    job.execute(parse(values))
+    start = job.prepare(parse(values)).start.prompt
+    assert torch.equal(artefact.load(tmp_path / "out" / "prompt").initial, start / 2)
+    model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
+    model.add_task("a", parse({"prompt": {**values["prompt"], "init": {"kind": "random"}}}).prompt)
+    model.save_pretrained(tmp_path / "model")
+    saved = artefact.load(tmp_path / "model")
+    assert torch.equal(saved.initial, saved.prompt)
 
 
 def test_results_hold_the_resolved_run(values, tmp_path):

@@ -389,7 +389,7 @@ def test_mistakes_are_named() -> None:
         model._replicate_for_data_parallel()
     with pytest.raises(ConfigError, match="unknown method 'prompt-tunning'; did you mean 'prompt-tuning'"):
         model.add_task("typo", PromptConfig(method="prompt-tunning"))
-    with pytest.raises(ConfigError, match=r"options of method prompt-tuning: .*'rank'"):
+    with pytest.raises(ConfigError, match=r"prompt.options of method prompt-tuning: .*'rank'"):
         model.add_task("typo", PromptConfig(options={"rank": 3}))
     with pytest.raises(ValueError, match="labels or decoder_input_ids"):
         prompted("t5")(two)

@@ -10,13 +10,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from softprompts import manifest as manifests
 from softprompts import peft_format, several
-from softprompts.config import ConfigError, Head, Section, parse
 from softprompts.files import ArtefactError as ArtefactError
 from softprompts.files import dump, number, pack, plain, read_bytes, replace_directory, unpack
 from softprompts.files import read_json as read_json
@@ -28,10 +28,10 @@ from softprompts.fingerprint import WrongBackbone as WrongBackbone
 from softprompts.fingerprint import check_fingerprint as check_fingerprint
 from softprompts.fingerprint import rms
 from softprompts.fingerprint import sketch_distance as sketch_distance
-from softprompts.prompt import Fingerprint
-from softprompts.several import MANIFEST as MANIFEST
+from softprompts.manifest import MANIFEST as MANIFEST
+from softprompts.manifest import Manifest
+from softprompts.prompt import SOURCES, Fingerprint
 
-FORMAT = 1
 TENSORS = "softprompts.safetensors"
 CARD = "README.md"
 _FILES = (MANIFEST, TENSORS, CARD, peft_format.CONFIG, peft_format.TENSORS)
@@ -42,14 +42,15 @@ _MARKS = (MANIFEST, peft_format.CONFIG)
 class Artefact:
     """One trained prompt and what is needed to use it, to train on from it and to know where it came from.
 
-    prompt [P, D] and initial [P, D] are float32: the folded prompt, and where training began (None: PEFT does not
-    say). `state` holds everything trained under the method's own names; `heads` a per-task copy of a classification
-    head, keyed as in the model's state_dict. family None and backbone "" mean that PEFT's files do not say. `format`
-    is the task's data format, `options` the method's, `config` the run's; all are JSON, so tuples load as lists.
+    prompt [P, D] and initial [P, D] are float32: the folded prompt (None where the method makes one from each text;
+    then `state` is what answers), and where training began (None: PEFT does not say). `state` holds all of the method
+    under its own names; `heads` a per-task copy of a classification head, keyed as in the model's state_dict. family
+    None and backbone "" mean that PEFT's files do not say. `format` is the task's data format, `options` the method's,
+    `config` the run's; all are JSON, so tuples load as lists.
     """
 
     task: str
-    prompt: Tensor
+    prompt: Tensor | None
     initial: Tensor | None
     method: str
     options: dict[str, Any]
@@ -70,49 +71,40 @@ class Artefact:
     version: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(P, D) of the prompt, or of each that the method makes."""
+        held = self.initial if self.prompt is None else self.prompt
+        return () if held is None else tuple(held.shape)
+
+    @property
     def digest(self) -> str:
-        """The artefact's identity, 64 hex digits: prompt bits, site, mode, place and the backbone's architecture."""
-        facts = {key: getattr(self, key) for key in ("site", "mode", "place")}
-        facts["shape"] = list(self.prompt.shape)
+        """The artefact's identity, 64 hex digits: prompt bits, site, mode, place and the backbone's architecture.
+
+        Where there is no one prompt: the bits of the state, and the method and its options, instead of the prompt's.
+        """
+        facts: dict[str, Any] = {key: getattr(self, key) for key in ("site", "mode", "place")}
+        facts["shape"] = list(self.shape)
         facts["architecture"] = self.fingerprint.architecture if self.fingerprint else None
-        head = json.dumps(plain(facts, "digest"), sort_keys=True).encode()
-        bits = self.prompt.detach().cpu().contiguous().numpy().astype("<f4", copy=False).tobytes()
-        return hashlib.sha256(head + b"\0" + bits).hexdigest()
+        held = [self.state[name] for name in sorted(self.state)] if self.prompt is None else [self.prompt]
+        if self.prompt is None:
+            kinds = {name: [str(value.dtype), list(value.shape)] for name, value in self.state.items()}
+            facts |= {"method": self.method, "options": self.options, "state": kinds}
+        done = hashlib.sha256(json.dumps(plain(facts, "digest"), sort_keys=True).encode() + b"\0")
+        for value in held:
+            done.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return done.hexdigest()
+
+    def matrix(self, origin: str | Path) -> Tensor:
+        """The prompt [P, D]; raises ArtefactError that names `origin` where the method makes one from each text."""
+        if self.prompt is None:
+            raise ArtefactError(
+                f"{origin} holds no one prompt: {self.method} makes one from each text; give the artefact of a method "
+                f"whose prompt is the same for every text, such as prompt-tuning"
+            )
+        return self.prompt
 
 
-class _Weights(Section, strict=True):
-    architecture: dict[str, Any]
-    tokenizer: str | None
-    dtype: str
-
-
-class _Manifest(Section, strict=True):
-    """`softprompts.json`; every key must be there and no other."""
-
-    format_version: int
-    version: str
-    task: str
-    method: str
-    options: dict[str, Any]
-    shape: list[int]
-    site: Literal["input", "decoder", "layers", "kv"]
-    mode: Literal["replace", "add"]
-    place: Literal["first", "after_start"]
-    family: Literal["causal", "seq2seq", "masked"] | None
-    head: Head
-    backbone: str
-    revision: str | None
-    fingerprint: _Weights | None
-    format: dict[str, Any] | None
-    config: dict[str, Any]
-    scores: dict[str, Any]
-    parents: list[str]
-    peft: bool | str  # true, or why PEFT's two files are not written
-    digest: str
-    sha256: dict[str, str]  # of each tensor file
-
-
-_COPIED = tuple(key for key in _Manifest.model_fields if key in {field.name for field in fields(Artefact)})
+_COPIED = tuple(key for key in Manifest.model_fields if key in {field.name for field in fields(Artefact)})
 
 
 def save(artefact: Artefact, directory: str | Path) -> Path:
@@ -149,20 +141,22 @@ def load(directory: str | Path, task: int | str | None = None) -> Artefact:
 def inspect(directory: str | Path) -> dict[str, Any]:
     """Facts about an artefact for people, as JSON; rms are per number of the prompt, `distance` that of its change."""
     artefact, path = load(directory), Path(directory)
-    trained = [*(artefact.state or {"prompt": artefact.prompt}).values(), *artefact.heads.values()]
+    prompt, start = artefact.prompt, artefact.initial
+    state = artefact.state if prompt is None else artefact.state or {"prompt": prompt}
+    trained = [*(value for key, value in state.items() if key != SOURCES), *artefact.heads.values()]
     files = {entry.name: entry.stat().st_size for entry in sorted(path.iterdir()) if entry.name in _FILES}
-    start = artefact.initial
     return {
         "directory": str(path),
         "origin": "softprompts" if MANIFEST in files else "peft",
         **{key: getattr(artefact, key) for key in _COPIED if key not in ("fingerprint", "parents", "config")},
-        "length": artefact.prompt.shape[0],
-        "width": artefact.prompt.shape[1],
+        "fixed": prompt is not None,
+        "length": artefact.shape[0],
+        "width": artefact.shape[1],
         "parameters": sum(value.numel() for value in trained),
         "heads": {key: list(value.shape) for key, value in artefact.heads.items()},
-        "rms": rms(artefact.prompt),
+        "rms": None if prompt is None else rms(prompt),
         "rms_initial": None if start is None else rms(start),
-        "distance": None if start is None else rms(artefact.prompt.double() - start.double()),
+        "distance": None if prompt is None or start is None else rms(prompt.double() - start.double()),
         "fingerprint": _weights(artefact.fingerprint),
         "peft": _obstacle(artefact) or True,
         "parents": list(artefact.parents),
@@ -179,23 +173,24 @@ def _contents(artefact: Artefact, path: Path) -> dict[str, bytes]:
     weights = artefact.fingerprint
     packed = {TENSORS: pack(_tensors(artefact), {"format": "pt"}, path / TENSORS)}
     if obstacle is None:
-        stored = peft_format.tensors(artefact.prompt, artefact.heads)
+        stored = peft_format.tensors(artefact.matrix(path), artefact.heads)
         packed[peft_format.TENSORS] = pack(stored, {"format": "pt"}, path / peft_format.TENSORS)
     manifest = {
         **{key: getattr(artefact, key) for key in _COPIED},
-        "format_version": FORMAT,
-        "shape": list(artefact.prompt.shape),
+        "format_version": manifests.FORMAT,
+        "fixed": artefact.prompt is not None,
+        "shape": list(artefact.shape),
         "fingerprint": _weights(weights),
         "scores": _null_nonfinite(artefact.scores),
         "peft": obstacle or True,
         "digest": artefact.digest,
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in packed.items()},
     }
-    manifest = {key: plain(manifest[key], f"{path / MANIFEST}: {key}") for key in _Manifest.model_fields}
-    _manifest(manifest, path / MANIFEST)
+    manifest = {key: plain(manifest[key], f"{path / MANIFEST}: {key}") for key in Manifest.model_fields}
+    manifests.check(manifest, path / MANIFEST)
     files = {**packed, MANIFEST: dump(manifest, path / MANIFEST), CARD: _card(artefact, obstacle).encode()}
     if obstacle is None:
-        shape = (artefact.prompt.shape[0], artefact.prompt.shape[1])
+        shape = (artefact.shape[0], artefact.shape[1])
         backbone, facts = (artefact.backbone, artefact.revision), weights.architecture if weights else {}
         config = peft_format.config(shape, artefact.family, artefact.head, artefact.heads, *backbone, facts)
         files[peft_format.CONFIG] = dump(config, path / peft_format.CONFIG)
@@ -204,7 +199,10 @@ def _contents(artefact: Artefact, path: Path) -> dict[str, bytes]:
 
 def _check(artefact: Artefact, path: Path) -> None:
     """What must hold of the tensors of every artefact, on the way in and on the way out."""
-    shape = tuple(artefact.prompt.shape)
+    shape = artefact.shape
+    if artefact.prompt is None and (artefact.initial is None or not artefact.state):
+        lacks = "state" if artefact.initial is not None else "initial prompt"
+        raise ArtefactError(f"{path}: without a prompt the method's state answers from its initial prompt; no {lacks}")
     if len(shape) != 2 or 0 in shape:
         raise ArtefactError(f"{path}: the prompt must be [P, D], found {list(shape)}")
     for name, value in (("prompt", artefact.prompt), ("initial", artefact.initial)):
@@ -230,22 +228,23 @@ def _tensors(artefact: Artefact) -> dict[str, Tensor]:
 
 def _load_own(path: Path) -> Artefact:
     values = read_json(path / MANIFEST)
-    manifest = _manifest(values, path / MANIFEST)
+    manifest = manifests.check(values, path / MANIFEST)
     data = read_bytes(path / TENSORS)
     tensors, _ = unpack(data, path / TENSORS)
-    known = {"prompt", "initial"} | ({"sketch"} if manifest.fingerprint else set())
+    known = {"initial"} | ({"prompt"} if manifest.fixed else set()) | ({"sketch"} if manifest.fingerprint else set())
     strange = sorted(key for key in tensors if key not in known and not key.startswith(("state.", "head.")))
-    missing = sorted((known - {"initial"}) - set(tensors))
+    missing = sorted(known - ({"initial"} if manifest.fixed else set()) - set(tensors))
     if strange or missing:
         found = "; ".join([*(f"unknown tensor '{key}'" for key in strange), *(f"no tensor '{key}'" for key in missing)])
         raise ArtefactError(f"{path / TENSORS}: {found}")
-    if list(tensors["prompt"].shape) != manifest.shape:
-        stored = list(tensors["prompt"].shape)
-        raise ArtefactError(f"{path / TENSORS}: the prompt is {stored}, but {MANIFEST} says {manifest.shape}")
+    held = "prompt" if manifest.fixed else "initial"
+    if (stored := list(tensors[held].shape)) != manifest.shape:
+        what = "the prompt" if manifest.fixed else "the initial prompt"
+        raise ArtefactError(f"{path / TENSORS}: {what} is {stored}, but {MANIFEST} says {manifest.shape}")
     weights = manifest.fingerprint
     artefact = Artefact(
         **{key: getattr(manifest, key) for key in _COPIED if key not in ("fingerprint", "parents")},
-        prompt=tensors["prompt"],
+        prompt=tensors.get("prompt"),
         initial=tensors.get("initial"),
         state={key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
         heads={key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")},
@@ -257,7 +256,7 @@ def _load_own(path: Path) -> Artefact:
     return artefact
 
 
-def _check_sums(artefact: Artefact, manifest: _Manifest, path: Path, data: bytes) -> None:
+def _check_sums(artefact: Artefact, manifest: Manifest, path: Path, data: bytes) -> None:
     """Files of two artefacts mixed in one directory, or edited, would load without a word."""
     if hashlib.sha256(data).hexdigest() != manifest.sha256.get(TENSORS):
         raise ArtefactError(f"{path / TENSORS} is not the file that {MANIFEST} was written with: its sha256 differs")
@@ -315,22 +314,6 @@ def _load_peft(path: Path, task: int | str | None) -> Artefact:
     return artefact
 
 
-def _manifest(values: Any, path: Path) -> _Manifest:
-    if not isinstance(values, dict):
-        raise ArtefactError(f"{path} must hold an object, found {type(values).__name__}")
-    # asked before anything else: what a newer version adds would be reported as a wrong key
-    version = values.get("format_version")
-    if isinstance(version, int) and version > FORMAT:
-        raise ArtefactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
-    if isinstance(version, int) and version < 1:
-        raise ArtefactError(f"{path}: there is no format {version}")
-    try:
-        result: _Manifest = parse(values, _Manifest, str(path))
-    except ConfigError as error:
-        raise ArtefactError("; ".join(str(error).splitlines())) from None
-    return result
-
-
 def _weights(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
     if fingerprint is None:
         return None
@@ -338,12 +321,14 @@ def _weights(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
 
 
 def _obstacle(artefact: Artefact) -> str | None:
+    if artefact.prompt is None:
+        return f"method {artefact.method}: its prompt depends on the text, and PEFT stores one matrix"
     return peft_format.obstacle(artefact.site, artefact.place, artefact.family, artefact.head, artefact.heads)
 
 
 def _card(artefact: Artefact, obstacle: str | None) -> str:
     """The model card; it says nothing that the files beside it do not."""
-    length, width = artefact.prompt.shape
+    length, width = artefact.shape
     task, backbone = " ".join(artefact.task.split()), artefact.backbone or "an unnamed model"
     base = [f"base_model: {backbone}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", backbone) else []
     head = [
@@ -359,8 +344,15 @@ def _card(artefact: Artefact, obstacle: str | None) -> str:
         f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, trained with "
         f"{artefact.method}. It enters at site `{artefact.site}`, place `{artefact.place}`.",
         "It is of use with exactly these weights only.",
-        '```python\nfrom softprompts import artefact\n\nprompt = artefact.load("path/to/this/directory").prompt\n```',
     ]
+    if artefact.prompt is None:
+        about.append(
+            "The method makes a prompt from each text: `SoftPromptModel.from_pretrained(model, "
+            '"path/to/this/directory")`, or `softprompts predict path/to/this/directory TEXT`.'
+        )
+    else:
+        load = 'prompt = artefact.load("path/to/this/directory").prompt'
+        about.append(f"```python\nfrom softprompts import artefact\n\n{load}\n```")
     if obstacle:
         about.append(f"PEFT cannot load it ({obstacle}).")
     else:

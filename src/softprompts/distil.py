@@ -95,12 +95,12 @@ def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher
         )
     site = Site(found.site, found.mode, found.place)
     width = inject.width(backbone, site)
-    if found.prompt.shape[1] != width:
+    if found.shape[1] != width:
         raise ConfigError(
-            f"the teacher of {task}, {path}, has rows of width {found.prompt.shape[1]}; site '{site.name}' of "
+            f"the teacher of {task}, {path}, has rows of width {found.shape[1]}; site '{site.name}' of "
             f"{backbone.name} takes {width}"
         )
-    return TaskTeacher(task, found.prompt, site, found.digest)
+    return TaskTeacher(task, found.matrix(path), site, found.digest)
 
 
 def targets(

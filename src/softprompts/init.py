@@ -1,10 +1,11 @@
-"""Where a prompt starts: random vectors, words, class labels or another artefact, at any site.
+"""Where a prompt starts: random vectors, words, class labels or other artefacts, at any site.
 
 A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
 states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
-from softprompts import artefact
+from softprompts import artefact, transfer
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError, fingerprint
 from softprompts.config import ConfigError, InitConfig, closest
@@ -33,28 +34,43 @@ def start(
     labels: Sequence[str] = (),
     allow_other_weights: bool = False,
 ) -> Start:
-    """The start `[P, D]` that `config` describes.
+    """The start `[P, D]` that `config` describes, and the sources `[S, P, D]` where it names some.
 
     labels: the task's label words, for kind labels where the configuration names none.
     Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are
     wanted than there are words, and ArtefactError when another artefact does not fit.
     """
-    generator = torch.Generator().manual_seed(seed)
+    paths = {"artefact": (config.path or "",), "mean": config.paths}.get(config.kind, ())
+    found = _from_artefacts((*paths, *config.sources), backbone, site, slot, allow_other_weights)
+    sources = torch.stack(found[len(paths) :]) if config.sources else None
     if config.kind == "artefact":
-        assert config.path is not None
-        return Start(_from_artefact(config.path, backbone, site, slot, allow_other_weights))
+        return Start(found[0], sources)
+    if config.kind == "mean":
+        return Start(transfer.mean(found[: len(paths)], config.weights), sources)
     if config.kind == "multitask":
         assert config.path is not None
-        return _from_multitask(config, config.path, backbone, site, slot, allow_other_weights)
+        parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
+        return replace(_from_multitask(config, config.path, parts), sources=sources)
+    return Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels), sources)
+
+
+def _made(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: Slot,
+    generator: torch.Generator,
+    labels: Sequence[str],
+) -> Tensor:
+    """The start of the kinds that need no other artefact."""
     if config.kind == "random":
-        return Start(_random(config.distribution, backbone, site, slot, generator))
+        return _random(config.distribution, backbone, site, slot, generator)
     if config.kind == "text":
-        ids = text_ids(backbone.tokenizer, config.text or "", slot.length)
-        return Start(from_ids(backbone, site, ids))
+        return from_ids(backbone, site, text_ids(backbone.tokenizer, config.text or "", slot.length))
     if config.kind == "labels":
         words = config.labels or tuple(labels)
-        return Start(_from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator))
-    return Start(from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator)))
+        return _from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator)
+    return from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator))
 
 
 def text_ids(tokenizer: Any, text: str, length: int, special: bool = False) -> Tensor:
@@ -179,38 +195,49 @@ def text_pieces(tokenizer: Any, text: str) -> Tensor:
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _from_artefact(path: str, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool) -> Tensor:
-    return _fitting(path, backbone, site, slot, allow_other_weights).prompt.clone()
+def _from_artefacts(
+    paths: Sequence[str], backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
+) -> list[Tensor]:
+    """The prompts in `paths`, which must have been trained for these weights, this site and this shape."""
+    found = _fitting(paths, backbone, site, slot, allow_other_weights)
+    return [one.matrix(path).clone() for one, path in zip(found, paths, strict=True)]
 
 
-def _fitting(path: str | Path, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool) -> Artefact:
-    """The artefact there; raises ArtefactError unless it was made for this backbone, site, length and width."""
-    found = artefact.load(path)
-    artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
-    if found.site != site.name or tuple(found.prompt.shape) != (slot.length, slot.width):
-        raise ArtefactError(
-            f"{path} holds a prompt of {list(found.prompt.shape)} at site {found.site}, but the run wants "
-            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
-        )
-    return found
+def _fitting(
+    paths: Sequence[str | Path], backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
+) -> list[Artefact]:
+    """The artefacts in `paths`; raises ArtefactError unless made for these weights, this site and this shape."""
+    every, weights = [], fingerprint(backbone) if paths else None
+    for path in paths:
+        found = artefact.load(path)
+        assert weights is not None
+        try:
+            artefact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
+        except artefact.WrongBackbone as error:
+            raise artefact.WrongBackbone(f"{path}: {error}") from None
+        if found.site != site.name or found.shape != (slot.length, slot.width):
+            raise ArtefactError(
+                f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
+                f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+            )
+        every.append(found)
+    return every
 
 
-def _from_multitask(
-    config: InitConfig, path: str, backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
-) -> Start:
+def _from_multitask(config: InitConfig, path: str, artefacts: Sequence[Artefact]) -> Start:
     """The shared prompt of source tasks, with their factors' average (Wang et al. 2023, section 3.2), one's, or ones.
 
     Columns and rows are averaged on their own; the average of their products would not be of the same rank.
     """
-    sources = {one.task: one for one in (_fitting(p, backbone, site, slot, allow_other_weights) for p in _parts(path))}
+    sources = {one.task: one for one in artefacts}
     for name, one in sources.items():
         if not {"shared", "columns.0", "rows.0"} <= set(one.state):
             raise ArtefactError(
                 f"{path}: the prompt of {name} was trained with {one.method}, which has no shared prompt and factors; "
                 f"start from a multitask prompt, or use init kind 'artefact'"
             )
-    first = next(iter(sources.values())).state
-    if any(not torch.equal(one.state["shared"], first["shared"]) for one in sources.values()):
+    first = artefacts[0].state
+    if any(not torch.equal(one.state["shared"], first["shared"]) for one in artefacts):
         raise ArtefactError(f"{path}: {', '.join(sources)} do not share one prompt; they come from different runs")
     if config.factors == "ones":
         return Start(first["shared"].clone())

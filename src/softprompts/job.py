@@ -4,6 +4,7 @@ A run that trains weights (`train.train`) goes the same way; what it keeps inste
 """
 
 import functools
+import hashlib
 import tempfile
 import time
 from collections import Counter
@@ -13,13 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, artefact, backbone, distil, evaluate, finetune, inject, report
+from softprompts import __version__, artefact, backbone, distil, evaluate, finetune, inject, report, stored
 from softprompts.artefact import Artefact
 from softprompts.config import ConfigError, Run
 from softprompts.data import Encoded
 from softprompts.distil import Targets
 from softprompts.evaluate import Evaluation
-from softprompts.methods import state_of
 from softprompts.prepare import (
     SILENT,
     Job,
@@ -70,7 +70,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     jobs = prepare_together(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
-        check_checkpoint(one.out, rows[name], one.seed, _settings(one))
+        check_checkpoint(one.out, rows[name], one.seed, _settings(jobs[name]))
     before = _judge_stock(jobs, screen)
     histories, failed = _train(jobs, rows, screen)
     pages = {}
@@ -129,10 +129,19 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"cannot write into {out}: {error.strerror}; choose another directory with --out") from None
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """What must be the same for a run to go on from its checkpoint."""
+def _settings(job: Job) -> dict[str, Any]:
+    """What must be the same for a run to go on from its checkpoint.
+
+    The sources of a method are not in the checkpoint, and the artefacts they are read from may have been made anew; and
+    so may the teachers.
+    """
     others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
-    return run.model_dump(mode="json", exclude=others)
+    settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
+    if job.start is not None and job.start.sources is not None:
+        settings["sources"] = hashlib.sha256(job.start.sources.numpy().tobytes()).hexdigest()
+    if job.teachers:
+        settings["teachers"] = [teacher.digest for teacher in job.teachers]
+    return settings
 
 
 def _key(job: Job, index: int) -> str:
@@ -221,7 +230,7 @@ def _steps(
 
 def _trainee(name: str, job: Job, rows: list[Encoded], targets: Targets | None) -> Trainee:
     run = job.run
-    return Trainee(name, job.learner, rows, run.train, run.seed, _validate(job), run.out, _settings(run), targets)
+    return Trainee(name, job.learner, rows, run.train, run.seed, _validate(job), run.out, _settings(job), targets)
 
 
 def _validate(job: Job) -> Callable[[], float] | None:
@@ -279,11 +288,11 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
     config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
     return Artefact(
         task=task.name,
-        prompt=learner.method.fold(task.name).float().cpu(),
-        initial=job.start.prompt.float().cpu(),
+        prompt=stored.folded(learner.method, task.name),
+        initial=job.initial[index],
         method=run.prompt.method,
         options=dict(run.prompt.options),
-        state={k: v.detach().cpu() for k, v in state_of(learner.method, task.name).items()},
+        state=stored.state(learner.method, task.name),
         heads={k: v.detach().cpu() for k, v in (learner.head or {}).items()},
         site=learner.site.name,
         mode=learner.site.mode,

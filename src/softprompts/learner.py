@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softprompts import inject
 from softprompts.backbone import Backbone
 from softprompts.inject import Prefix, Site
-from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step
+from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step, unscored
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Learner:
             assert states is not None
             return states
 
-        made: Prompt = self.method(Context(batch.task, batch.ids, embeds, batch.mask, encode))
+        mask = unscored(batch.mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None)
+        made: Prompt = self.method(Context(batch.task, batch.ids, embeds, mask, encode))
         return made
 
     def step(self, batch: Batch) -> Step:
@@ -79,6 +80,16 @@ class Learner:
         task = torch.tensor(list(tasks), device=self.backbone.device)
         word = torch.zeros(len(task), 1, dtype=torch.long, device=task.device)  # what a text says does not matter
         return self.prompt(Batch(word, torch.ones_like(word), task))
+
+    def rms_ratio(self) -> float:
+        """rms(P)/rms(E) over the prompts of all tasks.
+
+        Where they depend on the text, P is what the method calls its `size`; without one it is 0.
+        """
+        if hasattr(self.method, "fold"):
+            prompts = torch.stack([self.method.fold(task) for task in self.slot.tasks])
+            return float(prompts.detach().square().mean().sqrt()) / self.backbone.rms
+        return float(self.method.size().detach()) / self.backbone.rms if hasattr(self.method, "size") else 0.0
 
     def reader(self, tasks: Sequence[int]) -> "Reader":
         """The learner for many batches of rows of `tasks`, which must follow each other."""

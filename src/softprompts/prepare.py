@@ -10,7 +10,20 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompts import artefact, assets, backbone, finetune, init, inject, loading, machine, metrics, objectives, tune
+from softprompts import (
+    artefact,
+    assets,
+    backbone,
+    finetune,
+    init,
+    inject,
+    loading,
+    machine,
+    metrics,
+    objectives,
+    stored,
+    tune,
+)
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.checkpoint import Report
@@ -19,7 +32,7 @@ from softprompts.data import Encoder, Format, Task, classes, load
 from softprompts.distil import TaskTeacher, load_teachers
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
-from softprompts.methods import find, groups
+from softprompts.methods import build, find, groups
 from softprompts.prompt import Start
 
 UNBOUNDED = 1_000_000
@@ -47,9 +60,11 @@ SILENT = Screen()
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run needs, ready: the learner at its start, its tasks with their encoders, and their teachers.
+    """All that a run needs, ready: the learner at its start, its tasks with their encoders and first prompts [P, D].
 
-    weights: what is trained instead of a prompt, which then has no start.
+    Where a method makes a prompt from each text, the first prompt of its tasks is the start that it was given.
+    teachers: of each task, where there are objectives that compare with them; weights: what is trained instead of a
+    prompt, which then has no start.
     """
 
     run: Run
@@ -57,6 +72,7 @@ class Job:
     start: Start | None
     tasks: tuple[Task, ...]
     encoders: tuple[Encoder, ...]
+    initial: tuple[Tensor, ...] = ()
     teachers: tuple[TaskTeacher, ...] = ()
     weights: finetune.Weights | None = None
 
@@ -218,7 +234,6 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     """The run on a backbone and rows that are there."""
     if run.train.train != "prompt":
         return _weights_job(run, model, tasks)
-    method = find(run.prompt.method)
     site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
     slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
     encoders = tuple(encoder_for(model, task.format, run.prompt.length, i) for i, task in enumerate(tasks))
@@ -226,16 +241,14 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
         f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbaliser or {}).values()
     )
     start = init.start(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
-    torch.manual_seed(run.seed)  # a method may draw
-    try:
-        made = method(method.Config(**run.prompt.options), slot, start)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"prompt.options of method {run.prompt.method}: {error}") from None
-    learner = Learner(model, site, slot, made, copy_head(model))
-    learner.method.to(model.device)
+    torch.manual_seed(run.seed)  # what a method draws for itself
+    method = build(run.prompt.method, run.prompt.options, slot, start)
+    first = [stored.folded(method, task) for task in slot.tasks]
+    initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
+    learner = Learner(model, site, slot, method.to(model.device), copy_head(model))
     distil = run.train.distil
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
-    return Job(run, learner, start, tasks, encoders, teachers)
+    return Job(run, learner, start, tasks, encoders, initial, teachers)
 
 
 def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
@@ -287,7 +300,7 @@ def open_artefacts(
         differs += (
             ["task format"] if {**(other.format or {}), "name": ""} != {**(first.format or {}), "name": ""} else []
         )
-        if differs or other.prompt.shape != first.prompt.shape:
+        if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
     if len(found) > 1 and any(one.heads for one in found):
         raise ConfigError(
@@ -302,23 +315,19 @@ def open_artefacts(
     warnings = [w for a in found for w in artefact.check_fingerprint(a.fingerprint, now, allow_other_weights)]
     site = Site(first.site, first.mode, first.place)
     names = tuple(f"{i}:{a.task}" for i, a in enumerate(found))
-    slot = inject.slot(base, site, names, first.prompt.shape[0])
-    if slot.width != first.prompt.shape[1]:
+    slot = inject.slot(base, site, names, first.shape[0])
+    if slot.width != first.shape[1]:
         raise artefact.ArtefactError(
-            f"{paths[0]}: prompt rows of width {first.prompt.shape[1]} do not fit site {site.name} of {base.name}, "
+            f"{paths[0]}: prompt rows of width {first.shape[1]} do not fit site {site.name} of {base.name}, "
             f"which takes {slot.width}"
         )
-    method = find("prompt-tuning")
-    learner = Learner(base, site, slot, method(method.Config(), slot, Start(first.prompt)), None)
-    with torch.no_grad():
-        for parameter, one in zip(learner.method.prompts, found, strict=True):
-            parameter.copy_(one.prompt)
-    learner.method.to(base.device).requires_grad_(False)
+    method = stored.answering(found, slot, paths)
+    learner = Learner(base, site, slot, method.to(base.device).requires_grad_(False), None)
     if first.heads:
         learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
     encoder = None
     if first.format is not None:
-        encoder = encoder_for(base, Format.from_json(first.format), first.prompt.shape[0])
+        encoder = encoder_for(base, Format.from_json(first.format), first.shape[0])
     return Opened(learner, encoder, found, tuple(dict.fromkeys(warnings)))
 
 

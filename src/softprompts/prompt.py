@@ -14,6 +14,9 @@ from torch import Tensor
 IGNORE = -100
 """The label of a position that is not scored, as in transformers and torch."""
 
+SOURCES = "sources"
+"""The buffer in which a method keeps `Start.sources`, so that its artefacts hold all that it needs."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -93,8 +96,9 @@ class Batch:
 class Context:
     """What a method may look at.
 
-    task [B]; ids [B, T]; embeds [B, T, H]; mask [B, T]; `encode()` gives the frozen backbone's last hidden states of
-    the text without a prompt, `[B, T, H]`, computed when first asked for.
+    task [B]; ids [B, T]; embeds [B, T, H]; mask [B, T], 1 for what the prompt may be made from (see `unscored`);
+    `encode()` gives the frozen backbone's last hidden states of the text without a prompt, `[B, T, H]`, computed when
+    first asked for.
     """
 
     task: Tensor
@@ -223,6 +227,17 @@ def distinct(task: Tensor) -> tuple[Tensor, Tensor]:
     """The tasks of a batch without repetition `[U]`, and each row's index into them `[B]`."""
     found, row = torch.unique(task, return_inverse=True)
     return found, row
+
+
+def unscored(mask: Tensor, labels: Tensor | None) -> Tensor:
+    """`mask [B, T]` of a text without its first label `[B, T]` and all that follows; without labels as it is.
+
+    Where a model scores tokens of the text it reads, a prompt made from these would tell it what it is to predict: it
+    would learn to look there, and find nothing when it has to answer.
+    """
+    if labels is None:
+        return mask
+    return mask * (labels.to(mask.device).ne(IGNORE).cumsum(1) == 0)
 
 
 def mix(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, metrics
+from softprompts import __version__, metrics, stored
 from softprompts.checkpoint import Report, machine_of
 from softprompts.config import Run
 from softprompts.data import Encoder, Row, Task, classes
@@ -93,8 +93,9 @@ def page_of(
     }
     if after is not None:
         page |= _details(job, index, before, after)
-    if job.weights is None and learner.site.name in ("input", "decoder"):
-        words = nearest_words(learner.backbone, learner.method.fold(task.name))
+    prompt = None if job.weights is not None else stored.folded(learner.method, task.name)
+    if prompt is not None and learner.site.name in ("input", "decoder"):
+        words = nearest_words(learner.backbone, prompt)
         page["nearest_words"] = [asdict(row) for row in words]
     return page
 

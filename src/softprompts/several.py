@@ -17,8 +17,8 @@ from torch import Tensor
 from softprompts import peft_format
 from softprompts.config import closest
 from softprompts.files import ArtefactError, read_bytes, read_json, write_json, write_tensors
+from softprompts.manifest import MANIFEST
 
-MANIFEST = "softprompts.json"
 ORDER = "tasks.json"
 
 

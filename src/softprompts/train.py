@@ -333,7 +333,7 @@ def _update(
     score = None
     if one.validate is not None and config.evaluate_every and (now.step + 1) % config.evaluate_every == 0:
         score = _agreed(one.validate(), accelerator)
-    ratio, seconds = _rms_ratio(one.learner), spent + time.perf_counter() - began
+    ratio, seconds = one.learner.rms_ratio(), spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
     machine = _machine_if_new(one.learner, now)
     report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path, compared, machine)
@@ -353,12 +353,6 @@ def _agreed(score: float, accelerator: Accelerator) -> float:
     if accelerator.num_processes == 1:
         return score
     return float(broadcast(torch.tensor(score, dtype=torch.float64, device=accelerator.device), from_process=0))
-
-
-def _rms_ratio(learner: Learner) -> float:
-    """rms(P)/rms(E) over the prompts of all tasks."""
-    prompts = torch.stack([learner.method.fold(task) for task in learner.slot.tasks])
-    return float(prompts.square().mean().sqrt()) / learner.backbone.rms
 
 
 def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:

@@ -253,7 +253,7 @@ def inspect(
     if words:
         quiet()
         opened = open_prompts([prompt], model, {}, True)
-        near = nearest_words(opened.learner.backbone, opened.artefacts[0].prompt)
+        near = nearest_words(opened.learner.backbone, opened.artefacts[0].matrix(prompt))
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)

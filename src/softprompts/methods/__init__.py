@@ -9,11 +9,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from softprompts.config import ConfigError, closest
-from softprompts.prompt import Group, Method
+from softprompts.prompt import Group, Method, Slot, Start
 
 METHODS: dict[str, str] = {
     "prompt-tuning": "softprompts.methods.prompt_tuning:PromptTuning",
     "multitask-prompt-tuning": "softprompts.methods.multitask:MultitaskPromptTuning",
+    "attempt": "softprompts.methods.attempt:Attempt",
 }
 
 
@@ -33,6 +34,22 @@ def find(name: str) -> type[Method]:
     module, _, attribute = target.partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def build(name: str, options: Mapping[str, Any], slot: Slot, start: Start) -> Any:
+    """The method called `name` at its start, as its `options` say.
+
+    Raises ConfigError for a name or options that are not known, and for what the method says against its start.
+    """
+    kind = find(name)
+    try:
+        config = kind.Config(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"prompt.options of method {name}: {error}") from None
+    try:
+        return kind(config, slot, start)
+    except ValueError as error:
+        raise ConfigError(f"method {name}: {error}") from None
 
 
 def groups(method: Any) -> Mapping[str, Group]:

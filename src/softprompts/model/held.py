@@ -129,8 +129,10 @@ class Held:
         for name in group:
             self.tasks[name] = replace(self.tasks[name], group=group)
 
-    def of_batch(self, backbone: Backbone, batch: Batch) -> tuple[Batch, Prompt, Site]:
+    def of_batch(self, backbone: Backbone, batch: Batch, mask: Tensor) -> tuple[Batch, Prompt, Site]:
         """The prompts of all rows, whatever their tasks (places among `tasks`), and the site where they enter.
+
+        mask [B, T]: what of the text prompts may be made from, as of `rows.readable`.
 
         Raises BackboneError where the sites differ.
         """
@@ -153,6 +155,6 @@ class Held:
                 batch.task
             ]
             places.append((own >= 0).nonzero()[:, 0])
-            part = batch if len(groups) == 1 else batch.rows(places[-1])
-            made.append(self.prompts[key(*group)](rows.context(backbone, part, own[places[-1]])))
+            part, seen = (batch, mask) if len(groups) == 1 else (batch.rows(places[-1]), mask[places[-1]])
+            made.append(self.prompts[key(*group)](rows.context(backbone, part, own[places[-1]], seen)))
         return batch, made[0] if len(made) == 1 else mix(made, places), next(iter(sites.values()))

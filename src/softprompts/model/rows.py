@@ -11,7 +11,7 @@ from softprompts import inject
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.config import ConfigError, closest
 from softprompts.inject import Site
-from softprompts.prompt import Batch, Context
+from softprompts.prompt import Batch, Context, unscored
 
 Names = Sequence[str] | str | None
 Places = Tensor | Sequence[int] | None
@@ -88,8 +88,17 @@ def text_mask(ids: Tensor, options: Mapping[str, Any], config: Any) -> Tensor:
     return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
 
 
-def context(backbone: Backbone, part: Batch, task: Tensor) -> Context:
-    """What a method may look at, for rows that are all of its tasks; `task [B]` counts the method's own."""
+def readable(backbone: Backbone, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
+    scored = backbone.head == "lm" and backbone.family.shifted
+    return unscored(mask, labels(given) if scored else None)
+
+
+def context(backbone: Backbone, part: Batch, task: Tensor, mask: Tensor) -> Context:
+    """What a method may look at, for rows that are all of its tasks.
+
+    task [B] counts the method's own tasks; mask [B, T] as of `readable`.
+    """
     with torch.no_grad():
         embeds = backbone.embed(part.ids) if part.embeds is None else part.embeds
 
@@ -99,4 +108,4 @@ def context(backbone: Backbone, part: Batch, task: Tensor) -> Context:
         assert states is not None
         return states
 
-    return Context(task, part.ids, embeds, part.mask, encode)
+    return Context(task, part.ids, embeds, mask, encode)

@@ -269,7 +269,7 @@ class SoftPromptModel(nn.Module):
         batch = rows.batch(
             self.backbone, given, lambda count: rows.places(names, ids, count, self.tasks, lambda: self.task)
         )
-        return self._held.of_batch(self.backbone, batch)
+        return self._held.of_batch(self.backbone, batch, rows.readable(self.backbone, batch.mask, given))
 
     # What Trainer, pipelines and people ask a model for
 

@@ -1,20 +1,20 @@
 """The tasks of a SoftPromptModel: made from a configuration, or from artefacts, and written back as one each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 import softprompts
-from softprompts import artefact, init, inject, peft_format, several
+from softprompts import artefact, init, inject, peft_format, several, stored
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
-from softprompts.methods import find, state_of
+from softprompts.methods import build
 from softprompts.model.held import Held, Made, Task, absorb
 from softprompts.prompt import Fingerprint, Start
 
@@ -62,12 +62,16 @@ def create(
     slot = inject.slot(backbone, site, names, config.length)
     if start is None:
         start = init.start(config.init, backbone, site, slot)
-    method: Any = _method(config.method, config.options)(slot, start)
+    method = build(config.method, config.options, slot, start)
     if count > 1 and not getattr(method, "per_task", ()):
         raise ConfigError(f"method {config.method} does not say which parameters are one task's; add tasks one by one")
     site = replace(site, place=inject.resolve_place(backbone, site))
-    fold = getattr(method, "fold", lambda _: start.prompt)
-    tasks = [Task(name, site, config, fold(name).detach().float().cpu().clone(), names) for name in names]
+    firsts = [stored.folded(method, name) for name in names]
+    given = start.prompt.detach().float().cpu()
+    tasks = [
+        Task(name, site, config, given.clone() if first is None else first, names)
+        for name, first in zip(names, firsts, strict=True)
+    ]
     return Made(tasks, method, [_new_head(backbone, saved) for _ in names])
 
 
@@ -75,7 +79,7 @@ def alike(backbone: Backbone, held: Held, name: str, old: str, modules_to_save: 
     """A new task for the method that holds the task `old`, its own parameters where the method lets them start."""
     task, method = held.tasks[old], held.method(old)
     start = Start(torch.zeros(method.slot.length, method.slot.width))  # only what is the new task's own will be kept
-    made = _method(task.config.method, task.config.options)(replace(method.slot, tasks=(name,)), start)
+    made = build(task.config.method, task.config.options, replace(method.slot, tasks=(name,)), start)
     new = replace(task, name=name, initial=None, found=None)
     return Made([new], made.to(backbone.device), [_new_head(backbone, modules_to_save)])
 
@@ -83,15 +87,6 @@ def alike(backbone: Backbone, held: Held, name: str, old: str, modules_to_save: 
 def _new_head(backbone: Backbone, modules: Sequence[str] | None) -> nn.Module | None:
     own = dict(backbone.model.named_parameters())
     return _tree({key: own[key] for key in head_names(backbone, modules)})
-
-
-def _method(name: str, options: Mapping[str, Any]) -> Callable[..., nn.Module]:
-    kind: Any = find(name)
-    try:
-        config = kind.Config(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"options of method {name}: {error}") from None
-    return lambda slot, start: kind(config, slot, start)
 
 
 def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, ...]:
@@ -139,16 +134,12 @@ def restore(
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
     name, site = name or found.task, Site(found.site, found.mode, found.place)
-    slot = inject.slot(backbone, site, (name,), found.prompt.shape[0])
-    if slot.width != found.prompt.shape[1]:
+    slot = inject.slot(backbone, site, (name,), found.shape[0])
+    if slot.width != found.shape[1]:
         raise ArtefactError(
-            f"{path} holds a prompt of width {found.prompt.shape[1]}; site '{site.name}' of this model is {slot.width}"
+            f"{path} holds a prompt of width {found.shape[1]}; site '{site.name}' of this model is {slot.width}"
         )
-    trained = bool(found.state)
-    start = Start(found.initial if trained and found.initial is not None else found.prompt)
-    method = _method(found.method, found.options)(slot, start)
-    if trained:
-        _load(method, found.state, f"{path}: the tensors of method {found.method}")
+    method = stored.rebuilt(found, slot, path)
     own = dict(backbone.model.named_parameters())
     wrong = [
         name for name, value in found.heads.items() if name not in backbone.head_names or value.shape != own[name].shape
@@ -200,13 +191,6 @@ def _together(path: Path, parts: Sequence[Made]) -> Made:
     return Made(tasks, method, [made.heads[0] for made in parts])
 
 
-def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    try:
-        module.load_state_dict(dict(state))
-    except RuntimeError as error:
-        raise ArtefactError(f"{what} do not fit: {' '.join(str(error).split())}") from None
-
-
 def save(backbone: Backbone, held: Held, directory: Path) -> None:
     """Write one artefact into `directory`, several into sub-directories of it."""
     if not held.tasks:
@@ -239,7 +223,7 @@ def _peft(groups: Sequence[Sequence[Artefact]]) -> several.Peft | str:
     if any(not torch.equal(value, one.heads[key]) for one in groups[0] for key, value in first.heads.items()):
         return f"head {first.head} of each task: PEFT has one for all"
     facts = first.fingerprint.architecture if first.fingerprint else {}
-    shape = (first.prompt.shape[0], first.prompt.shape[1])
+    shape = (first.shape[0], first.shape[1])
     place = (first.family, first.head, first.heads, first.backbone, first.revision, facts)
     states = [one.state for one in groups[0]]
     ranks = states[0][peft_format.STATE[1]].shape[1]
@@ -249,19 +233,14 @@ def _peft(groups: Sequence[Sequence[Artefact]]) -> several.Peft | str:
 
 def _artefact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -> Artefact:
     task, method, head = held.tasks[name], held.method(name), held.head(name)
-    fold = getattr(method, "fold", None)
-    if fold is None:
-        raise ArtefactError(f"task '{task.name}': method {task.config.method} cannot be folded to one prompt")
-    with torch.no_grad():
-        prompt = fold(task.name).float().cpu()
     found = task.found
     made = Artefact(
         task=task.name,
-        prompt=prompt,
+        prompt=stored.folded(method, task.name),
         initial=task.initial,
         method=task.config.method,
         options=dict(task.config.options),
-        state={key: value.detach().cpu().clone() for key, value in state_of(method, name).items()},
+        state=stored.state(method, name),
         heads={key: value.detach().cpu().clone() for key, value in head.items()},
         site=task.site.name,
         mode=task.site.mode,
@@ -279,5 +258,5 @@ def _artefact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -
     )
     if found is None:
         return made
-    same = torch.equal(found.prompt, prompt) and all(torch.equal(found.heads[k], v) for k, v in made.heads.items())
+    same = stored.unchanged(found, made)
     return replace(made, scores=found.scores if same else {}, parents=found.parents if same else (found.digest,))

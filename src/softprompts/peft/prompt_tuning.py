@@ -195,7 +195,7 @@ def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
         return _words(embed, _sample(embed.weight.shape[0], count))
     if kind == PromptTuningInit.CLASS_LABELS:
         return _label_rows(config, embed, count)
-    found = artefact.load(str(config.prompt_tuning_init_text)).prompt
+    found = artefact.load(str(config.prompt_tuning_init_text)).matrix(str(config.prompt_tuning_init_text))
     if tuple(found.shape) != (count, width):
         raise ConfigError(
             f"{config.prompt_tuning_init_text} holds a prompt of {list(found.shape)}, wanted is {[count, width]}; set "

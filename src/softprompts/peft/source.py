@@ -90,7 +90,7 @@ def _of_directory(path: Path) -> Source:
         values, stored = artefact.read_peft(path)
         return _checked(path, lambda: _of_peft(path, values, stored))
     # what a run of several tasks leaves
-    parts = sorted(part.parent for part in path.glob(f"*/{several.MANIFEST}"))
+    parts = sorted(part.parent for part in path.glob(f"*/{artefact.MANIFEST}"))
     return _of_ours(path, [[one for part in parts if (one := artefact.load(part)).method == peft_format.MULTITASK]])
 
 

@@ -54,14 +54,14 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
         _all("teachers", run, screen)
     variants = {name: Path(plan.out) / "sources" / name for name in plan.source.variants}
     sources = _all("sources", source_runs(plan), screen) if variants else {"runs": []}
-    similar = {name: artefact.load(path).prompt for name, path in teachers.items()}
+    similar = {name: artefact.load(path).matrix(path) for name, path in teachers.items()}
     origins = Origins(teachers, variants, _nearest(plan, similar, screen))
     found: dict[Place, list[Found]] = {}
     chosen: list[dict[str, Any]] = []
     for shots in plan.target.shots:
         for together, weights in ((False, False), (True, False), (False, True)):
             _adapt(plan, shots, origins, together, weights, found, chosen, screen)
-    results = summarise(plan, found, chosen, sources, origins, transfer.matrix(similar), time.time() - began)
+    results = summarise(plan, found, chosen, sources, origins, similar, time.time() - began)
     report.write_results(Path(plan.out) / "results.json", results)
     report.write_page(Path(plan.out) / "report.html", page_of(results))
     return results
@@ -79,9 +79,9 @@ def _check(plan: Plan, screen: Screen) -> None:
         one = artefact.load(path)
         artefact.check_fingerprint(one.fingerprint, weights, False)
         wanted = (plan.prompt.length, plan.prompt.site)
-        if (one.prompt.shape[0], one.site) != wanted:
+        if (one.shape[0], one.site) != wanted:
             raise artefact.ArtefactError(
-                f"the teacher of {name}, {path}, has {one.prompt.shape[0]} tokens at site {one.site}; the plan wants "
+                f"the teacher of {name}, {path}, has {one.shape[0]} tokens at site {one.site}; the plan wants "
                 f"{wanted[0]} at site {wanted[1]}: change prompt.length and prompt.site, or train it again"
             )
 
@@ -116,8 +116,8 @@ def _nearest(
     _all("probes", run, screen)
     found: dict[Place, Sequence[tuple[str, float]]] = {}
     for task, shots in product(plan.targets, plan.target.shots):
-        own = artefact.load(Path(run.out) / f"{task.title}-{size_name(shots)}" / "prompt").prompt
-        near = transfer.retrieve(own, teachers, plan.target.nearest, "mean")
+        path = Path(run.out) / f"{task.title}-{size_name(shots)}" / "prompt"
+        near = transfer.retrieve(artefact.load(path).matrix(path), teachers, min(plan.target.nearest, len(teachers)))
         found[task.title, shots] = [(name, weight) for name, weight, _ in near]
     return found
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from torch import Tensor
+
+from softprompts import transfer
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import TOGETHER, Cell, Origins, size_name
@@ -34,11 +37,10 @@ def summarise(
     chosen: Sequence[Mapping[str, Any]],
     sources: Mapping[str, Any],
     origins: Origins,
-    similarity: tuple[Sequence[str], Sequence[Sequence[float]]],
+    teachers: Mapping[str, Tensor],
     seconds: float,
 ) -> dict[str, Any]:
     """The content of results.json and of the page."""
-    names, matrix = similarity
     machine: Mapping[str, Any] = next(
         (page["machine"] for own in found.values() for one in own for page in one.pages), {}
     )
@@ -51,7 +53,10 @@ def summarise(
         "arms": [_table(plan, shots, found) for shots in plan.target.shots],
         "sources": _sources(sources),
         "curves": _curves(found),
-        "similarity": {"labels": list(names), "matrix": [list(row) for row in matrix]},
+        "similarity": {
+            "labels": list(teachers),
+            "matrix": transfer.matrix(list(teachers.values())).tolist(),
+        },
         "nearest": [
             {"target": target, "size": size_name(shots), "sources": dict(near)}
             for (target, shots), near in origins.nearest.items()

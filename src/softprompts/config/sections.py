@@ -1,17 +1,9 @@
-"""What a user writes: frozen sections with checked values, read from YAML and `--set a.b=c`.
+"""The sections: one class each, every key with its meaning beside its default."""
 
-Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
-"""
-
-import difflib
-import types
-import typing
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Kind = Literal["label", "multilabel", "regression", "tagging", "span", "generation"]
 Head = Literal["lm", "sequence", "token", "span", "features"]
@@ -47,12 +39,15 @@ class ModelConfig(Section):
 class InitConfig(Section):
     """Where a prompt starts."""
 
-    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "multitask"] = "vocabulary"
+    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "mean", "multitask"] = "vocabulary"
     text: str | None = None  # kind text
     labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
     path: str | None = None  # kind artefact; kind multitask: the directory with the prompts of the source tasks
+    paths: tuple[str, ...] = ()  # kind mean
+    weights: tuple[float, ...] | None = None  # kind mean, one for each path; None: all alike
     factors: Literal["average", "task", "ones"] = "average"  # kind multitask: of all sources, of init.task, or one
     task: str | None = None  # kind multitask with factors `task`: the source task
+    sources: tuple[str, ...] = ()  # trained prompts that a method mixes, whatever the kind
     population: int | None = Field(default=None, ge=1)  # draw from the n most common tokens only
     distribution: Literal["table", "normal", "uniform"] = "table"  # kind random
 
@@ -64,7 +59,19 @@ class InitConfig(Section):
             raise ValueError(f"init kind '{self.kind}' needs init.path, the directory of a trained prompt")
         if self.kind == "multitask" and self.factors == "task" and not self.task:
             raise ValueError("init.factors 'task' needs init.task, the source task whose factors to start from")
+        if self.kind == "mean" and not self.paths:
+            raise ValueError("init kind 'mean' needs init.paths, the directories of trained prompts")
+        if self.kind == "mean" and self.weights is not None:
+            _check_weights(self.weights, len(self.paths))
         return self
+
+
+def _check_weights(weights: tuple[float, ...], count: int) -> None:
+    if len(weights) != count:
+        raise ValueError(f"init.weights are {len(weights)} numbers for {count} init.paths; give one for each path")
+    if not all(0 <= weight <= 1e9 for weight in weights) or not any(weights):
+        shown = ", ".join(f"{weight:g}" for weight in weights)
+        raise ValueError(f"init.weights must be numbers from 0 to 1e9, not all 0; given {shown}")
 
 
 class PromptConfig(Section):
@@ -290,108 +297,3 @@ class Run(Section):
         if kind != "prompt" and self.model.device_map is not None:
             raise ValueError(f"train: {kind} needs the model on one device; set model.device instead of device_map")
         return self
-
-
-def closest(word: str, known: Iterable[str]) -> str:
-    """What joins a complaint to the list of what is known: `; did you mean 'x'?`, or with nothing close `;`."""
-    found = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean '{found[0]}'?" if found else ";"
-
-
-def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "configuration") -> Any:
-    """`values` as a checked section.
-
-    Raises ConfigError that names each wrong key with the closest known one, and each wrong value with what is allowed.
-    """
-    try:
-        return model.model_validate(dict(values))
-    except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, model, origin) for e in error.errors())) from None
-
-
-def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] = Run) -> Any:
-    """The run, or another `model`, written in a YAML file, with `a.b=c` overrides applied.
-
-    Raises ConfigError for a file that is missing or is not a YAML mapping, and as `parse` does.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no configuration file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `key: value` pairs, found {type(values).__name__}")
-    return parse(override(values, overrides), model, str(path))
-
-
-def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`values` with each `a.b=c` set; values are read as YAML, numbers in a path index lists (`tasks.0.name=x`)."""
-    result = yaml.safe_load(yaml.safe_dump(dict(values)))
-    for item in overrides:
-        path, equals, text = item.partition("=")
-        if not equals or not path.strip():
-            raise ConfigError(f"--set {item}: write it as section.key=value, for example train.steps=500")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {item}: the value is not YAML: {' '.join(str(error).split())}") from None
-        assign(result, path.strip().split("."), value, f"--set {item}")
-    return typing.cast(dict[str, Any], result)
-
-
-def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
-    """Set `value` at the path `keys` of nested values, making sections on the way; `item` is how a message calls it."""
-    for here, key in enumerate(keys):
-        last = here == len(keys) - 1
-        if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"{item}: '{key}' is no index of a list of {len(node)}")
-            if last:
-                node[int(key)] = value
-            else:
-                node = node[int(key)]
-        elif isinstance(node, dict):
-            if last:
-                node[key] = value
-            else:
-                node = node.setdefault(key, {})
-        else:
-            raise ConfigError(f"{item}: '{'.'.join(keys[:here])}' is a value, not a section")
-
-
-def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        owner = _section_at(model, error["loc"][:-1])
-        known = list(owner.model_fields) if owner else []
-        key = str(error["loc"][-1])
-        return f"{origin}: unknown key '{where}'{closest(key, known)} known: {', '.join(known)}"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = "" if isinstance(given, dict | list) or given is None else f" (given: {given!r}{_near(given, error)})"
-    return f"{origin}: {where}: {message}{shown}" if where else f"{origin}: {message}"
-
-
-def _near(given: Any, error: Any) -> str:
-    expected = str(error.get("ctx", {}).get("expected", ""))
-    options = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
-    return closest(str(given), options).removesuffix(";") if isinstance(given, str) and expected else ""
-
-
-def _section_at(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel] | None:
-    """The section class at a pydantic error location, looking through optionals and tuples."""
-    current: Any = model
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        current = next(iter(_sections(current.model_fields[part].annotation)), None) if current else None
-    return typing.cast("type[BaseModel] | None", current)
-
-
-def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
-        for part in typing.get_args(annotation):
-            yield from _sections(part)

@@ -1,0 +1,66 @@
+"""`softprompts.json`: its keys, what is refused, and what older formats said."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from softprompts.config import ConfigError, Head, Section, parse
+from softprompts.files import ArtefactError
+
+FORMAT = 2
+MANIFEST = "softprompts.json"
+
+
+class Weights(Section, strict=True):
+    """What the manifest says of the fingerprint; the sketch is among the tensors."""
+
+    architecture: dict[str, Any]
+    tokenizer: str | None
+    dtype: str
+
+
+class Manifest(Section, strict=True):
+    """`softprompts.json`; every key must be there and no other."""
+
+    format_version: int
+    version: str
+    task: str
+    method: str
+    options: dict[str, Any]
+    fixed: bool  # whether the prompt is one matrix; else the method makes one from each text
+    shape: list[int]
+    site: Literal["input", "decoder", "layers", "kv"]
+    mode: Literal["replace", "add"]
+    place: Literal["first", "after_start"]
+    family: Literal["causal", "seq2seq", "masked"] | None
+    head: Head
+    backbone: str
+    revision: str | None
+    fingerprint: Weights | None
+    format: dict[str, Any] | None
+    config: dict[str, Any]
+    scores: dict[str, Any]
+    parents: list[str]
+    peft: bool | str  # true, or why PEFT's two files are not written
+    digest: str
+    sha256: dict[str, str]  # of each tensor file
+
+
+def check(values: Any, path: Path) -> Manifest:
+    """The manifest in the JSON value of the file `path`; raises ArtefactError for what is wrong with it."""
+    if not isinstance(values, dict):
+        raise ArtefactError(f"{path} must hold an object, found {type(values).__name__}")
+    # asked before anything else: what a newer version adds would be reported as a wrong key
+    version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT:
+        raise ArtefactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
+    if isinstance(version, int) and version < 1:
+        raise ArtefactError(f"{path}: there is no format {version}")
+    if version == 1:
+        if "fixed" in values:
+            raise ArtefactError(f"{path}: unknown key 'fixed': format 1 has none")
+        values = {**values, "fixed": True}
+    try:
+        result: Manifest = parse(values, Manifest, str(path))
+    except ConfigError as error:
+        raise ArtefactError("; ".join(str(error).splitlines())) from None
+    return result
