@@ -1,13 +1,14 @@
 """ATTEMPT (Asai, Salehi, Peters, Hajishirzi 2022, arXiv 2205.11961): each text mixes frozen prompts of other tasks."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Prompt, Slot, Start, distinct
+from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct
 
 
 class Attempt(nn.Module):
@@ -23,6 +24,10 @@ class Attempt(nn.Module):
     """
 
     per_task: ClassVar[tuple[str, ...]] = ("prompts",)
+    groups: ClassVar[Mapping[str, Group]] = {
+        "prompt": Group(("prompts",)),
+        "attention": Group(("down", "up", "norm"), unit="one", rate=1e-3),
+    }
 
     @dataclass(frozen=True)
     class Config:

@@ -105,7 +105,7 @@ def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
     task = next(task for task in plan.targets if task.title == target)
     out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
     train = {
-        **_training(plan, shots, 1).model_dump(mode="json"),
+        **_training(plan, shots, 1, plan.target.weight_steps).model_dump(mode="json"),
         "train": ARMS[cell.arm].method,
         "rate": cell.rate,
         "rate_unit": "absolute",
@@ -124,10 +124,16 @@ def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False
     return [arm for arm in chosen if (arm in WEIGHTS) == weights and ARMS[arm].together == together]
 
 
-def _training(plan: Plan, shots: int | None, tasks: int) -> TrainConfig:
-    """With one validation at the end, from which the rate is chosen; several tasks see as many rows each as one."""
+def _training(plan: Plan, shots: int | None, tasks: int, steps: tuple[int, int] | None = None) -> TrainConfig:
+    """With one validation at the end, from which the rate is chosen; several tasks see as many rows each as one.
+
+    steps: others than the stage's, with all rows and with few.
+    """
     train = plan.target.train if shots is None else plan.target.few
-    return train.model_copy(update={"evaluate_every": max(1, train.steps), "batch_size": train.batch_size * tasks})
+    count = train.steps if steps is None else steps[shots is not None]
+    return train.model_copy(
+        update={"steps": count, "evaluate_every": max(1, count), "batch_size": train.batch_size * tasks}
+    )
 
 
 def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: Cell) -> dict[str, Any]:

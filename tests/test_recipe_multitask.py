@@ -1,0 +1,275 @@
+"""The recipe of multitask prompt tuning on a tiny model: stages, what is reused, what is refused, the page."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import local
+from softprompts import artefact, cli, job, transfer
+from softprompts.artefact import ArtefactError
+from softprompts.config import ConfigError, parse
+from softprompts.data import DataError
+from softprompts.prepare import Screen
+from softprompts.recipes.multitask import ARMS, Plan, execute
+from softprompts.recipes.multitask.runs import Cell, Origins, arms_of, source_runs, target_run, teacher_runs
+
+FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
+
+
+def plan_values(folder: Path) -> dict:
+    """Two sources and two targets on a tiny model, a few steps each."""
+    tasks = []
+    for i, name in enumerate(("alpha", "beta", "gamma", "delta")):
+        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        split = {"validation_fraction": 0.2, "test_fraction": 0.2}
+        tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
+    train = {"steps": 4, "batch_size": 4, "rate": 0.3}
+    return {
+        "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
+        "prompt": {"length": 4},
+        "sources": tasks[:2],
+        "targets": tasks[2:],
+        "teachers": {"train": train},
+        "source": {"train": {**train, "sampling": {"draw": "some"}}},
+        "target": {
+            "train": train,
+            "few": train,
+            "shots": [None, 2],
+            "seeds": [0, 1],
+            "rates": [0.1, 0.3],
+            "arms": FROZEN,
+            "few_arms": ["prompt-tuning", "mpt"],
+            "probe_steps": 2,
+            "nearest": 2,
+        },
+        "evaluate": {"resamples": 100},
+        "out": str(folder / "out"),
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A plan that was carried out, with what it said."""
+    values = plan_values(tmp_path_factory.mktemp("recipe"))
+    said: list[str] = []
+    results = execute(parse(values, Plan), Screen(say=said.append))
+    return values, results, said
+
+
+def test_every_arm_has_a_line_with_mean_and_spread(done):
+    _, results, _ = done
+    full, few = results["arms"]
+    assert [line["arm"] for line in full["lines"]] == ["no prompt", *FROZEN]
+    assert [line["arm"] for line in few["lines"]] == ["no prompt", "prompt-tuning", "mpt"]
+    for line in full["lines"][1:]:
+        assert set(line["scores"]) == {"gamma", "delta"}
+        assert all(score["n"] == 2 and score["sd"] is not None for score in line["scores"].values())
+        assert line["mean"] == pytest.approx(statistics.fmean(s["mean"] for s in line["scores"].values()))
+    numbers = {line["arm"]: line["trainable"] for line in full["lines"]}
+    assert numbers["prompt-tuning"] == 4 * 32
+    assert numbers["mpt"] == 4 * 32 + 4 + 32
+    assert numbers["mpt-together"] == (4 * 32 + 2 * (4 + 32)) // 2
+    assert numbers["spot-mixture"] == numbers["mpt-no-decomposition"] == numbers["prompt-tuning"]
+
+
+def test_the_table_holds_the_runs_own_scores(done):
+    values, results, _ = done
+    out = Path(values["out"])
+    rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
+    tried = next(one["tried"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
+    assert rate == max(map(float, tried), key=lambda r: (tried[f"{r:g}"], -r))
+    scores = []
+    for part, seed in (("rates", 0), ("seeds", 1)):
+        page = json.loads((out / "targets/gamma-full" / part / f"mpt-rate{rate:g}-seed{seed}/results.json").read_text())
+        scores.append(page["summary"]["after"]["value"])
+    line = next(line for line in results["arms"][0]["lines"] if line["arm"] == "mpt")
+    assert line["scores"]["gamma"]["mean"] == pytest.approx(statistics.fmean(scores))
+    assert line["scores"]["gamma"]["sd"] == pytest.approx(statistics.stdev(scores))
+
+
+def test_targets_start_where_their_arm_says(done):
+    values, results, _ = done
+    out = Path(values["out"])
+    sources = [artefact.load(out / "sources/mpt/prompt" / name) for name in ("alpha", "beta")]
+    rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
+    columns = torch.stack([one.state["columns.0"] for one in sources]).mean(0)
+    rows = torch.stack([one.state["rows.0"] for one in sources]).mean(0)
+    target = artefact.load(out / f"targets/gamma-full/rates/mpt-rate{rate:g}-seed0/prompt")
+    torch.testing.assert_close(target.initial, sources[0].state["shared"] * (columns @ rows))
+    mixture = artefact.load(out / "sources/mixture/prompt/alpha").prompt
+    assert mixture.equal(artefact.load(out / "sources/mixture/prompt/beta").prompt)
+    rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-mixture", "full"))
+    spot = artefact.load(out / f"targets/gamma-full/rates/spot-mixture-rate{rate:g}-seed0/prompt")
+    assert spot.initial.equal(mixture)
+    teachers = {name: artefact.load(out / "teachers" / name / "prompt").prompt for name in ("alpha", "beta")}
+    probe = artefact.load(out / "probes/gamma-full/prompt").prompt
+    near = transfer.retrieve(probe, teachers, 2)
+    rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-weighted", "full"))
+    weighted = artefact.load(out / f"targets/gamma-full/rates/spot-weighted-rate{rate:g}-seed0/prompt")
+    expected = transfer.mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
+    assert weighted.initial.equal(expected)
+
+
+def test_teachers_read_each_row_once_for_all_variants(done):
+    values, _, _ = done
+    assert len(list(Path(values["out"]).rglob("teacher-states.safetensors"))) == 1
+
+
+def test_a_second_call_trains_nothing(done, monkeypatch):
+    values, results, _ = done
+    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("a stage was done again"))
+    said: list[str] = []
+    again = execute(parse(values, Plan), Screen(say=said.append))
+    assert {key: again[key] for key in ("arms", "rates", "similarity", "nearest", "sources")} == {
+        key: results[key] for key in ("arms", "rates", "similarity", "nearest", "sources")
+    }
+    assert sum("done before" in line for line in said) > 5
+
+
+def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeypatch):
+    values, results, _ = done
+    cut = {**values, "out": str(tmp_path / "cut")}
+    calls = 0
+    original = job.execute
+
+    def interrupted(run, screen):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return original(run, screen)
+
+    monkeypatch.setattr(job, "execute", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(parse(cut, Plan))
+    monkeypatch.setattr(job, "execute", original)
+    assert execute(parse(cut, Plan))["arms"] == results["arms"]
+
+
+def test_the_page_shows_tables_curves_and_similarities(done):
+    values, _, _ = done
+    page = (Path(values["out"]) / "report.html").read_text()
+    for words in ("Targets, full", "Targets, 2-shot", "Shared prompts on their sources", "Rates chosen", "± "):
+        assert words in page
+    assert page.count("<svg") >= 5
+    assert "Similarity of the sources" in page
+    assert "Loss on gamma, full" in page
+
+
+def test_the_command(done, tmp_path, capsys):
+    values, results, _ = done
+    file = tmp_path / "plan.yaml"
+    file.write_text(yaml.safe_dump(values))
+    with pytest.raises(SystemExit) as stop:
+        cli.app(["multitask", "--config", str(file)], standalone_mode=True)
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "targets, full: arm, trained numbers, gamma, delta, mean" in shown
+    mean = next(line["mean"] for line in results["arms"][0]["lines"] if line["arm"] == "mpt")
+    assert f"{mean:.3f}" in next(line for line in shown.splitlines() if line.startswith("mpt  "))
+
+
+# Weights
+
+
+def test_the_upper_lines(tmp_path):
+    values = plan_values(tmp_path)
+    values["source"]["variants"] = []
+    values["target"] |= {
+        "arms": ["prompt-tuning", "fine-tuning", "lora"],
+        "few_arms": None,
+        "shots": [2],
+        "weight_targets": ["gamma"],
+        "weight_rates": {"fine-tuning": [1e-3], "lora": [1e-2]},
+    }
+    (few,) = execute(parse(values, Plan))["arms"]
+    lines = {line["arm"]: line for line in few["lines"]}
+    assert set(lines["fine-tuning"]["scores"]) == set(lines["lora"]["scores"]) == {"gamma"}
+    assert lines["fine-tuning"]["mean"] is None
+    assert lines["fine-tuning"]["trainable"] > lines["lora"]["trainable"] > lines["prompt-tuning"]["trainable"]
+    assert lines["lora"]["scores"]["gamma"]["n"] == 2
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda v: v["target"].update(arms=["mpt", "atempt"]),
+            "target.arms: 'atempt' is unknown; did you mean 'attempt'",
+        ),
+        (
+            lambda v: v["teachers"].update(trained={"alfa": "x"}),
+            "teachers.trained: 'alfa' is unknown; did you mean 'alpha'",
+        ),
+        (lambda v: v["source"].update(variants=["mpt"]), "arm 'spot-mixture' starts from variant 'mixture'"),
+        (
+            lambda v: v["source"]["train"].update(objectives={"task": 2.0}),
+            "source.train.objectives is set by the recipe",
+        ),
+        (lambda v: v["sources"].append(v["sources"][0]), "task names must differ, given alpha, beta, alpha"),
+        (lambda v: v["target"].update(weight_rates={}, arms=["lora"]), "arm 'lora' needs rates to choose from"),
+        (lambda v: v.update(sources=[]), "sources"),
+        (lambda v: v["target"].update(seed=[1]), "unknown key 'target.seed'; did you mean 'seeds'"),
+    ],
+)
+def test_plans_that_cannot_be(tmp_path, change, words):
+    values = plan_values(tmp_path)
+    change(values)
+    with pytest.raises(ConfigError, match=words):
+        parse(values, Plan)
+
+
+def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monkeypatch):
+    values, _, _ = done
+    trained = {name: str(Path(values["out"]) / "teachers" / name / "prompt") for name in ("alpha", "beta")}
+    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("trained"))
+
+    def tried(**changes):
+        execute(parse({**values, "out": str(tmp_path / "new"), **changes}, Plan))
+
+    teachers = {**values["teachers"], "trained": trained}
+    with pytest.raises(ArtefactError, match=r"the teacher of alpha, .* has 4 tokens at site input; the plan wants 6"):
+        tried(teachers=teachers, prompt={"length": 6})
+    other = {**values["model"], "name": str(local.model_directory(tmp_path / "other", seed=3))}
+    with pytest.raises(ArtefactError, match="weights"):
+        tried(teachers=teachers, model=other)
+    with pytest.raises(ArtefactError, match="no directory nowhere"):
+        tried(teachers={**teachers, "trained": {**trained, "beta": "nowhere"}})
+    with pytest.raises(DataError, match=r"gone\.csv"):
+        tried(targets=[{**values["targets"][0], "source": str(tmp_path / "gone.csv")}])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        tried()
+
+
+def test_teachers_that_are_there_are_not_trained(done):
+    values, _, _ = done
+    trained = {"alpha": str(Path(values["out"]) / "teachers/alpha/prompt")}
+    plan = parse({**values, "teachers": {**values["teachers"], "trained": trained}}, Plan)
+    assert [entry["name"] for entry in teacher_runs(plan).runs] == ["beta"]
+    distil = source_runs(plan).runs[0]["train.distil"]
+    assert distil["teachers"]["alpha"] == trained["alpha"]
+
+
+# Rows of data
+
+
+def test_what_a_plan_asks_of_each_arm(done):
+    values, _, _ = done
+    plan = parse(values, Plan)
+    assert arms_of(plan, None, weights=False, together=True) == ["mpt-together"]
+    assert arms_of(plan, 2, weights=False) == ["prompt-tuning", "mpt"]
+    origins = Origins({"alpha": "a", "beta": "b"}, {"mpt": Path("s/mpt")}, {})
+    run = target_run(plan, "gamma", 2, origins, [Cell("mpt", 0.3, 7)], "rates")
+    entry = run.runs[0]
+    assert entry["train.rates"] == {"factors": pytest.approx(0.4)}
+    assert entry["tasks"][0]["split"] | {"shots": 2, "shots_seed": 7} == entry["tasks"][0]["split"]
+    assert run.train.evaluate_every == run.train.steps
+    assert set(ARMS) >= {"random", "labels", "spot-nearest", "lora", "fine-tuning", "mpt-no-distillation"}
