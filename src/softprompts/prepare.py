@@ -200,9 +200,8 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     method = build(run.prompt.method, run.prompt.options, slot, start)
     first = [stored.folded(method, task) for task in slot.tasks]
     initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
-    return Job(
-        run, Learner(model, site, slot, method.to(model.device), copy_head(model)), start, tasks, encoders, initial
-    )
+    learner = Learner(model, site, slot, method.to(model.device), copy_head(model))
+    return Job(run, learner, start, tasks, encoders, initial)
 
 
 def encoder_for(model: Backbone, form: Format, length: int, task: int = 0) -> Encoder:
