@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from softprompts import config
+from softprompts.recipes.multitask import Plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,6 +22,15 @@ RUN_ELSEWHERE = ("make demo", "make test", "pip install .")
 
 # Training is cut to two steps: that the command is right is tested here, what it reaches stands in the results.
 SHORT = ["--set", "train.steps=2", "--set", "evaluate.resamples=100"]
+MULTITASK = [
+    *("--set", "sources=[{source: trec, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
+    *("--set", "targets=[{source: tweets, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
+    *("--set", "teachers.train.steps=2", "--set", "source.train.steps=2", "--set", "target.few.steps=2"),
+    *("--set", "target.shots=[4]", "--set", "target.seeds=[0]", "--set", "target.rates=[0.1]"),
+    *("--set", "target.tune_on=null", "--set", "target.weight_targets=null"),
+    *("--set", "target.few_arms=[prompt-tuning, mpt, spot-mixture]", "--set", "source.variants=[mpt, mixture]"),
+    *("--set", "target.arms=[mpt]", "--set", "evaluate.resamples=100"),
+]
 SMALL = ["--set", "task.split.limit={train: 40, validation: 8, test: 8}"]
 
 
@@ -71,6 +81,8 @@ def test_every_command_runs(folder):
         arguments = words[1:]
         if arguments[0] == "train":
             arguments = [*arguments, *SHORT, *([] if "reviews" in line else SMALL)]
+        if arguments[0] == "multitask":
+            arguments = [*arguments, *MULTITASK]
         if arguments[0] == "evaluate" and "--data" in arguments:
             continue  # thousands of rows; the same path is tested in test_cli
         call(arguments, folder)
@@ -86,7 +98,8 @@ def test_every_snippet_runs(page, text, tmp_path):
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda x: x.name if isinstance(x, Path) else "")
 def test_every_configuration_is_right(page, text):
-    config.parse(yaml.safe_load(text))
+    values = yaml.safe_load(text)
+    config.parse(values, Plan if "sources" in values else config.Run)
 
 
 def test_every_link_leads_somewhere():

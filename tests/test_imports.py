@@ -51,7 +51,7 @@ OURS = {
     "stored": "artefact methods prompt",
     "vectors": "artefact",
     "transfer": "",
-    "init": "backbone inject prompt config artefact vectors transfer",
+    "init": "backbone inject prompt config artefact several vectors transfer",
     "words": "backbone prompt",
     "learner": "backbone inject prompt config",
     "tune": "backbone inject prompt kernels machine assets files",

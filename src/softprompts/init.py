@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
-from softprompts import artefact, transfer
+from softprompts import artefact, several, transfer
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError, fingerprint
 from softprompts.config import ConfigError, InitConfig, closest
@@ -199,17 +199,24 @@ def _from_artefacts(
     paths: Sequence[str], backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
 ) -> list[Tensor]:
     """The prompts in `paths`, which must have been trained for these weights, this site and this shape."""
-    found = _fitting(paths, backbone, site, slot, allow_other_weights)
+    found = _fitting([(path, None) for path in paths], backbone, site, slot, allow_other_weights)
     return [one.matrix(path).clone() for one, path in zip(found, paths, strict=True)]
 
 
 def _fitting(
-    paths: Sequence[str | Path], backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
+    places: Sequence[tuple[str | Path, int | None]],
+    backbone: Backbone,
+    site: Site,
+    slot: Slot,
+    allow_other_weights: bool,
 ) -> list[Artefact]:
-    """The artefacts in `paths`; raises ArtefactError unless made for these weights, this site and this shape."""
-    every, weights = [], fingerprint(backbone) if paths else None
-    for path in paths:
-        found = artefact.load(path)
+    """The artefacts in directories (and which of several there, or None).
+
+    Raises ArtefactError unless they were made for these weights, this site and this shape.
+    """
+    every, weights = [], fingerprint(backbone) if places else None
+    for path, task in places:
+        found = artefact.load(path, task)
         assert weights is not None
         try:
             artefact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
@@ -255,7 +262,9 @@ def _from_multitask(config: InitConfig, path: str, artefacts: Sequence[Artefact]
     return Start(first["shared"].clone(), factors=(columns, rows))
 
 
-def _parts(path: str) -> list[Path]:
-    """The artefacts in a directory that holds one for each source task, or the directory itself, sorted by name."""
+def _parts(path: str) -> list[tuple[str | Path, int | None]]:
+    """The prompts in a directory: what a run of several tasks or a SoftPromptModel left, PEFT's, or a single one."""
     found = sorted(entry.parent for entry in Path(path).glob(f"*/{artefact.MANIFEST}"))
-    return [Path(path)] if (Path(path) / artefact.MANIFEST).is_file() or not found else found
+    if found and not (Path(path) / several.ORDER).is_file():
+        return [(one, None) for one in found]
+    return [(part.path, part.task) for unit in several.units(Path(path)) for part in unit]

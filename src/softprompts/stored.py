@@ -27,6 +27,16 @@ def state(method: Any, task: str) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in state_of(method, task).items()}
 
 
+def plain(found: Artefact, origin: str | Path) -> Artefact:
+    """The artefact's folded prompt as ordinary prompt tuning, to be trained on as such; its parent is the artefact.
+
+    Raises ArtefactError where the prompt depends on the text.
+    """
+    prompt = found.matrix(origin)
+    held = {"prompts.0": prompt.clone()}
+    return replace(found, method="prompt-tuning", options={}, state=held, parents=(found.digest,))
+
+
 def unchanged(before: Artefact, now: Artefact) -> bool:
     """Whether two artefacts answer alike: the same prompt, or without one the same state, and the same heads."""
     pairs = [(before.heads, now.heads)]

@@ -267,6 +267,20 @@ def inspect(
         show_words(facts["nearest_words"])
 
 
+@app.command()
+def fold(
+    prompt: Annotated[Path, typer.Argument(help="Directory of a trained prompt.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the plain prompt is written.")],
+) -> None:
+    """Write a prompt that a method made, such as multitask prompt tuning, as an ordinary one: a single matrix."""
+    from softprompts import artefact, stored
+
+    made = stored.plain(artefact.load(prompt), prompt)
+    artefact.save(made, out_dir)
+    length, width = made.shape
+    out.print(f"{out_dir}: {length} vectors of width {width}, as prompt-tuning", markup=False, soft_wrap=True)
+
+
 @assets_app.command("list")
 def assets_list(as_json: Json = False) -> None:
     """Show the packaged models and data sets, and which are here already."""
