@@ -15,7 +15,7 @@ from softprompts import inject, objectives
 from softprompts.config import ConfigError
 from softprompts.generate import generate
 from softprompts.learner import Learner
-from softprompts.methods import build
+from softprompts.methods import build, state_of
 from softprompts.methods.attempt import Attempt
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, mix
@@ -259,7 +259,7 @@ def test_a_task_alone_answers_as_among_others() -> None:
     for i, task in enumerate(TASKS):
         start = Start(torch.zeros(P, D), torch.zeros(S, P, D))
         single = Attempt(Attempt.Config(rank=8, temperature=0.7), Slot((task,), P, D, H), start).double()
-        single.load_state_dict(method.alone(task))
+        single.load_state_dict(state_of(method, task))
         index = (seen.task == i).nonzero()[:, 0]
         part = Context(
             torch.zeros(len(index), dtype=torch.long), seen.ids, seen.embeds[index], seen.mask[index], seen.encode

@@ -138,6 +138,21 @@ def test_inspect_shows_the_facts(trained, call):
     assert str(trained / "out" / "prompt") in call("inspect", trained / "out" / "prompt")[1].replace("\n", "")
 
 
+def test_fold_writes_a_plain_prompt(tmp_path, call):
+    """The same matrix, as prompt tuning, with where it came from; PEFT's files beside it."""
+    values = local.run_values(tmp_path, steps=2)
+    values["prompt"] |= {"method": "multitask-prompt-tuning"}
+    job.execute(cli.parse(values))
+    made, plain = tmp_path / "out" / "prompt", tmp_path / "plain"
+    assert "4 vectors of width 32" in call("fold", made, "--out", plain)[1]
+    before, after = artefact.load(made), artefact.load(plain)
+    assert (before.method, after.method) == ("multitask-prompt-tuning", "prompt-tuning")
+    assert after.prompt.equal(before.prompt)
+    assert after.state["prompts.0"].equal(before.prompt)
+    assert after.parents == (before.digest,)
+    assert json.loads((plain / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
+
+
 def test_shipped_examples_are_short_and_right():
     files = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
     assert len(files) >= 4

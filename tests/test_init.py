@@ -1,6 +1,8 @@
 """Where a prompt starts: every kind of start at every site."""
 
 import itertools
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import tiny
 import tokenizers_tiny
 from artefacts import example
 from rows import DECODER, INPUT, KV, REPLACE, called
-from softprompts import artefact, init, inject, transfer
+from softprompts import SoftPromptModel, artefact, init, inject, peft, transfer
 from softprompts import backbone as b
 from softprompts.artefact import ArtefactError
 from softprompts.backbone import BackboneError
@@ -238,6 +240,82 @@ def test_sources(tmp_path: Path) -> None:
         assert found.sources.equal(torch.stack([rows.random(i, P, 32) for i in (1, 0)]))
 
 
+def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp"), shared: int = 9) -> Path:
+    """Artefacts of tasks that share a prompt, as a run of several tasks leaves them."""
+    for i, name in enumerate(names):
+        state = {
+            "shared": rows.random(shared, P, 32),
+            "columns.0": rows.random(20 + i, P, 1) + 1,
+            "rows.0": rows.random(30 + i, 1, 32) + 1,
+        }
+        prompt = state["shared"] * (state["columns.0"] @ state["rows.0"])
+        saved(bb, folder / name, 0, prompt=prompt, task=name, method="multitask-prompt-tuning", state=state, options={})
+    return folder
+
+
+def test_multitask_sources(tmp_path: Path) -> None:
+    """Columns and rows averaged on their own, those of one task, or ones."""
+    bb = made("llama")
+    folder, slot = multitask(bb, tmp_path / "prompt"), inject.slot(bb, INPUT, ("a",), P)
+
+    def found(path: Path = folder, **values: Any) -> Any:
+        return init.start(InitConfig(kind="multitask", path=str(path), **values), bb, INPUT, slot)
+
+    columns = (rows.random(20, P, 1) + rows.random(21, P, 1)) / 2 + 1
+    vectors = (rows.random(30, 1, 32) + rows.random(31, 1, 32)) / 2 + 1
+    average = found()
+    assert average.prompt.equal(rows.random(9, P, 32))
+    torch.testing.assert_close(average.factors[0], columns)
+    torch.testing.assert_close(average.factors[1], vectors)
+    one = found(factors="task", task="qqp")
+    assert one.factors[0].equal(rows.random(21, P, 1) + 1)
+    assert found(folder / "qqp").factors[1].equal(one.factors[1])  # a single artefact is its own average
+    assert found(factors="ones").factors is None
+
+
+def test_multitask_sources_that_a_model_saved(tmp_path: Path) -> None:
+    """What a SoftPromptModel with shared tasks writes, and PEFT's two files of it alone."""
+    bb = made("llama")
+    config = peft.MultitaskPromptTuningConfig(num_virtual_tokens=P, num_tasks=2, prompt_tuning_init="RANDOM")
+    model = SoftPromptModel(bb.model, config, tasks=["mnli", "qqp"], tokenizer=bb.tokenizer)
+    with torch.no_grad():
+        for number, parameter in enumerate(parameter for parameter in model.parameters() if parameter.requires_grad):
+            parameter.add_(rows.random(number, *parameter.shape))
+    model.save_pretrained(tmp_path / "ours")
+    (tmp_path / "theirs").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "ours" / name, tmp_path / "theirs")
+    slot = inject.slot(bb, INPUT, ("a",), P)
+    state = model.state_dict()
+    columns = torch.stack([value for key, value in state.items() if ".columns." in key]).mean(0)
+    for folder in ("ours", "theirs"):
+        found = init.start(InitConfig(kind="multitask", path=str(tmp_path / folder)), bb, INPUT, slot)
+        assert found.prompt.equal(next(value for key, value in state.items() if key.endswith("shared")))
+        assert found.factors is not None
+        torch.testing.assert_close(found.factors[0], columns)
+
+
+def test_multitask_sources_that_do_not_fit(tmp_path: Path) -> None:
+    bb = made("llama")
+    folder = multitask(bb, tmp_path / "prompt")
+    plain = saved(bb, tmp_path / "plain", 1)
+    mixed = multitask(bb, tmp_path / "mixed", ("a",))
+    multitask(bb, tmp_path / "mixed", ("b",), shared=8)
+    for path, values, message in (
+        (folder, {"factors": "task", "task": "qqqp"}, "has no source task 'qqqp'; did you mean 'qqp'"),
+        (plain, {}, "trained with prompt-tuning, which has no shared prompt and factors"),
+        (mixed, {}, "a, b do not share one prompt; they come from different runs"),
+        (tmp_path / "none", {}, "no directory"),
+    ):
+        with pytest.raises((ArtefactError, ConfigError), match=message):
+            start(bb, kind="multitask", path=str(path), **values)
+    with pytest.raises(ArtefactError, match=r"holds a prompt of \[12, 32\] at site input, but the run wants \[6, 32\]"):
+        start(bb, kind="multitask", path=str(folder), length=6)
+    other = b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer)
+    with pytest.raises(ArtefactError, match="other weights"):
+        start(other, kind="multitask", path=str(folder))
+
+
 @pytest.mark.parametrize("kind", ["sources", "mean"])
 def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
     bb = made("llama")
@@ -268,7 +346,7 @@ def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
         ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
-        ({"kind": "meen", "paths": ["a"]}, "'artefact' or 'mean'"),
+        ({"kind": "meen", "paths": ["a"]}, "'artefact', 'mean' or 'multitask'"),
         ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
     ],
 )
