@@ -79,7 +79,7 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
     and where PEFT is missing.
     """
     check_installed(config)
-    _check_trainable(backbone)
+    check_trainable(backbone)
     model = copy.deepcopy(backbone.model)
     model.to(torch.promote_types(backbone.dtype, torch.float32))  # type: ignore[arg-type]
     plain = Kernels(rows="shared", checkpoint=backbone.kernels.checkpoint)
@@ -214,7 +214,7 @@ def _peft() -> Any:
     return peft
 
 
-def _check_trainable(backbone: Backbone) -> None:
+def check_trainable(backbone: Backbone) -> None:
     """Raise BackboneError for a backbone whose weights cannot be trained."""
     name, attention = backbone.name or type(backbone.model).__name__, str(backbone.model.config._attn_implementation)
     if backbone.quantised:

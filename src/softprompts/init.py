@@ -24,6 +24,10 @@ LABEL_POPULATION = 5000
 """Rows that no class label fills are drawn from the 5,000 most common tokens (Lester et al. 2021, section 3.2)."""
 
 
+READ = ("artefact", "mean", "multitask")
+"""The kinds that are read from artefacts."""
+
+
 def start(
     config: InitConfig,
     backbone: Backbone,

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, artefact, backbone, distil, evaluate, finetune, inject, report, stored
+from softprompts import __version__, artefact, backbone, distil, evaluate, finetune, init, inject, report, stored
 from softprompts.artefact import Artefact
 from softprompts.config import ConfigError, Run
 from softprompts.data import Encoded
@@ -132,13 +132,14 @@ def _check_writable(out: Path) -> None:
 def _settings(job: Job) -> dict[str, Any]:
     """What must be the same for a run to go on from its checkpoint.
 
-    The sources of a method are not in the checkpoint, and the artefacts they are read from may have been made anew; and
-    so may the teachers.
+    Artefacts that the run starts from, mixes or learns from may have been made anew since.
     """
     others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
     settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
-    if job.start is not None and job.start.sources is not None:
-        settings["sources"] = hashlib.sha256(job.start.sources.numpy().tobytes()).hexdigest()
+    if job.start is not None and (job.run.prompt.init.sources or job.run.prompt.init.kind in init.READ):
+        parts = (job.start.prompt, job.start.sources, *(job.start.factors or ()))
+        held = b"".join(part.cpu().numpy().tobytes() for part in parts if part is not None)
+        settings["start"] = hashlib.sha256(held).hexdigest()
     if job.teachers:
         settings["teachers"] = [teacher.digest for teacher in job.teachers]
     return settings

@@ -318,11 +318,11 @@ def _compared(results: Mapping[str, Any]) -> str:
 
 
 def _mean(cell: Any) -> Any:
-    """A cell {mean, sd, n} as people read it; others as they are, other numbers rounded."""
+    """A cell {mean, sd, n} as people read it; fractions to three places."""
     if isinstance(cell, Mapping):
         spread = "" if cell.get("sd") is None else f" ± {cell['sd']:.3f}"
         return Markup(f"{_figure(cell['mean'], 3).html}{spread}<small>{cell['n']} runs</small>")
-    return _figure(cell, 3) if isinstance(cell, float) and abs(cell) < 1 else cell
+    return _figure(cell, 3) if isinstance(cell, float) else cell
 
 
 def _tables(results: Mapping[str, Any]) -> str:

@@ -202,7 +202,7 @@ class TrainConfig(Section):
     evaluate_every: int | None = Field(default=None, ge=1)  # validation for the best checkpoint and early stopping
     patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before stopping
     checkpoint_every: int = Field(default=50, ge=1)
-    rates: dict[str, float] = {}  # of the method's groups of parameters; those not named learn at `rate`
+    rates: dict[str, float] = {}  # of the method's groups of parameters; others learn at `rate`, or at the group's own
     sampling: SamplingConfig = SamplingConfig()
     objectives: dict[str, float] = {"task": 1.0}
     distil: DistilConfig | None = None

@@ -16,7 +16,7 @@ from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
 from softprompts.methods import build
 from softprompts.model.held import Held, Made, Task, absorb
-from softprompts.prompt import Fingerprint, Start
+from softprompts.prompt import SOURCES, Fingerprint, Start
 
 
 class Described(Protocol):
@@ -78,7 +78,9 @@ def create(
 def alike(backbone: Backbone, held: Held, name: str, old: str, modules_to_save: Sequence[str] | None) -> Made:
     """A new task for the method that holds the task `old`, its own parameters where the method lets them start."""
     task, method = held.tasks[old], held.method(old)
-    start = Start(torch.zeros(method.slot.length, method.slot.width))  # only what is the new task's own will be kept
+    # Only what is the new task's own will be kept: factors at one, or a prompt that starts where the other did.
+    begin = torch.zeros(method.slot.length, method.slot.width) if task.initial is None else task.initial
+    start = Start(begin, getattr(method, SOURCES, None))
     made = build(task.config.method, task.config.options, replace(method.slot, tasks=(name,)), start)
     new = replace(task, name=name, initial=None, found=None)
     return Made([new], made.to(backbone.device), [_new_head(backbone, modules_to_save)])

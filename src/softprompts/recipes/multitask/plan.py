@@ -1,7 +1,7 @@
 """What a user writes for the recipe: sources, targets, and how each stage trains; every cap is a key."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -16,6 +16,10 @@ from softprompts.config import (
     closest,
 )
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
 
 KEPT = ("train", "distil", "objectives", "rates")
 """Keys of a stage's training that the recipe sets itself."""
@@ -36,7 +40,8 @@ class SourceStage(Section):
     logits: float = Field(default=0.9, ge=0)
     hidden: float = Field(default=0.9, ge=0)
     temperature: float = Field(default=1.0, gt=0)
-    layers: tuple[int, ...] = (-1,)
+    layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
+    ranks: int = Field(default=1, ge=1)  # of the factors, here and on targets
     seed: int = Field(default=0, ge=0)
 
 
@@ -45,22 +50,31 @@ class TargetStage(Section):
 
     train: TrainConfig = TrainConfig(steps=200, batch_size=8, warmup=10)
     few: TrainConfig = TrainConfig(steps=60, batch_size=8, warmup=5)
-    shots: tuple[int | None, ...] = (None, 16)  # None: all rows
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
+    shots: tuple[Count | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
     arms: tuple[str, ...] = tuple(ARMS)
     few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
-    rates: tuple[float, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
-    weight_rates: dict[str, tuple[float, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
-    weight_steps: tuple[int, int] | None = None  # of fine-tuning and lora, with all rows and with few; None: as prompts
+    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    weight_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
+    weight_steps: tuple[Count, Count] | None = (
+        None  # of fine-tuning and lora, with all rows and with few; None: as prompts
+    )
     factor_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
     tune_on: tuple[str, ...] | None = None  # targets on which rates are chosen; None: all
     weight_targets: tuple[str, ...] | None = None  # targets of fine-tuning and lora; None: all
     probe_steps: int = Field(default=30, ge=1)  # after so many steps a target's prompt is its embedding (SPoT)
     nearest: int = Field(default=3, ge=1)  # how many sources the weighted start of SPoT mixes
 
+    @field_validator("shots", "seeds", "rates", "arms", "few_arms")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+        if values is not None and len(set(values)) != len(values):
+            raise ValueError(f"every value may stand there once, given {', '.join(map(str, values))}")
+        return values
+
 
 class Plan(Section):
-    """The whole study."""
+    """The whole study; `prompt` says length, site and where teachers, shared prompts and probes start."""
 
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
@@ -98,13 +112,17 @@ class Plan(Section):
             if arm in WEIGHTS and not self.target.weight_rates.get(arm):
                 raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_rates")
         for name, stage in (
-            ("teachers", self.teachers.train),
-            ("source", self.source.train),
-            ("target", self.target.train),
+            ("teachers.train", self.teachers.train),
+            ("source.train", self.source.train),
+            ("target.train", self.target.train),
+            ("target.few", self.target.few),
         ):
             for key in KEPT:
                 if getattr(stage, key) != getattr(TrainConfig(), key):
-                    raise ValueError(f"{name}.train.{key} is set by the recipe itself; leave it out")
+                    raise ValueError(f"{name}.{key} is set by the recipe itself; leave it out")
+        for key in ("method", "options"):
+            if getattr(self.prompt, key) != getattr(PromptConfig(), key):
+                raise ValueError(f"prompt.{key} is set by the recipe itself, for each arm; leave it out")
         return self
 
 

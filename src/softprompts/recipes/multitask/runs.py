@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softprompts.config import Run, TaskConfig, TrainConfig, parse
+from softprompts.config import Run, SamplingConfig, TaskConfig, TrainConfig, parse
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.results import prompt_directory
@@ -27,15 +27,20 @@ class Cell:
         """Its folder."""
         return f"{self.arm}-rate{self.rate:g}-seed{self.seed}"
 
+    @property
+    def trains_weights(self) -> bool:
+        """Whether it leaves the backbone other than it was."""
+        return self.arm in WEIGHTS
+
 
 @dataclass(frozen=True)
 class Origins:
-    """What targets start from: each source's prompt, each variant's directory, and for each (target, shots) the
+    """What targets start from: each source's prompt, each variant's directory, and for each (target, shots, seed) the
     sources most like it, as (name, weight), the nearest first."""
 
     teachers: Mapping[str, str]
     variants: Mapping[str, Path]
-    nearest: Mapping[tuple[str, int | None], Sequence[tuple[str, float]]]
+    nearest: Mapping[tuple[str, int | None, int], Sequence[tuple[str, float]]]
 
 
 def teacher_runs(plan: Plan) -> Run:
@@ -71,7 +76,7 @@ def source_runs(plan: Plan) -> Run:
         entries.append(
             {
                 "name": name,
-                "prompt.options": {"factors": "trained" if variant.decompose else "fixed"},
+                "prompt.options": {"ranks": stage.ranks, "factors": "trained" if variant.decompose else "fixed"},
                 "train.objectives": {"task": 1.0, **used},
                 "train.distil": distil if used else None,
             }
@@ -82,14 +87,28 @@ def source_runs(plan: Plan) -> Run:
 
 
 def probe_runs(plan: Plan) -> Run:
-    """A short prompt tuning of each target from vocabulary: where it has come to is the target's embedding (SPoT)."""
+    """A short prompt tuning of each target, with what each seed has: where it has come to is its embedding (SPoT).
+
+    Without runs where no arm asks for it.
+    """
     entries = [
-        {"name": f"{task.title}-{size_name(shots)}", "task": _shots(task, shots, 0).model_dump(mode="json")}
+        {
+            "name": probe_name(task.title, shots, seed),
+            "seed": seed,
+            "task": _shots(task, shots, seed).model_dump(mode="json"),
+        }
         for shots in plan.target.shots
+        if {"nearest", "weighted"} & {ARMS[arm].start for arm in arms_of(plan, shots, weights=False)}
         for task in plan.targets
+        for seed in plan.target.seeds
     ]
     train = plan.target.few.model_copy(update={"steps": plan.target.probe_steps, "warmup": 0, "schedule": "constant"})
     return _run(plan, plan.targets[:1], train, Path(plan.out) / "probes", method="prompt-tuning", runs=entries)
+
+
+def probe_name(target: str, shots: int | None, seed: int) -> str:
+    """The folder of a probe."""
+    return f"{target}-{size_name(shots)}-seed{seed}"
 
 
 def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cells: Sequence[Cell], part: str) -> Run:
@@ -124,28 +143,38 @@ def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False
     return [arm for arm in chosen if (arm in WEIGHTS) == weights and ARMS[arm].together == together]
 
 
-def _training(plan: Plan, shots: int | None, tasks: int, steps: tuple[int, int] | None = None) -> TrainConfig:
-    """With one validation at the end, from which the rate is chosen; several tasks see as many rows each as one.
+def weight_targets(plan: Plan) -> list[str]:
+    """The targets of the arms that train weights."""
+    every = [task.title for task in plan.targets]
+    return [name for name in every if plan.target.weight_targets is None or name in plan.target.weight_targets]
 
-    steps: others than the stage's, with all rows and with few.
+
+def _training(plan: Plan, shots: int | None, tasks: int, steps: tuple[int, int] | None = None) -> TrainConfig:
+    """How a target is trained; without evaluations on the way, one at the end serves to choose the rate.
+
+    tasks: every batch has rows of all of them, of each as many as it would have alone; steps: others than the stage's,
+    with all rows and with few.
     """
     train = plan.target.train if shots is None else plan.target.few
     count = train.steps if steps is None else steps[shots is not None]
-    return train.model_copy(
-        update={"steps": count, "evaluate_every": max(1, count), "batch_size": train.batch_size * tasks}
-    )
+    changes: dict[str, Any] = {"steps": count, "evaluate_every": train.evaluate_every or max(1, count)}
+    if tasks > 1:
+        changes |= {"batch_size": train.batch_size * tasks, "sampling": SamplingConfig(draw="all")}
+    return train.model_copy(update=changes)
 
 
 def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: Cell) -> dict[str, Any]:
     arm = ARMS[cell.arm]
-    rates = {"factors": cell.rate * plan.target.factor_rate} if arm.start == "factors" else {}
+    factors = arm.start == "factors"
+    rates = {"factors": cell.rate * plan.target.factor_rate} if factors else {}
     target = TOGETHER if len(tasks) > 1 else tasks[0].title
     return {
         "name": cell.name,
         "seed": cell.seed,
         "tasks": [_shots(task, shots, cell.seed).model_dump(mode="json") for task in tasks],
         "prompt.method": arm.method,
-        "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots), ())),
+        "prompt.options": {"ranks": plan.source.ranks} if factors else {},
+        "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots, cell.seed), ())),
         "train.rate": cell.rate,
         "train.rates": rates,
     }

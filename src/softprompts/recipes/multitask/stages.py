@@ -1,186 +1,188 @@
 """The stages one after the other; each is a directory, and a stage whose results are there is not done again."""
 
+import hashlib
+import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from softprompts import artefact, job, report, transfer
-from softprompts.backbone import fingerprint
+from softprompts import artefact, checkpoint, job, report, transfer
 from softprompts.config import ConfigError, Run
-from softprompts.data import load
-from softprompts.files import read_json
-from softprompts.job import Screen, load_backbone
+from softprompts.files import read_json, write_json
+from softprompts.job import Screen
 from softprompts.prepare import SILENT
+from softprompts.recipes.multitask.checks import check
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
     TOGETHER,
     Cell,
     Origins,
     arms_of,
+    probe_name,
     probe_runs,
     size_name,
     source_runs,
     target_run,
     teacher_paths,
     teacher_runs,
+    weight_targets,
     weights_run,
 )
 from softprompts.recipes.multitask.summary import Found, page_of, summarise
+from softprompts.train import TrainingError
 
-Place = tuple[str, int | None]
-"""A target, or TOGETHER, and its shots."""
+STAMP = "stage.json"
+"""What a stage was done with: its runs, and the prompts it started from."""
 
 
 def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
     """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.out.
 
-    Returns what results.json holds. Interrupted, it goes on where it was when called again; a changed plan does those
-    stages again whose settings changed.
-    Raises ConfigError, DataError, ArtefactError for what is wrong with tasks or teachers, before any training.
+    Returns what results.json holds. Interrupted, it goes on where it was when called again; stages whose settings
+    changed, or the prompts that they start from, are done anew.
+    Raises ConfigError, DataError, ArtefactError for what is wrong with tasks or teachers, before any training, and
+    TrainingError where a teacher or a shared prompt could not be trained.
     """
     began = time.time()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("the recipe runs in one process; start it without torchrun")
-    _check(plan, screen)
+    check(plan, screen)
     teachers = teacher_paths(plan)
     run = teacher_runs(plan)
     if run.runs:
-        _all("teachers", run, screen)
+        _whole("teachers", run, screen)
     variants = {name: Path(plan.out) / "sources" / name for name in plan.source.variants}
-    sources = _all("sources", source_runs(plan), screen) if variants else {"runs": []}
+    run = source_runs(plan)
+    sources = _whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
     similar = {name: artefact.load(path).matrix(path) for name, path in teachers.items()}
-    origins = Origins(teachers, variants, _nearest(plan, similar, screen))
-    found: dict[Place, list[Found]] = {}
-    chosen: list[dict[str, Any]] = []
+    study = _Study(plan, Origins(teachers, variants, _nearest(plan, similar, screen)), screen)
     for shots in plan.target.shots:
-        for together, weights in ((False, False), (True, False), (False, True)):
-            _adapt(plan, shots, origins, together, weights, found, chosen, screen)
-    results = summarise(plan, found, chosen, sources, origins, similar, time.time() - began)
+        _adapt(study, shots, arms_of(plan, shots, weights=False), [task.title for task in plan.targets])
+        _adapt(study, shots, arms_of(plan, shots, weights=False, together=True), [TOGETHER])
+        _adapt(study, shots, arms_of(plan, shots, weights=True), weight_targets(plan))
+    seconds = time.time() - began
+    results = summarise(plan, study.found, study.chosen, sources, study.origins, similar, seconds)
     report.write_results(Path(plan.out) / "results.json", results)
     report.write_page(Path(plan.out) / "report.html", page_of(results))
     return results
 
 
-def _check(plan: Plan, screen: Screen) -> None:
-    """Raise what would only be noticed after hours: tasks that cannot be read, teachers that do not fit."""
-    for task in (*plan.sources, *plan.targets):
-        load(task)
-    if not plan.teachers.trained:
-        return
-    backbone = load_backbone(plan.model, say=screen.say)
-    weights = fingerprint(backbone)
-    for name, path in plan.teachers.trained.items():
-        one = artefact.load(path)
-        artefact.check_fingerprint(one.fingerprint, weights, False)
-        wanted = (plan.prompt.length, plan.prompt.site)
-        if (one.shape[0], one.site) != wanted:
-            raise artefact.ArtefactError(
-                f"the teacher of {name}, {path}, has {one.shape[0]} tokens at site {one.site}; the plan wants "
-                f"{wanted[0]} at site {wanted[1]}: change prompt.length and prompt.site, or train it again"
-            )
+@dataclass(frozen=True)
+class _Study:
+    """What the target stage needs and fills: runs by target (or TOGETHER) and shots, and how each rate was chosen."""
+
+    plan: Plan
+    origins: Origins
+    screen: Screen
+    found: dict[tuple[str, int | None], list[Found]] = field(default_factory=dict)
+    chosen: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _all(title: str, run: Run, screen: Screen) -> dict[str, Any]:
-    """The results of a group of runs, from its directory where it was done with the same settings."""
-    done = _done(run)
-    if done is not None:
+def _whole(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of a group of which no run may be missing."""
+    results = _all(title, run, screen, inputs)
+    if failed := [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]:
+        raise TrainingError(f"{title} could not all be trained: {'; '.join(failed)}")
+    return results
+
+
+def _all(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of a group of runs, from its directory where it was done with the same settings and `inputs`.
+
+    inputs: directories with the prompts that the runs start from. What was begun otherwise is done anew.
+    """
+    out = Path(run.out)
+    file, done = out / STAMP, out / "results.json"
+    # Through JSON, because that is how the values come back.
+    stamp = json.loads(json.dumps({"run": run.model_dump(mode="json"), "inputs": {p: _digest(p) for p in inputs}}))
+    known = read_json(file) if file.exists() else None
+    if known == stamp and done.exists():
         screen.say(f"{title}: done before, in {run.out}")
-        return done
-    screen.say(f"{title}: {len(run.runs) or 1} runs, {max(1, run.train.steps)} steps")
+        found: dict[str, Any] = read_json(done)
+        return found
+    if known not in (None, stamp):
+        screen.say(f"{title}: settings, or the prompts it starts from, have changed: done anew")
+        for old in (done, *out.rglob(checkpoint.CHECKPOINT), *out.rglob(checkpoint.STAGED)):
+            old.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, stamp)
+    screen.say(f"{title}: {len(run.runs) or 1} runs, {run.train.steps} steps")
     return job.execute(run, screen)
 
 
-def _done(run: Run) -> dict[str, Any] | None:
-    file = Path(run.out) / "results.json"
-    if not file.exists():
-        return None
-    found: dict[str, Any] = read_json(file)
-    wanted = run.model_dump(mode="json") if run.runs else run.model_dump(mode="json", exclude={"runs"})
-    return found if found.get("config") == wanted else None
+def _digest(path: str) -> str:
+    """What the artefacts below a directory hold."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).rglob(artefact.TENSORS)):
+        digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _nearest(
-    plan: Plan, teachers: Mapping[str, torch.Tensor], screen: Screen
-) -> dict[Place, Sequence[tuple[str, float]]]:
-    """For each target and size the sources most like its prompt after a few steps, with their weights (SPoT)."""
-    wanted = {"spot-nearest", "spot-weighted"} & {*plan.target.arms, *(plan.target.few_arms or ())}
-    if not wanted:
-        return {}
+    plan: Plan, teachers: Mapping[str, Tensor], screen: Screen
+) -> dict[tuple[str, int | None, int], Sequence[tuple[str, float]]]:
+    """For each target, size and seed the sources most like its prompt after a few steps, with their weights (SPoT)."""
     run = probe_runs(plan)
-    _all("probes", run, screen)
-    found: dict[Place, Sequence[tuple[str, float]]] = {}
-    for task, shots in product(plan.targets, plan.target.shots):
-        path = Path(run.out) / f"{task.title}-{size_name(shots)}" / "prompt"
-        near = transfer.retrieve(artefact.load(path).matrix(path), teachers, min(plan.target.nearest, len(teachers)))
-        found[task.title, shots] = [(name, weight) for name, weight, _ in near]
+    if not run.runs:
+        return {}
+    _whole("probes", run, screen)
+    found: dict[tuple[str, int | None, int], Sequence[tuple[str, float]]] = {}
+    for task, shots, seed in product(plan.targets, plan.target.shots, plan.target.seeds):
+        path = Path(run.out) / probe_name(task.title, shots, seed) / "prompt"
+        if path.exists():
+            own, count = artefact.load(path).matrix(path), min(plan.target.nearest, len(teachers))
+            found[task.title, shots, seed] = [(name, w) for name, w, _ in transfer.retrieve(own, teachers, count)]
     return found
 
 
-def _adapt(
-    plan: Plan,
-    shots: int | None,
-    origins: Origins,
-    together: bool,
-    weights: bool,
-    found: dict[Place, list[Found]],
-    chosen: list[dict[str, Any]],
-    screen: Screen,
-) -> None:
+def _adapt(study: _Study, shots: int | None, arms: Sequence[str], targets: Sequence[str]) -> None:
     """All runs of some arms at one size: first the rates, with the first seed, then the other seeds at the best one."""
-    arms = arms_of(plan, shots, weights, together)
-    if not arms:
+    if not arms or not targets:
         return
-    every = [TOGETHER] if together else [task.title for task in plan.targets]
-    if weights and plan.target.weight_targets is not None:
-        every = [name for name in every if name in plan.target.weight_targets]
-    tuned = [name for name in every if plan.target.tune_on is None or name in plan.target.tune_on] or every[:1]
-    first = plan.target.seeds[0]
-    tried = [
-        Cell(arm, rate, first)
-        for arm in arms
-        for rate in (plan.target.weight_rates[arm] if weights else plan.target.rates)
-    ]
-    first_runs = {name: _runs(plan, name, shots, origins, tried, "rates", weights, screen) for name in tuned}
-    best = {arm: _best(arm, tried, first_runs, shots, chosen) for arm in arms}
-    for name in every:
-        done = [one for one in first_runs.get(name, ()) if one.cell == best[one.cell.arm]]
-        cells = [Cell(arm, best[arm].rate, seed) for arm in arms for seed in plan.target.seeds]
+    target = study.plan.target
+    tuned = [name for name in targets if target.tune_on is None or name in target.tune_on] or targets[:1]
+    tried = [Cell(arm, rate, target.seeds[0]) for arm in arms for rate in target.weight_rates.get(arm, target.rates)]
+    first = {name: _runs(study, name, shots, tried, "rates") for name in tuned}
+    best = {arm: _best(study, arm, tried, first, shots) for arm in arms}
+    for name in targets:
+        done = [one for one in first.get(name, ()) if one.cell == best[one.cell.arm]]
+        cells = [Cell(arm, best[arm].rate, seed) for arm in arms for seed in target.seeds]
         rest = [cell for cell in cells if cell not in [one.cell for one in done]]
-        more = _runs(plan, name, shots, origins, rest, "seeds", weights, screen) if rest else []
-        found.setdefault((name, shots), []).extend([*done, *more])
+        more = _runs(study, name, shots, rest, "seeds") if rest else []
+        study.found.setdefault((name, shots), []).extend([*done, *more])
 
 
-def _runs(
-    plan: Plan,
-    target: str,
-    shots: int | None,
-    origins: Origins,
-    cells: Sequence[Cell],
-    part: str,
-    weights: bool,
-    screen: Screen,
-) -> list[Found]:
-    """The runs of `cells` on a target; those that failed have no scores."""
-    title = f"{target} {size_name(shots)}, {part}"
-    if weights:
-        runs = [weights_run(plan, target, shots, cell) for cell in cells]
-        pages = [
-            _all(f"{target} {size_name(shots)}, {cell.name}", run, screen)
-            for cell, run in zip(cells, runs, strict=True)
-        ]
-        return [Found(cell, [page]) for cell, page in zip(cells, pages, strict=True)]
-    run = target_run(plan, target, shots, origins, cells, part)
-    rows = _all(title, run, screen)["runs"]
+def _runs(study: _Study, target: str, shots: int | None, cells: Sequence[Cell], part: str) -> list[Found]:
+    """The runs of `cells` on a target; those that failed have no pages."""
+    plan, screen, title = study.plan, study.screen, f"{target} {size_name(shots)}"
+    if cells[0].trains_weights:
+        return [_weights(study, f"{title}, {cell.name}", target, shots, cell) for cell in cells]
+    run = target_run(plan, target, shots, study.origins, cells, part)
+    inputs = [*study.origins.teachers.values(), *(str(path / "prompt") for path in study.origins.variants.values())]
+    try:
+        rows = _all(f"{title}, {part}", run, screen, inputs)["runs"]
+    except TrainingError as error:
+        screen.say(f"{title}, {part}: {error}")
+        return [Found(cell, []) for cell in cells]
     failed = {row["name"] for row in rows if row["failed"]}
     return [
         Found(cell, [] if cell.name in failed else _pages(Path(run.out) / cell.name / "results.json")) for cell in cells
     ]
+
+
+def _weights(study: _Study, title: str, target: str, shots: int | None, cell: Cell) -> Found:
+    try:
+        return Found(cell, [_all(title, weights_run(study.plan, target, shots, cell), study.screen)])
+    except TrainingError as error:
+        study.screen.say(f"{title}: {error}")
+        return Found(cell, [])
 
 
 def _pages(file: Path) -> list[dict[str, Any]]:
@@ -189,11 +191,7 @@ def _pages(file: Path) -> list[dict[str, Any]]:
 
 
 def _best(
-    arm: str,
-    tried: Sequence[Cell],
-    runs: Mapping[str, Sequence[Found]],
-    shots: int | None,
-    chosen: list[dict[str, Any]],
+    study: _Study, arm: str, tried: Sequence[Cell], runs: Mapping[str, Sequence[Found]], shots: int | None
 ) -> Cell:
     """The rate with the best mean validation score over the targets it was tried on; of equal ones the smaller."""
     scores: dict[Cell, float] = {}
@@ -202,15 +200,10 @@ def _best(
         if all(score is not None for score in each):
             scores[cell] = fmean(score for score in each if score is not None)
     if not scores:
-        raise ConfigError(f"arm '{arm}' failed at every rate; give lower ones in target.rates")
+        raise TrainingError(f"arm '{arm}', {size_name(shots)}, failed at every rate; give lower ones")
     best = max(scores, key=lambda cell: (scores[cell], -cell.rate))
-    chosen.append(
-        {
-            "arm": arm,
-            "size": size_name(shots),
-            "rate": best.rate,
-            "tried": {f"{cell.rate:g}": score for cell, score in scores.items()},
-            "targets": list(runs),
-        }
+    known = {f"{cell.rate:g}": score for cell, score in scores.items()}
+    study.chosen.append(
+        {"arm": arm, "size": size_name(shots), "rate": best.rate, "tried": known, "targets": list(runs)}
     )
     return best

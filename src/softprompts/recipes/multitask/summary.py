@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompts import transfer
-from softprompts.recipes.multitask.arms import ARMS, VARIANTS
+from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import TOGETHER, Cell, Origins, size_name
 from softprompts.results import versions
@@ -24,11 +24,10 @@ class Found:
 
     @property
     def validation(self) -> float | None:
-        """The last validation score; None for a run that failed."""
+        """The best validation score, which is that of the weights that are kept; None for a run that failed."""
         if not self.pages:
             return None
-        value: float = self.pages[0]["validation"][-1]["value"]
-        return value
+        return max(float(point["value"]) for point in self.pages[0]["validation"])
 
 
 def summarise(
@@ -58,8 +57,8 @@ def summarise(
             "matrix": transfer.matrix(list(teachers.values())).tolist(),
         },
         "nearest": [
-            {"target": target, "size": size_name(shots), "sources": dict(near)}
-            for (target, shots), near in origins.nearest.items()
+            {"target": target, "size": size_name(shots), "seed": seed, "sources": dict(near)}
+            for (target, shots, seed), near in origins.nearest.items()
         ],
         "rates": list(chosen),
         "config": plan.model_dump(mode="json"),
@@ -83,8 +82,13 @@ def _table(plan: Plan, shots: int | None, found: Mapping[tuple[str, int | None],
         for one in own if size == shots else ():
             for page in one.pages:
                 pages.setdefault(one.cell.arm, {}).setdefault(page["task"], []).append(page)
-    every = [page for each in pages.values() for same in each.values() for page in same]
-    stock = {page["task"]: [page["summary"]["before"]["value"]] for page in every if page["summary"]["before"]}
+    # Weights are judged on a float32 copy: the stock model's line is that of the arms that leave it as it is.
+    ordered = sorted(pages, key=lambda arm: arm not in WEIGHTS)
+    every = [page for arm in ordered for same in pages[arm].values() for page in same]
+    stock: dict[str, list[float]] = {}
+    for page in every:
+        if page["summary"]["before"]:
+            stock.setdefault(page["task"], [page["summary"]["before"]["value"]])
     lines = [_line("no prompt", "the stock model", 0, stock, targets)]
     for arm in (arm for arm in ARMS if arm in pages):
         trained = max(page["summary"]["trainable"] for same in pages[arm].values() for page in same)
@@ -163,16 +167,23 @@ def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         {"title": "Shared prompts on their sources", "columns": ["variant", "last loss", *names], "rows": rows}
     )
     rows = [
-        [one["arm"], one["size"], one["rate"], ", ".join(f"{r}: {s:.3f}" for r, s in one["tried"].items())]
+        [one["arm"], one["size"], f"{one['rate']:g}", ", ".join(f"{r}: {s:.3f}" for r, s in one["tried"].items())]
         for one in results["rates"]
     ]
     columns = ["arm", "size", "rate", "validation scores by rate"]
     tables.append({"title": "Rates chosen on validation rows", "columns": columns, "rows": rows})
     rows = [
-        [one["target"], one["size"], ", ".join(f"{name} {weight:.3f}" for name, weight in one["sources"].items())]
+        [
+            one["target"],
+            one["size"],
+            str(one["seed"]),
+            ", ".join(f"{name} {weight:.3f}" for name, weight in one["sources"].items()),
+        ]
         for one in results["nearest"]
     ]
-    tables.append({"title": "Nearest sources (SPoT)", "columns": ["target", "size", "source, weight"], "rows": rows})
+    tables.append(
+        {"title": "Nearest sources (SPoT)", "columns": ["target", "size", "seed", "source, weight"], "rows": rows}
+    )
     return tables
 
 

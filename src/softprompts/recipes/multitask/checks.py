@@ -1,0 +1,90 @@
+"""What would only be noticed after hours of work is found before any of it."""
+
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+
+from softprompts import artefact, finetune, init, inject
+from softprompts.artefact import ArtefactError
+from softprompts.backbone import Backbone, fingerprint
+from softprompts.config import ConfigError, InitConfig
+from softprompts.data import Task, load
+from softprompts.inject import Site
+from softprompts.job import Screen, load_backbone
+from softprompts.recipes.multitask.plan import Plan
+from softprompts.recipes.multitask.runs import (
+    Cell,
+    arms_of,
+    probe_runs,
+    source_runs,
+    teacher_runs,
+    weight_targets,
+    weights_run,
+)
+from softprompts.variants import variants
+
+
+def check(plan: Plan, screen: Screen) -> None:
+    """Raise ConfigError, DataError, ArtefactError or BackboneError for a plan that would fail on its way.
+
+    Tasks must be there and targets have rows to choose and to judge by; given teachers must be plain prompts of this
+    model, length and site; layers, class labels and trained weights must be possible for the model.
+    """
+    targets = {}
+    for task in (*plan.sources, *plan.targets):
+        loaded = load(task)
+        if task in plan.targets:
+            targets[task.title] = loaded
+            for role, rows in (("choose a rate", loaded.validation), ("judge", loaded.test)):
+                if not rows:
+                    raise ConfigError(f"target {task.title} has no rows to {role} by; set its split's fractions")
+    for run in (teacher_runs(plan), source_runs(plan), probe_runs(plan)):
+        if run.runs:
+            variants(run)
+    backbone = load_backbone(plan.model, say=screen.say)
+    inject.check_layers(backbone, plan.source.layers)
+    _check_labels(plan, backbone, targets)
+    _check_teachers(plan, backbone)
+    for shots in plan.target.shots:
+        for arm, target in product(arms_of(plan, shots, weights=True), weight_targets(plan)):
+            for rate in plan.target.weight_rates[arm]:
+                finetune.check_installed(weights_run(plan, target, shots, Cell(arm, rate, 0)).train)
+            finetune.check_trainable(backbone)
+
+
+def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -> None:
+    """A start from class labels, where an arm has one, must be possible for every target."""
+    if not any("labels" in arms_of(plan, shots, weights=False) for shots in plan.target.shots):
+        return
+    site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.place)
+    for name, task in targets.items():
+        words = tuple(f"{task.format.separator}{word}" for word in (task.format.verbaliser or {}).values())
+        slot = inject.slot(backbone, site, (name,), plan.prompt.length)
+        try:
+            init.start(InitConfig(kind="labels"), backbone, site, slot, labels=words)
+        except ValueError as error:
+            raise ConfigError(f"arm 'labels' is not possible for target {name}: {error}; leave the arm out") from None
+
+
+def _check_teachers(plan: Plan, backbone: Backbone) -> None:
+    weights = fingerprint(backbone) if plan.teachers.trained else None
+    site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.place)
+    wanted = {
+        "length": plan.prompt.length,
+        "site": site.name,
+        "mode": site.mode,
+        "place": inject.resolve_place(backbone, site),
+        "head": backbone.head,
+    }
+    for name, path in plan.teachers.trained.items():
+        one = artefact.load(path)
+        assert weights is not None
+        artefact.check_fingerprint(one.fingerprint, weights, False)
+        one.matrix(Path(path))
+        found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "place", "head")}}
+        for key, value in wanted.items():
+            if found[key] != value:
+                raise ArtefactError(
+                    f"the teacher of {name}, {path}, has {key} {found[key]} and the plan wants {value}: change the "
+                    f"plan's prompt, or leave the teacher out so that it is trained"
+                )
