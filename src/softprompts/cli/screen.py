@@ -56,7 +56,7 @@ def progress() -> Iterator[Any]:
             if terminal:
                 if name not in bars:
                     bars[name] = bar.add_task(name, total=total, facts="")
-                bar.update(bars[name], completed=done, facts=facts)
+                bar.update(bars[name], completed=done, total=total, facts=facts, visible=done < total)
             elif done % every == 0 or done == total:
                 err.print(f"{name} {done}/{total} {facts}".rstrip(), markup=False)
 

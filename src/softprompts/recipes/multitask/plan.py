@@ -56,9 +56,7 @@ class TargetStage(Section):
     few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
     rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
     weight_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
-    weight_steps: tuple[Count, Count] | None = (
-        None  # of fine-tuning and lora, with all rows and with few; None: as prompts
-    )
+    weight_steps: tuple[Count, Count] | None = None  # of these, with all rows and with few; None: as prompts
     factor_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
     tune_on: tuple[str, ...] | None = None  # targets on which rates are chosen; None: all
     weight_targets: tuple[str, ...] | None = None  # targets of fine-tuning and lora; None: all

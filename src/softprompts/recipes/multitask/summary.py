@@ -166,25 +166,19 @@ def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     tables.append(
         {"title": "Shared prompts on their sources", "columns": ["variant", "last loss", *names], "rows": rows}
     )
-    rows = [
-        [one["arm"], one["size"], f"{one['rate']:g}", ", ".join(f"{r}: {s:.3f}" for r, s in one["tried"].items())]
-        for one in results["rates"]
-    ]
+    rows = [[one["arm"], one["size"], f"{one['rate']:g}", _listed(one["tried"])] for one in results["rates"]]
     columns = ["arm", "size", "rate", "validation scores by rate"]
     tables.append({"title": "Rates chosen on validation rows", "columns": columns, "rows": rows})
     rows = [
-        [
-            one["target"],
-            one["size"],
-            str(one["seed"]),
-            ", ".join(f"{name} {weight:.3f}" for name, weight in one["sources"].items()),
-        ]
-        for one in results["nearest"]
+        [*(str(one[key]) for key in ("target", "size", "seed")), _listed(one["sources"])] for one in results["nearest"]
     ]
-    tables.append(
-        {"title": "Nearest sources (SPoT)", "columns": ["target", "size", "seed", "source, weight"], "rows": rows}
-    )
+    columns = ["target", "size", "seed", "source, weight"]
+    tables.append({"title": "Nearest sources (SPoT)", "columns": columns, "rows": rows})
     return tables
+
+
+def _listed(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
 def _heatmaps(results: Mapping[str, Any]) -> list[dict[str, Any]]:
