@@ -132,7 +132,7 @@ def test_it_does_not_go_on_with_other_sources(values: dict[str, Any], sources: P
     job.execute(parse(values))
     found = artefact.load(copy)
     artefact.save(dataclasses.replace(found, prompt=found.prompt + 1), copy)
-    with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*sources was"):
+    with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
         job.execute(parse(values))
 
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 import rows
 import tiny
+from artefacts import example
 from softprompts import artefact
 from softprompts.artefact import ArtefactError
+from softprompts.backbone import fingerprint, wrap
 from softprompts.config import ConfigError, InitConfig, PromptConfig
 from softprompts.model import SoftPromptModel
 from softprompts.peft import MultitaskPromptTuningConfig, PromptTuningConfig
@@ -249,6 +251,29 @@ def test_a_task_added_like_one_of_a_group_joins_it(tmp_path: Path) -> None:
     model.task = "like"
     model.add_task("copy")  # prompt tuning shares nothing
     assert list(model.prompts)[2:] == ["like", "copy"]
+
+
+def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
+    """It joins what the tasks share, the attention and the sources, and starts where the first task started."""
+    backbone = wrap(tiny.model("llama"))
+    sources = []
+    for i in range(2):
+        prompt = rows.random(i, P, 32)
+        made = example(prompt=prompt, initial=prompt, state={}, fingerprint=fingerprint(backbone))
+        sources.append(str(artefact.save(made, tmp_path / str(i))))
+    config = PromptConfig(method="attempt", length=P, init=InitConfig(kind="random", sources=tuple(sources)))
+    model = SoftPromptModel(tiny.model("llama"), config, task="first")
+    model.add_task("second")
+    ids = rows.ids(3, 6)[None].expand(2, -1)
+    both = model(input_ids=ids, tasks=["first", "second"]).logits
+    torch.testing.assert_close(both[0], both[1])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("prompts.1"):
+                parameter.add_(1.0)
+    moved = model(input_ids=ids, tasks=["first", "second"]).logits
+    torch.testing.assert_close(moved[0], both[0])
+    assert float((moved[1] - both[1]).abs().max().detach()) > 1e-3
 
 
 def test_a_task_that_leaves_takes_only_its_own_along(tmp_path: Path) -> None:

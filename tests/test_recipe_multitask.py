@@ -9,13 +9,15 @@ import torch
 import yaml
 
 import local
-from softprompts import artefact, cli, job, transfer
+from softprompts import artefact, cli, distil, finetune, job, train, transfer
 from softprompts.artefact import ArtefactError
+from softprompts.backbone import BackboneError
 from softprompts.config import ConfigError, parse
 from softprompts.data import DataError
 from softprompts.prepare import Screen
-from softprompts.recipes.multitask import ARMS, Plan, execute
-from softprompts.recipes.multitask.runs import Cell, Origins, arms_of, source_runs, target_run, teacher_runs
+from softprompts.recipes.multitask import Plan, execute
+from softprompts.recipes.multitask.runs import TOGETHER, Cell, Origins, arms_of, source_runs, target_run, teacher_runs
+from softprompts.train import TrainingError
 
 FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
 
@@ -82,6 +84,12 @@ def test_the_table_holds_the_runs_own_scores(done):
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     tried = next(one["tried"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     assert rate == max(map(float, tried), key=lambda r: (tried[f"{r:g}"], -r))
+    for one in (0.1, 0.3):  # chosen on validation rows, not on those that judge
+        pages = [
+            json.loads((out / f"targets/{target}-full/rates/mpt-rate{one:g}-seed0/results.json").read_text())
+            for target in ("gamma", "delta")
+        ]
+        assert tried[f"{one:g}"] == pytest.approx(statistics.fmean(p["validation"][-1]["value"] for p in pages))
     scores = []
     for part, seed in (("rates", 0), ("seeds", 1)):
         page = json.loads((out / "targets/gamma-full" / part / f"mpt-rate{rate:g}-seed{seed}/results.json").read_text())
@@ -106,7 +114,7 @@ def test_targets_start_where_their_arm_says(done):
     spot = artefact.load(out / f"targets/gamma-full/rates/spot-mixture-rate{rate:g}-seed0/prompt")
     assert spot.initial.equal(mixture)
     teachers = {name: artefact.load(out / "teachers" / name / "prompt").prompt for name in ("alpha", "beta")}
-    probe = artefact.load(out / "probes/gamma-full/prompt").prompt
+    probe = artefact.load(out / "probes/gamma-full-seed0/prompt").prompt
     near = transfer.retrieve(probe, teachers, 2)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-weighted", "full"))
     weighted = artefact.load(out / f"targets/gamma-full/rates/spot-weighted-rate{rate:g}-seed0/prompt")
@@ -114,9 +122,14 @@ def test_targets_start_where_their_arm_says(done):
     assert weighted.initial.equal(expected)
 
 
-def test_teachers_read_each_row_once_for_all_variants(done):
+def test_teachers_read_each_row_once_for_all_variants(done, tmp_path, monkeypatch):
     values, _, _ = done
-    assert len(list(Path(values["out"]).rglob("teacher-states.safetensors"))) == 1
+    calls = []
+    original = distil._compute
+    monkeypatch.setattr(distil, "_compute", lambda *given: calls.append(1) or original(*given))
+    run = source_runs(parse({**values, "out": str(tmp_path / "new"), "teachers": trained(values)}, Plan))
+    job.execute(run)
+    assert calls == [1]
 
 
 def test_a_second_call_trains_nothing(done, monkeypatch):
@@ -128,6 +141,103 @@ def test_a_second_call_trains_nothing(done, monkeypatch):
         key: results[key] for key in ("arms", "rates", "similarity", "nearest", "sources")
     }
     assert sum("done before" in line for line in said) > 5
+
+
+def trained(values: dict) -> dict:
+    """A teacher stage whose teachers are there already."""
+    paths = {name: str(Path(values["out"]) / "teachers" / name / "prompt") for name in ("alpha", "beta")}
+    return {**values["teachers"], "trained": paths}
+
+
+def small(values: dict, out: Path, **target: object) -> dict:
+    """The same plan with two arms at one size and with teachers that are there."""
+    return {
+        **values,
+        "out": str(out),
+        "teachers": trained(values),
+        "source": {**values["source"], "variants": ["mixture"]},
+        "target": {
+            **values["target"],
+            "arms": ["prompt-tuning", "spot-mixture"],
+            "few_arms": None,
+            "shots": [2],
+            "seeds": [0],
+            "rates": [0.1],
+            **target,
+        },
+    }
+
+
+def test_a_changed_plan_does_anew_what_changed_and_what_came_from_it(done, tmp_path, monkeypatch):
+    """Other steps for targets leave the sources; other sources leave nothing that began at them."""
+    values, _, _ = done
+    plan = small(values, tmp_path / "out")
+    ran: list[str] = []
+    original = job.execute
+    monkeypatch.setattr(job, "execute", lambda run, screen: ran.append(Path(run.out).name) or original(run, screen))
+    first = execute(parse(plan, Plan))
+    assert ran == ["sources", "rates", "rates"]
+    ran.clear()
+    longer = {**plan, "target": {**plan["target"], "few": {**plan["target"]["few"], "steps": 6}}}
+    changed = execute(parse(longer, Plan))
+    assert ran == ["rates", "rates"]
+    assert changed["curves"][0]["lines"]["prompt-tuning"][-1][0] == 6
+    ran.clear()
+    source = {**plan["source"], "seed": 3}
+    other = execute(parse({**plan, "source": source}, Plan))
+    assert ran == ["sources", "rates", "rates"]
+    prompt = artefact.load(tmp_path / "out/targets/gamma-2-shot/rates/spot-mixture-rate0.1-seed0/prompt")
+    assert prompt.initial.equal(artefact.load(tmp_path / "out/sources/mixture/prompt/alpha").prompt)
+    assert other["curves"] != first["curves"]
+
+
+def test_a_stage_that_is_cut_inside_goes_on(done, tmp_path, monkeypatch):
+    values, _, _ = done
+    plan = small(values, tmp_path / "out")
+    expected = execute(parse(small(values, tmp_path / "whole"), Plan))
+    original, steps = train.joint_steps, 0
+
+    def interrupted(*given):
+        nonlocal steps
+        steps += 1
+        if steps == 6:  # the second step of the first target
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(train, "joint_steps", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        execute(parse(plan, Plan))
+    monkeypatch.setattr(train, "joint_steps", original)
+    found = execute(parse(plan, Plan))
+    assert found["arms"] == expected["arms"]
+    assert found["curves"] == expected["curves"]
+
+
+def test_rates_that_fail_are_left_out(done, tmp_path):
+    """A rate at which the loss is no number costs only its own runs, also where weights are trained."""
+    values, _, _ = done
+    plan = small(values, tmp_path / "out", rates=[0.1, 1e8], arms=["prompt-tuning", "fine-tuning"])
+    plan["target"] |= {"weight_rates": {"fine-tuning": [1e-3, 1e9]}}
+    results = execute(parse(plan, Plan))
+    rates = {one["arm"]: (one["rate"], list(one["tried"])) for one in results["rates"]}
+    assert rates["fine-tuning"] == (1e-3, ["0.001"])
+    assert rates["prompt-tuning"][0] == 0.1
+    with pytest.raises(TrainingError, match=r"arm 'fine-tuning', 2-shot, failed at every rate"):
+        execute(
+            parse(small(values, tmp_path / "none", arms=["fine-tuning"], weight_rates={"fine-tuning": [1e9]}), Plan)
+        )
+
+
+def test_other_arms_run_too(done, tmp_path):
+    values, _, _ = done
+    arms = ["random", "labels", "spot-nearest", "mpt-no-distillation"]
+    plan = small(values, tmp_path / "out", arms=arms)
+    plan["source"]["variants"] = ["no-distillation"]
+    (few,) = execute(parse(plan, Plan))["arms"]
+    assert [line["arm"] for line in few["lines"][1:]] == arms
+    teachers = [artefact.load(path).prompt for path in plan["teachers"]["trained"].values()]
+    nearest = artefact.load(tmp_path / "out/targets/gamma-2-shot/rates/spot-nearest-rate0.1-seed0/prompt")
+    assert any(nearest.initial.equal(teacher) for teacher in teachers)
 
 
 def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeypatch):
@@ -216,6 +326,13 @@ def test_the_upper_lines(tmp_path):
         (lambda v: v["sources"].append(v["sources"][0]), "task names must differ, given alpha, beta, alpha"),
         (lambda v: v["target"].update(weight_rates={}, arms=["lora"]), "arm 'lora' needs rates to choose from"),
         (lambda v: v.update(sources=[]), "sources"),
+        (lambda v: v["target"].update(shots=[16, 16]), "every value may stand there once, given 16, 16"),
+        (
+            lambda v: v["target"].update(few={"objectives": {"distil-logits": 1.0}}),
+            "target.few.objectives is set by the",
+        ),
+        (lambda v: v["prompt"].update(method="attempt"), "prompt.method is set by the recipe itself"),
+        (lambda v: v["target"].update(rates=[0.0]), "greater than 0"),
         (lambda v: v["target"].update(seed=[1]), "unknown key 'target.seed'; did you mean 'seeds'"),
     ],
 )
@@ -228,22 +345,31 @@ def test_plans_that_cannot_be(tmp_path, change, words):
 
 def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monkeypatch):
     values, _, _ = done
-    trained = {name: str(Path(values["out"]) / "teachers" / name / "prompt") for name in ("alpha", "beta")}
     monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("trained"))
+    given = trained(values)
 
     def tried(**changes):
         execute(parse({**values, "out": str(tmp_path / "new"), **changes}, Plan))
 
-    teachers = {**values["teachers"], "trained": trained}
-    with pytest.raises(ArtefactError, match=r"the teacher of alpha, .* has 4 tokens at site input; the plan wants 6"):
-        tried(teachers=teachers, prompt={"length": 6})
+    with pytest.raises(ArtefactError, match=r"the teacher of alpha, .* has length 4 and the plan wants 6"):
+        tried(teachers=given, prompt={"length": 6})
     other = {**values["model"], "name": str(local.model_directory(tmp_path / "other", seed=3))}
     with pytest.raises(ArtefactError, match="weights"):
-        tried(teachers=teachers, model=other)
+        tried(teachers=given, model=other)
     with pytest.raises(ArtefactError, match="no directory nowhere"):
-        tried(teachers={**teachers, "trained": {**trained, "beta": "nowhere"}})
+        tried(teachers={**given, "trained": {**given["trained"], "beta": "nowhere"}})
     with pytest.raises(DataError, match=r"gone\.csv"):
         tried(targets=[{**values["targets"][0], "source": str(tmp_path / "gone.csv")}])
+    target = {**values["targets"][0], "split": {"validation_fraction": 0.2, "test_fraction": 0}}
+    with pytest.raises(ConfigError, match="target gamma has no rows to judge by"):
+        tried(targets=[target])
+    with pytest.raises(ConfigError, match="arm 'labels' is not possible for target gamma"):
+        tried(prompt={"length": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
+    with pytest.raises(BackboneError, match="there is no layer 9"):
+        tried(source={**values["source"], "layers": [9]})
+    monkeypatch.setattr(finetune, "_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]")))
+    with pytest.raises(ConfigError, match=r"softprompts\[lora\]"):
+        tried(target={**values["target"], "arms": ["lora"]})
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         tried()
@@ -251,11 +377,11 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
 
 def test_teachers_that_are_there_are_not_trained(done):
     values, _, _ = done
-    trained = {"alpha": str(Path(values["out"]) / "teachers/alpha/prompt")}
-    plan = parse({**values, "teachers": {**values["teachers"], "trained": trained}}, Plan)
+    alpha = {"alpha": str(Path(values["out"]) / "teachers/alpha/prompt")}
+    plan = parse({**values, "teachers": {**values["teachers"], "trained": alpha}}, Plan)
     assert [entry["name"] for entry in teacher_runs(plan).runs] == ["beta"]
-    distil = source_runs(plan).runs[0]["train.distil"]
-    assert distil["teachers"]["alpha"] == trained["alpha"]
+    taught = source_runs(plan).runs[0]["train.distil"]
+    assert taught["teachers"]["alpha"] == alpha["alpha"]
 
 
 # Rows of data
@@ -272,4 +398,5 @@ def test_what_a_plan_asks_of_each_arm(done):
     assert entry["train.rates"] == {"factors": pytest.approx(0.4)}
     assert entry["tasks"][0]["split"] | {"shots": 2, "shots_seed": 7} == entry["tasks"][0]["split"]
     assert run.train.evaluate_every == run.train.steps
-    assert set(ARMS) >= {"random", "labels", "spot-nearest", "lora", "fine-tuning", "mpt-no-distillation"}
+    both = target_run(plan, TOGETHER, 2, origins, [Cell("mpt-together", 0.3, 7)], "rates")
+    assert (both.train.sampling.draw, both.train.batch_size) == ("all", 8)

@@ -174,17 +174,17 @@ def test_adafactor_keeps_the_whole_second_moment(values):
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     config = TrainConfig(optimiser="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
     captured = {}
-    original = train._optimiser
+    original = train.optimiser_of
 
     def keep(learner, parameters, config):
         captured["optimiser"] = original(learner, parameters, config)
         return captured["optimiser"]
 
-    train._optimiser = keep
+    train.optimiser_of = keep
     try:
         list(train.fit(made.learner, rows, config, pad=0))
     finally:
-        train._optimiser = original
+        train.optimiser_of = original
     (state,) = captured["optimiser"].state.values()
     assert state["exp_avg_sq"].shape == prompt_of(made).shape
     assert "exp_avg_sq_row" not in state
