@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from softprompts import stored
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.config import ConfigError, PromptConfig
@@ -95,7 +96,8 @@ class Held:
         group, (new,), (head,) = self.tasks[old].group, made.tasks, made.heads
         method: Any = self.prompts.pop(key(*group))
         absorb(method, made.method)
-        self.tasks[new.name] = replace(new, initial=method.fold(new.name).float().cpu())
+        first = stored.folded(method, new.name)
+        self.tasks[new.name] = replace(new, initial=self.tasks[old].initial if first is None else first)
         if head is not None:
             self.heads[key(new.name)] = head
         self._regroup((*group, new.name), method)
