@@ -371,6 +371,19 @@ def test_what_does_not_fit_is_refused_before_any_training(values, tmp_path, chan
     assert not list((tmp_path / "refused").glob("*"))
 
 
+def test_a_teacher_that_scores_other_tokens_is_refused(values, tmp_path):
+    """A text that is all answer: at site kv nothing scores its first token, at site input the prompt does."""
+    split = {"validation_fraction": 0, "test_fraction": 0}
+    bare = [{**task, "template": "", "kind": "generation", "label": "text", "split": split} for task in values["tasks"]]
+    for name, task in zip(TASKS, bare, strict=True):
+        alone = {**values, "tasks": [task], "out": str(tmp_path / "bare" / name), "prompt": {"length": 4}}
+        job.execute(parse({**alone, "train": {"steps": 1, "batch_size": 4}}))
+        values["train"]["distil"]["teachers"][name] = str(tmp_path / "bare" / name / "prompt")
+    values["prompt"]["site"] = "kv"
+    with pytest.raises(ConfigError, match=r"its teacher scores .* give them the same site"):
+        job.execute(parse({**values, "tasks": bare}))
+
+
 def test_divergence_equals_torchs_own():
     student, teacher = rows.random(1, 6, 9) * 3, rows.random(2, 6, 9) * 3
     expected = functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")

@@ -20,6 +20,7 @@ from softprompts.config import ConfigError, Run
 from softprompts.data import Encoded
 from softprompts.distil import Targets
 from softprompts.evaluate import Evaluation
+from softprompts.joint import label_count
 from softprompts.prepare import (
     SILENT,
     Job,
@@ -208,8 +209,15 @@ def _targets(jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen:
         if key not in known:
             file = Path(job.run.out) / distil.FILE if config.cache is None else Path(config.cache)
             title = f"{name}: teachers" if name else "teachers"
-            show = functools.partial(screen.judged, title)
-            known[key] = distil.targets(job.learner.backbone, job.teachers, own, config, file, show)
+            show, kept = functools.partial(screen.judged, title), file if is_main_process() else None
+            known[key] = distil.targets(job.learner.backbone, job.teachers, own, config, kept, show)
+        for row, states in zip(own, known[key].states, strict=True):
+            if len(states) != (count := label_count(row, job.learner)):
+                task = job.tasks[row.task].name
+                raise ConfigError(
+                    f"{task}: its teacher scores {len(states)} tokens of a row and the student {count}, because one of "
+                    f"them has no state in front of the text (site kv); give them the same site"
+                )
         found[name] = known[key]
     return found
 

@@ -66,6 +66,7 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
     for shots in plan.target.shots:
         _adapt(study, shots, arms_of(plan, shots, weights=False), [task.title for task in plan.targets])
         _adapt(study, shots, arms_of(plan, shots, weights=False, together=True), [TOGETHER])
+    for shots in plan.target.shots:  # the slowest, one run after the other
         _adapt(study, shots, arms_of(plan, shots, weights=True), weight_targets(plan))
     seconds = time.time() - began
     results = summarise(plan, study.found, study.chosen, sources, study.origins, similar, seconds)
