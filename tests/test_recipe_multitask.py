@@ -17,6 +17,7 @@ from softprompts.data import DataError
 from softprompts.prepare import Screen
 from softprompts.recipes.multitask import Plan, execute
 from softprompts.recipes.multitask.runs import TOGETHER, Cell, Origins, arms_of, source_runs, target_run, teacher_runs
+from softprompts.recipes.multitask.summary import Found, summarise
 from softprompts.train import TrainingError
 
 FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
@@ -97,6 +98,49 @@ def test_the_table_holds_the_runs_own_scores(done):
     line = next(line for line in results["arms"][0]["lines"] if line["arm"] == "mpt")
     assert line["scores"]["gamma"]["mean"] == pytest.approx(statistics.fmean(scores))
     assert line["scores"]["gamma"]["sd"] == pytest.approx(statistics.stdev(scores))
+
+
+def page_of(task: str, before: float, after: float, trainable: int = 10) -> dict:
+    """What the table takes from a run's results.json."""
+    scores = {"before": {"value": before}, "after": {"value": after}, "metric": "accuracy", "trainable": trainable}
+    validation = [{"step": 2, "value": 0.7}, {"step": 4, "value": 0.6}]
+    return {
+        "task": task,
+        "summary": scores,
+        "validation": validation,
+        "curve": [{"step": 1, "loss": after}],
+        "machine": {},
+    }
+
+
+def test_lines_are_means_over_seeds_after_training(tmp_path):
+    """The stock model's line is that of frozen runs, a failed run counts nowhere, and a mean needs every target."""
+    plan = parse(plan_values(tmp_path), Plan)
+    found = {
+        ("gamma", 2): [
+            Found(Cell("lora", 1.0, 0), [page_of("gamma", 0.9, 0.99, 7)]),
+            Found(Cell("prompt-tuning", 0.1, 0), [page_of("gamma", 0.2, 0.5)]),
+            Found(Cell("prompt-tuning", 0.1, 1), [page_of("gamma", 0.2, 0.7)]),
+            Found(Cell("prompt-tuning", 0.1, 2), []),
+        ],
+        ("delta", 2): [Found(Cell("prompt-tuning", 0.1, 0), [page_of("delta", 0.3, 0.4)])],
+        (TOGETHER, 2): [
+            Found(Cell("mpt-together", 0.1, 0), [page_of("gamma", 0.2, 0.6), page_of("delta", 0.3, 0.8)]),
+        ],
+    }
+    origins = Origins({}, {}, {})
+    results = summarise(plan, found, [], {"runs": []}, origins, {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}, 1.0)
+    lines = {line["arm"]: line for line in results["arms"][1]["lines"]}
+    assert lines["no prompt"]["scores"]["gamma"] == {"mean": 0.2, "sd": None, "n": 1}
+    gamma = lines["prompt-tuning"]["scores"]["gamma"]
+    assert (gamma["mean"], gamma["sd"], gamma["n"]) == (pytest.approx(0.6), pytest.approx(0.02**0.5), 2)
+    assert lines["prompt-tuning"]["mean"] == pytest.approx((0.6 + 0.4) / 2)
+    assert (lines["lora"]["mean"], lines["lora"]["trainable"]) == (None, 7)
+    assert lines["mpt-together"]["mean"] == pytest.approx(0.7)
+    assert results["warnings"] == ["gamma 2-shot: prompt-tuning-rate0.1-seed2 failed and is left out"]
+    assert results["similarity"]["matrix"] == [pytest.approx([1, -1]), pytest.approx([-1, 1])]
+    assert found["gamma", 2][1].validation == 0.7  # the state that is kept is the best one
+    assert found["gamma", 2][3].validation is None
 
 
 def test_targets_start_where_their_arm_says(done):

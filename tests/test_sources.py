@@ -178,6 +178,18 @@ def test_shots_are_per_class_and_limit_the_validation_rows(tmp_path):
     assert (len(free.train), len(free.validation)) == (5, 5)
 
 
+def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp_path):
+    source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(80)))
+    found = [
+        read(TaskConfig(source=source, split=SplitConfig(shots=3, shots_seed=seed, validation_fraction=0.3)))
+        for seed in (None, 0, 1, 2)
+    ]
+    assert all(one.test == found[0].test for one in found)
+    assert found[0].train == found[1].train  # without one, that of the split
+    assert len({tuple(row["text"] for row in one.train) for one in found[1:]}) == 3
+    assert len({tuple(row["text"] for row in one.validation) for one in found[1:]}) == 3
+
+
 def test_shots_of_a_multilabel_task_reach_every_label(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f't{i},"a,{"bcd"[i % 3]}"\n' for i in range(60)))
     found = read(TaskConfig(source=source, kind="multilabel", split=SplitConfig(shots=2)))

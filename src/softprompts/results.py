@@ -264,12 +264,11 @@ def _plain(value: Any) -> str | None:
 def next_commands(run: Run, task: Task) -> list[str]:
     """What a user may want to type after a run."""
     where = shlex.quote(str(prompt_directory(Path(run.out), task.name, len(run.tasks))))
+    lines = [f"softprompts evaluate {where}", f"softprompts inspect {where}"]
+    if not task.format.columns:  # the prompt alone makes the answer
+        return lines
     column = task.format.columns[0]
     texts = [str(row[column]) for row in (*task.test, *task.train)[:100]]
     # A text without quotation marks needs no more than two of them on a command line.
     text = shlex.quote(min(texts, key=lambda one: ("'" in one or "\n" in one, len(one) > 80)))
-    return [
-        f"softprompts predict {where} {text}",
-        f"softprompts evaluate {where}",
-        f"softprompts inspect {where}",
-    ]
+    return [f"softprompts predict {where} {text}", *lines]

@@ -83,7 +83,7 @@ def _table(plan: Plan, shots: int | None, found: Mapping[tuple[str, int | None],
             for page in one.pages:
                 pages.setdefault(one.cell.arm, {}).setdefault(page["task"], []).append(page)
     # Weights are judged on a float32 copy: the stock model's line is that of the arms that leave it as it is.
-    ordered = sorted(pages, key=lambda arm: arm not in WEIGHTS)
+    ordered = sorted(pages, key=lambda arm: arm in WEIGHTS)
     every = [page for arm in ordered for same in pages[arm].values() for page in same]
     stock: dict[str, list[float]] = {}
     for page in every:
