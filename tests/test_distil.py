@@ -1,6 +1,7 @@
 """Distillation: the two losses by their formulas, the states they compare, and teachers computed once."""
 
 import math
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -295,6 +296,31 @@ def test_accumulated_batches_equal_one_large_batch():
         found.append((losses, one.method.fold("a")))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
+
+
+def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
+    """Three steps, a stop, five more: the losses and prompts of eight steps in one go."""
+    data = together.encoded("llama", 14, 5, tasks=2)
+    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    settings = together.config(steps=8, objectives=weights, sampling={"draw": "some"}, checkpoint_every=2)
+
+    def fitted(folder, stop=None):
+        one = student("llama")
+        prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
+        targets = distil.targets(one.backbone, teachers(one, prompts), data, config(), folder / "kept.safetensors")
+        losses = []
+        with closing(train.fit(one, data, settings, pad=0, directory=folder, targets=targets)) as steps:
+            for report in steps:
+                losses.append(report.loss)
+                if report.step == stop:
+                    break
+        return losses, [one.method.fold(task) for task in TASKS]
+
+    whole, prompts = fitted(tmp_path / "whole")
+    assert fitted(tmp_path / "cut", stop=3)[0] == whole[:3]
+    again, found = fitted(tmp_path / "cut")
+    assert again == whole
+    assert all(one.equal(other) for one, other in zip(found, prompts, strict=True))
 
 
 def test_a_weight_of_zero_is_the_task_alone():
