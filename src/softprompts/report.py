@@ -321,7 +321,7 @@ def _mean(cell: Any) -> Any:
     """A cell {mean, sd, n} as people read it; fractions to three places."""
     if isinstance(cell, Mapping):
         spread = "" if cell.get("sd") is None else f" ± {cell['sd']:.3f}"
-        return Markup(f"{_figure(cell['mean'], 3).html}{spread}<small>{cell['n']} runs</small>")
+        return Markup(f"{_figure(cell['mean'], 3).html}{spread}<small>{cell['n']} run{'s' * (cell['n'] != 1)}</small>")
     return _figure(cell, 3) if isinstance(cell, float) else cell
 
 
