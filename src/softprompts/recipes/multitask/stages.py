@@ -114,7 +114,8 @@ def _all(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> di
             old.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, stamp)
-    screen.say(f"{title}: {len(run.runs) or 1} runs, {run.train.steps} steps")
+    count = len(run.runs) or 1
+    screen.say(f"{title}: {count} run{'s' * (count > 1)}, {run.train.steps} steps")
     return job.execute(run, screen)
 
 
