@@ -49,7 +49,7 @@ OURS = {
     "several": "config files manifest peft_format",
     "artefact": "prompt config files fingerprint manifest peft_format several",
     "stored": "artefact methods prompt",
-    "vectors": "artefact",
+    "vectors": "artefact several transfer",
     "transfer": "",
     "init": "backbone inject prompt config artefact several vectors transfer",
     "words": "backbone prompt",

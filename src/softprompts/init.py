@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
-from softprompts import artefact, several, transfer
+from softprompts import artefact, several, transfer, vectors
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError, fingerprint
 from softprompts.config import ConfigError, InitConfig, closest
 from softprompts.inject import Site
-from softprompts.prompt import Slot, Start
+from softprompts.prompt import Fingerprint, Slot, Start
 
 LABEL_POPULATION = 5000
 """Rows that no class label fills are drawn from the 5,000 most common tokens (Lester et al. 2021, section 3.2)."""
 
 
-READ = ("artefact", "mean", "multitask")
+READ = ("artefact", "mean", "multitask", "vector")
 """The kinds that are read from artefacts."""
 
 
@@ -44,6 +44,7 @@ def start(
     Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are
     wanted than there are words, and ArtefactError when another artefact does not fit.
     """
+    seed = seed if config.seed is None else config.seed
     paths = {"artefact": (config.path or "",), "mean": config.paths}.get(config.kind, ())
     found = _from_artefacts((*paths, *config.sources), backbone, site, slot, allow_other_weights)
     sources = torch.stack(found[len(paths) :]) if config.sources else None
@@ -55,6 +56,9 @@ def start(
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
         return replace(_from_multitask(config, config.path, parts), sources=sources)
+    if config.kind == "vector":
+        prompt = _from_vector(config, backbone, site, slot, seed, labels, allow_other_weights)
+        return Start(prompt, sources)
     return Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels), sources)
 
 
@@ -218,21 +222,53 @@ def _fitting(
 
     Raises ArtefactError unless they were made for these weights, this site and this shape.
     """
-    every, weights = [], fingerprint(backbone) if places else None
-    for path, task in places:
-        found = artefact.load(path, task)
+    every = [artefact.load(path, task) for path, task in places]
+    weights = fingerprint(backbone) if places else None
+    for (path, _), found in zip(places, every, strict=True):
         assert weights is not None
-        try:
-            artefact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
-        except artefact.WrongBackbone as error:
-            raise artefact.WrongBackbone(f"{path}: {error}") from None
-        if found.site != site.name or found.shape != (slot.length, slot.width):
-            raise ArtefactError(
-                f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
-                f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
-            )
-        every.append(found)
+        _check_fits(found, path, weights, site, slot, allow_other_weights)
     return every
+
+
+def _check_fits(
+    found: Artefact, path: str | Path, weights: Fingerprint, site: Site, slot: Slot, allow_other_weights: bool
+) -> None:
+    try:
+        artefact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
+    except artefact.WrongBackbone as error:
+        raise artefact.WrongBackbone(f"{path}: {error}") from None
+    if found.site != site.name or found.shape != (slot.length, slot.width):
+        raise ArtefactError(
+            f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
+            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+        )
+
+
+def _from_vector(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: Slot,
+    seed: int,
+    labels: Sequence[str],
+    allow_other_weights: bool,
+) -> Tensor:
+    """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
+    assert config.vector is not None
+    total = vectors.read(config.vector)
+    _check_fits(total.like, config.vector, fingerprint(backbone), site, slot, allow_other_weights)
+    if config.start is not None:
+        began = start(
+            config.start, backbone, site, slot, seed=seed, labels=labels, allow_other_weights=allow_other_weights
+        ).prompt
+        return vectors.apply(total, began)
+    common = vectors.common_start(total)
+    if common is None:
+        raise ConfigError(
+            f"the prompts of '{config.vector}' did not all begin at the same start; say with init.start what to add "
+            f"their sum to, such as init.start: {{kind: vocabulary}}"
+        )
+    return vectors.apply(total, common)
 
 
 def _from_multitask(config: InitConfig, path: str, artefacts: Sequence[Artefact]) -> Start:

@@ -39,7 +39,7 @@ class ModelConfig(Section):
 class InitConfig(Section):
     """Where a prompt starts."""
 
-    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "mean", "multitask"] = "vocabulary"
+    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "mean", "multitask", "vector"] = "vocabulary"
     text: str | None = None  # kind text
     labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
     path: str | None = None  # kind artefact; kind multitask: the directory with the prompts of the source tasks
@@ -48,8 +48,18 @@ class InitConfig(Section):
     factors: Literal["average", "task", "ones"] = "average"  # kind multitask: of all sources, of init.task, or one
     task: str | None = None  # kind multitask with factors `task`: the source task
     sources: tuple[str, ...] = ()  # trained prompts that a method mixes, whatever the kind
+    vector: str | None = None  # kind vector: a sum of trained prompts, such as movies + 0.5*products
+    start: "InitConfig | None" = None  # kind vector: what the sum is added to; None: where all its prompts began
     population: int | None = Field(default=None, ge=1)  # draw from the n most common tokens only
     distribution: Literal["table", "normal", "uniform"] = "table"  # kind random
+    seed: int | None = Field(default=None, ge=0)  # of what is drawn; None: the run's
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sums_are_vectors(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("vector") and "kind" not in values:
+            return {**values, "kind": "vector"}
+        return values
 
     @model_validator(mode="after")
     def _complete(self) -> "InitConfig":
@@ -61,6 +71,11 @@ class InitConfig(Section):
             raise ValueError("init.factors 'task' needs init.task, the source task whose factors to start from")
         if self.kind == "mean" and not self.paths:
             raise ValueError("init kind 'mean' needs init.paths, the directories of trained prompts")
+        if self.kind == "vector" and not self.vector:
+            raise ValueError("init kind 'vector' needs init.vector, a sum such as movies + 0.5*products")
+        for key in ("vector", "start"):
+            if getattr(self, key) is not None and self.kind != "vector":
+                raise ValueError(f"init.{key} is for kind vector, not {self.kind}; leave one of them out")
         if self.kind == "mean" and self.weights is not None:
             _check_weights(self.weights, len(self.paths))
         return self
@@ -95,7 +110,8 @@ class SplitConfig(Section):
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
     seed: int = Field(default=0, ge=0)
-    shots: int | None = Field(default=None, ge=1)  # rows per class (per set where there are no classes) to train on
+    shots: int | None = Field(default=None, ge=1)  # rows per class (or in all, where there are none) to train on
+    shots_per: Literal["class", "set"] = "class"  # set: so many rows in all, whatever their classes
     shots_seed: int | None = Field(default=None, ge=0)  # of the draw of shots alone; None: seed
     limit: dict[Literal["train", "validation", "test"], int] = {}
 

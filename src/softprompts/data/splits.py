@@ -189,12 +189,12 @@ def _sample(rows: list[Row], limit: int, salt: str, config: TaskConfig, columns:
 def _shots(
     parts: dict[str, list[Row]], split: SplitConfig, config: TaskConfig, columns: Sequence[str], notes: list[str]
 ) -> None:
-    """`split.shots` rows of each class to train on, and no more than that to choose with."""
+    """`split.shots` rows, of each class or in all, to train on, and no more than that to choose with."""
     shots, seed = split.shots or 0, split.seed if split.shots_seed is None else split.shots_seed
     for role in ("train", "validation"):
         rows, counts, chosen = parts[role], Counter[str](), set[int]()
         for i in _order(rows, f"{seed} shots {role}", columns):
-            names = _classes(rows[i], config) or ("",)
+            names = (_classes(rows[i], config) if split.shots_per == "class" else ()) or ("",)
             if any(counts[name] < shots for name in names):
                 counts.update(names)
                 chosen.add(i)

@@ -1,0 +1,61 @@
+"""How long vectors are and which way they point; everything in float64."""
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softprompts import transfer
+from softprompts.artefact import ArtefactError
+
+COSINES = {
+    "flat": "cosine of the matrices, read as one long vector each",
+    "mean": "cosine of the mean rows, as in the paper",
+    "rows": "mean of the cosines of row i with row i, over the rows that moved in both",
+}
+Cosine = Literal["flat", "mean", "rows"]
+
+
+def cosine(one: Tensor, other: Tensor, how: Cosine = "flat") -> float:
+    """The cosine of two matrices `[P, D]` (a vector's `value`, or prompts), from -1 to 1; see COSINES for `how`.
+
+    A zero matrix has the cosine 0 with all others. Rows that never moved are zero in a vector, and count for nothing.
+    Raises ArtefactError for matrices of different shapes and for another `how`.
+    """
+    if one.shape != other.shape or one.dim() != 2:
+        raise ArtefactError(f"a cosine is of two matrices [P, D], given {list(one.shape)} and {list(other.shape)}")
+    if how not in COSINES:
+        raise ArtefactError(f"no cosine '{how}'; possible: {', '.join(COSINES)}")
+    if how == "flat":
+        return transfer.similarity(one.reshape(1, -1), other.reshape(1, -1))
+    if how == "mean":
+        return transfer.similarity(one, other)
+    pairs = [(a[None], b[None]) for a, b in zip(one, other, strict=True) if a.any() and b.any()]
+    return fmean(transfer.similarity(a, b) for a, b in pairs) if pairs else 0.0
+
+
+def cosines(values: Sequence[Tensor], how: Cosine = "flat") -> Tensor:
+    """The cosine of every two of `values`, each `[P, D]`, as `[N, N]`."""
+    return torch.tensor([[cosine(one, other, how) for other in values] for one in values], dtype=torch.float64)
+
+
+def norm(value: Tensor) -> float:
+    """The length of a matrix `[P, D]`: the root of the sum of its squares (Frobenius)."""
+    return float(value.double().norm())
+
+
+def norm_ratio(value: Tensor, start: Tensor) -> float:
+    """norm(tau) / norm(start): how far training went, in lengths of the start. Infinite for a start of zeros.
+
+    Where it is large, the start hardly matters, and a vector fits any: say it beside every cosine and every score of a
+    vector on another start.
+    """
+    size = norm(start)
+    return norm(value) / size if size else float("inf") if value.any() else 0.0
+
+
+def distances(values: Sequence[Tensor]) -> Tensor:
+    """The length of the difference of every two of `values`, each `[P, D]`, as `[N, N]`."""
+    return torch.tensor([[norm(a.double() - b.double()) for b in values] for a in values], dtype=torch.float64)

@@ -1,0 +1,255 @@
+"""The value type: a weighted sum of differences between trained prompts and their starts."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompts.artefact import Artefact, ArtefactError, WrongBackbone, check_fingerprint
+
+Number = int | float | Fraction
+"""What a vector can be multiplied by; kept exactly, so that (a + b) + c is a + (b + c)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One summand: `coefficient · (tuned - initial)`, both `[P, D]`.
+
+    key: its identity, 64 hex digits, by which summands are ordered and collected; facts: what is told of it in the
+    results it goes into (name, task, parents and, for a merge, how it was made). A merge has no start: its `initial` is
+    zero and its `tuned` is in float64.
+    """
+
+    key: str
+    coefficient: Fraction
+    tuned: Tensor
+    initial: Tensor
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Vector:
+    """A task prompt vector, or a sum of several: what is added to a start.
+
+    parts: the summands, in the order of their keys, none twice and none with coefficient 0; like: an artefact that
+    says which backbone, length and site they belong to, and what the task is where all have the same.
+    """
+
+    parts: tuple[Part, ...]
+    like: Artefact
+
+    @cached_property
+    def value(self) -> Tensor:
+        """The vector as one matrix `[P, D]` in float64."""
+        total = torch.zeros(self.like.shape, dtype=torch.float64)
+        for part in self.parts:
+            total += float(part.coefficient) * (part.tuned.double() - part.initial.double())
+        return total
+
+    @property
+    def key(self) -> str:
+        """The vector's identity, 64 hex digits: the same for the same sum, however it was written."""
+        told = [f"{part.key} {part.coefficient}" for part in self.parts]
+        return hashlib.sha256("\n".join([_frame(self.like), *told]).encode()).hexdigest()
+
+    @property
+    def name(self) -> str:
+        """The sum as people write it."""
+        return " + ".join(_written(part) for part in self.parts).replace("+ -", "- ") or "0"
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Digests of the artefacts it is made of, sorted."""
+        return tuple(sorted({digest for part in self.parts for digest in part.facts["parents"]}))
+
+    def __add__(self, other: "Vector") -> "Vector":
+        if not isinstance(other, Vector):
+            return NotImplemented
+        _check_together(self, other)
+        return _collected([*self.parts, *other.parts], _alike(self.like, other.like))
+
+    def __sub__(self, other: "Vector") -> "Vector":
+        if not isinstance(other, Vector):
+            return NotImplemented
+        return self + -other
+
+    def __neg__(self) -> "Vector":
+        return self * -1
+
+    def __mul__(self, coefficient: Number) -> "Vector":
+        if not isinstance(coefficient, int | float | Fraction):
+            return NotImplemented
+        by = exactly(coefficient)
+        return _collected([replace(part, coefficient=part.coefficient * by) for part in self.parts], self.like)
+
+    __rmul__ = __mul__
+
+
+def vector(found: Artefact, name: str | Path = "") -> Vector:
+    """The task prompt vector of a trained prompt: its folded prompt minus its start (section 3 of the paper).
+
+    name: what it is called in messages and results (its task, if not given).
+    Raises ArtefactError where the prompt depends on the text, and where the artefact does not say where it began.
+    """
+    called = str(name) or found.task
+    tuned = found.matrix(called)
+    if found.initial is None:
+        raise ArtefactError(
+            f"{called} does not say where its training began, so there is no difference to take (PEFT does not keep "
+            f"the start); name the start: softprompts vector make {called} --start START --out DIRECTORY"
+        )
+    # The digest says nothing of the start, and two artefacts may differ in that alone.
+    key = hashlib.sha256(found.digest.encode() + _bits(found.initial)).hexdigest()
+    facts = {"name": called, "task": found.task, "parents": [found.digest]}
+    return Vector((Part(key, Fraction(1), tuned, found.initial, facts),), found)
+
+
+def apply(one: Vector, start: Tensor, scale: Number = 1) -> Tensor:
+    """The prompt `start + scale · vector`, `[P, D]`, computed in float64 and rounded once, to float32.
+
+    Where the start is the one a summand was trained from, and it counts 1, it becomes the trained prompt bit for bit.
+    Raises ArtefactError for a start of another shape.
+    """
+    if tuple(start.shape) != one.like.shape:
+        raise ArtefactError(
+            f"the start is {list(start.shape)} and the vector {list(one.like.shape)}: give a start of the same length "
+            f"and site"
+        )
+    scaled = one * scale
+    own = next((part for part in scaled.parts if part.coefficient == 1 and torch.equal(part.initial, start)), None)
+    if own is not None:
+        rest = [part for part in scaled.parts if part is not own]
+        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float() if rest else own.tuned.float()
+    return (start.double() + scaled.value).float() if scaled.parts else start.clone().float()
+
+
+def common_start(one: Vector) -> Tensor | None:
+    """The start `[P, D]` that all of the vector's summands were trained from; None where they differ, or are merged."""
+    starts = [part.initial for part in one.parts]
+    same = all(torch.equal(start, starts[0]) for start in starts)
+    return starts[0] if starts and same and starts[0].any() else None
+
+
+def made(one: Vector, start: Tensor, scale: Number = 1) -> Artefact:
+    """`start + scale · vector` as an ordinary prompt-tuning artefact, to be judged, served or trained on from.
+
+    Its parents and `config["vector"]` say what it is made of; its start is `start`, so it is a vector again.
+    """
+    prompt = apply(one, start, scale)
+    by = exactly(scale)
+    single = len({part.facts["task"] for part in one.parts}) == 1
+    kept = {key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config}
+    if not single:
+        kept.pop("task", None)
+    parts = [{**part.facts, "coefficient": float(part.coefficient * by)} for part in one.parts]
+    return replace(
+        one.like,
+        prompt=prompt,
+        initial=start.clone().float(),
+        method="prompt-tuning",
+        options={},
+        state={"prompts.0": prompt.clone()},
+        config={**kept, "vector": {"sum": (one * by).name, "parts": parts}},
+        scores={},
+        parents=one.parents,
+    )
+
+
+def fits(start: Artefact, one: Vector, name: str | Path) -> None:
+    """Raise ArtefactError unless the artefact `start`, called `name`, belongs to the vector's backbone and site."""
+    _check_like(one.like, start, one.name, str(name))
+
+
+def exactly(coefficient: Number) -> Fraction:
+    """A coefficient as it is meant, without rounding; raises ArtefactError for nan and infinity."""
+    try:
+        return Fraction(coefficient)
+    except (ValueError, OverflowError):
+        raise ArtefactError(f"a vector cannot be multiplied by {coefficient}; give a finite number") from None
+
+
+def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> Vector:
+    """The matrix `value [P, D]`, made of `sources` otherwise than by a sum, as a vector; `facts` say how."""
+    like = sources[0].like
+    for other in sources[1:]:
+        like = _alike(like, other.like)
+    parents = sorted({digest for one in sources for digest in one.parents})
+    key = hashlib.sha256(f"{_frame(like)}\n{facts}\n".encode() + _bits(value)).hexdigest()
+    told = {"name": facts["how"], "task": like.task, "parents": parents, **facts}
+    part = Part(key, Fraction(1), value, torch.zeros_like(value), told)
+    return Vector((part,) if value.any() else (), like)
+
+
+def in_order(vectors: Sequence[Vector]) -> list[int]:
+    """The places of `vectors` in the order of their keys; raises ArtefactError for none, and unless all fit."""
+    if not vectors:
+        raise ArtefactError("there are no vectors to combine; give at least one")
+    for other in vectors[1:]:
+        _check_together(vectors[0], other)
+    return sorted(range(len(vectors)), key=lambda place: vectors[place].key)
+
+
+def _collected(parts: Sequence[Part], like: Artefact) -> Vector:
+    """The sum of `parts` with each summand once."""
+    by_key: dict[str, Part] = {}
+    for part in parts:
+        known = by_key.get(part.key)
+        by_key[part.key] = part if known is None else replace(part, coefficient=known.coefficient + part.coefficient)
+    return Vector(tuple(by_key[key] for key in sorted(by_key) if by_key[key].coefficient), like)
+
+
+def _alike(one: Artefact, other: Artefact) -> Artefact:
+    """What stands for the sum of two: the task and its format where both have the same."""
+    first, second = sorted((one, other), key=lambda found: found.digest)
+    task = " + ".join(sorted({*first.task.split(" + "), *second.task.split(" + ")}))
+    forms = [{**(found.format or {}), "name": task} for found in (first, second)]
+    same = first.format is not None and forms[0] == forms[1]
+    return replace(first, task=task, format=forms[0] if same else None)
+
+
+def _check_together(one: Vector, other: Vector) -> None:
+    _check_like(one.like, other.like, one.name, other.name)
+
+
+def _check_like(one: Artefact, other: Artefact, first: str, second: str) -> None:
+    """Raise ArtefactError unless prompts of two artefacts may be added."""
+    for fact in ("shape", "site", "mode", "place", "family"):
+        here, there = getattr(one, fact), getattr(other, fact)
+        if fact == "family" and None in (here, there):  # PEFT's files do not say
+            continue
+        if here != there:
+            shown = [list(value) if isinstance(value, tuple) else value for value in (here, there)]
+            raise ArtefactError(
+                f"{first} and {second} cannot be combined: their {fact} is {shown[0]} and {shown[1]}; vectors add up "
+                f"only where they enter the same model at the same place with the same length"
+            )
+    if (one.heads or other.heads) and one.digest != other.digest:
+        raise ArtefactError(
+            f"{first} and {second} cannot be combined: each was trained with a classification head of its own; train "
+            f"with model.head: lm to add prompts"
+        )
+    if one.fingerprint is None or other.fingerprint is None:
+        return
+    try:
+        check_fingerprint(one.fingerprint, other.fingerprint, False)
+    except WrongBackbone as error:
+        raise WrongBackbone(f"{first} and {second} cannot be combined: {error}") from None
+
+
+def _frame(like: Artefact) -> str:
+    return f"{like.site} {like.mode} {like.place} {like.shape}"
+
+
+def _written(part: Part) -> str:
+    by = part.coefficient
+    return f"{'-' * (by < 0)}{'' if abs(by) == 1 else f'{float(abs(by)):g}*'}{part.facts['name']}"
+
+
+def _bits(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
