@@ -29,6 +29,7 @@ from softprompts.cli.screen import (
     show_table,
     show_words,
 )
+from softprompts.cli.vectors import app as vector_app
 from softprompts.config import ConfigError, Run, TaskConfig, override, parse
 from softprompts.config import read as read_config
 from softprompts.variants import cross
@@ -42,6 +43,7 @@ app = typer.Typer(
 )
 assets_app = typer.Typer(no_args_is_help=True, help="The packaged models and data sets.")
 app.add_typer(assets_app, name="assets")
+app.add_typer(vector_app, name="vector")
 
 QUICKSTART: dict[str, Any] = {
     "model": {"name": "smollm2-135m"},

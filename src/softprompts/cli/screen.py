@@ -114,7 +114,7 @@ def show_runs(results: Mapping[str, Any]) -> None:
         loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
         score = "failed" if row["failed"] else f"{row['metric']} {_score(row['after'])}" if row["after"] else "-"
         rows.append((row["name"], *((row["task"],) if several else ()), _differs(row), loss, score))
-    _table_or_lines(results["title"], columns, rows)
+    table_or_lines(results["title"], columns, rows)
     groups = [
         (*((one["task"],) if several else ()), _differs(one), f"{one['metric']} {one['mean']:.3f}", f"{one['sd']:.3f}",
          one["n"])
@@ -122,7 +122,7 @@ def show_runs(results: Mapping[str, Any]) -> None:
     ]  # fmt: skip
     if groups:
         columns = (*(("task",) if several else ()), "what differs", "mean", "standard deviation", "runs")
-        _table_or_lines("over the seeds", columns, groups)
+        table_or_lines("over the seeds", columns, groups)
 
 
 def show_arms(results: Mapping[str, Any]) -> None:
@@ -133,7 +133,7 @@ def show_arms(results: Mapping[str, Any]) -> None:
             scores = [line["scores"].get(target) for target in one["targets"]]
             mean = "-" if line["mean"] is None else f"{line['mean']:.3f}"
             rows.append((line["arm"], f"{line['trainable']:,}", *map(_mean, scores), mean))
-        _table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *one["targets"], "mean"), rows)
+        table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *one["targets"], "mean"), rows)
 
 
 def _mean(score: Mapping[str, Any] | None) -> str:
@@ -146,7 +146,8 @@ def _differs(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in row["differs"].items()) or "-"
 
 
-def _table_or_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def table_or_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Rows of cells as a table on a terminal, as a line each elsewhere."""
     if out.is_terminal:
         show_table(title, columns, rows)
         return

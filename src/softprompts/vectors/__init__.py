@@ -6,7 +6,7 @@ of the parents' hashes: no result depends on the order of arguments, and what ca
 """
 
 from softprompts.vectors.expression import VectorError, locate, read, terms, weigh
-from softprompts.vectors.measures import COSINES, cosine, cosines, distances, norm, norm_ratio
+from softprompts.vectors.measures import COSINES, compare, cosine, cosines, distances, norm, norm_ratio
 from softprompts.vectors.merging import MERGES, Merge, average, dare, merge, slerp, ties, weighted
 from softprompts.vectors.vector import Part, Vector, apply, common_start, fits, made, vector
 
@@ -20,6 +20,7 @@ __all__ = [
     "apply",
     "average",
     "common_start",
+    "compare",
     "cosine",
     "cosines",
     "dare",

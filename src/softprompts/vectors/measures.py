@@ -1,21 +1,24 @@
 """How long vectors are and which way they point; everything in float64."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from softprompts import transfer
 from softprompts.artefact import ArtefactError
+from softprompts.vectors.vector import Vector, apply, common_start, in_order
 
-COSINES = {
+Cosine = Literal["flat", "mean", "rows"]
+
+COSINES: dict[Cosine, str] = {
     "flat": "cosine of the matrices, read as one long vector each",
     "mean": "cosine of the mean rows, as in the paper",
     "rows": "mean of the cosines of row i with row i, over the rows that moved in both",
 }
-Cosine = Literal["flat", "mean", "rows"]
+"""The kinds of cosine, and what each is."""
 
 
 def cosine(one: Tensor, other: Tensor, how: Cosine = "flat") -> float:
@@ -59,3 +62,26 @@ def norm_ratio(value: Tensor, start: Tensor) -> float:
 def distances(values: Sequence[Tensor]) -> Tensor:
     """The length of the difference of every two of `values`, each `[P, D]`, as `[N, N]`."""
     return torch.tensor([[norm(a.double() - b.double()) for b in values] for a in values], dtype=torch.float64)
+
+
+def compare(named: Mapping[str, Vector]) -> dict[str, Any]:
+    """How vectors, by name, lie to each other: cosines of each kind, distances, lengths, beside the prompts' cosines.
+
+    Raises ArtefactError for vectors of other backbones, lengths or sites.
+    """
+    in_order(list(named.values()))
+    values = [one.value for one in named.values()]
+    starts = [common_start(one) for one in named.values()]
+    prompts = [apply(one, start) for one, start in zip(named.values(), starts, strict=True) if start is not None]
+    every = {f"vectors, {how}": cosines(values, how).tolist() for how in COSINES}
+    if len(prompts) == len(values):
+        every["prompts, flat"] = cosines(prompts).tolist()
+    return {
+        "labels": list(named),
+        "cosines": every,
+        "distances": distances(values).tolist(),
+        "norms": [norm(value) for value in values],
+        "ratios": [
+            None if start is None else norm_ratio(value, start) for value, start in zip(values, starts, strict=True)
+        ],
+    }

@@ -1,7 +1,5 @@
 """The stages one after the other; each is a directory, and a stage whose results are there is not done again."""
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -13,11 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompts import artefact, checkpoint, job, report, transfer
-from softprompts.config import ConfigError, Run
-from softprompts.files import read_json, write_json
+from softprompts import artefact, report, transfer
+from softprompts.config import ConfigError
+from softprompts.files import read_json
 from softprompts.job import Screen
 from softprompts.prepare import SILENT
+from softprompts.recipes import stage
 from softprompts.recipes.multitask.checks import check
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
@@ -38,9 +37,6 @@ from softprompts.recipes.multitask.runs import (
 from softprompts.recipes.multitask.summary import Found, page_of, summarise
 from softprompts.train import TrainingError
 
-STAMP = "stage.json"
-"""What a stage was done with: its runs, and the prompts it started from."""
-
 
 def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
     """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.out.
@@ -57,10 +53,10 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
     teachers = teacher_paths(plan)
     run = teacher_runs(plan)
     if run.runs:
-        _whole("teachers", run, screen)
+        stage.whole("teachers", run, screen)
     variants = {name: Path(plan.out) / "sources" / name for name in plan.source.variants}
     run = source_runs(plan)
-    sources = _whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
+    sources = stage.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
     similar = {name: artefact.load(path).matrix(path) for name, path in teachers.items()}
     study = _Study(plan, Origins(teachers, variants, _nearest(plan, similar, screen)), screen)
     for shots in plan.target.shots:
@@ -86,47 +82,6 @@ class _Study:
     chosen: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _whole(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
-    """The results of a group of which no run may be missing."""
-    results = _all(title, run, screen, inputs)
-    if failed := [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]:
-        raise TrainingError(f"{title} could not all be trained: {'; '.join(failed)}")
-    return results
-
-
-def _all(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
-    """The results of a group of runs, from its directory where it was done with the same settings and `inputs`.
-
-    inputs: directories with the prompts that the runs start from. What was begun otherwise is done anew.
-    """
-    out = Path(run.out)
-    file, done = out / STAMP, out / "results.json"
-    # Through JSON, because that is how the values come back.
-    stamp = json.loads(json.dumps({"run": run.model_dump(mode="json"), "inputs": {p: _digest(p) for p in inputs}}))
-    known = read_json(file) if file.exists() else None
-    if known == stamp and done.exists():
-        screen.say(f"{title}: done before, in {run.out}")
-        found: dict[str, Any] = read_json(done)
-        return found
-    if known not in (None, stamp):
-        screen.say(f"{title}: settings, or the prompts it starts from, have changed: done anew")
-        for old in (done, *out.rglob(checkpoint.CHECKPOINT), *out.rglob(checkpoint.STAGED)):
-            old.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, stamp)
-    count = len(run.runs) or 1
-    screen.say(f"{title}: {count} run{'s' * (count > 1)}, {run.train.steps} steps")
-    return job.execute(run, screen)
-
-
-def _digest(path: str) -> str:
-    """What the artefacts below a directory hold."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(path).rglob(artefact.TENSORS)):
-        digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
 def _nearest(
     plan: Plan, teachers: Mapping[str, Tensor], screen: Screen
 ) -> dict[tuple[str, int | None, int], Sequence[tuple[str, float]]]:
@@ -134,7 +89,7 @@ def _nearest(
     run = probe_runs(plan)
     if not run.runs:
         return {}
-    _whole("probes", run, screen)
+    stage.whole("probes", run, screen)
     found: dict[tuple[str, int | None, int], Sequence[tuple[str, float]]] = {}
     for task, shots, seed in product(plan.targets, plan.target.shots, plan.target.seeds):
         path = Path(run.out) / probe_name(task.title, shots, seed) / "prompt"
@@ -169,7 +124,7 @@ def _runs(study: _Study, target: str, shots: int | None, cells: Sequence[Cell], 
     run = target_run(plan, target, shots, study.origins, cells, part)
     inputs = [*study.origins.teachers.values(), *(str(path / "prompt") for path in study.origins.variants.values())]
     try:
-        rows = _all(f"{title}, {part}", run, screen, inputs)["runs"]
+        rows = stage.runs(f"{title}, {part}", run, screen, inputs)["runs"]
     except TrainingError as error:
         screen.say(f"{title}, {part}: {error}")
         return [Found(cell, []) for cell in cells]
@@ -181,7 +136,7 @@ def _runs(study: _Study, target: str, shots: int | None, cells: Sequence[Cell], 
 
 def _weights(study: _Study, title: str, target: str, shots: int | None, cell: Cell) -> Found:
     try:
-        return Found(cell, [_all(title, weights_run(study.plan, target, shots, cell), study.screen)])
+        return Found(cell, [stage.runs(title, weights_run(study.plan, target, shots, cell), study.screen)])
     except TrainingError as error:
         study.screen.say(f"{title}: {error}")
         return Found(cell, [])

@@ -1,0 +1,288 @@
+"""The commands `softprompts vector ...`: arithmetic on trained prompts."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, on_machine
+from softprompts.cli.screen import out, progress, quiet, show_json, table_or_lines
+from softprompts.config import ConfigError, ModelConfig, parse
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Task prompt vectors: what training added to a prompt, to be added, compared and put on other starts.",
+)
+
+Sum = Annotated[str, typer.Argument(help="A trained prompt, or a sum such as 'movies + 0.5*tweets - sms'.")]
+Sums = Annotated[list[str], typer.Argument(help="Trained prompts, or sums such as 'movies + 0.5*tweets'.")]
+Out = Annotated[Path, typer.Option("--out", help="Where the prompt is written.")]
+StartOption = Annotated[
+    str | None, typer.Option("--start", help="The prompt to add to; unless given, where all of them began.")
+]
+StartOf = Annotated[str | None, typer.Option("--start-of", help="Add to where the training of this prompt began.")]
+
+
+@app.command()
+def make(
+    prompt: Annotated[str, typer.Argument(help="A trained prompt.")],
+    out_dir: Out,
+    start: StartOption = None,
+    start_of: StartOf = None,
+    as_json: Json = False,
+) -> None:
+    """Write a prompt with where it began, folded to one matrix; --start where the prompt does not say it."""
+    from dataclasses import replace
+
+    from softprompts import artefact, stored, vectors
+
+    found = stored.plain(artefact.load(vectors.locate(prompt)), prompt)
+    given = _start(start, start_of)
+    if given is not None:
+        vectors.fits(given, vectors.vector(replace(found, initial=given.prompt), prompt), "the start")
+        found = replace(found, initial=given.prompt)
+    _written(vectors.vector(found, prompt), found, out_dir, as_json)
+
+
+@app.command()
+def add(
+    prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
+) -> None:
+    """The sum of vectors, added to a start."""
+    from softprompts import vectors
+
+    _combine(vectors.weighted(_read(prompts)), out_dir, start, start_of, as_json)
+
+
+@app.command()
+def sub(
+    prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
+) -> None:
+    """The first vector minus the others, added to a start."""
+    from softprompts import vectors
+
+    found = _read(prompts)
+    _combine(vectors.weighted(found, [1, *[-1] * (len(found) - 1)]), out_dir, start, start_of, as_json)
+
+
+@app.command()
+def negate(
+    prompt: Sum, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
+) -> None:
+    """Minus a vector, added to a start."""
+    _combine(-_read([prompt])[0], out_dir, start, start_of, as_json)
+
+
+@app.command()
+def scale(
+    prompt: Sum,
+    out_dir: Out,
+    by: Annotated[float, typer.Option(help="What the vector is multiplied by.")],
+    start: StartOption = None,
+    start_of: StartOf = None,
+    as_json: Json = False,
+) -> None:
+    """A multiple of a vector, added to a start."""
+    _combine(_read([prompt])[0] * by, out_dir, start, start_of, as_json)
+
+
+@app.command()
+def average(
+    prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
+) -> None:
+    """The mean of vectors, as over the seeds of a task, added to a start."""
+    from softprompts import vectors
+
+    _combine(vectors.average(_read(prompts)), out_dir, start, start_of, as_json)
+
+
+@app.command()
+def merge(
+    prompts: Sums,
+    out_dir: Out,
+    how: Annotated[str, typer.Option(help="weighted, average, ties, dare or slerp.")],
+    weights: Annotated[str | None, typer.Option(help="A weight for each: 1,0.5.")] = None,
+    density: Annotated[float, typer.Option(help="ties, dare: the part of the numbers that is kept.")] = 0.2,
+    t: Annotated[float, typer.Option(help="slerp: how far from the first to the second.")] = 0.5,
+    seed: Annotated[int, typer.Option(help="dare: of the draws.")] = 0,
+    start: StartOption = None,
+    start_of: StartOf = None,
+    as_json: Json = False,
+) -> None:
+    """One vector of several as in the literature on merging models, added to a start."""
+    from softprompts import vectors
+
+    chosen = vectors.Merge(None if weights is None else _numbers("--weights", weights), density, t, seed)
+    found = _read(prompts)
+    _combine(vectors.merge(found, how, chosen), out_dir, start, start_of, as_json, found)
+
+
+@app.command()
+def apply(
+    prompt: Sum,
+    out_dir: Out,
+    start: StartOption = None,
+    start_of: StartOf = None,
+    by: Annotated[float, typer.Option("--scale", help="What the sum is multiplied by.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """A sum, added to a start."""
+    _combine(_read([prompt])[0] * by, out_dir, start, start_of, as_json)
+
+
+@app.command()
+def compare(
+    prompts: Sums,
+    out_dir: Annotated[Path, typer.Option("--out", help="Where the page with the heatmaps is written.")] = Path(
+        "runs/compare"
+    ),
+    how: Annotated[str, typer.Option(help="The cosine of the table: flat, mean or rows; the page has all.")] = "flat",
+    as_json: Json = False,
+) -> None:
+    """Cosines, lengths and distances of vectors: a table, and a page with heatmaps."""
+    from softprompts import report, vectors
+
+    if how not in vectors.COSINES:
+        raise ConfigError(f"no cosine '{how}'; possible: {', '.join(vectors.COSINES)}")
+    if len(set(prompts)) != len(prompts):
+        raise ConfigError(f"each prompt can stand once in a comparison, given {', '.join(prompts)}")
+    found = vectors.compare(dict(zip(prompts, _read(prompts), strict=True)))
+    results: dict[str, Any] = {
+        "format": 1,
+        "title": "Task prompt vectors compared",
+        "task": ", ".join(prompts),
+        **found,
+    }
+    lengths = [[*row] for row in zip(found["labels"], found["norms"], found["ratios"], strict=True)]
+    page = {
+        **results,
+        "tables": [
+            {"title": "Lengths", "columns": ["vector", "norm", "norm / norm of its start"], "rows": lengths},
+            {"title": "Distances", "columns": ["", *found["labels"]],
+             "rows": [[name, *row] for name, row in zip(found["labels"], found["distances"], strict=True)]},
+        ],
+        "heatmaps": [{"title": f"Cosines of {kind}", "labels": found["labels"], "matrix": matrix}
+                     for kind, matrix in found["cosines"].items()],
+    }  # fmt: skip
+    report.write_results(out_dir / "results.json", results)
+    report.write_page(out_dir / "report.html", page)
+    if as_json:
+        show_json(results)
+        return
+    cells = zip(found["labels"], found["norms"], found["ratios"], found["cosines"][f"vectors, {how}"], strict=True)
+    rows = [
+        (name, f"{length:.3g}", "-" if ratio is None else f"{ratio:.3g}", *(f"{cosine:.3f}" for cosine in row))
+        for name, length, ratio, row in cells
+    ]
+    columns = ("vector", "norm", "norm / start's", *found["labels"])
+    table_or_lines(f"cosines ({how}: {vectors.COSINES[how]})", columns, rows)  # type: ignore[index]
+    out.print(f"\nresults  {out_dir / 'results.json'}\nreport   {out_dir / 'report.html'}")
+
+
+@app.command()
+def search(
+    prompt: Sum,
+    out_dir: Out,
+    start: StartOption = None,
+    start_of: StartOf = None,
+    on: Annotated[list[str], typer.Option("--on", help="Judge by the task of this prompt; may be repeated.")] = [],  # noqa: B006
+    coefficients: Annotated[
+        str | None, typer.Option(help="What to try: 0,0.5,1; unless given 0, 0.05, ..., 1.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    as_json: Json = False,
+) -> None:
+    """Choose on validation rows how much of a sum to add, and judge that once on test rows."""
+    from softprompts import vectors
+    from softprompts.recipes import coefficient
+
+    quiet()
+    like = vectors.read(prompt).like
+    changes = on_machine(device, dtype, quantise) | ({} if model is None else {"name": model})
+    config = parse({"name": like.backbone, "revision": like.revision, **changes}, ModelConfig, "model")
+    grid = coefficient.GRID if coefficients is None else _numbers("--coefficients", coefficients)
+    with progress() as screen:
+        found = coefficient.search(
+            prompt, out_dir, start=_start(start, start_of), on=on, grid=grid, model=config, screen=screen
+        )
+    if as_json:
+        show_json(found)
+        return
+    rows = [(f"{at['coefficient']:g}", *(f"{s:.3f}" for s in at["scores"].values()), f"{at['mean']:.3f}")
+            for at in found["validation"]]  # fmt: skip
+    table_or_lines("validation rows", ("coefficient", *found["rows"], "mean"), rows)
+    for name, scores in found["test"].items():
+        for metric, score in scores.items():
+            out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {found['coefficient']:g}")
+    out.print(
+        f"\nprompt   {out_dir / 'prompt'}\nresults  {out_dir / 'results.json'}\nreport   {out_dir / 'report.html'}"
+    )
+
+
+def _read(prompts: list[str]) -> list[Any]:
+    from softprompts import vectors
+
+    return [vectors.read(text) for text in prompts]
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: write numbers with commas between them, such as 1,0.5") from None
+
+
+def _start(start: str | None, start_of: str | None) -> Any:
+    """The artefact whose prompt is the start; None where no start was given."""
+    from dataclasses import replace
+
+    from softprompts import artefact, vectors
+
+    if start is not None and start_of is not None:
+        raise ConfigError("give either --start or --start-of, not both")
+    if start is not None:
+        return artefact.load(vectors.locate(start))
+    if start_of is None:
+        return None
+    found = artefact.load(vectors.locate(start_of))
+    if found.initial is None:
+        raise ConfigError(f"{start_of} does not say where its training began; give a start with --start")
+    return replace(found, prompt=found.initial)
+
+
+def _combine(
+    total: Any, out_dir: Path, start: str | None, start_of: str | None, as_json: bool, sources: Any = None
+) -> None:
+    """Add `total` to a start, and write the prompt that makes; sources: the vectors it was made of, if by a merge."""
+    from softprompts import vectors
+    from softprompts.recipes.coefficient import begin
+
+    # What a merge makes has no start of its own; that of its sources' sum is the one they have in common.
+    begins = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
+    _written(total, vectors.made(total, begins), out_dir, as_json)
+
+
+def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:
+    from softprompts import artefact, vectors
+
+    artefact.save(made, out_dir)
+    facts = {
+        "directory": str(out_dir),
+        "vector": total.name,
+        "norm": vectors.norm(total.value),
+        "norm_ratio": vectors.norm_ratio(total.value, made.initial),
+        "parents": list(total.parents),
+    }
+    if as_json:
+        show_json(facts)
+        return
+    length, width = made.shape
+    out.print(
+        f"{out_dir}: {total.name} on its start, {length} vectors of width {width}; the change is "
+        f"{facts['norm_ratio']:.3g} times as long as the start",
+        markup=False,
+        soft_wrap=True,
+    )

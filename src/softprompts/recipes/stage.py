@@ -1,0 +1,73 @@
+"""Stages of long work: each a directory that says what it was done with, and is not done again while that holds."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from softprompts import artefact, checkpoint, job
+from softprompts.config import Run
+from softprompts.files import read_json, write_json
+from softprompts.job import Screen
+from softprompts.train import TrainingError
+
+STAMP = "stage.json"
+"""What a stage was done with: its settings, and the prompts it started from."""
+
+RESULTS = "results.json"
+
+
+def kept(
+    title: str, out: Path, told: Mapping[str, Any], screen: Screen, make: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """The results of a stage, from its directory `out` where it was done with the same things `told`, else made.
+
+    What was begun otherwise is done anew; what was begun with the same and interrupted is gone on with by `make`.
+    """
+    file, done = out / STAMP, out / RESULTS
+    stamp = json.loads(json.dumps(told))  # because that is how the values come back
+    known = read_json(file) if file.exists() else None
+    if known == stamp and done.exists():
+        screen.say(f"{title}: done before, in {out}")
+        found: dict[str, Any] = read_json(done)
+        return found
+    done.unlink(missing_ok=True)
+    if known not in (None, stamp):
+        screen.say(f"{title}: settings, or the prompts it starts from, have changed: done anew")
+        for old in (*out.rglob(checkpoint.CHECKPOINT), *out.rglob(checkpoint.STAGED)):
+            old.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(file, stamp)
+    results = make()
+    if not done.exists():
+        write_json(done, results)
+    return results
+
+
+def runs(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of a group of runs; `inputs` are directories with the prompts that they start from."""
+    told = {"run": run.model_dump(mode="json"), "inputs": {path: digest(path) for path in inputs}}
+
+    def make() -> dict[str, Any]:
+        count = len(run.runs) or 1
+        screen.say(f"{title}: {count} run{'s' * (count > 1)}, {run.train.steps} steps")
+        return job.execute(run, screen)
+
+    return kept(title, Path(run.out), told, screen, make)
+
+
+def whole(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The same of a group of which no run may be missing; raises TrainingError where one failed."""
+    results = runs(title, run, screen, inputs)
+    if failed := [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]:
+        raise TrainingError(f"{title} could not all be trained: {'; '.join(failed)}")
+    return results
+
+
+def digest(path: str) -> str:
+    """What the artefacts below a directory hold."""
+    found = hashlib.sha256()
+    for file in sorted(Path(path).rglob(artefact.TENSORS)):
+        found.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
+    return found.hexdigest()
