@@ -28,6 +28,8 @@ _STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 
 # What is drawn in one of these colours takes the style sheet's variable of that name.
 COLOURS = {"ink": "#00000a", "quiet": "#00000b", "edge": "#00000c", "accent": "#00000d", "before": "#00000e"}
+MANY = tuple(f"line{number}" for number in range(1, 9))  # of lines that stand side by side, told apart by colour alone
+COLOURS |= {name: f"#0000{at:02x}" for at, name in enumerate(MANY, 16)}
 _VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 _LINK = re.compile(r"^(?:url\()?#([\w.-]+)\)?$")  # in an attribute, to an id
 _LOOK = {
@@ -59,7 +61,7 @@ _LOOK = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot: points (x, y); `look` is after, before or raw (thin and pale); `dots` marks each point."""
+    """One line of a plot: points (x, y); `dots` marks each point; `look` is after, before, raw (pale) or of MANY."""
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -99,8 +101,8 @@ def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(x, float(np.mean(ys[max(0, at - half) : at + half + 1]))) for at, (x, _) in enumerate(points)]
 
 
-def line_plot(title: str, lines: Sequence[Line]) -> str:
-    """Draw lines over steps, thinned; nothing where no line has two points."""
+def line_plot(title: str, lines: Sequence[Line], axis: str = "step") -> str:
+    """Draw lines over steps, or what `axis` says, thinned; nothing where no line has two points."""
     lines = [line for line in lines if len(line.points) > 1]
     if not lines:
         return ""
@@ -110,21 +112,22 @@ def line_plot(title: str, lines: Sequence[Line]) -> str:
 
         axes, tips = figure.add_subplot(), {}
         for at, line in enumerate(lines):
-            style: dict[str, Any] = {"color": COLOURS["before" if line.look == "before" else "accent"]}
+            style: dict[str, Any] = {"color": COLOURS.get(line.look, COLOURS["accent"])}
             style |= {"linewidth": 1, "alpha": 0.5} if line.look == "raw" else {"linewidth": 2.2}
             style |= {"marker": "o", "markersize": 7} if line.dots else {}
             xs, ys = zip(*thin(line.points), strict=True)
             axes.plot(xs, ys, gid=f"line{at}", clip_on=False, **style)
             if line.dots:
-                tips[f"line{at}"] = [f"step {x:,.0f}: {shown(y)}" for x, y in zip(xs, ys, strict=True)]
+                tips[f"line{at}"] = [f"{axis} {shown(x)}: {shown(y)}" for x, y in zip(xs, ys, strict=True)]
         axes.margins(x=0.02 if tips else 0)
         low, high = axes.get_ylim()
         if high - low < 1e-6 * abs(high):  # constant but for rounding
             axes.set_ylim(low - abs(low) / 20, high + abs(high) / 20)
         axes.grid(axis="y")
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=_STEPS))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        axes.set_xlabel(axis)
+        whole = all(float(x).is_integer() for line in lines for x, _ in line.points)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=_STEPS))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if whole else "{x:g}"))
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
         large = max(abs(y) for line in lines for _, y in line.points) >= 1000
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
@@ -132,7 +135,7 @@ def line_plot(title: str, lines: Sequence[Line]) -> str:
 
     steps, values = zip(*lines[0].points, strict=True)
     said = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
-    label = f"{title} from step {shown(steps[0])} to {shown(steps[-1])}: "
+    label = f"{title} from {axis} {shown(steps[0])} to {shown(steps[-1])}: "
     label += ", ".join(f"{name} {shown(value)}" for name, value in said.items())
     legend = [(line.name, line.look) for line in lines] if len(lines) > 1 else []
     return _plot(title, label, draw, (WIDTH, HEIGHT), legend)

@@ -334,12 +334,16 @@ def _tables(results: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
+def _line(one: Mapping[str, Any]) -> Line:
+    """A line of a study's plot; curves are smoothed, what was measured at a few points is not."""
+    points = one["points"] if one.get("dots") else smooth(thin(one["points"]))
+    return Line(one["name"], points, one.get("look", "after"), one.get("dots", False))
+
+
 def _pictures(results: Mapping[str, Any]) -> str:
     """Line plots and heatmaps of studies."""
     lines = [
-        line_plot(
-            one["title"], [Line(x["name"], smooth(thin(x["points"])), x.get("look", "after")) for x in one["lines"]]
-        )
+        line_plot(one["title"], [_line(each) for each in one["lines"]], one.get("axis", "step"))
         for one in results.get("plots") or []
     ]
     maps = [similarities(one["title"], one["labels"], one["matrix"]) for one in results.get("heatmaps") or []]

@@ -23,12 +23,13 @@ from softprompts.cli.screen import (
     quiet,
     say,
     show,
-    show_arms,
     show_json,
     show_runs,
     show_table,
     show_words,
 )
+from softprompts.cli.studies import app as study_app
+from softprompts.cli.studies import multitask
 from softprompts.cli.vectors import app as vector_app
 from softprompts.config import ConfigError, Run, TaskConfig, override, parse
 from softprompts.config import read as read_config
@@ -44,6 +45,7 @@ app = typer.Typer(
 assets_app = typer.Typer(no_args_is_help=True, help="The packaged models and data sets.")
 app.add_typer(assets_app, name="assets")
 app.add_typer(vector_app, name="vector")
+app.add_typer(study_app, name="study")
 
 QUICKSTART: dict[str, Any] = {
     "model": {"name": "smollm2-135m"},
@@ -204,39 +206,7 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
         out.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-@app.command()
-def multitask(
-    config: Annotated[Path, typer.Option("--config", help="A YAML file with sources and targets.")],
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything is written.")] = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantise: Quantise = None,
-    sets: Sets = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
-    """Teach sources, train a prompt that they share, adapt it to targets, and compare with other ways to start."""
-    from softprompts.recipes.multitask import Plan, execute
-
-    given = [("out", None if out_dir is None else str(out_dir)), ("model.name", model)]
-    changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
-    changes += [f"model.{key}={json.dumps(value)}" for key, value in on_machine(device, dtype, quantise).items()]
-    plan = read_config(config, [*changes, *sets], Plan)
-    quiet()
-    try:
-        with progress() as screen:
-            results = execute(plan, screen)
-    except KeyboardInterrupt:
-        say(f"interrupted; what is done is kept in {plan.out}: the same command goes on from there")
-        raise
-    if as_json:
-        show_json(results)
-        return
-    show_arms(results)
-    out.print(f"\nresults  {Path(plan.out) / 'results.json'}\nreport   {Path(plan.out) / 'report.html'}")
-
-
-for _command in (evaluate, predict, generate):
+for _command in (multitask, evaluate, predict, generate):
     app.command()(_command)
 
 

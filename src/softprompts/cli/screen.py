@@ -136,6 +136,12 @@ def show_arms(results: Mapping[str, Any]) -> None:
         table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *one["targets"], "mean"), rows)
 
 
+def show_claims(results: Mapping[str, Any]) -> None:
+    """What a study says of a paper's claims."""
+    for one in results["claims"].values():
+        out.print(one["words"], markup=False, soft_wrap=True)
+
+
 def _mean(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "-"

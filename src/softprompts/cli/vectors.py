@@ -175,7 +175,7 @@ def compare(
         for name, length, ratio, row in cells
     ]
     columns = ("vector", "norm", "norm / start's", *found["labels"])
-    table_or_lines(f"cosines ({how}: {vectors.COSINES[how]})", columns, rows)  # type: ignore[index]
+    table_or_lines(f"cosines ({how}: {vectors.COSINES[how]})", columns, rows)
     out.print(f"\nresults  {out_dir / 'results.json'}\nreport   {out_dir / 'report.html'}")
 
 

@@ -145,7 +145,8 @@ def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
              "columns": ["task", "metric", "score", "rows"], "rows": tested},
             {"title": "Validation rows, by coefficient", "columns": ["coefficient", *names, "mean"], "rows": rows},
         ],
-        "plots": [{"title": "Mean validation score by coefficient", "lines": [{"name": "mean", "points": points}]}],
+        "plots": [{"title": "Mean validation score by coefficient", "axis": "coefficient",
+                   "lines": [{"name": "mean", "points": points, "dots": True}]}],
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from softprompts import evaluate, inject
+from softprompts import evaluate, inject, metrics
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.config import EvaluateConfig, TaskConfig
 from softprompts.data import Encoder, Row, Task, load
@@ -50,7 +50,7 @@ class Judge:
     @property
     def metric(self) -> str:
         """The name of the headline score."""
-        names = self.task.format.metrics or evaluate.metrics.default_metrics(self.task.format.kind)
+        names = self.task.format.metrics or metrics.default_metrics(self.task.format.kind)
         return names[0]
 
 

@@ -65,6 +65,12 @@ def whole(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> d
     return results
 
 
+def read_results(out: Path) -> dict[str, Any]:
+    """What a run left in its directory."""
+    found: dict[str, Any] = read_json(out / RESULTS)
+    return found
+
+
 def digest(path: str) -> str:
     """What the artefacts below a directory hold."""
     found = hashlib.sha256()

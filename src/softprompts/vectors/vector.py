@@ -144,7 +144,9 @@ def made(one: Vector, start: Tensor, scale: Number = 1) -> Artefact:
     prompt = apply(one, start, scale)
     by = exactly(scale)
     single = len({part.facts["task"] for part in one.parts}) == 1
-    kept = {key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config}
+    kept: dict[str, Any] = {
+        key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config
+    }
     if not single:
         kept.pop("task", None)
     parts = [{**part.facts, "coefficient": float(part.coefficient * by)} for part in one.parts]

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Start = Literal["random", "vocabulary", "labels", "prompt", "factors", "nearest", "weighted", "sources", "none"]
+Start = Literal[
+    "random", "vocabulary", "labels", "prompt", "factors", "first", "second", "nearest", "weighted", "sources",
+    "vectors", "none",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -12,8 +15,10 @@ class Arm:
 
     method: of the target's prompt, or what of the weights is trained; start: random, vocabulary or labels as in
     prompt.init; prompt, the variant's shared prompt; factors, the same with the average of the sources' factors;
-    nearest and weighted, the source prompts most like the target's own (SPoT); sources, vocabulary beside the source
-    prompts that are mixed (ATTEMPT); variant: of the source stage; together: one run for all targets.
+    first and second, the prompt of that source in the plan's list; nearest and weighted, the source prompts most like
+    the target's own (SPoT); sources, vocabulary beside the source prompts that are mixed (ATTEMPT); vectors, vocabulary
+    plus the sum of the sources' task prompt vectors; variant: of the source stage; together: one run for all targets;
+    asked: only where a plan names it.
     """
 
     about: str
@@ -21,6 +26,7 @@ class Arm:
     start: Start
     variant: str = ""
     together: bool = False
+    asked: bool = False
 
 
 ARMS: dict[str, Arm] = {
@@ -28,9 +34,12 @@ ARMS: dict[str, Arm] = {
     "prompt-tuning": Arm("prompt tuning from vocabulary", "prompt-tuning", "vocabulary"),
     "labels": Arm("prompt tuning from class labels", "prompt-tuning", "labels"),
     "spot-mixture": Arm("SPoT, one prompt of all sources", "prompt-tuning", "prompt", "mixture"),
+    "spot-first": Arm("SPoT, the first source", "prompt-tuning", "first", asked=True),
+    "spot-second": Arm("SPoT, the second source", "prompt-tuning", "second", asked=True),
     "spot-nearest": Arm("SPoT, the nearest source", "prompt-tuning", "nearest"),
     "spot-weighted": Arm("SPoT, the nearest sources weighted", "prompt-tuning", "weighted"),
     "attempt": Arm("ATTEMPT", "attempt", "sources"),
+    "vectors": Arm("sum of task prompt vectors", "prompt-tuning", "vectors", asked=True),
     "mpt": Arm("multitask prompt tuning", "multitask-prompt-tuning", "factors", "mpt"),
     "mpt-no-distillation": Arm("without distillation", "multitask-prompt-tuning", "factors", "no-distillation"),
     "mpt-no-decomposition": Arm("without decomposition", "prompt-tuning", "prompt", "no-decomposition"),

@@ -1,7 +1,7 @@
 """What a user writes for the recipe: sources, targets, and how each stage trains; every cap is a key."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -20,6 +20,7 @@ from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
+Shots = Annotated[int, Field(ge=0)]
 
 KEPT = ("train", "distil", "objectives", "rates")
 """Keys of a stage's training that the recipe sets itself."""
@@ -50,9 +51,10 @@ class TargetStage(Section):
 
     train: TrainConfig = TrainConfig(steps=200, batch_size=8, warmup=10)
     few: TrainConfig = TrainConfig(steps=60, batch_size=8, warmup=5)
-    shots: tuple[Count | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows
+    shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows; 0: the start as it is
+    shots_per: Literal["class", "set"] = "class"  # set: so many rows in all
     seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.asked)
     few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
     rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
     weight_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
@@ -103,7 +105,13 @@ class Plan(Section):
         _known("target.tune_on", self.target.tune_on or (), targets)
         _known("target.weight_targets", self.target.weight_targets or (), targets)
         _known("target.weight_rates", self.target.weight_rates, list(WEIGHTS))
+        few = self.target.arms if self.target.few_arms is None else self.target.few_arms
+        for arm in few if 0 in self.target.shots else ():
+            if arm in WEIGHTS or ARMS[arm].start in ("nearest", "weighted"):
+                raise ValueError(f"arm '{arm}' needs rows of the target, and target.shots has 0; leave one of them out")
         for arm in (*self.target.arms, *(self.target.few_arms or ())):
+            if ARMS[arm].start == "second" and len(self.sources) < 2:
+                raise ValueError(f"arm '{arm}' needs a second source; leave it out, or give one")
             variant = ARMS[arm].variant
             if variant and variant not in self.source.variants:
                 raise ValueError(f"arm '{arm}' starts from variant '{variant}'; add it to source.variants")

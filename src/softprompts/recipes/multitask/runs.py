@@ -95,7 +95,7 @@ def probe_runs(plan: Plan) -> Run:
         {
             "name": probe_name(task.title, shots, seed),
             "seed": seed,
-            "task": _shots(task, shots, seed).model_dump(mode="json"),
+            "task": _shots(plan, task, shots, seed).model_dump(mode="json"),
         }
         for shots in plan.target.shots
         if {"nearest", "weighted"} & {ARMS[arm].start for arm in arms_of(plan, shots, weights=False)}
@@ -129,7 +129,7 @@ def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
         "rate": cell.rate,
         "rate_unit": "absolute",
     }
-    return _run(plan, (_shots(task, shots, cell.seed),), parse(train, TrainConfig), out, seed=cell.seed)
+    return _run(plan, (_shots(plan, task, shots, cell.seed),), parse(train, TrainConfig), out, seed=cell.seed)
 
 
 def size_name(shots: int | None) -> str:
@@ -158,6 +158,8 @@ def _training(plan: Plan, shots: int | None, tasks: int, steps: tuple[int, int] 
     train = plan.target.train if shots is None else plan.target.few
     count = train.steps if steps is None else steps[shots is not None]
     changes: dict[str, Any] = {"steps": count, "evaluate_every": train.evaluate_every or max(1, count)}
+    if shots == 0:
+        changes = {"steps": 0, "evaluate_every": None, "patience": None}
     if tasks > 1:
         changes |= {"batch_size": train.batch_size * tasks, "sampling": SamplingConfig(draw="all")}
     return train.model_copy(update=changes)
@@ -171,7 +173,7 @@ def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: 
     return {
         "name": cell.name,
         "seed": cell.seed,
-        "tasks": [_shots(task, shots, cell.seed).model_dump(mode="json") for task in tasks],
+        "tasks": [_shots(plan, task, shots, cell.seed).model_dump(mode="json") for task in tasks],
         "prompt.method": arm.method,
         "prompt.options": {"ranks": plan.source.ranks} if factors else {},
         "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots, cell.seed), ())),
@@ -189,6 +191,11 @@ def _init(name: str, plan: Plan, origins: Origins, nearest: Sequence[tuple[str, 
         # With factors fixed at one every source's prompt is the shared one.
         first, count = plan.sources[0].title, len(plan.sources)
         return {"kind": "artefact", "path": str(prompt_directory(origins.variants[arm.variant], first, count))}
+    if arm.start in ("first", "second"):
+        return {"kind": "artefact", "path": origins.teachers[plan.sources[arm.start == "second"].title]}
+    if arm.start == "vectors":
+        total = " + ".join(f'"{origins.teachers[task.title]}"' for task in plan.sources)
+        return {"kind": "vector", "vector": total, "start": {"kind": "vocabulary"}}
     if arm.start == "nearest":
         return {"kind": "artefact", "path": origins.teachers[nearest[0][0]]}
     if arm.start == "weighted":
@@ -199,12 +206,13 @@ def _init(name: str, plan: Plan, origins: Origins, nearest: Sequence[tuple[str, 
     return {"kind": arm.start}
 
 
-def _shots(task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
+def _shots(plan: Plan, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
     """The task with all rows, or with few of them drawn by `seed`; the rows that judge are the same for all."""
     named = task.model_copy(update={"name": task.title})
-    if shots is None:
+    if not shots:
         return named
-    return named.model_copy(update={"split": task.split.model_copy(update={"shots": shots, "shots_seed": seed})})
+    drawn = {"shots": shots, "shots_per": plan.target.shots_per, "shots_seed": seed}
+    return named.model_copy(update={"split": task.split.model_copy(update=drawn)})
 
 
 def _run(

@@ -104,6 +104,11 @@ def _adapt(study: _Study, shots: int | None, arms: Sequence[str], targets: Seque
     if not arms or not targets:
         return
     target = study.plan.target
+    if shots == 0:  # nothing is trained, so there is no rate to choose
+        for name in targets:
+            cells = [Cell(arm, target.rates[0], seed) for arm in arms for seed in target.seeds]
+            study.found.setdefault((name, shots), []).extend(_runs(study, name, shots, cells, "seeds"))
+        return
     tuned = [name for name in targets if target.tune_on is None or name in target.tune_on] or targets[:1]
     tried = [Cell(arm, rate, target.seeds[0]) for arm in arms for rate in target.weight_rates.get(arm, target.rates)]
     first = {name: _runs(study, name, shots, tried, "rates") for name in tuned}

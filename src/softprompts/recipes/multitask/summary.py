@@ -102,12 +102,13 @@ def _line(
     arm: str, about: str, trainable: int, values: Mapping[str, Sequence[float]], targets: Sequence[str]
 ) -> dict[str, Any]:
     """A line of the table: scores by target, and their mean where it has all of them."""
-    scores = {target: _spread(values[target]) for target in targets if target in values}
+    scores = {target: spread(values[target]) for target in targets if target in values}
     mean = statistics.fmean(score["mean"] for score in scores.values()) if len(scores) == len(targets) else None
     return {"arm": arm, "about": about, "trainable": trainable, "scores": scores, "mean": mean}
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """A cell of a table: mean, sample standard deviation and number of `values`."""
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
 

@@ -1,0 +1,84 @@
+"""The commands of more than one run: the recipe `softprompts multitask` and `softprompts study ...`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
+from softprompts.cli.screen import out, progress, quiet, say, show_arms, show_claims, show_json
+from softprompts.config import Section
+from softprompts.config import read as read_config
+
+app = typer.Typer(no_args_is_help=True, help="Studies shaped like papers, on packaged data.")
+
+OutDirectory = Annotated[Path | None, typer.Option("--out", help="Where everything is written.")]
+
+
+def multitask(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file with sources and targets.")],
+    out_dir: OutDirectory = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Teach sources, train a prompt that they share, adapt it to targets, and compare with other ways to start."""
+    from softprompts.recipes.multitask import Plan, execute
+
+    plan = _read(config, Plan, out_dir, model, on_machine(device, dtype, quantise), sets)
+    _carry_out(plan, execute, show_arms, as_json)
+
+
+@app.command()
+def vectors(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file with tasks and unseen targets.")],
+    out_dir: OutDirectory = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Task prompt vectors: do they depend on their start, do sums work, do they help with few examples?"""
+    from softprompts.studies.task_prompt_vectors import Study, execute
+
+    plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantise), sets)
+    _carry_out(plan, execute, show_claims, as_json)
+
+
+def _read(
+    config: Path,
+    kind: type[Section],
+    out_dir: Path | None,
+    model: str | None,
+    machine: dict[str, Any],
+    sets: list[str],
+) -> Any:
+    """The plan in a file, with what the command line changes."""
+    given = [("out", None if out_dir is None else str(out_dir)), ("model.name", model)]
+    changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
+    changes += [f"model.{key}={json.dumps(value)}" for key, value in machine.items()]
+    return read_config(config, [*changes, *sets], kind)
+
+
+def _carry_out(
+    plan: Any, execute: Callable[..., dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool
+) -> None:
+    quiet()
+    try:
+        with progress() as screen:
+            results = execute(plan, screen)
+    except KeyboardInterrupt:
+        say(f"interrupted; what is done is kept in {plan.out}: the same command goes on from there")
+        raise
+    if as_json:
+        show_json(results)
+        return
+    show(results)
+    out.print(f"\nresults  {Path(plan.out) / 'results.json'}\nreport   {Path(plan.out) / 'report.html'}")

@@ -1,0 +1,39 @@
+"""Question 3: does a sum of vectors help a new task that has few examples?"""
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+SUM, PLAIN = "vectors", ("random", "prompt-tuning")
+"""The arm in question, and the arms that take nothing from other tasks."""
+
+
+def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What the targets say about the claim that sums are good starts, over all targets and all sizes but 0 rows.
+
+    ranks: of each arm the mean of its score minus the best plain start's; words: the same for people.
+    """
+    gaps: dict[str, list[float]] = {}
+    for results in found.values():
+        for table in results["arms"]:
+            means = {line["arm"]: line["mean"] for line in table["lines"] if line["mean"] is not None}
+            plain = [means[arm] for arm in PLAIN if arm in means]
+            for arm in means if plain and table["size"] != "0-shot" else ():
+                gaps.setdefault(arm, []).append(means[arm] - max(plain))
+    over = {arm: fmean(values) for arm, values in gaps.items() if arm not in ("no prompt", *PLAIN)}
+    if SUM not in over:
+        return {"over": over, "holds": None, "words": "No sum of vectors was trained on."}
+    wins = sum(gap > 0 for gap in gaps[SUM])
+    others = {arm: gap for arm, gap in over.items() if arm != SUM}
+    count = len(gaps[SUM])
+    holds = (
+        "holds" if wins >= 0.8 * count and over[SUM] > 0.01 else "holds in part" if over[SUM] > 0 else "does not hold"
+    )
+    words = (
+        f"From the sum of two vectors few-shot training ends {over[SUM]:+.3f} from the better plain start, above it in "
+        f"{wins} of {count} cases (targets and sizes)."
+    )
+    if others:
+        best = max(others, key=others.__getitem__)
+        words += f" The best other start, {best}, ends {others[best]:+.3f} from it."
+    return {"over": over, "holds": holds, "words": f"{words} That sums are good starts {holds} on this model."}

@@ -1,0 +1,84 @@
+"""Question 2: does the sum of two vectors serve both tasks, as it is and as a start for few examples?"""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from torch import Tensor
+
+from softprompts import vectors
+from softprompts.job import Screen
+from softprompts.recipes.coefficient import choose
+from softprompts.recipes.judging import Judge
+from softprompts.vectors import Vector
+
+KEPT = 0.9
+"""The claim holds where a sum keeps at least this part of what the two vectors gain on their own tasks."""
+
+
+def measure(
+    judges: tuple[Judge, Judge],
+    found: Sequence[tuple[Vector, Vector]],
+    starts: Sequence[Tensor],
+    grid: Sequence[float],
+    screen: Screen,
+) -> dict[str, Any]:
+    """Test scores of the sum of two tasks' vectors, from each of `starts`, with the coefficient that validation chose.
+
+    Beside them, on both tasks: the start, the prompt of the task itself, and the prompt of the other task.
+    """
+    names = [judge.task.name for judge in judges]
+    scores: dict[str, dict[str, list[float]]] = {
+        kind: {name: [] for name in names} for kind in ("sum", "own", "other", "start")
+    }
+    coefficients = []
+    for pair, start in zip(found, starts, strict=True):
+        total = pair[0] + pair[1]
+        coefficients.append(choose(judges, total, start, grid, screen).best)
+        added = vectors.apply(total, start, coefficients[-1])
+        own = [vectors.apply(one, start) for one in pair]
+        for at, judge in enumerate(judges):
+            judged = judge.scores([added, own[at], own[1 - at], start], judge.task.test, names[at], screen.judged)
+            for kind, value in zip(scores, judged, strict=True):
+                scores[kind][names[at]].append(value)
+    return {
+        "tasks": names,
+        "metrics": [judge.metric for judge in judges],
+        "coefficients": coefficients,
+        "scores": scores,
+    }
+
+
+def kept(measured: Mapping[str, Any], kind: str) -> float | None:
+    """The part of what both tasks gained that a prompt of `kind` keeps, mean over both; None where neither gained."""
+    parts = []
+    for name in measured["tasks"]:
+        own, start, value = (fmean(measured["scores"][key][name]) for key in ("own", "start", kind))
+        if own - start > 0.02:
+            parts.append((value - start) / (own - start))
+    return fmean(parts) if parts else None
+
+
+def verdict(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the pairs say about the claim that sums serve both tasks: of related pairs, of others, and in words."""
+    found: dict[str, Any] = {}
+    lines = []
+    for name, related in (("related", True), ("unrelated", False)):
+        pairs = [one for one in measured if one["related"] == related]
+        values = {kind: [x for x in (kept(one, kind) for one in pairs) if x is not None] for kind in ("sum", "other")}
+        if not values["sum"]:
+            continue
+        mean = {kind: fmean(each) for kind, each in values.items()}
+        whole = sum(value >= KEPT for value in values["sum"])
+        found[name] = {"pairs": len(values["sum"]), "kept": mean, "whole": whole}
+        lines.append(
+            f"Sums of {len(values['sum'])} {name} pairs keep {mean['sum']:.0%} of what the two prompts gain on their "
+            f"own tasks, {whole} of them at least {KEPT:.0%}; the prompt of the other task alone keeps {mean['other']:.0%}."
+        )
+    kept_all = [value for one in measured if (value := kept(one, "sum")) is not None]
+    if not kept_all:
+        return {**found, "holds": None, "words": "Training gained nothing, so there is nothing to keep."}
+    share = sum(value >= KEPT for value in kept_all) / len(kept_all)
+    holds = "holds" if share >= 0.9 else "holds in part" if share >= 0.25 else "does not hold"
+    words = " ".join(lines) + f" That a sum serves both of its tasks {holds} on this model."
+    return {**found, "holds": holds, "words": words}
