@@ -28,9 +28,8 @@ _STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 
 # What is drawn in one of these colours takes the style sheet's variable of that name.
 COLOURS = {"ink": "#00000a", "quiet": "#00000b", "edge": "#00000c", "accent": "#00000d", "before": "#00000e"}
-MANY = tuple(f"line{number}" for number in range(1, 9))  # of lines that stand side by side, told apart by colour alone
-COLOURS |= {name: f"#0000{at:02x}" for at, name in enumerate(MANY, 16)}
-_VARIABLES = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+MANY = {f"line{number}": f"#0000{15 + number:02x}" for number in range(1, 9)}  # of lines that only colour tells apart
+_VARIABLES = {colour: f"var(--{name})" for name, colour in (COLOURS | MANY).items()}
 _LINK = re.compile(r"^(?:url\()?#([\w.-]+)\)?$")  # in an attribute, to an id
 _LOOK = {
     "svg.fonttype": "none",  # text stays text
@@ -112,7 +111,7 @@ def line_plot(title: str, lines: Sequence[Line], axis: str = "step") -> str:
 
         axes, tips = figure.add_subplot(), {}
         for at, line in enumerate(lines):
-            style: dict[str, Any] = {"color": COLOURS.get(line.look, COLOURS["accent"])}
+            style: dict[str, Any] = {"color": (COLOURS | MANY).get(line.look, COLOURS["accent"])}
             style |= {"linewidth": 1, "alpha": 0.5} if line.look == "raw" else {"linewidth": 2.2}
             style |= {"marker": "o", "markersize": 7} if line.dots else {}
             xs, ys = zip(*thin(line.points), strict=True)

@@ -51,7 +51,7 @@ class Unseen(Section):
 
 
 class FewStage(Section):
-    """Few examples of unseen targets, by the recipe of multitask prompt tuning, whose keys `source` and `target` are."""
+    """Few examples of unseen targets, by the recipe of multitask prompt tuning; its keys `source` and `target`."""
 
     targets: tuple[Unseen, ...] = Field(min_length=1)
     source: SourceStage = SourceStage(variants=("mpt", "mixture"))

@@ -210,7 +210,7 @@ def _curve(title: str, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if line["mean"] is not None and line["arm"] != "no prompt":
                 points.setdefault(line["arm"], []).append((float(size), line["mean"]))
     lines = [
-        {"name": arm, "points": sorted(each), "dots": True, "look": MANY[at % len(MANY)]}
+        {"name": arm, "points": sorted(each), "dots": True, "look": list(MANY)[at % len(MANY)]}
         for at, (arm, each) in enumerate(points.items())
     ]
     return {"title": f"{title}: score by examples", "axis": "examples", "lines": lines}

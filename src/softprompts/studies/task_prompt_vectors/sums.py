@@ -73,7 +73,7 @@ def verdict(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[name] = {"pairs": len(values["sum"]), "kept": mean, "whole": whole}
         lines.append(
             f"Sums of {len(values['sum'])} {name} pairs keep {mean['sum']:.0%} of what the two prompts gain on their "
-            f"own tasks, {whole} of them at least {KEPT:.0%}; the prompt of the other task alone keeps {mean['other']:.0%}."
+            f"own tasks, {whole} of them at least {KEPT:.0%}; the other task's prompt alone keeps {mean['other']:.0%}."
         )
     kept_all = [value for one in measured if (value := kept(one, "sum")) is not None]
     if not kept_all:

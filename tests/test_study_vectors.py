@@ -1,0 +1,334 @@
+"""The study of task prompt vectors on a tiny model: what is measured, what is reused, what is said of the claims."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import local
+from softprompts import artefact, job, vectors
+from softprompts.config import ConfigError, parse
+from softprompts.prepare import Screen
+from softprompts.recipes import coefficient
+from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, sums
+
+P = 4
+TASKS = ("alpha", "beta", "gamma")
+
+
+def study_values(folder: Path) -> dict:
+    """Three tasks from two starts, all pairs, and one unseen target, on a tiny model."""
+    tasks = []
+    for i, name in enumerate((*TASKS, "delta")):
+        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        split = {"validation_fraction": 0.2, "test_fraction": 0.2}
+        tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
+    train = {"steps": 4, "batch_size": 4, "rate": 0.3}
+    return {
+        "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
+        "prompt": {"length": P},
+        "tasks": tasks[:3],
+        "groups": {"first": ["alpha", "beta"]},
+        "vectors": {
+            "train": train,
+            "starts": [{"kind": "vocabulary", "seed": 0}, {"kind": "random", "seed": 1}],
+            "rates": [0.1, 0.3],
+            "tune_on": ["alpha"],
+        },
+        "sums": {"starts": 2, "coefficients": [0, 0.5, 1], "few": {**train, "steps": 2}, "shots": 2},
+        "few": {
+            "targets": [{"target": tasks[3], "sources": ["alpha", "beta"]}],
+            "source": {"train": {**train, "sampling": {"draw": "some"}}, "variants": ["mixture"]},
+            "target": {
+                "few": train,
+                "shots": [0, 4],
+                "shots_per": "set",
+                "seeds": [0, 1],
+                "rates": [0.3],
+                "arms": ["prompt-tuning", "spot-first", "spot-second", "spot-mixture", "vectors"],
+            },
+        },
+        "evaluate": {"resamples": 100},
+        "out": str(folder / "out"),
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A study that was carried out, with what it said."""
+    values = study_values(tmp_path_factory.mktemp("study"))
+    said: list[str] = []
+    results = execute(parse(values, Study), Screen(say=said.append))
+    return values, results, said
+
+
+def page(values: dict, *parts: str) -> dict:
+    return json.loads(Path(values["out"], *parts, "results.json").read_text())
+
+
+def test_vectors_differ_by_their_start_alone(done):
+    """Every start of a task sees the same rows in the same order, at the rate that validation chose."""
+    values, results, _ = done
+    tried = results["rate"]["tried"]
+    assert results["rate"]["rate"] == max((0.1, 0.3), key=lambda rate: (tried[f"{rate:g}"], -rate))
+    for rate in ("0.1", "0.3"):
+        assert tried[rate] == page(values, "rates", "alpha", f"rate{rate}")["validation"][-1]["value"]
+    for task in TASKS:
+        runs = [page(values, "vectors", task, f"start{place}") for place in (0, 1)]
+        assert [run["config"]["prompt"]["init"]["kind"] for run in runs] == ["vocabulary", "random"]
+        configs = [{**run["config"], "out": "", "prompt": ""} for run in runs]
+        assert configs[0] == configs[1]
+        assert configs[0]["train"]["rate"] == results["rate"]["rate"]
+
+
+def test_own_scores_are_those_of_the_trained_prompts(done):
+    """The judge of the study and the job that trained the prompts agree, row by row."""
+    values, results, _ = done
+    for task in TASKS:
+        found = results["independence"][task]
+        trained = [page(values, "vectors", task, f"start{place}")["summary"] for place in (0, 1)]
+        assert found["scores"]["own"]["each"] == [run["after"]["value"] for run in trained]
+        assert found["stock"] == trained[0]["before"]["value"]
+        for place in (0, 1):
+            one = artefact.load(Path(values["out"], "vectors", task, f"start{place}", "prompt"))
+            ratio = float((one.prompt.double() - one.initial).norm() / one.initial.double().norm())
+            assert found["ratios"][place] == pytest.approx(ratio)
+
+
+def test_conditions():
+    """Each prompt of each condition, against the definition."""
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(P, 8, generator=generator) for _ in range(3)]
+    tuned = [start + torch.randn(P, 8, generator=generator) for start in starts]
+    like = local_artefacts(starts, tuned)
+    found = [vectors.vector(one, str(i)) for i, one in enumerate(like)]
+    made = independence.prompts(found, starts)
+    assert {name: len(each) for name, each in made.items()} == {
+        "own": 3, "cross": 6, "start": 3, "shuffled": 6, "random": 6, "alone": 3,
+    }  # fmt: skip
+    taus = [b.double() - a.double() for a, b in zip(starts, tuned, strict=True)]
+    crossings = [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    for i in range(3):
+        assert made["own"][i].equal(tuned[i])
+        assert made["start"][i].equal(starts[i])
+        assert made["alone"][i].equal(taus[i].float())
+    for place, (of, on) in enumerate(crossings):
+        assert made["cross"][place].equal((starts[on].double() + taus[of]).float())
+        change = {name: made[name][place].double() - starts[on].double() for name in ("shuffled", "random")}
+        for each in change.values():
+            assert float(each.norm()) == pytest.approx(float(taus[of].norm()), rel=1e-5)
+            assert abs(vectors.cosine(each, taus[of])) < 0.6
+        numbers = [one.flatten().sort().values for one in (change["shuffled"], taus[of])]
+        torch.testing.assert_close(*numbers, atol=1e-6, rtol=1e-5)
+
+
+def local_artefacts(starts, tuned):
+    """Artefacts with these prompts, of one task and backbone."""
+    import artefacts
+
+    return [
+        artefacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
+        for start, prompt in zip(starts, tuned, strict=True)
+    ]
+
+
+def test_pairs_hold_what_a_judge_finds(done):
+    _, results, _ = done
+    assert [one["tasks"] for one in results["pairs"]] == [["alpha", "beta"], ["alpha", "gamma"], ["beta", "gamma"]]
+    assert [one["related"] for one in results["pairs"]] == [True, False, False]
+    for one in results["pairs"]:
+        assert all(coefficient in (0, 0.5, 1) for coefficient in one["coefficients"])
+        for task in one["tasks"]:
+            own = results["independence"][task]["scores"]["own"]["each"]
+            assert one["scores"]["own"][task]["mean"] == pytest.approx(sum(own) / 2)
+            assert one["scores"]["sum"][task]["n"] == 2
+    first = results["pairs"][0]
+    if first["coefficients"] == [0, 0]:
+        assert first["scores"]["sum"] == first["scores"]["start"]
+
+
+def test_sums_are_trained_on_from_where_they_are(done):
+    values, results, _ = done
+    assert set(results["again"]) == set(TASKS)
+    assert set(results["again"]["alpha"]) == {"start", "alpha+beta", "alpha+gamma"}
+    out = Path(values["out"])
+    begun = artefact.load(out / "again/alpha/alpha+beta-seed1/prompt").initial
+    parts = [artefact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
+    change = sum(one.prompt.double() - one.initial.double() for one in parts)
+    torch.testing.assert_close(begun, (parts[0].initial.double() + change).float(), atol=1e-7, rtol=0)
+
+
+def test_unseen_targets_start_from_their_sources(done):
+    """With no rows nothing is trained: what is judged is the start. With few, as many rows as were asked for in all."""
+    values, results, _ = done
+    zero, four = results["few"]["delta"]["arms"]
+    assert (zero["size"], four["size"]) == ("0-shot", "4-shot")
+    out = Path(values["out"], "few", "delta")
+    first = artefact.load(out / "targets/delta-0-shot/seeds/spot-first-rate0.3-seed0/prompt")
+    second = artefact.load(out / "targets/delta-0-shot/seeds/spot-second-rate0.3-seed0/prompt")
+    sources = [artefact.load(Path(values["out"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")]
+    assert first.prompt.equal(sources[0].prompt)
+    assert second.prompt.equal(sources[1].prompt)
+    plain = artefact.load(out / "targets/delta-0-shot/seeds/prompt-tuning-rate0.3-seed1/prompt")
+    summed = artefact.load(out / "targets/delta-0-shot/seeds/vectors-rate0.3-seed1/prompt")
+    change = sum(one.prompt.double() - one.initial.double() for one in sources)
+    torch.testing.assert_close(summed.prompt, (plain.prompt.double() + change).float(), atol=1e-7, rtol=0)
+    run = page(values, "few/delta/targets/delta-4-shot/rates/vectors-rate0.3-seed0")
+    assert run["rows"]["train"] == run["rows"]["validation"] == 4
+    lines = {line["arm"]: line for line in zero["lines"]}
+    assert lines["spot-first"]["scores"]["delta"]["sd"] == 0  # the same prompt whatever the seed
+
+
+def test_a_second_call_measures_nothing(done, monkeypatch):
+    values, results, _ = done
+    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("runs were done again"))
+    monkeypatch.setattr(independence, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(sums, "measure", lambda *_: pytest.fail("measured again"))
+    again = execute(parse(values, Study))
+    for key in ("claims", "independence", "pairs", "again", "few", "similarity"):
+        assert again[key] == results[key]
+
+
+def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
+    """What was measured hangs on the prompts: one that was made anew, with other numbers, is judged anew."""
+    values, _, _ = done
+    asked = []
+    original = independence.measure
+    monkeypatch.setattr(independence, "measure", lambda *given: asked.append(1) or original(*given))
+    small = {**values, "sums": None, "few": None, "out": str(tmp_path / "out")}
+    execute(parse(small, Study))
+    assert len(asked) == 3
+    execute(parse(small, Study))
+    assert len(asked) == 3
+    place = tmp_path / "out/vectors/beta/start1/prompt"
+    one = artefact.load(place)
+    moved = one.prompt + 0.01
+    artefact.save(vectors.made(vectors.vector(one), moved), place)
+    execute(parse(small, Study))
+    assert len(asked) == 4
+
+
+def test_the_page_says_what_held(done):
+    values, results, _ = done
+    text = Path(values["out"], "report.html").read_text()
+    for claim in results["claims"].values():
+        assert claim["words"].split(".")[0].replace("'", "&#x27;") in text
+    assert "Question 3: few examples of delta" in text
+    assert "Cosines of vectors, flat" in text
+    assert text.count("<svg") >= 5
+
+
+def measured(own: float, cross: float, start: float, control: float, ratio: float = 1.0) -> dict:
+    scores = {"own": own, "cross": cross, "start": start, "shuffled": control, "random": start, "alone": start}
+    return {"scores": {name: [value, value] for name, value in scores.items()}, "ratios": [ratio]}
+
+
+@pytest.mark.parametrize(
+    ("one", "holds"),
+    [
+        (measured(0.9, 0.9, 0.5, 0.5), "holds"),
+        (measured(0.9, 0.8, 0.5, 0.5), "holds in part"),
+        (measured(0.9, 0.9, 0.5, 0.85), "holds in part"),
+        (measured(0.9, 0.6, 0.5, 0.5), "does not hold"),
+        (measured(0.9, 0.8, 0.5, 0.85), "does not hold"),
+        (measured(0.5, 0.9, 0.5, 0.5), None),
+    ],
+)
+def test_the_verdict_on_independence(one, holds):
+    found = independence.verdict({"a": one})
+    assert found["holds"] == holds
+    if holds:
+        assert f" {holds} on this model" in found["words"]
+        assert found["kept"]["cross"] == pytest.approx((one["scores"]["cross"][0] - 0.5) / 0.4)
+
+
+def pair(gain: float, related: bool = True) -> dict:
+    """Two tasks whose own prompts gain 0.4, and a sum that keeps `gain` of it."""
+    kinds = {"sum": 0.5 + 0.4 * gain, "own": 0.9, "other": 0.6, "start": 0.5}
+    scores = {kind: {"a": [value], "b": [value]} for kind, value in kinds.items()}
+    return {"tasks": ["a", "b"], "related": related, "scores": scores}
+
+
+def test_the_verdict_on_sums():
+    assert sums.kept(pair(0.7), "sum") == pytest.approx(0.7)
+    assert sums.kept(pair(0.7), "other") == pytest.approx(0.25)
+    assert sums.verdict([pair(1.0), pair(0.95, related=False)])["holds"] == "holds"
+    mixed = sums.verdict([pair(1.0), pair(0.4), pair(0.3, related=False)])
+    assert (mixed["holds"], mixed["related"]["whole"], mixed["unrelated"]["whole"]) == ("holds in part", 1, 0)
+    assert mixed["related"]["kept"]["sum"] == pytest.approx(0.7)
+    assert sums.verdict([pair(0.5)])["holds"] == "does not hold"
+
+
+def table(size: str, **means: float) -> dict:
+    return {"size": size, "lines": [{"arm": arm.replace("_", "-"), "mean": mean} for arm, mean in means.items()]}
+
+
+def test_the_verdict_on_few_examples():
+    """Over the better plain start, at every size but none."""
+    tables = [table("0-shot", random=0.1, vectors=0.9), table("10-shot", random=0.5, prompt_tuning=0.6, vectors=0.7)]
+    found = few.verdict({"a": {"arms": tables}})
+    assert found["over"] == {"vectors": pytest.approx(0.1)}
+    assert found["holds"] == "holds"
+    worse = [table("10-shot", prompt_tuning=0.6, vectors=0.5, attempt=0.65)]
+    found = few.verdict({"a": {"arms": worse}})
+    assert (found["holds"], found["over"]["attempt"]) == ("does not hold", pytest.approx(0.05))
+    assert "The best other start, attempt" in found["words"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": {"init": {"kind": "random"}}}, "prompt.init is set by the study itself"),
+        ({"groups": {"x": ["alfa"]}}, "groups: 'alfa' is unknown; did you mean 'alpha'"),
+        ({"sums": {"starts": 3}}, "sums.starts is 3, and there are 2 starts"),
+        ({"sums": {"pairs": [["alpha", "alpha"]], "starts": 2}}, "alpha stands beside itself"),
+        ({"vectors": {"starts": [{}]}}, "at least 2 items"),
+        ({"model": {"head": "sequence"}}, "need a language model's head"),
+    ],
+)
+def test_what_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({**study_values(tmp_path), **changes}, Study)
+
+
+def test_unseen_targets_are_unseen(tmp_path):
+    values = study_values(tmp_path)
+    seen = {"targets": [{"target": values["tasks"][0], "sources": ["beta"]}]}
+    with pytest.raises(ConfigError, match="alpha is among the tasks, so it is not unseen"):
+        parse({**values, "few": seen}, Study)
+
+
+class Poison:
+    """Rows that nobody may look at."""
+
+    def __len__(self):
+        return 5
+
+    def __getattr__(self, name):
+        pytest.fail("test rows were read")
+
+    def __getitem__(self, place):
+        pytest.fail("test rows were read")
+
+    def __iter__(self):
+        pytest.fail("test rows were read")
+
+
+def test_the_search_never_reads_test_rows(done):
+    """With test rows that cannot be read the same coefficient is found."""
+    from dataclasses import replace
+
+    from softprompts.studies.task_prompt_vectors.stages import _AtHand
+
+    values, results, _ = done
+    at_hand = _AtHand(parse(values, Study), Screen())
+    judges = [at_hand.judge(name) for name in ("alpha", "beta")]
+    poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
+    one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
+    start = one.like.initial
+    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), Screen())
+    assert found.best == results["pairs"][0]["coefficients"][0]
+    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), Screen())
+    assert found.means == [pytest.approx((a + b) / 2) for a, b in zip(*found.scores.values(), strict=True)]
+    assert found.means[found.grid.index(found.best)] == max(found.means)
