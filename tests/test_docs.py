@@ -13,6 +13,7 @@ import yaml
 
 from softprompts import config
 from softprompts.recipes.multitask import Plan
+from softprompts.studies.task_prompt_vectors import Study
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,6 +32,18 @@ MULTITASK = [
     *("--set", "target.few_arms=[prompt-tuning, mpt, spot-mixture]", "--set", "source.variants=[mpt, mixture]"),
     *("--set", "target.arms=[mpt]", "--set", "evaluate.resamples=100"),
 ]
+STUDY = [
+    *("--set", "tasks=[{source: trec, split: {limit: {train: 40, validation: 8, test: 8}}}, "
+      "{source: tweets, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
+    *("--set", "groups={}", "--set", "vectors.train.steps=2", "--set", "vectors.rates=[0.1]"),
+    *("--set", "vectors.tune_on=null", "--set", "vectors.starts=[{seed: 0}, {seed: 1}]"),
+    *("--set", "sums={starts: 1, coefficients: [0, 1], few: null}"),
+    *("--set", "few.targets=[{target: {source: movies, split: {limit: {train: 40, validation: 8, test: 8}}}, "
+      "sources: [trec, tweets]}]"),
+    *("--set", "few.source.train.steps=2", "--set", "few.source.variants=[mixture]", "--set", "few.target.few.steps=2"),
+    *("--set", "few.target.shots=[0, 4]", "--set", "few.target.seeds=[0]", "--set", "few.target.rates=[0.1]"),
+    *("--set", "few.target.arms=[prompt-tuning, vectors]", "--set", "evaluate.resamples=100"),
+]  # fmt: skip
 SMALL = ["--set", "task.split.limit={train: 40, validation: 8, test: 8}"]
 
 
@@ -83,6 +96,10 @@ def test_every_command_runs(folder):
             arguments = [*arguments, *SHORT, *([] if "reviews" in line else SMALL)]
         if arguments[0] == "multitask":
             arguments = [*arguments, *MULTITASK]
+        if arguments[:2] == ["study", "vectors"]:
+            arguments = [*arguments, *STUDY]
+        if arguments[:2] == ["vector", "search"]:
+            arguments = [*arguments, "--coefficients", "0,1"]
         if arguments[0] == "evaluate" and "--data" in arguments:
             continue  # thousands of rows; the same path is tested in test_cli
         call(arguments, folder)
@@ -99,7 +116,7 @@ def test_every_snippet_runs(page, text, tmp_path):
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda x: x.name if isinstance(x, Path) else "")
 def test_every_configuration_is_right(page, text):
     values = yaml.safe_load(text)
-    config.parse(values, Plan if "sources" in values else config.Run)
+    config.parse(values, Plan if "sources" in values else Study if "vectors" in values else config.Run)
 
 
 def test_every_link_leads_somewhere():

@@ -38,7 +38,7 @@ def start(
     labels: Sequence[str] = (),
     allow_other_weights: bool = False,
 ) -> Start:
-    """The start `[P, D]` that `config` describes, and the sources `[S, P, D]` where it names some.
+    """The start `[P, D]` that `config` describes, with the sources `[S, P, D]` and the trained state where it names some.
 
     labels: the task's label words, for kind labels where the configuration names none.
     Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are
@@ -46,20 +46,27 @@ def start(
     """
     seed = seed if config.seed is None else config.seed
     paths = {"artefact": (config.path or "",), "mean": config.paths}.get(config.kind, ())
-    found = _from_artefacts((*paths, *config.sources), backbone, site, slot, allow_other_weights)
-    sources = torch.stack(found[len(paths) :]) if config.sources else None
+    state = (config.state,) if config.state else ()
+    read = _fitting(
+        [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, slot, allow_other_weights
+    )
+    sources = [one.matrix(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
+    found = [one.matrix(path).clone() for one, path in zip(read, paths, strict=False)]
     if config.kind == "artefact":
-        return Start(found[0], sources)
-    if config.kind == "mean":
-        return Start(transfer.mean(found[: len(paths)], config.weights), sources)
-    if config.kind == "multitask":
+        made = Start(found[0])
+    elif config.kind == "mean":
+        made = Start(transfer.mean(found, config.weights))
+    elif config.kind == "multitask":
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
-        return replace(_from_multitask(config, config.path, parts), sources=sources)
-    if config.kind == "vector":
-        prompt = _from_vector(config, backbone, site, slot, seed, labels, allow_other_weights)
-        return Start(prompt, sources)
-    return Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels), sources)
+        made = _from_multitask(config, config.path, parts)
+    elif config.kind == "vector":
+        made = Start(_from_vector(config, backbone, site, slot, seed, labels, allow_other_weights))
+    else:
+        made = Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
+    return replace(
+        made, sources=torch.stack(sources) if sources else None, state=dict(read[-1].state) if state else None
+    )
 
 
 def _made(
@@ -201,14 +208,6 @@ def _from_labels(
 def text_pieces(tokenizer: Any, text: str) -> Tensor:
     """All token ids of `text`, without special tokens."""
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _from_artefacts(
-    paths: Sequence[str], backbone: Backbone, site: Site, slot: Slot, allow_other_weights: bool
-) -> list[Tensor]:
-    """The prompts in `paths`, which must have been trained for these weights, this site and this shape."""
-    found = _fitting([(path, None) for path in paths], backbone, site, slot, allow_other_weights)
-    return [one.matrix(path).clone() for one, path in zip(found, paths, strict=True)]
 
 
 def _fitting(

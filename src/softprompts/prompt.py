@@ -22,25 +22,31 @@ SOURCES = "sources"
 class Slot:
     """What a method must fill: one prompt of `[length, width]` for each of `tasks`.
 
-    `features` is the width of the backbone's input embeddings (what a method that reads the text sees).
+    `features` is the width of the backbone's input embeddings (what a method that reads the text sees), `vocabulary` the
+    number of its token ids; `layers` are the widths of each layer's part where a prompt has one for every layer (sites
+    layers and kv), and sum to `width`.
     """
 
     tasks: tuple[str, ...]
     length: int
     width: int
     features: int
+    vocabulary: int = 0
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Start:
     """Where training begins: `prompt [P, D]` and, for methods that mix other artefacts, `sources [S, P, D]`.
 
-    factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task.
+    factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task; state:
+    tensors of the same method that was trained before, under its own names, for every task.
     """
 
     prompt: Tensor
     sources: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
+    state: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ def search(
         return
     rows = [(f"{at['coefficient']:g}", *(f"{s:.3f}" for s in at["scores"].values()), f"{at['mean']:.3f}")
             for at in found["validation"]]  # fmt: skip
-    table_or_lines("validation rows", ("coefficient", *found["rows"], "mean"), rows)
+    table_or_lines("validation rows", ("coefficient", *found["judged"], "mean"), rows)
     for name, scores in found["test"].items():
         for metric, score in scores.items():
             out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {found['coefficient']:g}")

@@ -48,6 +48,7 @@ class InitConfig(Section):
     factors: Literal["average", "task", "ones"] = "average"  # kind multitask: of all sources, of init.task, or one
     task: str | None = None  # kind multitask with factors `task`: the source task
     sources: tuple[str, ...] = ()  # trained prompts that a method mixes, whatever the kind
+    state: str | None = None  # a trained prompt of the same method, whose tensors training goes on from
     vector: str | None = None  # kind vector: a sum of trained prompts, such as movies + 0.5*products
     start: "InitConfig | None" = None  # kind vector: what the sum is added to; None: where all its prompts began
     population: int | None = Field(default=None, ge=1)  # draw from the n most common tokens only

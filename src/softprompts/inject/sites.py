@@ -28,11 +28,14 @@ def width(backbone: Backbone, site: Site) -> int:
     Raises BackboneError for a site that the family does not have, naming those it has.
     """
     check_site(backbone, site)
+    return sum(_parts(backbone, site)) if site.name in ("layers", "kv") else backbone.features
+
+
+def _parts(backbone: Backbone, site: Site) -> tuple[int, ...]:
+    """The widths of each layer's part of a deep prompt; none at sites without layers."""
     if site.name == "layers":
-        return len(backbone.layers) * _layer_width(backbone)
-    if site.name == "kv":
-        return sum(2 * heads * size for heads, size in backbone.kv_shape)
-    return backbone.features
+        return (_layer_width(backbone),) * len(backbone.layers)
+    return tuple(2 * heads * size for heads, size in backbone.kv_shape) if site.name == "kv" else ()
 
 
 def slot(backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int) -> Slot:
@@ -45,7 +48,8 @@ def slot(backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int) ->
             f"a prompt of {length} tokens leaves no room for text: {backbone.name or 'the model'} takes "
             f"{backbone.context} positions; choose a shorter prompt"
         )
-    return Slot(tasks, length, width(backbone, site), backbone.features)
+    wide = width(backbone, site)
+    return Slot(tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site))
 
 
 def check_site(backbone: Backbone, site: Site) -> None:

@@ -47,9 +47,33 @@ def build(name: str, options: Mapping[str, Any], slot: Slot, start: Start) -> An
     except (TypeError, ValueError) as error:
         raise ConfigError(f"prompt.options of method {name}: {error}") from None
     try:
-        return kind(config, slot, start)
+        method: Any = kind(config, slot, start)
     except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from None
+    if start.state:
+        _take_up(name, method, start.state)
+    return method
+
+
+def _take_up(name: str, method: Any, state: Mapping[str, Any]) -> None:
+    """Put tensors of the same method, trained before for one task, in the place of its own, for every task alike.
+
+    What the method has beyond them keeps its own start. Raises ConfigError for tensors that it does not have.
+    """
+    lists: tuple[str, ...] = getattr(method, "per_task", ())
+    own = method.state_dict()
+    for key, value in state.items():
+        owner, _, _ = key.partition(".")
+        places = [f"{owner}.{i}" for i in range(len(method.slot.tasks))] if owner in lists else [key]
+        for place in places:
+            if place not in own or own[place].shape != value.shape:
+                held = f"one of {list(own[place].shape)}" if place in own else f"none; it has {', '.join(own)}"
+                raise ConfigError(
+                    f"init.state: the trained prompt has a tensor '{key}' of {list(value.shape)} and method {name} "
+                    f"{held}; give a prompt of the same method and options"
+                )
+            own[place] = value
+    method.load_state_dict(own)
 
 
 def groups(method: Any) -> Mapping[str, Group]:

@@ -104,7 +104,9 @@ def search(
             for place, (at, mean) in enumerate(zip(choice.grid, choice.means, strict=True))
         ],
         "test": told,
-        "rows": {one.task.name: {"validation": len(one.task.validation), "test": len(one.task.test)} for one in judges},
+        "judged": {
+            one.task.name: {"validation": len(one.task.validation), "test": len(one.task.test)} for one in judges
+        },
         "parents": list(total.parents),
         "versions": versions(),
     }
@@ -132,7 +134,7 @@ def begin(total: Vector, start: Artefact | None) -> Tensor:
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results with the tables and the picture of their page."""
-    names = list(results["rows"])
+    names = list(results["judged"])
     tested = [[name, metric, one["value"], one["n"]] for name, each in results["test"].items()
               for metric, one in each.items()]  # fmt: skip
     rows = [[f"{at['coefficient']:g}", *(at["scores"][name] for name in names), at["mean"]]
