@@ -38,7 +38,7 @@ def start(
     labels: Sequence[str] = (),
     allow_other_weights: bool = False,
 ) -> Start:
-    """The start `[P, D]` that `config` describes, with the sources `[S, P, D]` and the trained state where it names some.
+    """The start `[P, D]` that `config` describes, with sources `[S, P, D]` and a trained state where it names some.
 
     labels: the task's label words, for kind labels where the configuration names none.
     Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are

@@ -22,9 +22,9 @@ SOURCES = "sources"
 class Slot:
     """What a method must fill: one prompt of `[length, width]` for each of `tasks`.
 
-    `features` is the width of the backbone's input embeddings (what a method that reads the text sees), `vocabulary` the
-    number of its token ids; `layers` are the widths of each layer's part where a prompt has one for every layer (sites
-    layers and kv), and sum to `width`.
+    `features` is the width of the backbone's input embeddings (what a method that reads the text sees), `vocabulary`
+    the number of its token ids; `layers` are the widths of each layer's part where a prompt has one for every layer
+    (sites layers and kv), and sum to `width`.
     """
 
     tasks: tuple[str, ...]
