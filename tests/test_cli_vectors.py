@@ -88,7 +88,13 @@ def test_arithmetic(call, here, tmp_path, command, expected):
     torch.testing.assert_close(made.prompt, (start.double() + expected()).float(), atol=1e-7, rtol=1e-6)
     names = {word for word in ("alpha", "beta") if any(word in part for part in command)}
     assert set(made.parents) == {load(name).digest for name in names}
-    assert json.loads((tmp_path / "made" / "softprompts.json").read_text())["config"]["vector"]["parts"]
+    parts = json.loads((tmp_path / "made" / "softprompts.json").read_text())["config"]["vector"]["parts"]
+    assert {part["name"] for part in parts} == names
+    total = sum(part["coefficient"] * tau(part["name"]) for part in parts)
+    torch.testing.assert_close(total, expected())
+    facts = artefact.inspect(tmp_path / "made")
+    assert all(name in facts["sum"] for name in names)
+    assert f"made of trained prompts: `{facts['sum']}`" in (tmp_path / "made" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("how", ["average", "ties", "dare", "slerp"])

@@ -369,6 +369,9 @@ def test_the_upper_lines(tmp_path):
         ),
         (lambda v: v["sources"].append(v["sources"][0]), "task names must differ, given alpha, beta, alpha"),
         (lambda v: v["target"].update(weight_rates={}, arms=["lora"]), "arm 'lora' needs rates to choose from"),
+        (lambda v: v["target"].update(shots=[0], few_arms=["lora"]), "arm 'lora' needs rows of the target"),
+        (lambda v: v["target"].update(shots=[0], few_arms=["spot-nearest"]), "needs rows of the target"),
+        (lambda v: v.update(sources=v["sources"][:1]) or v["target"].update(arms=["spot-second"]), "a second source"),
         (lambda v: v.update(sources=[]), "sources"),
         (lambda v: v["target"].update(shots=[16, 16]), "every value may stand there once, given 16, 16"),
         (

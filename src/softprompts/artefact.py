@@ -94,6 +94,12 @@ class Artefact:
             done.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return done.hexdigest()
 
+    @property
+    def sum(self) -> str | None:
+        """What was added to its start, where it was made by arithmetic on trained prompts and not by training."""
+        made = self.config.get("vector")
+        return str(made["sum"]) if isinstance(made, Mapping) and "sum" in made else None
+
     def matrix(self, origin: str | Path) -> Tensor:
         """The prompt [P, D]; raises ArtefactError that names `origin` where the method makes one from each text."""
         if self.prompt is None:
@@ -160,6 +166,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "fingerprint": _weights(artefact.fingerprint),
         "peft": _obstacle(artefact) or True,
         "parents": list(artefact.parents),
+        "sum": artefact.sum,
         "digest": artefact.digest,
         "bytes": sum(files.values()),
         "files": files,
@@ -339,10 +346,13 @@ def _card(artefact: Artefact, obstacle: str | None) -> str:
         "---",
     ]
     revision = f" at revision `{artefact.revision}`" if artefact.revision else ""
+    how = f"trained with {artefact.method}"
+    if artefact.sum is not None:
+        how = f"made of trained prompts: `{' '.join(artefact.sum.split())}` added to its start"
     about = [
         f"# Soft prompt: {task}",
-        f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, trained with "
-        f"{artefact.method}. It enters at site `{artefact.site}`, place `{artefact.place}`.",
+        f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, {how}. "
+        f"It enters at site `{artefact.site}`, place `{artefact.place}`.",
         "It is of use with exactly these weights only.",
     ]
     if artefact.prompt is None:
