@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompts import artefact, checkpoint, job
-from softprompts.config import Run
+from softprompts import __version__, artefact, checkpoint, job
+from softprompts.config import Run, Section
 from softprompts.files import read_json, write_json
 from softprompts.job import Screen
 from softprompts.train import TrainingError
+from softprompts.variants import variants
 
 STAMP = "stage.json"
 """What a stage was done with: its settings, and the prompts it started from."""
@@ -47,7 +48,8 @@ def kept(
 
 def runs(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """The results of a group of runs; `inputs` are directories with the prompts that they start from."""
-    told = {"run": run.model_dump(mode="json"), "inputs": {path: digest(path) for path in inputs}}
+    each = {name: set_in(one) for name, one in variants(run).items()}
+    told = {"version": __version__, "runs": each, "inputs": {path: digest(path) for path in inputs}}
 
     def make() -> dict[str, Any]:
         count = len(run.runs) or 1
@@ -55,6 +57,11 @@ def runs(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> di
         return job.execute(run, screen)
 
     return kept(title, Path(run.out), told, screen, make)
+
+
+def set_in(section: Section) -> dict[str, Any]:
+    """What a section sets otherwise than by default: a key that a later release adds does not undo what was done."""
+    return section.model_dump(mode="json", exclude_defaults=True)
 
 
 def whole(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompts import artefact, report, vectors
+from softprompts import __version__, artefact, report, vectors
 from softprompts.backbone import Backbone
 from softprompts.config import ConfigError
 from softprompts.data import load
@@ -141,9 +141,10 @@ def _inputs(study: Study, *titles: str) -> list[str]:
 def _told(study: Study, titles: Sequence[str], **more: Any) -> dict[str, Any]:
     """What a part's measurements hang on."""
     return {
-        "model": study.model.model_dump(mode="json"),
-        "tasks": [task_of(study, title).model_dump(mode="json") for title in titles],
-        "evaluate": study.evaluate.model_dump(mode="json"),
+        "version": __version__,
+        "model": stage.set_in(study.model),
+        "tasks": [stage.set_in(task_of(study, title)) for title in titles],
+        "evaluate": stage.set_in(study.evaluate),
         "inputs": {title: stage.digest(f"{study.out}/vectors/{title}") for title in titles},
         **more,
     }
@@ -151,7 +152,7 @@ def _told(study: Study, titles: Sequence[str], **more: Any) -> dict[str, Any]:
 
 def _independence(at_hand: _AtHand, title: str) -> Mapping[str, Any]:
     study, screen = at_hand.study, at_hand.screen
-    starts = [init.model_dump(mode="json") for init in study.vectors.starts]
+    starts = [stage.set_in(init) for init in study.vectors.starts]
 
     def make() -> dict[str, Any]:
         screen.say(f"independence of {title}: {len(starts)} starts, crossed")
