@@ -125,7 +125,7 @@ def apply(one: Vector, start: Tensor, scale: Number = 1) -> Tensor:
     own = next((part for part in scaled.parts if part.coefficient == 1 and torch.equal(part.initial, start)), None)
     if own is not None:
         rest = [part for part in scaled.parts if part is not own]
-        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float() if rest else own.tuned.float()
+        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float() if rest else own.tuned.to(torch.float32, copy=True)
     return (start.double() + scaled.value).float() if scaled.parts else start.clone().float()
 
 
