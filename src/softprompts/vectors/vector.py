@@ -167,11 +167,14 @@ def fits(start: Artefact, one: Vector, name: str | Path) -> None:
 
 
 def exactly(coefficient: Number) -> Fraction:
-    """A coefficient as it is meant, without rounding; raises ArtefactError for nan and infinity."""
+    """A coefficient as it is meant, without rounding; raises ArtefactError for nan and what no float can hold."""
     try:
-        return Fraction(coefficient)
+        found = Fraction(coefficient)
+        float(found)
     except (ValueError, OverflowError):
-        raise ArtefactError(f"a vector cannot be multiplied by {coefficient}; give a finite number") from None
+        shown = coefficient if isinstance(coefficient, float) else "what is larger than any float"
+        raise ArtefactError(f"a vector cannot be multiplied by {shown}; give a finite number") from None
+    return found
 
 
 def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> Vector:
@@ -200,7 +203,8 @@ def _collected(parts: Sequence[Part], like: Artefact) -> Vector:
     by_key: dict[str, Part] = {}
     for part in parts:
         known = by_key.get(part.key)
-        by_key[part.key] = part if known is None else replace(part, coefficient=known.coefficient + part.coefficient)
+        total = part.coefficient if known is None else known.coefficient + part.coefficient
+        by_key[part.key] = replace(part, coefficient=exactly(total))
     return Vector(tuple(by_key[key] for key in sorted(by_key) if by_key[key].coefficient), like)
 
 
