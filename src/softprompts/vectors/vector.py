@@ -1,6 +1,7 @@
 """The value type: a weighted sum of differences between trained prompts and their starts."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,6 +16,9 @@ from softprompts.artefact import Artefact, ArtefactError, WrongBackbone, check_f
 
 Number = int | float | Fraction
 """What a vector can be multiplied by; kept exactly, so that (a + b) + c is a + (b + c)."""
+
+_PLAIN = re.compile(r'[^\s*()"+-][^\s*()"]*')
+_NUMBER = re.compile(r"[\d.]+([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +65,8 @@ class Vector:
     @property
     def name(self) -> str:
         """The sum as people write it."""
-        return " + ".join(_written(part) for part in self.parts).replace("+ -", "- ") or "0"
+        text = "".join(f" {'-' if part.coefficient < 0 else '+'} {_written(part)}" for part in self.parts)
+        return (text[3:] if text.startswith(" +") else f"-{text[3:]}") if text else "0"
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -251,8 +256,11 @@ def _frame(like: Artefact) -> str:
 
 
 def _written(part: Part) -> str:
-    by = part.coefficient
-    return f"{'-' * (by < 0)}{'' if abs(by) == 1 else f'{float(abs(by)):g}*'}{part.facts['name']}"
+    """The summand without its sign; a name that would be read as a sum or a number stands in quotation marks."""
+    by, name = abs(part.coefficient), part.facts["name"]
+    if not _PLAIN.fullmatch(name) or _NUMBER.fullmatch(name):
+        name = f'"{name}"'
+    return name if by == 1 else f"{float(by):g}*{name}"
 
 
 def _bits(value: Tensor) -> bytes:
