@@ -188,28 +188,34 @@ def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> V
     for other in sources[1:]:
         like = _alike(like, other.like)
     parents = sorted({digest for one in sources for digest in one.parents})
-    key = hashlib.sha256(f"{_frame(like)}\n{facts}\n".encode() + _bits(value)).hexdigest()
+    # Not of all facts: what a merge is does not hang on what its sources are called.
+    key = hashlib.sha256(f"{_frame(like)}\n{facts['how']} {parents}\n".encode() + _bits(value)).hexdigest()
     told = {"name": facts["how"], "task": like.task, "parents": parents, **facts}
     part = Part(key, Fraction(1), value, torch.zeros_like(value), told)
     return Vector((part,) if value.any() else (), like)
 
 
-def in_order(vectors: Sequence[Vector]) -> list[int]:
-    """The places of `vectors` in the order of their keys; raises ArtefactError for none, and unless all fit."""
+def in_order(vectors: Sequence[Vector], weights: Sequence[Number]) -> list[int]:
+    """The places of `vectors` in the order of their keys, of equal ones in that of their `weights` and names.
+
+    Raises ArtefactError for none, and unless all fit.
+    """
     if not vectors:
         raise ArtefactError("there are no vectors to combine; give at least one")
     for other in vectors[1:]:
         _check_together(vectors[0], other)
-    return sorted(range(len(vectors)), key=lambda place: vectors[place].key)
+    known = [(one.key, weight, one.name) for one, weight in zip(vectors, weights, strict=True)]
+    return sorted(range(len(vectors)), key=known.__getitem__)
 
 
 def _collected(parts: Sequence[Part], like: Artefact) -> Vector:
-    """The sum of `parts` with each summand once."""
+    """The sum of `parts` with each summand once; of what is told of it in several ways, the first by the alphabet."""
     by_key: dict[str, Part] = {}
     for part in parts:
         known = by_key.get(part.key)
         total = part.coefficient if known is None else known.coefficient + part.coefficient
-        by_key[part.key] = replace(part, coefficient=exactly(total))
+        facts = part.facts if known is None else min(known.facts, part.facts, key=repr)
+        by_key[part.key] = replace(part, coefficient=exactly(total), facts=facts)
     return Vector(tuple(by_key[key] for key in sorted(by_key) if by_key[key].coefficient), like)
 
 
