@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,8 @@ def in_order(vectors: Sequence[Vector], weights: Sequence[Number]) -> list[int]:
     """
     if not vectors:
         raise ArtefactError("there are no vectors to combine; give at least one")
-    for other in vectors[1:]:
-        _check_together(vectors[0], other)
+    for one, other in combinations(vectors, 2):
+        _check_together(one, other)
     known = [(one.key, weight, one.name) for one, weight in zip(vectors, weights, strict=True)]
     return sorted(range(len(vectors)), key=known.__getitem__)
 
@@ -220,8 +221,11 @@ def _collected(parts: Sequence[Part], like: Artefact) -> Vector:
 
 
 def _alike(one: Artefact, other: Artefact) -> Artefact:
-    """What stands for the sum of two: the task and its format where both have the same."""
-    first, second = sorted((one, other), key=lambda found: found.digest)
+    """What stands for the sum of two: the task and its format where both have the same.
+
+    One that says for which weights it was made goes first, else what is added next would fit any.
+    """
+    first, second = sorted((one, other), key=lambda found: (found.fingerprint is None, found.digest))
     task = " + ".join(sorted({*first.task.split(" + "), *second.task.split(" + ")}))
     forms = [{**(found.format or {}), "name": task} for found in (first, second)]
     same = first.format is not None and forms[0] == forms[1]
