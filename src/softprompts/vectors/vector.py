@@ -258,7 +258,8 @@ def _check_like(one: Artefact, other: Artefact, first: str, second: str) -> None
     try:
         check_fingerprint(one.fingerprint, other.fingerprint, False)
     except WrongBackbone as error:
-        raise WrongBackbone(f"{first} and {second} cannot be combined: {error}") from None
+        told = str(error).partition("; --allow-other-weights")[0]  # a run may be told so; a sum may not
+        raise WrongBackbone(f"{first} and {second} cannot be combined: {told}") from None
 
 
 def _frame(like: Artefact) -> str:
