@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -127,7 +128,10 @@ class _Reader:
     def product(self) -> dict[str, Fraction]:
         by = Fraction(1)
         while self.at < len(self.tokens) and self.tokens[self.at][0] == "number":
-            by *= Fraction(self.tokens[self.at][1])
+            number = self.tokens[self.at][1]
+            if abs(Decimal(number).adjusted()) > 300:  # as a fraction it would fill the memory
+                raise VectorError(f"'{self.text}': {number} is too large or too small a number")
+            by *= Fraction(number)
             self.at += 1
             if self.take("*") is None:
                 raise self.error("`*` and a name")
