@@ -38,11 +38,11 @@ def terms(text: str) -> dict[str, Fraction]:
     Raises VectorError that shows the place where it stopped being a sum.
     """
     reader = _Reader(text, _tokens(text))
+    if not reader.tokens:
+        raise VectorError(f"'{text}' names no prompt; write a sum such as movies + 0.5*tweets")
     found = reader.sum()
     if reader.at < len(reader.tokens):
         raise reader.error("`+` or `-`")
-    if not found:
-        raise VectorError(f"'{text}' names no prompt; write a sum such as movies + 0.5*tweets")
     return found
 
 
