@@ -1,5 +1,6 @@
 """Sums as people write them: `movies + 0.5*tweets - sms`, with the names of trained prompts."""
 
+import os
 import re
 from collections.abc import Callable
 from decimal import Decimal
@@ -67,12 +68,19 @@ def locate(name: str) -> Path:
     """The directory of the trained prompt called `name`.
 
     That directory itself, `prompt` in it (a run's directory), or a run of that name in `runs`.
-    Raises VectorError that says where it was looked for.
+    Raises VectorError that says where it was looked for, or which prompts are there where they are several.
     """
     places = [Path(name), Path(name) / "prompt", Path(RUNS) / name / "prompt", Path(RUNS) / name]
+    places = list(dict.fromkeys(places))  # two of them where the name begins at the root
     for place in places:
-        if place.is_dir() and several.holds_one(place):
+        if not os.path.isdir(place):  # false too where the name is too long to be one
+            continue
+        if several.holds_one(place):
             return place
+        order = several.read(place)
+        if order is not None:
+            every = ", ".join(str(place / task) for task in order.tasks)
+            raise VectorError(f"{name} holds {len(order.tasks)} prompts; name one: {every}")
     hint = ""
     if re.search(r"[+-]", name) and "/" not in name:
         spaced = re.sub("([+-])", r" \1 ", name)
