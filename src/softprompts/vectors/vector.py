@@ -131,7 +131,9 @@ def apply(one: Vector, start: Tensor, scale: Number = 1) -> Tensor:
     own = next((part for part in scaled.parts if part.coefficient == 1 and torch.equal(part.initial, start)), None)
     if own is not None:
         rest = [part for part in scaled.parts if part is not own]
-        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float() if rest else own.tuned.to(torch.float32, copy=True)
+        if not rest:
+            return own.tuned.to(torch.float32, copy=True)
+        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float()
     return (start.double() + scaled.value).float() if scaled.parts else start.clone().float()
 
 
@@ -150,7 +152,9 @@ def made(one: Vector, start: Tensor, scale: Number = 1) -> Artefact:
     prompt = apply(one, start, scale)
     by = exactly(scale)
     single = len({part.facts["task"] for part in one.parts}) == 1
-    kept = {key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config}
+    kept: dict[str, Any] = {
+        key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config
+    }
     if not single:
         kept.pop("task", None)
     parts = [{**part.facts, "coefficient": float(part.coefficient * by)} for part in one.parts]
