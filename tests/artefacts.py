@@ -83,6 +83,6 @@ def refused(directory: Path) -> str:
     return message
 
 
-def trained(tuned: Tensor, initial: Tensor, **changes: Any) -> Artefact:
+def trained(tuned: Tensor, initial: Tensor, /, **changes: Any) -> Artefact:
     """What prompt tuning leaves that went from `initial [P, D]` to `tuned [P, D]`."""
     return example(**{"prompt": tuned, "initial": initial, "state": {}, "options": {}, "parents": (), **changes})

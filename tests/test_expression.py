@@ -77,7 +77,7 @@ def sums(draw: st.DrawFn, inner: st.SearchStrategy[Any]) -> tuple[str, dict[str,
 NAMED = names().map(lambda name: (name, {name.strip('"') if name.startswith('"') else name: Fraction(1)}))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.recursive(NAMED, sums, max_leaves=6).filter(lambda found: found[0].strip()))
 def test_whatever_is_written_is_read_back(found: tuple[str, Mapping[str, Fraction]]) -> None:
     text, wanted = found
@@ -150,7 +150,7 @@ def test_what_is_no_sum(text: str, message: str) -> None:
         terms(text)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=60)
 @given(st.text('ab2.*+-() "e', max_size=12))
 @case("2*2")
 @case("((")

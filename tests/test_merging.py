@@ -68,7 +68,7 @@ def whole(draw: st.DrawFn) -> list[list[list[float]]]:
     return draw(st.lists(st.lists(line, min_size=height, max_size=height), min_size=1, max_size=4))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(values=whole(), density=st.floats(0.01, 1), quarters=st.lists(st.integers(1, 8), min_size=4, max_size=4))
 def test_ties_equals_loops(values: list[list[list[float]]], density: float, quarters: list[int]) -> None:
     weights = [quarter / 4 for quarter in quarters[: len(values)]]
