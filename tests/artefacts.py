@@ -81,3 +81,8 @@ def refused(directory: Path) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def trained(tuned: Tensor, initial: Tensor, /, **changes: Any) -> Artefact:
+    """What prompt tuning leaves that went from `initial [P, D]` to `tuned [P, D]`."""
+    return example(**{"prompt": tuned, "initial": initial, "state": {}, "options": {}, "parents": (), **changes})

@@ -32,10 +32,12 @@ def made(name: str) -> b.Backbone:
 
 
 def start(bb: b.Backbone, site: inject.Site = INPUT, length: int = P, seed: int = 0, **values: Any) -> Tensor:
-    """The start that a configuration describes."""
+    """The start that a configuration describes; `seed` is the run's, `seed_of_init` the configuration's own."""
     slot = inject.slot(bb, site, ("a",), length)
     labels = values.pop("words", ())
-    return init.start(InitConfig(**values), bb, site, slot, seed=seed, labels=labels).prompt
+    own = values.pop("seed_of_init", None)
+    config = InitConfig(**values, seed=own)
+    return init.start(config, bb, site, slot, seed=seed, labels=labels).prompt
 
 
 def ids_of(bb: b.Backbone, prompt: Tensor) -> list[int]:
@@ -338,15 +340,156 @@ def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
             start(bb, **values)
 
 
+# Sums of task prompt vectors
+
+LONG = {"kind": "text", "text": "Review: a warm film."}
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, artefact.Artefact]:
+    """Runs in `runs`: movies and tweets began at one start, sms at another."""
+    monkeypatch.chdir(tmp_path)
+    bb, found = made("llama"), {}
+    for seed, (name, began) in enumerate((("movies", 50), ("tweets", 50), ("sms", 51))):
+        place = Path("runs") / name / "prompt"
+        saved(bb, place, seed, initial=rows.random(began, P, 32), task=name)
+        found[name] = artefact.load(place)
+    return found
+
+
+def difference(found: artefact.Artefact) -> Tensor:
+    return found.prompt.double() - found.initial.double()
+
+
+def test_vector_on_the_common_start(trained: dict[str, artefact.Artefact]) -> None:
+    """A single is the trained prompt bit for bit; a sum is computed in float64 and rounded once."""
+    bb, began = made("llama"), rows.random(50, P, 32)
+    assert start(bb, vector="movies").equal(trained["movies"].prompt)
+    assert start(bb, vector="sms").equal(trained["sms"].prompt)
+    found = start(bb, vector="movies + 0.5*tweets")
+    wanted = began.double() + difference(trained["movies"]) + 0.5 * difference(trained["tweets"])
+    torch.testing.assert_close(found, wanted.float(), rtol=2e-7, atol=1e-8)
+    assert found.equal(start(bb, vector="0.5*tweets + movies"))
+    torch.testing.assert_close(start(bb, vector="-movies"), (began.double() - difference(trained["movies"])).float())
+    assert start(bb, vector="movies", seed=3).equal(trained["movies"].prompt), "nothing is drawn"
+
+
+def test_vector_on_another_start(trained: dict[str, artefact.Artefact]) -> None:
+    """Any kind of start, with the sum added to it; kinds that draw follow the seed, and their own."""
+    bb = made("llama")
+    total = difference(trained["movies"]) - 2 * difference(trained["sms"])
+    for values in (
+        *KINDS,
+        {"kind": "labels", "labels": ("good",)},
+        {"kind": "artefact", "path": "runs/sms/prompt"},
+        {"kind": "mean", "paths": ("runs/sms/prompt", "runs/movies/prompt")},
+        {"kind": "vector", "vector": "tweets"},
+    ):
+        for seed in (0, 1):
+            began = start(bb, seed=seed, **values)
+            found = start(bb, seed=seed, vector="movies - 2*sms", start=values)
+            torch.testing.assert_close(found, (began.double() + total).float(), rtol=2e-7, atol=1e-8)
+    vocabulary = {"kind": "vocabulary"}
+    one, other = (start(bb, seed=seed, vector="movies", start=vocabulary) for seed in (0, 1))
+    assert not one.equal(other)
+    own = {**vocabulary, "seed": 1}
+    assert start(bb, seed=0, vector="movies", start=own).equal(other)
+    assert start(bb, seed=0, vector="movies", start=vocabulary, seed_of_init=1).equal(other)
+
+
+def test_vector_on_its_own_start_by_name(trained: dict[str, artefact.Artefact]) -> None:
+    """Naming the start that a prompt was trained from gives the prompt bit for bit."""
+    bb = made("llama")
+    began = start(bb, **LONG)
+    saved(bb, Path("runs/own/prompt"), 7, initial=began)
+    assert start(bb, vector="own", start=LONG).equal(rows.random(7, P, 32))
+
+
+def test_vector_keeps_sources(trained: dict[str, artefact.Artefact]) -> None:
+    """Beside the sum, as beside any kind; and the words of class labels reach a start that wants them."""
+    bb = made("llama")
+    slot = inject.slot(bb, INPUT, ("a",), P)
+    config = InitConfig(vector="movies", start={"kind": "labels"}, sources=("runs/sms/prompt",))
+    found = init.start(config, bb, INPUT, slot, labels=("good", "bad"))
+    assert found.sources is not None
+    assert found.sources.equal(trained["sms"].prompt[None])
+    began = start(bb, kind="labels", labels=("good", "bad"))
+    torch.testing.assert_close(found.prompt, (began.double() + difference(trained["movies"])).float())
+
+
+def test_vectors_that_do_not_fit(trained: dict[str, artefact.Artefact]) -> None:
+    bb = made("llama")
+    saved(bb, Path("runs/text/prompt"), 3, prompt=None, method="attempt", state={"x": torch.ones(1)})
+    saved(bb, Path("runs/peft/prompt"), 4, initial=None)
+    saved(bb, Path("runs/short/prompt"), 5, length=P - 1)
+    saved(bb, Path("runs/deep/prompt"), 6, site=KV)
+    for values, message in (
+        ({"vector": "movies - sms"}, r"'movies - sms' did not all begin at the same start; say with init\.start"),
+        ({"vector": "movies - movies"}, "did not all begin at the same start"),
+        ({"vector": "text"}, "text holds no one prompt: attempt makes one from each text"),
+        ({"vector": "peft"}, "softprompts vector make peft --start START --out DIRECTORY"),
+        ({"vector": "films"}, r"no trained prompt 'films' \(looked for films"),
+        ({"vector": "movies tweets"}, r"after 'movies' there should be `\+` or `-`, found 'tweets'"),
+        (
+            {"vector": "movies + short"},
+            r"movies and short cannot be combined: their shape is \[12, 32\] and \[11, 32\]",
+        ),
+        ({"vector": "movies + deep"}, "movies and deep cannot be combined"),
+        ({"vector": "2*short"}, r"2\*short holds a prompt of \[11, 32\] at site input, but the run wants \[12, 32\]"),
+        ({"vector": "deep"}, r"deep holds a prompt of \[12, 96\] at site kv, but the run wants"),
+        (
+            {"vector": "movies", "start": {"kind": "artefact", "path": "runs/short/prompt"}},
+            "short/prompt holds a prompt",
+        ),
+    ):
+        with pytest.raises((ArtefactError, ConfigError), match=message):
+            start(bb, **values)
+    other = b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer)
+    for values in ({}, {"start": {"kind": "vocabulary"}}):
+        with pytest.raises(ArtefactError, match=r"movies: .*other weights"):
+            start(other, vector="movies", **values)
+    slot = inject.slot(other, INPUT, ("a",), P)
+    allowed = init.start(InitConfig(vector="movies"), other, INPUT, slot, allow_other_weights=True)
+    assert allowed.prompt.equal(trained["movies"].prompt)
+
+
+def test_a_vector_needs_no_kind() -> None:
+    """And what was read once, with its kind, is read again from results.json."""
+    found = parse({"init": {"vector": "a + b", "start": {"kind": "text", "text": "x"}}}, PromptConfig).init
+    assert (found.kind, found.vector, found.seed) == ("vector", "a + b", None)
+    assert found.start == InitConfig(kind="text", text="x")
+    assert parse({"init": found.model_dump(mode="json")}, PromptConfig).init == found
+    assert parse({"init": {"seed": 3}}, PromptConfig).init.kind == "vocabulary"
+
+
+@pytest.mark.parametrize("values", KINDS, ids=lambda values: values["kind"])
+def test_a_seed_of_its_own_fixes_the_draw(values: dict[str, Any]) -> None:
+    """Whatever the run's seed is; 0 is a seed too."""
+    bb = made("llama")
+    for own in (0, 5):
+        wanted = start(bb, seed=own, **values)
+        for seed in (0, 1, 5):
+            assert start(bb, seed=seed, seed_of_init=own, **values).equal(wanted)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"kind": "vector"}, "init kind 'vector' needs init.vector, a sum such as"),
+        ({"kind": "text", "text": "x", "vector": "a"}, "init.vector is for kind vector, not text; leave one of them"),
+        ({"start": {"kind": "vocabulary"}}, "init.start is for kind vector, not vocabulary"),
+        ({"vector": "a", "start": {"kind": "text"}}, "init kind 'text' needs init.text"),
+        ({"vector": "a", "start": {"kind": "vocabolary"}}, "init.start.kind"),
+        ({"vector": "a", "start": {"sed": 1}}, "unknown key 'init.start.sed'; did you mean 'seed'"),
+        ({"vektor": "a"}, "unknown key 'init.vektor'; did you mean 'vector'"),
+        ({"seed": -1}, "init.seed"),
+        ({"seed": "x"}, "init.seed"),
         ({"kind": "mean"}, "init kind 'mean' needs init.paths"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1]}, "1 numbers for 2 init.paths; give one for each path"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
         ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
-        ({"kind": "meen", "paths": ["a"]}, "'artefact', 'mean' or 'multitask'"),
+        ({"kind": "meen", "paths": ["a"]}, "'artefact', 'mean', 'multitask' or 'vector' .*did you mean 'mean'"),
         ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
     ],
 )

@@ -190,6 +190,48 @@ def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp
     assert len({tuple(row["text"] for row in one.validation) for one in found[1:]}) == 3
 
 
+@pytest.mark.parametrize("kind", ["label", "multilabel", "generation", "regression"])
+def test_shots_per_set_are_so_many_in_all(tmp_path, kind):
+    """Whatever the classes are; as many to choose with, and those that judge stay."""
+    source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{i % 3}\n" for i in range(90)))
+    whole = read(TaskConfig(source=source, kind=kind, split=SplitConfig(validation_fraction=0.3)))
+    for shots in (1, 5, 20):
+        split = SplitConfig(shots=shots, shots_per="set", validation_fraction=0.3)
+        found = read(TaskConfig(source=source, kind=kind, split=split))
+        assert (len(found.train), len(found.validation)) == (shots, shots)
+        assert found.test == whole.test
+        assert {*texts(found.train)} <= {*texts(whole.train)}
+        assert {*texts(found.validation)} <= {*texts(whole.validation)}
+        assert found.notes == ()
+
+
+def test_shots_per_set_by_their_seed_and_not_by_the_order_of_rows(tmp_path):
+    lines = [f"t{i},{'ab'[i % 9 == 0]}\n" for i in range(90)]
+    write(tmp_path / "d.csv", "text,label\n" + "".join(lines))
+    write(tmp_path / "turned.csv", "text,label\n" + "".join(lines[::-1]))
+
+    def drawn(name="d.csv", **split):
+        split = SplitConfig(shots_per="set", validation_fraction=0.3, **split)
+        return read(TaskConfig(source=str(tmp_path / name), split=split))
+
+    found = [drawn(shots=6, shots_seed=seed) for seed in range(4)]
+    assert len({tuple(texts(one.train)) for one in found}) == 4
+    assert len({tuple(texts(one.validation)) for one in found}) == 4
+    assert all(one.test == found[0].test for one in found)
+    assert sorted(texts(drawn("turned.csv", shots=6, shots_seed=2).train)) == sorted(texts(found[2].train))
+    assert {*texts(found[0].train)} < {*texts(drawn(shots=12, shots_seed=0).train)}, "more shots hold the fewer"
+    counts = [Counter(row["label"] for row in drawn(shots=6, shots_seed=seed).train) for seed in range(12)]
+    assert len({count["a"] for count in counts}) > 1, "drawn from all rows, not class by class"
+
+
+def test_shots_per_set_that_are_not_there_are_told(tmp_path):
+    source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(10)))
+    split = SplitConfig(shots=20, shots_per="set", validation_fraction=0.2, test_fraction=0)
+    found = read(TaskConfig(source=source, split=split))
+    assert (len(found.train), len(found.validation)) == (8, 2)
+    assert found.notes == ("train: fewer than 20 shots of rows 8",)
+
+
 def test_shots_of_a_multilabel_task_reach_every_label(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f't{i},"a,{"bcd"[i % 3]}"\n' for i in range(60)))
     found = read(TaskConfig(source=source, kind="multilabel", split=SplitConfig(shots=2)))

@@ -1,7 +1,9 @@
 """Sums as people write them: `movies + 0.5*tweets - sms`, with the names of trained prompts."""
 
+import os
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,11 +39,11 @@ def terms(text: str) -> dict[str, Fraction]:
     Raises VectorError that shows the place where it stopped being a sum.
     """
     reader = _Reader(text, _tokens(text))
+    if not reader.tokens:
+        raise VectorError(f"'{text}' names no prompt; write a sum such as movies + 0.5*tweets")
     found = reader.sum()
     if reader.at < len(reader.tokens):
         raise reader.error("`+` or `-`")
-    if not found:
-        raise VectorError(f"'{text}' names no prompt; write a sum such as movies + 0.5*tweets")
     return found
 
 
@@ -66,12 +68,19 @@ def locate(name: str) -> Path:
     """The directory of the trained prompt called `name`.
 
     That directory itself, `prompt` in it (a run's directory), or a run of that name in `runs`.
-    Raises VectorError that says where it was looked for.
+    Raises VectorError that says where it was looked for, or which prompts are there where they are several.
     """
     places = [Path(name), Path(name) / "prompt", Path(RUNS) / name / "prompt", Path(RUNS) / name]
+    places = list(dict.fromkeys(places))  # two of them where the name begins at the root
     for place in places:
-        if place.is_dir() and several.holds_one(place):
+        if not os.path.isdir(place):  # false too where the name is too long to be one
+            continue
+        if several.holds_one(place):
             return place
+        order = several.read(place)
+        if order is not None:
+            every = ", ".join(str(place / task) for task in order.tasks)
+            raise VectorError(f"{name} holds {len(order.tasks)} prompts; name one: {every}")
     hint = ""
     if re.search(r"[+-]", name) and "/" not in name:
         spaced = re.sub("([+-])", r" \1 ", name)
@@ -127,7 +136,10 @@ class _Reader:
     def product(self) -> dict[str, Fraction]:
         by = Fraction(1)
         while self.at < len(self.tokens) and self.tokens[self.at][0] == "number":
-            by *= Fraction(self.tokens[self.at][1])
+            number = self.tokens[self.at][1]
+            if abs(Decimal(number).adjusted()) > 300:  # as a fraction it would fill the memory
+                raise VectorError(f"'{self.text}': {number} is too large or too small a number")
+            by *= Fraction(number)
             self.at += 1
             if self.take("*") is None:
                 raise self.error("`*` and a name")

@@ -60,7 +60,14 @@ def norm_ratio(value: Tensor, start: Tensor) -> float:
 
 
 def distances(values: Sequence[Tensor]) -> Tensor:
-    """The length of the difference of every two of `values`, each `[P, D]`, as `[N, N]`."""
+    """The length of the difference of every two of `values`, each `[P, D]`, as `[N, N]`.
+
+    Raises ArtefactError for matrices of different shapes.
+    """
+    for other in values[1:]:
+        if other.shape != values[0].shape:
+            shapes = f"{list(values[0].shape)} and {list(other.shape)}"
+            raise ArtefactError(f"a distance is between matrices [P, D] of one shape, given {shapes}")
     return torch.tensor([[norm(a.double() - b.double()) for b in values] for a in values], dtype=torch.float64)
 
 

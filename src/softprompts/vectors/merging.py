@@ -28,8 +28,8 @@ class Merge:
 
 def weighted(vectors: Sequence[Vector], weights: Sequence[Number] | None = None) -> Vector:
     """The sum of `vectors` by `weights` (None: all 1), one for each (Ilharco et al. 2022, arXiv 2212.04089)."""
-    order = in_order(vectors)
     shares = _weights(vectors, weights)
+    order = in_order(vectors, shares)
     total = vectors[order[0]] * shares[order[0]]
     for place in order[1:]:
         total = total + vectors[place] * shares[place]
@@ -52,7 +52,7 @@ def ties(vectors: Sequence[Vector], weights: Sequence[Number] | None = None, den
     shares = _weights(vectors, weights)
     if any(share <= 0 for share in shares):
         raise ArtefactError("ties takes a mean: its weights must be positive")
-    order = in_order(vectors)
+    order = in_order(vectors, shares)
     kept = torch.stack([_largest(vectors[place].value, density) for place in order])
     by = torch.tensor([float(shares[place]) for place in order], dtype=torch.float64)[:, None, None]
     sign = (kept * by).sum(0).sign()
@@ -71,7 +71,8 @@ def dare(
     Raises ArtefactError for a density outside ]0, 1].
     """
     _check_density(density)
-    shares, order = _weights(vectors, weights), in_order(vectors)
+    shares = _weights(vectors, weights)
+    order = in_order(vectors, shares)
     total = torch.zeros(vectors[0].like.shape, dtype=torch.float64)
     for place in order:
         drawn = hashlib.sha256(f"{seed} {vectors[place].key}".encode()).digest()
@@ -91,7 +92,8 @@ def slerp(vectors: Sequence[Vector], t: float = 0.5) -> Vector:
         raise ArtefactError(f"slerp goes from one vector to another, given {len(vectors)}; give two")
     if not 0 <= t <= 1:
         raise ArtefactError(f"slerp's t must be from 0 to 1, given {t}")
-    order, shares = in_order(vectors), (1 - t, t)
+    shares = (1 - t, t)
+    order = in_order(vectors, shares)
     first, second = (vectors[place] for place in order)
     a, b = first.value, second.value
     length = float(a.norm() * b.norm())

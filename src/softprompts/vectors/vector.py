@@ -1,10 +1,12 @@
 """The value type: a weighted sum of differences between trained prompts and their starts."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from softprompts.artefact import Artefact, ArtefactError, WrongBackbone, check_f
 
 Number = int | float | Fraction
 """What a vector can be multiplied by; kept exactly, so that (a + b) + c is a + (b + c)."""
+
+_PLAIN = re.compile(r'[^\s*()"+-][^\s*()"]*')
+_NUMBER = re.compile(r"[\d.]+([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +66,8 @@ class Vector:
     @property
     def name(self) -> str:
         """The sum as people write it."""
-        return " + ".join(_written(part) for part in self.parts).replace("+ -", "- ") or "0"
+        text = "".join(f" {'-' if part.coefficient < 0 else '+'} {_written(part)}" for part in self.parts)
+        return (text[3:] if text.startswith(" +") else f"-{text[3:]}") if text else "0"
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -125,7 +131,9 @@ def apply(one: Vector, start: Tensor, scale: Number = 1) -> Tensor:
     own = next((part for part in scaled.parts if part.coefficient == 1 and torch.equal(part.initial, start)), None)
     if own is not None:
         rest = [part for part in scaled.parts if part is not own]
-        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float() if rest else own.tuned.float()
+        if not rest:
+            return own.tuned.to(torch.float32, copy=True)
+        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float()
     return (start.double() + scaled.value).float() if scaled.parts else start.clone().float()
 
 
@@ -169,11 +177,14 @@ def fits(start: Artefact, one: Vector, name: str | Path) -> None:
 
 
 def exactly(coefficient: Number) -> Fraction:
-    """A coefficient as it is meant, without rounding; raises ArtefactError for nan and infinity."""
+    """A coefficient as it is meant, without rounding; raises ArtefactError for nan and what no float can hold."""
     try:
-        return Fraction(coefficient)
+        found = Fraction(coefficient)
+        float(found)
     except (ValueError, OverflowError):
-        raise ArtefactError(f"a vector cannot be multiplied by {coefficient}; give a finite number") from None
+        shown = coefficient if isinstance(coefficient, float) else "what is larger than any float"
+        raise ArtefactError(f"a vector cannot be multiplied by {shown}; give a finite number") from None
+    return found
 
 
 def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> Vector:
@@ -182,33 +193,43 @@ def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> V
     for other in sources[1:]:
         like = _alike(like, other.like)
     parents = sorted({digest for one in sources for digest in one.parents})
-    key = hashlib.sha256(f"{_frame(like)}\n{facts}\n".encode() + _bits(value)).hexdigest()
+    # Not of all facts: what a merge is does not hang on what its sources are called.
+    key = hashlib.sha256(f"{_frame(like)}\n{facts['how']} {parents}\n".encode() + _bits(value)).hexdigest()
     told = {"name": facts["how"], "task": like.task, "parents": parents, **facts}
     part = Part(key, Fraction(1), value, torch.zeros_like(value), told)
     return Vector((part,) if value.any() else (), like)
 
 
-def in_order(vectors: Sequence[Vector]) -> list[int]:
-    """The places of `vectors` in the order of their keys; raises ArtefactError for none, and unless all fit."""
+def in_order(vectors: Sequence[Vector], weights: Sequence[Number]) -> list[int]:
+    """The places of `vectors` in the order of their keys, of equal ones in that of their `weights` and names.
+
+    Raises ArtefactError for none, and unless all fit.
+    """
     if not vectors:
         raise ArtefactError("there are no vectors to combine; give at least one")
-    for other in vectors[1:]:
-        _check_together(vectors[0], other)
-    return sorted(range(len(vectors)), key=lambda place: vectors[place].key)
+    for one, other in combinations(vectors, 2):
+        _check_together(one, other)
+    known = [(one.key, weight, one.name) for one, weight in zip(vectors, weights, strict=True)]
+    return sorted(range(len(vectors)), key=known.__getitem__)
 
 
 def _collected(parts: Sequence[Part], like: Artefact) -> Vector:
-    """The sum of `parts` with each summand once."""
+    """The sum of `parts` with each summand once; of what is told of it in several ways, the first by the alphabet."""
     by_key: dict[str, Part] = {}
     for part in parts:
         known = by_key.get(part.key)
-        by_key[part.key] = part if known is None else replace(part, coefficient=known.coefficient + part.coefficient)
+        total = part.coefficient if known is None else known.coefficient + part.coefficient
+        facts = part.facts if known is None else min(known.facts, part.facts, key=repr)
+        by_key[part.key] = replace(part, coefficient=exactly(total), facts=facts)
     return Vector(tuple(by_key[key] for key in sorted(by_key) if by_key[key].coefficient), like)
 
 
 def _alike(one: Artefact, other: Artefact) -> Artefact:
-    """What stands for the sum of two: the task and its format where both have the same."""
-    first, second = sorted((one, other), key=lambda found: found.digest)
+    """What stands for the sum of two: the task and its format where both have the same.
+
+    One that says for which weights it was made goes first, else what is added next would fit any.
+    """
+    first, second = sorted((one, other), key=lambda found: (found.fingerprint is None, found.digest))
     task = " + ".join(sorted({*first.task.split(" + "), *second.task.split(" + ")}))
     forms = [{**(found.format or {}), "name": task} for found in (first, second)]
     same = first.format is not None and forms[0] == forms[1]
@@ -241,7 +262,8 @@ def _check_like(one: Artefact, other: Artefact, first: str, second: str) -> None
     try:
         check_fingerprint(one.fingerprint, other.fingerprint, False)
     except WrongBackbone as error:
-        raise WrongBackbone(f"{first} and {second} cannot be combined: {error}") from None
+        told = str(error).partition("; --allow-other-weights")[0]  # a run may be told so; a sum may not
+        raise WrongBackbone(f"{first} and {second} cannot be combined: {told}") from None
 
 
 def _frame(like: Artefact) -> str:
@@ -249,8 +271,11 @@ def _frame(like: Artefact) -> str:
 
 
 def _written(part: Part) -> str:
-    by = part.coefficient
-    return f"{'-' * (by < 0)}{'' if abs(by) == 1 else f'{float(abs(by)):g}*'}{part.facts['name']}"
+    """The summand without its sign; a name that would be read as a sum or a number stands in quotation marks."""
+    by, name = abs(part.coefficient), part.facts["name"]
+    if not _PLAIN.fullmatch(name) or _NUMBER.fullmatch(name):
+        name = f'"{name}"'
+    return name if by == 1 else f"{float(by):g}*{name}"
 
 
 def _bits(value: Tensor) -> bytes:
