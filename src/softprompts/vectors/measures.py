@@ -9,7 +9,7 @@ from torch import Tensor
 
 from softprompts import transfer
 from softprompts.artefact import ArtefactError
-from softprompts.vectors.vector import Vector, apply, common_start, in_order
+from softprompts.vectors.vector import Vector, apply, check_fit, common_start
 
 Cosine = Literal["flat", "mean", "rows"]
 
@@ -76,7 +76,7 @@ def compare(named: Mapping[str, Vector]) -> dict[str, Any]:
 
     Raises ArtefactError for vectors of other backbones, lengths or sites.
     """
-    in_order(list(named.values()))
+    check_fit(list(named.values()))
     values = [one.value for one in named.values()]
     starts = [common_start(one) for one in named.values()]
     prompts = [apply(one, start) for one, start in zip(named.values(), starts, strict=True) if start is not None]

@@ -200,15 +200,20 @@ def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> V
     return Vector((part,) if value.any() else (), like)
 
 
-def in_order(vectors: Sequence[Vector], weights: Sequence[Number]) -> list[int]:
-    """The places of `vectors` in the order of their keys, of equal ones in that of their `weights` and names.
-
-    Raises ArtefactError for none, and unless all fit.
-    """
+def check_fit(vectors: Sequence[Vector]) -> None:
+    """Raise ArtefactError for no vectors, and unless every two may be combined."""
     if not vectors:
         raise ArtefactError("there are no vectors to combine; give at least one")
     for one, other in combinations(vectors, 2):
         _check_together(one, other)
+
+
+def in_order(vectors: Sequence[Vector], weights: Sequence[Number]) -> list[int]:
+    """The places of `vectors` in the order of their keys, of equal ones in that of their `weights` and names.
+
+    Raises ArtefactError as `check_fit` does.
+    """
+    check_fit(vectors)
     known = [(one.key, weight, one.name) for one, weight in zip(vectors, weights, strict=True)]
     return sorted(range(len(vectors)), key=known.__getitem__)
 
