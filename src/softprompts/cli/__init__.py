@@ -260,7 +260,7 @@ def assets_list(as_json: Json = False) -> None:
 
     rows: list[dict[str, Any]] = [
         {"name": a.name, "kind": a.kind, "about": a.about, "package": f"{a.package.name}=={a.package.version}",
-         "megabytes": a.package.megabytes, "licence": a.package.licence, "here": assets.where(a.name) is not None}
+         "megabytes": a.megabytes, "licence": a.package.licence, "here": assets.where(a.name) is not None}
         for a in assets.ASSETS.values()
     ]  # fmt: skip
     if as_json:
