@@ -225,6 +225,8 @@ def test_locate(here: Path) -> None:
         (str(here / "runs/movies"), str(here / "runs/movies/prompt")),
     ):
         assert locate(name) == Path(place), name
+    artefact.save(PROMPTS[1], here / "runs/plain/prompt")
+    assert locate("plain") == Path("runs/plain/prompt"), "as train writes it"
     for place in ("movies/prompt", "plain", "plain/prompt"):
         artefact.save(PROMPTS[1], here / place)
     assert locate("movies") == Path("movies/prompt")
