@@ -347,3 +347,9 @@ def test_merges_by_name() -> None:
 def test_what_is_refused(how: str, given: Sequence[Vector], chosen: Merge, message: str) -> None:
     with pytest.raises(ArtefactError, match=message):
         merge(given, how, chosen)
+
+
+@pytest.mark.parametrize("how", ["average", "slerp"])
+def test_weights_are_refused_where_nothing_weighs(how: str) -> None:
+    with pytest.raises(ArtefactError, match=f"merge '{how}' takes no weights"):
+        vectors.merge([], how, vectors.Merge(weights=[1, 2]))

@@ -121,9 +121,14 @@ MERGES: dict[str, Callable[[Sequence[Vector], Merge], Vector]] = {
 
 
 def merge(vectors: Sequence[Vector], how: str, chosen: Merge | None = None) -> Vector:
-    """One vector of several by the merge called `how`; raises ArtefactError for a name that is not in MERGES."""
+    """One vector of several by the merge called `how`.
+
+    Raises ArtefactError for a name that is not in MERGES, for weights where it takes none, and as the merge does.
+    """
     if how not in MERGES:
         raise ArtefactError(f"no merge '{how}'; possible: {', '.join(MERGES)}")
+    if how in ("average", "slerp") and chosen is not None and chosen.weights is not None:
+        raise ArtefactError(f"merge '{how}' takes no weights; possible with weights: weighted, ties, dare")
     return MERGES[how](vectors, chosen or Merge())
 
 

@@ -140,8 +140,8 @@ def apply(one: Vector, start: Tensor, scale: Number = 1) -> Tensor:
 def common_start(one: Vector) -> Tensor | None:
     """The start `[P, D]` that all of the vector's summands were trained from; None where they differ, or are merged."""
     starts = [part.initial for part in one.parts]
-    same = all(torch.equal(start, starts[0]) for start in starts)
-    return starts[0] if starts and same and starts[0].any() else None
+    trained = starts and not any("how" in part.facts for part in one.parts)
+    return starts[0] if trained and all(torch.equal(start, starts[0]) for start in starts) else None
 
 
 def made(one: Vector, start: Tensor, scale: Number = 1) -> Artefact:
