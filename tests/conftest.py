@@ -24,3 +24,13 @@ def call(monkeypatch, capsys):
         return status, printed.out, printed.err
 
     return run
+
+
+LONGEST_FIRST = ("test_docs.py", "test_processes.py", "test_recipe_multitask.py", "test_train.py")
+"""Files that no test process may be left alone with at the end."""
+
+
+def pytest_collection_modifyitems(items):
+    """Each file is run by one process, in the order of the files: the longest go first, so that none ends alone."""
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))

@@ -136,6 +136,13 @@ def show_arms(results: Mapping[str, Any]) -> None:
         table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *one["targets"], "mean"), rows)
 
 
+def show_files(**files: Any) -> None:
+    """Where everything was written: a line each, never broken, however narrow the screen."""
+    out.print()
+    for name, path in files.items():
+        out.print(f"{name:8} {path}", markup=False, soft_wrap=True)
+
+
 def show_claims(results: Mapping[str, Any]) -> None:
     """What a study says of a paper's claims."""
     for one in results["claims"].values():

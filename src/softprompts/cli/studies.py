@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
-from softprompts.cli.screen import out, progress, quiet, say, show_arms, show_claims, show_files, show_json
+from softprompts.cli.screen import progress, quiet, say, show_arms, show_claims, show_files, show_json
 from softprompts.config import Section
 from softprompts.config import read as read_config
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, on_machine
-from softprompts.cli.screen import out, progress, quiet, show_json, table_or_lines
+from softprompts.cli.screen import out, progress, quiet, show_files, show_json, table_or_lines
 from softprompts.config import ConfigError, ModelConfig, parse
 
 app = typer.Typer(
@@ -176,7 +176,7 @@ def compare(
     ]
     columns = ("vector", "norm", "norm / start's", *found["labels"])
     table_or_lines(f"cosines ({how}: {vectors.COSINES[how]})", columns, rows)
-    out.print(f"\nresults  {out_dir / 'results.json'}\nreport   {out_dir / 'report.html'}")
+    show_files(results=out_dir / "results.json", report=out_dir / "report.html")
 
 
 @app.command()
@@ -217,9 +217,7 @@ def search(
     for name, scores in found["test"].items():
         for metric, score in scores.items():
             out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {found['coefficient']:g}")
-    out.print(
-        f"\nprompt   {out_dir / 'prompt'}\nresults  {out_dir / 'results.json'}\nreport   {out_dir / 'report.html'}"
-    )
+    show_files(prompt=out_dir / "prompt", results=out_dir / "results.json", report=out_dir / "report.html")
 
 
 def _read(prompts: list[str]) -> list[Any]:
