@@ -11,7 +11,7 @@ WORKERS = 2
 ARGS =
 
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-SPREAD = -n $(WORKERS) --dist loadfile
+SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP = -m pip install --quiet --disable-pip-version-check --no-input
 
 .PHONY: help env demo test test-lower bench check format clean
