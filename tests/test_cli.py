@@ -12,6 +12,7 @@ import local
 from softprompts import artefact, assets, cli, job
 from softprompts.config import Run
 from softprompts.recipes.multitask import Plan
+from softprompts.studies.task_prompt_vectors import Study
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +158,9 @@ def test_shipped_examples_are_short_and_right():
     files = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
     assert len(files) >= 4
     for file in files:
-        study = file.stem == "multitask"
-        assert len(file.read_text().splitlines()) <= (50 if study else 25), file
-        cli.read_config(file, (), Plan if study else Run)
+        kind = {"multitask": Plan, "vectors": Study}.get(file.stem, Run)
+        assert len(file.read_text().splitlines()) <= (25 if kind is Run else 50), file
+        cli.read_config(file, (), kind)
 
 
 def test_the_quickstart_example_is_the_quickstart():
