@@ -92,7 +92,7 @@ def test_every_command_runs(folder):
         words = shlex.split(line)
         assert words[0] == "softprompts", f"{page.name}: {line}"
         arguments = words[1:]
-        if arguments[0] == "train":
+        if arguments[0] in ("train", "pretrain"):
             arguments = [*arguments, *SHORT, *([] if "reviews" in line else SMALL)]
         if arguments[0] == "multitask":
             arguments = [*arguments, *MULTITASK]

@@ -26,6 +26,11 @@ MIXES = ("attempt",)
 What the mixture is to the last digit is tested with each of them.
 """
 
+LOOKS_UP = ("ipt",)
+"""Methods whose prompt, at sites without layers, is looked up for the text's own tokens in a table: it has no more
+tokens than the text and begins where the table does, and a row of the table has a gradient where its token is read.
+"""
+
 
 def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT, head: str = "lm") -> Learner:
     """A method with its default configuration for three tasks on a shared tiny backbone."""
@@ -50,6 +55,12 @@ def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
     return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
 
 
+def looked_up(made: Learner, batch: Batch) -> list[list[int]]:
+    """The tokens of each row that a prompt may be made from, at most as many as the prompt is long."""
+    mask = made.context(batch).mask.bool()
+    return [row[there][: made.slot.length].tolist() for row, there in zip(batch.ids, mask, strict=True)]
+
+
 def loss(made: Learner, batch: Batch) -> Tensor:
     """The task loss of one step."""
     return objectives.task(made.step(batch))
@@ -64,6 +75,10 @@ def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: s
     assert prompt.values.shape[1:] == (made.slot.length, made.slot.width)
     assert prompt.values.dtype == torch.float32
     assert prompt.mask.shape == prompt.values.shape[:2]
+    if method in LOOKS_UP and not made.slot.layers:
+        assert prompt.lengths[prompt.row].tolist() == [len(read) for read in looked_up(made, batch)]
+        assert prompt.values.abs().max() <= 3**0.5 * rows.random(5, P, made.slot.width).square().mean().sqrt() + 1e-6
+        return
     assert prompt.mask.all()
     assert prompt.row.shape == (4,)
     assert len(prompt.values) <= 4
@@ -116,15 +131,20 @@ def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: s
     """A dead-row scan: after a few steps on all tasks no row of any parameter has been without a gradient."""
     made = learner(name, method, site)
     seen = {key: torch.zeros(len(p)) for key, p in made.parameters().items()}
-    optimiser = torch.optim.Adam(made.parameters().values(), lr=1e-2)
+    optimiser, read = torch.optim.Adam(made.parameters().values(), lr=1e-2), set[int]()
     for seed in range(2):
         optimiser.zero_grad()
-        loss(made, batch_of(name, [0, 1, 2, 0, 1, 2], 10 * seed)).backward()
+        batch = batch_of(name, [0, 1, 2, 0, 1, 2], 10 * seed)
+        read |= {token for row in looked_up(made, batch) for token in row}
+        loss(made, batch).backward()
         for key, parameter in made.parameters().items():
             assert parameter.grad is not None, f"{key} has no gradient"
             assert parameter.grad.isfinite().all(), key
             seen[key] += parameter.grad.flatten(1).abs().sum(1) if parameter.dim() > 1 else parameter.grad.abs()
         optimiser.step()
+    if method in LOOKS_UP:
+        table = seen.pop("method.table.rows")
+        assert set(table.nonzero()[:, 0].tolist()) == read
     assert {key: rest.eq(0).nonzero()[:, 0].tolist() for key, rest in seen.items() if rest.eq(0).any()} == {}
 
 
@@ -144,7 +164,8 @@ def test_overfits_eight_examples(name: str, method: str) -> None:
         labels[:, -1] = words
     batch = Batch(text, mask, torch.zeros(8, dtype=torch.long), labels)
     made = learner(name, method)
-    optimiser = torch.optim.Adam(made.parameters().values(), lr=0.1)
+    # Here a looked-up prompt is one row of the table four times, which has farther to go.
+    optimiser = torch.optim.Adam(made.parameters().values(), lr=0.3 if method in LOOKS_UP else 0.1)
     for _ in range(400):
         output = made.step(batch).output
         if output.logits.argmax(1).equal(output.labels):

@@ -42,6 +42,7 @@ __all__ = [
     "Opened",
     "Screen",
     "execute",
+    "fixed_settings",
     "is_main_process",
     "judging_of",
     "load_backbone",
@@ -71,7 +72,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     jobs = prepare_together(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
-        check_checkpoint(one.out, rows[name], one.seed, _settings(jobs[name]))
+        check_checkpoint(one.out, rows[name], one.seed, fixed_settings(jobs[name]))
     before = _judge_stock(jobs, screen)
     histories, failed = _train(jobs, rows, screen)
     pages = {}
@@ -130,15 +131,16 @@ def _check_writable(out: Path) -> None:
         raise ConfigError(f"cannot write into {out}: {error.strerror}; choose another directory with --out") from None
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def fixed_settings(job: Job) -> dict[str, Any]:
     """What must be the same for a run to go on from its checkpoint.
 
     Artefacts that the run starts from, mixes or learns from may have been made anew since.
     """
     others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
     settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
-    if job.start is not None and (job.run.prompt.init.sources or job.run.prompt.init.kind in init.READ):
-        parts = (job.start.prompt, job.start.sources, *(job.start.factors or ()))
+    given = job.run.prompt.init
+    if job.start is not None and (given.sources or given.state or given.kind in init.READ):
+        parts = (job.start.prompt, job.start.sources, *(job.start.factors or ()), *(job.start.state or {}).values())
         held = b"".join(part.cpu().numpy().tobytes() for part in parts if part is not None)
         settings["start"] = hashlib.sha256(held).hexdigest()
     if job.teachers:
@@ -239,7 +241,7 @@ def _steps(
 
 def _trainee(name: str, job: Job, rows: list[Encoded], targets: Targets | None) -> Trainee:
     run = job.run
-    return Trainee(name, job.learner, rows, run.train, run.seed, _validate(job), run.out, _settings(job), targets)
+    return Trainee(name, job.learner, rows, run.train, run.seed, _validate(job), run.out, fixed_settings(job), targets)
 
 
 def _validate(job: Job) -> Callable[[], float] | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softprompts import inject
 from softprompts.backbone import Backbone
 from softprompts.inject import Prefix, Site
-from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step, unscored
+from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step, in_mode, unscored
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,19 @@ class Learner:
         """The same backbone without a prompt."""
         return replace(self, method=None)
 
-    def prompt(self, batch: Batch) -> Prompt | None:
-        """The prompts of the rows of `batch`, [U, P, D]; None without a method."""
+    def prompt(self, batch: Batch, training: bool = False) -> Prompt | None:
+        """The prompts of the rows of `batch`, [U, P, D]; None without a method.
+
+        training: for a step, with what a method does in training only, such as dropout; else to judge or to answer.
+        """
         if self.method is None:
             return None
+        with in_mode(self.method, training):
+            made: Prompt = self.method(self.context(batch))
+        return made
+
+    def context(self, batch: Batch) -> Context:
+        """What a method may look at of `batch`: of a causal text nothing from its first label on."""
         backbone = self.backbone
         embeds = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
 
@@ -45,14 +54,13 @@ class Learner:
             return states
 
         mask = unscored(batch.mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None)
-        made: Prompt = self.method(Context(batch.task, batch.ids, embeds, mask, encode))
-        return made
+        return Context(batch.task, batch.ids, embeds, mask, encode)
 
     def step(self, batch: Batch) -> Step:
-        """Run `batch` and give what objectives look at; its text is embedded once."""
+        """Run `batch` in training mode and give what objectives look at; its text is embedded once."""
         if batch.embeds is None:
             batch = replace(batch, embeds=self.backbone.embed(batch.ids))
-        prompt = self.prompt(batch)
+        prompt = self.prompt(batch, training=True)
 
         def again(other: Prompt | None) -> Output:
             return self.forward(batch, other)

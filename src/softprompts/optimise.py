@@ -30,12 +30,13 @@ def optimiser_of(learner: Learner, parameters: Mapping[str, nn.Parameter], confi
     for name, group in groups(learner.method).items():
         unit = learner.backbone.rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
         rate = config.rates.get(name, config.rate if group.rate is None else group.rate)
-        found.append((tuple(f"method.{prefix}" for prefix in group.parameters), rate * unit))
+        decay = config.weight_decay if group.decay else 0.0
+        found.append((tuple(f"method.{prefix}" for prefix in group.parameters), rate * unit, decay))
     parts = []
-    for prefixes, rate in (*found, (("head.",), config.head_rate)):
+    for prefixes, rate, decay in (*found, (("head.",), config.head_rate, config.weight_decay)):
         chosen = [p for name, p in parameters.items() if name.startswith(prefixes)]
         if chosen:
-            parts.append({"params": chosen, "lr": rate, "rate": rate})
+            parts.append({"params": chosen, "lr": rate, "rate": rate, "weight_decay": decay})
     if config.optimiser == "adamw":
         return torch.optim.AdamW(parts, weight_decay=config.weight_decay)
     return _UnfactoredAdafactor(

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Job:
 
     Where a method makes a prompt from each text, the first prompt of its tasks is the start that it was given.
     teachers: of each task, where there are objectives that compare with them; weights: what is trained instead of a
-    prompt, which then has no start.
+    prompt, which then has no start; begin: everything that is trained, by name, as copies of where it begins.
     """
 
     run: Run
@@ -75,6 +75,7 @@ class Job:
     initial: tuple[Tensor, ...] = ()
     teachers: tuple[TaskTeacher, ...] = ()
     weights: finetune.Weights | None = None
+    begin: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
@@ -248,7 +249,8 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     learner = Learner(model, site, slot, method.to(model.device), copy_head(model))
     distil = run.train.distil
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
-    return Job(run, learner, start, tasks, encoders, initial, teachers)
+    begin = {name: value.detach().clone() for name, value in learner.parameters().items()}
+    return Job(run, learner, start, tasks, encoders, initial, teachers, begin=begin)
 
 
 def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:

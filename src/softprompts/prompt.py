@@ -4,7 +4,8 @@ Shapes use one alphabet everywhere: B rows, T text tokens, S target tokens, P pr
 H hidden, D site width, L layers, V vocabulary, C classes, N scored positions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -55,11 +56,13 @@ class Group:
 
     unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
     right for factors around one and for weights. rate: what it is unless `train.rates` says otherwise; None: the run's.
+    decay: whether `train.weight_decay` counts: it would shrink rows of a table in every step, used or not.
     """
 
     parameters: tuple[str, ...]
     unit: Literal["rms", "one"] = "rms"
     rate: float | None = None
+    decay: bool = True
 
 
 @dataclass(frozen=True)
@@ -227,6 +230,17 @@ class Method(Protocol):
     def __init__(self, config: Any, slot: Slot, start: Start) -> None: ...
 
     def __call__(self, context: Context) -> Prompt: ...
+
+
+@contextlib.contextmanager
+def in_mode(method: Any, training: bool) -> Iterator[None]:
+    """Inside, the method is in training mode, or in the mode of judging, folding and answering; then as it was."""
+    before = method.training
+    method.train(training)
+    try:
+        yield
+    finally:
+        method.train(before)
 
 
 def distinct(task: Tensor) -> tuple[Tensor, Tensor]:

@@ -177,7 +177,8 @@ def _summary(results: Mapping[str, Any]) -> str:
         hero = (
             f'<p class="hero">{change}<strong>{_figure(after.get("value"), 3).html}</strong></p><p>{_safe(text)}.</p>\n'
         )
-    facts = [("steps", found.get("steps")), ("trainable", found.get("trainable"))]
+    facts = [(name, found.get(name)) for name in ("steps", "trainable")]
+    facts += [("moved in training", found["moved"])] if _fewer(found.get("moved"), found.get("trainable")) else []
     facts += [("tokens per second", found.get("tokens_per_second"))] + [(f"{name} rows", rows[name]) for name in rows]
     tiles = [(name, _figure(value).html) for name, value in facts if value is not None]
     if found.get("seconds") is not None:
@@ -189,6 +190,11 @@ def _summary(results: Mapping[str, Any]) -> str:
         f'<section class="summary">{hero}{f"<dl>{listed}</dl>" if tiles else ""}</section>\n' if hero or tiles else ""
     )
     return top + summary + warned
+
+
+def _fewer(moved: int | None, trainable: int | None) -> bool:
+    """Whether training moved only some of the trained numbers, as it does of a table of words."""
+    return moved is not None and trainable is not None and moved < trainable
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:

@@ -74,6 +74,7 @@ def page_of(
             "steps": len(history),
             "seconds": round(seconds, 1),
             "trainable": job.weights.count if job.weights else _prompt_size(job),
+            "moved": None if job.weights else _moved(job),
             "tokens_per_second": rate,
         },
         "curve": [{**asdict(r), "tokens_per_second": r.tokens / r.seconds if r.seconds else None} for r in history],
@@ -103,6 +104,12 @@ def page_of(
 def _prompt_size(job: Job) -> int:
     """Trained numbers a task."""
     return sum(parameter.numel() for parameter in job.learner.parameters().values()) // len(job.tasks)
+
+
+def _moved(job: Job) -> int:
+    """Trained numbers a task that training moved: of a table these are the rows of tokens that it met."""
+    now = job.learner.parameters()
+    return sum(int((now[name] != began).sum()) for name, began in job.begin.items()) // len(job.tasks)
 
 
 def compare(

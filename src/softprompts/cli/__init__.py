@@ -29,7 +29,7 @@ from softprompts.cli.screen import (
     show_words,
 )
 from softprompts.cli.studies import app as study_app
-from softprompts.cli.studies import multitask
+from softprompts.cli.studies import multitask, pretrain
 from softprompts.cli.vectors import app as vector_app
 from softprompts.config import ConfigError, Run, TaskConfig, override, parse
 from softprompts.config import read as read_config
@@ -206,7 +206,7 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
         out.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-for _command in (multitask, evaluate, predict, generate):
+for _command in (multitask, pretrain, evaluate, predict, generate):
     app.command()(_command)
 
 

@@ -191,7 +191,9 @@ def show(page: dict[str, Any]) -> None:
         out.print(
             f"{summary['metric']}: {before}{_score(summary['after'])} after {summary['steps']} steps", markup=False
         )
-    out.print(f"{summary['trainable']:,} trained numbers, {summary['seconds']:.0f} s in all")
+    moved = summary.get("moved")
+    some = f" ({moved:,} moved)" if moved is not None and moved < summary["trainable"] else ""
+    out.print(f"{summary['trainable']:,} trained numbers{some}, {summary['seconds']:.0f} s in all")
 
 
 def show_words(rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""The commands of more than one run: the recipe `softprompts multitask` and `softprompts study ...`."""
+"""The commands of more than a run: the recipes `softprompts multitask` and `pretrain`, and `softprompts study ...`."""
 
 import json
 from collections.abc import Callable
@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
-from softprompts.cli.screen import progress, quiet, say, show_arms, show_claims, show_files, show_json
-from softprompts.config import Section
+from softprompts.cli.screen import progress, quiet, say, show, show_arms, show_claims, show_files, show_json
+from softprompts.config import Run, Section
 from softprompts.config import read as read_config
 
 app = typer.Typer(no_args_is_help=True, help="Studies shaped like papers, on packaged data.")
@@ -32,6 +32,23 @@ def multitask(
 
     plan = _read(config, Plan, out_dir, model, on_machine(device, dtype, quantise), sets)
     _carry_out(plan, execute, show_arms, as_json)
+
+
+def pretrain(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file as for `train`, its task one of classes.")],
+    out_dir: OutDirectory = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Teach what reads the text in a method, such as ipt's table, to tell topics apart; a run starts from it."""
+    from softprompts.recipes.pretrain import execute
+
+    run = _read(config, Run, out_dir, model, on_machine(device, dtype, quantise), sets)
+    _carry_out(run, execute, show, as_json)
 
 
 @app.command()
@@ -68,7 +85,7 @@ def _read(
 
 
 def _carry_out(
-    plan: Any, execute: Callable[..., dict[str, Any]], show: Callable[[dict[str, Any]], None], as_json: bool
+    plan: Any, execute: Callable[..., dict[str, Any]], present: Callable[[dict[str, Any]], None], as_json: bool
 ) -> None:
     quiet()
     try:
@@ -80,5 +97,5 @@ def _carry_out(
     if as_json:
         show_json(results)
         return
-    show(results)
+    present(results)
     show_files(results=Path(plan.out) / "results.json", report=Path(plan.out) / "report.html")

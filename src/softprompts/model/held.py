@@ -89,7 +89,7 @@ class Held:
             self.tasks[task.name] = task
             if head is not None:
                 self.heads[key(task.name)] = head.to(device)
-        self.prompts[key(*made.tasks[0].group)] = made.method.to(device)
+        self.prompts[key(*made.tasks[0].group)] = made.method.to(device).train(self.prompts.training)
 
     def join(self, made: Made, old: str) -> None:
         """Take in a task that the method of the task `old` shall hold; it begins at what they share."""

@@ -55,7 +55,7 @@ def batch(backbone: Backbone, given: Mapping[str, Any], place: Callable[[int], T
     if decoding and "labels" in given and wanted is None and given["decoder_input_ids"] is None:
         raise ValueError("an encoder-decoder model needs labels or decoder_input_ids")
     return Batch(
-        torch.zeros(shape, dtype=torch.long) if text is None else text,
+        torch.full(shape, -1) if text is None else text,  # -1: no token, so that whoever looks it up notices
         mask,
         place(shape[0]),
         labels=wanted,

@@ -1,0 +1,284 @@
+"""Instance-wise prompt tuning (Jiang et al. 2022, arXiv 2206.01958): a text's own first words choose its prompt."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct
+
+
+class InstancePromptTuning(nn.Module):
+    """Each text's prompt is looked up for its first words in a trained table T [V, d], or encoded from T's vectors.
+
+    With x_1 ... x_n the first n tokens of the text that may be seen, the paper's strategies are
+    `lookup`: p_i = T[x_i]; and, with Z = T[x_1 ... x_n] and p = reshape(W f + b) in R^{n x d},
+    `cnn`: f the maxima over time of ReLU(conv_h(Z)), heights h = 3, 4, 5, one filter each;
+    `rnn`: f the last states of both directions of a bi-LSTM of two layers, hidden size 64;
+    `mlp`: f the mean of Z, and p = dropout(ReLU(W f + b)).
+    At sites input and decoder p is the prompt; at layers and kv the task's own prompt stays and `scale` p is added to
+    its part for the first layer. Tables and encoders are shared by the tasks of a run.
+
+    Raises ValueError for options that contradict each other or the slot.
+    """
+
+    paper: ClassVar[str] = "Jiang et al. 2022, arXiv 2206.01958"
+    sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
+    sees_input: ClassVar[bool] = True
+    pretrained: ClassVar[tuple[str, ...]] = ("table", "encoder")
+    groups: ClassVar[Mapping[str, Group]] = {
+        "prompt": Group(("prompts", "linear.bias")),
+        "table": Group(("table.rows", "table.directions"), decay=False),
+        "codes": Group(("table.codes",), unit="one", decay=False),
+        "encoder": Group(("encoder", "linear.weight"), unit="one", rate=1e-3),
+    }
+
+    @dataclass(frozen=True)
+    class Config:
+        """`strategy`: how a text becomes a prompt; `table`: how T is held, as `Table` says, with `rank` and `rows`.
+
+        base: `none`, the text's prompt replaces the task's, or `start`, it is added to a trained one that begins at the
+        start; None: the paper's, none at sites input and decoder, start at layers and kv. scale: of the text's prompt;
+        None: the paper's, 0.05 at layers and kv, else 1. start: of T, `uniform` around zero, `zero`, or `words`, the
+        backbone's own embeddings; None: zero where it is looked up and added to a base, else uniform. spread: root mean
+        square of a uniform T; None: that of the start. tokens: how many tokens an encoder reads; None: the prompt's
+        length. dropout: of strategy mlp, in training.
+        """
+
+        strategy: Literal["lookup", "cnn", "rnn", "mlp"] = "lookup"
+        table: Literal["full", "low-rank", "hashed", "common"] = "full"
+        rank: int = 16
+        rows: int = 2048
+        base: Literal["none", "start"] | None = None
+        scale: float | None = None
+        start: Literal["uniform", "zero", "words"] | None = None
+        spread: float | None = None
+        tokens: int | None = None
+        dropout: float = 0.5
+
+        def __post_init__(self) -> None:
+            for name, given, possible in (
+                ("strategy", self.strategy, ("lookup", "cnn", "rnn", "mlp")),
+                ("table", self.table, ("full", "low-rank", "hashed", "common")),
+                ("base", self.base, ("none", "start", None)),
+                ("start", self.start, ("uniform", "zero", "words", None)),
+            ):
+                if given not in possible:
+                    shown = ", ".join(str(one) for one in possible if one is not None)
+                    raise ValueError(f"{name} '{given}' is unknown; possible: {shown}")
+            for name, count in (("rank", self.rank), ("rows", self.rows), ("tokens", self.tokens)):
+                if count is not None and (not isinstance(count, int) or count < 1):
+                    raise ValueError(f"{name} must be a whole number from 1 on, given {count!r}")
+            for name, size in (("scale", self.scale), ("spread", self.spread)):
+                if size is not None and not (isinstance(size, int | float) and 0 <= size < math.inf):
+                    raise ValueError(f"{name} must be a number from 0 on, given {size!r}")
+            if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
+                raise ValueError(f"dropout must be a number from 0 to below 1, given {self.dropout!r}")
+            if self.strategy == "lookup" and self.tokens is not None:
+                raise ValueError("tokens is for strategies that encode; lookup reads as many as the prompt is long")
+            if self.strategy != "lookup" and self.start == "zero":
+                raise ValueError(
+                    f"strategy {self.strategy} would learn nothing from a table of zeros; use uniform or words"
+                )
+
+    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+        super().__init__()
+        lookup, deep = config.strategy == "lookup", bool(slot.layers)
+        based = (config.base or ("start" if deep else "none")) == "start"
+        if deep and not based:
+            raise ValueError("base none would leave all layers but the first without a prompt; use start")
+        part = slot.layers[0] if deep else slot.width
+        width = part if lookup else slot.features
+        prompt = start.prompt.detach().float()
+        self.slot, self.config = slot, config
+        self.scale = config.scale if config.scale is not None else 0.05 if deep else 1.0
+        self.words = config.start == "words"
+        if self.words and width != slot.features:
+            raise ValueError(
+                f"start words needs prompts as wide as the embeddings, {slot.features}, not {width}; use uniform"
+            )
+        self.prompts = nn.ParameterList(prompt.clone() for _ in slot.tasks if based)
+        self.per_task: tuple[str, ...] = ("prompts",) if based else ()
+        unit = float(prompt[:, :part].square().mean().sqrt()) if config.spread is None else config.spread
+        zero = self.words or (config.start or ("zero" if lookup and based else "uniform")) == "zero"
+        self.table = Table(config, slot.vocabulary, width, unit, zero)
+        self.encoder = ENCODERS[config.strategy](width)
+        if not lookup:
+            self.linear = nn.Linear(self.encoder.size, slot.length * part)
+            self._begin(None if based else prompt)
+        self.dropout = nn.Dropout(config.dropout)
+        self._made = prompt.square().mean().sqrt()
+
+    def _begin(self, prompt: Tensor | None) -> None:
+        """Let W f + b begin at `prompt [P, d]`, or at zero: whatever the encoder says, W is zero.
+
+        Behind a ReLU that would be a start which half of the numbers never leave; there W is torch's and b zero.
+        """
+        nn.init.zeros_(self.linear.bias)
+        if self.config.strategy == "mlp":
+            return
+        nn.init.zeros_(self.linear.weight)
+        if prompt is not None:
+            with torch.no_grad():
+                self.linear.bias.copy_(prompt.flatten())
+
+    def forward(self, context: Context) -> Prompt:
+        """A prompt for each row, [B, P, D]; without a base, a text with fewer tokens than P has a shorter one.
+
+        Raises ValueError where the text was given as embeddings, and where no row of a batch to learn from has text.
+        """
+        own, there = self._instances(context)
+        own = own * self.scale
+        if self.per_task:
+            used, row = distinct(context.task)
+            base = torch.stack([self.prompts[i] for i in used.tolist()])[row]
+            values = base + nn.functional.pad(own, (0, self.slot.width - own.shape[2]))
+            there = torch.ones_like(there)
+        else:
+            if torch.is_grad_enabled() and not bool(there.any()):
+                raise ValueError("no row of the batch has text in front of what is to be learnt: there is no prompt")
+            order = there.long().argsort(dim=1, stable=True)  # what is missing goes to the left of the slot
+            values = own.gather(1, order[:, :, None].expand_as(own))
+            there = there.gather(1, order)
+        kept = values.detach()[there]
+        self._made = kept.square().mean().sqrt() if kept.numel() else self._made
+        return Prompt(values, there, torch.arange(len(values), device=values.device))
+
+    def features(self, context: Context) -> Tensor:
+        """What a classifier reads in pretraining, [B, F]: what the encoder makes, or the mean of the looked-up rows."""
+        found: Tensor = self.encoder(*self._read(context))
+        return found
+
+    def size(self) -> Tensor:
+        """The root mean square of the prompts made last; before any was made that of the start."""
+        return self._made
+
+    def _instances(self, context: Context) -> tuple[Tensor, Tensor]:
+        """The texts' own prompts [B, P, d], from the first token on, and where there is one, [B, P]."""
+        seen, there = self._read(context)
+        if self.config.strategy == "lookup":
+            return seen, there
+        made = self.linear(self.encoder(seen, there)).unflatten(1, (self.slot.length, -1))
+        if self.config.strategy == "mlp":
+            made = self.dropout(made.relu())
+        return made, torch.ones(made.shape[:2], dtype=torch.bool, device=made.device)
+
+    def _read(self, context: Context) -> tuple[Tensor, Tensor]:
+        """T's vectors of the first n tokens that may be seen, [B, n, d], and where there are such, [B, n]."""
+        count = self.config.tokens or self.slot.length
+        visible = context.mask.bool()
+        order = (~visible).long().argsort(dim=1, stable=True)[:, :count]
+        spare = count - order.shape[1]
+        there = nn.functional.pad(visible.gather(1, order), (0, spare))
+        ids = nn.functional.pad(context.ids.gather(1, order), (0, spare)).masked_fill(~there, 0)
+        if bool((ids < 0).any()):
+            raise ValueError("the method looks tokens up, and the text was given as embeddings; give input_ids")
+        seen: Tensor = self.table(ids)
+        if self.words:
+            embeds = context.embeds.gather(1, order[:, :, None].expand(-1, -1, context.embeds.shape[2]))
+            seen = seen + nn.functional.pad(embeds, (0, 0, 0, spare)).to(seen.dtype)
+        return seen.masked_fill(~there[:, :, None], 0), there
+
+
+class Table(nn.Module):
+    """A vector for each token id, held as `config.table` says, with root mean square `unit` at the start, or zero.
+
+    `full`: T [V, d], the paper's; `low-rank`: codes [V, r] times directions [r, d]; `hashed`: T [rows, d], token ids
+    hashed into it; `common`: T [rows + 1, d] for the lowest ids, which are the most common tokens in vocabularies of
+    trained tokenizers, and a last row that all others share.
+    Raises ValueError for a vocabulary that is not known, or that has no more tokens than `rows`.
+    """
+
+    def __init__(
+        self, config: InstancePromptTuning.Config, vocabulary: int, width: int, unit: float, zero: bool
+    ) -> None:
+        super().__init__()
+        if vocabulary < 1:
+            raise ValueError("it has a row for each token, and the slot says nothing of the vocabulary")
+        if config.table in ("hashed", "common") and config.rows >= vocabulary:
+            raise ValueError(
+                f"table {config.table} of {config.rows} rows would not be smaller than that of all {vocabulary} "
+                f"tokens; set rows lower, or use table full"
+            )
+        self.kind, self.limit = config.table, config.rows
+        if self.kind == "low-rank":
+            # Codes alone decide whether T is zero, so that a token which no text had adds nothing.
+            codes = torch.zeros(vocabulary, config.rank) if zero else _uniform(1.0, vocabulary, config.rank)
+            self.codes = nn.Parameter(codes)
+            self.directions = nn.Parameter(_uniform(unit / math.sqrt(config.rank), config.rank, width))
+        else:
+            count = {"full": vocabulary, "hashed": config.rows, "common": config.rows + 1}[self.kind]
+            self.rows = nn.Parameter(torch.zeros(count, width) if zero else _uniform(unit, count, width))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The vectors [B, T, d] of token ids [B, T]."""
+        if self.kind == "low-rank":
+            return nn.functional.embedding(ids, self.codes) @ self.directions
+        place = {"full": ids, "common": ids.clamp(max=self.limit)}.get(self.kind)
+        if place is None:  # Fibonacci hashing (Knuth): neighbours, which often are alike, do not collide
+            place = (ids * 2_654_435_769 % 2**32) * self.limit >> 32
+        return nn.functional.embedding(place, self.rows)
+
+
+def _uniform(rms: float, *shape: int) -> Tensor:
+    return (torch.rand(shape) * 2 - 1) * math.sqrt(3) * rms
+
+
+class Convolutions(nn.Module):
+    """Strategy cnn: [B, n, d] to f [B, 3]. A text shorter than a kernel is one window, filled up with zeros."""
+
+    size: ClassVar[int] = 3
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kernels = nn.ModuleList(nn.Conv1d(width, 1, height) for height in (3, 4, 5))
+
+    def forward(self, seen: Tensor, there: Tensor) -> Tensor:
+        """seen [B, n, d], zero where there [B, n] is not."""
+        columns, found = nn.functional.pad(seen, (0, 0, 0, 4)).transpose(1, 2), []
+        for height, kernel in zip((3, 4, 5), self.kernels, strict=True):
+            made = kernel(columns)[:, 0].relu()
+            last = (there.sum(1, keepdim=True) - height).clamp(min=0)
+            inside = torch.arange(made.shape[1], device=made.device) <= last
+            found.append(made.masked_fill(~inside, 0).amax(1))
+        return torch.stack(found, 1)
+
+
+class Recurrent(nn.Module):
+    """Strategy rnn: [B, n, d] to f [B, 128], the last layer's state after the last token and, backwards, the first."""
+
+    size: ClassVar[int] = 128
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(width, 64, num_layers=2, batch_first=True, bidirectional=True)
+
+    def forward(self, seen: Tensor, there: Tensor) -> Tensor:
+        """seen [B, n, d], zero where there [B, n] is not; a text of no tokens reads as one zero."""
+        lengths = there.sum(1).clamp(min=1).cpu()
+        packed = nn.utils.rnn.pack_padded_sequence(seen, lengths, batch_first=True, enforce_sorted=False)
+        _, (states, _) = self.lstm(packed)
+        return torch.cat([states[-2], states[-1]], 1)
+
+
+class Mean(nn.Module):
+    """Strategy mlp, and features of lookup: [B, n, d] to f [B, d], the mean over the tokens there; zero without any."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.size = width
+
+    def forward(self, seen: Tensor, there: Tensor) -> Tensor:
+        """seen [B, n, d], zero where there [B, n] is not."""
+        return seen.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+
+
+ENCODERS: dict[str, type[Convolutions] | type[Recurrent] | type[Mean]] = {
+    "lookup": Mean,
+    "cnn": Convolutions,
+    "rnn": Recurrent,
+    "mlp": Mean,
+}

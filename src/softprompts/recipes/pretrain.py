@@ -1,0 +1,246 @@
+"""Pretraining of what reads a text: a method's table and encoder learn to tell topics apart (Jiang et al. 2022).
+
+A linear classifier, which is thrown away afterwards, reads the method's `features` of a text and is trained with them
+by cross-entropy. The frozen backbone gives token ids and, where asked, embeddings; it is never run on a row.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softprompts import artefact, checkpoint, evaluate, metrics, report
+from softprompts.artefact import Artefact
+from softprompts.checkpoint import Report, TrainingError
+from softprompts.config import ConfigError, Run, TrainConfig
+from softprompts.data import Batches, Encoded, classes, collate, evaluation_order
+from softprompts.job import Job, Screen, fixed_settings, pack, prepare, versions
+from softprompts.methods import find, names
+from softprompts.optimise import optimiser_of, set_rates
+from softprompts.prepare import SILENT
+from softprompts.prompt import Batch, in_mode
+
+USED = (
+    *("steps", "batch_size", "optimiser", "rate", "rate_unit", "rates", "head_rate", "schedule", "warmup"),
+    *("weight_decay", "clip", "evaluate_every", "checkpoint_every"),
+)
+"""The keys of a run's section `train` that pretraining goes by; `head_rate` is the classifier's."""
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A method of a run with a classifier over its features; what is trained of both, by name, and the rows.
+
+    Rows are texts without their answers, labelled with the numbers of their classes.
+    """
+
+    job: Job
+    head: nn.Linear
+    trained: dict[str, nn.Parameter]
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
+    test: Sequence[Encoded]
+
+    def scores(self, rows: Sequence[Encoded]) -> Tensor:
+        """The classifier's scores of texts, [B, C]."""
+        learner = self.job.learner
+        found: Tensor = self.head(learner.method.features(learner.context(_batch(self.job, rows))))
+        return found
+
+    def answers(self, rows: Sequence[Encoded]) -> list[int]:
+        """The class of each text."""
+        found = [0] * len(rows)
+        with torch.no_grad(), in_mode(self.job.learner.method, False):
+            for index in evaluation_order([len(row.ids) for row in rows], self.job.run.train.batch_size):
+                best = self.scores([rows[i] for i in index]).argmax(1).tolist()
+                for i, one in zip(index, best, strict=True):
+                    found[i] = one
+        return found
+
+
+def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
+    """Pretrain the method of `run` on its task's classes; write what `prompt.init.state` takes to `run.out`/prompt.
+
+    results.json and report.html beside it tell the classifier's scores on the test rows; their content is returned. An
+    interrupted run goes on from its checkpoint, bit for bit.
+    Raises ConfigError for a method without anything to pretrain and for settings that mean nothing here, TrainingError
+    when the loss stops being a number or a checkpoint belongs to other settings, else as `prepare`.
+    """
+    began, history = time.time(), []
+    _check(run)
+    pupil = _pupil(prepare(run, screen))
+    with closing(_fit(pupil)) as steps:
+        for step in steps:
+            history.append(step)
+            screen.step("", step)
+    page = _page(pupil, history, began)
+    screen.say(f"writing {run.out}")
+    artefact.save(_packed(pupil, page["scores"]), Path(run.out) / "prompt")
+    report.write_results(Path(run.out) / "results.json", page)
+    report.write_page(Path(run.out) / "report.html", page)
+    return page
+
+
+def _check(run: Run) -> None:
+    """Raise ConfigError for what pretraining could not use."""
+    if not getattr(find(run.prompt.method), "pretrained", ()):
+        possible = ", ".join(name for name in names() if getattr(find(name), "pretrained", ()))
+        raise ConfigError(f"method {run.prompt.method} has nothing to pretrain; possible: {possible}")
+    if len(run.tasks) > 1 or run.runs:
+        raise ConfigError("pretraining takes one task and no list of runs; give each a command of its own")
+    if run.model.head != "lm":
+        raise ConfigError(f"pretraining has a classifier of its own; leave model.head at lm, not {run.model.head}")
+    for key in sorted(run.train.model_fields_set - set(USED)):
+        if getattr(run.train, key) != getattr(TrainConfig(), key):
+            raise ConfigError(f"train.{key} means nothing in pretraining; possible: {', '.join(USED)}")
+
+
+def _pupil(job: Job) -> Pupil:
+    method, encoder, task = job.learner.method, job.encoders[0], job.tasks[0]
+    if task.format.kind != "label":
+        raise ConfigError(f"pretraining tells classes apart, and {task.name} is of kind {task.format.kind}")
+    parts = tuple(f"{part}." for part in method.pretrained)
+    trained = {f"method.{name}": value for name, value in method.named_parameters() if name.startswith(parts)}
+    number = {label: i for i, label in enumerate(classes(task.format))}
+    train, validation, test = (
+        [replace(encoder.encode(row), labels=number[evaluate.reference(encoder, row)]) for row in rows]
+        for rows in (task.train, task.validation, task.test)
+    )
+    torch.manual_seed(job.run.seed)
+    with torch.no_grad():
+        width = method.features(job.learner.context(_batch(job, train[:1]))).shape[1]
+    head = nn.Linear(width, len(number)).to(job.learner.backbone.device)
+    trained |= {f"head.{name}": value for name, value in head.named_parameters()}
+    return Pupil(job, head, trained, train, validation, test)
+
+
+def _batch(job: Job, rows: Sequence[Encoded]) -> Batch:
+    """Texts alone: their classes are no labels of the language model."""
+    pad = job.learner.backbone.tokenizer.pad_token_id or 0
+    return replace(collate(rows, pad), labels=None).to(job.learner.backbone.device)
+
+
+def _gold(rows: Sequence[Encoded]) -> list[int]:
+    return [row.labels for row in rows if isinstance(row.labels, int)]
+
+
+def _fit(pupil: Pupil) -> Generator[Report, None, None]:
+    """Train in place, one Report a step, those of steps before a resume first; afterwards the best stand in place."""
+    job, run = pupil.job, pupil.job.run
+    optimiser = optimiser_of(job.learner, pupil.trained, run.train)
+    batches = Batches(pupil.train, run.train.batch_size, run.seed)
+    written = checkpoint.place(run.out, pupil.train, run.seed, {**fixed_settings(job), "pretraining": True})
+    assert written is not None
+    state = checkpoint.capture(None, pupil.trained, optimiser)
+    if written.file.exists():
+        state = checkpoint.read(written)
+        checkpoint.put_back(state, pupil.trained, optimiser)
+    yield from state.history
+    try:
+        while state.step < run.train.steps:
+            state = checkpoint.capture(
+                state, pupil.trained, optimiser, _step(pupil, batches.at(state.step), optimiser, state.step + 1)
+            )
+            if state.step % run.train.checkpoint_every == 0:
+                checkpoint.write([(written, state)])
+            yield state.history[-1]
+    finally:
+        checkpoint.write([(written, state)])
+    with torch.no_grad():
+        for name, parameter in pupil.trained.items():
+            parameter.copy_(state.tensors.get(f"best.{name}", parameter))
+
+
+def _step(pupil: Pupil, rows: Sequence[Encoded], optimiser: Any, number: int) -> Report:
+    """Make step `number`, counted from 1, on `rows`, and score the validation rows where that is due."""
+    config, backbone, began = pupil.job.run.train, pupil.job.learner.backbone, time.perf_counter()
+    with in_mode(pupil.job.learner.method, True):
+        loss = nn.functional.cross_entropy(pupil.scores(rows), torch.tensor(_gold(rows), device=backbone.device))
+    loss.backward()
+    value = float(loss.detach())
+    norm = float(nn.utils.clip_grad_norm_(list(pupil.trained.values()), config.clip or math.inf))
+    if not math.isfinite(value + norm):
+        raise TrainingError(
+            f"the loss of step {number} is not a number; the state before it is kept in {pupil.job.run.out}. Try a "
+            f"lower rate (train.rate was {config.rate:g} {config.rate_unit}) in another output directory"
+        )
+    rate = set_rates(optimiser, config, number - 1)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    score = None
+    if config.evaluate_every and number % config.evaluate_every == 0:
+        found = zip(pupil.answers(pupil.validation), _gold(pupil.validation), strict=True)
+        score = fmean(float(one == other) for one, other in found)
+    tokens, spent = sum(len(row.ids) for row in rows), time.perf_counter() - began
+    machine = checkpoint.machine_line(backbone) if number == 1 else ""
+    return Report(number, config.steps, value, rate, None, tokens, spent, score, machine=machine)
+
+
+def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artefact:
+    """What was trained of the method, as `prompt.init.state` takes it: it makes no prompts, and answers no task."""
+    made = pack(pupil.job, 0, None)
+    state = {name: value for name, value in made.state.items() if f"method.{name}" in pupil.trained}
+    return replace(made, prompt=None, state=state, format=None, scores=scores)
+
+
+def _page(pupil: Pupil, history: Sequence[Report], began: float) -> dict[str, Any]:
+    """What results.json and the page hold."""
+    run, task = pupil.job.run, pupil.job.tasks[0]
+    told = _judged(pupil)
+    seconds = sum(step.seconds for step in history)
+    method = {name: value for name, value in pupil.trained.items() if name in pupil.job.begin}
+    return {
+        "format": 1,
+        "title": f"{run.prompt.method} pretrained on {task.name}",
+        "task": task.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "summary": {
+            "metric": next(iter(told["scores"]), None),
+            "before": None,
+            "after": next(iter(told["scores"].values()), None),
+            "steps": len(history),
+            "seconds": round(time.time() - began, 1),
+            "trainable": sum(value.numel() for value in method.values()),
+            "moved": sum(int((value != pupil.job.begin[name]).sum()) for name, value in method.items()),
+            "tokens_per_second": sum(step.tokens for step in history) / seconds if seconds else None,
+        },
+        "curve": [asdict(step) for step in history],
+        "validation": [{"step": step.step, "value": step.score} for step in history if step.score is not None],
+        **told,
+        "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
+        "config": run.model_dump(mode="json", exclude={"runs"}),
+        "versions": versions(),
+        "machine": checkpoint.machine_of(pupil.job.learner.backbone),
+        "warnings": list(task.notes),
+        "next": [f"softprompts train --config RUN.yaml --set prompt.init.state={run.out}/prompt"],
+    }
+
+
+def _judged(pupil: Pupil) -> dict[str, Any]:
+    """The classifier's scores on the test rows, and what always answering the most common class would reach."""
+    run, form = pupil.job.run, pupil.job.tasks[0].format
+    if not pupil.test:
+        return {"scores": {}, "majority": None}
+    labels = classes(form)
+    found = [labels[i] for i in pupil.answers(pupil.test)]
+    gold = [labels[i] for i in _gold(pupil.test)]
+    common = labels[Counter(_gold(pupil.train)).most_common(1)[0][0]]
+    options: dict[str, Any] = {"resamples": run.evaluate.resamples, "seed": run.seed, "kind": "label"}
+    wanted = form.metrics or metrics.default_metrics("label")
+    return {
+        "scores": {
+            name: asdict(metrics.score(name, found, gold, positive=form.positive, **options)) for name in wanted
+        },
+        "majority": gold.count(common) / len(gold),
+        "per_class": [asdict(one) for one in metrics.per_class(found, gold, labels)],
+        "confusion": {"labels": list(labels), "matrix": metrics.confusion(found, gold, labels).tolist()},
+    }

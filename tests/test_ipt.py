@@ -1,0 +1,504 @@
+"""Instance-wise prompt tuning against its equations by hand: tables, encoders, starts, counts, gradients."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import rows
+import tiny
+from rows import INPUT, KV, REPLACE, called
+from softprompts import inject, objectives, optimise
+from softprompts.config import ConfigError, TrainConfig
+from softprompts.learner import Learner
+from softprompts.methods import build, state_of
+from softprompts.methods.ipt import InstancePromptTuning
+from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, mix
+
+P, D, V, T = 4, 6, 20, 9
+TASKS = ("one", "two")
+LENGTHS = (9, 2, 1, 4, 0, 6)
+STRATEGIES = ("lookup", "cnn", "rnn", "mlp")
+ENCODING = STRATEGIES[1:]
+
+
+def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocabulary: int = V) -> Any:
+    """A method for two tasks whose every parameter is random, in float64 and as in answering (without dropout)."""
+    slot = Slot(TASKS, length, sum(layers) or D, D, vocabulary, layers)
+    method: Any = build("ipt", options, slot, Start(rows.random(0, length, slot.width)))
+    with torch.no_grad():
+        for i, parameter in enumerate(method.parameters()):
+            parameter.copy_(rows.random(20 + i, *parameter.shape))
+    return method.double().eval()
+
+
+def context(side: str = "right", extra: int = 0, lengths: tuple[int, ...] = LENGTHS) -> Context:
+    """Texts of several lengths; what stands on padding is a token of the vocabulary, and large embeddings."""
+    count = len(lengths)
+    ids = torch.full((count, T + extra), 7)
+    embeds, mask = torch.full((count, T + extra, D), 50.0), torch.zeros(count, T + extra)
+    for i, length in enumerate(lengths):
+        where = slice(0, length) if side == "right" else slice(T + extra - length, T + extra)
+        ids[i, where] = torch.randint(0, V, (length,), generator=torch.Generator().manual_seed(i))
+        embeds[i, where], mask[i, where] = rows.random(30 + i, length, D), 1
+    return Context(torch.arange(count) % 2, ids, embeds, mask.long(), lambda: embeds)
+
+
+def first(seen: Context, row: int, count: int) -> list[int]:
+    """The first tokens of a row, by hand."""
+    return [int(token) for token, there in zip(seen.ids[row], seen.mask[row], strict=True) if there][:count]
+
+
+def vectors(method: Any, tokens: list[int]) -> list[Any]:
+    """The table's vectors of tokens, by hand."""
+    table = {name: value.detach().numpy() for name, value in method.table.named_parameters()}
+    kind, found = method.config.table, []
+    for token in tokens:
+        if kind == "low-rank":
+            codes, directions = table["codes"][token], table["directions"]
+            found.append(sum(code * direction for code, direction in zip(codes, directions, strict=True)))
+        elif kind == "hashed":
+            found.append(table["rows"][(token * 2654435769 % 2**32) * method.config.rows // 2**32])
+        else:
+            found.append(table["rows"][min(token, method.config.rows) if kind == "common" else token])
+    return found
+
+
+def encoded(method: Any, seen: list[Any]) -> Any:
+    """The prompt [P, d] that an encoder makes of table vectors, number by number."""
+    features = {"cnn": convolved, "rnn": recurrent, "mlp": mean}[method.config.strategy](method, seen)
+    weight, bias = method.linear.weight.detach().numpy(), method.linear.bias.detach().numpy()
+    p = [sum(weight[j, i] * features[i] for i in range(len(features))) + bias[j] for j in range(len(bias))]
+    if method.config.strategy == "mlp":
+        p = [max(0.0, value) for value in p]
+    return np.array(p).reshape(method.slot.length, -1)
+
+
+def convolved(method: Any, seen: list[Any]) -> list[float]:
+    found = []
+    for height, kernel in zip((3, 4, 5), method.encoder.kernels, strict=True):
+        weight, bias = kernel.weight.detach().numpy()[0], float(kernel.bias.detach())
+        text = [*seen, *[np.zeros(D)] * max(0, height - len(seen))]
+        windows = range(len(text) - height + 1)
+        sums = [sum(float(weight[:, i] @ text[at + i]) for i in range(height)) + bias for at in windows]
+        found.append(max(max(0.0, value) for value in sums))
+    return found
+
+
+def recurrent(method: Any, seen: list[Any]) -> list[float]:
+    """A bi-LSTM of two layers by the equations in torch's documentation (gates in the order i, f, g, o)."""
+    weights = {name: value.detach().numpy() for name, value in method.encoder.lstm.named_parameters()}
+
+    def sigmoid(x: Any) -> Any:
+        return 1 / (1 + np.exp(-x))
+
+    def run(inputs: list[Any], suffix: str) -> list[Any]:
+        h, c, states = np.zeros(64), np.zeros(64), []
+        for x in inputs:
+            gates = weights[f"weight_ih_{suffix}"] @ x + weights[f"bias_ih_{suffix}"]
+            gates = gates + weights[f"weight_hh_{suffix}"] @ h + weights[f"bias_hh_{suffix}"]
+            i, f, g, o = gates.reshape(4, 64)
+            c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+            states.append(h)
+        return states
+
+    inputs = seen or [np.zeros(D)]
+    for layer in ("l0", "l1"):
+        ahead, back = run(inputs, layer), run(inputs[::-1], f"{layer}_reverse")
+        inputs = [np.concatenate(pair) for pair in zip(ahead, back[::-1], strict=True)]
+    return [*ahead[-1], *back[-1]]
+
+
+def mean(method: Any, seen: list[Any]) -> Any:
+    return sum(seen) / len(seen) if seen else np.zeros(D)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"table": "low-rank", "rank": 3},
+        {"table": "hashed", "rows": 7},
+        {"table": "common", "rows": 5},
+        {"base": "start", "scale": 0.3},
+    ],
+    ids=str,
+)
+def test_lookup(options: dict[str, Any], side: str, extra: int) -> None:
+    """p_i = T[x_i]; a text shorter than the prompt has a shorter one, or with a base nothing added to its end."""
+    method, seen = made(options), context(side, extra)
+    prompt = method(seen)
+    assert prompt.values.shape == (len(LENGTHS), P, D)
+    assert prompt.row.tolist() == list(range(len(LENGTHS)))
+    for i in range(len(LENGTHS)):
+        own = vectors(method, first(seen, i, P))
+        if "base" in options:
+            expected = method.prompts[i % 2].detach().numpy().copy()
+            for place, vector in enumerate(own):
+                expected[place] += 0.3 * vector
+            assert prompt.mask[i].all()
+            np.testing.assert_allclose(prompt.values[i].numpy(), expected, atol=1e-12)
+        else:
+            assert prompt.mask[i].tolist() == [False] * (P - len(own)) + [True] * len(own)
+            np.testing.assert_allclose(prompt.values[i][prompt.mask[i]].numpy(), np.reshape(own, (-1, D)), atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("tokens", [None, 7])
+@pytest.mark.parametrize("strategy", ENCODING)
+def test_encoders(strategy: str, tokens: int | None, side: str) -> None:
+    """All P tokens are made, from as many tokens as are read, whatever stands on padding."""
+    method, seen = made({"strategy": strategy, "tokens": tokens}), context(side, 2)
+    prompt = method(seen)
+    assert prompt.mask.all()
+    for i in range(len(LENGTHS)):
+        expected = encoded(method, vectors(method, first(seen, i, tokens or P)))
+        np.testing.assert_allclose(prompt.values[i].numpy(), expected, atol=1e-12)
+    assert float(prompt.values[:4].std(0).max()) > 1e-2, "texts must differ, or nothing is tested"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_deep_prompts_keep_the_prefix_and_add_to_the_first_layer(strategy: str) -> None:
+    """K[:, layer 0] += 0.05 p(x), with a p(x) as wide as that layer's part; layers may differ."""
+    method, seen = made({"strategy": strategy}, layers=(8, 4, 6)), context()
+    prompt = method(seen)
+    assert prompt.mask.all()
+    for i in range(len(LENGTHS)):
+        expected = method.prompts[i % 2].detach().numpy().copy()
+        own = vectors(method, first(seen, i, P))
+        own = own if strategy == "lookup" else encoded(method, own)
+        for place, vector in enumerate(own):
+            expected[place, :8] += 0.05 * vector
+        np.testing.assert_allclose(prompt.values[i].numpy(), expected, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rows_depend_neither_on_their_order_nor_on_each_other(strategy: str) -> None:
+    method, seen = made({"strategy": strategy}), context()
+    whole = method(seen)
+    for order in ([4, 2, 0, 1, 3], [2], [0, 0, 3]):
+        index = torch.tensor(order)
+        part = Context(seen.task[index], seen.ids[index], seen.embeds[index], seen.mask[index], seen.encode)
+        found = method(part)
+        torch.testing.assert_close(found.values, whole.values[index], atol=1e-12, rtol=0)
+        assert torch.equal(found.mask, whole.mask[index])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("count", [1, P, P + 3])
+def test_as_many_prompts_as_rows(strategy: str, count: int) -> None:
+    """[B, P, d] also where B is not P."""
+    assert made({"strategy": strategy})(context(lengths=(5,) * count)).values.shape == (count, P, D)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_of_a_text_counts(strategy: str) -> None:
+    """Equal first tokens, equal prompts; other orders permute what is looked up and leave a mean as it is."""
+    method, seen = made({"strategy": strategy}), context(lengths=(6, 6, 6))
+    ids = seen.ids.clone()
+    ids[:, :P] = torch.tensor([3, 8, 12, 5])
+    ids[2, :P] = torch.tensor([12, 5, 3, 8])
+    ids[:, P:6] = torch.tensor([[1, 2], [9, 4], [1, 2]])
+    values = method(Context(torch.zeros(3, dtype=torch.long), ids, seen.embeds, seen.mask, seen.encode)).values
+    torch.testing.assert_close(values[0], values[1], atol=1e-12, rtol=0)
+    other = {"lookup": values[0][[2, 3, 0, 1]], "mlp": values[0]}.get(strategy)
+    if other is None:
+        assert float((values[2] - values[0]).abs().max()) > 1e-3
+    else:
+        torch.testing.assert_close(values[2], other, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_three_filters_make_prompts_of_rank_three() -> None:
+    method = made({"strategy": "cnn", "tokens": T}, vocabulary=V)
+    values = method(context(lengths=(9, 8, 7, 9, 6, 9, 8, 5, 9, 7, 8, 9))).values.flatten(1)
+    sizes = torch.linalg.svdvals(values - values.mean(0))
+    assert float(sizes[3]) < 1e-10
+    assert float(sizes[2]) > 1e-3
+
+
+def test_dropout_is_for_training_only() -> None:
+    method, seen = made({"strategy": "mlp"}), context()
+    values = method(seen).values
+    assert torch.equal(values, method(seen).values)
+    method.train()
+    torch.manual_seed(0)
+    dropped = [method(seen).values for _ in range(2)]
+    assert not torch.equal(*dropped)
+    there = values > 0
+    kept = dropped[0][there] != 0
+    torch.testing.assert_close(dropped[0][there][kept], 2 * values[there][kept])
+    assert 0.3 < float(kept.double().mean()) < 0.7
+
+
+def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
+    """dT[v] is the sum of the prompt's gradients at v's places; with SGD all other rows stay, to the bit."""
+    method, seen = made({}), context()
+    weight = rows.random(3, len(LENGTHS), P, D).double()
+    prompt = method(seen)
+    (prompt.values * weight * prompt.mask[:, :, None]).sum().backward()
+    expected = torch.zeros(V, D, dtype=torch.float64)
+    for i in range(len(LENGTHS)):
+        tokens = first(seen, i, P)
+        for place, token in enumerate(tokens):
+            expected[token] += weight[i, P - len(tokens) + place]
+    torch.testing.assert_close(method.table.rows.grad, expected, atol=1e-12, rtol=0)
+    unread = expected.abs().sum(1) == 0
+    assert 0 < int(unread.sum()) < V
+    before = method.table.rows.detach().clone()
+    torch.optim.SGD(method.parameters(), lr=0.1).step()
+    same = (method.table.rows == before).all(1)
+    assert torch.equal(same, unread)
+
+
+@pytest.mark.parametrize(
+    ("options", "vocabulary", "width", "length", "count"),
+    [
+        ({}, 50265, 1024, 100, 51_471_360),
+        ({"strategy": "cnn"}, 50265, 1024, 100, 12_291 + 409_600 + 51_471_360),
+        ({"strategy": "rnn"}, 50265, 1024, 100, 657_408 + 13_209_600 + 51_471_360),
+        ({"strategy": "mlp"}, 50265, 1024, 100, 104_960_000 + 51_471_360),
+        ({}, 49152, 576, 20, 28_311_552),
+        ({"table": "low-rank", "rank": 16}, 49152, 576, 20, 49152 * 16 + 16 * 576),
+        ({"table": "hashed", "rows": 2048}, 49152, 576, 20, 2048 * 576),
+        ({"table": "common", "rows": 2048}, 49152, 576, 20, 2049 * 576),
+    ],
+    ids=str,
+)
+def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: int, count: int) -> None:
+    """Trained numbers by the formulas, at the sizes of RoBERTa-large and of SmolLM2-135M."""
+    with torch.device("meta"):
+        slot = Slot(("one",), length, width, width, vocabulary)
+        method = InstancePromptTuning(
+            InstancePromptTuning.Config(**options), slot, Start(torch.ones(length, width, device="cpu"))
+        )
+    assert sum(parameter.numel() for parameter in method.parameters()) == count
+    if "table" in options:
+        assert 0.005 < count / 134_515_008 < 0.015, "what the paper claims of its parameters"
+
+
+@torch.no_grad()
+def test_starts() -> None:
+    """Where training begins: at the start for encoders, and for a table that is added to a base."""
+    start, seen = Start(rows.random(0, P, D)), context()
+    slot, embeds = Slot(TASKS, P, D, D, 4000), seen.embeds
+
+    def begun(**options: Any) -> Any:
+        return build("ipt", options, slot, start)(seen)
+
+    for strategy in ("cnn", "rnn"):
+        for base in ("none", "start"):
+            torch.testing.assert_close(begun(strategy=strategy, base=base).values, start.prompt.expand(6, P, D))
+    for table in ("full", "low-rank", "hashed", "common"):
+        torch.testing.assert_close(begun(base="start", table=table).values, start.prompt.expand(6, P, D))
+        prompt = begun(start="words", table=table)
+        for i in range(6):
+            torch.testing.assert_close(prompt.values[i][prompt.mask[i]], embeds[i, : min(P, LENGTHS[i])])
+    for options in ({}, {"table": "low-rank"}, {"table": "hashed"}, {"table": "common"}):
+        for spread in (None, 0.5 / math.sqrt(3)):
+            method: Any = build("ipt", {**options, "spread": spread}, slot, start)
+            size = method.table(torch.arange(4000)).square().mean().sqrt()
+            wanted = start.prompt.square().mean().sqrt() if spread is None else torch.tensor(spread)
+            torch.testing.assert_close(size, wanted, rtol=0.3, atol=0)
+            if not options and spread is not None:  # the paper's U(-0.5, 0.5)
+                assert 0.49 < float(method.table.rows.abs().max()) <= 0.5
+    mlp = begun(strategy="mlp").values
+    assert (mlp >= 0).all()
+    assert float(mlp.square().mean()) > 0
+    assert (begun(start="zero").values == 0).all()
+
+
+def test_size_is_that_of_the_last_prompts() -> None:
+    method, seen = made({}), context()
+    assert float(method.size()) == pytest.approx(float(rows.random(0, P, D).square().mean().sqrt()))
+    prompt = method(seen)
+    assert float(method.size()) == pytest.approx(float(prompt.values[prompt.mask].detach().square().mean().sqrt()))
+
+
+@pytest.mark.parametrize(
+    ("options", "slot", "message"),
+    [
+        ({"strategy": "tree"}, {}, "strategy 'tree' is unknown; possible: lookup, cnn, rnn, mlp"),
+        ({"table": "tiny"}, {}, "table 'tiny' is unknown"),
+        ({"base": "prefix"}, {}, "base 'prefix' is unknown; possible: none, start"),
+        ({"start": "ones"}, {}, "start 'ones' is unknown; possible: uniform, zero, words"),
+        ({"rank": 0}, {}, "rank must be a whole number from 1 on, given 0"),
+        ({"rows": 1.5}, {}, "rows must be a whole number"),
+        ({"scale": -1}, {}, "scale must be a number from 0 on, given -1"),
+        ({"spread": "wide"}, {}, "spread must be a number from 0 on, given 'wide'"),
+        ({"dropout": 1}, {}, "dropout must be a number from 0 to below 1, given 1"),
+        ({"tokens": 5}, {}, "tokens is for strategies that encode"),
+        ({"strategy": "rnn", "start": "zero"}, {}, "strategy rnn would learn nothing from a table of zeros"),
+        ({"base": "none"}, {"layers": (4, 2)}, "base none would leave all layers but the first without a prompt"),
+        ({"start": "words"}, {"layers": (4, 2)}, "start words needs prompts as wide as the embeddings, 6, not 4"),
+        ({}, {"vocabulary": 0}, "the slot says nothing of the vocabulary"),
+        ({"table": "hashed"}, {}, "table hashed of 2048 rows would not be smaller than that of all 20 tokens"),
+        ({"table": "common", "rows": 20}, {}, "table common of 20 rows would not be smaller"),
+        ({"heat": 1}, {}, "'heat'"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
+    given = {"vocabulary": V, **slot}
+    with pytest.raises(ConfigError, match=message):
+        build("ipt", options, Slot(TASKS, P, D, D, **given), Start(torch.zeros(P, D)))
+
+
+def test_texts_that_cannot_be_looked_up() -> None:
+    """Embeddings without their ids, and a batch to learn from in which no text stands before the labels."""
+    method, seen = made({}), context()
+    nameless = Context(seen.task, torch.full_like(seen.ids, -1), seen.embeds, seen.mask, seen.encode)
+    with pytest.raises(ValueError, match="the text was given as embeddings; give input_ids"):
+        method(nameless)
+    empty = Context(seen.task, seen.ids, seen.embeds, torch.zeros_like(seen.mask), seen.encode)
+    with pytest.raises(ValueError, match="no row of the batch has text in front of what is to be learnt"):
+        method(empty)
+    with torch.no_grad():
+        assert not method(empty).mask.any()
+
+
+# Beside the frozen model
+
+
+def learner(name: str, site: inject.Site = INPUT, **options: Any) -> Learner:
+    """The method for two tasks on a tiny model, every parameter random."""
+    bb = tiny.backbone(name)
+    slot = inject.slot(bb, site, TASKS, P)
+    method: Any = build("ipt", options, slot, Start(rows.random(5, P, slot.width)))
+    with torch.no_grad():
+        for i, parameter in enumerate(method.parameters()):
+            parameter.copy_(rows.random(40 + i, *parameter.shape))
+    return Learner(bb, site, slot, method)
+
+
+def batch_of(name: str, tasks: list[int], seen: int = 2, side: str = "left") -> Batch:
+    """Texts of several lengths; of causal ones the first `seen` tokens are no labels."""
+    found = rows.batch(name, rows.texts(name, [6 + (3 * i) % 5 for i in range(len(tasks))]), side)
+    labels = found.labels
+    if name in tiny.CAUSAL:
+        labels = labels.masked_fill(found.mask.cumsum(1) <= seen, IGNORE)
+    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_a_table_of_equal_rows_is_prompt_tuning(name: str) -> None:
+    """T constant across its rows: ordinary prompt tuning with that row repeated, by the scores of the model."""
+    made, batch = learner(name), batch_of(name, [0, 1, 0], seen=P)
+    row = rows.random(9, made.slot.width)
+    made.method.table.rows.copy_(row.expand_as(made.method.table.rows))
+    plain = PromptTuning(PromptTuning.Config(), made.slot, Start(row.expand(P, -1)))
+    other = Learner(made.backbone, INPUT, made.slot, plain)
+    torch.testing.assert_close(made.step(batch).output.logits, other.step(batch).output.logits, atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), [("llama", KV), ("bart", KV), ("bert", REPLACE)], ids=called)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_scale_zero_is_prefix_tuning(name: str, site: inject.Site, strategy: str) -> None:
+    """And any other scale is not."""
+    made, batch = learner(name, site, scale=0.0, strategy=strategy), batch_of(name, [1, 1])
+    plain = PromptTuning(PromptTuning.Config(), made.slot, Start(made.method.prompts[1]))
+    expected = Learner(made.backbone, site, made.slot, plain).step(batch).output.logits
+    torch.testing.assert_close(made.step(batch).output.logits, expected, atol=1e-6, rtol=1e-5)
+    made.method.scale = 0.5
+    assert float((made.step(batch).output.logits - expected).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
+def test_a_row_beside_another_method_is_the_row_alone(name: str, site: inject.Site) -> None:
+    """Rows of IPT and of a longer prompt of prompt tuning in one batch, on every path the model has."""
+    one = learner(name, site)
+    slot = Slot(("x",), 7, one.slot.width, one.slot.features)
+    other = PromptTuning(PromptTuning.Config(), slot, Start(rows.random(7, 7, one.slot.width)))
+    batch = batch_of(name, [0, 0, 1, 0, 1])
+    mine, theirs = torch.tensor([0, 2, 4]), torch.tensor([1, 3])
+    plain = Learner(one.backbone, site, one.slot, other)
+    made = [one.prompt(batch.rows(mine)), plain.prompt(batch.rows(theirs))]
+    for path in (None, *rows.paths(name, site)):
+        output = inject.forward(one.backbone, batch, mix(made, [mine, theirs]), site, path=path)
+        for i in range(5):
+            alone = batch.rows(torch.tensor([i]))
+            who = one if i in (0, 2, 4) else plain
+            expected = who.forward(alone, who.prompt(alone)).logits
+            torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_causal_prompt_does_not_see_the_answer(strategy: str) -> None:
+    made, batch = learner("llama", strategy=strategy), batch_of("llama", [0, 1, 0])
+    prompt = made.prompt(batch)
+    ids = batch.ids.masked_fill(batch.labels != IGNORE, 11)
+    other = made.prompt(Batch(ids, batch.mask, batch.task, batch.labels))
+    assert torch.equal(prompt.values, other.values)
+    assert not torch.equal(prompt.values, made.prompt(Batch(ids, batch.mask, batch.task)).values)
+
+
+def test_training_drops_and_judging_does_not() -> None:
+    """Whoever judges after a step gets the prompts without dropout, whatever was done before."""
+    made, batch = learner("llama", strategy="mlp"), batch_of("llama", [0, 1])
+    torch.manual_seed(0)
+    expected = made.prompt(batch).values
+    assert not torch.equal(made.step(batch).prompt.values, expected)
+    assert torch.equal(made.prompt(batch).values, expected)
+
+
+@pytest.mark.parametrize("table", ["full", "low-rank"])
+def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
+    """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
+    made = learner("llama", table=table)
+    config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
+    optimiser = optimise.optimiser_of(made, made.parameters(), config)
+    held = made.method.table.rows if table == "full" else made.method.table.codes
+    moved = []
+    for seed in (0, 1):
+        before = held.detach().clone()
+        found = rows.batch("llama", rows.texts("llama", [4, 5], 50 * seed))
+        labels = found.labels.masked_fill(found.mask.cumsum(1) <= 3, IGNORE)
+        batch = Batch(found.ids, found.mask, torch.tensor([0, 1]), labels)
+        optimiser.zero_grad()
+        objectives.task(made.step(batch)).backward()
+        optimise.set_rates(optimiser, config, seed)
+        optimiser.step()
+        moved.append(set((held != before).any(1).nonzero()[:, 0].tolist()))
+        read = set(found.ids[:, :3].flatten().tolist())
+        assert moved[-1] == read | (moved[0] if seed else set())
+    assert moved[0] < moved[1]
+
+
+def test_a_task_alone_answers_as_among_others() -> None:
+    method, seen = made({"base": "start"}), context()
+    prompts = method(seen).values.detach()
+    for i, task in enumerate(TASKS):
+        start = Start(torch.zeros(P, D))
+        single: Any = build("ipt", {"base": "start"}, Slot((task,), P, D, D, V), start)
+        single.double().load_state_dict(state_of(method, task))
+        index = (seen.task == i).nonzero()[:, 0]
+        none = torch.zeros(len(index), dtype=torch.long)
+        part = Context(none, seen.ids[index], seen.embeds[index], seen.mask[index], seen.encode)
+        torch.testing.assert_close(single(part).values, prompts[index], atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_features_are_what_the_classifier_of_pretraining_reads() -> None:
+    seen = context()
+    for strategy, by_hand in (("lookup", mean), ("cnn", convolved), ("rnn", recurrent), ("mlp", mean)):
+        method = made({"strategy": strategy})
+        found = method.features(seen)
+        for i in range(len(LENGTHS)):
+            expected: Tensor = by_hand(method, vectors(method, first(seen, i, P)))
+            np.testing.assert_allclose(found[i].numpy(), expected, atol=1e-12)
