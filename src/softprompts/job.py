@@ -137,8 +137,10 @@ def _settings(job: Job) -> dict[str, Any]:
     """
     others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
     settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
-    if job.start is not None and (job.run.prompt.init.sources or job.run.prompt.init.kind in init.READ):
-        parts = (job.start.prompt, job.start.sources, *(job.start.factors or ()))
+    begin = job.run.prompt.init
+    if job.start is not None and (begin.sources or begin.state or begin.kind in init.READ):
+        state = (job.start.state or {}).values()
+        parts = (job.start.prompt, job.start.sources, *(job.start.factors or ()), *state)
         held = b"".join(part.cpu().numpy().tobytes() for part in parts if part is not None)
         settings["start"] = hashlib.sha256(held).hexdigest()
     if job.teachers:

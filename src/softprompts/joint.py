@@ -59,7 +59,9 @@ def joint_steps(
     prompts: list[Prompt] = []
     for learner, batch, seed in zip(learners, batches, seeds, strict=True):
         torch.manual_seed(seed)
+        learner.method.train()  # for this one prompt: whatever else asks for one, such as judging, wants no dropout
         prompt = learner.prompt(batch)
+        learner.method.eval()
         assert prompt is not None
         prompts.append(prompt)
     together = prompts[0]
