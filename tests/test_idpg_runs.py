@@ -155,7 +155,7 @@ def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
         job.execute(parse(values))
     values["prompt"]["options"] = {**SMALL, "encoder": "static", "generator": "dnn"}
-    with pytest.raises(ConfigError, match=r"init.state: the trained prompt has a tensor 'down.0' of \[1, 4, 2, 8\]"):
+    with pytest.raises(ConfigError, match=r"init.state: the trained prompt has a tensor 'down.*' of "):
         job.prepare(parse({**values, "out": str(tmp_path / "other")}))
 
 
