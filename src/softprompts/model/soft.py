@@ -155,9 +155,8 @@ class SoftPromptModel(nn.Module):
     def from_pretrained(
         cls, model: PreTrainedModel, path: str | Path, tokenizer: Any = None, allow_other_weights: bool = False
     ) -> "SoftPromptModel":
-        """`model` with what `save_pretrained` wrote to `path`, or with what is in one directory of ours or PEFT's.
+        """`model`, in eval mode, with what `save_pretrained` wrote to `path`, or with a directory of ours or PEFT's.
 
-        It is in eval mode, as what transformers loads; `train()` switches dropout on, where a method has it.
         Raises ArtefactError as `load_prompt` does.
         """
         made = cls(model, tokenizer=tokenizer)
