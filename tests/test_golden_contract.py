@@ -39,7 +39,7 @@ def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT,
     made: Any = find(method)
     start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
     torch.manual_seed(0)
-    return Learner(bb, site, slot, made(made.Config(), slot, start))
+    return Learner(bb, site, slot, made(made.Config(), slot, start).eval())
 
 
 def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
@@ -122,7 +122,9 @@ def test_ignores_neighbours(method: str) -> None:
     together = made.prompt(batch)
     for i in range(4):
         alone = made.prompt(batch.rows(torch.tensor([i])))
-        torch.testing.assert_close(together.values[together.row[i]], alone.values[alone.row[0]], atol=1e-6, rtol=1e-5)
+        found, expected = together.values[together.row[i]], alone.values[alone.row[0]]
+        size = max(1.0, float(expected.abs().max()))  # what a generator makes of such parameters may be large
+        torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ CORE = (
     "prompt config methods methods.* objectives backbone machine loading "
     "inject generate data artefact manifest files fingerprint peft_format several"
 )
-BELOW_TRAINING = f"{CORE} vectors transfer stored init words learner assets text_metrics metrics plots report"
+BELOW_TRAINING = f"{CORE} vectors transfer stored init words sentences learner assets text_metrics metrics plots report"
 TRAINING = "checkpoint distil joint optimise train finetune"
 MODELS = f"{BELOW_TRAINING} kernels tune parity {TRAINING} evaluate model"
 RUNS = f"{MODELS} prepare results job variants"
@@ -53,7 +53,8 @@ OURS = {
     "transfer": "",
     "init": "backbone inject prompt config artefact several vectors transfer",
     "words": "backbone prompt",
-    "learner": "backbone inject prompt config",
+    "sentences": "assets backbone inject loading prompt",
+    "learner": "backbone inject prompt config sentences",
     "tune": "backbone inject prompt kernels machine assets files",
     "parity": "backbone inject learner prompt kernels",
     "conversion": "",

@@ -118,6 +118,11 @@ class Backbone:
         return int(self.config.hidden_size)
 
     @property
+    def state_width(self) -> int:
+        """Width of the last hidden states, which some models (OPT) project back to the embeddings' width."""
+        return int(getattr(self.config, "word_embed_proj_dim", None) or self.hidden)
+
+    @property
     def vocabulary(self) -> int:
         """Rows of the embedding table."""
         return int(self.embedding.weight.shape[0])

@@ -6,18 +6,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from softprompts import inject
 from softprompts.backbone import Backbone
 from softprompts.inject import Prefix, Site
 from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step, in_mode, unscored
+from softprompts.sentences import Sentences
 
 
 @dataclass(frozen=True)
 class Learner:
     """`method` fills `slot` at `site` of the frozen `backbone`; `head` holds the task's copy of a classification head.
 
+    sentences: the encoders of whole texts that the method reads with, and what they made of texts.
     Without a method (None) it is the stock model, read with the same head.
     """
 
@@ -26,6 +28,7 @@ class Learner:
     slot: Slot
     method: Any = None
     head: dict[str, nn.Parameter] | None = None
+    sentences: Sentences = field(default_factory=Sentences)
 
     def stock(self) -> "Learner":
         """The same backbone without a prompt."""
@@ -45,16 +48,8 @@ class Learner:
     def context(self, batch: Batch) -> Context:
         """What a method may look at of `batch`: of a causal text nothing from its first label on."""
         backbone = self.backbone
-        embeds = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
-
-        def encode() -> Tensor:
-            with torch.no_grad():
-                states = inject.forward(backbone, replace(batch, labels=None), None, self.site, hidden=True).hidden
-            assert states is not None
-            return states
-
         mask = unscored(batch.mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None)
-        return Context(batch.task, batch.ids, embeds, mask, encode)
+        return self.sentences.context(backbone, batch, batch.task, mask)
 
     def step(self, batch: Batch) -> Step:
         """Run `batch` in training mode and give what objectives look at; its text is embedded once."""

@@ -32,8 +32,9 @@ from softprompts.data import Encoder, Format, Task, classes, load
 from softprompts.distil import TaskTeacher, load_teachers
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
-from softprompts.methods import build, find, groups
+from softprompts.methods import build, find, groups, sentence_encoders
 from softprompts.prompt import Start
+from softprompts.sentences import Sentences
 
 UNBOUNDED = 1_000_000
 """Room for models with relative positions, which nothing bounds."""
@@ -216,9 +217,13 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
     for name, run in runs.items():
         _check_run(run, tasks[name])
     first = next(iter(runs))
+    prompts = [run.prompt for run in runs.values() if run.train.train == "prompt"]
+    asked = {one for prompt in prompts for one in sentence_encoders(prompt.method, prompt.options)}
     head = _head_size(runs[first].model.head, tasks[first][0].format)
     model = load_backbone(runs[first].model, labels=head, say=screen.say)
-    return {name: _job(run, model, tasks[name]) for name, run in runs.items()}
+    sentences = Sentences()
+    sentences.fetch(asked, model, screen.say)
+    return {name: _job(run, model, tasks[name], sentences) for name, run in runs.items()}
 
 
 def _load_rows(config: TaskConfig, screen: Screen) -> Task:
@@ -231,12 +236,12 @@ def _load_rows(config: TaskConfig, screen: Screen) -> Task:
     return task
 
 
-def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
+def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentences) -> Job:
     """The run on a backbone and rows that are there."""
     if run.train.train != "prompt":
         return _weights_job(run, model, tasks)
     site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
-    slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length)
+    slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
     encoders = tuple(encoder_for(model, task.format, run.prompt.length, i) for i, task in enumerate(tasks))
     words = tuple(
         f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbaliser or {}).values()
@@ -246,7 +251,7 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     method = build(run.prompt.method, run.prompt.options, slot, start)
     first = [stored.folded(method, task) for task in slot.tasks]
     initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
-    learner = Learner(model, site, slot, method.to(model.device), copy_head(model))
+    learner = Learner(model, site, slot, method.to(model.device), copy_head(model), sentences)
     distil = run.train.distil
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
     begin = {name: value.detach().clone() for name, value in learner.parameters().items()}
@@ -317,14 +322,17 @@ def open_artefacts(
     warnings = [w for a in found for w in artefact.check_fingerprint(a.fingerprint, now, allow_other_weights)]
     site = Site(first.site, first.mode, first.place)
     names = tuple(f"{i}:{a.task}" for i, a in enumerate(found))
-    slot = inject.slot(base, site, names, first.shape[0])
+    sentences = Sentences()
+    made = [one for one in found if one.prompt is None]
+    sentences.fetch({name for one in made for name in sentence_encoders(one.method, one.options)}, base, say)
+    slot = inject.slot(base, site, names, first.shape[0], sentences.widths)
     if slot.width != first.shape[1]:
         raise artefact.ArtefactError(
             f"{paths[0]}: prompt rows of width {first.shape[1]} do not fit site {site.name} of {base.name}, "
             f"which takes {slot.width}"
         )
     method = stored.answering(found, slot, paths)
-    learner = Learner(base, site, slot, method.to(base.device).requires_grad_(False), None)
+    learner = Learner(base, site, slot, method.to(base.device).requires_grad_(False), None, sentences)
     if first.heads:
         learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
     encoder = None

@@ -25,7 +25,9 @@ class Slot:
 
     `features` is the width of the backbone's input embeddings (what a method that reads the text sees), `vocabulary`
     the number of its token ids; `layers` are the widths of each layer's part where a prompt has one for every layer
-    (sites layers and kv), and sum to `width`.
+    (sites layers and kv), and sum to `width`. `encoders` are the frozen models that make vectors of whole texts, by
+    name, with the vectors' widths: "backbone", and what the method asks for; `pool`: which of the backbone's states of
+    a text usually stands for all of it, as `pooled` takes it.
     """
 
     tasks: tuple[str, ...]
@@ -34,6 +36,8 @@ class Slot:
     features: int
     vocabulary: int = 0
     layers: tuple[int, ...] = ()
+    encoders: Mapping[str, int] = field(default_factory=dict)
+    pool: str = "mean"
 
 
 @dataclass(frozen=True)
@@ -101,13 +105,19 @@ class Batch:
         return replace(self, **{k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
+def _no_encoder(name: str) -> Tensor:
+    raise ValueError(f"no encoder '{name}' of whole texts is here")
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method may look at.
 
     task [B]; ids [B, T]; embeds [B, T, H]; mask [B, T], 1 for what the prompt may be made from (see `unscored`);
     `encode()` gives the frozen backbone's last hidden states of the text without a prompt, `[B, T, H]`, computed when
-    first asked for.
+    first asked for; `sentence(name)` gives what a frozen encoder makes of each text as a whole, `[B, E]`: one of
+    `Slot.encoders`, of the backbone with the way its states are pooled ("backbone-last"). Each text is read alone, by
+    what `mask` leaves of it, and its vector kept. None of these has a gradient.
     """
 
     task: Tensor
@@ -115,6 +125,7 @@ class Context:
     embeds: Tensor
     mask: Tensor
     encode: Callable[[], Tensor]
+    sentence: Callable[[str], Tensor] = _no_encoder
 
 
 @dataclass(frozen=True)
@@ -222,7 +233,8 @@ class Method(Protocol):
     """A module that turns (task ids, input) into a prompt; one file each in `methods/`.
 
     It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists
-    with one parameter a task; and `groups`, parameters with learning rates of their own (name -> Group).
+    with one parameter a task; `groups`, parameters with learning rates of their own (name -> Group); and
+    `sentence_encoders(config)`, the frozen encoders of whole texts that it reads with, beside the backbone.
     """
 
     Config: type
@@ -247,6 +259,22 @@ def distinct(task: Tensor) -> tuple[Tensor, Tensor]:
     """The tasks of a batch without repetition `[U]`, and each row's index into them `[B]`."""
     found, row = torch.unique(task, return_inverse=True)
     return found, row
+
+
+def pooled(states: Tensor, mask: Tensor, how: str) -> Tensor:
+    """One state [B, H] for each text: the first or last of `states [B, T, H]` that `mask [B, T]` has, or their mean.
+
+    It is 0 where the mask has none. Raises ValueError for another way.
+    """
+    there = mask.bool()
+    if how == "mean":
+        return states.masked_fill(~there[..., None], 0).sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+    if how not in ("first", "last"):
+        raise ValueError(f"states are pooled by first, last or mean, not '{how}'")
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    place = columns.masked_fill(~there, -1).amax(1) if how == "last" else there.long().argmax(1)
+    found = states[torch.arange(len(states), device=states.device), place.clamp(min=0)]
+    return found.masked_fill(~there.any(1, keepdim=True), 0)
 
 
 def unscored(mask: Tensor, labels: Tensor | None) -> Tensor:

@@ -98,4 +98,11 @@ class SideBySide(nn.Module):
 def _part(context: Context, rows: Tensor) -> Context:
     """What a method of one task may look at of `rows [R]`."""
     task, ids, embeds, mask = context.task[rows], context.ids[rows], context.embeds[rows], context.mask[rows]
-    return Context(torch.zeros_like(task), ids, embeds, mask, lambda: context.encode()[rows])
+    return Context(
+        torch.zeros_like(task),
+        ids,
+        embeds,
+        mask,
+        lambda: context.encode()[rows],
+        lambda name: context.sentence(name)[rows],
+    )

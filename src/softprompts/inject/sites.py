@@ -1,7 +1,7 @@
 """The sites: how wide a prompt is there, which families have them, and how deep prompts and caches are filled."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +38,10 @@ def _parts(backbone: Backbone, site: Site) -> tuple[int, ...]:
     return tuple(2 * heads * size for heads, size in backbone.kv_shape) if site.name == "kv" else ()
 
 
-def slot(backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int) -> Slot:
-    """What a method must fill at `site`.
+def slot(
+    backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int, encoders: Mapping[str, int] | None = None
+) -> Slot:
+    """What a method must fill at `site`; `encoders`: widths of what encoders beside the backbone make of whole texts.
 
     Raises BackboneError as `width` does, and when `length` leaves no room for text.
     """
@@ -49,7 +51,10 @@ def slot(backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int) ->
             f"{backbone.context} positions; choose a shorter prompt"
         )
     wide = width(backbone, site)
-    return Slot(tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site))
+    family = backbone.family
+    pool = "last" if family.shifted else "first" if family.place == "after_start" else "mean"
+    readers = {"backbone": backbone.state_width, **(encoders or {})}
+    return Slot(tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site), readers, pool)
 
 
 def check_site(backbone: Backbone, site: Site) -> None:

@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "multitask-prompt-tuning": "softprompts.methods.multitask:MultitaskPromptTuning",
     "attempt": "softprompts.methods.attempt:Attempt",
     "ipt": "softprompts.methods.ipt:InstancePromptTuning",
+    "idpg": "softprompts.methods.idpg:Idpg",
 }
 
 
@@ -38,22 +39,34 @@ def find(name: str) -> type[Method]:
 
 
 def build(name: str, options: Mapping[str, Any], slot: Slot, start: Start) -> Any:
-    """The method called `name` at its start, as its `options` say.
+    """The method called `name` at its start, as its `options` say, in eval mode: training switches dropout on.
 
     Raises ConfigError for a name or options that are not known, and for what the method says against its start.
     """
-    kind = find(name)
+    config = _configured(name, options)
     try:
-        config = kind.Config(**options)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"prompt.options of method {name}: {error}") from None
-    try:
-        method: Any = kind(config, slot, start)
+        method: Any = find(name)(config, slot, start)
     except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from None
     if start.state:
         _take_up(name, method, start.state)
-    return method
+    return method.eval()
+
+
+def sentence_encoders(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The frozen encoders of whole texts, beside the backbone, that the method called `name` reads with.
+
+    Raises ConfigError as `build` does.
+    """
+    asked: Any = getattr(find(name), "sentence_encoders", None)
+    return () if asked is None else tuple(asked(_configured(name, options)))
+
+
+def _configured(name: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return find(name).Config(**options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"prompt.options of method {name}: {error}") from None
 
 
 def _take_up(name: str, method: Any, state: Mapping[str, Any]) -> None:

@@ -12,8 +12,8 @@ from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.config import ConfigError, PromptConfig
 from softprompts.inject import Site
-from softprompts.model import rows
 from softprompts.prompt import Batch, Prompt, mix
+from softprompts.sentences import Sentences
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,15 @@ def absorb(method: Any, other: Any) -> None:
 
 @dataclass(eq=False)
 class Held:
-    """Tasks by name; `prompts` has a method for each group of tasks, `heads` a head for each task that has one."""
+    """Tasks by name; `prompts` has a method for each group of tasks, `heads` a head for each task that has one.
+
+    sentences: the encoders of whole texts that methods read with.
+    """
 
     prompts: nn.ModuleDict
     heads: nn.ModuleDict
     tasks: dict[str, Task] = field(default_factory=dict)
+    sentences: Sentences = field(default_factory=Sentences)
 
     def method(self, name: str) -> Any:
         """The method that holds the prompt of a task."""
@@ -158,5 +162,7 @@ class Held:
             ]
             places.append((own >= 0).nonzero()[:, 0])
             part, seen = (batch, mask) if len(groups) == 1 else (batch.rows(places[-1]), mask[places[-1]])
-            made.append(self.prompts[key(*group)](rows.context(backbone, part, own[places[-1]], seen)))
+            words = part.embeds is None  # else its ids stand for nothing
+            context = self.sentences.context(backbone, part, own[places[-1]], seen, words)
+            made.append(self.prompts[key(*group)](context))
         return batch, made[0] if len(made) == 1 else mix(made, places), next(iter(sites.values()))

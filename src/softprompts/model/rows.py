@@ -1,17 +1,14 @@
 """From the arguments of a stock model to a Batch: which row is of which task, what is text, what is a label."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from softprompts import inject
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.config import ConfigError, closest
-from softprompts.inject import Site
-from softprompts.prompt import Batch, Context, unscored
+from softprompts.prompt import Batch, unscored
 
 Names = Sequence[str] | str | None
 Places = Tensor | Sequence[int] | None
@@ -92,20 +89,3 @@ def readable(backbone: Backbone, mask: Tensor, given: Mapping[str, Any]) -> Tens
     """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
     scored = backbone.head == "lm" and backbone.family.shifted
     return unscored(mask, labels(given) if scored else None)
-
-
-def context(backbone: Backbone, part: Batch, task: Tensor, mask: Tensor) -> Context:
-    """What a method may look at, for rows that are all of its tasks.
-
-    task [B] counts the method's own tasks; mask [B, T] as of `readable`.
-    """
-    with torch.no_grad():
-        embeds = backbone.embed(part.ids) if part.embeds is None else part.embeds
-
-    def encode() -> Tensor:
-        with torch.no_grad():
-            states = inject.forward(backbone, replace(part, labels=None), None, Site(), hidden=True).hidden
-        assert states is not None
-        return states
-
-    return Context(task, part.ids, embeds, mask, encode)

@@ -110,7 +110,7 @@ class SoftPromptModel(nn.Module):
     ) -> None:
         """Add prompts that share what the method of `config` shares; arguments and errors as for `add_task`."""
         self._held.check_new(names)
-        self._put(trained.create(self.backbone, tuple(names), config, modules_to_save))
+        self._put(trained.create(self.backbone, self._held.sentences, tuple(names), config, modules_to_save))
 
     def remove_task(self, name: str) -> None:
         """Forget the prompt called `name` and its head; the first of the others takes its place where it was active."""
@@ -127,7 +127,7 @@ class SoftPromptModel(nn.Module):
         task: a name other than the artefact's own; a prompt of that name is replaced.
         Raises ArtefactError for a prompt that was made for other weights or does not fit, saying how.
         """
-        made, warnings = trained.restore(self.backbone, path, task, allow_other_weights)
+        made, warnings = trained.restore(self.backbone, self._held.sentences, path, task, allow_other_weights)
         self._put(made)
         return made.tasks[0].name, warnings
 
@@ -136,7 +136,9 @@ class SoftPromptModel(nn.Module):
 
         Raises ArtefactError as `load_prompt` does.
         """
-        found, order, warnings = trained.restore_all(self.backbone, Path(path), allow_other_weights)
+        found, order, warnings = trained.restore_all(
+            self.backbone, self._held.sentences, Path(path), allow_other_weights
+        )
         for made in found:
             self._put(made)
         self._held.last(order)
@@ -154,13 +156,13 @@ class SoftPromptModel(nn.Module):
     def from_pretrained(
         cls, model: PreTrainedModel, path: str | Path, tokenizer: Any = None, allow_other_weights: bool = False
     ) -> "SoftPromptModel":
-        """`model` with what `save_pretrained` wrote to `path`, or with what is in one directory of ours or PEFT's.
+        """`model`, in eval mode, with what `save_pretrained` wrote to `path`, or with a directory of ours or PEFT's.
 
         Raises ArtefactError as `load_prompt` does.
         """
         made = cls(model, tokenizer=tokenizer)
         made.load_prompts(path, allow_other_weights)
-        return made
+        return made.eval()
 
     @contextlib.contextmanager
     def no_prompt(self) -> Iterator[None]:

