@@ -59,7 +59,7 @@ def joint_steps(
     prompts: list[Prompt] = []
     for learner, batch, seed in zip(learners, batches, seeds, strict=True):
         torch.manual_seed(seed)
-        prompt = learner.prompt(batch)
+        prompt = learner.prompt(batch, training=True)
         assert prompt is not None
         prompts.append(prompt)
     together = prompts[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softprompts import inject
 from softprompts.backbone import Backbone
 from softprompts.inject import Prefix, Site
-from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step, unscored
+from softprompts.prompt import Batch, Context, Output, Prompt, Slot, Step, in_mode, unscored
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,11 @@ class Learner:
         """The same backbone without a prompt."""
         return replace(self, method=None)
 
-    def prompt(self, batch: Batch) -> Prompt | None:
-        """The prompts of the rows of `batch`, [U, P, D]; None without a method."""
+    def prompt(self, batch: Batch, training: bool = False) -> Prompt | None:
+        """The prompts of the rows of `batch`, [U, P, D]; None without a method.
+
+        training: for a step, with what a method does in training only, such as dropout; else to judge or to answer.
+        """
         if self.method is None:
             return None
         backbone = self.backbone
@@ -45,14 +48,15 @@ class Learner:
             return states
 
         mask = unscored(batch.mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None)
-        made: Prompt = self.method(Context(batch.task, batch.ids, embeds, mask, encode))
+        with in_mode(self.method, training):
+            made: Prompt = self.method(Context(batch.task, batch.ids, embeds, mask, encode))
         return made
 
     def step(self, batch: Batch) -> Step:
-        """Run `batch` and give what objectives look at; its text is embedded once."""
+        """Run `batch` in training mode and give what objectives look at; its text is embedded once."""
         if batch.embeds is None:
             batch = replace(batch, embeds=self.backbone.embed(batch.ids))
-        prompt = self.prompt(batch)
+        prompt = self.prompt(batch, training=True)
 
         def again(other: Prompt | None) -> Output:
             return self.forward(batch, other)
@@ -87,7 +91,8 @@ class Learner:
         Where they depend on the text, P is what the method calls its `size`; without one it is 0.
         """
         if hasattr(self.method, "fold"):
-            prompts = torch.stack([self.method.fold(task) for task in self.slot.tasks])
+            with in_mode(self.method, False):
+                prompts = torch.stack([self.method.fold(task) for task in self.slot.tasks])
             return float(prompts.detach().square().mean().sqrt()) / self.backbone.rms
         return float(self.method.size().detach()) / self.backbone.rms if hasattr(self.method, "size") else 0.0
 

@@ -4,7 +4,8 @@ Shapes use one alphabet everywhere: B rows, T text tokens, S target tokens, P pr
 H hidden, D site width, L layers, V vocabulary, C classes, N scored positions.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -219,7 +220,8 @@ class Method(Protocol):
     """A module that turns (task ids, input) into a prompt; one file each in `methods/`.
 
     It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists
-    with one parameter a task; and `groups`, parameters with learning rates of their own (name -> Group).
+    with one parameter or module a task; `groups`, parameters with learning rates of their own (name -> Group); `sites`,
+    where it can be used, if not everywhere; and `paper` and `sees_input`, which the list of methods shows.
     """
 
     Config: type
@@ -229,10 +231,28 @@ class Method(Protocol):
     def __call__(self, context: Context) -> Prompt: ...
 
 
+@contextlib.contextmanager
+def in_mode(method: Any, training: bool) -> Iterator[None]:
+    """Inside, the method is in training mode, or in the mode of judging, folding and answering; then as it was."""
+    before = method.training
+    method.train(training)
+    try:
+        yield
+    finally:
+        method.train(before)
+
+
 def distinct(task: Tensor) -> tuple[Tensor, Tensor]:
     """The tasks of a batch without repetition `[U]`, and each row's index into them `[B]`."""
     found, row = torch.unique(task, return_inverse=True)
     return found, row
+
+
+def for_tasks(task: Tensor, made: Callable[[int], Tensor]) -> Prompt:
+    """The prompts of a batch whose rows are of tasks `[B]`, from `made(index) -> [P, D]`, once for each task in it."""
+    used, row = distinct(task)
+    values = torch.stack([made(index) for index in used.tolist()])
+    return Prompt(values, torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), row)
 
 
 def unscored(mask: Tensor, labels: Tensor | None) -> Tensor:

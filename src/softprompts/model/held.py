@@ -89,7 +89,7 @@ class Held:
             self.tasks[task.name] = task
             if head is not None:
                 self.heads[key(task.name)] = head.to(device)
-        self.prompts[key(*made.tasks[0].group)] = made.method.to(device)
+        self.prompts[key(*made.tasks[0].group)] = made.method.to(device).train(self.prompts.training)
 
     def join(self, made: Made, old: str) -> None:
         """Take in a task that the method of the task `old` shall hold; it begins at what they share."""
@@ -122,12 +122,12 @@ class Held:
             return
         for part in method.per_task:
             kept = [one for one, other in zip(getattr(method, part), group, strict=True) if other != name]
-            setattr(method, part, nn.ParameterList(kept))
+            setattr(method, part, type(getattr(method, part))(kept))
         method.slot = replace(method.slot, tasks=rest)
         self._regroup(rest, method)
 
     def _regroup(self, group: tuple[str, ...], method: Any) -> None:
-        self.prompts[key(*group)] = method
+        self.prompts[key(*group)] = method.train(self.prompts.training)
         for name in group:
             self.tasks[name] = replace(self.tasks[name], group=group)
 

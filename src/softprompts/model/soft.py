@@ -60,6 +60,7 @@ class SoftPromptModel(nn.Module):
         self._held = Held(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
+        self.eval()  # as transformers' from_pretrained leaves its models: who trains says train()
         if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # data collators look for it
             self.prepare_decoder_input_ids_from_labels = model.prepare_decoder_input_ids_from_labels
         if type(self) is SoftPromptModel:

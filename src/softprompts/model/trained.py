@@ -14,7 +14,7 @@ from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
-from softprompts.methods import build
+from softprompts.methods import build, check_site
 from softprompts.model.held import Held, Made, Task, absorb
 from softprompts.prompt import SOURCES, Fingerprint, Start
 
@@ -58,6 +58,7 @@ def create(
     if not isinstance(config, PromptConfig):
         saved = config.modules_to_save if saved is None else saved
         config, start = config.describe(backbone)
+    check_site(config.method, config.site)
     site = Site(config.site, config.mode, config.place)
     slot = inject.slot(backbone, site, names, config.length)
     if start is None:
