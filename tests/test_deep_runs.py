@@ -13,8 +13,9 @@ import transformers
 import yaml
 
 import local
+import rows
 import tiny
-from softprompts import SoftPromptModel, artefact, assets, evaluate, inject, job, methods
+from softprompts import SoftPromptModel, artefact, assets, evaluate, inject, job, methods, stored
 from softprompts.backbone import BackboneError
 from softprompts.cli import listing
 from softprompts.config import ConfigError, PromptConfig, parse
@@ -84,7 +85,7 @@ def test_a_run_its_artefact_and_its_resumption(folder: Path, tmp_path: Path, cas
     found = evaluate.evaluate(opened.learner, opened.encoder, ready.tasks[0].test, run.evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]
     ready.learner.method.load_state_dict(made.state)
-    assert torch.equal(ready.learner.method.fold("colours"), made.prompt)
+    assert torch.equal(stored.folded(ready.learner.method, "colours"), made.prompt)
     cut = parse(values(folder, tmp_path / "cut", PROMPTS[case]))
     with pytest.raises(KeyboardInterrupt):
         job.execute(cut, job.Screen(step=stopped))
@@ -139,7 +140,7 @@ def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path
         assert torch.equal(method.fold(name), two.prompt)
     assert method.networks[0].inputs is not method.networks[1].inputs
     both["prompt"]["options"] = {"reparametrise": True, "hidden": 7}
-    with pytest.raises(ConfigError, match=r"a tensor 'networks.0.hidden.weight' of \[8, 32\].* one of \[7, 32\]"):
+    with pytest.raises(ConfigError, match=r"a tensor 'networks.0.hidden.bias' of \[8\] .* one of \[7\]"):
         job.prepare(parse(both))
 
 
@@ -152,7 +153,7 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     model.add_task("plain", PromptConfig(length=6, **deep))
     model.add_task("low", PromptConfig(length=2, method="low-rank", **deep))
     model.add_task("residual", PromptConfig(length=3, method="residual", options={"output": "torch"}, **deep))
-    tasks, ids = ["plain", "two", "low", "residual", "one"], torch.randint(5, 90, (5, 6), generator=None)
+    tasks, ids = ["plain", "two", "low", "residual", "one"], rows.ids(3, 30).view(5, 6)
 
     def alike(one: Any, names: list[str]) -> torch.Tensor:
         with torch.no_grad():
@@ -169,7 +170,7 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     again.remove_task("two")
     tasks[1] = "three"
     torch.testing.assert_close(alike(again, tasks)[4], expected[4], atol=1e-6, rtol=1e-6)
-    assert [len(m.networks) for m in again.prompts.values() if hasattr(m, "networks")] == [2, 1]
+    assert sorted(len(m.networks) for m in again.prompts.values() if hasattr(m, "networks")) == [1, 2]
 
 
 class Shared(torch.nn.Module):

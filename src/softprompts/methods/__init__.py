@@ -16,7 +16,7 @@ METHODS: dict[str, str] = {
     "multitask-prompt-tuning": "softprompts.methods.multitask:MultitaskPromptTuning",
     "attempt": "softprompts.methods.attempt:Attempt",
     "prefix-tuning": "softprompts.methods.prefix_tuning:PrefixTuning",
-    "p-tuning-v2": "softprompts.methods.prefix_tuning:PrefixTuning",
+    "p-tuning-v2": "softprompts.methods.prefix_tuning:PrefixTuning",  # another name for it, see its page
     "p-tuning": "softprompts.methods.p_tuning:PTuning",
     "residual": "softprompts.methods.residual:ResidualPromptTuning",
     "low-rank": "softprompts.methods.low_rank:LowRankPromptTuning",
@@ -79,7 +79,7 @@ def _take_up(name: str, method: Any, state: Mapping[str, Any]) -> None:
     """
     lists: tuple[str, ...] = getattr(method, "per_task", ())
     own = method.state_dict()
-    for key, value in state.items():
+    for key, value in sorted(state.items()):
         owner, _, inner = _parts(key)
         places = [f"{owner}.{i}{inner}" for i in range(len(method.slot.tasks))] if owner in lists else [key]
         for place in places:
