@@ -348,7 +348,7 @@ def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
         ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
-        ({"kind": "meen", "paths": ["a"]}, "'artefact', 'mean' or 'multitask'"),
+        ({"kind": "meen", "paths": ["a"]}, "'artefact', 'mean', 'multitask' or 'vector' .*did you mean 'mean'"),
         ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
     ],
 )
