@@ -13,8 +13,8 @@ from rows import INPUT, called
 from softprompts import backbone as b
 from softprompts import inject, objectives
 from softprompts.learner import Learner
-from softprompts.methods import METHODS, find
-from softprompts.prompt import IGNORE, Batch, Start
+from softprompts.methods import METHODS, find, groups
+from softprompts.prompt import IGNORE, Batch, Prompt, Start
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -31,15 +31,39 @@ LOOKS_UP = ("ipt",)
 tokens than the text and begins where the table does, and a row of the table has a gradient where its token is read.
 """
 
+RECTIFIED = ("p-tuning", "p-tuning by an mlp")
+"""Methods with rectified units, of which some are off for all of a few tokens, and then have no gradient."""
 
-def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT, head: str = "lm") -> Learner:
-    """A method with its default configuration for three tasks on a shared tiny backbone."""
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS if name != "p-tuning-v2"},  # which is prefix-tuning
+    "prefix-tuning by a network": ("prefix-tuning", {"reparametrise": True, "hidden": 16}),
+    "p-tuning by an mlp": ("p-tuning", {"network": "mlp"}),
+    "residual for each token": ("residual", {"per_token": True, "bottleneck": 16}),
+}
+"""Every method with its default configuration, and some with others that are computed in another way."""
+
+
+def sites(name: str, method: str) -> list[inject.Site]:
+    """The sites that a tiny model has and the method is for."""
+    possible = getattr(find(CASES[method][0]), "sites", ("input", "decoder", "layers", "kv"))
+    return [site for site in rows.sites(name) if site.name in possible]
+
+
+def everywhere(*names: str) -> list[Any]:
+    """(family, site, method) for every method at all of its sites."""
+    return [(name, site, method) for method in CASES for name in names for site in sites(name, method)]
+
+
+def learner(name: str, method: str = "prompt-tuning", site: inject.Site | None = None, head: str = "lm") -> Learner:
+    """A method for three tasks on a shared tiny backbone, at the first of its sites if none is given."""
     bb = tiny.backbone(name, head)
+    site = site or sites(name, method)[0]
     slot = inject.slot(bb, site, TASKS, P)
-    made: Any = find(method)
+    kind, options = CASES[method]
+    made: Any = find(kind)
     start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
     torch.manual_seed(0)
-    return Learner(bb, site, slot, made(made.Config(), slot, start).eval())
+    return Learner(bb, site, slot, made(made.Config(**options), slot, start).eval())
 
 
 def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
@@ -61,13 +85,24 @@ def looked_up(made: Learner, batch: Batch) -> list[list[int]]:
     return [row[there][: made.slot.length].tolist() for row, there in zip(batch.ids, mask, strict=True)]
 
 
+def rated(made: Learner, prompt: float) -> list[dict[str, Any]]:
+    """The method's parameters in groups for an optimiser: what counts as a prompt learns fast, weights slowly."""
+    named = made.parameters().items()
+    return [
+        {
+            "params": [p for key, p in named if key.startswith(tuple(f"method.{part}" for part in group.parameters))],
+            "lr": prompt if group.unit == "rms" else 0.01,
+        }
+        for group in groups(made.method).values()
+    ]
+
+
 def loss(made: Learner, batch: Batch) -> Tensor:
     """The task loss of one step."""
     return objectives.task(made.step(batch))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
+@pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
 def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: str) -> None:
     made = learner(name, method, site)
     batch = batch_of(name, [2, 0, 2, 2])
@@ -94,7 +129,7 @@ def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: s
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
 def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
     """In training as in answering: other labels, and texts without them, have the same prompts."""
@@ -113,7 +148,7 @@ def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", CASES)
 def test_ignores_neighbours(method: str) -> None:
     made = learner("llama", method)
     for parameter in made.method.parameters():
@@ -127,10 +162,12 @@ def test_ignores_neighbours(method: str) -> None:
         torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "gemma3", "t5", "bart", "bert")), ids=called)
+@pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "gemma3", "t5", "bart", "bert"), ids=called)
 def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: str) -> None:
-    """A dead-row scan: after a few steps on all tasks no row of any parameter has been without a gradient."""
+    """A dead-row scan: after a few steps on all tasks no row of any parameter has been without a gradient.
+
+    Of rectified units only some need to have had one.
+    """
     made = learner(name, method, site)
     seen = {key: torch.zeros(len(p)) for key, p in made.parameters().items()}
     optimiser, read = torch.optim.Adam(made.parameters().values(), lr=1e-2), set[int]()
@@ -150,7 +187,26 @@ def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: s
     assert {key: rest.eq(0).nonzero()[:, 0].tolist() for key, rest in seen.items() if rest.eq(0).any()} == {}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
+def test_folds_exactly(name: str, site: inject.Site, method: str) -> None:
+    """Whatever its parameters are, the plain prompt of each task answers to the bit as the method does."""
+    made = learner(name, method, site)
+    if not hasattr(made.method, "fold"):
+        return
+    for i, parameter in enumerate(made.method.parameters()):
+        parameter.add_(rows.random(i, *parameter.shape))
+    batch = batch_of(name, [2, 0, 1, 2])
+    made.method.train()
+    plain = torch.stack([made.method.fold(task) for task in TASKS])
+    assert plain.shape == (3, P, made.slot.width)
+    assert not torch.equal(plain[0], plain[2])
+    prompt = made.prompt(batch)
+    folded = Prompt(plain, torch.ones(3, P, dtype=torch.bool), batch.task)
+    assert torch.equal(made.forward(batch, prompt).logits, made.forward(batch, folded).logits)
+
+
+@pytest.mark.parametrize("method", CASES)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_overfits_eight_examples(name: str, method: str) -> None:
     """Eight texts of two kinds with an answer word for each kind are learnt to 100 %."""
@@ -167,7 +223,7 @@ def test_overfits_eight_examples(name: str, method: str) -> None:
     batch = Batch(text, mask, torch.zeros(8, dtype=torch.long), labels)
     made = learner(name, method)
     # Here a looked-up prompt is one row of the table four times, which has farther to go.
-    optimiser = torch.optim.Adam(made.parameters().values(), lr=0.3 if method in LOOKS_UP else 0.1)
+    optimiser = torch.optim.Adam(rated(made, prompt=0.3 if method in LOOKS_UP else 0.1))
     for _ in range(400):
         output = made.step(batch).output
         if output.logits.argmax(1).equal(output.labels):

@@ -50,6 +50,7 @@ def ids_of(bb: b.Backbone, prompt: Tensor) -> list[int]:
 KINDS: tuple[dict[str, Any], ...] = (
     {"kind": "vocabulary"},
     {"kind": "random"},
+    {"kind": "zeros"},
     {"kind": "random", "distribution": "normal"},
     {"kind": "random", "distribution": "uniform"},
     {"kind": "text", "text": "Review: a warm film."},
@@ -67,7 +68,8 @@ def test_every_kind_at_every_site(name: str, site: inject.Site) -> None:
         assert first.isfinite().all()
         assert not first.requires_grad
         assert first.equal(start(bb, site, **values))
-        assert first.equal(start(bb, site, seed=1, **values)) == (values["kind"] == "text")
+        assert first.equal(start(bb, site, seed=1, **values)) == (values["kind"] in ("text", "zeros"))
+        assert first.eq(0).all() == (values["kind"] == "zeros")
 
 
 @pytest.mark.parametrize("name", tuple(TOKENIZERS))

@@ -1,4 +1,4 @@
-"""Where a prompt starts: random vectors, words, class labels or other artefacts, at any site.
+"""Where a prompt starts: random vectors, zeros, words, class labels or other artefacts, at any site.
 
 A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
 states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
@@ -80,6 +80,8 @@ def _made(
     """The start of the kinds that need no other artefact."""
     if config.kind == "random":
         return _random(config.distribution, backbone, site, slot, generator)
+    if config.kind == "zeros":
+        return torch.zeros(slot.length, slot.width)
     if config.kind == "text":
         return from_ids(backbone, site, text_ids(backbone.tokenizer, config.text or "", slot.length))
     if config.kind == "labels":

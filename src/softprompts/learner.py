@@ -90,7 +90,8 @@ class Learner:
         Where they depend on the text, P is what the method calls its `size`; without one it is 0.
         """
         if hasattr(self.method, "fold"):
-            prompts = torch.stack([self.method.fold(task) for task in self.slot.tasks])
+            with in_mode(self.method, False):
+                prompts = torch.stack([self.method.fold(task) for task in self.slot.tasks])
             return float(prompts.detach().square().mean().sqrt()) / self.backbone.rms
         return float(self.method.size().detach()) / self.backbone.rms if hasattr(self.method, "size") else 0.0
 

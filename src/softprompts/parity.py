@@ -121,7 +121,7 @@ def _once(
             )
 
     with torch.random.fork_rng(devices=[]):
-        prompt = learner.prompt(batch)
+        prompt = learner.prompt(batch, training=True)
         assert prompt is not None
         output = run(prompt)
         loss = objective(Step(batch, prompt, output, run, teacher))

@@ -32,7 +32,7 @@ from softprompts.data import Encoder, Format, Task, classes, load
 from softprompts.distil import TaskTeacher, load_teachers
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
-from softprompts.methods import build, find, groups, sentence_encoders
+from softprompts.methods import build, check_site, find, groups, sentence_encoders
 from softprompts.prompt import Start
 from softprompts.sentences import Sentences
 
@@ -207,7 +207,7 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
     for run in runs.values():
         if run.model.device_map is None:
             machine.choose_device(run.model.device)  # refused before rows are read, where it is not here
-        find(run.prompt.method)
+        check_site(run.prompt.method, run.prompt.site)
         finetune.check_installed(run.train)
         for config in run.tasks:
             key = config.model_dump_json()
@@ -223,7 +223,23 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
     model = load_backbone(runs[first].model, labels=head, say=screen.say)
     sentences = Sentences()
     sentences.fetch(asked, model, screen.say)
-    return {name: _job(run, model, tasks[name], sentences) for name, run in runs.items()}
+    jobs = {name: _job(run, model, tasks[name], sentences) for name, run in runs.items()}
+    for name, job in jobs.items():
+        if note := _idle_rate(job):
+            screen.say(f"{name}: {note}" if name else note)
+    return jobs
+
+
+def _idle_rate(job: Job) -> str:
+    """That `train.rate` was set and nothing learns at it; empty where something does, or it was left as it is."""
+    train, method = job.run.train, job.run.prompt.method
+    if job.weights is not None or "rate" not in train.model_fields_set:
+        return ""
+    names = [name.removeprefix("method.") for name in job.learner.parameters()]
+    used = {k: g for k, g in groups(job.learner.method).items() if any(n.startswith(g.parameters) for n in names)}
+    if any(group.rate is None and name not in train.rates for name, group in used.items()):
+        return ""
+    return f"train.rate changes nothing: all of method {method} has rates of its own, train.rates: {', '.join(used)}"
 
 
 def _load_rows(config: TaskConfig, screen: Screen) -> Task:

@@ -233,8 +233,9 @@ class Method(Protocol):
     """A module that turns (task ids, input) into a prompt; one file each in `methods/`.
 
     It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists
-    with one parameter a task; `groups`, parameters with learning rates of their own (name -> Group); and
-    `sentence_encoders(config)`, the frozen encoders of whole texts that it reads with, beside the backbone.
+    with one parameter or module a task; `groups`, parameters with learning rates of their own (name -> Group);
+    `sentence_encoders(config)`, the frozen encoders of whole texts that it reads with, beside the backbone; `sites`,
+    where it can be used, if not everywhere; and `paper` and `sees_input`, which the list of methods shows.
     """
 
     Config: type
@@ -275,6 +276,13 @@ def pooled(states: Tensor, mask: Tensor, how: str) -> Tensor:
     place = columns.masked_fill(~there, -1).amax(1) if how == "last" else there.long().argmax(1)
     found = states[torch.arange(len(states), device=states.device), place.clamp(min=0)]
     return found.masked_fill(~there.any(1, keepdim=True), 0)
+
+
+def for_tasks(task: Tensor, made: Callable[[int], Tensor]) -> Prompt:
+    """The prompts of a batch whose rows are of tasks `[B]`, from `made(index) -> [P, D]`, once for each task in it."""
+    used, row = distinct(task)
+    values = torch.stack([made(index) for index in used.tolist()])
+    return Prompt(values, torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), row)
 
 
 def unscored(mask: Tensor, labels: Tensor | None) -> Tensor:

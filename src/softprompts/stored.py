@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from softprompts.artefact import Artefact, ArtefactError
 from softprompts.methods import build, state_of
-from softprompts.prompt import SOURCES, Context, Prompt, Slot, Start, mix
+from softprompts.prompt import SOURCES, Context, Prompt, Slot, Start, in_mode, mix
 
 
 def folded(method: Any, task: str) -> Tensor | None:
     """The plain prompt [P, D] of `task`, in float32 on the CPU; None where the method makes one from each text."""
     if not hasattr(method, "fold"):
         return None
-    with torch.no_grad():
+    with torch.no_grad(), in_mode(method, False):
         found: Tensor = method.fold(task)
     return found.detach().float().cpu().clone()
 

@@ -14,6 +14,7 @@ import typer
 
 from softprompts import __version__
 from softprompts.cli.answers import evaluate, generate, open_prompts, predict
+from softprompts.cli.listing import methods
 from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
 from softprompts.cli.screen import (
     err,
@@ -206,7 +207,7 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
         out.print(f"  {line}", markup=False, soft_wrap=True)
 
 
-for _command in (multitask, pretrain, evaluate, predict, generate):
+for _command in (multitask, pretrain, evaluate, predict, generate, methods):
     app.command()(_command)
 
 
@@ -279,20 +280,6 @@ def assets_fetch(names: Annotated[list[str], typer.Argument(help="Names from `so
 
     for name in names:
         out.print(f"{name}: {assets.fetch(name, say)}", soft_wrap=True)
-
-
-@app.command()
-def methods(as_json: Json = False) -> None:
-    """The methods that can be trained."""
-    import inspect as python
-
-    from softprompts.methods import find, names
-
-    rows = {name: (python.getdoc(find(name)) or "").splitlines()[0] for name in names()}
-    if as_json:
-        show_json(rows)
-        return
-    show_table("methods", ("method", "what it is"), rows.items())
 
 
 @app.command()

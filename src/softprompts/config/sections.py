@@ -39,7 +39,9 @@ class ModelConfig(Section):
 class InitConfig(Section):
     """Where a prompt starts."""
 
-    kind: Literal["random", "vocabulary", "text", "labels", "artefact", "mean", "multitask", "vector"] = "vocabulary"
+    kind: Literal["random", "zeros", "vocabulary", "text", "labels", "artefact", "mean", "multitask", "vector"] = (
+        "vocabulary"
+    )
     text: str | None = None  # kind text
     labels: tuple[str, ...] | None = None  # kind labels; None takes the task's label words
     path: str | None = None  # kind artefact; kind multitask: the directory with the prompts of the source tasks

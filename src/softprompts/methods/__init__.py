@@ -17,6 +17,11 @@ METHODS: dict[str, str] = {
     "attempt": "softprompts.methods.attempt:Attempt",
     "ipt": "softprompts.methods.ipt:InstancePromptTuning",
     "idpg": "softprompts.methods.idpg:Idpg",
+    "prefix-tuning": "softprompts.methods.prefix_tuning:PrefixTuning",
+    "p-tuning-v2": "softprompts.methods.prefix_tuning:PrefixTuning",  # another name for it, see its page
+    "p-tuning": "softprompts.methods.p_tuning:PTuning",
+    "residual": "softprompts.methods.residual:ResidualPromptTuning",
+    "low-rank": "softprompts.methods.low_rank:LowRankPromptTuning",
 }
 
 
@@ -36,6 +41,18 @@ def find(name: str) -> type[Method]:
     module, _, attribute = target.partition(":")
     found: type[Method] = getattr(importlib.import_module(module), attribute)
     return found
+
+
+def check_site(name: str, site: str) -> None:
+    """Raise ConfigError unless there is a method called `name` and it can be used at `site`.
+
+    A method that does not name its sites can be used at any.
+    """
+    possible: tuple[str, ...] = getattr(find(name), "sites", (site,))
+    if site not in possible:
+        raise ConfigError(
+            f"method {name} cannot be used at site '{site}'; set prompt.site to one of: {', '.join(possible)}"
+        )
 
 
 def build(name: str, options: Mapping[str, Any], slot: Slot, start: Start) -> Any:
@@ -76,9 +93,9 @@ def _take_up(name: str, method: Any, state: Mapping[str, Any]) -> None:
     """
     lists: tuple[str, ...] = getattr(method, "per_task", ())
     own = method.state_dict()
-    for key, value in state.items():
-        owner, _, _ = key.partition(".")
-        places = [f"{owner}.{i}" for i in range(len(method.slot.tasks))] if owner in lists else [key]
+    for key, value in sorted(state.items()):
+        owner, _, inner = _parts(key)
+        places = [f"{owner}.{i}{inner}" for i in range(len(method.slot.tasks))] if owner in lists else [key]
         for place in places:
             if place not in own or own[place].shape != value.shape:
                 held = f"one of {list(own[place].shape)}" if place in own else f"none; it has {', '.join(own)}"
@@ -101,12 +118,19 @@ def state_of(method: Any, task: str) -> dict[str, Any]:
     index = str(method.slot.tasks.index(task))
     found: dict[str, Any] = {}
     for name, value in method.state_dict().items():
-        owner, _, place = name.partition(".")
+        owner, place, inner = _parts(name)
         if owner not in lists:
             found[name] = value
         elif place == index:
-            found[f"{owner}.0"] = value
+            found[f"{owner}.0{inner}"] = value
     return found
+
+
+def _parts(name: str) -> tuple[str, str, str]:
+    """A tensor's name as that of a list, the place in it, and the rest with its dot (of one in a list of modules)."""
+    owner, _, rest = name.partition(".")
+    place, dot, inner = rest.partition(".")
+    return owner, place, dot + inner
 
 
 def shares(method: Any) -> bool:

@@ -23,6 +23,9 @@ class Attempt(nn.Module):
     Raises ValueError where there are no sources.
     """
 
+    paper: ClassVar[str] = "Asai et al. 2022, arXiv 2205.11961"
+    sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
+    sees_input: ClassVar[bool] = True
     per_task: ClassVar[tuple[str, ...]] = ("prompts",)
     groups: ClassVar[Mapping[str, Group]] = {
         "prompt": Group(("prompts",)),

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct
+from softprompts.prompt import Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class MultitaskPromptTuning(nn.Module):
@@ -18,6 +18,9 @@ class MultitaskPromptTuning(nn.Module):
     Raises ValueError for a start whose factors do not fit.
     """
 
+    paper: ClassVar[str] = "Wang et al. 2023, arXiv 2303.02861"
+    sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
+    sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("columns", "rows")
     groups: ClassVar[Mapping[str, Group]] = {
         "shared": Group(("shared",)),
@@ -61,10 +64,7 @@ class MultitaskPromptTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`; tasks that are not in it get no gradient."""
-        used, row = distinct(context.task)
-        values = torch.stack([self._prompt(i) for i in used.tolist()])
-        mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-        return Prompt(values, mask, row)
+        return for_tasks(context.task, self._prompt)
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`: the product, in float32, as training uses it."""

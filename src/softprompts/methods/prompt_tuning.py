@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Prompt, Slot, Start, distinct
+from softprompts.prompt import Context, Prompt, Slot, Start, for_tasks
 
 
 class PromptTuning(nn.Module):
     """One prompt `[P, D]` per task, all starting at `start.prompt`; a row gets its task's prompt (section 2)."""
 
+    paper: ClassVar[str] = "Lester et al. 2021, arXiv 2104.08691"
+    sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
+    sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("prompts",)
 
     @dataclass(frozen=True)
@@ -25,10 +27,7 @@ class PromptTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`."""
-        used, row = distinct(context.task)
-        values = torch.stack([self.prompts[i] for i in used.tolist()])
-        mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-        return Prompt(values, mask, row)
+        return for_tasks(context.task, lambda i: self.prompts[i])
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`."""

@@ -126,12 +126,12 @@ class Held:
             return
         for part in method.per_task:
             kept = [one for one, other in zip(getattr(method, part), group, strict=True) if other != name]
-            setattr(method, part, nn.ParameterList(kept))
+            setattr(method, part, type(getattr(method, part))(kept))
         method.slot = replace(method.slot, tasks=rest)
         self._regroup(rest, method)
 
     def _regroup(self, group: tuple[str, ...], method: Any) -> None:
-        self.prompts[key(*group)] = method
+        self.prompts[key(*group)] = method.train(self.prompts.training)
         for name in group:
             self.tasks[name] = replace(self.tasks[name], group=group)
 

@@ -37,6 +37,7 @@ class SoftPromptModel(nn.Module):
     shares (without them the tasks of a MultitaskPromptTuningConfig are called 0, 1, ...). More tasks come with
     `add_task`, `add_tasks` and `load_prompt`. Of all tensors only the prompts and, in classification models, a copy of
     the head for each task require a gradient, and only they are in `state_dict`; the model's own head stays as it was.
+    It begins in eval mode, as models of from_pretrained do; `train()` turns on what prompts do in training only.
     The object's class is a subclass that bears the stock class's name, because Trainer and pipelines go by that name
     (whether labels are shifted, which arguments are labels, which tasks a model is for).
     Raises BackboneError for a site the model does not have, ConfigError for a configuration that makes no sense.

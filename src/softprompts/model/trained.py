@@ -14,7 +14,7 @@ from softprompts.artefact import Artefact, ArtefactError
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import ConfigError, PromptConfig, closest
 from softprompts.inject import Site
-from softprompts.methods import build, sentence_encoders
+from softprompts.methods import build, check_site, sentence_encoders
 from softprompts.model.held import Held, Made, Task, absorb
 from softprompts.prompt import SOURCES, Fingerprint, Start
 from softprompts.sentences import Sentences
@@ -66,6 +66,7 @@ def create(
     if not isinstance(config, PromptConfig):
         saved = config.modules_to_save if saved is None else saved
         config, start = config.describe(backbone)
+    check_site(config.method, config.site)
     site = Site(config.site, config.mode, config.place)
     sentences.fetch(sentence_encoders(config.method, config.options), backbone)
     slot = inject.slot(backbone, site, names, config.length, sentences.widths)

@@ -1,0 +1,120 @@
+"""The command `softprompts methods`: what can be trained, from which paper, how many numbers, where."""
+
+import inspect as python
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from softprompts.cli.options import Json, Model
+from softprompts.cli.screen import quiet, show_json, table_or_lines
+
+DEFAULT = "smollm2-135m"
+WIDTH, LAYERS, KEYS, VOCABULARY = 576, 30, 2 * 3 * 64, 49152
+"""Of the packaged default model: hidden width, layers, numbers of a layer's keys and values, token ids; a test holds
+that the model is so. With them its sizes are shown without loading it.
+"""
+
+SITES = ("input", "decoder", "layers", "kv")
+
+
+def methods(
+    length: Annotated[int, typer.Option(help="Prompt tokens that trained numbers are counted for.")] = 20,
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """The methods that can be trained: paper, trained numbers of one task, sites, what a prompt depends on.
+
+    Numbers are those of the method as it is without options, at the first of its sites that the model has.
+    """
+    from softprompts.config import ConfigError
+    from softprompts.methods import find, names
+
+    if length < 1:
+        raise ConfigError(f"--length must be 1 or more, given {length}")
+    slot = _default_slot if model is None else _slots_of(model, length)
+    rows = {name: _row(name, find(name), slot, length) for name in names()}
+    if as_json:
+        show_json(rows)
+        return
+    columns = ("method", "what it is", "paper", "trained numbers", "sites", "folds to a plain prompt", "sees the text")
+    lines = [
+        (
+            name,
+            row["about"],
+            row["paper"] or "-",
+            "-" if row["trained"] is None else f"{row['trained']['numbers']:,} at {row['trained']['site']}",
+            ", ".join(row["sites"] or ()) or "-",
+            _told(row["folds"]),
+            _told(row["sees_input"]),
+        )
+        for name, row in rows.items()
+    ]
+    table_or_lines(f"methods, {length} prompt tokens of {model or DEFAULT}", columns, lines)
+
+
+def _told(answer: bool | None) -> str:
+    return {True: "yes", False: "no", None: "-"}[answer]
+
+
+def _row(name: str, kind: Any, slot: Callable[[str, int], Any], length: int) -> dict[str, Any]:
+    """What is known of a method; of what one by third parties does not say, nothing is."""
+    sites = getattr(kind, "sites", None)
+    return {
+        "about": (python.getdoc(kind) or "-").splitlines()[0],
+        "paper": getattr(kind, "paper", None),
+        "sites": None if sites is None else list(sites),
+        "folds": hasattr(kind, "fold"),
+        "sees_input": getattr(kind, "sees_input", None),
+        "trained": _trained(name, sites or SITES, slot, length),
+    }
+
+
+def _trained(name: str, sites: tuple[str, ...], slot: Callable[[str, int], Any], length: int) -> dict[str, Any] | None:
+    """How many numbers the method trains for a task, at the first of `sites` that there is; None where unknown."""
+    import torch
+
+    from softprompts.methods import build
+    from softprompts.prompt import Start
+
+    for site in sites:
+        found = slot(site, length)
+        if found is None:
+            continue
+        zeros = torch.zeros(length, found.width)
+        for device in ("meta", "cpu"):  # without memory for weights that are only counted, where the method lets us
+            try:
+                with torch.device(device):
+                    made = build(name, {}, found, Start(zeros, zeros[None]))
+            except Exception:  # what third parties' methods raise, or need besides, cannot be known
+                continue
+            numbers = sum(p.numel() for p in made.parameters() if p.requires_grad)
+            return {"site": site, "numbers": numbers}
+    return None
+
+
+def _default_slot(site: str, length: int) -> Any:
+    """What a method must fill at a site of the packaged default model, None where it has no such site."""
+    from softprompts.prompt import Slot
+
+    parts = {"input": (), "layers": (WIDTH,) * LAYERS, "kv": (KEYS,) * LAYERS}.get(site)
+    return None if parts is None else Slot(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts)
+
+
+def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
+    """The same for a model by its name, which is loaded; raises BackboneError where it has no room for the prompt."""
+    from softprompts import inject, job
+    from softprompts.backbone import BackboneError
+    from softprompts.config import ModelConfig
+
+    quiet()
+    backbone = job.load_backbone(ModelConfig(name=model, attention="eager", products="torch"))
+    inject.slot(backbone, inject.Site(), ("task",), length)
+
+    def slot(site: str, length: int) -> Any:
+        try:
+            return inject.slot(backbone, inject.Site(site), ("task",), length)
+        except BackboneError:
+            return None
+
+    return slot
