@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "prompt-tuning": "softprompts.methods.prompt_tuning:PromptTuning",
     "multitask-prompt-tuning": "softprompts.methods.multitask:MultitaskPromptTuning",
     "attempt": "softprompts.methods.attempt:Attempt",
+    "dept": "softprompts.methods.dept:DePT",
 }
 
 
