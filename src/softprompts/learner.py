@@ -45,7 +45,7 @@ class Learner:
             return states
 
         mask = unscored(batch.mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None)
-        made: Prompt = self.method(Context(batch.task, batch.ids, embeds, mask, encode))
+        made: Prompt = self.method(Context(batch.task, batch.ids, embeds, mask, encode, batch.words))
         return made
 
     def step(self, batch: Batch) -> Step:

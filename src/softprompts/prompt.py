@@ -40,13 +40,16 @@ class Start:
     """Where training begins: `prompt [P, D]` and, for methods that mix other artefacts, `sources [S, P, D]`.
 
     factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task; state:
-    tensors of the same method that was trained before, under its own names, for every task.
+    tensors of the same method that was trained before, under its own names, for every task. draw: `draw(count,
+    population)` gives `count` different words' embeddings, [count, H], drawn by the run's seed from the `population`
+    most common words (None: from all), for methods that keep some; None where a trained method is built again.
     """
 
     prompt: Tensor
     sources: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     state: Mapping[str, Tensor] | None = None
+    draw: Callable[[int, int | None], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Batch:
     place   [B] how many text tokens stand before the prompt; None lets the family decide
     positions  [B, T] text positions given by the caller, counted without the prompt
     decoder_ids, decoder_mask  [B, S] decoder input where it is not the labels shifted by one
+    words   [B, T] 1 for tokens of the instructions that a person wrote, such as a template's own words; None: not known
     """
 
     ids: Tensor
@@ -88,6 +92,7 @@ class Batch:
     positions: Tensor | None = None
     decoder_ids: Tensor | None = None
     decoder_mask: Tensor | None = None
+    words: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -104,7 +109,7 @@ class Context:
 
     task [B]; ids [B, T]; embeds [B, T, H]; mask [B, T], 1 for what the prompt may be made from (see `unscored`);
     `encode()` gives the frozen backbone's last hidden states of the text without a prompt, `[B, T, H]`, computed when
-    first asked for.
+    first asked for; words [B, T], 1 for a template's own words, is None where nobody said which these are.
     """
 
     task: Tensor
@@ -112,6 +117,7 @@ class Context:
     embeds: Tensor
     mask: Tensor
     encode: Callable[[], Tensor]
+    words: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,7 @@ class Prompt:
     """The distinct prompts of a batch, and which row uses which.
 
     values [U, P, D]; mask [U, P], 0 where a short prompt is padded (always on the left); row [B] -> U;
-    aux: what a method wants its objectives to see; added: what is added to the text (of encoder-decoder models the
+    aux: what a method wants its objectives to see, and, what is a single number [], in the history; added: what is added to the text (of encoder-decoder models the
     encoder's), whatever the site; a method that has it can have no `fold`.
     """
 

@@ -98,4 +98,5 @@ class SideBySide(nn.Module):
 def _part(context: Context, rows: Tensor) -> Context:
     """What a method of one task may look at of `rows [R]`."""
     task, ids, embeds, mask = context.task[rows], context.ids[rows], context.embeds[rows], context.mask[rows]
-    return Context(torch.zeros_like(task), ids, embeds, mask, lambda: context.encode()[rows])
+    words = None if context.words is None else context.words[rows]
+    return Context(torch.zeros_like(task), ids, embeds, mask, lambda: context.encode()[rows], words)

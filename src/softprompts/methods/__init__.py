@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "multitask-prompt-tuning": "softprompts.methods.multitask:MultitaskPromptTuning",
     "attempt": "softprompts.methods.attempt:Attempt",
     "dept": "softprompts.methods.dept:DePT",
+    "spt-reconstruction": "softprompts.methods.spt:SemiParametric",
 }
 
 
@@ -98,5 +99,5 @@ def state_of(method: Any, task: str) -> dict[str, Any]:
 
 def shares(method: Any) -> bool:
     """Whether the method's tasks have parameters in common, beside those of their own."""
-    lists: tuple[str, ...] = getattr(method, "per_task", ())
-    return bool(lists) and any(name.partition(".")[0] not in lists for name, _ in method.named_parameters())
+    lists: tuple[str, ...] | None = getattr(method, "per_task", None)
+    return lists is not None and any(name.partition(".")[0] not in lists for name, _ in method.named_parameters())
