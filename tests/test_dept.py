@@ -21,7 +21,7 @@ from softprompts.learner import Learner
 from softprompts.methods import build, groups
 from softprompts.methods.dept import DePT
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Added, Batch, Prompt, Slot, Start, mix
+from softprompts.prompt import IGNORE, Added, Batch, Slot, Start, mix
 
 P, S, R = 3, 4, 2
 TASKS = ("one", "two")

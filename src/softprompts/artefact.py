@@ -104,8 +104,8 @@ class Artefact:
         """The prompt [P, D]; raises ArtefactError that names `origin` where the method has no plain one."""
         if self.prompt is None:
             raise ArtefactError(
-                f"{origin} holds no plain prompt: {self.method} makes one from each text, or changes the text too; give "
-                f"the artefact of a method that puts one matrix before every text, such as prompt-tuning"
+                f"{origin} holds no plain prompt: {self.method} makes one from each text, or changes the text too; "
+                f"give the artefact of a method that puts one matrix before every text, such as prompt-tuning"
             )
         return self.prompt
 

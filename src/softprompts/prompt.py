@@ -138,8 +138,9 @@ class Prompt:
     """The distinct prompts of a batch, and which row uses which.
 
     values [U, P, D]; mask [U, P], 0 where a short prompt is padded (always on the left); row [B] -> U;
-    aux: what a method wants its objectives to see, and, what is a single number [], in the history; added: what is added to the text (of encoder-decoder models the
-    encoder's), whatever the site; a method that has it can have no `fold`.
+    aux: what a method wants its objectives to see, and, where it is a single number [], the history of the run;
+    added: what is added to the text (of encoder-decoder models the encoder's), whatever the site; a method that has it
+    can have no `fold`.
     """
 
     values: Tensor

@@ -17,8 +17,8 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     """One batch of `rows`, padded on the right to the longest: ids with `pad`, mask with 0, labels with IGNORE.
 
     Labels per token are padded, to their own longest row where an encoder-decoder has targets; classes and values are
-    stacked, and so are spans and multi-hot rows. `place` is given when any row's prompt stands behind text, `words` when
-    any row says which its template's are; of rows that do not, all words count.
+    stacked, and so are spans and multi-hot rows. `place` is given when any row's prompt stands behind text, `words`
+    where any row says which are its template's; of rows that do not, all count.
 
     Raises ValueError for no rows, for rows of which only some have labels, and for labels of different kinds.
     """

@@ -61,7 +61,7 @@ def render(template: str, values: Mapping[str, str], mask: str = "") -> str:
 
 
 def filled(template: str, values: Mapping[str, str], mask: str = "") -> tuple[str, list[tuple[int, int]]]:
-    """The same, and from where to where in it each text stands that was filled in; the rest are the template's words."""
+    """The same, and from where to where in it each text stands that was filled in; the rest is the template's own."""
     text, places = "", list[tuple[int, int]]()
     for literal, column in parts(template):
         text += literal
