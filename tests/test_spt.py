@@ -340,7 +340,9 @@ def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge options.bank"):
         build(NAME, {"k": 3, "bank": 2}, Slot(("a",), P, D, D), start)
     for slot in (Slot(("a",), P, D, D - 1), Slot(("a",), P, D, D, 0, (D,))):
-        with pytest.raises(ConfigError, match=r"its memory has the width of the embeddings, .; .*use site input or"):
+        with pytest.raises(
+            ConfigError, match=r"its memory has the width of the embeddings, ., and .* use site input or"
+        ):
             build(NAME, {"k": 3}, slot, start)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"faiss, which is not installed: pip install 'softprompts\[retrieval\]'"):

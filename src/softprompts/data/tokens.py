@@ -112,7 +112,7 @@ class Speller:
         if wants or self._marks:
             both = zip(found.sequence_ids(0), found["offset_mapping"], strict=True)
             spans = [(-1 if segment is None else segment, start, end) for segment, (start, end) in both]
-            words = self._own(spans, [first[1], [] if second is None else second[1]])
+            words = self._own(spans, [first] if second is None else [first, second])
         return Tokens(list(found["input_ids"]), found.get("token_type_ids"), spans if wants else None, words=words)
 
     @cached_property
@@ -120,12 +120,16 @@ class Speller:
         """Whether the template has words of its own and the tokenizer can say which tokens these are."""
         return bool(self.tokenizer.is_fast) and (has_words(self.format.template) or has_words(self.format.pair))
 
-    def _own(self, spans: Sequence[tuple[int, int, int]], given: Sequence[Sequence[Place]]) -> list[int] | None:
-        """1 for each token that is of the template's own words and nothing else; `given`: of each segment the rest."""
+    def _own(self, spans: Sequence[tuple[int, int, int]], texts: Sequence[Filled]) -> list[int] | None:
+        """1 for each token that is of the template's own words and of nothing else, by segments; space is no word."""
         if not self._marks:
             return None
         return [
-            int(segment >= 0 and end > start and not any(start < b and end > a for a, b in given[segment]))
+            int(
+                segment >= 0
+                and bool(texts[segment][0][start:end].strip())
+                and not any(start < b and end > a for a, b in texts[segment][1])
+            )
             for segment, start, end in spans
         ]
 
@@ -148,18 +152,18 @@ class Speller:
         wants = self.head in ("token", "span")
         ids, spans = self._spelt(whole) if wants or self._marks else (self.plain(whole), [])
         spans = [(-1, 0, 0)] * len(self._begin) + spans
-        words = self._own(spans, [given])
+        words = self._own(spans, [(whole, given)])
         parts = [(1, a - shift, b - shift) if a >= shift else (s, a, b) for s, a, b in spans] if wants else None
         return Tokens([*self._begin, *ids], None, parts, 0, words)
 
-    def _chat(self, content: str, given: Sequence[Place]) -> Tokens:
+    def _chat(self, content: str, given: list[Place]) -> Tokens:
         text, bare = self._rendered(content), content.strip()
-        # What the chat template writes around the user's message is no part of the task's words.
-        at = text.find(bare) - content.find(bare)
+        # What the chat template writes around the user's message, or makes of it, is no part of the task's words.
+        at = text.find(bare) - content.find(bare) if bare in text else len(text)
         around = [(0, at), *((a + at, b + at) for a, b in given), (at + len(content), len(text))]
         ids, spans = self._spelt(text)
         if self.format.chat_place == "start":
-            return Tokens(ids, place=0, words=self._own(spans, [around]))
+            return Tokens(ids, place=0, words=self._own(spans, [(text, around)]))
         begin = len(self._opening)
         if not text.startswith(self._opening):
             raise DataError(f"{self.format.name}: the chat template does not begin the same for every row, so that "
@@ -167,11 +171,11 @@ class Speller:
         if self.tokenizer.is_fast:
             place = next((i for i, (_, _, end) in enumerate(spans) if end > begin), len(ids))
             if place == len(ids) or spans[place][1] >= begin:
-                return Tokens(ids, place=place, words=self._own(spans, [around]))
+                return Tokens(ids, place=place, words=self._own(spans, [(text, around)]))
         # a token reaches across the place where the prompt enters: the two sides are tokenised on their own
         before, (ids, spans) = self.plain(self._opening), self._spelt(text[begin:])
         spans = [(-1, 0, 0)] * len(before) + [(s, a + begin, b + begin) for s, a, b in spans]
-        return Tokens([*before, *ids], place=len(before), words=self._own(spans, [around]))
+        return Tokens([*before, *ids], place=len(before), words=self._own(spans, [(text, around)]))
 
     @cached_property
     def _opening(self) -> str:
