@@ -1,6 +1,7 @@
 """The reconstruction of semi-parametric prompt tuning: retrieval against loops, what learns, and which words ask."""
 
 import math
+import pickle
 import sys
 from dataclasses import replace
 from typing import Any
@@ -87,6 +88,7 @@ def test_an_index_finds_what_brute_force_finds(query: str, length: int) -> None:
         seen = replace(seen, embeds=numbers(2, seed, 3, 6, 5)) if seed % 2 else seen
         one, two = plain(seen), fast(seen)
         assert torch.equal(one.values[one.row], two.values[two.row])
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(seen).values, two.values), "an index stays behind"
     fast.load_state_dict({**fast.state_dict(), "sources": rows.random(9, 1, 300, 5)})  # the index must not be the old
     assert torch.equal(fast(seen).values, made(rows.random(9, 300, 5), query=query)(seen).values)
 
