@@ -183,10 +183,11 @@ def test_cold_soft_retrieval_is_hard_retrieval(k: int) -> None:
 
 @torch.no_grad()
 def test_warm_soft_retrieval_is_the_formula() -> None:
-    """The i-th mixture, by loops: all rows but the i - 1 best, by softmax of product over temperature."""
-    memory, seen = rows.random(1, N, D), context([[2]])
+    """The i-th mixture, by loops: all rows but the i - 1 best, by softmax of product with the mean over temperature."""
+    memory, seen = rows.random(1, N, D), context([[1, 2, 4]])
+    mean = (seen.embeds[0, 1] + seen.embeds[0, 2] + seen.embeds[0, 4]) / 3
     prompt = made(memory, retrieval="soft", temperature=0.5)(seen)
-    scores = [sum(a * b for a, b in zip(row, seen.embeds[0, 2].tolist(), strict=True)) / 0.5 for row in memory.tolist()]
+    scores = [sum(a * b for a, b in zip(row, mean.tolist(), strict=True)) / 0.5 for row in memory.tolist()]
     ranked, spread = sorted(range(N), key=lambda j: -scores[j]), [0.0] * N
     for i in range(K):
         rest = ranked[i:]
