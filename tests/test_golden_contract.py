@@ -22,7 +22,8 @@ P = 5
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "dept": {"positions": 2},  # the texts of `batch_of` have no more unscored tokens; further rows would be dead
-    "spt-reconstruction": {"k": 2},
+    # Three trained tokens, of prompt tuning too, cannot overfit the tiny T5, so here the memory learns.
+    "spt-reconstruction": {"k": 2, "retrieval": "soft", "trained": True},
 }
 """Options that suit tests of a few short texts, where a method's own are made for long ones."""
 
@@ -33,7 +34,7 @@ What the mixture is to the last digit is tested with each of them.
 """
 
 RETRIEVES = ("spt-reconstruction",)
-"""Methods whose last tokens are rows of a memory, here of the sources; the others begin at the start."""
+"""Methods whose last tokens are mixtures of a memory's rows, here of the sources; the others begin at the start."""
 
 
 def learner(name: str, method: str = "prompt-tuning", site: inject.Site = INPUT, head: str = "lm") -> Learner:
@@ -88,7 +89,8 @@ def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: s
         elif method in RETRIEVES:
             memory = torch.cat([rows.random(i, P, made.slot.width) for i in range(3)])
             torch.testing.assert_close(values[:3], start[:3], atol=1e-6, rtol=1e-5)
-            assert all((row == memory).all(1).any() for row in values[3:])
+            assert (memory.amin(0) - 1e-6 <= values[3:]).all()
+            assert (values[3:] <= memory.amax(0) + 1e-6).all()
         else:
             torch.testing.assert_close(values, start, atol=1e-6, rtol=1e-5)
 
