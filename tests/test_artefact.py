@@ -191,11 +191,11 @@ def test_without_a_prompt_the_state_is_the_artefact(tmp_path: Path) -> None:
     assert (facts["fixed"], facts["length"], facts["width"], facts["parameters"]) == (False, P, D, 7)
     assert (facts["rms"], facts["distance"]) == (None, None)
     assert facts["rms_initial"] > 0
-    assert facts["peft"] == "method attempt: its prompt depends on the text, and PEFT stores one matrix"
+    assert facts["peft"] == "method attempt: it has no plain prompt, and PEFT stores one matrix"
     card = (tmp_path / "x" / "README.md").read_text()
-    assert "The method makes a prompt from each text" in card
+    assert "There is no plain prompt, the method answers each text" in card
     assert "PEFT cannot load it (method attempt" in card
-    with pytest.raises(ArtefactError, match=r"^x holds no one prompt: attempt makes one from each text"):
+    with pytest.raises(ArtefactError, match=r"^x holds no plain prompt: attempt makes one from each text"):
         loaded.matrix("x")
 
 

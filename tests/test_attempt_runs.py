@@ -222,7 +222,7 @@ def test_the_command(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
     assert json.loads(out)["fixed"] is False
     status, _, err = call("inspect", prompt, "--words")
     assert status == 1
-    assert "holds no one prompt: attempt makes one from each text" in err
+    assert "holds no plain prompt: attempt makes one from each text" in err
     status, out, _ = call("methods", "--json")
     assert "attempt" in json.loads(out)
 

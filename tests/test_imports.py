@@ -84,7 +84,7 @@ THIRD_PARTY = {
     "prompt": "torch",
     "config": "pydantic yaml",
     "methods": "",
-    "methods.*": "torch",
+    "methods.*": "torch faiss",
     "objectives": "torch",
     "text_metrics": "numpy rouge_score sacrebleu",
     "metrics": "numpy scipy",
@@ -106,6 +106,7 @@ THIRD_PARTY = {
 # What only some rows may import; a name stands for everything below it.
 EXCLUSIVE = {
     "peft": "finetune",
+    "faiss": "methods.spt",
     "safetensors": "files artefact conversion",
     "transformers.cache_utils": "backbone kernels inject generate init",
     "transformers.generation": "backbone inject generate",
@@ -221,6 +222,7 @@ def test_one_file_names_devices() -> None:
         ("data.sources", "import safetensors.torch"),
         ("peft", "import peft"),
         ("train", "import peft"),
+        ("methods.a", "import faiss"),
         ("finetune", "from softprompts import evaluate"),
         ("evaluate", "import rich"),
         ("serve.engine", "import vllm"),
@@ -239,6 +241,7 @@ def test_the_check_can_fail(module: str, text: str) -> None:
         ("cli", "from softprompts import __version__, train\nimport rich"),
         ("serve.vllm", "import vllm"),
         ("finetune", "def f():\n    import peft"),
+        ("methods.spt", "def f():\n    import faiss"),
         ("peft", "from softprompts.methods import METHODS"),
     ],
 )

@@ -332,7 +332,7 @@ def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
     for path, message in (
         (short, r"short holds a prompt of \[11, 32\] at site input, but the run wants \[12, 32\] at site input"),
         (deep, r"deep holds a prompt of \[12, 96\] at site kv, but the run wants"),
-        (text, "text holds no one prompt: attempt makes one from each text"),
+        (text, "text holds no plain prompt: attempt makes one from each text"),
         (away, "away: .*other weights"),
         (wide, "wide: .*another architecture"),
         (str(tmp_path / "none"), "no directory"),

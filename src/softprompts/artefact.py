@@ -42,7 +42,7 @@ _MARKS = (MANIFEST, peft_format.CONFIG)
 class Artefact:
     """One trained prompt and what is needed to use it, to train on from it and to know where it came from.
 
-    prompt [P, D] and initial [P, D] are float32: the folded prompt (None where the method makes one from each text;
+    prompt [P, D] and initial [P, D] are float32: the folded prompt (None where the method has no plain one;
     then `state` is what answers), and where training began (None: PEFT does not say). `state` holds all of the method
     under its own names; `heads` a per-task copy of a classification head, keyed as in the model's state_dict. family
     None and backbone "" mean that PEFT's files do not say. `format` is the task's data format, `options` the method's,
@@ -101,11 +101,11 @@ class Artefact:
         return str(made["sum"]) if isinstance(made, Mapping) and "sum" in made else None
 
     def matrix(self, origin: str | Path) -> Tensor:
-        """The prompt [P, D]; raises ArtefactError that names `origin` where the method makes one from each text."""
+        """The prompt [P, D]; raises ArtefactError that names `origin` where the method has no plain one."""
         if self.prompt is None:
             raise ArtefactError(
-                f"{origin} holds no one prompt: {self.method} makes one from each text; give the artefact of a method "
-                f"whose prompt is the same for every text, such as prompt-tuning"
+                f"{origin} holds no plain prompt: {self.method} makes one from each text, or changes the text too; "
+                f"give the artefact of a method that puts one matrix before every text, such as prompt-tuning"
             )
         return self.prompt
 
@@ -329,7 +329,7 @@ def _weights(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
 
 def _obstacle(artefact: Artefact) -> str | None:
     if artefact.prompt is None:
-        return f"method {artefact.method}: its prompt depends on the text, and PEFT stores one matrix"
+        return f"method {artefact.method}: it has no plain prompt, and PEFT stores one matrix"
     return peft_format.obstacle(artefact.site, artefact.place, artefact.family, artefact.head, artefact.heads)
 
 
@@ -357,7 +357,7 @@ def _card(artefact: Artefact, obstacle: str | None) -> str:
     ]
     if artefact.prompt is None:
         about.append(
-            "The method makes a prompt from each text: `SoftPromptModel.from_pretrained(model, "
+            "There is no plain prompt, the method answers each text: `SoftPromptModel.from_pretrained(model, "
             '"path/to/this/directory")`, or `softprompts predict path/to/this/directory TEXT`.'
         )
     else:

@@ -45,7 +45,7 @@ class Report:
     seconds: of the step, which runs that train together share; score: the validation score, where one was due; path:
     how the prompt was computed (packed, shared, or why not); parity: what comparing the first batch with plain
     concatenation found, where that was asked for; machine: what it was computed with, at the first step and wherever
-    that changed.
+    that changed; measures: the single numbers that the method's prompts of the last part carry (`Prompt.aux`).
     """
 
     step: int
@@ -59,6 +59,7 @@ class Report:
     path: str = ""
     parity: str = ""
     machine: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

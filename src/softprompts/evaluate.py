@@ -206,7 +206,7 @@ def _leading(reader: Reader, encoded: list[Encoded]) -> tuple[tuple[int, ...], l
         return (), encoded
     low, high = min(row.ids for row in encoded), max(row.ids for row in encoded)
     count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return tuple(low[:count]), [replace(row, ids=row.ids[count:]) for row in encoded]
+    return tuple(low[:count]), [replace(row, ids=row.ids[count:], words=None) for row in encoded]
 
 
 def _ranked(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
@@ -283,7 +283,8 @@ def _generated(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateC
     for index, batch in _batches(_texts(encoder, asked), reader, encoder, config, more=new_tokens):
         if encoder.family == "causal":  # the stock model (no prompt) continues only what is padded on the left
             left = batch.mask.argsort(dim=1, stable=True)
-            batch = replace(batch, ids=batch.ids.gather(1, left), mask=batch.mask.gather(1, left))
+            words = None if batch.words is None else batch.words.gather(1, left)
+            batch = replace(batch, ids=batch.ids.gather(1, left), mask=batch.mask.gather(1, left), words=words)
         ids = generate.generate(
             learner.backbone,
             batch,

@@ -150,15 +150,16 @@ def _stock(batch: Batch, backbone: Backbone) -> dict[str, Tensor]:
     return found
 
 
-def _pack(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The mask [B, T] and embeddings [B, T, features] of the texts, moved to the left edge."""
+def _pack(backbone: Backbone, batch: Batch, prompt: Prompt) -> tuple[Tensor, Tensor]:
+    """The mask [B, T] and embeddings [B, T, features] of the texts, moved to the left edge, as the prompt has them."""
     order = batch.mask.argsort(dim=1, descending=True, stable=True)
     text = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
-    return batch.mask.gather(1, order).bool(), text.gather(1, order[..., None].expand_as(text))
+    mask = batch.mask.gather(1, order).bool()
+    return mask, inject.with_added(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
 
 
 def _causal(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settings: _Settings) -> Any:
-    mask, text = _pack(backbone, batch)
+    mask, text = _pack(backbone, batch, prompt)
     check_room(backbone, mask, prompt)
     longest = int((mask.sum(1) + prompt.lengths[prompt.row]).max())
     room = None if backbone.context is None else backbone.context - longest
@@ -233,7 +234,8 @@ def _encoder_decoder(backbone: Backbone, batch: Batch, prompt: Prompt, site: Sit
     if in_decoder and backbone.context is not None and bool((lengths != lengths[0]).any()):
         return _by_length(backbone, batch, prompt, site, settings)
     plain = replace(batch, labels=None, decoder_ids=None, decoder_mask=None)
-    encoded = inject.read(backbone, plain, None if in_decoder else prompt, site).encoded
+    # The encoder does not see a prompt of the decoder's, but it may read another text with it.
+    encoded = inject.read(backbone, plain, None if in_decoder and prompt.added is None else prompt, site).encoded
     assert encoded is not None
     arguments: dict[str, Any] = _stock(batch, backbone)
     arguments.pop("inputs_embeds", None)

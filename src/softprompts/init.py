@@ -4,6 +4,7 @@ A start from words is what the frozen model itself makes of those words at the s
 states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,9 @@ from softprompts.prompt import Fingerprint, Slot, Start
 LABEL_POPULATION = 5000
 """Rows that no class label fills are drawn from the 5,000 most common tokens (Lester et al. 2021, section 3.2)."""
 
+
+DRAWN = 1 << 40
+"""Added to the seed of words that a method keeps for itself."""
 
 READ = ("artefact", "mean", "multitask", "vector")
 """The kinds that are read from artefacts."""
@@ -65,8 +69,17 @@ def start(
     else:
         made = Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
     return replace(
-        made, sources=torch.stack(sources) if sources else None, state=dict(read[-1].state) if state else None
+        made,
+        sources=torch.stack(sources) if sources else None,
+        state=dict(read[-1].state) if state else None,
+        draw=functools.partial(_draw, backbone, seed),
     )
+
+
+def _draw(backbone: Backbone, seed: int, count: int, population: int | None) -> Tensor:
+    """Embeddings [count, H] of words that are drawn apart from those of the start, which has the same seed."""
+    generator = torch.Generator().manual_seed(seed + DRAWN)
+    return from_ids(backbone, Site(), sample_vocabulary(backbone, count, population, generator))
 
 
 def _made(
@@ -115,7 +128,8 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
     pool = torch.tensor([i for i in range(known) if i not in special])[:population]
     if count > len(pool):
         raise BackboneError(
-            f"{count} different words are wanted, but only {len(pool)} can be drawn; raise init.population"
+            f"{count} different words are wanted, but only {len(pool)} can be drawn; ask for fewer, or raise the "
+            f"population (init.population)"
         )
     return pool[torch.randperm(len(pool), generator=generator)[:count]]
 

@@ -26,7 +26,7 @@ class Manifest(Section, strict=True):
     task: str
     method: str
     options: dict[str, Any]
-    fixed: bool  # whether the prompt is one matrix; else the method makes one from each text
+    fixed: bool  # whether the prompt is one matrix; else the state answers
     shape: list[int]
     site: Literal["input", "decoder", "layers", "kv"]
     mode: Literal["replace", "add"]

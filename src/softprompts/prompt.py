@@ -45,13 +45,16 @@ class Start:
     """Where training begins: `prompt [P, D]` and, for methods that mix other artefacts, `sources [S, P, D]`.
 
     factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task; state:
-    tensors of the same method that was trained before, under its own names, for every task.
+    tensors of the same method that was trained before, under its own names, for every task. draw: `draw(count,
+    population)` gives `count` different words' embeddings, [count, H], drawn by the run's seed from the `population`
+    most common words (None: from all), for methods that keep some; None where a trained method is built again.
     """
 
     prompt: Tensor
     sources: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     state: Mapping[str, Tensor] | None = None
+    draw: Callable[[int, int | None], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Batch:
     place   [B] how many text tokens stand before the prompt; None lets the family decide
     positions  [B, T] text positions given by the caller, counted without the prompt
     decoder_ids, decoder_mask  [B, S] decoder input where it is not the labels shifted by one
+    words   [B, T] 1 for tokens of the instructions that a person wrote, such as a template's own words; None: not known
     """
 
     ids: Tensor
@@ -95,6 +99,7 @@ class Batch:
     positions: Tensor | None = None
     decoder_ids: Tensor | None = None
     decoder_mask: Tensor | None = None
+    words: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -118,6 +123,7 @@ class Context:
     first asked for; `sentence(name)` gives what a frozen encoder makes of each text as a whole, `[B, E]`: one of
     `Slot.encoders`, of the backbone with the way its states are pooled ("backbone-last"). Each text is read alone, by
     what `mask` leaves of it, and its vector kept. None of these has a gradient.
+    words [B, T], 1 for a template's own words, is None where nobody said which these are.
     """
 
     task: Tensor
@@ -126,6 +132,20 @@ class Context:
     mask: Tensor
     encode: Callable[[], Tensor]
     sentence: Callable[[str], Tensor] = _no_encoder
+    words: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Added:
+    """What a prompt adds to the embeddings of the text behind it, token by token from each row's first text token on.
+
+    values [U, S, H]: of each distinct prompt; text tokens beyond S stay as they are; reach [B]: the number of tokens
+    of each row that may be changed, those of `Context.mask`. So nothing is added to what a model is to predict, nor to
+    continuations, nor to what it writes, and training, scoring and writing agree.
+    """
+
+    values: Tensor
+    reach: Tensor
 
 
 @dataclass(frozen=True)
@@ -133,13 +153,16 @@ class Prompt:
     """The distinct prompts of a batch, and which row uses which.
 
     values [U, P, D]; mask [U, P], 0 where a short prompt is padded (always on the left); row [B] -> U;
-    aux: what a method wants its objectives to see.
+    aux: what a method wants its objectives to see, and, where it is a single number [], the history of the run;
+    added: what is added to the text (of encoder-decoder models the encoder's), whatever the site; a method that has it
+    can have no `fold`.
     """
 
     values: Tensor
     mask: Tensor
     row: Tensor
     aux: dict[str, Tensor] = field(default_factory=dict)
+    added: Added | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -148,7 +171,8 @@ class Prompt:
 
     def rows(self, index: Tensor) -> "Prompt":
         """The prompt for the batch rows named by `index [R]`; the distinct prompts stay as they are."""
-        return replace(self, row=self.row[index])
+        added = None if self.added is None else replace(self.added, reach=self.added.reach[index])
+        return replace(self, row=self.row[index], added=added)
 
 
 @dataclass(frozen=True)
@@ -300,7 +324,8 @@ def mix(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
     """One prompt for a batch whose rows come from several prompts of any length.
 
     `rows[i] [B_i]` are the batch rows that `prompts[i]` serves; together they must name each row once. Short prompts
-    are padded on the left of their slot, so that nothing ever stands between a prompt and its text.
+    are padded on the left of their slot, so that nothing ever stands between a prompt and its text. Rows of prompts
+    that add nothing to their text keep it as it is beside rows of prompts that do.
 
     Raises ValueError when the widths differ or the rows are not a permutation.
     """
@@ -318,4 +343,22 @@ def mix(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
         mask.append(torch.nn.functional.pad(prompt.mask, (pad, 0)))
         row[index] = prompt.row + before
         before += len(prompt.values)
-    return Prompt(torch.cat(values), torch.cat(mask), row)
+    return Prompt(torch.cat(values), torch.cat(mask), row, added=_mix_added(prompts, rows))
+
+
+def _mix_added(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Added | None:
+    """What the prompts of a mixed batch add to their texts; None where none adds anything."""
+    there = [prompt.added for prompt in prompts if prompt.added is not None]
+    if not there:
+        return None
+    size = max(one.values.shape[1] for one in there)
+    nothing = there[0].values.new_zeros(1, size, there[0].values.shape[2])
+    values, reach = [], rows[0].new_zeros(sum(map(len, rows)))
+    for prompt, index in zip(prompts, rows, strict=True):
+        if prompt.added is None:
+            values.append(nothing.expand(len(prompt.values), -1, -1))
+        else:
+            own = prompt.added.values
+            values.append(torch.nn.functional.pad(own, (0, 0, 0, size - own.shape[1])))
+            reach[index] = prompt.added.reach.to(reach.dtype)
+    return Added(torch.cat(values), reach)

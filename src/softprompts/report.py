@@ -211,6 +211,9 @@ def _training(results: Mapping[str, Any]) -> str:
     plots += line_plot("Size of the prompt, rms(P) / rms(E)", [Line("ratio", ratio)])
     plots += line_plot("Learning rate", [Line("rate", rate)])
     plots += line_plot("Tokens per second", [Line("each step", speed, "raw"), Line("smoothed", smooth(thin(speed)))])
+    said = [{"step": row.get("step"), **(row.get("measures") or {})} for row in curve]
+    for name in dict.fromkeys(key for row in said for key in row if key != "step"):
+        plots += line_plot(name.replace("_", " ").capitalize(), [Line(name, thin(_points(said, name)))])
     return _section("Training", f'<div class="plots">{plots}</div>\n' if plots else "")
 
 

@@ -75,10 +75,12 @@ class Sentences:
             model = loading.load(asset, path=path, head="features", dtype="float32", device=str(backbone.device))
             self.encoders[name] = SentenceEncoder(model, longest)
 
-    def context(self, backbone: Backbone, batch: Batch, task: Tensor, mask: Tensor, words: bool = True) -> Context:
+    def context(
+        self, backbone: Backbone, batch: Batch, task: Tensor, mask: Tensor, ids_are_text: bool = True
+    ) -> Context:
         """What a method may look at.
 
-        task [B] counts the method's own tasks; mask [B, T] is what of the text it may use; words: whether the batch's
+        task [B] counts the method's own tasks; mask [B, T] is what of the text it may use; ids_are_text: whether the batch's
         ids are its text, and not put there for a text that was given as embeddings.
         """
         with torch.no_grad():
@@ -87,20 +89,22 @@ class Sentences:
         def encode() -> Tensor:
             return _states(backbone, replace(batch, labels=None))
 
-        read = functools.partial(self._read, backbone, replace(batch, embeds=embeds), mask.bool(), words)
-        return Context(task, batch.ids, embeds, mask, encode, read)
+        read = functools.partial(self._read, backbone, replace(batch, embeds=embeds), mask.bool(), ids_are_text)
+        return Context(task, batch.ids, embeds, mask, encode, read, batch.words)
 
-    def _read(self, backbone: Backbone, batch: Batch, mask: Tensor, words: bool, name: str) -> Tensor:
+    def _read(self, backbone: Backbone, batch: Batch, mask: Tensor, ids_are_text: bool, name: str) -> Tensor:
         """The vectors [B, E] that the encoder `name` makes of each row of `batch`."""
-        return torch.stack([self._of_row(backbone, batch, i, mask[i], words, name) for i in range(len(mask))])
+        return torch.stack([self._of_row(backbone, batch, i, mask[i], ids_are_text, name) for i in range(len(mask))])
 
-    def _of_row(self, backbone: Backbone, batch: Batch, row: int, mask: Tensor, words: bool, name: str) -> Tensor:
+    def _of_row(
+        self, backbone: Backbone, batch: Batch, row: int, mask: Tensor, ids_are_text: bool, name: str
+    ) -> Tensor:
         ids = tuple(batch.ids[row][mask].tolist())
         types = () if batch.types is None else tuple(batch.types[row][mask].tolist())
-        key = (name, ids, types) if words and batch.positions is None else None
+        key = (name, ids, types) if ids_are_text and batch.positions is None else None
         if key is None or key not in self.kept:
             if name in self.encoders:
-                found = self._encoded(backbone, name, ids, words)
+                found = self._encoded(backbone, name, ids, ids_are_text)
             else:
                 found = _pooled_state(backbone, batch, row, mask, name)
             if key is None:
@@ -110,8 +114,8 @@ class Sentences:
             self.kept[key] = found.float().cpu()
         return self.kept[key].to(batch.ids.device)
 
-    def _encoded(self, backbone: Backbone, name: str, ids: tuple[int, ...], words: bool) -> Tensor:
-        if not words:
+    def _encoded(self, backbone: Backbone, name: str, ids: tuple[int, ...], ids_are_text: bool) -> Tensor:
+        if not ids_are_text:
             raise BackboneError(
                 f"encoder '{name}' reads words, and this text was given as inputs_embeds; give input_ids, or use a "
                 f"prompt with encoder backbone or static"

@@ -105,4 +105,5 @@ def _part(context: Context, rows: Tensor) -> Context:
         mask,
         lambda: context.encode()[rows],
         lambda name: context.sentence(name)[rows],
+        None if context.words is None else context.words[rows],
     )

@@ -136,11 +136,12 @@ def fit_together(trainees: Sequence[Trainee], *, pad: int) -> Generator[tuple[st
 
 @dataclass(frozen=True)
 class _Measured:
-    """Loss, tokens read and path of a step; `failed` where there was nothing to measure."""
+    """Loss, tokens read and path of a step, and the method's own figures; `failed` where there was no label."""
 
     loss: float
     tokens: int
     path: str
+    measures: dict[str, float]
     failed: str = ""
 
 
@@ -250,6 +251,7 @@ def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, acceler
     backbone = going[0].trainee.learner.backbone
     zero = torch.zeros((), device=backbone.device, dtype=torch.promote_types(backbone.dtype, torch.float32))
     parts, totals, losses, paths = [], [], [zero] * len(going), [""] * len(going)
+    measures: list[dict[str, float]] = [{}] * len(going)
     for course, step in zip(going, steps, strict=True):
         course.optimiser.zero_grad(set_to_none=True)
         count = course.trainee.config.accumulate
@@ -273,12 +275,13 @@ def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, acceler
             torch.manual_seed(_stream(going[i].trainee.seed, steps[i], 2 * number + 1))
             values.append(going[i].objective(made).to(zero.dtype) * (labels[i] / totals[i]))
             losses[i], paths[i] = losses[i] + values[-1].detach(), made.output.path
+            measures[i] = {name: float(value) for name, value in made.prompt.aux.items() if value.dim() == 0}
         torch.stack(values).sum().backward()
     tokens = [sum(len(row.ids) for part in own for row in part) for own in parts]
     none = "a batch holds no label to learn from; check the template and the label column"
     return [
-        _Measured(_summed(course, loss, accelerator), count, path, "" if total else none)
-        for course, loss, count, path, total in zip(going, losses, tokens, paths, totals, strict=True)
+        _Measured(_summed(course, loss, accelerator), count, path, said, "" if total else none)
+        for course, loss, count, path, said, total in zip(going, losses, tokens, paths, measures, totals, strict=True)
     ]
 
 
@@ -336,7 +339,8 @@ def _update(
     ratio, seconds = one.learner.rms_ratio(), spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
     machine = _machine_if_new(one.learner, now)
-    report = Report(now.step + 1, config.steps, loss, rate, ratio, tokens, seconds, score, path, compared, machine)
+    done, own = (now.step + 1, config.steps, loss, rate, ratio, tokens, seconds), measured.measures
+    report = Report(*done, score, path, compared, machine, own)
     # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
     return _State(checkpoint.capture(now, parameters, optimiser, report), now)
 

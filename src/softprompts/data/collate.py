@@ -17,7 +17,8 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     """One batch of `rows`, padded on the right to the longest: ids with `pad`, mask with 0, labels with IGNORE.
 
     Labels per token are padded, to their own longest row where an encoder-decoder has targets; classes and values are
-    stacked, and so are spans and multi-hot rows. `place` is given when any row's prompt stands behind text.
+    stacked, and so are spans and multi-hot rows. `place` is given when any row's prompt stands behind text, `words`
+    where any row says which are its template's; of rows that do not, all count.
 
     Raises ValueError for no rows, for rows of which only some have labels, and for labels of different kinds.
     """
@@ -34,7 +35,14 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
         labels=_labels(rows),
         types=_pad(types, 0) if types else None,
         place=torch.tensor(places) if any(places) else None,
+        words=_words(rows),
     )
+
+
+def _words(rows: Sequence[Encoded]) -> Tensor | None:
+    if all(row.words is None for row in rows):
+        return None
+    return _pad([[1] * len(row.ids) if row.words is None else row.words for row in rows], 0)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

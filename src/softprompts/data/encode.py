@@ -30,6 +30,8 @@ class Encoded:
     task    index of the task
     text_tokens  how many of ids are text and not answer
     cut     how many tokens of the row's columns were cut away
+    words   for each of ids whether it is of the template's own words, 1 or 0; None where the template has none, or the
+            tokenizer cannot say (it is a slow one)
     """
 
     ids: list[int]
@@ -39,6 +41,7 @@ class Encoded:
     task: int = 0
     text_tokens: int = 0
     cut: int = 0
+    words: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +214,7 @@ class Encoder:
     # The heads
 
     def _encoded(self, tokens: Tokens, labels: Labels, cut: int) -> Encoded:
-        return Encoded(tokens.ids, labels, tokens.types, tokens.place, self.task, len(tokens.ids), cut)
+        return Encoded(tokens.ids, labels, tokens.types, tokens.place, self.task, len(tokens.ids), cut, tokens.words)
 
     def _language(self, row: Row, answer: str | None) -> Encoded:
         ids = [] if answer is None else self.answer_ids(answer)
@@ -226,7 +229,8 @@ class Encoder:
             ids, lost = ids[:free], max(0, len(ids) - free)
         tokens, cut = self._fit(row, max(len(ids), self._longest))
         labels: Labels = None if answer is None else [IGNORE] * len(tokens.ids) + ids
-        return replace(self._encoded(tokens, labels, cut + lost), ids=tokens.ids + ids)
+        words = None if tokens.words is None else tokens.words + [0] * len(ids)
+        return replace(self._encoded(tokens, labels, cut + lost), ids=tokens.ids + ids, words=words)
 
     def _masked(self, row: Row, ids: list[int]) -> Encoded:
         masks = len(ids) or self._longest or 1

@@ -57,15 +57,25 @@ def render(template: str, values: Mapping[str, str], mask: str = "") -> str:
 
     Raises DataError for a column that `values` does not have.
     """
-    text = ""
+    return filled(template, values, mask)[0]
+
+
+def filled(template: str, values: Mapping[str, str], mask: str = "") -> tuple[str, list[tuple[int, int]]]:
+    """The same, and from where to where in it each text stands that was filled in; the rest is the template's own."""
+    text, places = "", list[tuple[int, int]]()
     for literal, column in parts(template):
         text += literal
-        if column == MASK:
-            text += mask
-        elif column is not None:
+        if column is not None and column != MASK:
             need(column, values, "template")
-            text += values[column]
-    return text
+        given = "" if column is None else mask if column == MASK else values[column]
+        places += [(len(text), len(text) + len(given))] if given else []
+        text += given
+    return text, places
+
+
+def has_words(template: str | None) -> bool:
+    """Whether `template` has words of its own, beside the columns that it names."""
+    return any(literal.strip() for literal, _ in parts(template or ""))
 
 
 def missing(value: Any) -> bool:

@@ -1,14 +1,18 @@
 """From texts to tokens, and the one rule by which answers are tokenised."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from softprompts.config import Head
 from softprompts.data.task import Format
-from softprompts.data.template import MASK, DataError, mask_count, render
+from softprompts.data.template import MASK, DataError, filled, has_words, mask_count
 
 Family = Literal["causal", "seq2seq", "masked"]
+
+Place = tuple[int, int]  # from one character to another
+Filled = tuple[str, list[Place]]  # a text, and where in it stands what was filled in
 
 ANCHORS = ("\n", ":", "a")
 """What an answer is tokenised behind, so that it gets the tokens of a continuation and not those of a text's start."""
@@ -22,13 +26,15 @@ class Tokens:
     """Tokenised text: ids, types, and of each token (segment, start, end) in characters.
 
     Segment 0 is the text, 1 the second text of a pair, -1 what the tokenizer added; spans are there where the head
-    needs them. place: how many tokens stand before the prompt, None where the family decides.
+    needs them. place: how many tokens stand before the prompt, None where the family decides; words: 1 for tokens of
+    the template's own words, None where it has none or nobody can say.
     """
 
     ids: list[int]
     types: list[int] | None = None
     spans: list[tuple[int, int, int]] | None = None
     place: int | None = None
+    words: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,7 @@ class Speller:
         """The character at which each token of `text` begins; every character where the tokenizer cannot say."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return [start for start, _ in found["offset_mapping"]]
+        return [start for _, start, _ in self._spelt(text)[1]]
 
     def _continuation(self, text: str) -> list[int]:
         """`text` tokenised behind the first anchor that it does not merge with.
@@ -96,48 +101,81 @@ class Speller:
         if masks and not mask_count(template) + mask_count(pair or ""):
             template += form.separator + "{" + MASK + "}"
         filler = (self.tokenizer.mask_token or "") * masks
-        text = render(template, values, filler)
-        second = None if pair is None else render(pair, values, filler)
+        first = filled(template, values, filler)
+        second = None if pair is None else filled(pair, values, filler)
         if self.family == "causal":
-            return self._causal(text, second)
+            return self._causal(first, second)
         wants = self.head in ("token", "span")
-        found = self.tokenizer(text, second, return_offsets_mapping=wants, verbose=False)
-        spans = None
-        if wants:
+        texts = (first[0], None if second is None else second[0])
+        found = self.tokenizer(*texts, return_offsets_mapping=wants or self._marks, verbose=False)
+        spans = words = None
+        if wants or self._marks:
             both = zip(found.sequence_ids(0), found["offset_mapping"], strict=True)
             spans = [(-1 if segment is None else segment, start, end) for segment, (start, end) in both]
-        return Tokens(list(found["input_ids"]), found.get("token_type_ids"), spans)
+            words = self._own(spans, [first] if second is None else [first, second])
+        return Tokens(list(found["input_ids"]), found.get("token_type_ids"), spans if wants else None, words=words)
 
-    def _causal(self, text: str, second: str | None) -> Tokens:
+    @cached_property
+    def _marks(self) -> bool:
+        """Whether the template has words of its own and the tokenizer can say which tokens these are."""
+        return bool(self.tokenizer.is_fast) and (has_words(self.format.template) or has_words(self.format.pair))
+
+    def _own(self, spans: Sequence[tuple[int, int, int]], texts: Sequence[Filled]) -> list[int] | None:
+        """1 for each token that is of the template's own words and of nothing else, by segments; space is no word."""
+        if not self._marks:
+            return None
+        return [
+            int(
+                segment >= 0
+                and bool(texts[segment][0][start:end].strip())
+                and not any(start < b and end > a for a, b in texts[segment][1])
+            )
+            for segment, start, end in spans
+        ]
+
+    def _spelt(self, text: str) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """The tokens of `text` alone, and where in it each stands, as spans of segment 0; a slow tokenizer has none."""
+        if not self.tokenizer.is_fast:
+            return self.plain(text), []
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(found["input_ids"]), [(0, start, end) for start, end in found["offset_mapping"]]
+
+    def _causal(self, first: Filled, second: Filled | None) -> Tokens:
         # tokenizers of causal models do not separate pairs, so the second text gets a line of its own
-        whole = text if second is None else f"{text}\n{second}"
+        shift = len(first[0]) + 1
+        whole, given = first[0], first[1]
+        if second is not None:
+            whole = f"{whole}\n{second[0]}"
+            given = [*given, (shift - 1, shift), *((a + shift, b + shift) for a, b in second[1])]
         if self.format.chat:
-            return self._chat(whole)
+            return self._chat(whole, given)
         wants = self.head in ("token", "span")
-        found = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=wants, verbose=False)
-        spans = None
-        if wants:
-            shift = len(text) + 1
-            parts = [(1, a - shift, b - shift) if a >= shift else (0, a, b) for a, b in found["offset_mapping"]]
-            spans = [(-1, 0, 0)] * len(self._begin) + parts
-        return Tokens([*self._begin, *found["input_ids"]], None, spans, 0)
+        ids, spans = self._spelt(whole) if wants or self._marks else (self.plain(whole), [])
+        spans = [(-1, 0, 0)] * len(self._begin) + spans
+        words = self._own(spans, [(whole, given)])
+        parts = [(1, a - shift, b - shift) if a >= shift else (s, a, b) for s, a, b in spans] if wants else None
+        return Tokens([*self._begin, *ids], None, parts, 0, words)
 
-    def _chat(self, content: str) -> Tokens:
-        text = self._rendered(content)
+    def _chat(self, content: str, given: list[Place]) -> Tokens:
+        text, bare = self._rendered(content), content.strip()
+        # What the chat template writes around the user's message, or makes of it, is no part of the task's words.
+        at = text.find(bare) - content.find(bare) if bare in text else len(text)
+        around = [(0, at), *((a + at, b + at) for a, b in given), (at + len(content), len(text))]
+        ids, spans = self._spelt(text)
         if self.format.chat_place == "start":
-            return Tokens(self.plain(text), place=0)
+            return Tokens(ids, place=0, words=self._own(spans, [(text, around)]))
+        begin = len(self._opening)
         if not text.startswith(self._opening):
             raise DataError(f"{self.format.name}: the chat template does not begin the same for every row, so that "
                             "chat_place 'user' is not defined; use chat_place: start")  # fmt: skip
         if self.tokenizer.is_fast:
-            found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            ids, offsets, at = list(found["input_ids"]), found["offset_mapping"], len(self._opening)
-            place = next((i for i, (_, end) in enumerate(offsets) if end > at), len(ids))
-            if place == len(ids) or offsets[place][0] >= at:
-                return Tokens(ids, place=place)
+            place = next((i for i, (_, _, end) in enumerate(spans) if end > begin), len(ids))
+            if place == len(ids) or spans[place][1] >= begin:
+                return Tokens(ids, place=place, words=self._own(spans, [(text, around)]))
         # a token reaches across the place where the prompt enters: the two sides are tokenised on their own
-        before = self.plain(self._opening)
-        return Tokens([*before, *self.plain(text[len(self._opening) :])], place=len(before))
+        before, (ids, spans) = self.plain(self._opening), self._spelt(text[begin:])
+        spans = [(-1, 0, 0)] * len(before) + [(s, a + begin, b + begin) for s, a, b in spans]
+        return Tokens([*before, *ids], place=len(before), words=self._own(spans, [(text, around)]))
 
     @cached_property
     def _opening(self) -> str:

@@ -12,7 +12,7 @@ A site only fixes the prompt's width D; everything a method or an objective sees
 
 from softprompts.inject.attention import Unpackable
 from softprompts.inject.continuations import branches, continuations
-from softprompts.inject.layout import Layout, assemble, layout
+from softprompts.inject.layout import Layout, assemble, layout, with_added
 from softprompts.inject.packed import Prefix, read_prefix, why_not_packed
 from softprompts.inject.read import Reading, can_read_prompts, choose_path, prefill, read, read_prompts
 from softprompts.inject.score import LOGITS, forward, head, pooled, span_scores
@@ -50,4 +50,5 @@ __all__ = [
     "span_scores",
     "why_not_packed",
     "width",
+    "with_added",
 ]

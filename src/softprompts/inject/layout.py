@@ -56,6 +56,19 @@ def assemble(text: Tensor, prompt: Prompt | None, where: Layout, first: Tensor |
     return both.gather(1, where.source[..., None].expand(-1, -1, both.shape[2]))
 
 
+def with_added(text: Tensor, mask: Tensor, prompt: Prompt | None) -> Tensor:
+    """Embeddings `text [B, T, H]` of packed texts, mask [B, T], with what `prompt` adds to the first tokens of each.
+
+    Padding and what lies beyond the reach stay as they are to the bit.
+    """
+    if prompt is None or prompt.added is None:
+        return text
+    size = text.shape[1]
+    values = torch.nn.functional.pad(prompt.added.values, (0, 0, 0, size - prompt.added.values.shape[1]))
+    here = mask.bool() & (torch.arange(size, device=mask.device) < prompt.added.reach[:, None])
+    return torch.where(here[..., None], text + values[prompt.row], text).to(text.dtype)
+
+
 def tight(prompt: Prompt) -> Prompt:
     """The same prompt without slots that no row of the batch fills."""
     spare = prompt.values.shape[1] - int(prompt.lengths[prompt.row].max())

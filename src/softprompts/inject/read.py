@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError
-from softprompts.inject.layout import Layout, assemble, layout
+from softprompts.inject.layout import Layout, assemble, layout, with_added
 from softprompts.inject.packed import Prefix, check_depth, read_prefix, run, why_not_packed
 from softprompts.inject.seq2seq import check_room, decode, decoder_ids
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
@@ -83,7 +83,7 @@ def _read(
     order = batch.mask.argsort(dim=1, descending=True, stable=True)
     mask = batch.mask.gather(1, order).bool()
     text = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
-    text = text.gather(1, order[..., None].expand_as(text))
+    text = with_added(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
     place = _place(backbone, batch, site, mask)
     encoder_side = None if backbone.family is SEQ2SEQ and site.name in ("decoder", "kv") else prompt
     if branch is None:

@@ -22,6 +22,8 @@ METHODS: dict[str, str] = {
     "p-tuning": "softprompts.methods.p_tuning:PTuning",
     "residual": "softprompts.methods.residual:ResidualPromptTuning",
     "low-rank": "softprompts.methods.low_rank:LowRankPromptTuning",
+    "dept": "softprompts.methods.dept:DePT",
+    "spt-reconstruction": "softprompts.methods.spt:SemiParametric",
 }
 
 
@@ -135,5 +137,5 @@ def _parts(name: str) -> tuple[str, str, str]:
 
 def shares(method: Any) -> bool:
     """Whether the method's tasks have parameters in common, beside those of their own."""
-    lists: tuple[str, ...] = getattr(method, "per_task", ())
-    return bool(lists) and any(name.partition(".")[0] not in lists for name, _ in method.named_parameters())
+    lists: tuple[str, ...] | None = getattr(method, "per_task", None)
+    return lists is not None and any(name.partition(".")[0] not in lists for name, _ in method.named_parameters())

@@ -162,7 +162,6 @@ class Held:
             ]
             places.append((own >= 0).nonzero()[:, 0])
             part, seen = (batch, mask) if len(groups) == 1 else (batch.rows(places[-1]), mask[places[-1]])
-            words = part.embeds is None  # else its ids stand for nothing
-            context = self.sentences.context(backbone, part, own[places[-1]], seen, words)
+            context = self.sentences.context(backbone, part, own[places[-1]], seen, ids_are_text=part.embeds is None)
             made.append(self.prompts[key(*group)](context))
         return batch, made[0] if len(made) == 1 else mix(made, places), next(iter(sites.values()))

@@ -45,8 +45,9 @@ def batch(backbone: Backbone, given: Mapping[str, Any], place: Callable[[int], T
         raise ValueError("give either input_ids or inputs_embeds")
     shape = (text if embeds is None else embeds).shape[:2]
     mask = torch.ones(shape, dtype=torch.long) if mask is None else mask
-    if mask.shape != shape:
-        raise ValueError(f"attention_mask must be [rows, tokens] as the text, {list(shape)}, not {list(mask.shape)}")
+    for name, value in (("attention_mask", mask), ("words", given["words"])):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must be [rows, tokens] as the text, {list(shape)}, not {list(value.shape)}")
     decoding = backbone.family is SEQ2SEQ and backbone.head == "lm"
     wanted = labels(given) if decoding else None
     if decoding and "labels" in given and wanted is None and given["decoder_input_ids"] is None:
@@ -61,6 +62,7 @@ def batch(backbone: Backbone, given: Mapping[str, Any], place: Callable[[int], T
         positions=given.get("position_ids"),
         decoder_ids=given["decoder_input_ids"],
         decoder_mask=given["decoder_attention_mask"],
+        words=given["words"],
     ).to(backbone.device)
 
 

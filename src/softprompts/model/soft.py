@@ -22,13 +22,6 @@ from softprompts.model.trained import Described
 from softprompts.prompt import Batch, Prompt
 
 
-def _stocks(name: str, doc: str) -> Any:
-    """An attribute of the stock model as one of ours."""
-    return property(
-        lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value), doc=doc
-    )
-
-
 class SoftPromptModel(nn.Module):
     """A stock `model`, which it freezes in place, with a prompt for `task` as `config` says.
 
@@ -194,6 +187,7 @@ class SoftPromptModel(nn.Module):
         decoder_attention_mask: Tensor | None = None,
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
+        words: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -203,8 +197,8 @@ class SoftPromptModel(nn.Module):
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
         end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
-        each; task_ids [B]: the same as places in `tasks`; neither: the active task. logits_to_keep and
-        num_items_in_batch as in stock causal models.
+        each; task_ids [B]: the same as places in `tasks`; neither: the active task. words [B, T]: 1 for tokens of the
+        instructions, for methods that ask. logits_to_keep and num_items_in_batch as in stock causal models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
         given = {
@@ -224,7 +218,7 @@ class SoftPromptModel(nn.Module):
         }
         if not self._prompted:
             return self.model(**{name: value for name, value in given.items() if value is not None})
-        batch, prompt, site = self._read(given, tasks, task_ids)
+        batch, prompt, site = self._read({**given, "words": words}, tasks, task_ids)
         reading = inject.read(self.backbone, batch, prompt, site)
         wanted = rows.labels(given)
         wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
@@ -243,11 +237,12 @@ class SoftPromptModel(nn.Module):
         decoder_attention_mask: Tensor | None = None,
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
+        words: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Continue each row with its task's prompt; `options` are those of transformers' generate.
 
-        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks and task_ids as in `forward`.
+        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks, task_ids, words as `forward`.
         """
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
@@ -263,7 +258,7 @@ class SoftPromptModel(nn.Module):
             stock_model: Any = self.model
             return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
         with torch.no_grad():
-            batch, prompt, site = self._read(given, tasks, task_ids)
+            batch, prompt, site = self._read({**given, "words": words}, tasks, task_ids)
             if inputs_embeds is not None:
                 batch = replace(batch, ids=batch.ids[:, :0])
             return generate.generate(self.backbone, batch, prompt, site, **options)
@@ -340,12 +335,12 @@ class SoftPromptModel(nn.Module):
         """The frozen model's floating point type."""
         return self.backbone.dtype
 
-    config = _stocks("config", "The stock model's own configuration.")
-    generation_config = _stocks("generation_config", "The stock model's own generation settings.")
-    main_input_name = _stocks("main_input_name", "The argument that holds the text.")
-    base_model_prefix = _stocks("base_model_prefix", "The stock model's name for its trunk.")
-    name_or_path = _stocks("name_or_path", "Where the stock model came from.")
-    hf_device_map = _stocks("hf_device_map", "Where accelerate put the stock model's parts, if it did.")
+    config = stock.attribute("config", "The stock model's own configuration.")
+    generation_config = stock.attribute("generation_config", "The stock model's own generation settings.")
+    main_input_name = stock.attribute("main_input_name", "The argument that holds the text.")
+    base_model_prefix = stock.attribute("base_model_prefix", "The stock model's name for its trunk.")
+    name_or_path = stock.attribute("name_or_path", "Where the stock model came from.")
+    hf_device_map = stock.attribute("hf_device_map", "Where accelerate put the stock model's parts, if it did.")
 
     def can_generate(self) -> bool:
         """Whether the stock model generates text."""

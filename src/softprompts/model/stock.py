@@ -29,6 +29,13 @@ class Wish:
     items: Tensor | int | None = None
 
 
+def attribute(name: str, doc: str) -> Any:
+    """An attribute of the stock model `self.model` as one of the object around it."""
+    return property(
+        lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value), doc=doc
+    )
+
+
 def output(backbone: Backbone, batch: Batch, reading: Reading, wish: Wish, heads: Heads) -> Any:
     """The stock model's ModelOutput for what the trunk made of `batch`.
 

@@ -73,7 +73,7 @@ def create(
     if start is None:
         start = init.start(config.init, backbone, site, slot)
     method = build(config.method, config.options, slot, start)
-    if count > 1 and not getattr(method, "per_task", ()):
+    if count > 1 and not hasattr(method, "per_task"):
         raise ConfigError(f"method {config.method} does not say which parameters are one task's; add tasks one by one")
     site = replace(site, place=inject.resolve_place(backbone, site))
     firsts = [stored.folded(method, name) for name in names]

@@ -1,0 +1,319 @@
+"""DePT against its equation written out by hand: what each text token gets, and nothing else gets anything."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import local
+import rows
+import tiny
+from rows import INPUT, called
+from softprompts import SoftPromptModel, artefact, evaluate, inject, job, objectives
+from softprompts.config import ConfigError, EvaluateConfig, InitConfig, PromptConfig, parse
+from softprompts.generate import generate
+from softprompts.learner import Learner
+from softprompts.methods import build, groups
+from softprompts.methods.dept import DePT
+from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.prompt import IGNORE, Added, Batch, Slot, Start, mix
+
+P, S, R = 3, 4, 2
+TASKS = ("one", "two")
+TASK = [1, 0, 1, 1]
+GIVEN = (2, 5, 0, 6)
+"""Tokens before the first label of rows.LENGTHS (5, 9, 1, 7): fewer than S, more, none, more."""
+
+
+def learner(name: str, site: inject.Site = INPUT, zero: bool = False) -> Learner:
+    """The method for two tasks on a tiny model; `zero`: as it begins, else with random rows too."""
+    bb = tiny.backbone(name)
+    slot = inject.slot(bb, site, TASKS, P)
+    torch.manual_seed(0)
+    method = DePT(DePT.Config(rank=R, positions=S), slot, Start(rows.random(5, P, slot.width)))
+    with torch.no_grad():
+        for i, (prompt, matrix) in enumerate(zip(method.prompts, method.rows, strict=True)):
+            prompt.add_(rows.random(40 + i, *prompt.shape))
+            if not zero:
+                matrix.copy_(rows.random(50 + i, *matrix.shape))
+    return Learner(bb, site, slot, method)
+
+
+def batch_of(name: str, side: str = "right", extra: int = 0) -> Batch:
+    """Ragged rows of two tasks; causal ones have GIVEN tokens before their first label."""
+    found = rows.batch(name, rows.texts(name), side, extra)
+    labels = found.labels
+    if name in tiny.CAUSAL:
+        labels = labels.masked_fill(found.mask.cumsum(1) <= torch.tensor(GIVEN)[:, None], IGNORE)
+    return Batch(found.ids, found.mask, torch.tensor(TASK), labels)
+
+
+def changed(made: Learner, ids: Tensor, task: int, reach: int) -> Tensor:
+    """The embeddings [T, H] of one text, number by number: c Σ_k A[i, k] B[k, j] on token i."""
+    a, b, c = made.method.columns[task], made.method.rows[task], 8 / math.sqrt(R)
+    found = list(made.backbone.embed(ids[None])[0])
+    for i in range(min(S, reach, len(ids))):
+        for k in range(R):
+            found[i] = found[i] + c * a[i, k] * b[k]
+    return torch.stack(found)
+
+
+def alone(made: Learner, ids: Tensor, task: int, reach: int) -> Tensor:
+    """The stock model's scores of one row's labels, its changed text behind (BERT: around) the prompt by hand."""
+    bb, prompt = made.backbone, made.method.prompts[task]
+    text = changed(made, ids, task, reach)
+    place = 1 if bb.family.name == "masked" else 0
+    full = torch.cat([text[:place], prompt, text[place:]])[None]
+    if bb.family.name == "seq2seq":
+        return bb.model(inputs_embeds=full, decoder_input_ids=rows.shifted(bb, rows.targets([ids])[0])[None]).logits[0]
+    logits = bb.model(inputs_embeds=full).logits[0]
+    if bb.family.name == "masked":
+        return torch.cat([logits[:1], logits[1 + P :]])
+    return logits[P - 1 + reach : -1]
+
+
+def reached(name: str) -> list[int]:
+    return list(GIVEN) if name in tiny.CAUSAL else list(rows.LENGTHS)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart", "bert"])
+@pytest.mark.parametrize(("side", "extra"), [("right", 0), ("left", 3)])
+def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, extra: int) -> None:
+    """On every path: neighbours of another task, padding of any side and size, short and long texts, no given text."""
+    made, batch = learner(name), batch_of(name, side, extra)
+    texts = rows.texts(name)
+    each = [alone(made, ids, task, n) for ids, task, n in zip(texts, TASK, reached(name), strict=True)]
+    wanted = rows.targets(texts) if name in tiny.SEQ2SEQ else texts
+    if name in tiny.CAUSAL:
+        wanted = [ids[n:] for ids, n in zip(texts, GIVEN, strict=True)]
+    functional.cross_entropy(torch.cat(each), torch.cat(wanted)).backward()
+    expected = {key: p.grad for key, p in made.method.named_parameters()}
+    assert all(value.abs().max() > 1e-6 for value in expected.values())
+    for path in (None, *rows.paths(name, INPUT)):
+        made.method.zero_grad()
+        prompt = made.prompt(batch)
+        output = inject.forward(made.backbone, batch, prompt, INPUT, path=path)
+        for i in range(len(texts)):
+            torch.testing.assert_close(rows.of_row(output, i), each[i].detach(), atol=1e-5, rtol=1e-5)
+        functional.cross_entropy(output.logits, output.labels).backward()
+        for key, parameter in made.method.named_parameters():
+            torch.testing.assert_close(parameter.grad, expected[key], atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
+def test_with_rows_at_zero_it_is_prompt_tuning_bit_for_bit(name: str, site: inject.Site) -> None:
+    made, batch = learner(name, site, zero=True), batch_of(name)
+    plain = PromptTuning(PromptTuning.Config(), made.slot, Start(torch.zeros(P, made.slot.width)))
+    plain.load_state_dict({k: v for k, v in made.method.state_dict().items() if k.startswith("prompts")})
+    one, two = made.step(batch), replace(made, method=plain).step(batch)
+    assert torch.equal(one.output.logits, two.output.logits)
+    objectives.task(one).backward()
+    objectives.task(two).backward()
+    for mine, theirs in zip(made.method.prompts, plain.prompts, strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+        assert mine.grad.abs().max() > 0
+    if site.name != "decoder":  # whatever the prompt does, the text is there to be changed
+        assert all(matrix.grad.abs().max() > 0 for matrix in made.method.rows)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5")), ids=called)
+def test_a_row_beside_another_method_is_the_row_alone(name: str, site: inject.Site) -> None:
+    made, batch = learner(name, site), batch_of(name, "left", 2)
+    other = PromptTuning(
+        PromptTuning.Config(), replace(made.slot, tasks=("x",), length=2), Start(rows.random(7, 2, made.slot.width))
+    )
+    plain = replace(made, method=other)
+    batch = replace(batch, task=torch.tensor([1, 0, 0, 0]))
+    mine, theirs = torch.tensor([3, 0]), torch.tensor([1, 2])
+    prompt = mix([plain.prompt(batch.rows(theirs)), made.prompt(batch.rows(mine))], [theirs, mine])
+    for path in (None, *rows.paths(name, site)):
+        output = inject.forward(made.backbone, batch, prompt, site, path=path)
+        for i in range(4):
+            row, who = batch.rows(torch.tensor([i])), made if i in (0, 3) else plain
+            torch.testing.assert_close(
+                rows.of_row(output, i), who.forward(row, who.prompt(row)).logits, atol=1e-5, rtol=1e-5
+            )
+
+
+def test_mixed_prompts_add_what_each_adds() -> None:
+    """Zeros for those that add nothing, short ones lengthened; rows keep their reach wherever they go."""
+    none = rows.single(torch.zeros(2, 6), 1)
+    one = rows.single(torch.zeros(3, 6), 2)
+    short = replace(one, added=Added(rows.random(0, 1, 2, 5), torch.tensor([4, 1])))
+    long = replace(none, added=Added(rows.random(1, 1, 3, 5), torch.tensor([2])))
+    found = mix([none, short, long], [torch.tensor([1]), torch.tensor([3, 0]), torch.tensor([2])])
+    assert found.added.values.shape == (3, 3, 5)
+    assert found.added.reach.tolist() == [1, 0, 2, 4]
+    assert found.row.tolist() == [1, 0, 2, 1]
+    assert torch.equal(found.added.values[0], torch.zeros(3, 5))
+    assert torch.equal(found.added.values[1], torch.cat([short.added.values[0], torch.zeros(1, 5)]))
+    assert torch.equal(found.added.values[2], long.added.values[0])
+    part = found.rows(torch.tensor([3, 0, 3]))
+    assert (part.row.tolist(), part.added.reach.tolist()) == ([1, 1, 1], [4, 1, 4])
+    assert mix([none, none], [torch.tensor([0]), torch.tensor([1])]).added is None
+
+
+@torch.no_grad()
+def test_nothing_but_the_text_is_changed() -> None:
+    """Padding and what lies beyond stays as it is to the bit, in a model of half precision too."""
+    text, mask = rows.random(0, 2, 6, 8).bfloat16(), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
+    prompt = replace(rows.single(torch.zeros(1, 8), 2), added=Added(rows.random(1, 1, 4, 8), torch.tensor([2, 9])))
+    found = inject.with_added(text, mask, prompt)
+    assert found.dtype == torch.bfloat16
+    expected = text.clone()
+    expected[0, :2] = (text[0, :2].float() + prompt.added.values[0, :2]).bfloat16()
+    expected[1, :3] = (text[1, :3].float() + prompt.added.values[0, :3]).bfloat16()
+    assert torch.equal(found, expected)
+    assert inject.with_added(text, mask, None) is text
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("site", rows.sites("llama"), ids=called)
+def test_continuations_agree_with_training(site: inject.Site) -> None:
+    """A candidate's log-probability is that of the same tokens as labels; candidates are never changed."""
+    made, candidates = learner("llama", site), [[7], [8, 9], [8, 10, 11]]
+    text, mask = rows.pad(rows.texts("llama"), "left", value=3)
+    asked = Batch(text, mask, torch.tensor(TASK))
+    for path in rows.paths("llama", site):
+        found = inject.continuations(made.backbone, asked, made.prompt(asked), site, candidates, path=path)
+        for c, candidate in enumerate(candidates):
+            for i, ids in enumerate(rows.texts("llama")):
+                row = torch.cat([ids, torch.tensor(candidate)])[None]
+                labels = row.masked_fill(torch.arange(row.shape[1]) < len(ids), IGNORE)
+                batch = Batch(row, torch.ones_like(row), torch.tensor([TASK[i]]), labels)
+                loss = objectives.task(made.step(batch)) * len(candidate)
+                assert float(found[i, c]) == pytest.approx(-float(loss), abs=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5")), ids=called)
+def test_writing_agrees_with_training(name: str, site: inject.Site) -> None:
+    """The score of each written token is what it has as a label behind the same text; what is written stays as is."""
+    made, options = learner(name, site), {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+    text, mask = rows.pad(rows.texts(name), "left", value=3)
+    asked = Batch(text, mask, torch.tensor(TASK))
+    written = generate(made.backbone, asked, made.prompt(asked), site, max_new_tokens=3, min_new_tokens=3, **options)
+    new = written.sequences[:, -3:]
+    for i, ids in enumerate(rows.texts(name)):
+        if name in tiny.SEQ2SEQ:
+            batch = Batch(ids[None], torch.ones_like(ids[None]), torch.tensor([TASK[i]]), new[i : i + 1])
+        else:
+            row = torch.cat([ids, new[i]])[None]
+            labels = row.masked_fill(torch.arange(row.shape[1]) < len(ids), IGNORE)
+            batch = Batch(row, torch.ones_like(row), torch.tensor([TASK[i]]), labels)
+        logits = made.step(batch).output.logits
+        for step, scores in enumerate(written.scores):
+            legal = scores[i].isfinite()  # the end token is not, before three tokens are written
+            torch.testing.assert_close(scores[i][legal], logits[step][legal], atol=2e-5, rtol=1e-5)
+
+
+def test_start_and_size() -> None:
+    """Columns as torch's Kaiming start, by the run's seed; rows zero; the scale of the code; the paper's budget."""
+    slot = Slot(TASKS, 60, 768, 768)
+    torch.manual_seed(3)
+    method = DePT(DePT.Config(rank=30), slot, Start(torch.zeros(60, 768)))
+    torch.manual_seed(3)
+    expected = torch.nn.init.kaiming_uniform_(torch.empty(256, 30), a=math.sqrt(5))
+    assert all(torch.equal(columns, expected) for columns in method.columns)
+    assert 0.99 / math.sqrt(30) < float(method.columns[0].detach().abs().max()) <= 1 / math.sqrt(30)
+    assert not any(matrix.any() for matrix in method.rows)
+    assert method.scale == 8 / math.sqrt(30)
+    assert DePT(DePT.Config(scale=1), slot, Start(torch.zeros(60, 768))).scale == 1
+    assert {name: (g.unit, g.rate) for name, g in groups(method).items()} == {
+        "prompt": ("rms", None),
+        "matrices": ("one", 5e-4),
+    }
+
+
+@pytest.mark.parametrize(("length", "rank"), [(40, 45), (60, 30)])
+def test_budget_is_the_papers(length: int, rank: int) -> None:
+    method = DePT(DePT.Config(rank=rank), Slot(("a",), length, 768, 768), Start(torch.zeros(length, 768)))
+    assert sum(p.numel() for p in method.parameters()) == 76_800 == 100 * 768
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "options of method dept: rank must be a whole number from 1 on, given 0"),
+        ({"positions": 2.5}, "positions must be a whole number from 1 on, given 2.5"),
+        ({"positions": True}, "positions must be a whole number from 1 on, given True"),
+        ({"scale": 0}, "scale must be a number above 0, given 0"),
+        ({"scale": "big"}, "scale must be a number above 0, given 'big'"),
+        ({"alpha": 1}, "'alpha'"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build("dept", options, Slot(TASKS, P, 6, 6), Start(torch.zeros(P, 6)))
+
+
+def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
+    """SoftPromptModel's loss, also of rows of two methods, and what it writes; saved and loaded bit for bit."""
+    config = PromptConfig(method="dept", length=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S})
+    model = SoftPromptModel(tiny.model("llama"), config, task="two")
+    model.add_task("plain", PromptConfig(length=2, init=InitConfig(kind="random")))
+    made = learner("llama")
+    own = {k.replace(".1", ".0"): v for k, v in made.method.state_dict().items() if k.endswith(".1")}
+    model.prompts["two"].load_state_dict(own)
+    batch = batch_of("llama", "left")
+    given = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    with torch.no_grad():
+        loss = model(**given, labels=batch.labels).loss
+        assert float(loss) == pytest.approx(
+            float(objectives.task(made.step(replace(batch, task=torch.ones(4).long())))), abs=1e-5
+        )
+        # Without labels all of a text is given, and all is changed.
+        text = rows.texts("llama")[1]
+        expected = made.backbone.model(
+            inputs_embeds=torch.cat([made.method.prompts[1], changed(made, text, 1, len(text))])[None]
+        ).logits[0, P:]
+        both = model(**given, tasks=["plain", "two", "plain", "two"]).logits
+        torch.testing.assert_close(both[1], expected, atol=1e-5, rtol=1e-5)
+        model.save_pretrained(tmp_path)
+        again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
+        assert torch.equal(again(**given, labels=batch.labels, tasks="two").loss, loss)
+        assert torch.equal(
+            again.generate(**given, tasks="two", max_new_tokens=3), model.generate(**given, max_new_tokens=3)
+        )
+
+
+def test_a_run_and_its_artefact(tmp_path: Path) -> None:
+    """Trained, cut and gone on with bit for bit; judged rows, which begin alike, are what each is alone."""
+    values = local.run_values(tmp_path, steps=4, checkpoint_every=1, rates={"matrices": 0.05})
+    values["prompt"] |= {"method": "dept", "options": {"rank": R, "positions": 6}}
+
+    def stop(_: str, report: Any) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    results = job.execute(parse(values))
+    assert results["summary"]["trainable"] == 4 * 32 + (6 + 32) * R
+    cut = parse({**values, "out": str(tmp_path / "cut")})
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(cut, job.Screen(step=stop))
+    job.execute(cut)
+    found, other = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+    assert found.prompt is None
+    assert all(torch.equal(found.state[key], other.state[key]) for key in found.state)
+    assert found.state["rows.0"].abs().max() > 0
+    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=cut.model)
+    few = job.prepare(cut).tasks[0].train[:20]
+    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluateConfig()))
+    for row, answer in zip(few, answers, strict=True):
+        text = opened.encoder.encode(row).ids
+        for label, ids in opened.encoder.candidates().items():
+            whole = torch.tensor([text + ids])
+            labels = whole.masked_fill(torch.arange(whole.shape[1]) < len(text), IGNORE)
+            batch = Batch(whole, torch.ones_like(whole), torch.tensor([0]), labels)
+            with torch.no_grad():
+                output = inject.forward(
+                    opened.learner.backbone, batch, opened.learner.prompt(batch), INPUT, path="concatenation"
+                )
+            chance = output.logits.log_softmax(-1).gather(1, output.labels[:, None]).sum()
+            assert answer.scores[label] == pytest.approx(float(chance), abs=2e-5)

@@ -1,0 +1,352 @@
+"""The reconstruction of semi-parametric prompt tuning: retrieval against loops, what learns, and which words ask."""
+
+import math
+import pickle
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rows
+import tiny
+from rows import INPUT
+from softprompts import inject, objectives
+from softprompts.config import ConfigError
+from softprompts.learner import Learner
+from softprompts.methods import METHODS, build, groups, shares
+from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.methods.spt import SemiParametric, best, products
+from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, mix
+
+P, K, D, N = 5, 3, 8, 40
+NAME = "spt-reconstruction"
+FAISS = pytest.mark.filterwarnings("ignore:builtin type [sS]wig:DeprecationWarning")
+
+
+def made(memory: Tensor | None = None, tasks: tuple[str, ...] = ("one",), **options: Any) -> SemiParametric:
+    """A method whose memory is `memory [N, D]`, by default random; one long trained prompt of which all is."""
+    memory = rows.random(1, N, D) if memory is None else memory
+    config = SemiParametric.Config(**{"k": K, **options})
+    slot = Slot(tasks, P, memory.shape[1], memory.shape[1])
+    return SemiParametric(config, slot, Start(rows.random(2, P, memory.shape[1]), memory[None]))
+
+
+def context(words: list[list[int]], text: int = 6, width: int = D, seed: int = 5) -> Context:
+    """Rows of `text` tokens of which the numbered ones, in the order of their places, are of the template."""
+    embeds, mark = rows.random(seed, len(words), text, width), torch.zeros(len(words), text, dtype=torch.long)
+    for i, places in enumerate(words):
+        mark[i, places] = 1
+    there = torch.ones_like(mark)
+    return Context(torch.zeros(len(words), dtype=torch.long), there, embeds, there, lambda: embeds, mark)
+
+
+def by_hand(memory: Tensor, queries: list[list[float]], k: int) -> list[int]:
+    """The rows of the largest inner product with any query, number by number; of equal ones the first."""
+    score = [max(sum(a * b for a, b in zip(q, row, strict=True)) for q in queries) for row in memory.tolist()]
+    return sorted(range(len(score)), key=lambda j: (-score[j], j))[:k]
+
+
+def numbers(length: int, seed: int, *shape: int) -> Tensor:
+    """Small whole numbers as floats, whose products and sums are exact, so that ties are many and are ties."""
+    return torch.randint(-length, length + 1, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("query", ["mean", "words"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_retrieval_is_the_largest_products_in_order(query: str, whole: bool) -> None:
+    """Each row's k memory rows behind S, by loops; with whole numbers most of them are ties."""
+    memory = numbers(1, 3, N, 4) if whole else rows.random(1, N, 4)
+    method, seen = made(memory, query=query), context([[0, 3], [5], [1, 2, 4, 5]], width=4)
+    if whole:
+        seen = replace(seen, embeds=numbers(2, 4, 3, 6, 4))
+    prompt = method(seen)
+    for i in range(3):
+        words = seen.embeds[i][seen.words[i].bool()].tolist()
+        if query == "mean":
+            words = [[sum(column) / len(words) for column in zip(*words, strict=True)]]
+        values = prompt.values[prompt.row[i]]
+        assert torch.equal(values[: P - K], method.soft)
+        assert torch.equal(values[P - K :], memory[by_hand(memory, words, K)])
+
+
+@torch.no_grad()
+@FAISS
+@pytest.mark.parametrize("query", ["mean", "words"])
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_an_index_finds_what_brute_force_finds(query: str, length: int) -> None:
+    """Random memories, some of whole numbers with ties beyond the k-th, equal rows and rows that are all equal."""
+    pytest.importorskip("faiss")
+    for seed in range(6):
+        memory = numbers(length, seed, 300, 5) if seed % 2 else rows.random(seed, 300, 5)
+        memory[100:120] = memory[7]
+        plain, fast = (made(memory, query=query, index=index) for index in ("torch", "faiss"))
+        seen = context([[0], [1, 2], [3, 4, 5]], width=5, seed=seed)
+        seen = replace(seen, embeds=numbers(2, seed, 3, 6, 5)) if seed % 2 else seen
+        one, two = plain(seen), fast(seen)
+        assert torch.equal(one.values[one.row], two.values[two.row])
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(seen).values, two.values), "an index stays behind"
+    fast.load_state_dict({**fast.state_dict(), "sources": rows.random(9, 1, 300, 5)})  # the index must not be the old
+    assert torch.equal(fast(seen).values, made(rows.random(9, 300, 5), query=query)(seen).values)
+
+
+@torch.no_grad()
+def test_it_is_a_nearest_neighbour_among_rows_made_equally_long() -> None:
+    """The largest product is the smallest distance from [q; 0] to [B_j; sqrt(M² - |B_j|²)], and not to B_j."""
+    memory, differs = rows.random(1, N, D), 0
+    longest = memory.norm(dim=1).max()
+    padded = torch.cat([memory, (longest**2 - memory.square().sum(1, keepdim=True)).clamp(min=0).sqrt()], 1)
+    for seed in range(20):
+        query = rows.random(100 + seed, 1, D)
+        near = (padded - torch.cat([query, torch.zeros(1, 1)], 1)).norm(dim=1)
+        found = best(products(memory, query), K)
+        assert found.tolist() == near.sort().indices[:K].tolist()
+        differs += found.tolist() != (memory - query).norm(dim=1).sort().indices[:K].tolist()
+    assert differs > 10
+
+
+@torch.no_grad()
+def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
+    """Products are not normalised: with long rows few answer for all. All alike: log k; spread: more."""
+    seen = context([[i % 6] for i in range(8)])
+    seen = replace(seen, embeds=seen.embeds.abs())  # so that a long positive row wins with every query
+    memory = rows.random(1, N, D)
+    spread = made(memory)(seen).aux["retrieval_entropy"]
+    memory[17] = memory[17].abs() * 1000
+    method = made(memory)
+    prompt = method(seen)
+    assert all(torch.equal(values[P - K], memory[17]) for values in prompt.values)
+    assert len(prompt.values) == 8
+    counts: dict[int, int] = {}
+    for values in prompt.values[prompt.row]:
+        for row in values[P - K :]:
+            place = int((memory == row).all(1).nonzero())
+            counts[place] = counts.get(place, 0) + 1
+    by_hand = -sum(c / (8 * K) * math.log(c / (8 * K)) for c in counts.values())
+    assert float(prompt.aux["retrieval_entropy"]) == pytest.approx(by_hand, abs=1e-5)
+    assert float(spread) > by_hand
+    alike = replace(seen, embeds=seen.embeds[:1].expand(8, -1, -1), words=seen.words[:1].expand(8, -1))
+    assert float(method(alike).aux["retrieval_entropy"]) == pytest.approx(math.log(K), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("query", ["mean", "words"])
+@pytest.mark.parametrize("retrieval", ["hard", "soft"])
+def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
+    """Whatever else the text says, wherever they stand, beside whoever, however padded; other words something else."""
+    method = made(query=query, retrieval=retrieval, temperature=0.1)
+    h, other = rows.random(20, 3, D), rows.random(21, 2, D)
+    cases = [(h, [0, 1, 2]), (h, [1, 4, 6]), (other, [2, 3]), (h, [0, 2, 6]), (h[:2], [0, 1]), (h[:0], [])]
+    embeds, mark = rows.random(22, 6, 7, D), torch.zeros(6, 7, dtype=torch.long)
+    for i, (words, places) in enumerate(cases):
+        embeds[i, places], mark[i, places] = words, 1
+    task, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, 7, dtype=torch.long)
+    prompt = method(Context(task, mask, embeds, mask, lambda: embeds, mark))
+    assert len(prompt.values) == 4
+    assert prompt.row[0] == prompt.row[1] == prompt.row[3]
+    assert len(set(prompt.row.tolist())) == 4
+    different = {tuple(prompt.values[u, P - K :].flatten().tolist()) for u in range(4)}
+    assert len(different) == 4
+    for i in range(6):
+        pad = torch.full((1, 5, D), 9.0)
+        one = torch.cat([pad, embeds[i : i + 1]], 1)
+        there, marked = (torch.nn.functional.pad(x[i : i + 1], (5, 0)) for x in (mask, mark))
+        alone = method(Context(task[:1], there, one, there, lambda: one, marked))  # noqa: B023
+        assert torch.equal(alone.values[0], prompt.values[prompt.row[i]])
+    # Nothing retrieved by no words: all products are equal, so the first rows answer.
+    if retrieval == "hard":
+        assert torch.equal(prompt.values[prompt.row[5], P - K :], method.memory[:K])
+
+
+@torch.no_grad()
+def test_where_nobody_says_which_words_all_count_but_answers_and_padding() -> None:
+    method, seen = made(), context([[0, 1, 2, 3], [0, 1]])
+    mask = seen.words
+    without = Context(seen.task, seen.ids, seen.embeds, mask, seen.encode)
+    assert torch.equal(method(without).values, method(replace(seen, mask=torch.ones_like(mask))).values)
+    both = method(replace(seen, words=torch.ones_like(mask), mask=mask))
+    assert torch.equal(both.values, method(without).values)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 3])
+def test_cold_soft_retrieval_is_hard_retrieval(k: int) -> None:
+    memory, seen = rows.random(1, N, D), context([[0, 3], [5]])
+    hard = made(memory, k=k)(seen)
+    soft = made(memory, k=k, retrieval="soft", temperature=1e-6)(seen)
+    torch.testing.assert_close(soft.values, hard.values, atol=1e-6, rtol=1e-6)
+    assert float(soft.aux["retrieval_entropy"]) == pytest.approx(float(hard.aux["retrieval_entropy"]), abs=1e-5)
+
+
+@torch.no_grad()
+def test_warm_soft_retrieval_is_the_formula() -> None:
+    """The i-th mixture, by loops: all rows but the i - 1 best, by softmax of product with the mean over temperature."""
+    memory, seen = rows.random(1, N, D), context([[1, 2, 4]])
+    mean = (seen.embeds[0, 1] + seen.embeds[0, 2] + seen.embeds[0, 4]) / 3
+    prompt = made(memory, retrieval="soft", temperature=0.5)(seen)
+    scores = [sum(a * b for a, b in zip(row, mean.tolist(), strict=True)) / 0.5 for row in memory.tolist()]
+    ranked, spread = sorted(range(N), key=lambda j: -scores[j]), [0.0] * N
+    for i in range(K):
+        rest = ranked[i:]
+        total = sum(math.exp(scores[j]) for j in rest)
+        for j in rest:
+            spread[j] += math.exp(scores[j]) / total / K
+        expected = sum(math.exp(scores[j]) / total * memory[j] for j in rest)
+        torch.testing.assert_close(prompt.values[0, P - K + i], expected, atol=1e-6, rtol=1e-5)
+    entropy = -sum(p * math.log(p) for p in spread)
+    assert float(prompt.aux["retrieval_entropy"]) == pytest.approx(entropy, abs=1e-5)
+
+
+def test_soft_retrieval_teaches_the_memory_by_values_and_by_products() -> None:
+    """Its gradient is that of finite differences, and reaches every row."""
+    method, seen = made(rows.random(1, 12, 4), retrieval="soft", temperature=0.5, trained=True), context([[2]], width=4)
+    method, weights = method.double(), rows.random(7, P, 4).double()
+    given = method.sources.detach().clone().requires_grad_()
+
+    def result(sources: Tensor) -> Tensor:
+        return (torch.func.functional_call(method, {"sources": sources}, (seen,)).values[0] * weights).sum()
+
+    assert torch.autograd.gradcheck(result, (given,), eps=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(result(given), given)
+    assert gradient.abs().sum(2).min() > 0
+
+
+def learner(name: str = "llama", bank: int = 30, **options: Any) -> Learner:
+    """The method for two tasks on a tiny model, whose memory is its vocabulary's first words."""
+    bb = tiny.backbone(name)
+    slot = inject.slot(bb, INPUT, ("one", "two"), P)
+    memory = bb.embed(torch.arange(5, 5 + bank)).float()
+    config = SemiParametric.Config(**{"k": K, **options})
+    return Learner(bb, INPUT, slot, SemiParametric(config, slot, Start(rows.random(5, P, slot.width), memory[None])))
+
+
+def batch_of(name: str = "llama", count: int = 4, side: str = "left") -> Batch:
+    """Texts whose first two tokens are no labels and of the template; the last row has the first one's words."""
+    texts = rows.texts(name, [5 + (3 * i) % 4 for i in range(count)])
+    texts[-1][:2] = texts[0][:2]
+    found = rows.batch(name, texts, side)
+    first = (found.mask.cumsum(1) <= 2) & found.mask.bool()
+    labels = found.labels if name in tiny.SEQ2SEQ else found.labels.masked_fill(first, IGNORE)
+    return replace(found, labels=labels, words=first.long(), task=torch.arange(count) % 2)
+
+
+@pytest.mark.parametrize("retrieval", ["hard", "soft"])
+@pytest.mark.parametrize("trained", [False, True])
+def test_what_learns(retrieval: str, trained: bool) -> None:
+    """One step of SGD: a frozen memory stays to the bit; a trained one moves where it was retrieved, softly all."""
+    one = learner(retrieval=retrieval, trained=trained)
+    memory, soft = one.method.memory.detach().clone(), one.method.soft.detach().clone()
+    assert set(one.parameters()) == {"method.soft"} | ({"method.sources"} if trained else set())
+    optimiser = torch.optim.SGD(one.parameters().values(), lr=1.0)
+    step = one.step(batch_of())
+    assert len(step.prompt.values) == 3
+    retrieved = {
+        int((memory == row).all(1).nonzero())
+        for values in (step.prompt.values[:, P - K :] if retrieval == "hard" else [])
+        for row in values
+    }
+    objectives.task(step).backward()
+    optimiser.step()
+    moved = (one.method.memory != memory).any(1).nonzero()[:, 0].tolist()
+    assert not torch.equal(one.method.soft, soft)
+    assert set(moved) == (set() if not trained else retrieved if retrieval == "hard" else set(range(30)))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_without_memory_it_is_prompt_tuning_bit_for_bit(name: str) -> None:
+    one = learner(name, k=0)
+    plain = PromptTuning(PromptTuning.Config(), replace(one.slot, tasks=("one",)), Start(rows.random(5, P, 32)))
+    batch = replace(batch_of(name), task=torch.zeros(4, dtype=torch.long))
+    mine, theirs = one.step(batch), replace(one, method=plain).step(batch)
+    assert torch.equal(mine.output.logits, theirs.output.logits)
+    objectives.task(mine).backward()
+    objectives.task(theirs).backward()
+    assert torch.equal(one.method.soft.grad, plain.prompts[0].grad)
+    assert list(one.method.state_dict()) == ["soft"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
+    """On every path, the memory's rows between S and the text by hand."""
+    one, batch = learner(name), batch_of(name)
+    other = PromptTuning(PromptTuning.Config(), replace(one.slot, tasks=("x",), length=2), Start(rows.random(7, 2, 32)))
+    plain, mine, theirs = replace(one, method=other), torch.tensor([3, 0]), torch.tensor([1, 2])
+    batch = replace(batch, task=torch.zeros(4, dtype=torch.long))
+    made = mix([plain.prompt(batch.rows(theirs)), one.prompt(batch.rows(mine))], [theirs, mine])
+    for path in (None, *rows.paths(name, INPUT)):
+        output = inject.forward(one.backbone, batch, made, INPUT, path=path)
+        for i in range(4):
+            row = batch.rows(torch.tensor([i]))
+            values = other.prompts[0]
+            if i in (0, 3):
+                words = one.backbone.embed(row.ids)[0][row.words[0].bool()]
+                chosen = by_hand(one.method.memory, words.mean(0, keepdim=True).tolist(), K)
+                values = torch.cat([one.method.soft, one.method.memory[chosen]])
+            alone = inject.forward(one.backbone, row, rows.single(values, 1), INPUT).logits
+            torch.testing.assert_close(rows.of_row(output, i), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_start_tasks_and_names() -> None:
+    """S begins at the first rows of the start and is one for all tasks; trained prompts can be the memory."""
+    assert NAME in METHODS
+    method = made(tasks=("one", "two"))
+    assert torch.equal(method.soft, rows.random(2, P, D)[: P - K])
+    assert sum(p.numel() for p in method.parameters()) == (P - K) * D
+    assert shares(method)
+    assert {name: group.unit for name, group in groups(method).items()} == {"prompt": "rms", "memory": "rms"}
+    sources = rows.random(3, 2, P, D)
+    found = build(NAME, {"k": 2}, Slot(("a",), P, D, D), Start(torch.zeros(P, D), sources))
+    assert torch.equal(found.memory, torch.cat([sources[0], sources[1]]))
+    calls = []
+
+    def draw(count: int, population: int | None) -> Tensor:
+        calls.append((count, population))
+        return rows.random(4, count, D)
+
+    found = build(
+        NAME, {"k": 2, "bank": 9, "population": 50}, Slot(("a",), P, D, D), Start(torch.zeros(P, D), draw=draw)
+    )
+    assert calls == [(9, 50)]
+    assert torch.equal(found.memory, rows.random(4, 9, D))
+
+
+@pytest.mark.parametrize(
+    ("options", "sources", "message"),
+    [
+        ({}, None, f"method {NAME}: .*k 5 leaves no room .* prompt.length 5 counts both"),
+        ({"k": 3}, None, "its memory needs words of a model or, in prompt.init.sources, trained prompts"),
+        ({"k": 3}, torch.zeros(1, 2, D), "a memory of 2 rows cannot give k = 3; enlarge prompt.init.sources"),
+        ({"k": -1}, None, f"options of method {NAME}: k must be a whole number from 0 on, given -1"),
+        ({"bank": 0}, None, "bank must be a whole number from 1 on, given 0"),
+        ({"population": 0}, None, "population must be a whole number from 1 on, given 0"),
+        ({"query": "max"}, None, "query 'max' is unknown; possible: mean, words"),
+        ({"retrieval": "both"}, None, "retrieval 'both' is unknown; possible: hard, soft"),
+        ({"index": "usearch"}, None, "index 'usearch' is unknown; possible: torch, faiss"),
+        ({"temperature": 0}, None, "temperature must be a number above 0, given 0"),
+        ({"index": "faiss", "trained": True}, None, "index 'faiss' finds rows of a frozen memory"),
+        ({"index": "faiss", "retrieval": "soft"}, None, "index 'faiss' finds rows of a frozen memory"),
+        ({"size": 1}, None, "'size'"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(NAME, options, Slot(("a",), P, D, D), Start(torch.zeros(P, D), sources))
+
+
+def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words too few for the memory, sites of another width, faiss where it is not."""
+    start = Start(torch.zeros(P, D), draw=lambda count, population: torch.zeros(count, D))
+    with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge options.bank"):
+        build(NAME, {"k": 3, "bank": 2}, Slot(("a",), P, D, D), start)
+    for slot in (Slot(("a",), P, D, D - 1), Slot(("a",), P, D, D, 0, (D,))):
+        with pytest.raises(
+            ConfigError, match=r"its memory has the width of the embeddings, ., and .* use site input or"
+        ):
+            build(NAME, {"k": 3}, slot, start)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"faiss, which is not installed: pip install 'softprompts\[retrieval\]'"):
+        build(NAME, {"k": 3, "index": "faiss"}, Slot(("a",), P, D, D), start)

@@ -1,0 +1,234 @@
+"""The reconstructed SPT through everything: which words are the template's, run, resume, artefact, answers, models."""
+
+import copy
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import local
+from softprompts import SoftPromptModel, artefact, evaluate, job, objectives
+from softprompts.config import EvaluateConfig, parse
+from softprompts.data import Encoded, Encoder, Format, collate
+from softprompts.init import from_ids
+from softprompts.inject import Site
+from softprompts.prompt import Batch
+from tokenizers_tiny import byte_bpe, unigram, wordpiece
+
+QUESTION = Format(
+    name="questions",
+    template="Question: {text}\nType:",
+    verbaliser={"HUM": "human", "LOC": "location"},
+)
+PAIR = Format(name="nli", template="Premise: {a}", pair="So: {b} ?", verbaliser={"y": "yes", "n": "no"})
+TEXTS = ("Who wrote the play?", "Question: What Type: is it", "", "a warm, funny and human film. " * 4)
+
+
+def own(encoder: Encoder, row: dict[str, str], label: str | None = None) -> tuple[list[int], str]:
+    """The ids that are marked as the template's words, and their text without spaces."""
+    found = encoder.encode({"label": "HUM", **row}, label)
+    assert found.words is not None
+    assert len(found.words) == len(found.ids)
+    assert not any(found.words[found.text_tokens :])
+    ids = [token for token, mark in zip(found.ids, found.words, strict=True) if mark]
+    return ids, "".join(encoder.tokenizer.decode(ids).split()).lower()
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "family"), [(byte_bpe(), "causal"), (byte_bpe(bos=True), "causal"), (unigram(), "seq2seq")]
+)
+def test_the_templates_words_are_marked(tokenizer: Any, family: Any) -> None:
+    """The same tokens whatever the text says, the template's words included, cut or not; no token of an answer."""
+    encoder = Encoder(QUESTION, tokenizer, family, "lm", 60)
+    found = {tuple(own(encoder, {"text": text}, label)[0]) for text in TEXTS[:2] for label in (None, "human")}
+    assert len(found) == 1
+    for text in TEXTS:
+        assert own(encoder, {"text": text})[1] == "question:type:"
+    assert encoder.encode({"text": TEXTS[3]}).cut > 0
+
+
+def test_in_masked_models_and_pairs() -> None:
+    """The mask token is the answer's, special tokens are the tokenizer's, and each text of a pair has its own words."""
+    encoder = Encoder(replace(QUESTION, template="Question: {text} It is {mask} ."), wordpiece(), "masked", "lm", 60)
+    assert own(encoder, {"text": TEXTS[0]}, "human")[1] == "question:itis."
+    row = {"a": "the king", "b": "So: who"}
+    for tokenizer, family in ((wordpiece(), "masked"), (byte_bpe(), "causal")):
+        encoder = Encoder(replace(PAIR, kind="label", label="label"), tokenizer, family, "sequence", 60)
+        assert own(encoder, {**row, "label": "y"})[1] == "premise:so:?"
+
+
+@pytest.mark.parametrize("place", ["start", "user"])
+def test_in_chats(place: Any) -> None:
+    """Neither the chat template's words nor the system's."""
+    form = replace(QUESTION, chat=True, system="Be short: Type:", chat_place=place)
+    encoder = Encoder(form, byte_bpe(chat=True), "causal", "lm", 200)
+    assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
+
+
+def test_where_nobody_can_say() -> None:
+    """A template without words of its own, and a tokenizer that knows no places."""
+    encoder = Encoder(replace(QUESTION, template="{text}"), byte_bpe(), "causal", "lm", 60)
+    assert encoder.encode({"text": "Who"}).words is None
+
+    class Slow(transformers.PreTrainedTokenizerFast):
+        is_fast = property(lambda self: False)
+
+    slow = copy.deepcopy(byte_bpe())
+    slow.__class__ = Slow
+    encoder = Encoder(QUESTION, slow, "causal", "lm", 60)
+    assert encoder.encode({"text": "Who"}).words is None
+    assert (
+        encoder.encode({"text": "Who"}).ids
+        == Encoder(QUESTION, byte_bpe(), "causal", "lm", 60).encode({"text": "Who"}).ids
+    )
+
+
+def test_rows_that_say_beside_rows_that_do_not() -> None:
+    one, two = Encoded([5, 6, 7], words=[1, 0, 1]), Encoded([8, 9])
+    assert collate([two], 0).words is None
+    batch = collate([one, two], 0)
+    assert batch.words.tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert batch.rows(torch.tensor([1])).words.tolist() == [[1, 1, 0]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and its data."""
+    where = tmp_path_factory.mktemp("spt")
+    local.run_values(where)
+    return where
+
+
+@pytest.fixture
+def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run on two tasks that differ in their words."""
+    task = {
+        "source": str(folder / "colours.csv"),
+        "verbaliser": {"warm": "warm", "cold": "cold"},
+        "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
+    }
+    return {
+        "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
+        "prompt": {
+            "method": "spt-reconstruction",
+            "length": 4,
+            "options": {"k": 2, "bank": 40, "population": 200},
+        },
+        "tasks": [
+            {**task, "name": "one", "template": "Say of {text} whether:"},
+            {**task, "name": "two", "template": "{text} is? human"},
+        ],
+        "train": {"steps": 4, "batch_size": 8, "rate": 0.3, "checkpoint_every": 1},
+        "evaluate": {"resamples": 100},
+        "out": str(tmp_path / "out"),
+    }
+
+
+def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
+    """One row by itself, and the log-probability of `answer` behind it, the memory's rows chosen by hand."""
+    text, method, bb = opened.encoder.encode(row), opened.learner.method, opened.learner.backbone
+    words = bb.embed(torch.tensor([i for i, mark in zip(text.ids, text.words, strict=True) if mark])[None])[0]
+    chosen = (method.memory @ words.mean(0)).argsort(descending=True)[:2]
+    prompt = torch.cat([method.soft, method.memory[chosen]])
+    full = torch.cat([prompt, bb.embed(torch.tensor([text.ids + answer]))[0]])
+    with torch.no_grad():
+        chances = bb.model(inputs_embeds=full[None]).logits[0].log_softmax(-1)
+    begin = len(prompt) + len(text.ids) - 1
+    return collate([replace(text, task=0)], 0), float(sum(chances[begin + i, t] for i, t in enumerate(answer)))
+
+
+def test_a_run_and_its_artefacts(values: dict[str, Any], tmp_path: Path) -> None:
+    """Two tasks share S and the memory; what they retrieve is in the history; each artefact answers alone."""
+    run = parse(values)
+    results = job.execute(run)
+    entropy = [row["measures"]["retrieval_entropy"] for row in results["tasks"][0]["curve"]]
+    assert len(entropy) == 4
+    assert all(math.log(2) - 1e-5 <= value <= math.log(4) + 1e-5 for value in entropy)
+    assert max(entropy) > math.log(2) + 1e-3, "tasks with other words must retrieve other rows, or nothing is tested"
+    pages = [path.read_text() for path in (tmp_path / "out").rglob("report*.html")]
+    assert pages
+    assert all("Retrieval entropy" in page for page in pages)
+    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    assert sorted(one.state) == ["soft", "sources"]
+    assert one.prompt is None
+    assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
+    start = job.prepare(run).start
+    assert torch.equal(one.state["sources"][0], start.draw(40, 200))
+    assert not torch.equal(one.state["soft"], one.initial[:2])
+    for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
+        opened = job.open_artefacts([tmp_path / "out" / "prompt" / name], model=run.model)
+        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluateConfig()))
+        for row, answer in zip(task.train[:20], found, strict=True):
+            for label, ids in opened.encoder.candidates().items():
+                assert answer.scores[label] == pytest.approx(alone(opened, row, ids)[1], abs=2e-5)
+        config = EvaluateConfig(by="generate", max_new_tokens=3)
+        together = list(evaluate.answers(opened.learner, opened.encoder, task.test, config))
+        each = [next(iter(evaluate.answers(opened.learner, opened.encoder, [row], config))) for row in task.test]
+        assert [one.text for one in together] == [one.text for one in each]
+
+
+def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
+    """With a memory that learns too; figures of the method come back with the history."""
+    values["prompt"]["options"] |= {"trained": True, "retrieval": "soft"}
+
+    def stop(_: str, report: Any) -> None:
+        if report.step == 2:
+            raise KeyboardInterrupt
+
+    whole = job.execute(parse(values))
+    cut = parse({**values, "out": str(tmp_path / "cut")})
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(cut, job.Screen(step=stop))
+    again = job.execute(cut)
+    one, two = (artefact.load(tmp_path / name / "prompt" / "one").state for name in ("out", "cut"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not torch.equal(one["sources"][0], job.prepare(cut).start.draw(40, 200))
+    measures = [[row["measures"] for row in page["tasks"][0]["curve"]] for page in (whole, again)]
+    assert measures[0] == measures[1]
+
+
+def test_the_memory_follows_the_seed(values: dict[str, Any]) -> None:
+    """Other words for another seed, others than the start's, none twice, all of the most common ones."""
+    jobs = [job.prepare(parse({**values, "seed": seed})) for seed in (0, 0, 1)]
+    first, same, other = (one.learner.method.memory for one in jobs)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert len(first.unique(dim=0)) == 40
+    bb, start = jobs[0].learner.backbone, jobs[0].start.prompt
+    common = from_ids(bb, Site(), torch.arange(203))
+    assert all((row == common).all(1).any() for row in first)
+    assert not torch.equal(first[:4], start)
+
+
+def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
+    """Told which words are the template's it answers as the run does; a new task shares S; a row alone is the same."""
+    run = parse(values)
+    job.execute(run)
+    model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
+    model.load_prompt(tmp_path / "out" / "prompt" / "one")
+    opened = job.open_artefacts([tmp_path / "out" / "prompt" / "one"], model=run.model)
+    rows = [opened.encoder.example(row) for row in job.prepare(run).tasks[0].test[:5]]
+    batch = collate(rows, 0)
+    given = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels}
+    with torch.no_grad():
+        loss = model(**given, words=batch.words).loss
+        assert float(loss) == pytest.approx(float(objectives.task(opened.learner.step(batch))), abs=1e-5)
+        assert abs(float(model(**given).loss - loss)) > 1e-6, "without them all words count"
+        with pytest.raises(ValueError, match=r"words must be \[rows, tokens\] as the text"):
+            model(**given, words=batch.words[:, 1:])
+        with model.no_prompt():
+            model(**given, words=batch.words)
+    model.add_task("new")
+    assert model._held.method("new") is model._held.method("one")
+    model.save_pretrained(tmp_path / "both")
+    again = SoftPromptModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]), tmp_path / "both"
+    )
+    with torch.no_grad():
+        assert torch.equal(again(**given, words=batch.words, tasks="new").loss, loss)
+    model.remove_task("one")
+    assert model.tasks == ("new",)
