@@ -166,11 +166,9 @@ def _causal(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settin
     if site.name == "kv":
         arguments = _cached(backbone, mask, text, prompt, settings, new)
         return _call(backbone, {"input_ids": batch.ids, **arguments}, settings.options)
-    place = batch.place
-    if place is None:
-        after = int(inject.resolve_place(backbone, site) == "after_start")
-        place = torch.full((len(mask),), after, device=mask.device).minimum(mask.sum(1))
-    where = inject.layout(mask, place, prompt, left=True)
+    own = inject.placed(backbone, batch, site, prompt)
+    assert own.place is not None
+    where = inject.layout(mask, own.place, prompt, left=True, segments=own.segments)
     first: Tensor | None = None
     deep: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if site.name == "layers":
