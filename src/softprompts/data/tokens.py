@@ -6,15 +6,15 @@ from typing import Any, Literal
 
 from softprompts.config import Head
 from softprompts.data.task import Format
-from softprompts.data.template import MASK, DataError, mask_count, render
+from softprompts.data.template import MASK, DataError, mask_count, render, split_slots
 
 Family = Literal["causal", "seq2seq", "masked"]
 
 ANCHORS = ("\n", ":", "a")
 """What an answer is tokenised behind, so that it gets the tokens of a continuation and not those of a text's start."""
 
-SENTINEL = "\ue000"
-"""A character that no chat template writes: it shows where the user's words begin."""
+SENTINELS = tuple(map(chr, range(0xE000, 0xF900)))
+"""Characters that no chat template writes: one shows where the user's words begin, or where the slots are."""
 
 
 @dataclass(frozen=True)
@@ -22,23 +22,28 @@ class Tokens:
     """Tokenised text: ids, types, and of each token (segment, start, end) in characters.
 
     Segment 0 is the text, 1 the second text of a pair, -1 what the tokenizer added; spans are there where the head
-    needs them. place: how many tokens stand before the prompt, None where the family decides.
+    needs them. place: how many tokens stand before the prompt, or before each slot of the template; None where the
+    family decides.
     """
 
     ids: list[int]
     types: list[int] | None = None
     spans: list[tuple[int, int, int]] | None = None
-    place: int | None = None
+    place: int | tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Speller:
-    """Spells texts and answers of one format in the tokens of one tokenizer, as a family of models reads them."""
+    """Spells texts and answers of one format in the tokens of one tokenizer, as a family of models reads them.
+
+    slotted: whether `<prompt>` in the format's templates is a slot for the prompt; else it is text like other.
+    """
 
     format: Format
     tokenizer: Any
     family: Family
     head: Head
+    slotted: bool = False
 
     def answer(self, answer: str) -> list[int]:
         """The tokens of `answer`: a pure function of it, the same in training, scoring and generation.
@@ -96,6 +101,9 @@ class Speller:
         if masks and not mask_count(template) + mask_count(pair or ""):
             template += form.separator + "{" + MASK + "}"
         filler = (self.tokenizer.mask_token or "") * masks
+        if self.slotted:
+            texts = [template] if pair is None else [template, pair]
+            return self._around([[render(piece, values, filler) for piece in split_slots(one)[0]] for one in texts])
         text = render(template, values, filler)
         second = None if pair is None else render(pair, values, filler)
         if self.family == "causal":
@@ -123,7 +131,7 @@ class Speller:
         return Tokens([*self._begin, *found["input_ids"]], None, spans, 0)
 
     def _chat(self, content: str) -> Tokens:
-        text = self._rendered(content)
+        text = self._rendered(content, self.format.system)
         if self.format.chat_place == "start":
             return Tokens(self.plain(text), place=0)
         if not text.startswith(self._opening):
@@ -142,15 +150,77 @@ class Speller:
     @cached_property
     def _opening(self) -> str:
         """What the chat template writes before the user's words."""
-        before, found, _ = self._rendered(SENTINEL).partition(SENTINEL)
+        before, found, _ = self._rendered(SENTINELS[0], self.format.system).partition(SENTINELS[0])
         if not found:
             raise DataError(f"{self.format.name}: the chat template hides the user's words; use chat_place: start")
         return before
 
-    def _rendered(self, content: str) -> str:
-        system = [{"role": "system", "content": self.format.system}] if self.format.system else []
-        messages = [*system, {"role": "user", "content": content}]
+    def _rendered(self, content: str, system: str | None) -> str:
+        first = [{"role": "system", "content": system}] if system else []
+        messages = [*first, {"role": "user", "content": content}]
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a chat template is a program that raises what it likes
             raise DataError(f"{self.format.name}: the chat template refuses the messages: {error}") from None
+
+    # Templates with slots for the prompt
+
+    def _around(self, texts: list[list[str]]) -> Tokens:
+        """The pieces around the slots of one text or two, and how many tokens stand before each slot.
+
+        Each piece is tokenised on its own, so that its tokens hang neither on what stands on the slot's other side nor
+        on the prompt: the first one with words as a text begins, the others as a text goes on.
+        """
+        if self.family == "causal":
+            first, *rest = texts
+            second = rest[0] if rest else None
+            pieces = first if second is None else [*first[:-1], f"{first[-1]}\n{second[0]}", *second[1:]]
+            frame = Tokens([]) if self.format.chat else Tokens(self._begin)
+            texts, frames = [self._turns(pieces) if self.format.chat else pieces], [frame, Tokens([])]
+            inside: list[int | None] = [None]
+        else:
+            frames, inside = self._frames
+        ids: list[int] = []
+        types: list[int] = []
+        places: list[int] = []
+        for before, pieces, kind in zip(frames, texts, inside, strict=False):
+            ids, types = ids + before.ids, types + (before.types or [])
+            for number, tokens in enumerate(self._pieces(pieces)):
+                if number:
+                    places.append(len(ids))
+                ids, types = ids + tokens, types + [kind or 0] * len(tokens)
+        ids, types = ids + frames[-1].ids, types + (frames[-1].types or [])
+        return Tokens(ids, None if inside[0] is None else types, None, tuple(places))
+
+    def _pieces(self, pieces: list[str]) -> list[list[int]]:
+        begin = next((number for number, piece in enumerate(pieces) if piece), 0)
+        return [self.plain(piece) if at <= begin else self._continuation(piece) for at, piece in enumerate(pieces)]
+
+    @cached_property
+    def _frames(self) -> tuple[list[Tokens], list[int | None]]:
+        """What the tokenizer puts before, between and behind texts, and the token type of each text (None: no types)."""
+        texts = ("a",) if self.format.pair is None else ("a", "b")
+        whole = self.tokenizer(*texts, verbose=False)
+        ids, types = list(whole["input_ids"]), whole.get("token_type_ids")
+        frames, inside, at = [], [], 0
+        for text in texts:
+            own = self.plain(text)
+            begin = next((i for i in range(at, len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)
+            if begin is None:
+                raise DataError(f"{self.format.name}: the tokenizer writes a text in another way beside special tokens, "
+                                "so slots for the prompt have no place; take <prompt> out of the template")  # fmt: skip
+            frames.append(Tokens(ids[at:begin], types and list(types[at:begin])))
+            inside.append(types and types[begin])
+            at = begin + len(own)
+        return [*frames, Tokens(ids[at:], types and list(types[at:]))], inside
+
+    def _turns(self, pieces: list[str]) -> list[str]:
+        """What the chat template writes around the slots of the system message and of the user's words `pieces`."""
+        system = split_slots(self.format.system)[0]
+        every = "".join([*system, *pieces])
+        mark = next(one for one in SENTINELS if one not in every)
+        found = self._rendered(mark.join(pieces), mark.join(system)).split(mark)
+        if len(found) != len(system) + len(pieces) - 1:
+            raise DataError(f"{self.format.name}: the chat template leaves a slot for the prompt out or repeats it; put "
+                            "<prompt> into another message")  # fmt: skip
+        return found

@@ -190,6 +190,7 @@ class SoftPromptModel(nn.Module):
         decoder_attention_mask: Tensor | None = None,
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
+        prompt_places: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -199,8 +200,9 @@ class SoftPromptModel(nn.Module):
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
         end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
-        each; task_ids [B]: the same as places in `tasks`; neither: the active task. logits_to_keep and
-        num_items_in_batch as in stock causal models.
+        each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] for
+        prompts of S segments: how many tokens of the row's text stand before each; None: as the prompts' own place
+        says, which place `template` cannot. logits_to_keep and num_items_in_batch as in stock causal models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
         given = {
@@ -214,12 +216,14 @@ class SoftPromptModel(nn.Module):
             "end_positions": end_positions,
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
+            "prompt_places": prompt_places,
             "num_items_in_batch": num_items_in_batch,
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
             "return_dict": return_dict,
         }
         if not self._prompted:
-            return self.model(**{name: value for name, value in given.items() if value is not None})
+            stock_names = given.keys() - {"prompt_places"}
+            return self.model(**{name: given[name] for name in stock_names if given[name] is not None})
         batch, prompt, site = self._read(given, tasks, task_ids)
         reading = inject.read(self.backbone, batch, prompt, site)
         wanted = rows.labels(given)
@@ -239,11 +243,13 @@ class SoftPromptModel(nn.Module):
         decoder_attention_mask: Tensor | None = None,
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
+        prompt_places: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Continue each row with its task's prompt; `options` are those of transformers' generate.
 
-        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks and task_ids as in `forward`.
+        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks, task_ids and prompt_places as
+        in `forward`.
         """
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
@@ -259,7 +265,7 @@ class SoftPromptModel(nn.Module):
             stock_model: Any = self.model
             return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
         with torch.no_grad():
-            batch, prompt, site = self._read(given, tasks, task_ids)
+            batch, prompt, site = self._read({**given, "prompt_places": prompt_places}, tasks, task_ids)
             if inputs_embeds is not None:
                 batch = replace(batch, ids=batch.ids[:, :0])
             return generate.generate(self.backbone, batch, prompt, site, **options)
@@ -370,6 +376,7 @@ class _Spans(SoftPromptModel):
         end_positions: Tensor | None = None,
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
+        prompt_places: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """As SoftPromptModel.forward; start_positions and end_positions [B] are columns of input_ids."""
@@ -383,6 +390,7 @@ class _Spans(SoftPromptModel):
             end_positions=end_positions,
             tasks=tasks,
             task_ids=task_ids,
+            prompt_places=prompt_places,
             return_dict=return_dict,
         )
 
