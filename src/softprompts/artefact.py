@@ -84,9 +84,8 @@ class Artefact:
 
         Where there is no one prompt: the bits of the state, and the method and its options, instead of the prompt's.
         """
-        facts: dict[str, Any] = {key: getattr(self, key) for key in ("site", "mode", "place")}
-        if self.segments:
-            facts["segments"] = list(self.segments)
+        keys = ("site", "mode", "place", "segments") if self.segments else ("site", "mode", "place")
+        facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
         facts["shape"] = list(self.shape)
         facts["architecture"] = self.fingerprint.architecture if self.fingerprint else None
         held = [self.state[name] for name in sorted(self.state)] if self.prompt is None else [self.prompt]

@@ -199,8 +199,8 @@ def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     for task in tasks:
         if prompt.site in ("decoder", "kv") and task.format.chat and task.format.chat_place == "user":
             raise ConfigError(
-                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; use "
-                f"chat_place: start, or site input or layers"
+                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
+                f"use chat_place: start, or site input or layers"
             )
         if not slotted or run.train.train != "prompt":
             continue

@@ -80,11 +80,11 @@ class Encoder:
         if form.chat and not getattr(self.tokenizer, "chat_template", None):
             raise DataError(f"{name}: the tokenizer has no chat template; set chat: false or use an instruction model")
         if self.slots and self.head in ("token", "span"):
-            raise DataError(f"{name}: head '{self.head}' cannot have a slot for the prompt in its template; take <prompt> "
-                            "out and set prompt.place: first, after_start or suffix")  # fmt: skip
+            raise DataError(f"{name}: head '{self.head}' cannot have a slot for the prompt in its template; take "
+                            "<prompt> out and set prompt.place: first, after_start or suffix")  # fmt: skip
         if self.slots and not form.columns:
-            raise DataError(f"{name}: the template has a slot for the prompt, but none for the text; write the column in "
-                            f"braces too, as in '{form.template}{{text}}'")  # fmt: skip
+            raise DataError(f"{name}: the template has a slot for the prompt, but none for the text; write the column "
+                            f"in braces too, as in '{form.template}{{text}}'")  # fmt: skip
         if self.head == "token" and (form.pair or len(fields(form.template)) != 1 or form.template[:1] != "{"):
             raise DataError(f"{name}: a tagging template is the column of words alone, such as '{{tokens}}'")
         if self.head == "span" and (len(fields(form.pair)) != 1 or form.pair != f"{{{fields(form.pair)[0]}}}"):

@@ -153,11 +153,11 @@ def place_of(asked: str, forms: Sequence[Format]) -> str:
         raise DataError(
             f"{slotted[0].name}: the template has a slot for the prompt, and prompt.place is {asked}; leave one out"
         )
+    said = "the template has a slot" if slotted else f"prompt.place is {asked}"
     for form in forms:
         if form.chat and form.chat_place == "user" and (slotted or asked not in ("auto", "first")):
             raise DataError(
-                f"{form.name}: chat_place is user, and {'the template has a slot' if slotted else f'prompt.place is {asked}'}"
-                f": both say where the prompt stands; leave one out"
+                f"{form.name}: chat_place is user, and {said}: both say where the prompt stands; leave one out"
             )
     return "template" if slotted else asked
 

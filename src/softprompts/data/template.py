@@ -66,7 +66,9 @@ def split_slots(template: str | None) -> tuple[list[str], list[int | None]]:
     *both, last = _SLOT.split(template or "")
     for size in both[1::2]:
         if size is not None and not size.strip().isdecimal():
-            raise DataError(f"template {template!r}: '<prompt:{size}>' names no number of prompt tokens, as <prompt:10>")
+            raise DataError(
+                f"template {template!r}: '<prompt:{size}>' names no number of prompt tokens, as <prompt:10>"
+            )
     return [*both[::2], last], [None if size is None else int(size) for size in both[1::2]]
 
 

@@ -198,7 +198,7 @@ class Speller:
 
     @cached_property
     def _frames(self) -> tuple[list[Tokens], list[int | None]]:
-        """What the tokenizer puts before, between and behind texts, and the token type of each text (None: no types)."""
+        """What the tokenizer puts before, between and behind texts; and the token type of each text, None without."""
         texts = ("a",) if self.format.pair is None else ("a", "b")
         whole = self.tokenizer(*texts, verbose=False)
         ids, types = list(whole["input_ids"]), whole.get("token_type_ids")

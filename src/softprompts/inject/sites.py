@@ -17,8 +17,8 @@ from softprompts.prompt import Prompt, Slot
 class Site:
     """Where a prompt enters: name (input, decoder, layers, kv), mode (layers: replace, add), place in the row.
 
-    place: auto, first, after_start, suffix, or template (in slots, of which `segments` says the prompt tokens, in order;
-    none: one slot, or the batch says it).
+    place: auto, first, after_start, suffix, or template: in slots of the text, with `segments` prompt tokens each (none:
+    in one slot, or as the batch says).
     """
 
     name: str = "input"
@@ -78,8 +78,8 @@ def check_site(backbone: Backbone, site: Site) -> None:
         raise BackboneError(f"place '{site.place}' is unknown; possible: {', '.join(PLACES)}")
     if site.name in ("kv", "decoder") and site.place not in ("auto", "first"):
         raise BackboneError(
-            f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; use "
-            f"'first'"
+            f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; "
+            f"use 'first'"
         )
     if site.name == "layers" and len(backbone.layers) and backbone.features != _layer_width(backbone):
         raise BackboneError(

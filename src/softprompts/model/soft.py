@@ -200,9 +200,9 @@ class SoftPromptModel(nn.Module):
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
         end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
-        each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] for
-        prompts of S segments: how many tokens of the row's text stand before each; None: as the prompts' own place
-        says, which place `template` cannot. logits_to_keep and num_items_in_batch as in stock causal models.
+        each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] where
+        prompts have segments: text tokens before each; None: by the prompts' own place, which `template` leaves open.
+        logits_to_keep and num_items_in_batch as in stock causal models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
         given = {
@@ -216,15 +216,13 @@ class SoftPromptModel(nn.Module):
             "end_positions": end_positions,
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
-            "prompt_places": prompt_places,
             "num_items_in_batch": num_items_in_batch,
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
             "return_dict": return_dict,
         }
         if not self._prompted:
-            stock_names = given.keys() - {"prompt_places"}
-            return self.model(**{name: given[name] for name in stock_names if given[name] is not None})
-        batch, prompt, site = self._read(given, tasks, task_ids)
+            return self.model(**{name: value for name, value in given.items() if value is not None})
+        batch, prompt, site = self._read({**given, "prompt_places": prompt_places}, tasks, task_ids)
         reading = inject.read(self.backbone, batch, prompt, site)
         wanted = rows.labels(given)
         wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
@@ -248,8 +246,7 @@ class SoftPromptModel(nn.Module):
     ) -> Any:
         """Continue each row with its task's prompt; `options` are those of transformers' generate.
 
-        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks, task_ids and prompt_places as
-        in `forward`.
+        Comes back what the stock model gives, see `generate.generate`; tasks, task_ids, prompt_places as in `forward`.
         """
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
@@ -272,9 +269,8 @@ class SoftPromptModel(nn.Module):
 
     def _read(self, given: Mapping[str, Any], names: rows.Names, ids: rows.Places) -> tuple[Batch, Prompt, Site]:
         """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
-        batch = rows.batch(
-            self.backbone, given, lambda count: rows.places(names, ids, count, self.tasks, lambda: self.task)
-        )
+        where = functools.partial(rows.places, names, ids, loaded=self.tasks, active=lambda: self.task)
+        batch = rows.batch(self.backbone, given, where)
         return self._held.of_batch(self.backbone, batch, rows.readable(self.backbone, batch.mask, given))
 
     # What Trainer, pipelines and people ask a model for
@@ -327,10 +323,8 @@ class SoftPromptModel(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """What Trainer goes by when it counts labels: keys and values do not score a row's first one."""
-        keys = (
-            self.accepts_loss_kwargs and self._active is not None and self._held.tasks[self._active].site.name == "kv"
-        )
-        return "ForCausalLM" if keys else None
+        keys = self._active is not None and self._held.tasks[self._active].site.name == "kv"
+        return "ForCausalLM" if self.accepts_loss_kwargs and keys else None
 
     @property
     def device(self) -> torch.device:
