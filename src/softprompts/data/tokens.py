@@ -207,8 +207,8 @@ class Speller:
             own = self.plain(text)
             begin = next((i for i in range(at, len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)
             if begin is None:
-                raise DataError(f"{self.format.name}: the tokenizer writes a text in another way beside special tokens, "
-                                "so slots for the prompt have no place; take <prompt> out of the template")  # fmt: skip
+                raise DataError(f"{self.format.name}: the tokenizer writes a text in another way beside special "
+                                "tokens, so slots for the prompt have no place; take <prompt> out")  # fmt: skip
             frames.append(Tokens(ids[at:begin], types and list(types[at:begin])))
             inside.append(types and types[begin])
             at = begin + len(own)
@@ -221,6 +221,6 @@ class Speller:
         mark = next(one for one in SENTINELS if one not in every)
         found = self._rendered(mark.join(pieces), mark.join(system)).split(mark)
         if len(found) != len(system) + len(pieces) - 1:
-            raise DataError(f"{self.format.name}: the chat template leaves a slot for the prompt out or repeats it; put "
-                            "<prompt> into another message")  # fmt: skip
+            raise DataError(f"{self.format.name}: the chat template leaves a slot for the prompt out or repeats it; "
+                            "put <prompt> into another message")  # fmt: skip
         return found

@@ -17,8 +17,8 @@ from softprompts.prompt import Prompt, Slot
 class Site:
     """Where a prompt enters: name (input, decoder, layers, kv), mode (layers: replace, add), place in the row.
 
-    place: auto, first, after_start, suffix, or template: in slots of the text, with `segments` prompt tokens each (none:
-    in one slot, or as the batch says).
+    place: auto, first, after_start, suffix, or template: in slots of the text, with `segments` prompt tokens each
+    (none: in one slot, or as the batch says).
     """
 
     name: str = "input"
