@@ -223,7 +223,7 @@ def generate(
     base = opened.learner.backbone
     if opened.learner.site.place == "template":
         raise ConfigError(
-            f"{prompt} stands in slots of its task's template, and generate continues a bare text; use softprompts predict"
+            f"{prompt} stands in slots of its task's template, and generate continues a bare text; use predict"
         )
     ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
     batch = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long, device=base.device))
