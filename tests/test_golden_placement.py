@@ -275,6 +275,8 @@ def test_what_is_refused() -> None:
     deep = rows.single(rows.random(0, 5, inject.width(bb, KV)), 2)
     with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything, but the rows put text"):
         inject.forward(bb, slotted(batch, two.tolist()), deep, KV)
+    with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything"):
+        generate.generate(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="place 'suffix' is not possible at site 'decoder'"):
         inject.width(tiny.backbone("t5"), inject.Site("decoder", place="suffix"))
     assert inject.width(bb, replace(ADD, place="suffix")) == inject.width(bb, REPLACE)
