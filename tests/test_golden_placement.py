@@ -187,6 +187,11 @@ def test_continuations_behind_segments(name: str) -> None:
                     logits = bb.model(input_ids=whole[None]).logits[0, -len(candidate) - 1 : -1].log_softmax(-1)
                     own = logits.double().gather(1, torch.tensor(candidate)[:, None]).sum()
                     torch.testing.assert_close(found[i, c], own, atol=2e-5, rtol=1e-5)
+    empty = rows.batch(name, [rows.ids(0, 0)])
+    for site in (suffix, inject.Site(place="after_start")):  # no text: behind it and before it are the same
+        found = inject.continuations(bb, empty, prompt.rows(torch.tensor([0])), site, candidates)
+        front = inject.continuations(bb, empty, prompt.rows(torch.tensor([0])), INPUT, candidates)
+        torch.testing.assert_close(found, front, atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()

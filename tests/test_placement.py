@@ -111,6 +111,8 @@ def test_pieces_of_encoders_keep_their_special_tokens_and_types() -> None:
     found = encoder(replace(FORM, template="{text}<prompt> film"), PIECES, "seq2seq").encode({"text": "good"})
     assert found.ids == PIECES("good film")["input_ids"]
     assert found.place == (len(bare(PIECES, "good")),)
+    inside = encoder(replace(FORM, template="{text}<prompt>ish"), PIECES, "seq2seq").encode({"text": "good"})
+    assert PIECES.decode(inside.ids, skip_special_tokens=True) == "goodish"
 
 
 def test_slots_inside_chat_turns() -> None:
