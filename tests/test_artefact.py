@@ -237,12 +237,12 @@ def test_the_digest_without_a_prompt_is_the_one_that_the_specification_describes
 
 def test_format_1_loads(saved: Path, tmp_path: Path) -> None:
     """It had no key `fixed`, and always a prompt."""
-    edit(saved / "softprompts.json", format_version=1, fixed=...)
+    edit(saved / "softprompts.json", format_version=1, fixed=..., segments=...)
     assert_equal(example(), a.load(saved))
     edit(saved / "softprompts.json", fixed=True)
     with pytest.raises(ArtefactError, match="unknown key 'fixed': format 1 has none"):
         a.load(saved)
-    edit(a.save(of_texts(), tmp_path / "x") / "softprompts.json", format_version=1, fixed=...)
+    edit(a.save(of_texts(), tmp_path / "x") / "softprompts.json", format_version=1, fixed=..., segments=...)
     with pytest.raises(ArtefactError, match="no tensor 'prompt'"):
         a.load(tmp_path / "x")
 

@@ -277,7 +277,7 @@ def test_bad_artefacts(trained, call, tmp_path):
     pickle.write_bytes(b"\x80\x04" + b"x" * 50)
     refused(call("predict", pickle.parent, "x"), "pickle")
     newer = copy("newer") / "softprompts.json"
-    newer.write_text(newer.read_text().replace('"format_version": 2', '"format_version": 3'))
+    newer.write_text(newer.read_text().replace('"format_version": 3', '"format_version": 4'))
     refused(call("predict", newer.parent, "x"), "newer")
     found = artefact.load(trained / "out" / "prompt")
     found.prompt[0, 0] = torch.nan

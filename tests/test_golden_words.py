@@ -171,7 +171,7 @@ def test_wrong_sites_say_what_is_possible() -> None:
         ("opt_projected", REPLACE, "embeds in 24 dimensions and works in 32: .* use site 'input'"),
         ("llama", inject.Site("decoder"), "site 'decoder' is not possible for causal models"),
         ("llama", inject.Site(mode="multiply"), "mode 'multiply' is unknown; possible: replace, add"),
-        ("llama", inject.Site(place="last"), "place 'last' is unknown; possible: auto, first, after_start"),
+        ("llama", inject.Site(place="last"), "place 'last' is unknown; possible: auto, first, after_start, suffix, "),
         ("llama", inject.Site("kv", place="after_start"), "place 'after_start' is not possible at site 'kv'"),
     ):
         with pytest.raises(BackboneError, match=match):

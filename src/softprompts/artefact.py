@@ -46,7 +46,8 @@ class Artefact:
     then `state` is what answers), and where training began (None: PEFT does not say). `state` holds all of the method
     under its own names; `heads` a per-task copy of a classification head, keyed as in the model's state_dict. family
     None and backbone "" mean that PEFT's files do not say. `format` is the task's data format, `options` the method's,
-    `config` the run's; all are JSON, so tuples load as lists.
+    `config` the run's; all are JSON, so tuples load as lists. segments: prompt tokens of each segment, where the prompt
+    stands in several of the template's slots.
     """
 
     task: str
@@ -69,6 +70,7 @@ class Artefact:
     scores: dict[str, Any]
     parents: tuple[str, ...]
     version: str
+    segments: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,7 +84,8 @@ class Artefact:
 
         Where there is no one prompt: the bits of the state, and the method and its options, instead of the prompt's.
         """
-        facts: dict[str, Any] = {key: getattr(self, key) for key in ("site", "mode", "place")}
+        keys = ("site", "mode", "place", "segments") if self.segments else ("site", "mode", "place")
+        facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
         facts["shape"] = list(self.shape)
         facts["architecture"] = self.fingerprint.architecture if self.fingerprint else None
         held = [self.state[name] for name in sorted(self.state)] if self.prompt is None else [self.prompt]
@@ -166,6 +169,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "fingerprint": _weights(artefact.fingerprint),
         "peft": _obstacle(artefact) or True,
         "parents": list(artefact.parents),
+        "segments": list(artefact.segments),
         "sum": artefact.sum,
         "digest": artefact.digest,
         "bytes": sum(files.values()),
@@ -250,13 +254,14 @@ def _load_own(path: Path) -> Artefact:
         raise ArtefactError(f"{path / TENSORS}: {what} is {stored}, but {MANIFEST} says {manifest.shape}")
     weights = manifest.fingerprint
     artefact = Artefact(
-        **{key: getattr(manifest, key) for key in _COPIED if key not in ("fingerprint", "parents")},
+        **{key: getattr(manifest, key) for key in _COPIED if key not in ("fingerprint", "parents", "segments")},
         prompt=tensors.get("prompt"),
         initial=tensors.get("initial"),
         state={key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
         heads={key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")},
         fingerprint=Fingerprint(sketch=tensors["sketch"], **weights.model_dump()) if weights else None,
         parents=tuple(manifest.parents),
+        segments=tuple(manifest.segments),
     )
     _check(artefact, path / TENSORS)
     _check_sums(artefact, manifest, path, data)
@@ -330,7 +335,8 @@ def _weights(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
 def _obstacle(artefact: Artefact) -> str | None:
     if artefact.prompt is None:
         return f"method {artefact.method}: it has no plain prompt, and PEFT stores one matrix"
-    return peft_format.obstacle(artefact.site, artefact.place, artefact.family, artefact.head, artefact.heads)
+    facts = (artefact.site, artefact.place, artefact.family, artefact.head, artefact.heads, artefact.format)
+    return peft_format.obstacle(*facts)
 
 
 def _card(artefact: Artefact, obstacle: str | None) -> str:
@@ -349,10 +355,11 @@ def _card(artefact: Artefact, obstacle: str | None) -> str:
     how = f"trained with {artefact.method}"
     if artefact.sum is not None:
         how = f"made of trained prompts: `{' '.join(artefact.sum.split())}` added to its start"
+    parts = f" in segments of {', '.join(map(str, artefact.segments))} tokens" if artefact.segments else ""
     about = [
         f"# Soft prompt: {task}",
         f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, {how}. "
-        f"It enters at site `{artefact.site}`, place `{artefact.place}`.",
+        f"It enters at site `{artefact.site}`, place `{artefact.place}`{parts}.",
         "It is of use with exactly these weights only.",
     ]
     if artefact.prompt is None:

@@ -7,7 +7,7 @@ not the scores [V] but the states [H] from which the frozen head makes them: exa
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher
             f"the teacher of {task}, {path}, reads head '{found.head}' and the model has '{backbone.head}'; teachers "
             f"and students need a language model's head (model.head: lm)"
         )
-    site = Site(found.site, found.mode, found.place)
+    site = Site(found.site, found.mode, found.place, found.segments)
     width = inject.width(backbone, site)
     if found.shape[1] != width:
         raise ConfigError(
@@ -167,6 +167,8 @@ def _compute(
 def _read(backbone: Backbone, teacher: TaskTeacher, rows: Sequence[Encoded], layers: Collection[int]) -> Output:
     pad = 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
     batch = collate(rows, pad).to(backbone.device)
+    if batch.segments is not None and teacher.site.place != "template":
+        batch = replace(batch, place=None, segments=None)  # the rows' slots are for the student's prompt
     values = teacher.prompt[None].to(backbone.device)
     mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     prompt = Prompt(values, mask, torch.zeros(len(rows), dtype=torch.long, device=values.device))
@@ -190,5 +192,5 @@ def _key(backbone: Backbone, teachers: Sequence[TaskTeacher], rows: Sequence[Enc
     facts = [machine_of(backbone), list(layers), [teacher.digest for teacher in teachers]]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for row in rows:
-        digest.update(json.dumps([row.ids, row.labels, row.types, row.place, row.task]).encode())
+        digest.update(json.dumps([row.ids, row.labels, row.types, row.place, row.task, row.segments]).encode())
     return digest.hexdigest()

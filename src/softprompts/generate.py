@@ -52,6 +52,7 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
     settings.refuse(site)
     if bool((batch.mask.sum(1) == 0).any()) and site.name != "input":
         raise BackboneError(f"a row without text cannot be continued at site '{site.name}'; use site 'input'")
+    batch = inject.placed(backbone, batch, site, prompt)
     with torch.no_grad():
         if backbone.family is SEQ2SEQ:
             return _encoder_decoder(backbone, batch, prompt, site, settings)
@@ -167,11 +168,8 @@ def _causal(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settin
     if site.name == "kv":
         arguments = _cached(backbone, mask, text, prompt, settings, new)
         return _call(backbone, {"input_ids": batch.ids, **arguments}, settings.options)
-    place = batch.place
-    if place is None:
-        after = int(inject.resolve_place(backbone, site) == "after_start")
-        place = torch.full((len(mask),), after, device=mask.device).minimum(mask.sum(1))
-    where = inject.layout(mask, place, prompt, left=True)
+    assert batch.place is not None
+    where = inject.layout(mask, batch.place, prompt, left=True, segments=batch.segments)
     first: Tensor | None = None
     deep: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if site.name == "layers":

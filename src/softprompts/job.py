@@ -297,6 +297,7 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
     assert job.start is not None
     tasks = run.tasks[index].model_dump(mode="json")
     config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
+    slots = job.encoders[index].slots
     return Artefact(
         task=task.name,
         prompt=stored.folded(learner.method, task.name),
@@ -318,4 +319,5 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
         scores={} if scored is None else {k: asdict(v) for k, v in scored.scores.items()},
         parents=(),
         version=__version__,
+        segments=slots if len(slots) > 1 else (),
     )

@@ -144,7 +144,8 @@ def label_count(row: Encoded, learner: Learner) -> int:
         return 1
     labels = row.labels
     # Nothing scores the first token of a causal text that has no prompt state in front of it.
-    first = learner.method is None or learner.site.name == "kv" or bool(row.place)
+    before = row.place[0] if isinstance(row.place, tuple) else row.place
+    first = learner.method is None or learner.site.name == "kv" or bool(before)
     if learner.backbone.head == "lm" and learner.backbone.family.shifted and first:
         labels = labels[1:]
     return sum(label != IGNORE for label in labels)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from softprompts.config import ConfigError, Head, Section, parse
 from softprompts.files import ArtefactError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "softprompts.json"
 
 
@@ -30,7 +30,8 @@ class Manifest(Section, strict=True):
     shape: list[int]
     site: Literal["input", "decoder", "layers", "kv"]
     mode: Literal["replace", "add"]
-    place: Literal["first", "after_start"]
+    place: Literal["first", "after_start", "suffix", "template"]
+    segments: list[int]  # prompt tokens of each, where the prompt stands in several
     family: Literal["causal", "seq2seq", "masked"] | None
     head: Head
     backbone: str
@@ -55,12 +56,15 @@ def check(values: Any, path: Path) -> Manifest:
         raise ArtefactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
     if isinstance(version, int) and version < 1:
         raise ArtefactError(f"{path}: there is no format {version}")
-    if version == 1:
-        if "fixed" in values:
-            raise ArtefactError(f"{path}: unknown key 'fixed': format 1 has none")
-        values = {**values, "fixed": True}
+    for key, since, value in (("fixed", 2, True), ("segments", 3, [])):
+        if isinstance(version, int) and version < since:
+            if key in values:
+                raise ArtefactError(f"{path}: unknown key '{key}': format {version} has none")
+            values = {**values, key: value}
     try:
         result: Manifest = parse(values, Manifest, str(path))
     except ConfigError as error:
         raise ArtefactError("; ".join(str(error).splitlines())) from None
+    if result.segments and (min(result.segments) < 1 or sum(result.segments) != result.shape[0]):
+        raise ArtefactError(f"{path}: segments {result.segments} do not sum to the prompt's {result.shape[0]} tokens")
     return result

@@ -54,12 +54,21 @@ class Multitask(NamedTuple):
     rows: Tensor
 
 
-def obstacle(site: str, place: str, family: str | None, head: str, heads: Mapping[str, Tensor]) -> str | None:
-    """Why PEFT cannot reproduce such a prompt, or None where it can."""
+def obstacle(
+    site: str,
+    place: str,
+    family: str | None,
+    head: str,
+    heads: Mapping[str, Tensor],
+    form: Mapping[str, Any] | None,
+) -> str | None:
+    """Why PEFT cannot reproduce such a prompt, or None where it can; `form`: the task's data format, as JSON."""
     if site != "input":
         return f"site {site}: PEFT's prompt tuning enters at the input embeddings only"
     if place != "first":
-        return f"place {place}: PEFT puts the prompt before [CLS]"
+        return f"place {place}: PEFT puts the prompt before {'[CLS]' if place == 'after_start' else 'the text'}"
+    if form is not None and form.get("chat") and form.get("chat_place") == "user":
+        return "chat_place user: PEFT puts the prompt before the whole chat"
     if head == "lm" and family is None:
         return "family unknown: PEFT's task_type needs it"
     if family == "seq2seq" and head in ("sequence", "span"):

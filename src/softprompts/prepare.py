@@ -28,7 +28,8 @@ from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.checkpoint import Report
 from softprompts.config import ConfigError, EvaluateConfig, ModelConfig, Run, TaskConfig, TrainConfig, closest, parse
-from softprompts.data import Encoder, Format, Task, classes, load
+from softprompts.data import Encoder, Format, Task, classes, load, place_of
+from softprompts.data.template import slot_sizes, split_slots
 from softprompts.distil import TaskTeacher, load_teachers
 from softprompts.inject import Site
 from softprompts.learner import Learner, copy_head
@@ -180,6 +181,7 @@ def _check_run(run: Run, tasks: Sequence[Task]) -> None:
         raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
     if run.model.head != "lm" and len(tasks) > 1:
         raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
+    _check_place(run, tasks)
     for task in tasks:
         if run.train.evaluate_every is not None and not task.validation:
             raise ConfigError(f"{task.name} has no validation rows to choose by; set task.split.validation_fraction")
@@ -191,6 +193,25 @@ def _check_run(run: Run, tasks: Sequence[Task]) -> None:
                     f"{task.name}: metric '{name}' is not for kind {task.format.kind}{closest(name, fitting)} "
                     f"possible: {', '.join(fitting)}"
                 )
+
+
+def _check_place(run: Run, tasks: Sequence[Task]) -> None:
+    prompt = run.prompt
+    slotted = place_of(prompt.place, [task.format for task in tasks]) == "template"
+    for task in tasks:
+        if prompt.site in ("decoder", "kv") and task.format.chat and task.format.chat_place == "user":
+            raise ConfigError(
+                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
+                f"use chat_place: start, or site input or layers"
+            )
+        if not slotted or run.train.train != "prompt":
+            continue
+        sizes = slot_sizes(task.format.templates, prompt.length, task.name)
+        if prompt.segments and sizes != prompt.segments:
+            raise ConfigError(
+                f"{task.name}: the template's slots have {' + '.join(map(str, sizes))} prompt tokens, prompt.segments "
+                f"says {' + '.join(map(str, prompt.segments))}; leave prompt.segments out"
+            )
 
 
 def prepare(run: Run, screen: Screen = SILENT) -> Job:
@@ -256,9 +277,10 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
     """The run on a backbone and rows that are there."""
     if run.train.train != "prompt":
         return _weights_job(run, model, tasks)
-    site = Site(run.prompt.site, run.prompt.mode, run.prompt.place)
+    place = place_of(run.prompt.place, [task.format for task in tasks])
+    site = Site(run.prompt.site, run.prompt.mode, place)
     slot = inject.slot(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
-    encoders = tuple(encoder_for(model, task.format, run.prompt.length, i) for i, task in enumerate(tasks))
+    encoders = tuple(encoder_for(model, task.format, run.prompt.length, i, place) for i, task in enumerate(tasks))
     words = tuple(
         f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbaliser or {}).values()
     )
@@ -277,14 +299,22 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
 def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
     """The run that trains weights of a copy of the backbone; no prompt takes room from its texts."""
     weights = finetune.copied(model, run.train, tuple(task.name for task in tasks), run.seed)
-    encoders = tuple(encoder_for(model, task.format, 0, i) for i, task in enumerate(tasks))
+    place = place_of(run.prompt.place, [task.format for task in tasks])
+    encoders = tuple(encoder_for(model, task.format, 0, i, place) for i, task in enumerate(tasks))
     return Job(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
 
 
-def encoder_for(model: Backbone, form: Format, length: int, task: int = 0) -> Encoder:
-    """The encoder of a task for this backbone, with room for a prompt of `length` tokens."""
+def encoder_for(model: Backbone, form: Format, length: int, task: int = 0, place: str = "auto") -> Encoder:
+    """The encoder of a task for this backbone, with room for a prompt of `length` tokens.
+
+    place: as of the site; `template` makes slots of the `<prompt>` in the format's templates, without a prompt of none.
+    """
     room = UNBOUNDED if model.context is None else model.context - length
-    return Encoder(form, model.tokenizer, model.family.name, model.head, room, task)  # type: ignore[arg-type]
+    slots: tuple[int, ...] = ()
+    if place == "template":
+        count = sum(len(split_slots(one)[1]) for one in form.templates)
+        slots = slot_sizes(form.templates, length, form.name) if length else (0,) * count
+    return Encoder(form, model.tokenizer, model.family.name, model.head, room, task, slots)  # type: ignore[arg-type]
 
 
 def _head_size(head: str, form: Format) -> int | None:
@@ -318,7 +348,7 @@ def open_artefacts(
     found = tuple(artefact.load(path) for path in paths)
     first = found[0]
     for other, path in zip(found, paths, strict=True):
-        facts = ("site", "mode", "place", "head", "method")
+        facts = ("site", "mode", "place", "segments", "head", "method")
         differs = [f for f in facts if getattr(other, f) != getattr(first, f)]
         differs += (
             ["task format"] if {**(other.format or {}), "name": ""} != {**(first.format or {}), "name": ""} else []
@@ -336,7 +366,7 @@ def open_artefacts(
     base = load_backbone(config, labels=size, say=say)
     now = backbone.fingerprint(base)
     warnings = [w for a in found for w in artefact.check_fingerprint(a.fingerprint, now, allow_other_weights)]
-    site = Site(first.site, first.mode, first.place)
+    site = Site(first.site, first.mode, first.place, first.segments)
     names = tuple(f"{i}:{a.task}" for i, a in enumerate(found))
     sentences = Sentences()
     made = [one for one in found if one.prompt is None]
@@ -353,7 +383,7 @@ def open_artefacts(
         learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
     encoder = None
     if first.format is not None:
-        encoder = encoder_for(base, Format.from_json(first.format), first.shape[0])
+        encoder = encoder_for(base, Format.from_json(first.format), first.shape[0], place=first.place)
     return Opened(learner, encoder, found, tuple(dict.fromkeys(warnings)))
 
 

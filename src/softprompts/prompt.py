@@ -83,7 +83,9 @@ class Batch:
             multi-label [B, C] (float), spans [B, 2]; `IGNORE` marks what is not scored
     types   [B, T] token types of text pairs, for encoders that have them
     embeds  [B, T, H] instead of looking `ids` up
-    place   [B] how many text tokens stand before the prompt; None lets the family decide
+    place   [B] how many text tokens stand before the prompt, or [B, S] before each of its S segments, never falling;
+            None: as the site says
+    segments  [B, S] how many prompt tokens each segment has, 0 behind a row's last; None: as the site says
     positions  [B, T] text positions given by the caller, counted without the prompt
     decoder_ids, decoder_mask  [B, S] decoder input where it is not the labels shifted by one
     words   [B, T] 1 for tokens of the instructions that a person wrote, such as a template's own words; None: not known
@@ -96,6 +98,7 @@ class Batch:
     types: Tensor | None = None
     embeds: Tensor | None = None
     place: Tensor | None = None
+    segments: Tensor | None = None
     positions: Tensor | None = None
     decoder_ids: Tensor | None = None
     decoder_mask: Tensor | None = None

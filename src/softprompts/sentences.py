@@ -80,8 +80,8 @@ class Sentences:
     ) -> Context:
         """What a method may look at.
 
-        task [B] counts the method's own tasks; mask [B, T] is what of the text it may use; ids_are_text: whether the batch's
-        ids are its text, and not put there for a text that was given as embeddings.
+        task [B] counts the method's own tasks; mask [B, T] is what of the text it may use; ids_are_text: whether the
+        batch's ids are its text, and not put there for a text that was given as embeddings.
         """
         with torch.no_grad():
             embeds = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds

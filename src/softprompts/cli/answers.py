@@ -221,6 +221,10 @@ def generate(
     quiet()
     opened = open_prompts([prompt], model, on_machine(device, dtype, quantise), allow_other_weights)
     base = opened.learner.backbone
+    if opened.learner.site.place == "template":
+        raise ConfigError(
+            f"{prompt} stands in slots of its task's template, and generate continues a bare text; use predict"
+        )
     ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
     batch = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long, device=base.device))
     torch.manual_seed(seed)

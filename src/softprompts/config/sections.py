@@ -99,9 +99,22 @@ class PromptConfig(Section):
     length: int = Field(default=20, ge=1)
     site: Literal["input", "decoder", "layers", "kv"] = "input"
     mode: Literal["replace", "add"] = "replace"  # site layers: overwrite the hidden states or add to them
-    place: Literal["auto", "first", "after_start"] = "auto"  # auto: after the first token in encoders, else first
+    # auto: where the template has <prompt>, else after the first token in encoders, else first
+    place: Literal["auto", "first", "after_start", "suffix", "template"] = "auto"
+    segments: tuple[int, ...] = ()  # place template in a SoftPromptModel: prompt tokens of each segment; (): one
     init: InitConfig = InitConfig()
     options: dict[str, Any] = {}  # the method's own configuration
+
+    @model_validator(mode="after")
+    def _segments_are_the_prompt(self) -> "PromptConfig":
+        if self.segments and self.place != "template":
+            raise ValueError(f"prompt.segments is for place template, not {self.place}; leave one of them out")
+        shown = " + ".join(map(str, self.segments))
+        if self.segments and (min(self.segments) < 1 or sum(self.segments) != self.length):
+            raise ValueError(
+                f"prompt.segments {shown} must each be at least 1 and sum to prompt.length, which is {self.length}"
+            )
+        return self
 
 
 class SplitConfig(Section):
@@ -125,7 +138,8 @@ class TaskConfig(Section):
     name: str = ""
     source: str = "trec"  # packaged set, csv/tsv/jsonl/parquet file, dataset directory or hub name
     kind: Kind | None = None  # None: what the packaged set says, else label
-    template: str | None = None  # "{text}" with the source's column names; masked models: with {mask}
+    # "{text}" with the source's column names; masked models: with {mask}; <prompt> or <prompt:10>: where it stands
+    template: str | None = None
     pair: str | None = None  # the second text of a pair, for heads: template of the second segment
     label: str = "label"  # column of the label, the answer, the tags or the answer spans
     verbaliser: dict[str, str] | None = None  # label -> answer; None: the packaged one, else the labels themselves
@@ -136,7 +150,7 @@ class TaskConfig(Section):
     truncate: tuple[str, ...] | None = None  # columns that may be cut; None: all columns of the template
     chat: bool = False
     chat_place: Literal["start", "user"] = "start"  # chat: prompt before everything, or where the user begins
-    system: str | None = None  # chat: system message
+    system: str | None = None  # chat: system message; may have <prompt> too
     metrics: tuple[str, ...] | None = None
     positive: str | None = None  # the positive label of binary F1
     split: SplitConfig = SplitConfig()

@@ -6,7 +6,7 @@ from softprompts.data.packaged import PACKAGED, Packaged
 from softprompts.data.sampling import TaskBatches
 from softprompts.data.sources import read
 from softprompts.data.splits import Splits
-from softprompts.data.task import Format, Task, answer, classes, decode_answer, load
+from softprompts.data.task import Format, Task, answer, classes, decode_answer, load, place_of
 from softprompts.data.template import DataError, Row
 
 __all__ = [
@@ -28,5 +28,6 @@ __all__ = [
     "evaluation_order",
     "load",
     "order",
+    "place_of",
     "read",
 ]

@@ -17,14 +17,15 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     """One batch of `rows`, padded on the right to the longest: ids with `pad`, mask with 0, labels with IGNORE.
 
     Labels per token are padded, to their own longest row where an encoder-decoder has targets; classes and values are
-    stacked, and so are spans and multi-hot rows. `place` is given when any row's prompt stands behind text, `words`
-    where any row says which are its template's; of rows that do not, all count.
+    stacked, and so are spans and multi-hot rows. `place` is given when any row's prompt stands behind text, and with
+    `segments` when the rows have slots for it; `words` where any row says which are its template's; of rows that do
+    not, all count.
 
-    Raises ValueError for no rows, for rows of which only some have labels, and for labels of different kinds.
+    Raises ValueError for no rows, for rows of which only some have labels or slots, and for labels of different kinds.
     """
     if not rows:
         raise ValueError("a batch needs at least one row")
-    places = [row.place or 0 for row in rows]
+    place, segments = _places(rows)
     types = [row.types for row in rows if row.types is not None]
     if types and len(types) != len(rows):
         raise ValueError("some rows of the batch have token types and some have none: they come from two tokenizers")
@@ -34,7 +35,8 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
         task=torch.tensor([row.task for row in rows]),
         labels=_labels(rows),
         types=_pad(types, 0) if types else None,
-        place=torch.tensor(places) if any(places) else None,
+        place=place,
+        segments=segments,
         words=_words(rows),
     )
 
@@ -43,6 +45,20 @@ def _words(rows: Sequence[Encoded]) -> Tensor | None:
     if all(row.words is None for row in rows):
         return None
     return _pad([[1] * len(row.ids) if row.words is None else row.words for row in rows], 0)
+
+
+def _places(rows: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:
+    """Batch.place and Batch.segments; a row of fewer segments than others has empty ones where its last stands."""
+    places = [row.place if isinstance(row.place, tuple) else (row.place or 0,) for row in rows]
+    slotted = [bool(row.segments) for row in rows]
+    if not any(slotted):
+        return torch.tensor([place for place, *_ in places]) if any(map(any, places)) else None, None
+    if not all(slotted):
+        raise ValueError("some rows of the batch have slots for the prompt and some have none: they are of tasks that "
+                         "cannot share a batch")  # fmt: skip
+    most = max(map(len, places))
+    padded = [[*place, *[place[-1]] * (most - len(place))] for place in places]
+    return torch.tensor(padded), _pad([row.segments for row in rows], 0)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:

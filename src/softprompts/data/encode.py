@@ -26,22 +26,24 @@ class Encoded:
     labels  language models: a list, aligned with ids (encoder-decoder: the target ids); token heads: a list aligned
             with ids; a class; a value; multi-hot floats; [start, end] of a span; None where nothing is scored
     types   token types, where the tokenizer has them
-    place   how many tokens stand before the prompt; None lets the family decide
+    place   how many tokens stand before the prompt, or before each of its segments; None lets the family decide
     task    index of the task
     text_tokens  how many of ids are text and not answer
     cut     how many tokens of the row's columns were cut away
     words   for each of ids whether it is of the template's own words, 1 or 0; None where the template has none, or the
             tokenizer cannot say (it is a slow one)
+    segments  how many prompt tokens each segment has, where the template has slots for them
     """
 
     ids: list[int]
     labels: Labels = None
     types: list[int] | None = None
-    place: int | None = None
+    place: int | tuple[int, ...] | None = None
     task: int = 0
     text_tokens: int = 0
     cut: int = 0
     words: list[int] | None = None
+    segments: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Encoder:
     """Encodes rows of one task for one tokenizer, family of model and head.
 
     `room` is the number of tokens that a row may have: the model's context less the prompt. The answer's tokens depend
-    on `separator + answer` alone, never on the row: they are the same in training, scoring and generation.
+    on `separator + answer` alone, never on the row: they are the same in training, scoring and generation. `slots` are
+    the prompt tokens of each `<prompt>` in the templates (see `slot_sizes`); without them that is text like other.
 
     Raises DataError for a format that the family or the head cannot use.
     """
@@ -60,6 +63,7 @@ class Encoder:
     head: Head
     room: int
     task: int = 0
+    slots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         form, name = self.format, self.format.name
@@ -78,6 +82,12 @@ class Encoder:
             raise DataError(f"{name}: chat is for the lm head of causal models; set chat: false")
         if form.chat and not getattr(self.tokenizer, "chat_template", None):
             raise DataError(f"{name}: the tokenizer has no chat template; set chat: false or use an instruction model")
+        if self.slots and self.head in ("token", "span"):
+            raise DataError(f"{name}: head '{self.head}' cannot have a slot for the prompt in its template; take "
+                            "<prompt> out and set prompt.place: first, after_start or suffix")  # fmt: skip
+        if self.slots and not form.columns:
+            raise DataError(f"{name}: the template has a slot for the prompt, but none for the text; write the column "
+                            f"in braces too, as in '{form.template}{{text}}'")  # fmt: skip
         if self.head == "token" and (form.pair or len(fields(form.template)) != 1 or form.template[:1] != "{"):
             raise DataError(f"{name}: a tagging template is the column of words alone, such as '{{tokens}}'")
         if self.head == "span" and (len(fields(form.pair)) != 1 or form.pair != f"{{{fields(form.pair)[0]}}}"):
@@ -143,7 +153,7 @@ class Encoder:
 
     @cached_property
     def _speller(self) -> Speller:
-        return Speller(self.format, self.tokenizer, self.family, self.head)
+        return Speller(self.format, self.tokenizer, self.family, self.head, bool(self.slots))
 
     @cached_property
     def _candidates(self) -> dict[str, list[int]]:
@@ -214,7 +224,10 @@ class Encoder:
     # The heads
 
     def _encoded(self, tokens: Tokens, labels: Labels, cut: int) -> Encoded:
-        return Encoded(tokens.ids, labels, tokens.types, tokens.place, self.task, len(tokens.ids), cut, tokens.words)
+        text = len(tokens.ids)
+        return Encoded(
+            tokens.ids, labels, tokens.types, tokens.place, self.task, text, cut, tokens.words, segments=self.slots
+        )
 
     def _language(self, row: Row, answer: str | None) -> Encoded:
         ids = [] if answer is None else self.answer_ids(answer)

@@ -17,6 +17,7 @@ from softprompts.data.template import (
     missing,
     need,
     plain,
+    split_slots,
 )
 
 
@@ -47,6 +48,16 @@ class Format:
     def columns(self) -> tuple[str, ...]:
         """The columns that make the text of a row."""
         return tuple(dict.fromkeys((*fields(self.template), *fields(self.pair))))
+
+    @property
+    def templates(self) -> tuple[str | None, ...]:
+        """Where slots for the prompt may stand, in the order of the text: system message, template, pair."""
+        return (self.system if self.chat else None, self.template, self.pair)
+
+    @property
+    def slotted(self) -> bool:
+        """Whether the template says where the prompt stands."""
+        return any(split_slots(template)[1] for template in self.templates)
 
     @property
     def cuttable(self) -> tuple[str, ...]:
@@ -118,6 +129,37 @@ def load(config: TaskConfig) -> Task:
     empty = {c: sum(missing(row.get(c)) for row in every) for c in form.columns}
     notes = [f"{count} rows have no {column}: read as empty text" for column, count in empty.items() if count]
     return Task(form.name, form, rows.train, rows.validation, rows.test, (*rows.notes, *notes))
+
+
+def place_of(asked: str, forms: Sequence[Format]) -> str:
+    """What `prompt.place` means for tasks of these formats: `template` where their templates have slots.
+
+    Raises DataError where one has slots and another none, where `asked` says another place than the slots, where it
+    asks for slots that are not there, and where a chat's place says another than either.
+    """
+    slotted = [form for form in forms if form.slotted]
+    without = next((form for form in forms if not form.slotted), None)
+    if slotted and without is not None:
+        raise DataError(
+            f"{slotted[0].name} has slots for the prompt in its template, {without.name} has none; put <prompt> into "
+            f"every task's template, or into none"
+        )
+    if asked == "template" and without is not None:
+        raise DataError(
+            f"{without.name}: prompt.place is template, but the template {without.template!r} has no slot for the "
+            f"prompt; write <prompt> where it shall stand, or choose another place"
+        )
+    if slotted and asked not in ("auto", "template"):
+        raise DataError(
+            f"{slotted[0].name}: the template has a slot for the prompt, and prompt.place is {asked}; leave one out"
+        )
+    said = "the template has a slot" if slotted else f"prompt.place is {asked}"
+    for form in forms:
+        if form.chat and form.chat_place == "user" and (slotted or asked not in ("auto", "first")):
+            raise DataError(
+                f"{form.name}: chat_place is user, and {said}: both say where the prompt stands; leave one out"
+            )
+    return "template" if slotted else asked
 
 
 def _labels(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | None:

@@ -12,7 +12,11 @@ Row = dict[str, Any]
 MASK = "mask"
 """The name that stands for the masked answer in templates of masked models: `{mask}`."""
 
+SLOT = "<prompt>"
+"""What stands in a template where the prompt enters; `<prompt:10>` where ten of its tokens do."""
+
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_SLOT = re.compile(r"<prompt(?::([^<>]*))?>")
 
 
 class DataError(ValueError):
@@ -50,6 +54,45 @@ def fields(template: str | None) -> tuple[str, ...]:
 def mask_count(template: str) -> int:
     """How often `template` names the masked answer."""
     return sum(column == MASK for _, column in parts(template))
+
+
+def split_slots(template: str | None) -> tuple[list[str], list[int | None]]:
+    """The pieces of a template around its slots, one more than slots, and each slot's number of prompt tokens.
+
+    None stands for a slot that names no number. Only the template's own words are looked at, never a row's.
+
+    Raises DataError for a slot that names something else than a number.
+    """
+    *both, last = _SLOT.split(template or "")
+    for size in both[1::2]:
+        if size is not None and not size.strip().isdecimal():
+            raise DataError(
+                f"template {template!r}: '<prompt:{size}>' names no number of prompt tokens, as <prompt:10>"
+            )
+    return [*both[::2], last], [None if size is None else int(size) for size in both[1::2]]
+
+
+def slot_sizes(templates: Sequence[str | None], length: int, name: str) -> tuple[int, ...]:
+    """How many of a prompt's `length` tokens each slot in `templates` has, in order; () where there are none.
+
+    One slot may leave the number out and has the whole prompt. Raises DataError, naming the task, for several of which
+    one does, for a slot of none, and for numbers that do not sum to `length`.
+    """
+    given = [size for template in templates for size in split_slots(template)[1]]
+    if given == [None]:
+        return (length,)
+    sizes = tuple(size for size in given if size)
+    if len(sizes) != len(given):
+        raise DataError(
+            f"{name}: the template has {len(given)} slots for the prompt; write how many of its {length} tokens each "
+            f"has, at least one, as in <prompt:{max(1, length // max(1, len(given)))}>"
+        )
+    if sizes and sum(sizes) != length:
+        raise DataError(
+            f"{name}: the template's slots have {' + '.join(map(str, sizes))} = {sum(sizes)} prompt tokens, but "
+            f"prompt.length is {length}; make them equal"
+        )
+    return sizes
 
 
 def render(template: str, values: Mapping[str, str], mask: str = "") -> str:

@@ -4,7 +4,7 @@ A site only fixes the prompt's width D; everything a method or an objective sees
 
 | site    | D                            | what the prompt is                                            |
 |---------|------------------------------|---------------------------------------------------------------|
-| input   | features                     | vectors in front of the text's embeddings                     |
+| input   | features                     | vectors before, among or behind the text's                    |
 | decoder | features                     | the same in front of the decoder's input                      |
 | layers  | L * H                        | one set per layer; overwrites or is added to hidden states    |
 | kv      | sum of 2 * heads * head_dim  | keys and values in front of each layer's own, as a cache has them |
@@ -14,6 +14,7 @@ from softprompts.inject.attention import Unpackable
 from softprompts.inject.continuations import branches, continuations
 from softprompts.inject.layout import Layout, assemble, layout, with_added
 from softprompts.inject.packed import Prefix, read_prefix, why_not_packed
+from softprompts.inject.places import placed, stand
 from softprompts.inject.read import Reading, can_read_prompts, choose_path, prefill, read, read_prompts
 from softprompts.inject.score import LOGITS, forward, head, pooled, span_scores
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place, slot, width
@@ -40,6 +41,7 @@ __all__ = [
     "forward",
     "head",
     "layout",
+    "placed",
     "pooled",
     "prefill",
     "read",
@@ -48,6 +50,7 @@ __all__ = [
     "resolve_place",
     "slot",
     "span_scores",
+    "stand",
     "why_not_packed",
     "width",
     "with_added",

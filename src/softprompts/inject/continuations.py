@@ -13,7 +13,8 @@ from torch import Tensor
 
 from softprompts.backbone import CAUSAL, Backbone, BackboneError
 from softprompts.inject.packed import Prefix, why_not_packed
-from softprompts.inject.read import Reading, choose_path, placed, read
+from softprompts.inject.places import placed
+from softprompts.inject.read import Reading, choose_path, read
 from softprompts.inject.score import LOGITS, forward, head
 from softprompts.inject.sites import Site, width
 from softprompts.prompt import IGNORE, Batch, Prompt
@@ -89,9 +90,12 @@ def continuations(
         )
     tree = branches(candidates)
     batch = replace(batch, labels=None)
+    if prompt is None:
+        batch = replace(batch, place=None, segments=None)
     if prompt is None and path is None and backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
         site, prompt = _nothing(backbone, batch)
-    chosen, _ = choose_path(backbone, placed(backbone, batch, site), prompt, site, path, prefix)
+    batch = placed(backbone, batch, site, prompt)  # by the text alone, before candidates stand behind it
+    chosen, _ = choose_path(backbone, batch, prompt, site, path, prefix)
     with backbone.running():  # the head too
         if chosen == "packed":
             assert prompt is not None

@@ -1,4 +1,7 @@
-"""Full rows `[prompt|text|pad]` or `[pad|prompt|text]`: one unbroken run each, by index arithmetic alone."""
+"""Full rows `[prompt|text|pad]` or `[pad|prompt|text]`: one unbroken run each, by index arithmetic alone.
+
+The prompt may stand anywhere in the text, in one piece or in several segments.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +16,8 @@ class Layout:
     """Full rows as unbroken runs: `source [B, S]` indexes `[prompt | text]`, mask [B, S], position [B, T] of the text.
 
     slot [B, S] is the prompt token at a position, -1 where there is none; ids [B, S] counts positions from the run's
-    beginning.
+    beginning; before [B, P] is how many text tokens stand before each prompt token, and `passed [B, T]` how many prompt
+    tokens stand before each text token.
     """
 
     source: Tensor
@@ -21,29 +25,49 @@ class Layout:
     position: Tensor
     slot: Tensor
     ids: Tensor
+    before: Tensor
+    passed: Tensor
 
 
-def layout(mask: Tensor, place: Tensor, prompt: Prompt | None, left: bool = False) -> Layout:
+def layout(
+    mask: Tensor, place: Tensor, prompt: Prompt | None, left: bool = False, segments: Tensor | None = None
+) -> Layout:
     """Lay `[prompt | text]` out as one unbroken run a row, padded on the right, or on the `left` to generate.
 
-    mask [B, T] of packed text; place [B] text tokens that stand before the prompt.
+    mask [B, T] of packed text; place [B] text tokens that stand before the prompt, or [B, S] before each of its
+    segments, never falling; segments [B, S] prompt tokens of each, which sum to the row's prompt (None: the first
+    place has all).
     """
-    texts = mask.sum(1)
-    slots = 0 if prompt is None else prompt.values.shape[1]
-    lengths = torch.zeros_like(texts) if prompt is None else prompt.lengths[prompt.row]
-    total = texts + lengths
+    rows, columns = mask.shape
+    there = mask.new_zeros(rows, 0, dtype=torch.bool) if prompt is None else prompt.mask[prompt.row].bool()
+    slots = there.shape[1]
+    rank = there.long().cumsum(1) - 1
+    before = _before(place.reshape(rows, -1), segments, rank)
+    total = mask.sum(1) + there.sum(1)
     size = int(total.max())
     start = (size - total)[:, None] if left else torch.zeros_like(total)[:, None]
     step = torch.arange(size, device=mask.device)[None] - start
-    p, q = lengths[:, None], place[:, None]
     valid = (step >= 0) & (step < total[:, None])
-    in_prompt = valid & (step >= q) & (step < q + p)
-    slot_index = torch.where(in_prompt, slots - p + step - q, -1)
-    text_index = torch.where(step < q, step, step - p).clamp(0, mask.shape[1] - 1)
-    source = torch.where(in_prompt, slot_index, slots + text_index)
-    column = torch.arange(mask.shape[1], device=mask.device)[None]
-    position = (column + torch.where(column >= q, p, 0) + start).clamp(max=size - 1)
-    return Layout(source, valid, position, slot_index, step.clamp(min=0))
+    column = torch.arange(columns, device=mask.device).expand(rows, -1).contiguous()
+    # Places never fall, and what pads a short prompt stands before all of it, so both are sorted.
+    ahead = torch.searchsorted(before.masked_fill(~there, -1), column, right=True)
+    passed = ahead - (~there).sum(1, keepdim=True)
+    position = column + passed + start
+    both = torch.cat([before + rank + start, position], 1).where(torch.cat([there, mask.bool()], 1), size)
+    index = torch.arange(slots + columns, device=mask.device).expand(rows, -1)
+    # Padding takes a text token, which has no gradient; the last column takes what is no token.
+    spare = torch.full((rows, size + 1), max(slots + columns - 1, 0), device=mask.device)
+    source = spare.scatter(1, both, index)[:, :size]
+    slot = source.where(valid & (source < slots), -1)
+    return Layout(source, valid, position.clamp(max=size - 1), slot, step.clamp(min=0), before, passed)
+
+
+def _before(place: Tensor, segments: Tensor | None, rank: Tensor) -> Tensor:
+    """Text tokens before each prompt token [B, P], which is the `rank [B, P]`-th of its row's prompt."""
+    if segments is None:
+        return place[:, :1].expand_as(rank).contiguous()
+    segment = torch.searchsorted(segments.cumsum(1), rank, right=True).clamp(max=place.shape[1] - 1)
+    return place.gather(1, segment)
 
 
 def assemble(text: Tensor, prompt: Prompt | None, where: Layout, first: Tensor | None = None) -> Tensor:

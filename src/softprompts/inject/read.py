@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from softprompts.backbone import SEQ2SEQ, Backbone, BackboneError
 from softprompts.inject.layout import Layout, assemble, layout, with_added
 from softprompts.inject.packed import Prefix, check_depth, read_prefix, run, why_not_packed
+from softprompts.inject.places import placed
 from softprompts.inject.seq2seq import check_room, decode, decoder_ids
 from softprompts.inject.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
 from softprompts.inject.states import Caught, catching, check_layers
@@ -84,7 +85,7 @@ def _read(
     mask = batch.mask.gather(1, order).bool()
     text = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
     text = with_added(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
-    place = _place(backbone, batch, site, mask)
+    stands = placed(backbone, batch, site, prompt)
     encoder_side = None if backbone.family is SEQ2SEQ and site.name in ("decoder", "kv") else prompt
     if branch is None:
         check_room(backbone, mask, encoder_side)
@@ -92,7 +93,7 @@ def _read(
         branch = branch.gather(1, order)
         check_depth(backbone, mask, branch, encoder_side)
     _check_positions(backbone, batch)
-    packed = replace(batch, mask=mask, embeds=text, place=place)
+    packed = replace(stands, mask=mask, embeds=text)
     if batch.types is not None:
         packed = replace(packed, types=batch.types.gather(1, order))
     if batch.positions is not None:
@@ -165,22 +166,6 @@ def _copied(cache: Any) -> Any:
 
 def _positions(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
     return {"position_ids": ids} if "position_ids" in backbone.trunk_arguments else {}
-
-
-def placed(backbone: Backbone, batch: Batch, site: Site) -> Batch:
-    """The same batch with the place of each row's prompt, as `choose_path` wants it."""
-    return replace(batch, place=_place(backbone, batch, site, batch.mask.bool()))
-
-
-def _place(backbone: Backbone, batch: Batch, site: Site, mask: Tensor) -> Tensor:
-    if batch.place is not None and site.name in ("input", "layers"):
-        if bool(((batch.place < 0) | (batch.place > mask.sum(1))).any()):
-            raise BackboneError(
-                f"places {batch.place.tolist()} do not all lie within texts of {mask.sum(1).tolist()} tokens"
-            )
-        return batch.place
-    after = resolve_place(backbone, site) == "after_start"
-    return torch.full((len(mask),), int(after), device=mask.device).minimum(mask.sum(1))
 
 
 def _check_positions(backbone: Backbone, batch: Batch) -> None:
@@ -317,7 +302,7 @@ def _read_concatenated(
 ) -> Reading:
     assert batch.embeds is not None
     assert batch.place is not None
-    where = layout(batch.mask, batch.place, prompt)
+    where = layout(batch.mask, batch.place, prompt, segments=batch.segments)
     output = _run_encoder(backbone, batch, prompt, site, where)
     return Reading(
         output.last_hidden_state,
@@ -347,7 +332,7 @@ def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: 
         if backbone.family.shifted and "position_ids" in names:
             arguments["position_ids"] = _given_positions(batch, where)
         if batch.types is not None and "token_type_ids" in names and not backbone.family.shifted:
-            arguments["token_type_ids"] = _token_types(batch.types, front, where)
+            arguments["token_type_ids"] = _token_types(batch.types, where)
     context = at_layers(backbone, prompt, where.slot, site.mode) if deep and prompt else contextlib.nullcontext()
     with context:
         return backbone.encoder(
@@ -355,21 +340,21 @@ def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: 
         )
 
 
-def _token_types(types: Tensor, front: Prompt | None, where: Layout) -> Tensor:
-    slots = 0 if front is None else front.values.shape[1]
-    both = torch.nn.functional.pad(types, (slots, 0))
-    return both.gather(1, where.source)
+def _token_types(types: Tensor, where: Layout) -> Tensor:
+    """Types of full rows: a prompt token has that of the text token before it, and 0 before the text."""
+    own = torch.nn.functional.pad(types, (1, 0)).gather(1, where.before)
+    return torch.cat([own, types], 1).gather(1, where.source)
 
 
 def _given_positions(batch: Batch, where: Layout) -> Tensor:
-    """Positions of full rows: counted from the run's beginning, or the caller's own behind the prompt."""
+    """Positions of full rows: counted from the run's beginning, or the caller's own with the prompt between."""
     if batch.positions is None:
         return where.ids
-    columns = torch.arange(batch.mask.shape[1], device=where.ids.device).expand_as(where.position)
-    own = batch.positions + where.position - columns
-    size = where.ids.shape[1]
-    spare = torch.nn.functional.pad(where.ids, (0, 1))  # the last column takes what padding writes
-    return spare.scatter(1, where.position.where(batch.mask, size), own)[:, :size]
+    # A prompt token goes on from the text token before it; all prompt tokens so far have taken a position.
+    last = torch.nn.functional.pad(batch.positions, (1, 0), value=-1).gather(1, where.before)
+    count = (where.slot >= 0).long().cumsum(1)
+    own = torch.cat([last, batch.positions], 1).gather(1, where.source) + count
+    return own.where(where.mask, 0)
 
 
 def _read_seq2seq(
@@ -377,7 +362,7 @@ def _read_seq2seq(
 ) -> Reading:
     assert packed.place is not None
     encoder_side = prompt if site.name in ("input", "layers") else None
-    where = layout(packed.mask, packed.place, encoder_side)
+    where = layout(packed.mask, packed.place, encoder_side, segments=packed.segments)
     encoded = _run_encoder(backbone, packed, encoder_side, site, where)
     states = encoded.last_hidden_state
     ids, mask, target_order = decoder_ids(backbone, batch, packed, order)

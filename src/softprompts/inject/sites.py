@@ -15,11 +15,19 @@ from softprompts.prompt import Prompt, Slot
 
 @dataclass(frozen=True)
 class Site:
-    """Where a prompt enters: name (input, decoder, layers, kv), mode (layers: replace, add), place in the row."""
+    """Where a prompt enters: name (input, decoder, layers, kv), mode (layers: replace, add), place in the row.
+
+    place: auto, first, after_start, suffix, or template: in slots of the text, with `segments` prompt tokens each
+    (none: in one slot, or as the batch says).
+    """
 
     name: str = "input"
     mode: str = "replace"
     place: str = "auto"
+    segments: tuple[int, ...] = ()
+
+
+PLACES = ("auto", "first", "after_start", "suffix", "template")
 
 
 def width(backbone: Backbone, site: Site) -> int:
@@ -71,10 +79,13 @@ def check_site(backbone: Backbone, site: Site) -> None:
         raise BackboneError(f"site '{site.name}' needs a language model head; use site 'input' or 'layers'")
     if site.mode not in ("replace", "add"):
         raise BackboneError(f"mode '{site.mode}' is unknown; possible: replace, add")
-    if site.place not in ("auto", "first", "after_start"):
-        raise BackboneError(f"place '{site.place}' is unknown; possible: auto, first, after_start")
-    if site.name in ("kv", "decoder") and site.place == "after_start":
-        raise BackboneError(f"place 'after_start' is not possible at site '{site.name}'; use 'first'")
+    if site.place not in PLACES:
+        raise BackboneError(f"place '{site.place}' is unknown; possible: {', '.join(PLACES)}")
+    if site.name in ("kv", "decoder") and site.place not in ("auto", "first"):
+        raise BackboneError(
+            f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; "
+            f"use 'first'"
+        )
     if site.name == "layers" and len(backbone.layers) and backbone.features != _layer_width(backbone):
         raise BackboneError(
             f"{type(backbone.model).__name__} embeds in {backbone.features} dimensions and works in "
@@ -83,7 +94,7 @@ def check_site(backbone: Backbone, site: Site) -> None:
 
 
 def resolve_place(backbone: Backbone, site: Site) -> str:
-    """`first` or `after_start`: what place `auto` means for this backbone."""
+    """The site's place, where that is `auto` what it means for this backbone: `first` or `after_start`."""
     if site.place != "auto":
         return site.place
     return backbone.family.place if site.name in ("input", "layers") else "first"

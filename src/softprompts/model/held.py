@@ -1,13 +1,13 @@
 """The tasks that a SoftPromptModel holds: which method has their prompts, which head is theirs, what a batch gets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from softprompts import stored
+from softprompts import inject, stored
 from softprompts.artefact import Artefact
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.config import ConfigError, PromptConfig
@@ -151,9 +151,7 @@ class Held:
                 f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
             )
         device = batch.task.device
-        if len({site.place for site in sites.values()}) > 1:
-            after = [int(sites[names[i]].place == "after_start") for i in batch.task.tolist()]
-            batch = replace(batch, place=torch.tensor(after, device=device).minimum(batch.mask.sum(1)))
+        batch = self._placed(backbone, batch, mask, sites)
         groups = dict.fromkeys(task.group for task in used.values())
         made, places = [], []
         for group in groups:
@@ -165,3 +163,20 @@ class Held:
             context = self.sentences.context(backbone, part, own[places[-1]], seen, ids_are_text=part.embeds is None)
             made.append(self.prompts[key(*group)](context))
         return batch, made[0] if len(made) == 1 else mix(made, places), next(iter(sites.values()))
+
+    def _placed(self, backbone: Backbone, batch: Batch, mask: Tensor, sites: Mapping[str, Site]) -> Batch:
+        """The batch with the place of each row's prompt, where rows differ or the text says it."""
+        names = tuple(self.tasks)
+        own = [names[i] for i in batch.task.tolist()]
+        places = {name: site.place for name, site in sites.items()}
+        if batch.place is None and (len(set(places.values())) > 1 or "suffix" in places.values()):
+            # In a batch of the stock model's arguments only `mask` knows where the labels begin.
+            texts, free = batch.mask.bool().sum(1), mask.bool().sum(1)
+            each = {place: inject.stand(backbone, place, texts, free) for place in set(places.values())}
+            batch = replace(batch, place=torch.stack([each[places[name]][i] for i, name in enumerate(own)]))
+        if not any(site.segments for site in sites.values()):
+            return batch
+        sizes = {name: site.segments or (self.tasks[name].config.length,) for name, site in sites.items()}
+        most = max(map(len, sizes.values()))
+        rows_sizes = [[*sizes[name], *[0] * (most - len(sizes[name]))] for name in own]
+        return replace(batch, segments=torch.tensor(rows_sizes, device=batch.task.device))

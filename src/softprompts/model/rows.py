@@ -59,6 +59,7 @@ def batch(backbone: Backbone, given: Mapping[str, Any], place: Callable[[int], T
         labels=wanted,
         types=given.get("token_type_ids"),
         embeds=embeds,
+        place=given.get("prompt_places"),
         positions=given.get("position_ids"),
         decoder_ids=given["decoder_input_ids"],
         decoder_mask=given["decoder_attention_mask"],

@@ -188,6 +188,7 @@ class SoftPromptModel(nn.Module):
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
         words: Tensor | None = None,
+        prompt_places: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
@@ -197,8 +198,10 @@ class SoftPromptModel(nn.Module):
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
         end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
-        each; task_ids [B]: the same as places in `tasks`; neither: the active task. words [B, T]: 1 for tokens of the
-        instructions, for methods that ask. logits_to_keep and num_items_in_batch as in stock causal models.
+        each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] where
+        prompts have segments: text tokens before each; None: by the prompts' own place, which `template` leaves open.
+        words [B, T]: 1 for tokens of the instructions, for methods that ask.
+        logits_to_keep and num_items_in_batch as in stock causal models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
         given = {
@@ -218,7 +221,7 @@ class SoftPromptModel(nn.Module):
         }
         if not self._prompted:
             return self.model(**{name: value for name, value in given.items() if value is not None})
-        batch, prompt, site = self._read({**given, "words": words}, tasks, task_ids)
+        batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
         reading = inject.read(self.backbone, batch, prompt, site)
         wanted = rows.labels(given)
         wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
@@ -238,11 +241,12 @@ class SoftPromptModel(nn.Module):
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
         words: Tensor | None = None,
+        prompt_places: Tensor | None = None,
         **options: Any,
     ) -> Any:
         """Continue each row with its task's prompt; `options` are those of transformers' generate.
 
-        Comes back what the stock model gives; see `softprompts.generate.generate`. tasks, task_ids, words as `forward`.
+        Comes back what the stock model gives; see `generate.generate`; further arguments as in `forward`.
         """
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
@@ -258,16 +262,15 @@ class SoftPromptModel(nn.Module):
             stock_model: Any = self.model
             return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
         with torch.no_grad():
-            batch, prompt, site = self._read({**given, "words": words}, tasks, task_ids)
+            batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
             if inputs_embeds is not None:
                 batch = replace(batch, ids=batch.ids[:, :0])
             return generate.generate(self.backbone, batch, prompt, site, **options)
 
     def _read(self, given: Mapping[str, Any], names: rows.Names, ids: rows.Places) -> tuple[Batch, Prompt, Site]:
         """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
-        batch = rows.batch(
-            self.backbone, given, lambda count: rows.places(names, ids, count, self.tasks, lambda: self.task)
-        )
+        where = functools.partial(rows.places, names, ids, loaded=self.tasks, active=lambda: self.task)
+        batch = rows.batch(self.backbone, given, where)
         return self._held.of_batch(self.backbone, batch, rows.readable(self.backbone, batch.mask, given))
 
     # What Trainer, pipelines and people ask a model for
@@ -320,10 +323,8 @@ class SoftPromptModel(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """What Trainer goes by when it counts labels: keys and values do not score a row's first one."""
-        keys = (
-            self.accepts_loss_kwargs and self._active is not None and self._held.tasks[self._active].site.name == "kv"
-        )
-        return "ForCausalLM" if keys else None
+        keys = self._active is not None and self._held.tasks[self._active].site.name == "kv"
+        return "ForCausalLM" if self.accepts_loss_kwargs and keys else None
 
     @property
     def device(self) -> torch.device:
@@ -369,6 +370,7 @@ class _Spans(SoftPromptModel):
         end_positions: Tensor | None = None,
         tasks: rows.Names = None,
         task_ids: rows.Places = None,
+        prompt_places: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """As SoftPromptModel.forward; start_positions and end_positions [B] are columns of input_ids."""
@@ -382,6 +384,7 @@ class _Spans(SoftPromptModel):
             end_positions=end_positions,
             tasks=tasks,
             task_ids=task_ids,
+            prompt_places=prompt_places,
             return_dict=return_dict,
         )
 

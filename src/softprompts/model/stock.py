@@ -106,20 +106,21 @@ def _at(reading: Reading, position: Tensor) -> Tensor:
 def _shifted(backbone: Backbone, reading: Reading, labels: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
     """Logits [B, T, V] of a causal model in the text's layout, and its loss.
 
-    Each label is scored by the state before it in the full sequence: for the first text token behind the prompt that
-    is the last prompt token's, which the stock layout has no column for. It is scored along and then left out.
+    Each label is scored by the state before it in the full sequence: for the text token behind a segment of the prompt
+    that is the segment's last, which the stock layout has no column for. It is scored along and then left out.
     """
     own, columns = reading.position, reading.order
     before = functional.pad(own[:, :-1], (1, 0), value=-1)
-    behind = (own - 1 != before) & reading.mask  # the token that stands right behind the prompt, if any
-    at = behind.long().argmax(1, keepdim=True)
+    behind = (own - 1 != before) & reading.mask  # tokens that stand right behind a segment of the prompt
+    count = int(behind.sum(1).max())
+    at = behind.long().argsort(dim=1, descending=True, stable=True)[:, :count]
     extra = (own.gather(1, at) - 1).clamp(min=0)
     logits = inject.head(backbone, reading, _at(reading, torch.cat([extra, own], 1)))
     wanted = labels.gather(1, columns).masked_fill(~reading.mask, IGNORE)
-    first = wanted.gather(1, at).masked_fill(~behind.any(1, keepdim=True), IGNORE)
+    first = wanted.gather(1, at).masked_fill(~behind.gather(1, at), IGNORE)
     others = wanted.masked_fill(behind, IGNORE)[:, 1:]
     loss = token_loss(logits, functional.pad(torch.cat([first, others], 1), (0, 1), value=IGNORE), items)
-    logits = logits[:, 1:]
+    logits = logits[:, count:]
     if bool((columns == torch.arange(columns.shape[1], device=columns.device)).all()):
         return logits, loss
     return logits.gather(1, columns.argsort(1)[..., None].expand_as(logits)), loss

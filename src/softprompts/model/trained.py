@@ -67,7 +67,7 @@ def create(
         saved = config.modules_to_save if saved is None else saved
         config, start = config.describe(backbone)
     check_site(config.method, config.site)
-    site = Site(config.site, config.mode, config.place)
+    site = Site(config.site, config.mode, config.place, config.segments)
     sentences.fetch(sentence_encoders(config.method, config.options), backbone)
     slot = inject.slot(backbone, site, names, config.length, sentences.widths)
     if start is None:
@@ -153,7 +153,7 @@ def restore(
             f"{path} holds a prompt for a {found.family or 'any'} model with head '{found.head}', but "
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
-    name, site = name or found.task, Site(found.site, found.mode, found.place)
+    name, site = name or found.task, Site(found.site, found.mode, found.place, found.segments)
     sentences.fetch(sentence_encoders(found.method, found.options), backbone)
     slot = inject.slot(backbone, site, (name,), found.shape[0], sentences.widths)
     if slot.width != found.shape[1]:
@@ -170,7 +170,7 @@ def restore(
         raise ArtefactError(f"{path}: its head {', '.join(wrong)} does not fit this model's, which is {here}")
     config = PromptConfig.model_validate(
         {"method": found.method, "length": slot.length, "site": site.name, "mode": site.mode, "place": site.place}
-        | {"options": found.options}
+        | {"options": found.options, "segments": site.segments}
     )
     head = {key: found.heads[key] for key in backbone.head_names if key in found.heads}  # safetensors sorts them
     return Made([Task(name, site, config, found.initial, (name,), found)], method, [_tree(head)]), warnings
@@ -238,7 +238,7 @@ def _peft(groups: Sequence[Sequence[Artefact]]) -> several.Peft | str:
         return f"{len(groups)} groups: PEFT's files hold one"
     if first.method != peft_format.MULTITASK:
         return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
-    reason = peft_format.obstacle(first.site, first.place, first.family, first.head, first.heads)
+    reason = peft_format.obstacle(first.site, first.place, first.family, first.head, first.heads, first.format)
     if reason is not None:
         return reason
     if any(not torch.equal(value, one.heads[key]) for one in groups[0] for key, value in first.heads.items()):
@@ -276,6 +276,7 @@ def _artefact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -
         scores={},
         parents=(),
         version=softprompts.__version__,
+        segments=task.site.segments,
     )
     if found is None:
         return made

@@ -1,14 +1,14 @@
 """Prompts that are there, judged on a task's rows by one frozen backbone."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from softprompts import evaluate, inject, metrics
 from softprompts.backbone import Backbone, BackboneError
 from softprompts.config import EvaluateConfig, TaskConfig
-from softprompts.data import Encoder, Row, Task, load
+from softprompts.data import Encoder, Row, Task, load, place_of
 from softprompts.evaluate import Evaluation
 from softprompts.inject import Site
 from softprompts.learner import Learner
@@ -62,4 +62,6 @@ def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evalu
     if backbone.head != "lm":
         raise BackboneError(f"prompts are judged by the words of a language model, not by head '{backbone.head}'")
     task = load(config)
-    return Judge(backbone, site, length, task, encoder_for(backbone, task.format, length), evaluation)
+    site = replace(site, place=place_of(site.place, [task.format]))
+    encoder = encoder_for(backbone, task.format, length, place=site.place)
+    return Judge(backbone, site, length, task, encoder, evaluation)

@@ -247,7 +247,7 @@ def _check_together(one: Vector, other: Vector) -> None:
 
 def _check_like(one: Artefact, other: Artefact, first: str, second: str) -> None:
     """Raise ArtefactError unless prompts of two artefacts may be added."""
-    for fact in ("shape", "site", "mode", "place", "family"):
+    for fact in ("shape", "site", "mode", "place", "segments", "family"):
         here, there = getattr(one, fact), getattr(other, fact)
         if fact == "family" and None in (here, there):  # PEFT's files do not say
             continue
@@ -272,7 +272,8 @@ def _check_like(one: Artefact, other: Artefact, first: str, second: str) -> None
 
 
 def _frame(like: Artefact) -> str:
-    return f"{like.site} {like.mode} {like.place} {like.shape}"
+    parted = f" {like.segments}" if like.segments else ""
+    return f"{like.site} {like.mode} {like.place} {like.shape}{parted}"
 
 
 def _written(part: Part) -> str:

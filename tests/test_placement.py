@@ -1,0 +1,383 @@
+"""Places of a prompt from configuration and template to tokens, artefacts and answers; what cannot be is refused."""
+
+import itertools
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import local
+import rows
+import tiny
+import tokenizers_tiny
+from softprompts import SoftPromptModel, artefact, evaluate, init, job
+from softprompts.artefact import ArtefactError
+from softprompts.backbone import BackboneError
+from softprompts.config import ConfigError, EvaluateConfig, PromptConfig, parse
+from softprompts.data import DataError, Encoder, Format, collate, place_of
+from softprompts.data.template import slot_sizes, split_slots
+from softprompts.inject import Site
+from softprompts.prompt import IGNORE
+from test_golden_placement import order
+
+BPE, BOS, WORDS, PIECES = (
+    tokenizers_tiny.byte_bpe(),
+    tokenizers_tiny.byte_bpe(bos=True),
+    tokenizers_tiny.wordpiece(),
+    tokenizers_tiny.unigram(),
+)
+FORM = Format("t", "<prompt:2>Review: {text} <prompt:3>Sentiment:", verbaliser={"p": "positive", "n": "negative"})
+ROW = {"text": "a warm <prompt:9> film", "label": "p"}
+CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+
+
+def encoder(form: Format, tokenizer: Any, family: str = "causal", length: int = 5, **other: Any) -> Encoder:
+    slots = slot_sizes(form.templates, length, form.name)
+    return Encoder(form, tokenizer, family, other.pop("head", "lm"), 200, slots=slots, **other)  # type: ignore[arg-type]
+
+
+def bare(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# Tokens
+
+
+def test_slots_of_a_template() -> None:
+    assert split_slots("a<prompt> {b}<prompt: 12 >") == (["a", " {b}", ""], [None, 12])
+    assert split_slots("{a<b} <Prompt>") == (["{a<b} <Prompt>"], [])
+    assert split_slots(None) == ([""], [])
+    assert slot_sizes(["{a}"], 7, "t") == ()
+    assert slot_sizes(["x <prompt>", None], 7, "t") == (7,)
+    assert slot_sizes([None, "<prompt:3>{a}", "<prompt:4>"], 7, "t") == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("templates", "message"),
+    [
+        (["<prompt>{a}<prompt>"], "has 2 slots for the prompt; write how many of its 7 tokens each has, .* <prompt:3>"),
+        (
+            ["<prompt:0>{a}<prompt:7>"],
+            "has 2 slots for the prompt; write how many of its 7 tokens each has, at least one",
+        ),
+        (
+            ["<prompt:4>{a}", "<prompt:4>"],
+            r"slots have 4 \+ 4 = 8 prompt tokens, but prompt.length is 7; make them equal",
+        ),
+        (["<prompt:5>{a}"], r"slots have 5 = 5 prompt tokens, but prompt.length is 7"),
+        (["<prompt:all>{a}"], "'<prompt:all>' names no number of prompt tokens, as <prompt:10>"),
+    ],
+)
+def test_slots_that_do_not_fit(templates: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        slot_sizes(templates, 7, "t")
+
+
+@pytest.mark.parametrize(("tokenizer", "begin"), [(BPE, []), (BOS, [1])])
+def test_pieces_are_what_the_tokenizer_makes_of_them(tokenizer: Any, begin: list[int]) -> None:
+    """No token reaches across a slot, `<prompt:9>` in a row is a row's own words, and the answer stays the same."""
+    found = encoder(FORM, tokenizer).example(ROW)
+    first, second = bare(tokenizer, "Review: a warm <prompt:9> film "), bare(tokenizer, "Sentiment:")
+    answer = encoder(FORM, tokenizer).answer_ids("positive")
+    assert found.ids == [*begin, *first, *second, *answer]
+    assert found.place == (len(begin), len(begin) + len(first))
+    assert found.segments == (2, 3)
+    assert found.labels == [IGNORE] * found.text_tokens + answer
+    # A slot may stand where a token would reach across: here inside a word.
+    inside = encoder(replace(FORM, template="{text} positi<prompt>ve"), tokenizer).encode({"text": "x"})
+    assert inside.ids == [*begin, *bare(tokenizer, "x positi"), *bare(tokenizer, "ve")]
+    assert bare(tokenizer, " positive") != [*bare(tokenizer, " positi"), *bare(tokenizer, "ve")]
+
+
+def test_pieces_of_encoders_keep_their_special_tokens_and_types() -> None:
+    form = replace(FORM, template="<prompt:1>{text}<prompt:2> so", pair="a {text}<prompt:2>", kind="label")
+    found = encoder(form, WORDS, "masked", head="sequence").encode({"text": "good film"})
+    cls, sep = WORDS.cls_token_id, WORDS.sep_token_id
+    first, rest, second = (bare(WORDS, text) for text in ("good film", "so", "a good film"))
+    assert found.ids == [cls, *first, *rest, sep, *second, sep]
+    plain = WORDS("good film so", "a good film")
+    assert (found.ids, found.types) == (plain["input_ids"], plain["token_type_ids"])
+    assert found.place == (1, 1 + len(first), len(found.ids) - 1)
+    masked = encoder(replace(FORM, template="{text}<prompt> so {mask}."), WORDS, "masked").example(ROW)
+    assert WORDS.mask_token_id in masked.ids
+    assert masked.ids[0] == cls
+    assert WORDS.decode(masked.ids[: masked.place[0]]) == WORDS.decode([cls, *bare(WORDS, ROW["text"])])
+    # SentencePiece pieces: the first begins a text, the second goes on as written, with one space.
+    with pytest.raises(DataError, match="the template has a slot for the prompt, but none for the text; write the col"):
+        encoder(replace(FORM, template="good<prompt> film"), PIECES, "seq2seq")
+    found = encoder(replace(FORM, template="{text}<prompt> film"), PIECES, "seq2seq").encode({"text": "good"})
+    assert found.ids == PIECES("good film")["input_ids"]
+    assert found.place == (len(bare(PIECES, "good")),)
+    inside = encoder(replace(FORM, template="{text}<prompt>ish"), PIECES, "seq2seq").encode({"text": "good"})
+    assert PIECES.decode(inside.ids, skip_special_tokens=True) == "goodish"
+
+
+def test_slots_inside_chat_turns() -> None:
+    tokenizer = tokenizers_tiny.byte_bpe(chat=True)
+    form = replace(FORM, chat=True, system="Be short.<prompt:1>", template="<prompt:2>{text}<prompt:2>")
+    found = encoder(form, tokenizer).encode({"text": "how \ue000 so"})
+    pieces = ["<s>system\nBe short.", "</s>\n<s>user\n", "how \ue000 so", "</s>\n<s>assistant\n"]
+    tokens = [bare(tokenizer, piece) for piece in pieces]
+    before = [0, *itertools.accumulate(map(len, tokens))]
+    assert found.ids == list(itertools.chain(*tokens))
+    assert found.place == tuple(before[1:4])
+    hiding = tokenizers_tiny.byte_bpe(chat=True)
+    hiding.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(DataError, match="the chat template leaves a slot for the prompt out or repeats it"):
+        encoder(form, hiding).encode({"text": "x"})
+
+
+def test_texts_are_cut_around_slots() -> None:
+    """A long text loses tokens, the template none, and the places are those of what is left."""
+    form = replace(FORM, max_length=20)
+    found = encoder(form, BPE).encode({"text": "warm film " * 30})
+    assert found.cut > 0
+    assert found.text_tokens <= 20
+    assert BPE.decode(found.ids[found.place[1] :]) == "Sentiment:"
+
+
+def test_batches_of_rows_with_slots() -> None:
+    one = encoder(FORM, BPE).encode(ROW)
+    two = encoder(replace(FORM, template="{text}<prompt>"), BPE).encode(ROW)
+    batch = collate([one, two], 0)
+    assert batch.place.tolist() == [list(one.place), [two.place[0]] * 2]
+    assert batch.segments.tolist() == [[2, 3], [5, 0]]
+    with pytest.raises(ValueError, match="some rows of the batch have slots for the prompt and some have none"):
+        collate([one, Encoder(replace(FORM, template="{text}"), BPE, "causal", "lm", 200).encode(ROW)], 0)
+
+
+# Configuration
+
+
+def test_where_the_template_puts_the_prompt() -> None:
+    plain, chat = replace(FORM, template="{text}"), replace(FORM, template="{text}", chat=True, chat_place="user")
+    assert [place_of("auto", forms) for forms in ([FORM], [plain], [chat])] == ["template", "auto", "auto"]
+    assert place_of("template", [FORM, FORM]) == "template"
+    assert place_of("suffix", [plain]) == "suffix"
+    system = replace(plain, chat=True, system="<prompt>")
+    assert place_of("auto", [system]) == "template"
+    assert place_of("auto", [replace(system, chat=False)]) == "auto"  # without a chat nobody reads it
+    for asked, forms, message in (
+        ("auto", [FORM, replace(plain, name="u")], "t has slots for the prompt in its template, u has none"),
+        ("template", [plain], "prompt.place is template, but the template '{text}' has no slot for the prompt"),
+        ("first", [FORM], "the template has a slot for the prompt, and prompt.place is first; leave one out"),
+        ("suffix", [chat], "chat_place is user, and prompt.place is suffix: both say where the prompt stands"),
+        ("auto", [replace(FORM, chat=True, chat_place="user")], "chat_place is user, and the template has a slot"),
+    ):
+        with pytest.raises(DataError, match=message):
+            place_of(asked, forms)
+
+
+@pytest.mark.parametrize("head", ["token", "span"])
+def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
+    form = Format("t", "{text}<prompt>", pair="{text}", kind="tagging" if head == "token" else "span")
+    with pytest.raises(DataError, match=f"head '{head}' cannot have a slot for the prompt in its template"):
+        encoder(form, WORDS, "masked", head=head)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "task", "message"),
+    [
+        ({}, {"template": "<prompt:3>{text}"}, "slots have 3 = 3 prompt tokens, but prompt.length is 4"),
+        ({}, {"template": "<prompt>:"}, "the template has a slot for the prompt, but none for the text"),
+        ({"site": "kv"}, {"template": "{text}<prompt>"}, "place 'template' is not possible at site 'kv'"),
+        ({"site": "kv", "place": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
+        ({"place": "template"}, {}, "prompt.place is template, but the template '{text}:' has no slot"),
+        (
+            {"site": "kv"},
+            {"chat": True, "chat_place": "user"},
+            "chat_place is user, but at site 'kv' nothing can stand",
+        ),
+        (
+            {"place": "template", "segments": [1, 3]},
+            {"template": "<prompt:2>{text}<prompt:2>"},
+            r"slots have 2 \+ 2 prompt tokens, prompt.segments says 1 \+ 3; leave prompt.segments out",
+        ),
+    ],
+)
+def test_runs_that_cannot_be(tmp_path: Any, prompt: dict[str, Any], task: dict[str, Any], message: str) -> None:
+    values = local.run_values(tmp_path)
+    values["prompt"] |= prompt
+    values["task"] |= task
+    with pytest.raises((DataError, ConfigError, BackboneError), match=message):
+        job.prepare(parse(values))
+
+
+def test_segments_are_the_prompt() -> None:
+    assert PromptConfig(length=5, place="template", segments=(2, 3)).segments == (2, 3)
+    for given, message in (
+        (
+            {"length": 5, "place": "template", "segments": (2, 2)},
+            r"prompt.segments 2 \+ 2 must each be at least 1 and sum",
+        ),
+        ({"length": 5, "place": "template", "segments": (5, 0)}, r"prompt.segments 5 \+ 0 must each be at least 1"),
+        ({"length": 5, "segments": (2, 3)}, "prompt.segments is for place template, not auto"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PromptConfig(**given)
+
+
+# Runs and artefacts
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "place"),
+    [
+        ("llama", "<prompt:1>the {text}<prompt:3>:", "template"),
+        ("llama", "{text}:", "suffix"),
+        ("t5", "{text}<prompt>:", "template"),
+        ("bert", "{text}<prompt:4> it is {mask}", "template"),
+    ],
+)
+def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -> None:
+    """Trained, judged, saved and opened again: answers are the stock model's with the prompt in its slots."""
+    values = local.run_values(tmp_path, name, steps=3)
+    values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
+    values["prompt"] |= {"place": "suffix"} if place == "suffix" else {}
+    job.execute(parse(values))
+    directory = tmp_path / "out" / "prompt"
+    found = artefact.load(directory)
+    assert (found.place, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
+    written = json.loads((directory / "softprompts.json").read_text())
+    assert written["peft"] == f"place {place}: PEFT puts the prompt before the text"
+    assert not (directory / "adapter_config.json").exists()
+    opened = job.open_artefacts([directory], model=parse(values).model)
+    made = job.prepare(parse(values))
+    test = made.tasks[0].test
+    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    if name != "llama":
+        ours = evaluate.answers(
+            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluateConfig()
+        )
+        assert [one.scores for one in ours] == [one.scores for one in answers]
+        return
+    model = opened.learner.backbone.model
+    for row, found_answer in zip(test, answers, strict=True):
+        text = opened.encoder.encode(row)
+        places, sizes = (text.place, text.segments) if place == "template" else ((len(text.ids),), (4,))
+        for label, answer in opened.encoder.candidates().items():
+            words = model.get_input_embeddings()(torch.tensor(text.ids + answer))
+            full = order(places, sizes, len(text.ids) + len(answer))
+            logits = model(inputs_embeds=torch.cat([found.prompt, words])[full][None]).logits[0].log_softmax(-1)
+            begin = len(text.ids) + 4 - 1
+            own = sum(float(logits[begin + i, token]) for i, token in enumerate(answer))
+            assert found_answer.scores[label] == pytest.approx(own, abs=2e-5)
+
+
+def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
+    values = local.run_values(tmp_path, steps=4, checkpoint_every=2)
+    task = values.pop("task") | {"split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
+    values["tasks"] = [
+        {**task, "name": "one", "template": "{text}<prompt>:"},
+        {**task, "name": "two", "template": "<prompt:2>{text}<prompt:2>:"},
+    ]
+    job.execute(parse(values))
+    whole = {name: artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
+    assert [whole[name].segments for name in whole] == [(), (2, 2)]
+    assert [whole[name].place for name in whole] == ["template"] * 2
+    values["out"] = str(tmp_path / "again")
+    stop = StopIteration()
+
+    def step(_: str, report: Any) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt from stop
+
+    with pytest.raises(KeyboardInterrupt):
+        job.execute(parse(values), job.Screen(step=step))
+    job.execute(parse(values))
+    for name, one in whole.items():
+        assert torch.equal(artefact.load(tmp_path / "again" / "prompt" / name).prompt, one.prompt)
+
+
+def test_older_artefacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
+    from artefacts import assert_equal, edit, example
+
+    directory = artefact.save(example(), tmp_path / "a")
+    edit(directory / "softprompts.json", format_version=2, segments=...)
+    assert_equal(artefact.load(directory), example())
+    edit(directory / "softprompts.json", segments=[])
+    with pytest.raises(ArtefactError, match="unknown key 'segments': format 2 has none"):
+        artefact.load(directory)
+    parted = example(place="template", segments=(2, 3))
+    assert_equal(artefact.load(artefact.save(parted, tmp_path / "b")), parted)
+    assert parted.digest != example(place="template").digest
+    edit(tmp_path / "b" / "softprompts.json", segments=[2, 2])
+    with pytest.raises(ArtefactError, match=r"segments \[2, 2\] do not sum to the prompt's 5 tokens"):
+        artefact.load(tmp_path / "b")
+    chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_place": "user"})
+    artefact.save(chat, tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "softprompts.json").read_text())["peft"].startswith(
+        "chat_place user: PEFT puts"
+    )
+
+
+# SoftPromptModel
+
+
+def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[str, Tensor]]:
+    """A model with prompts of words, and the words of each."""
+    model, words = SoftPromptModel(tiny.model(name)), {}
+    for i, (task, config) in enumerate(tasks.items()):
+        model.add_task(task, config)
+        words[task] = rows.ids(70 + i, config.length)
+        with torch.no_grad():
+            next(iter(model.prompts[task].parameters())).copy_(init.from_ids(model.backbone, Site(), words[task]))
+    return model, words
+
+
+TASKS = {
+    "parted": PromptConfig(length=5, place="template", segments=(2, 3)),
+    "front": PromptConfig(length=3, place="first"),
+    "behind": PromptConfig(length=4, place="suffix"),
+}
+
+
+def test_a_stock_model_with_segments_in_its_rows(tmp_path: Any) -> None:
+    """Logits, and a loss that counts each label once, scored by what stands before it; either padding side."""
+    model, words = prompted("llama", **TASKS)
+    model.save_pretrained(tmp_path)
+    again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
+    texts = rows.texts("llama", (6, 9))
+    places = torch.tensor([[1, 4], [0, 9]])
+    for side, extra in (("right", 0), ("left", 2)):
+        ids, mask = rows.pad(texts, side, extra, value=3)
+        found = model(ids, mask, labels=ids, tasks="parted", prompt_places=places)
+        assert torch.equal(found.logits, again(ids, mask, labels=ids, tasks="parted", prompt_places=places).logits)
+        total, count = torch.zeros(()), 0
+        for i, text in enumerate(texts):
+            full = order(places[i].tolist(), (2, 3), len(text))
+            logits = model.model(input_ids=torch.cat([words["parted"], text])[full][None]).logits[0]
+            own = [at for at, token in enumerate(full) if token >= 5]
+            torch.testing.assert_close(found.logits[i][mask[i].bool()], logits[own], **CLOSE)
+            scored = [(at, int(text[token - 5])) for at, token in enumerate(full) if token >= 5 and at > 0]
+            total = total - sum(logits[at - 1].log_softmax(-1)[token] for at, token in scored)
+            count += len(scored)
+        torch.testing.assert_close(found.loss, total / count, **CLOSE)
+
+
+def test_prompts_of_every_place_share_a_batch() -> None:
+    model, _ = prompted("llama", **TASKS)
+    texts = rows.texts("llama", (6, 9, 4))
+    ids, mask = rows.pad(texts, "left", 1, value=3)
+    labels = ids.masked_fill(mask.cumsum(1) <= 3, IGNORE)
+    places = {"parted": [1, 4], "front": [0, 0], "behind": [3, 3]}
+    found = model(ids, mask, labels=labels, tasks=list(TASKS), prompt_places=torch.tensor(list(places.values())))
+    for i, task in enumerate(TASKS):
+        more = {"prompt_places": torch.tensor([places[task]])} if task == "parted" else {}
+        text = texts[i][None]
+        alone = model(text, labels=labels[i, mask[i].bool()][None], tasks=task, **more)
+        torch.testing.assert_close(found.logits[i][mask[i].bool()], alone.logits[0], **CLOSE)
+    # Without places each stands where its configuration says; behind the text there is nothing to say.
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    names = ["front", "behind", "front"]
+    together = model.generate(ids, attention_mask=mask, tasks=names, **options)
+    for i, name in enumerate(names):
+        alone = model.generate(texts[i][None], tasks=name, **options)
+        assert together[i, -4:].tolist() == alone[0, -4:].tolist()
+    with pytest.raises(BackboneError, match=r"the batch does not say where these are.*prompt_places"):
+        model(ids, mask, tasks="parted")
+    with pytest.raises(BackboneError, match="2 segments of the prompt, but 1 places; give one place for each"):
+        model(ids, mask, tasks="parted", prompt_places=torch.tensor([1, 2, 3]))
