@@ -40,7 +40,7 @@ def context(words: list[list[int]], text: int = 6, width: int = D, seed: int = 5
     for i, places in enumerate(words):
         mark[i, places] = 1
     there = torch.ones_like(mark)
-    return Context(torch.zeros(len(words), dtype=torch.long), there, embeds, there, lambda: embeds, mark)
+    return Context(torch.zeros(len(words), dtype=torch.long), there, embeds, there, lambda: embeds, words=mark)
 
 
 def by_hand(memory: Tensor, queries: list[list[float]], k: int) -> list[int]:
@@ -144,7 +144,7 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
     for i, (words, places) in enumerate(cases):
         embeds[i, places], mark[i, places] = words, 1
     task, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, 7, dtype=torch.long)
-    prompt = method(Context(task, mask, embeds, mask, lambda: embeds, mark))
+    prompt = method(Context(task, mask, embeds, mask, lambda: embeds, words=mark))
     assert len(prompt.values) == 4
     assert prompt.row[0] == prompt.row[1] == prompt.row[3]
     assert len(set(prompt.row.tolist())) == 4
@@ -154,7 +154,7 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
         pad = torch.full((1, 5, D), 9.0)
         one = torch.cat([pad, embeds[i : i + 1]], 1)
         there, marked = (torch.nn.functional.pad(x[i : i + 1], (5, 0)) for x in (mask, mark))
-        alone = method(Context(task[:1], there, one, there, lambda: one, marked))  # noqa: B023
+        alone = method(Context(task[:1], there, one, there, lambda: one, words=marked))  # noqa: B023
         assert torch.equal(alone.values[0], prompt.values[prompt.row[i]])
     # Nothing retrieved by no words: all products are equal, so the first rows answer.
     if retrieval == "hard":
