@@ -16,7 +16,7 @@ CORE = (
 BELOW_TRAINING = f"{CORE} vectors transfer stored init words sentences learner assets text_metrics metrics plots report"
 TRAINING = "checkpoint distil joint optimise train finetune"
 MODELS = f"{BELOW_TRAINING} kernels tune parity {TRAINING} evaluate model"
-RUNS = f"{MODELS} prepare results job variants"
+RUNS = f"{MODELS} prepare opening results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
 
 # A row: what the file, or each file of the folder, may import of ours. Files of a folder may import each other, except
@@ -69,8 +69,9 @@ OURS = {
     "evaluate": MODELS,
     "model": MODELS,
     "prepare": MODELS,
+    "opening": f"{MODELS} prepare",
     "results": f"{MODELS} prepare",
-    "job": f"{MODELS} prepare results variants",
+    "job": f"{MODELS} prepare opening results variants",
     "recipes": f"{RUNS} transfer studies",
     "studies": f"{RUNS} recipes",
     "peft": f"{RUNS} recipes studies export",

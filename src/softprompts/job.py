@@ -21,18 +21,8 @@ from softprompts.data import Encoded
 from softprompts.distil import Targets
 from softprompts.evaluate import Evaluation
 from softprompts.joint import label_count
-from softprompts.prepare import (
-    SILENT,
-    Job,
-    Opened,
-    Screen,
-    judging_of,
-    load_backbone,
-    open_artefacts,
-    prepare,
-    prepare_together,
-    settings_of,
-)
+from softprompts.opening import Opened, judging_of, open_artefacts, settings_of
+from softprompts.prepare import SILENT, Job, Screen, load_backbone, prepare, prepare_together
 from softprompts.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
 from softprompts.train import Report, Trainee, TrainingError, check_checkpoint, fit_together, is_main_process
 from softprompts.variants import variants
