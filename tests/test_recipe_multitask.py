@@ -15,9 +15,10 @@ from softprompts.backbone import BackboneError
 from softprompts.config import ConfigError, parse
 from softprompts.data import DataError
 from softprompts.prepare import Screen
+from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found
 from softprompts.recipes.multitask import Plan, execute
-from softprompts.recipes.multitask.runs import TOGETHER, Cell, Origins, arms_of, source_runs, target_run, teacher_runs
-from softprompts.recipes.multitask.summary import Found, summarise
+from softprompts.recipes.multitask.runs import Origins, arms_of, source_runs, target_run, teacher_runs
+from softprompts.recipes.multitask.summary import summarise
 from softprompts.train import TrainingError
 
 FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
@@ -129,7 +130,9 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
         ],
     }
     origins = Origins({}, {}, {})
-    results = summarise(plan, found, [], {"runs": []}, origins, {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}, 1.0)
+    filled = Comparison(plan.target, lambda *_: [], found=found)
+    similar = {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}
+    results = summarise(plan, filled, {"runs": []}, origins, similar, 1.0)
     lines = {line["arm"]: line for line in results["arms"][1]["lines"]}
     assert lines["no prompt"]["scores"]["gamma"] == {"mean": 0.2, "sd": None, "n": 1}
     gamma = lines["prompt-tuning"]["scores"]["gamma"]

@@ -48,9 +48,6 @@ ARMS: dict[str, Arm] = {
     "lora": Arm("low-rank updates of the weights", "lora", "none"),
 }
 
-WEIGHTS = ("fine-tuning", "lora")
-"""The arms that do not leave the backbone frozen: the upper lines of the table."""
-
 
 @dataclass(frozen=True)
 class Variant:

@@ -11,9 +11,9 @@ from softprompts.config import ConfigError, InitConfig
 from softprompts.data import Task, load
 from softprompts.inject import Site
 from softprompts.job import Screen, load_backbone
+from softprompts.recipes.comparison import Cell
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
-    Cell,
     arms_of,
     probe_runs,
     source_runs,

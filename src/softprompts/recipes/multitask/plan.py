@@ -1,7 +1,7 @@
 """What a user writes for the recipe: sources, targets, and how each stage trains; every cap is a key."""
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,12 +15,8 @@ from softprompts.config import (
     TrainConfig,
     closest,
 )
-from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
-
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Shots = Annotated[int, Field(ge=0)]
+from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, distinct
+from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
 KEPT = ("train", "distil", "objectives", "rates")
 """Keys of a stage's training that the recipe sets itself."""
@@ -46,31 +42,19 @@ class SourceStage(Section):
     seed: int = Field(default=0, ge=0)
 
 
-class TargetStage(Section):
+class TargetStage(ComparisonStage):
     """Every arm on every target, with all rows and with few; the rate of each arm is chosen on validation rows."""
 
-    train: TrainConfig = TrainConfig(steps=200, batch_size=8, warmup=10)
-    few: TrainConfig = TrainConfig(steps=60, batch_size=8, warmup=5)
-    shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows; 0: the start as it is
-    shots_per: Literal["class", "set"] = "class"  # set: so many rows in all
-    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
     arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.asked)
     few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
-    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
-    weight_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
-    weight_steps: tuple[Count, Count] | None = None  # of these, with all rows and with few; None: as prompts
     factor_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
-    tune_on: tuple[str, ...] | None = None  # targets on which rates are chosen; None: all
-    weight_targets: tuple[str, ...] | None = None  # targets of fine-tuning and lora; None: all
     probe_steps: int = Field(default=30, ge=1)  # after so many steps a target's prompt is its embedding (SPoT)
     nearest: int = Field(default=3, ge=1)  # how many sources the weighted start of SPoT mixes
 
-    @field_validator("shots", "seeds", "rates", "arms", "few_arms")
+    @field_validator("arms", "few_arms")
     @classmethod
-    def _distinct(cls, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-        if values is not None and len(set(values)) != len(values):
-            raise ValueError(f"every value may stand there once, given {', '.join(map(str, values))}")
-        return values
+    def _once(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return None if values is None else distinct(values)
 
 
 class Plan(Section):

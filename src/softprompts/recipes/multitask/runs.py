@@ -6,31 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import Run, SamplingConfig, TaskConfig, TrainConfig, parse
-from softprompts.recipes.multitask.arms import ARMS, VARIANTS, WEIGHTS
+from softprompts.recipes.comparison import TOGETHER, WEIGHTS, Cell, size_name
+from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.results import prompt_directory
-
-TOGETHER = "together"
-"""What takes a target's name in the runs of all targets."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the table: an arm at a rate with a seed."""
-
-    arm: str
-    rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Its folder."""
-        return f"{self.arm}-rate{self.rate:g}-seed{self.seed}"
-
-    @property
-    def trains_weights(self) -> bool:
-        """Whether it leaves the backbone other than it was."""
-        return self.arm in WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -95,7 +74,7 @@ def probe_runs(plan: Plan) -> Run:
         {
             "name": probe_name(task.title, shots, seed),
             "seed": seed,
-            "task": _shots(plan, task, shots, seed).model_dump(mode="json"),
+            "task": plan.target.drawn(task, shots, seed).model_dump(mode="json"),
         }
         for shots in plan.target.shots
         if {"nearest", "weighted"} & {ARMS[arm].start for arm in arms_of(plan, shots, weights=False)}
@@ -123,18 +102,8 @@ def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
     """A run that trains weights of the backbone: by itself, because nothing of it is shared."""
     task = next(task for task in plan.targets if task.title == target)
     out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
-    train = {
-        **_training(plan, shots, 1, plan.target.weight_steps).model_dump(mode="json"),
-        "train": ARMS[cell.arm].method,
-        "rate": cell.rate,
-        "rate_unit": "absolute",
-    }
-    return _run(plan, (_shots(plan, task, shots, cell.seed),), parse(train, TrainConfig), out, seed=cell.seed)
-
-
-def size_name(shots: int | None) -> str:
-    """How a size is called in folders and tables."""
-    return "full" if shots is None else f"{shots}-shot"
+    train = parse(plan.target.weights(cell, shots), TrainConfig)
+    return _run(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
 def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False) -> list[str]:
@@ -149,20 +118,12 @@ def weight_targets(plan: Plan) -> list[str]:
     return [name for name in every if plan.target.weight_targets is None or name in plan.target.weight_targets]
 
 
-def _training(plan: Plan, shots: int | None, tasks: int, steps: tuple[int, int] | None = None) -> TrainConfig:
-    """How a target is trained; without evaluations on the way, one at the end serves to choose the rate.
-
-    tasks: every batch has rows of all of them, of each as many as it would have alone; steps: others than the stage's,
-    with all rows and with few.
-    """
-    train = plan.target.train if shots is None else plan.target.few
-    count = train.steps if steps is None else steps[shots is not None]
-    changes: dict[str, Any] = {"steps": count, "evaluate_every": train.evaluate_every or max(1, count)}
-    if shots == 0:
-        changes = {"steps": 0, "evaluate_every": None, "patience": None}
-    if tasks > 1:
-        changes |= {"batch_size": train.batch_size * tasks, "sampling": SamplingConfig(draw="all")}
-    return train.model_copy(update=changes)
+def _training(plan: Plan, shots: int | None, tasks: int) -> TrainConfig:
+    """How targets are trained: every batch has rows of all `tasks`, of each as many as it would have alone."""
+    train = plan.target.training(shots)
+    if tasks == 1:
+        return train
+    return train.model_copy(update={"batch_size": train.batch_size * tasks, "sampling": SamplingConfig(draw="all")})
 
 
 def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: Cell) -> dict[str, Any]:
@@ -173,7 +134,7 @@ def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: 
     return {
         "name": cell.name,
         "seed": cell.seed,
-        "tasks": [_shots(plan, task, shots, cell.seed).model_dump(mode="json") for task in tasks],
+        "tasks": [plan.target.drawn(task, shots, cell.seed).model_dump(mode="json") for task in tasks],
         "prompt.method": arm.method,
         "prompt.options": {"ranks": plan.source.ranks} if factors else {},
         "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots, cell.seed), ())),
@@ -204,15 +165,6 @@ def _init(name: str, plan: Plan, origins: Origins, nearest: Sequence[tuple[str, 
     if arm.start == "sources":
         return {"kind": "vocabulary", "sources": list(origins.teachers.values())}
     return {"kind": arm.start}
-
-
-def _shots(plan: Plan, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
-    """The task with all rows, or with few of them drawn by `seed`; the rows that judge are the same for all."""
-    named = task.model_copy(update={"name": task.title})
-    if not shots:
-        return named
-    drawn = {"shots": shots, "shots_per": plan.target.shots_per, "shots_seed": seed}
-    return named.model_copy(update={"split": task.split.model_copy(update=drawn)})
 
 
 def _run(

@@ -1,32 +1,28 @@
 """The stages one after the other; each is a directory, and a stage whose results are there is not done again."""
 
+import functools
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from torch import Tensor
 
 from softprompts import artefact, report, transfer
 from softprompts.config import ConfigError
-from softprompts.files import read_json
 from softprompts.job import Screen
 from softprompts.prepare import SILENT
-from softprompts.recipes import stage
+from softprompts.recipes import comparison, stage
+from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found, size_name
 from softprompts.recipes.multitask.checks import check
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
-    TOGETHER,
-    Cell,
     Origins,
     arms_of,
     probe_name,
     probe_runs,
-    size_name,
     source_runs,
     target_run,
     teacher_paths,
@@ -34,8 +30,7 @@ from softprompts.recipes.multitask.runs import (
     weight_targets,
     weights_run,
 )
-from softprompts.recipes.multitask.summary import Found, page_of, summarise
-from softprompts.train import TrainingError
+from softprompts.recipes.multitask.summary import page_of, summarise
 
 
 def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
@@ -58,28 +53,17 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
     run = source_runs(plan)
     sources = stage.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
     similar = {name: artefact.load(path).matrix(path) for name, path in teachers.items()}
-    study = _Study(plan, Origins(teachers, variants, _nearest(plan, similar, screen)), screen)
+    origins = Origins(teachers, variants, _nearest(plan, similar, screen))
+    filled = Comparison(plan.target, functools.partial(_runs, plan, origins, screen))
     for shots in plan.target.shots:
-        _adapt(study, shots, arms_of(plan, shots, weights=False), [task.title for task in plan.targets])
-        _adapt(study, shots, arms_of(plan, shots, weights=False, together=True), [TOGETHER])
+        filled.fill(shots, arms_of(plan, shots, weights=False), [task.title for task in plan.targets])
+        filled.fill(shots, arms_of(plan, shots, weights=False, together=True), [TOGETHER])
     for shots in plan.target.shots:  # the slowest, one run after the other
-        _adapt(study, shots, arms_of(plan, shots, weights=True), weight_targets(plan))
-    seconds = time.time() - began
-    results = summarise(plan, study.found, study.chosen, sources, study.origins, similar, seconds)
+        filled.fill(shots, arms_of(plan, shots, weights=True), weight_targets(plan))
+    results = summarise(plan, filled, sources, origins, similar, time.time() - began)
     report.write_results(Path(plan.out) / "results.json", results)
     report.write_page(Path(plan.out) / "report.html", page_of(results))
     return results
-
-
-@dataclass(frozen=True)
-class _Study:
-    """What the target stage needs and fills: runs by target (or TOGETHER) and shots, and how each rate was chosen."""
-
-    plan: Plan
-    origins: Origins
-    screen: Screen
-    found: dict[tuple[str, int | None], list[Found]] = field(default_factory=dict)
-    chosen: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _nearest(
@@ -99,73 +83,16 @@ def _nearest(
     return found
 
 
-def _adapt(study: _Study, shots: int | None, arms: Sequence[str], targets: Sequence[str]) -> None:
-    """All runs of some arms at one size: first the rates, with the first seed, then the other seeds at the best one."""
-    if not arms or not targets:
-        return
-    target = study.plan.target
-    if shots == 0:  # nothing is trained, so there is no rate to choose
-        for name in targets:
-            cells = [Cell(arm, target.rates[0], seed) for arm in arms for seed in target.seeds]
-            study.found.setdefault((name, shots), []).extend(_runs(study, name, shots, cells, "seeds"))
-        return
-    tuned = [name for name in targets if target.tune_on is None or name in target.tune_on] or targets[:1]
-    tried = [Cell(arm, rate, target.seeds[0]) for arm in arms for rate in target.weight_rates.get(arm, target.rates)]
-    first = {name: _runs(study, name, shots, tried, "rates") for name in tuned}
-    best = {arm: _best(study, arm, tried, first, shots) for arm in arms}
-    for name in targets:
-        done = [one for one in first.get(name, ()) if one.cell == best[one.cell.arm]]
-        cells = [Cell(arm, best[arm].rate, seed) for arm in arms for seed in target.seeds]
-        rest = [cell for cell in cells if cell not in [one.cell for one in done]]
-        more = _runs(study, name, shots, rest, "seeds") if rest else []
-        study.found.setdefault((name, shots), []).extend([*done, *more])
-
-
-def _runs(study: _Study, target: str, shots: int | None, cells: Sequence[Cell], part: str) -> list[Found]:
+def _runs(
+    plan: Plan, origins: Origins, screen: Screen, target: str, shots: int | None, cells: Sequence[Cell], part: str
+) -> list[Found]:
     """The runs of `cells` on a target; those that failed have no pages."""
-    plan, screen, title = study.plan, study.screen, f"{target} {size_name(shots)}"
+    title = f"{target} {size_name(shots)}"
     if cells[0].trains_weights:
-        return [_weights(study, f"{title}, {cell.name}", target, shots, cell) for cell in cells]
-    run = target_run(plan, target, shots, study.origins, cells, part)
-    inputs = [*study.origins.teachers.values(), *(str(path / "prompt") for path in study.origins.variants.values())]
-    try:
-        rows = stage.runs(f"{title}, {part}", run, screen, inputs)["runs"]
-    except TrainingError as error:
-        screen.say(f"{title}, {part}: {error}")
-        return [Found(cell, []) for cell in cells]
-    failed = {row["name"] for row in rows if row["failed"]}
-    return [
-        Found(cell, [] if cell.name in failed else _pages(Path(run.out) / cell.name / "results.json")) for cell in cells
-    ]
-
-
-def _weights(study: _Study, title: str, target: str, shots: int | None, cell: Cell) -> Found:
-    try:
-        return Found(cell, [stage.runs(title, weights_run(study.plan, target, shots, cell), study.screen)])
-    except TrainingError as error:
-        study.screen.say(f"{title}: {error}")
-        return Found(cell, [])
-
-
-def _pages(file: Path) -> list[dict[str, Any]]:
-    page = read_json(file)
-    return page.get("tasks", [page])
-
-
-def _best(
-    study: _Study, arm: str, tried: Sequence[Cell], runs: Mapping[str, Sequence[Found]], shots: int | None
-) -> Cell:
-    """The rate with the best mean validation score over the targets it was tried on; of equal ones the smaller."""
-    scores: dict[Cell, float] = {}
-    for cell in (cell for cell in tried if cell.arm == arm):
-        each = [one.validation for own in runs.values() for one in own if one.cell == cell]
-        if all(score is not None for score in each):
-            scores[cell] = fmean(score for score in each if score is not None)
-    if not scores:
-        raise TrainingError(f"arm '{arm}', {size_name(shots)}, failed at every rate; give lower ones")
-    best = max(scores, key=lambda cell: (scores[cell], -cell.rate))
-    known = {f"{cell.rate:g}": score for cell, score in scores.items()}
-    study.chosen.append(
-        {"arm": arm, "size": size_name(shots), "rate": best.rate, "tried": known, "targets": list(runs)}
-    )
-    return best
+        return [
+            comparison.alone(f"{title}, {one.name}", weights_run(plan, target, shots, one), one, screen)
+            for one in cells
+        ]
+    run = target_run(plan, target, shots, origins, cells, part)
+    inputs = [*origins.teachers.values(), *(str(path / "prompt") for path in origins.variants.values())]
+    return comparison.together(f"{title}, {part}", run, cells, screen, inputs)

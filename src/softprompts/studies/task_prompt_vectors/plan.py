@@ -15,8 +15,9 @@ from softprompts.config import (
     TrainConfig,
     closest,
 )
+from softprompts.recipes.comparison import Count, Rate
 from softprompts.recipes.multitask import Plan
-from softprompts.recipes.multitask.plan import Count, Rate, SourceStage, TargetStage
+from softprompts.recipes.multitask.plan import SourceStage, TargetStage
 
 FEW_ARMS = ("random", "prompt-tuning", "spot-first", "spot-second", "spot-mixture", "attempt", "mpt", "vectors")
 

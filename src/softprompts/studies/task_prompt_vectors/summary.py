@@ -10,7 +10,7 @@ import torch
 
 from softprompts import vectors
 from softprompts.plots import MANY
-from softprompts.recipes.multitask.summary import spread
+from softprompts.recipes.comparison import spread
 from softprompts.results import versions
 from softprompts.studies.task_prompt_vectors import few as few_examples
 from softprompts.studies.task_prompt_vectors import independence, sums
