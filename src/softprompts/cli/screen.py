@@ -149,6 +149,12 @@ def show_claims(results: Mapping[str, Any]) -> None:
         out.print(one["words"], markup=False, soft_wrap=True)
 
 
+def show_comparison(results: Mapping[str, Any]) -> None:
+    """The arms of a study on its tasks, then how far each is from the first."""
+    show_arms(results)
+    show_claims(results)
+
+
 def _mean(score: Mapping[str, Any] | None) -> str:
     if score is None:
         return "-"

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
-from softprompts.cli.screen import progress, quiet, say, show, show_arms, show_claims, show_files, show_json
+from softprompts.cli.screen import (
+    progress,
+    quiet,
+    say,
+    show,
+    show_arms,
+    show_claims,
+    show_comparison,
+    show_files,
+    show_json,
+)
 from softprompts.config import Run, Section
 from softprompts.config import read as read_config
 
@@ -67,6 +77,24 @@ def vectors(
 
     plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantise), sets)
     _carry_out(plan, execute, show_claims, as_json)
+
+
+@app.command()
+def instance(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file with tasks and the methods to compare.")],
+    out_dir: OutDirectory = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    quantise: Quantise = None,
+    sets: Sets = [],  # noqa: B006
+    as_json: Json = False,
+) -> None:
+    """Prompts that look at the input, and deep prompts, beside prompt tuning: what they gain and what they cost."""
+    from softprompts.studies.instance_prompts import Study, execute
+
+    plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantise), sets)
+    _carry_out(plan, execute, show_comparison, as_json)
 
 
 def _read(

@@ -4,10 +4,10 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from softprompts import __version__, artefact, checkpoint, job
-from softprompts.config import Run, Section
+from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Run, Section, TaskConfig, TrainConfig, parse
 from softprompts.files import read_json, write_json
 from softprompts.job import Screen
 from softprompts.train import TrainingError
@@ -57,6 +57,41 @@ def runs(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> di
         return job.execute(run, screen)
 
     return kept(title, Path(run.out), told, screen, make)
+
+
+class Settings(Protocol):
+    """What all runs of a plan have in common."""
+
+    model: ModelConfig
+    prompt: PromptConfig
+    evaluate: EvaluateConfig
+
+
+def run_of(
+    plan: Settings,
+    tasks: Sequence[TaskConfig],
+    train: TrainConfig,
+    out: Path,
+    *,
+    prompt: Mapping[str, Any] | None = None,
+    runs: Sequence[Mapping[str, Any]] = (),
+    seed: int = 0,
+) -> Run:
+    """A run of a plan on `tasks`, written to `out`; prompt: what it sets otherwise than the plan's section; runs: those
+    that train together, as in a configuration."""
+    found: Run = parse(
+        {
+            "model": plan.model.model_dump(mode="json"),
+            "prompt": {**plan.prompt.model_dump(mode="json"), **(prompt or {})},
+            "tasks": [task.model_dump(mode="json") for task in tasks],
+            "train": train.model_dump(mode="json"),
+            "evaluate": plan.evaluate.model_dump(mode="json"),
+            "out": str(out),
+            "seed": seed,
+            "runs": list(runs),
+        }
+    )
+    return found
 
 
 def set_in(section: Section) -> dict[str, Any]:

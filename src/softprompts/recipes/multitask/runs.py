@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import Run, SamplingConfig, TaskConfig, TrainConfig, parse
+from softprompts.recipes import stage
 from softprompts.recipes.comparison import TOGETHER, WEIGHTS, Cell, size_name
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
@@ -29,7 +30,7 @@ def teacher_runs(plan: Plan) -> Run:
         for task in plan.sources
         if task.title not in plan.teachers.trained
     ]
-    return _run(plan, plan.sources[:1], plan.teachers.train, Path(plan.out) / "teachers", runs=entries)
+    return stage.run_of(plan, plan.sources[:1], plan.teachers.train, Path(plan.out) / "teachers", runs=entries)
 
 
 def teacher_paths(plan: Plan) -> dict[str, str]:
@@ -40,29 +41,28 @@ def teacher_paths(plan: Plan) -> dict[str, str]:
 
 def source_runs(plan: Plan) -> Run:
     """Each variant of the shared prompt on all sources, all in one frozen batch; the teachers' states are shared."""
-    stage, out = plan.source, Path(plan.out) / "sources"
+    own, out = plan.source, Path(plan.out) / "sources"
     distil = {
         "teachers": teacher_paths(plan),
-        "temperature": stage.temperature,
-        "layers": list(stage.layers),
+        "temperature": own.temperature,
+        "layers": list(own.layers),
         "cache": str(out / "teacher-states.safetensors"),
     }
-    taught = {"distil-logits": stage.logits, "distil-hidden": stage.hidden}
+    taught = {"distil-logits": own.logits, "distil-hidden": own.hidden}
     entries = []
-    for name in stage.variants:
+    for name in own.variants:
         variant = VARIANTS[name]
         used = {key: weight for key, weight in taught.items() if weight and variant.distil}
         entries.append(
             {
                 "name": name,
-                "prompt.options": {"ranks": stage.ranks, "factors": "trained" if variant.decompose else "fixed"},
+                "prompt.options": {"ranks": own.ranks, "factors": "trained" if variant.decompose else "fixed"},
                 "train.objectives": {"task": 1.0, **used},
                 "train.distil": distil if used else None,
             }
         )
-    return _run(
-        plan, plan.sources, stage.train, out, method="multitask-prompt-tuning", runs=entries, seed=plan.source.seed
-    )
+    shared = {"method": "multitask-prompt-tuning"}
+    return stage.run_of(plan, plan.sources, own.train, out, prompt=shared, runs=entries, seed=own.seed)
 
 
 def probe_runs(plan: Plan) -> Run:
@@ -82,7 +82,7 @@ def probe_runs(plan: Plan) -> Run:
         for seed in plan.target.seeds
     ]
     train = plan.target.few.model_copy(update={"steps": plan.target.probe_steps, "warmup": 0, "schedule": "constant"})
-    return _run(plan, plan.targets[:1], train, Path(plan.out) / "probes", method="prompt-tuning", runs=entries)
+    return stage.run_of(plan, plan.targets[:1], train, Path(plan.out) / "probes", runs=entries)
 
 
 def probe_name(target: str, shots: int | None, seed: int) -> str:
@@ -95,7 +95,7 @@ def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cel
     tasks = plan.targets if target == TOGETHER else tuple(t for t in plan.targets if t.title == target)
     entries = [_entry(plan, tasks, shots, origins, cell) for cell in cells]
     out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / part
-    return _run(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
+    return stage.run_of(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
 
 
 def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
@@ -103,7 +103,7 @@ def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
     task = next(task for task in plan.targets if task.title == target)
     out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
     train = parse(plan.target.weights(cell, shots), TrainConfig)
-    return _run(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
+    return stage.run_of(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
 def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False) -> list[str]:
@@ -165,28 +165,3 @@ def _init(name: str, plan: Plan, origins: Origins, nearest: Sequence[tuple[str, 
     if arm.start == "sources":
         return {"kind": "vocabulary", "sources": list(origins.teachers.values())}
     return {"kind": arm.start}
-
-
-def _run(
-    plan: Plan,
-    tasks: Sequence[TaskConfig],
-    train: TrainConfig,
-    out: Path,
-    *,
-    method: str = "prompt-tuning",
-    runs: Sequence[Mapping[str, Any]] = (),
-    seed: int = 0,
-) -> Run:
-    found: Run = parse(
-        {
-            "model": plan.model.model_dump(mode="json"),
-            "prompt": {**plan.prompt.model_dump(mode="json"), "method": method},
-            "tasks": [task.model_dump(mode="json") for task in tasks],
-            "train": train.model_dump(mode="json"),
-            "evaluate": plan.evaluate.model_dump(mode="json"),
-            "out": str(out),
-            "seed": seed,
-            "runs": list(runs),
-        }
-    )
-    return found

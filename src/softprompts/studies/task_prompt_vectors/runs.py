@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompts.config import Run, TaskConfig, TrainConfig, parse
+from softprompts.config import Run, TaskConfig, TrainConfig
+from softprompts.recipes import stage
 from softprompts.studies.task_prompt_vectors.plan import Study, prompt_path
 
 
@@ -59,19 +60,6 @@ def _judged(train: TrainConfig) -> TrainConfig:
 
 
 def _run(study: Study, task: TaskConfig, train: TrainConfig, folder: str, entries: Sequence[Mapping[str, Any]]) -> Run:
-    found: Run = parse(
-        {
-            "model": study.model.model_dump(mode="json"),
-            "prompt": {
-                **study.prompt.model_dump(mode="json"),
-                "init": study.vectors.starts[0].model_dump(mode="json"),
-            },
-            "task": task.model_dump(mode="json"),
-            "train": train.model_dump(mode="json"),
-            "evaluate": study.evaluate.model_dump(mode="json"),
-            "out": str(Path(study.out) / folder),
-            "seed": study.vectors.seed,
-            "runs": list(entries),
-        }
-    )
-    return found
+    prompt = {"init": study.vectors.starts[0].model_dump(mode="json")}
+    out = Path(study.out) / folder
+    return stage.run_of(study, (task,), train, out, prompt=prompt, runs=entries, seed=study.vectors.seed)

@@ -1,0 +1,138 @@
+"""What a user writes for the study: tasks, the methods that are compared, and how; every cap is a key."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from softprompts.config import (
+    EvaluateConfig,
+    ModelConfig,
+    PromptConfig,
+    Section,
+    TaskConfig,
+    TrainConfig,
+    closest,
+)
+from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, Count, Rate
+
+
+class Arm(Section):
+    """A line of the table: a method as it is used. Rates of its groups follow the rate that is being tried."""
+
+    about: str
+    prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
+    rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
+    follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over train.rate
+    pretrain: bool = False  # begins at what stage `pretrain` taught the same method
+
+
+TABLE = {"table": "low-rank", "rank": 16}
+"""A table of 0.6 % of SmolLM2-135M's size, within the 0.5-1.5 % that the paper of IPT speaks of."""
+
+GENERATOR = {"output": 0.1, "hidden": 0.01}
+
+ARMS: dict[str, Arm] = {
+    "prompt-tuning": Arm(about="one prompt for all texts"),
+    "prefix": Arm(about="keys and values at every layer", prompt={"method": "prefix-tuning", "site": "kv"}),
+    "p-tuning": Arm(
+        about="a prompt from an LSTM", prompt={"method": "p-tuning"}, follow={"network": 0.01, "output": 0.02}
+    ),
+    "ipt-lookup": Arm(
+        about="looked up for the text's words", prompt={"method": "ipt", "options": {**TABLE, "base": "start"}}
+    ),
+    "ipt-pretrained": Arm(
+        about="the same, table taught topics",
+        prompt={"method": "ipt", "options": {**TABLE, "base": "start"}},
+        pretrain=True,
+    ),
+    "ipt-encoder": Arm(
+        about="from the text's words by a CNN",
+        prompt={"method": "ipt", "options": {**TABLE, "strategy": "cnn"}},
+        follow={"encoder": 0.01},
+    ),
+    "idpg-s": Arm(
+        about="generated, at the input",
+        prompt={"method": "idpg", "options": {"hidden": 64, "encoder": "backbone", "cache": True}},
+        follow=GENERATOR,
+    ),
+    "idpg-m": Arm(
+        about="generated, at every layer",
+        prompt={"method": "idpg", "site": "layers", "mode": "add", "options": {"encoder": "backbone", "cache": True}},
+        follow=GENERATOR,
+    ),
+    "spt": Arm(about="with rows of a memory (reconstruction)", prompt={"method": "spt-reconstruction"}),
+}
+"""What is compared where a plan does not say otherwise."""
+
+
+class PretrainStage(Section):
+    """What `softprompts pretrain` teaches the method of arms that ask for it, on the classes of a task."""
+
+    task: TaskConfig
+    train: TrainConfig = TrainConfig(steps=200, batch_size=32, rate=0.03, head_rate=0.01)
+
+
+class SpeedStage(Section):
+    """Steps that are timed, of each arm alone on the first task, the arms in turns; run it on a quiet machine."""
+
+    steps: Count = 6
+    repeats: Count = 2
+
+
+class Study(Section):
+    """The whole study; `prompt` says length and start, and the site where an arm does not."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    arms: tuple[str, ...] = tuple(ARMS)
+    own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or in their place
+    upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
+    compare: ComparisonStage = ComparisonStage()
+    pretrain: PretrainStage | None = None
+    speed: SpeedStage | None = SpeedStage()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: str = "runs/instance"
+
+    @property
+    def known(self) -> Mapping[str, Arm]:
+        """Every arm by its name."""
+        return {**ARMS, **self.own}
+
+    @property
+    def titles(self) -> list[str]:
+        """The names of the tasks."""
+        return [task.title for task in self.tasks]
+
+    @model_validator(mode="after")
+    def _names(self) -> "Study":
+        if len(set(self.titles)) != len(self.titles):
+            raise ValueError(f"task names must differ, given {', '.join(self.titles)}; set the name of one")
+        if self.model.head != "lm":
+            raise ValueError(f"runs that train together share a language model's head, not '{self.model.head}'")
+        for key in ("method", "options"):
+            if getattr(self.prompt, key) != getattr(PromptConfig(), key):
+                raise ValueError(f"prompt.{key} is set by each arm; leave it out (see own)")
+        lists = {
+            "arms": (self.arms, list(self.known)),
+            "upper": (self.upper, list(WEIGHTS)),
+            "compare.tune_on": (self.compare.tune_on or (), self.titles),
+            "compare.weight_targets": (self.compare.weight_targets or (), self.titles),
+            "compare.weight_rates": (self.compare.weight_rates, list(WEIGHTS)),
+        }
+        for where, (given, possible) in lists.items():
+            for name in given:
+                if name not in possible:
+                    raise ValueError(
+                        f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}"
+                    )
+        for name in self.arms:
+            if self.known[name].pretrain and self.pretrain is None:
+                raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")
+        for name in self.upper:
+            if not self.compare.weight_rates.get(name):
+                raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_rates")
+        if 0 in self.compare.shots:
+            raise ValueError("compare.shots: methods are compared by what they learn; leave 0 out")
+        return self

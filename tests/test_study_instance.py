@@ -1,0 +1,222 @@
+"""The study of prompts that look at the input, on a tiny model: what is compared, what is reused, what is said."""
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+
+import local
+from softprompts.config import ConfigError, parse
+from softprompts.prepare import Screen
+from softprompts.studies.instance_prompts import Study, execute
+from softprompts.studies.instance_prompts.plan import ARMS
+from softprompts.studies.instance_prompts.summary import verdict
+
+TRAINED = [
+    "prompt-tuning",
+    "prefix",
+    "p-tuning",
+    "ipt-lookup",
+    "ipt-pretrained",
+    "ipt-encoder",
+    "idpg-s",
+    "idpg-m",
+    "spt",
+]
+
+
+def study_values(folder: Path) -> dict:
+    """Two tasks, all arms and LoRA, with all rows and with few, on a tiny model."""
+    split = {"validation_fraction": 0.2, "test_fraction": 0.2}
+    tasks = []
+    for i, name in enumerate(("alpha", "beta")):
+        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        tasks.append({"source": str(file), "name": name, "template": "The words: {text}\nThe answer:", "split": split})
+    train = {"steps": 2, "batch_size": 4}
+    small = {"options": {"hidden": 16, "phm": 4, "encoder": "static"}}
+    return {
+        "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
+        "prompt": {"length": 6},
+        "tasks": tasks,
+        "own": {
+            "idpg-s": {"about": "small", "prompt": {"method": "idpg", **small}, "follow": {"output": 0.1}},
+            "idpg-m": {
+                "about": "small",
+                "prompt": {"method": "idpg", "site": "layers", "mode": "add", **small},
+                "rates": [0.2],
+            },
+        },
+        "upper": ["lora"],
+        "compare": {
+            "train": train,
+            "few": train,
+            "shots": [None, 2],
+            "seeds": [0, 1],
+            "rates": [0.1, 0.3],
+            "tune_on": ["alpha"],
+            "weight_rates": {"lora": [0.01]},
+            "weight_targets": ["beta"],
+        },
+        "pretrain": {"task": {**tasks[0], "template": "{text}"}, "train": {"steps": 2, "batch_size": 8, "rate": 0.1}},
+        "speed": {"steps": 3, "repeats": 2},
+        "evaluate": {"resamples": 100},
+        "out": str(folder / "out"),
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A study that was carried out."""
+    values = study_values(tmp_path_factory.mktemp("instance"))
+    return values, execute(parse(values, Study))
+
+
+def page(values: dict, *parts: str) -> dict:
+    return json.loads(Path(values["out"], *parts, "results.json").read_text())
+
+
+def test_every_arm_has_a_line_at_every_size(done):
+    values, results = done
+    assert list(ARMS) == TRAINED
+    for size in results["arms"]:
+        assert [line["arm"] for line in size["lines"]] == ["no prompt", *TRAINED, "lora"]
+        for line in size["lines"][1:]:
+            assert set(line["scores"]) == ({"beta"} if line["arm"] == "lora" else {"alpha", "beta"})
+    assert [size["size"] for size in results["arms"]] == ["full", "2-shot"]
+    assert json.loads(Path(values["out"], "results.json").read_text())["arms"] == json.loads(
+        json.dumps(results["arms"])
+    )
+
+
+def test_scores_are_those_of_the_runs_at_the_rate_that_validation_chose(done):
+    values, results = done
+    chosen = {(one["arm"], one["size"]): one for one in results["rates"]}
+    for size, name in ((0, "full"), (1, "2-shot")):
+        for arm in TRAINED:
+            one = chosen[arm, name]
+            assert set(one["tried"]) == ({"0.2"} if arm == "idpg-m" else {"0.1", "0.3"})
+            for rate, score in one["tried"].items():
+                run = page(values, "tasks", f"alpha-{name}", "rates", arm, f"{arm}-rate{rate}-seed0")
+                assert score == run["validation"][-1]["value"]
+            assert one["rate"] == max(map(float, one["tried"]), key=lambda r: (one["tried"][f"{r:g}"], -r))
+            cells = [f"{arm}-rate{one['rate']:g}-seed{seed}" for seed in (0, 1)]
+            each = [
+                page(values, "tasks", f"beta-{name}", "seeds", arm, cell)["summary"]["after"]["value"] for cell in cells
+            ]
+            line = next(line for line in results["arms"][size]["lines"] if line["arm"] == arm)
+            assert line["scores"]["beta"]["mean"] == pytest.approx(statistics.fmean(each))
+            assert line["scores"]["beta"]["sd"] == pytest.approx(statistics.stdev(each))
+
+
+def test_arms_train_what_they_say(done):
+    values, results = done
+    for arm in TRAINED:
+        rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == (arm, "full"))
+        run = page(values, "tasks", "beta-full", "seeds", arm, f"{arm}-rate{rate:g}-seed1")["config"]
+        known = parse(values, Study).known[arm]
+        for key, value in known.prompt.items():
+            found = run["prompt"][key]
+            assert found == value or key == "options", (arm, key)
+        assert run["train"]["rates"] == pytest.approx({group: share * rate for group, share in known.follow.items()})
+        assert run["train"]["rate"] == rate
+        assert run["prompt"]["length"] == 6
+        state = run["prompt"]["init"]["state"]
+        assert state == (str(Path(values["out"], "pretrain", arm, "prompt")) if known.pretrain else None)
+    for name, seed in (("alpha-2-shot", 1), ("beta-2-shot", 1)):
+        rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spt", "2-shot"))
+        run = page(values, "tasks", name, "seeds", "spt", f"spt-rate{rate:g}-seed{seed}")
+        assert run["config"]["tasks"][0]["split"]["shots_seed"] == seed
+        assert run["rows"]["train"] == 4
+
+
+def test_step_times_are_medians_of_all_but_first_steps(done):
+    values, results = done
+    assert list(results["speed"]) == [*TRAINED, "lora"]
+    for arm, one in results["speed"].items():
+        each = [step["seconds"] for turn in (0, 1) for step in page(values, "speed", f"{arm}-{turn}")["curve"][1:]]
+        assert len(each) == one["n"] == 4
+        assert one["ms"] == pytest.approx(1000 * statistics.median(each))
+
+
+def test_what_training_moved_is_told(done):
+    """Of a table only the rows of words that were read."""
+    _, results = done
+    trained = {line["arm"]: line["trainable"] for line in results["arms"][0]["lines"]}
+    assert results["moved"]["prompt-tuning"] == trained["prompt-tuning"]
+    assert results["moved"]["ipt-lookup"] < trained["ipt-lookup"] / 2
+    assert "lora" not in results["moved"]
+
+
+def test_nothing_is_done_twice_and_what_changed_is_done_anew(done, monkeypatch):
+    values, results = done
+    said: list[str] = []
+    again = execute(parse(values, Study), Screen(say=said.append))
+    assert again["arms"] == results["arms"]
+    assert again["speed"] == results["speed"]
+    assert not [line for line in said if "steps" in line and "runs" in line]
+    said.clear()
+    values = {**values, "pretrain": {**values["pretrain"], "train": {"steps": 3, "batch_size": 8, "rate": 0.1}}}
+    execute(parse(values, Study), Screen(say=said.append))
+    anew = {line.partition(":")[0] for line in said if line.endswith("done anew")}
+    assert anew == {
+        "pretraining of ipt-pretrained",
+        *(f"step time of ipt-pretrained, turn {turn}" for turn in (1, 2)),
+        *(f"alpha {size}, ipt-pretrained, {part}" for size in ("full", "2-shot") for part in ("rates", "seeds")),
+        *(f"beta {size}, ipt-pretrained, seeds" for size in ("full", "2-shot")),
+    }
+
+
+def test_verdict():
+    """A gap is clear where it is larger than both spreads together; only tasks that both have count."""
+
+    def line(arm: str, **scores: tuple[float, float | None]) -> dict:
+        return {"arm": arm, "scores": {task: {"mean": mean, "sd": sd} for task, (mean, sd) in scores.items()}}
+
+    lines = [
+        line("no prompt", a=(0.1, None), b=(0.1, None)),
+        line("prompt-tuning", a=(0.5, 0.02), b=(0.6, 0.01)),
+        line("good", a=(0.6, 0.03), b=(0.62, 0.02)),
+        line("half", b=(0.5, None)),
+    ]
+    found = verdict({"size": "full", "lines": lines})
+    assert found["over"] == {
+        "good": {"over": pytest.approx(0.06), "clear": 1, "of": 2},
+        "half": {"over": pytest.approx(-0.1), "clear": 0, "of": 1},
+    }
+    assert "good +0.060 (1 of 2), half -0.100 (0 of 1)" in found["words"]
+    assert verdict({"size": "full", "lines": lines[:2]})["over"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": ["prompt-tunning"]}, "arms: 'prompt-tunning' is unknown, did you mean 'prompt-tuning'"),
+        ({"upper": ["adapter"]}, "upper: 'adapter' is unknown"),
+        ({"pretrain": None}, "arm 'ipt-pretrained' begins at what was pretrained; give the section pretrain"),
+        ({"prompt": {"length": 6, "method": "idpg"}}, "prompt.method is set by each arm"),
+        ({"compare": {"shots": [0]}}, "leave 0 out"),
+        ({"compare": {"tune_on": ["gamma"]}}, "compare.tune_on: 'gamma' is unknown"),
+        ({"compare": {"weight_rates": {"fine-tuning": [1e-3]}}}, "arm 'lora' needs rates"),
+        ({"model": {"head": "sequence"}}, "share a language model's head, not 'sequence'"),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({**study_values(tmp_path), **changes}, Study)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"prompt": {"method": "idpg", "options": {"hidden": 15, "phm": 4}}}, "15"),
+        ({"prompt": {"method": "prefix-tuning"}}, "cannot be used at site 'input'"),
+        ({"prompt": {"method": "spt-reconstruction", "options": {"k": 7}}}, "7"),
+    ],
+)
+def test_an_arm_that_cannot_be_is_refused_before_any_training(tmp_path, own, message):
+    values = study_values(tmp_path) | {"arms": ["prompt-tuning", "odd"], "own": {"odd": {"about": "odd", **own}}}
+    with pytest.raises(ConfigError, match=message):
+        execute(parse(values, Study))
+    assert not Path(values["out"], "tasks").exists()
+    assert not Path(values["out"], "speed").exists()
