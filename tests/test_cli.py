@@ -12,7 +12,7 @@ import local
 from softprompts import artefact, assets, cli, job
 from softprompts.config import Run
 from softprompts.recipes.multitask import Plan
-from softprompts.studies.task_prompt_vectors import Study
+from softprompts.studies import instance_prompts, task_prompt_vectors
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_shipped_examples_are_short_and_right():
     files = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
     assert len(files) >= 4
     for file in files:
-        kind = {"multitask": Plan, "vectors": Study}.get(file.stem, Run)
+        kind = {"multitask": Plan, "vectors": task_prompt_vectors.Study, "instance": instance_prompts.Study}.get(file.stem, Run)
         assert len(file.read_text().splitlines()) <= (25 if kind is Run else 50), file
         cli.read_config(file, (), kind)
 

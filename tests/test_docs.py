@@ -13,7 +13,7 @@ import yaml
 
 from softprompts import config
 from softprompts.recipes.multitask import Plan
-from softprompts.studies.task_prompt_vectors import Study
+from softprompts.studies import instance_prompts, task_prompt_vectors
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -44,6 +44,13 @@ STUDY = [
     *("--set", "few.target.shots=[0, 4]", "--set", "few.target.seeds=[0]", "--set", "few.target.rates=[0.1]"),
     *("--set", "few.target.arms=[prompt-tuning, vectors]", "--set", "evaluate.resamples=100"),
 ]  # fmt: skip
+INSTANCE = [
+    *("--set", "tasks=[{source: trec, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
+    *("--set", "arms=[prompt-tuning, ipt-pretrained, idpg-m]", "--set", "upper=[]", "--set", "speed.steps=2"),
+    *("--set", "compare.train.steps=2", "--set", "compare.shots=[null]", "--set", "compare.seeds=[0]"),
+    *("--set", "compare.rates=[0.1]", "--set", "compare.tune_on=null", "--set", "compare.weight_targets=null"),
+    *("--set", "pretrain.train.steps=2", "--set", "speed.repeats=1", "--set", "evaluate.resamples=100"),
+]
 SMALL = ["--set", "task.split.limit={train: 40, validation: 8, test: 8}"]
 
 
@@ -98,6 +105,8 @@ def test_every_command_runs(folder):
             arguments = [*arguments, *MULTITASK]
         if arguments[:2] == ["study", "vectors"]:
             arguments = [*arguments, *STUDY]
+        if arguments[:2] == ["study", "instance"]:
+            arguments = [*arguments, *INSTANCE]
         if arguments[:2] == ["vector", "search"]:
             arguments = [*arguments, "--coefficients", "0,1"]
         if arguments[0] == "evaluate" and "--data" in arguments:
@@ -116,7 +125,14 @@ def test_every_snippet_runs(page, text, tmp_path):
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=lambda x: x.name if isinstance(x, Path) else "")
 def test_every_configuration_is_right(page, text):
     values = yaml.safe_load(text)
-    config.parse(values, Plan if "sources" in values else Study if "vectors" in values else config.Run)
+    config.parse(values, kind_of(values))
+
+
+def kind_of(values):
+    """What a configuration is of, by a section that only that has."""
+    kinds = {"sources": Plan, "vectors": task_prompt_vectors.Study, "compare": instance_prompts.Study}
+    kinds["own"] = instance_prompts.Study
+    return next((kind for key, kind in kinds.items() if key in values), config.Run)
 
 
 def test_every_link_leads_somewhere():

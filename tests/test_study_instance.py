@@ -46,6 +46,7 @@ def study_values(folder: Path) -> dict:
                 "prompt": {"method": "idpg", "site": "layers", "mode": "add", **small},
                 "rates": [0.2],
             },
+            "spt": {"about": "small", "prompt": {"method": "spt-reconstruction", "options": {"bank": 50, "k": 2}}},
         },
         "upper": ["lora"],
         "compare": {
@@ -148,7 +149,7 @@ def test_what_training_moved_is_told(done):
     assert "lora" not in results["moved"]
 
 
-def test_nothing_is_done_twice_and_what_changed_is_done_anew(done, monkeypatch):
+def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
     values, results = done
     said: list[str] = []
     again = execute(parse(values, Study), Screen(say=said.append))
@@ -191,7 +192,7 @@ def test_verdict():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arms": ["prompt-tunning"]}, "arms: 'prompt-tunning' is unknown, did you mean 'prompt-tuning'"),
+        ({"arms": ["prompt-tunning"]}, "arms: 'prompt-tunning' is unknown; did you mean 'prompt-tuning'"),
         ({"upper": ["adapter"]}, "upper: 'adapter' is unknown"),
         ({"pretrain": None}, "arm 'ipt-pretrained' begins at what was pretrained; give the section pretrain"),
         ({"prompt": {"length": 6, "method": "idpg"}}, "prompt.method is set by each arm"),
@@ -211,7 +212,7 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
     [
         ({"prompt": {"method": "idpg", "options": {"hidden": 15, "phm": 4}}}, "15"),
         ({"prompt": {"method": "prefix-tuning"}}, "cannot be used at site 'input'"),
-        ({"prompt": {"method": "spt-reconstruction", "options": {"k": 7}}}, "7"),
+        ({"prompt": {"method": "spt-reconstruction", "options": {"bank": 50, "k": 7}}}, "7"),
     ],
 )
 def test_an_arm_that_cannot_be_is_refused_before_any_training(tmp_path, own, message):

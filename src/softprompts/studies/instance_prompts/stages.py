@@ -15,7 +15,7 @@ from softprompts.prepare import SILENT
 from softprompts.recipes import comparison, pretrain, stage
 from softprompts.recipes.comparison import Cell, Comparison, Found, size_name
 from softprompts.studies.instance_prompts.plan import Study
-from softprompts.studies.instance_prompts.runs import arm_run, pretrain_run, speed_run, weights_run
+from softprompts.studies.instance_prompts.runs import arm_run, pretrain_run, pretrained, speed_run, weights_run
 from softprompts.studies.instance_prompts.summary import page_of, summarise
 from softprompts.variants import variants
 
@@ -93,9 +93,8 @@ def _runs(study: Study, screen: Screen, title: str, shots: int | None, cells: Se
                 run = weights_run(study, task, shots, one)
                 found.append(comparison.alone(f"{said}, {one.name}", run, one, screen))
             continue
-        inputs = [f"{pretrain_run(study, arm).out}/prompt"] if study.known[arm].pretrain else []
         run = arm_run(study, task, shots, own, part)
-        found += comparison.together(f"{said}, {arm}, {part}", run, own, screen, inputs)
+        found += comparison.together(f"{said}, {arm}, {part}", run, own, screen, _inputs(study, arm))
     return found
 
 
@@ -106,7 +105,13 @@ def _speed(study: Study, screen: Screen) -> dict[str, dict[str, float]]:
     turns: dict[str, list[float]] = {}
     for turn in range(study.speed.repeats):
         for name in (*study.arms, *study.upper):
-            page = stage.runs(f"step time of {name}, turn {turn + 1}", speed_run(study, name, turn), screen)
+            title = f"step time of {name}, turn {turn + 1}"
+            page = stage.runs(title, speed_run(study, name, turn), screen, _inputs(study, name))
             seconds = [step["seconds"] for step in page["curve"]]
             turns.setdefault(name, []).extend(seconds[1:] or seconds)
     return {name: {"ms": 1000 * statistics.median(each), "n": len(each)} for name, each in turns.items()}
+
+
+def _inputs(study: Study, name: str) -> list[str]:
+    """The directories with the states that an arm starts from."""
+    return [str(pretrained(study, name) / "prompt")] if name in study.known and study.known[name].pretrain else []
