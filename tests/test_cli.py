@@ -157,8 +157,9 @@ def test_fold_writes_a_plain_prompt(tmp_path, call):
 def test_shipped_examples_are_short_and_right():
     files = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))
     assert len(files) >= 4
+    kinds = {"multitask": Plan, "vectors": task_prompt_vectors.Study, "instance": instance_prompts.Study}
     for file in files:
-        kind = {"multitask": Plan, "vectors": task_prompt_vectors.Study, "instance": instance_prompts.Study}.get(file.stem, Run)
+        kind = kinds.get(file.stem, Run)
         assert len(file.read_text().splitlines()) <= (25 if kind is Run else 50), file
         cli.read_config(file, (), kind)
 

@@ -98,7 +98,9 @@ def _default_slot(site: str, length: int) -> Any:
     from softprompts.prompt import Slot
 
     parts = {"input": (), "layers": (WIDTH,) * LAYERS, "kv": (KEYS,) * LAYERS}.get(site)
-    return None if parts is None else Slot(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts)
+    if parts is None:
+        return None
+    return Slot(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
 
 
 def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
