@@ -303,8 +303,9 @@ def test_the_list_of_methods(call: Callable[..., Any]) -> None:
     found = json.loads(call("methods", "--json")[1])
     assert found.keys() == methods.METHODS.keys()
     assert all(row["paper"] and row["sites"] and row["about"] for row in found.values())
-    assert [name for name, row in found.items() if row["sees_input"]] == ["attempt"]
-    assert [name for name, row in found.items() if not row["folds"]] == ["attempt"]
+    look = ["attempt", "ipt", "idpg", "spt-reconstruction"]
+    assert [name for name, row in found.items() if row["sees_input"]] == look
+    assert {name for name, row in found.items() if not row["folds"]} == {*look, "dept"}  # which changes the text
     sizes = {name: row["trained"]["numbers"] for name, row in found.items()}
     assert sizes == {
         "prompt-tuning": 20 * 576,
@@ -315,6 +316,10 @@ def test_the_list_of_methods(call: Callable[..., Any]) -> None:
         "p-tuning": 4_666_752,
         "residual": 20 * 576 + 2 * 800 * 576 + 800 + 3 * 576,
         "low-rank": 10 * (20 + 576),
+        "ipt": 49152 * 576,
+        "idpg": 2 * 16**3 + 576 * 256 // 16 + 256 * 20 * 576 // 16 + 20 * 576 + 256,
+        "dept": 20 * 576 + 45 * (256 + 576),
+        "spt-reconstruction": (20 - 5) * 576,
     }
     assert {name: row["trained"]["site"] for name, row in found.items() if row["sites"][0] != "input"} == {
         "prefix-tuning": "kv",
