@@ -345,6 +345,9 @@ def test_the_list_for_a_model(call: Callable[..., Any], tmp_path: Path, name: st
     found = json.loads(out)
     assert found["prompt-tuning"]["trained"] == {"site": "input", "numbers": 5 * 32}
     assert found["prefix-tuning"]["trained"] == {"site": site, "numbers": 5 * width}
+    assert found["spt-reconstruction"]["trained"] is None
+    assert found["spt-reconstruction"]["why"].startswith("k 5 leaves no room for a trained prompt")
+    assert "k 5 leaves no room" in " ".join(call("methods", "--model", model, "--length", "5")[1].split())
     status, _, err = call("methods", "--model", model, "--length", "500")
     assert (status, "leaves no room for text" in err) == ((1, True) if name != "t5" else (0, False))
 

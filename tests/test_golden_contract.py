@@ -12,9 +12,10 @@ import tiny
 from rows import INPUT, called
 from softprompts import backbone as b
 from softprompts import inject, objectives
+from softprompts.generate import generate
 from softprompts.learner import Learner
 from softprompts.methods import METHODS, find, groups
-from softprompts.prompt import IGNORE, Batch, Prompt, Start
+from softprompts.prompt import IGNORE, Batch, Prompt, Start, Step
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -268,11 +269,16 @@ FROZEN = [
     *((name, site, "lm") for name, site in rows.cases(("llama", "opt", "gemma2", "t5", "bart", "bert"))),
     *((name, INPUT, head) for name in ("llama", "bart", "bert") for head in ("sequence", "span")),
 ]
+FROZEN_BY = [
+    *((*case, "prompt-tuning") for case in FROZEN),
+    *((name, sites(name, method)[0], "lm", method) for method in CASES for name in ("llama", "t5")),
+    ("llama", rows.ADD, "lm", "idpg"),
+]
 
 
-@pytest.mark.parametrize(("name", "site", "head"), FROZEN, ids=called)
-def test_frozen(name: str, site: inject.Site, head: str) -> None:
-    made = learner(name, site=site, head=head)
+@pytest.mark.parametrize(("name", "site", "head", "method"), FROZEN_BY, ids=called)
+def test_frozen(name: str, site: inject.Site, head: str, method: str) -> None:
+    made = learner(name, method, site=site, head=head)
     model = made.backbone.model
     before = snapshot(model)
     start = [p.detach().clone() for p in made.method.parameters()]
@@ -287,7 +293,34 @@ def test_frozen(name: str, site: inject.Site, head: str) -> None:
         optimiser.step()
     assert snapshot(model) == before
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert all((p - s).abs().sum() > 0 for p, s in zip(made.method.parameters(), start, strict=True))
+    assert all((p - s).abs().sum() > 0 for p, s in zip(made.method.parameters(), start, strict=True) if p.requires_grad)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5"), ids=called)
+def test_scores_and_writing_react_to_every_block(name: str, site: inject.Site, method: str) -> None:
+    """What is trained is what answers: each parameter of a task moves the loss, and the scores of what is written."""
+    made = learner(name, method, site)
+    for i, parameter in enumerate(made.method.parameters()):  # away from starts at zero, behind which nothing reacts
+        parameter.add_(rows.random(60 + i, *parameter.shape) / 4)
+    batch = batch_of(name, [0, 1, 2])
+    texts = Batch(batch.ids, batch.mask * (batch.mask.cumsum(1) <= 2 if name == "llama" else 1), batch.task)
+
+    def both() -> tuple[Tensor, Tensor]:
+        prompt = made.prompt(batch)
+        step = Step(batch, prompt, made.forward(batch, prompt), lambda other: made.forward(batch, other))
+        options = {"max_new_tokens": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+        written = generate(made.backbone, texts, made.prompt(texts), made.site, **options)
+        return objectives.task(step), torch.stack(written.scores)
+
+    score, scores = both()
+    for key, parameter in made.method.named_parameters():
+        kept = parameter.clone()
+        parameter.add_(rows.random(3, *parameter.shape))
+        other, others = both()
+        parameter.copy_(kept)
+        assert abs(float(other - score)) > 1e-6, key
+        assert float((others - scores).abs().max()) > 1e-6, key
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "t5", "bert"])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rows
+import test_golden_contract as contract
 import tiny
 from rows import ADD, INPUT, KV, REPLACE, called
 from softprompts import generate, init, inject
@@ -55,13 +56,19 @@ def read_words(bb: Backbone, words: Tensor, row: Tensor, place: Sequence[int], s
 
 
 def by_hand(
-    bb: Backbone, site: inject.Site, values: Tensor, row: Tensor, place: Sequence[int], sizes: Sequence[int]
+    bb: Backbone,
+    site: inject.Site,
+    values: Tensor,
+    row: Tensor,
+    place: Sequence[int],
+    sizes: Sequence[int],
+    added: Tensor | float = 0.0,
 ) -> Tensor:
-    """The same with the prompt `values [P, D]` put in by hand, at every layer where it is deep."""
+    """The same with the prompt `values [P, D]` put in by hand, at every layer where it is deep; `added` to the text."""
     full = order(place, sizes, len(row))
     own = [at for at, token in enumerate(full) if token < len(values)]
     parts = values.chunk(len(bb.layers) if site.name == "layers" else 1, -1)
-    both = torch.cat([parts[0], bb.model.get_input_embeddings()(row)])[full][None]
+    both = torch.cat([parts[0], bb.model.get_input_embeddings()(row) + added])[full][None]
     handles = []
     for layer, part in list(zip(bb.layers, parts, strict=False))[1:] if len(parts) > 1 else []:
 
@@ -134,6 +141,33 @@ def test_rows_of_other_prompts_and_segments(name: str) -> None:
         gradients = torch.autograd.grad(sum((x * w).sum() for x, w in zip(found, weights, strict=True)), values)
         for one, other in zip(gradients, wanted, strict=True):
             assert float((one - other).norm() / other.norm()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site", "method"), contract.everywhere("llama", "bert", "t5"), ids=called)
+def test_every_method_stands_in_segments(name: str, site: inject.Site, method: str) -> None:
+    """Each row of a padded batch as its prompt put in by hand; one that is shorter for its text ends in the first."""
+    if site.name not in ("input", "layers"):
+        return
+    parted = replace(site, place="template", segments=SIZES)
+    made = contract.learner(name, method, parted)
+    for i, parameter in enumerate(made.method.parameters()):
+        parameter.add_(rows.random(40 + i, *parameter.shape) / 4)
+    places = ((0, 2), (1, 2), (2, 2), (0, 1))
+    batch = replace(contract.batch_of(name, [2, 0, 1, 2]), place=torch.tensor(places))
+    prompt = made.prompt(batch)
+    seen = batch if made.backbone.family.name == "seq2seq" else replace(batch, labels=None)
+    output = inject.forward(made.backbone, seen, prompt, parted)
+    for i, place in enumerate(places):
+        row, own = batch.ids[i][batch.mask[i].bool()], prompt.row[i]
+        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.slot.features)
+        if prompt.added is not None:
+            reach = min(int(prompt.added.reach[i]), prompt.added.values.shape[1])
+            added[:reach] = prompt.added.values[own, :reach]
+            assert added.any()
+        first = min(SIZES[0], len(values))
+        expected = by_hand(made.backbone, site, values, row, place, (first, len(values) - first), added)
+        torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gptj"])

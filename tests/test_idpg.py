@@ -514,29 +514,6 @@ def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: inject.Sit
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("name", "site"), [("llama", INPUT), ("llama", rows.ADD), ("t5", INPUT)], ids=called)
-def test_scores_and_writing_react_to_every_block(name: str, site: inject.Site) -> None:
-    """What is trained is what answers: each parameter moves the loss, and the scores of what is written."""
-    one = learner(name, site, spread=0.2, phm=4)
-    batch = batch_of(name, [0, 1])
-    texts = Batch(batch.ids, batch.mask * (batch.mask.cumsum(1) <= 2 if name == "llama" else 1), batch.task)
-
-    def both() -> tuple[Tensor, Tensor]:
-        given = {"max_new_tokens": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-        written = generate(one.backbone, texts, one.prompt(texts), one.site, **given)
-        return objectives.task(one.step(batch)), torch.stack(written.scores)
-
-    loss, scores = both()
-    for key, parameter in one.method.named_parameters():
-        kept = parameter.clone()
-        parameter.add_(rows.random(3, *parameter.shape))
-        other, others = both()
-        parameter.copy_(kept)
-        assert abs(float(other - loss)) > 1e-6, key
-        assert float((others - scores).abs().max()) > 1e-6, key
-
-
-@torch.no_grad()
 def test_a_task_alone_answers_as_among_others() -> None:
     method, seen = made("M", generator="phm", hidden=4, phm=2), context()
     prompts = method(seen).values

@@ -273,6 +273,7 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
         ({"strategy": "mlp"}, 50265, 1024, 100, 104_960_000 + 51_471_360),
         ({}, 49152, 576, 20, 28_311_552),
         ({"table": "low-rank", "rank": 16}, 49152, 576, 20, 49152 * 16 + 16 * 576),
+        ({"table": "low-rank", "strategy": "cnn"}, 49152, 576, 20, 795_648 + 12 * 576 + 3 + 3 * 11_520 + 11_520),
         ({"table": "hashed", "rows": 2048}, 49152, 576, 20, 2048 * 576),
         ({"table": "common", "rows": 2048}, 49152, 576, 20, 2049 * 576),
     ],

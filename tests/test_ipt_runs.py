@@ -69,6 +69,8 @@ def test_a_run_and_its_artefact(values: dict[str, Any], tmp_path: Path) -> None:
     results = job.execute(run)
     table = made.learner.method.table.rows
     assert results["summary"]["trainable"] == table.numel()
+    size = sum(p.numel() for p in made.learner.backbone.model.parameters())
+    assert results["summary"]["share"] == pytest.approx(table.numel() / size)
     rows = [made.encoders[0].encode(row).ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
     found = artefact.load(tmp_path / "out" / "prompt")

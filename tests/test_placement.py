@@ -182,7 +182,8 @@ def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
     ("prompt", "task", "message"),
     [
         ({}, {"template": "<prompt:3>{text}"}, "slots have 3 = 3 prompt tokens, but prompt.length is 4"),
-        ({}, {"template": "<prompt>:"}, "the template has a slot for the prompt, but none for the text"),
+        ({}, {"template": "<prompt>:"}, "the template '<prompt>:' has no slot for the text"),
+        ({}, {"template": "Type:"}, "the template 'Type:' has no slot for the text"),
         ({"site": "kv"}, {"template": "{text}<prompt>"}, "place 'template' is not possible at site 'kv'"),
         ({"site": "kv", "place": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
         ({"place": "template"}, {}, "prompt.place is template, but the template '{text}:' has no slot"),
@@ -265,6 +266,27 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
             begin = len(text.ids) + 4 - 1
             own = sum(float(logits[begin + i, token]) for i, token in enumerate(answer))
             assert found_answer.scores[label] == pytest.approx(own, abs=2e-5)
+
+
+def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
+    """IPT has a prompt token for each of the text's tokens: of a short text the last slot stays partly empty."""
+    values = local.run_values(tmp_path, steps=2)
+    values["task"] |= {"template": "<prompt:9>{text}<prompt:9>:", "split": {"test_fraction": 0.2, "limit": {"test": 4}}}
+    values["prompt"] = {"method": "ipt", "length": 18}
+    job.execute(parse(values))
+    made, opened = (
+        job.prepare(parse(values)),
+        job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model),
+    )
+    test, encoder = made.tasks[0].test, made.encoders[0]
+    batch = collate([encoder.encode(row) for row in test], 0)
+    assert int(opened.learner.prompt(batch).lengths.min()) < 18
+    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    for row, one in zip(test, together, strict=True):
+        (alone,) = evaluate.answers(
+            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluateConfig()
+        )
+        assert alone.scores == pytest.approx(one.scores, abs=2e-5)
 
 
 def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:

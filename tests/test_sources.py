@@ -338,6 +338,8 @@ def test_a_broken_file_is_named(name, tmp_path):
     ("task", "message"),
     [
         ({"template": "{tetx}"}, "no column 'tetx' for the template; did you mean 'text'? columns: text, label"),
+        ({"template": "Type:"}, "the template 'Type:' has no slot for the text, so that all rows would be the same; "
+         "write a column in braces, as in 'Type:{text}'"),
         ({"pair": "{other}"}, "no column 'other' for the template; columns: text, label"),
         ({"label": "labels"}, "no column 'labels' for the label; did you mean 'label'? columns: text, label"),
         ({"verbaliser": {"c0": "a", "c3": "b"}},

@@ -1,17 +1,21 @@
 """The study of prompts that look at the input, on a tiny model: what is compared, what is reused, what is said."""
 
+import functools
 import json
 import statistics
 from pathlib import Path
 
 import pytest
+import yaml
 
 import local
+from softprompts import train
 from softprompts.config import ConfigError, parse
 from softprompts.prepare import Screen
+from softprompts.recipes import pretrain
 from softprompts.studies.instance_prompts import Study, execute
 from softprompts.studies.instance_prompts.plan import ARMS
-from softprompts.studies.instance_prompts.summary import verdict
+from softprompts.studies.instance_prompts.summary import page_of, verdict
 
 TRAINED = [
     "prompt-tuning",
@@ -166,6 +170,69 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
         *(f"alpha {size}, ipt-pretrained, {part}" for size in ("full", "2-shot") for part in ("rates", "seeds")),
         *(f"beta {size}, ipt-pretrained, seeds" for size in ("full", "2-shot")),
     }
+
+
+def small(values: dict, folder: Path) -> dict:
+    """The same study with three arms on one task, one of them taught first, and without timed steps."""
+    arms = ["prompt-tuning", "ipt-pretrained", "idpg-m"]
+    compare = {**values["compare"], "shots": [2], "rates": [0.1]}
+    return {**values, "arms": arms, "upper": [], "speed": None, "compare": compare, "out": str(folder)}
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_an_interrupted_study_goes_on_to_the_same_results(done, tmp_path, monkeypatch, at):
+    """Cut in the second step of pretraining, and in the first run of the second arm."""
+    values, _ = done
+    expected = execute(parse(small(values, tmp_path / "whole"), Study))
+    taught, joint, steps = pretrain._step, train.joint_steps, 0
+
+    def cut(original, *given):
+        nonlocal steps
+        steps += 1
+        if steps == at:
+            raise KeyboardInterrupt
+        return original(*given)
+
+    monkeypatch.setattr(pretrain, "_step", functools.partial(cut, taught))
+    monkeypatch.setattr(train, "joint_steps", functools.partial(cut, joint))
+    with pytest.raises(KeyboardInterrupt):
+        execute(parse(small(values, tmp_path / "out"), Study))
+    monkeypatch.undo()
+    found = execute(parse(small(values, tmp_path / "out"), Study))
+    assert found["arms"] == expected["arms"]
+    assert found["curves"] == expected["curves"]
+
+
+def test_numbers_times_and_scores_stand_in_one_table(done):
+    _, results = done
+    for table, size in zip(page_of(results)["tables"], results["arms"], strict=False):
+        columns = table["columns"]
+        assert columns == [
+            *("arm", "what it is", "trained numbers", "of the model's", "moved by training", "step, ms"),
+            *("step over prompt tuning's", "alpha (accuracy)", "beta (accuracy)", "mean"),
+        ]
+        assert [row[0] for row in table["rows"]] == ["no prompt", *TRAINED, "lora"]
+        for row, line in zip(table["rows"][1:-1], size["lines"][1:], strict=False):
+            assert None not in row
+            assert row[2] == line["trainable"]
+            assert row[columns.index("beta (accuracy)")] == line["scores"]["beta"]
+            assert row[5] == f"{results['speed'][row[0]]['ms']:.0f}"
+        assert table["rows"][1][6] == "1.00"
+
+
+def test_the_command_says_how_far_each_arm_came(call, done, tmp_path):
+    values = small(done[0], tmp_path / "out")
+    values |= {"arms": ["prompt-tuning", "idpg-m"], "pretrain": None, "speed": {"steps": 2, "repeats": 1}}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
+    status, out, err = call("study", "instance", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
+    assert status == 0, err
+    results = json.loads((tmp_path / "o/results.json").read_text())
+    assert results["claims"]["2-shot"]["words"] in out
+    assert f"{results['speed']['idpg-m']['ms']:.0f}" in out
+    assert str(tmp_path / "o/report.html") in out
+    status, _, err = call("study", "instance", "--config", tmp_path / "study.yaml", "--set", "compare.rate=[1]")
+    assert status == 1
+    assert "unknown key" in err
 
 
 def test_verdict():

@@ -53,6 +53,17 @@ def test_training_lowers_the_loss_and_reports_every_step(values):
     assert reports[-1].rms_ratio == pytest.approx(float(rms), rel=1e-5)
 
 
+def test_a_seed_is_a_curve(values):
+    """The same seed gives the same losses to the bit; another one takes the rows in another order, from one start."""
+    values["prompt"]["init"] = {"kind": "vocabulary", "seed": 5}
+    (one, first), (same, again), (other, others) = (fitted({**values, "seed": seed}) for seed in (0, 0, 1))
+    losses = [[report.loss for report in each] for each in (first, again, others)]
+    assert losses[0] == losses[1]
+    assert torch.equal(prompt_of(one), prompt_of(same))
+    assert all(a != b for a, b in zip(losses[0], losses[2], strict=True))
+    assert not torch.equal(prompt_of(one), prompt_of(other))
+
+
 @pytest.mark.parametrize("optimiser", ["adamw", "adafactor"])
 def test_resuming_equals_never_stopping(values, tmp_path, optimiser):
     whole, all_reports = fitted(values, optimiser=optimiser)

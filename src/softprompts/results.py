@@ -74,6 +74,7 @@ def page_of(
             "steps": len(history),
             "seconds": round(seconds, 1),
             "trainable": job.weights.count if job.weights else _prompt_size(job),
+            "share": (job.weights.count if job.weights else _prompt_size(job)) / _size(job),
             "moved": None if job.weights else _moved(job),
             "tokens_per_second": rate,
         },
@@ -104,6 +105,11 @@ def page_of(
 def _prompt_size(job: Job) -> int:
     """Trained numbers a task."""
     return sum(parameter.numel() for parameter in job.learner.parameters().values()) // len(job.tasks)
+
+
+def _size(job: Job) -> int:
+    """Numbers of the backbone, however they are stored."""
+    return int(job.learner.backbone.model.num_parameters())
 
 
 def _moved(job: Job) -> int:

@@ -43,7 +43,7 @@ def methods(
             name,
             row["about"],
             row["paper"] or "-",
-            "-" if row["trained"] is None else f"{row['trained']['numbers']:,} at {row['trained']['site']}",
+            f"{row['trained']['numbers']:,} at {row['trained']['site']}" if row["trained"] else row["why"] or "-",
             ", ".join(row["sites"] or ()) or "-",
             _told(row["folds"]),
             _told(row["sees_input"]),
@@ -60,23 +60,30 @@ def _told(answer: bool | None) -> str:
 def _row(name: str, kind: Any, slot: Callable[[str, int], Any], length: int) -> dict[str, Any]:
     """What is known of a method; of what one by third parties does not say, nothing is."""
     sites = getattr(kind, "sites", None)
+    trained, why = _trained(name, sites or SITES, slot, length)
     return {
         "about": (python.getdoc(kind) or "-").splitlines()[0],
         "paper": getattr(kind, "paper", None),
         "sites": None if sites is None else list(sites),
         "folds": hasattr(kind, "fold"),
         "sees_input": getattr(kind, "sees_input", None),
-        "trained": _trained(name, sites or SITES, slot, length),
+        "trained": trained,
+        "why": why,
     }
 
 
-def _trained(name: str, sites: tuple[str, ...], slot: Callable[[str, int], Any], length: int) -> dict[str, Any] | None:
-    """How many numbers the method trains for a task, at the first of `sites` that there is; None where unknown."""
+def _trained(
+    name: str, sites: tuple[str, ...], slot: Callable[[str, int], Any], length: int
+) -> tuple[dict[str, Any] | None, str | None]:
+    """How many numbers the method trains for a task, at the first of `sites` that there is; or None and, where the
+    method says it, why there are none."""
     import torch
 
+    from softprompts.config import ConfigError
     from softprompts.methods import build
     from softprompts.prompt import Start
 
+    why = None
     for site in sites:
         found = slot(site, length)
         if found is None:
@@ -86,11 +93,14 @@ def _trained(name: str, sites: tuple[str, ...], slot: Callable[[str, int], Any],
             try:
                 with torch.device(device):
                     made = build(name, {}, found, Start(zeros, zeros[None]))
+            except ConfigError as error:
+                why = str(error).removeprefix(f"method {name}: ")
+                continue
             except Exception:  # what third parties' methods raise, or need besides, cannot be known
                 continue
             numbers = sum(p.numel() for p in made.parameters() if p.requires_grad)
-            return {"site": site, "numbers": numbers}
-    return None
+            return {"site": site, "numbers": numbers}, None
+    return None, why
 
 
 def _default_slot(site: str, length: int) -> Any:

@@ -125,15 +125,20 @@ def show_runs(results: Mapping[str, Any]) -> None:
         table_or_lines("over the seeds", columns, groups)
 
 
-def show_arms(results: Mapping[str, Any]) -> None:
-    """The arms of a study on its targets: a table for each size on a terminal, a line each elsewhere."""
+def show_arms(results: Mapping[str, Any], more: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    """The arms of a study on its targets: a table for each size on a terminal, a line each elsewhere.
+
+    more: further columns, with what each arm has there.
+    """
+    more = more or {}
     for one in results["arms"]:
         rows = []
         for line in one["lines"]:
             scores = [line["scores"].get(target) for target in one["targets"]]
             mean = "-" if line["mean"] is None else f"{line['mean']:.3f}"
-            rows.append((line["arm"], f"{line['trainable']:,}", *map(_mean, scores), mean))
-        table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *one["targets"], "mean"), rows)
+            further = [column.get(line["arm"], "-") for column in more.values()]
+            rows.append((line["arm"], f"{line['trainable']:,}", *further, *map(_mean, scores), mean))
+        table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *more, *one["targets"], "mean"), rows)
 
 
 def show_files(**files: Any) -> None:
@@ -150,8 +155,9 @@ def show_claims(results: Mapping[str, Any]) -> None:
 
 
 def show_comparison(results: Mapping[str, Any]) -> None:
-    """The arms of a study on its tasks, then how far each is from the first."""
-    show_arms(results)
+    """The arms of a study on its tasks with their step times, then how far each is from prompt tuning."""
+    times = {arm: f"{one['ms']:.0f}" for arm, one in results["speed"].items()}
+    show_arms(results, {"step, ms": times} if times else None)
     show_claims(results)
 
 
@@ -198,7 +204,9 @@ def show(page: dict[str, Any]) -> None:
             f"{summary['metric']}: {before}{_score(summary['after'])} after {summary['steps']} steps", markup=False
         )
     moved = summary.get("moved")
-    some = f" ({moved:,} moved)" if moved is not None and moved < summary["trainable"] else ""
+    told = [f"{100 * summary['share']:.2g} % of the model's"] if summary.get("share") is not None else []
+    told += [f"{moved:,} moved"] if moved is not None and moved < summary["trainable"] else []
+    some = f" ({', '.join(told)})" if told else ""
     out.print(f"{summary['trainable']:,} trained numbers{some}, {summary['seconds']:.0f} s in all")
 
 

@@ -101,10 +101,15 @@ def load(config: TaskConfig) -> Task:
 
     Classes without a verbaliser are the sorted labels of all splits and answer with their own names.
 
-    Raises DataError as `sources.read` does, and for a format that cannot be used: answers that two labels share, an
-    unknown positive label, a column to truncate that the template does not have.
+    Raises DataError as `sources.read` does, and for a format that cannot be used: a template without any column,
+    answers that two labels share, an unknown positive label, a column to truncate that the template does not have.
     """
     config = packaged.resolve(config)
+    if config.template and config.kind != "generation" and not (fields(config.template) or fields(config.pair)):
+        raise DataError(
+            f"{config.title}: the template {config.template!r} has no slot for the text, so that all rows would be the "
+            f"same; write a column in braces, as in {config.template + '{text}'!r}"
+        )
     rows = sources.read(config)
     every = (*rows.train, *rows.validation, *rows.test)
     template = default_template(rows.columns, config.label) if config.template is None else config.template

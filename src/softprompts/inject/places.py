@@ -79,8 +79,10 @@ def _check_segments(place: Tensor, segments: Tensor | None, prompt: Prompt) -> N
         raise BackboneError(
             f"{segments.shape[1]} segments of the prompt, but {place.shape[1]} places; give one place for each"
         )
-    lengths = prompt.lengths[prompt.row]
-    wrong = (segments < 0).any(1) | (segments.sum(1) != lengths)
+    # A prompt that is shorter for a short text fills the segments in their order, as far as it goes.
+    lengths, total = prompt.lengths[prompt.row], segments.sum(1)
+    short = (lengths < prompt.values.shape[1]) & (total > lengths) & (total <= prompt.values.shape[1])
+    wrong = (segments < 0).any(1) | (total != lengths) & ~short
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise BackboneError(

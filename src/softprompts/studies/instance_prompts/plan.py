@@ -53,12 +53,12 @@ ARMS: dict[str, Arm] = {
     ),
     "idpg-s": Arm(
         about="generated, at the input",
-        prompt={"method": "idpg", "options": {"hidden": 64, "encoder": "backbone", "cache": True}},
+        prompt={"method": "idpg", "options": {"hidden": 64, "encoder": "backbone"}},
         follow=GENERATOR,
     ),
     "idpg-m": Arm(
         about="generated, at every layer",
-        prompt={"method": "idpg", "site": "layers", "mode": "add", "options": {"encoder": "backbone", "cache": True}},
+        prompt={"method": "idpg", "site": "layers", "mode": "add", "options": {"encoder": "backbone"}},
         follow=GENERATOR,
     ),
     "spt": Arm(about="with rows of a memory (reconstruction)", prompt={"method": "spt-reconstruction"}),

@@ -36,7 +36,7 @@ def summarise(
         "claims": {size["size"]: verdict(size) for size in sizes},
         "arms": sizes,
         "speed": {name: dict(one) for name, one in speed.items()},
-        "moved": _moved(filled),
+        **{key: _mean_of(filled, key) for key in ("share", "moved")},
         "pretrained": {
             name: {key: page[key] for key in ("task", "scores", "majority")} for name, page in taught.items()
         },
@@ -71,21 +71,25 @@ def verdict(size: Mapping[str, Any]) -> dict[str, Any]:
     return {"over": over, "words": words}
 
 
-def _moved(filled: Comparison) -> dict[str, float]:
-    """Of each arm's trained numbers how many training moved, mean over its runs: of a table the rows that were read."""
-    moved: dict[str, list[int]] = {}
+def _mean_of(filled: Comparison, key: str) -> dict[str, float]:
+    """A figure of each arm's runs, the mean of those that have it.
+
+    share: trained numbers over the model's; moved: how many of them training moved, of a table the rows that were read.
+    """
+    found: dict[str, list[float]] = {}
     for own in filled.found.values():
         for one in own:
             for page in one.pages:
-                if page["summary"]["moved"] is not None:
-                    moved.setdefault(one.cell.arm, []).append(page["summary"]["moved"])
-    return {arm: fmean(each) for arm, each in moved.items()}
+                if page["summary"][key] is not None:
+                    found.setdefault(one.cell.arm, []).append(page["summary"][key])
+    return {arm: fmean(each) for arm, each in found.items()}
 
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results with the tables and pictures of their page."""
     plain = results["speed"].get(PLAIN)
     more = {
+        "of the model's": {arm: f"{100 * value:.2g} %" for arm, value in results["share"].items()},
         "moved by training": {arm: f"{value:,.0f}" for arm, value in results["moved"].items()},
         "step, ms": {arm: f"{one['ms']:.0f}" for arm, one in results["speed"].items()},
         "step over prompt tuning's": {arm: f"{one['ms'] / plain['ms']:.2f}" for arm, one in results["speed"].items()}
