@@ -178,7 +178,7 @@ def _summary(results: Mapping[str, Any]) -> str:
             f'<p class="hero">{change}<strong>{_figure(after.get("value"), 3).html}</strong></p><p>{_safe(text)}.</p>\n'
         )
     facts = [(name, found.get(name)) for name in ("steps", "trainable")]
-    facts += [("share of the model", f"{100 * found['share']:.2g} %")] if found.get("share") is not None else []
+    facts += [("% of the model's numbers", 100 * found["share"])] if found.get("share") is not None else []
     facts += [("moved in training", found["moved"])] if _fewer(found.get("moved"), found.get("trainable")) else []
     facts += [("tokens per second", found.get("tokens_per_second"))] + [(f"{name} rows", rows[name]) for name in rows]
     tiles = [(name, _figure(value).html) for name, value in facts if value is not None]
