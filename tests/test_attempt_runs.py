@@ -172,6 +172,7 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     assert results["next"][-1] == f"softprompts evaluate {folders[0]} {folders[1]}"
     model = parse(values).model
     both = job.open_artefacts(folders, model=model)
+    assert not any(part.training for part in both.learner.method.modules())
     rows = job.prepare(parse({**values, "runs": []})).tasks[0].test[:4]
     alone = []
     for folder in folders:

@@ -84,6 +84,7 @@ def test_a_run_its_artefact_and_its_resumption(folder: Path, tmp_path: Path, cas
     opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
     found = evaluate.evaluate(opened.learner, opened.encoder, ready.tasks[0].test, run.evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]
+    assert artefact.inspect(tmp_path / "out" / "prompt")["parameters"] == results["summary"]["trainable"]
     ready.learner.method.load_state_dict(made.state)
     assert torch.equal(stored.folded(ready.learner.method, "colours"), made.prompt)
     cut = parse(values(folder, tmp_path / "cut", PROMPTS[case]))

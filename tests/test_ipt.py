@@ -11,7 +11,8 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT, KV, REPLACE, called
-from softprompts import inject, objectives, optimise
+from softprompts import generate, inject, objectives, optimise
+from softprompts.backbone import BackboneError
 from softprompts.config import ConfigError, TrainConfig
 from softprompts.learner import Learner
 from softprompts.methods import build, state_of
@@ -436,6 +437,32 @@ def test_a_row_beside_another_method_is_the_row_alone(name: str, site: inject.Si
             who = one if i in (0, 2, 4) else plain
             expected = who.forward(alone, who.prompt(alone)).logits
             torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_text_of_no_words_has_no_prompt() -> None:
+    """Its first answer token is scored by nothing, whatever stands beside it; and there is nothing to go on from."""
+    made, candidates = learner("llama"), [[7], [8, 9]]
+    nothing, answer = torch.tensor([], dtype=torch.long), torch.tensor([7, 9])
+    found = {}
+    for seed in (1, 2):
+        ids, mask = rows.pad([torch.cat([rows.ids(seed, 5), answer]), answer], "right")
+        labels = torch.where(torch.tensor([[5], [0]]) <= torch.arange(7), ids, IGNORE).masked_fill(mask == 0, IGNORE)
+        batch = Batch(ids, mask, torch.zeros(2, dtype=torch.long), labels)
+        output = made.forward(batch, made.prompt(batch))
+        assert output.path == "concatenation: a row has a prompt of no tokens"
+        found[seed] = rows.of_row(output, 1)
+        assert len(rows.of_row(output, 0)) == 2
+        texts = Batch(*rows.pad([rows.ids(seed, 5), nothing], "right"), torch.zeros(2, dtype=torch.long))
+        scores = inject.continuations(made.backbone, texts, made.prompt(texts), made.site, candidates)
+        assert scores[1, 0] == 0
+        found[seed] = torch.cat([found[seed].flatten(), scores[1].float()])
+        with pytest.raises(BackboneError, match="a row has neither text nor"):
+            generate.generate(made.backbone, texts, made.prompt(texts), made.site, max_new_tokens=1)
+    torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=1e-5)
+    alone = Batch(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
+    scores = inject.continuations(made.backbone, alone, made.prompt(alone), made.site, candidates)
+    torch.testing.assert_close(scores[0].float(), found[1][-2:], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

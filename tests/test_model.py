@@ -210,6 +210,14 @@ def test_a_prompt_behind_the_first_token_scores_the_token_behind_it(side: str) -
     torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
     own = expected.logits[:, [0, 5, 6, 7, 8, 9]]
     torch.testing.assert_close(found.logits[:, mask[0].bool()], own, **CLOSE)
+    # Trainer leaves each row's first label out of its count where `loss_type` says so; nothing scores it here.
+    assert model.loss_type == "ForCausalLM"
+    counted = model(
+        ids, mask, labels=ids, num_items_in_batch=int((ids[:, 1:] != IGNORE).logical_and(mask[:, 1:]).sum())
+    )
+    if side == "right":
+        torch.testing.assert_close(counted.loss, expected.loss, **CLOSE)
+    assert SoftPromptModel(tiny.model("llama"), PromptConfig(length=4, init=RANDOM)).loss_type is None
 
 
 def test_features_are_the_texts_states() -> None:

@@ -314,6 +314,20 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
         assert torch.equal(artefact.load(tmp_path / "again" / "prompt" / name).prompt, one.prompt)
 
 
+def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
+    """Also in models without a limit of positions, where texts of all runs have the same room."""
+    values = local.run_values(tmp_path, "t5", steps=1)
+    values["task"] |= {
+        "template": "{text}<prompt>:",
+        "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}},
+    }
+    values["runs"] = [{"name": "a", "prompt.length": 3}, {"name": "b", "prompt.length": 5}]
+    job.execute(parse(values))
+    for name, length in (("a", 3), ("b", 5)):
+        found = artefact.load(tmp_path / "out" / name / "prompt")
+        assert (found.place, found.shape[0]) == ("template", length)
+
+
 def test_older_artefacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
     from artefacts import assert_equal, edit, example
 

@@ -69,6 +69,33 @@ def test_in_chats(place: Any) -> None:
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "family", "head"),
+    [(byte_bpe(), "causal", "lm"), (unigram(), "seq2seq", "lm"), (wordpiece(), "masked", "lm")],
+)
+def test_with_slots(tokenizer: Any, family: Any, head: Any) -> None:
+    """The template's words are the same with slots for the prompt between them; special tokens are none of them."""
+    form = replace(QUESTION, template="<prompt:1>Question: <prompt:2>{text} Type:" + " {mask}" * (family == "masked"))
+    encoder = Encoder(form, tokenizer, family, "lm", 60, slots=(1, 2))
+    for text in TEXTS:
+        assert own(encoder, {"text": text}, "human")[1] == "question:type:"
+    assert encoder.encode({"text": TEXTS[3]}).cut > 0
+
+
+def test_with_slots_in_chats() -> None:
+    """The user's own words, not the same ones of the system, which stand before them in the first turn's piece."""
+    form = replace(QUESTION, chat=True, system="The Question: is below", template="Question: <prompt>{text}\nType:")
+    encoder = Encoder(form, byte_bpe(chat=True), "causal", "lm", 200, slots=(3,))
+    for text in TEXTS[:2]:
+        found = encoder.encode({"text": text})
+        assert own(encoder, {"text": text})[1] == "question:type:"
+        first = found.words.index(1)
+        assert "below" in encoder.tokenizer.decode(found.ids[:first])
+    both = replace(form, system="Be <prompt:1> short: Question:")
+    encoder = Encoder(both, byte_bpe(chat=True), "causal", "lm", 200, slots=(1, 3))
+    assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
+
+
 def test_where_nobody_can_say() -> None:
     """A template without words of its own, and a tokenizer that knows no places."""
     encoder = Encoder(replace(QUESTION, template="{text}"), byte_bpe(), "causal", "lm", 60)

@@ -11,6 +11,7 @@ import yaml
 import local
 from softprompts import train
 from softprompts.config import ConfigError, parse
+from softprompts.data import DataError
 from softprompts.prepare import Screen
 from softprompts.recipes import pretrain
 from softprompts.studies.instance_prompts import Study, execute
@@ -272,6 +273,15 @@ def test_verdict():
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         parse({**study_values(tmp_path), **changes}, Study)
+
+
+@pytest.mark.parametrize("first", ["prompt-tuning", "ipt-pretrained"])
+def test_every_task_is_read_before_any_training(tmp_path, first):
+    values = small(study_values(tmp_path), tmp_path / "out") | {"arms": [first, "idpg-m"]}
+    values["tasks"][1]["template"] = "{words}"
+    with pytest.raises(DataError, match="no column 'words'"):
+        execute(parse(values, Study))
+    assert not Path(values["out"]).exists() or not list(Path(values["out"]).rglob("prompt"))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from softprompts.fingerprint import rms
 from softprompts.fingerprint import sketch_distance as sketch_distance
 from softprompts.manifest import MANIFEST as MANIFEST
 from softprompts.manifest import Manifest
-from softprompts.prompt import SOURCES, Fingerprint
+from softprompts.prompt import SOURCES, START, Fingerprint
 
 TENSORS = "softprompts.safetensors"
 CARD = "README.md"
@@ -152,7 +152,9 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     artefact, path = load(directory), Path(directory)
     prompt, start = artefact.prompt, artefact.initial
     state = artefact.state if prompt is None else artefact.state or {"prompt": prompt}
-    trained = [*(value for key, value in state.items() if key != SOURCES), *artefact.heads.values()]
+    learns = bool(artefact.options.get("trained"))  # of sources that are a memory
+    kept = [value for key, value in state.items() if key.split(".")[-1] != START and (key != SOURCES or learns)]
+    trained = [*kept, *artefact.heads.values()]
     files = {entry.name: entry.stat().st_size for entry in sorted(path.iterdir()) if entry.name in _FILES}
     return {
         "directory": str(path),

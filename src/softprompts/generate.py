@@ -50,8 +50,11 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
     inject.check_site(backbone, site)
     settings = _Settings(backbone, options)
     settings.refuse(site)
-    if bool((batch.mask.sum(1) == 0).any()) and site.name != "input":
+    empty = batch.mask.sum(1) == 0
+    if bool(empty.any()) and site.name != "input":
         raise BackboneError(f"a row without text cannot be continued at site '{site.name}'; use site 'input'")
+    if backbone.family is not SEQ2SEQ and bool((empty & (prompt.lengths[prompt.row] == 0)).any()):
+        raise BackboneError("a row has neither text nor, as its prompt is made from the text, a prompt; give it words")
     batch = inject.placed(backbone, batch, site, prompt)
     with torch.no_grad():
         if backbone.family is SEQ2SEQ:

@@ -140,7 +140,8 @@ def fixed_settings(job: Job) -> dict[str, Any]:
 
 def _key(job: Job, index: int) -> str:
     """What the rows of the job's task number `index` are read by: runs with the same key read them alike."""
-    return f"{index} {job.encoders[index].room} {job.run.tasks[index].model_dump_json()}"
+    encoder = job.encoders[index]
+    return f"{index} {encoder.room} {encoder.slots} {job.run.tasks[index].model_dump_json()}"
 
 
 def _encode(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Encoded]]:

@@ -120,7 +120,8 @@ def _once(
                 layers=layers,
             )
 
-    with torch.random.fork_rng(devices=[]):
+    device = learner.backbone.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         prompt = learner.prompt(batch, training=True)
         assert prompt is not None
         output = run(prompt)

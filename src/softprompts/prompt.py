@@ -15,6 +15,9 @@ from torch import Tensor
 IGNORE = -100
 """The label of a position that is not scored, as in transformers and torch."""
 
+START = "start"
+"""The last part of the names of buffers that hold where a network begins, to which it adds."""
+
 SOURCES = "sources"
 """The buffer in which a method keeps `Start.sources`, so that its artefacts hold all that it needs."""
 

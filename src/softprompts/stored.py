@@ -86,6 +86,7 @@ class SideBySide(nn.Module):
     def __init__(self, methods: Sequence[nn.Module]) -> None:
         super().__init__()
         self.methods = nn.ModuleList(methods)
+        self.eval()  # as its methods are: it only answers
 
     def forward(self, context: Context) -> Prompt:
         """The prompts of the batch's rows, whatever their tasks `[B]`."""

@@ -264,7 +264,11 @@ class Speller:
             raise DataError(f"{self.format.name}: the chat template leaves a slot for the prompt out or repeats it; "
                             "put <prompt> into another message")  # fmt: skip
         before = len(system) - 1
-        return [*((text, [(0, len(text))]) for text in found[:before]), *map(_inside, found[before:], pieces)]
+        inside = [
+            _inside(text, piece, last=len(pieces) > 1 and number == 0)
+            for number, (text, piece) in enumerate(zip(found[before:], pieces, strict=True))
+        ]
+        return [*((text, [(0, len(text))]) for text in found[:before]), *inside]
 
 
 def _moved(spans: Sequence[Span], by: int) -> list[Span]:
@@ -276,11 +280,13 @@ def _two_lines(first: Filled, second: Filled) -> Filled:
     return f"{first[0]}\n{second[0]}", [*first[1], (at - 1, at), *((a + at, b + at) for a, b in second[1])]
 
 
-def _inside(text: str, content: Filled) -> Filled:
+def _inside(text: str, content: Filled, last: bool = False) -> Filled:
     """`text`, which a chat template made of a message or a piece of one, with the message's own places.
 
-    What the template writes around the message, or makes of it, is no part of the task's words.
+    What the template writes around the message, or makes of it, is no part of the task's words. last: where the same
+    words stand several times in `text`, the message is the last of them, as before a slot; else the first.
     """
     bare = content[0].strip()
-    at = text.find(bare) - content[0].find(bare) if bare in text else len(text)
+    found = text.rfind(bare) if last else text.find(bare)
+    at = found - content[0].find(bare) if bare in text else len(text)
     return text, [(0, at), *((a + at, b + at) for a, b in content[1]), (at + len(content[0]), len(text))]

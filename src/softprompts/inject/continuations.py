@@ -186,7 +186,7 @@ def _one_by_one(
 def _preceded(batch: Batch, prompt: Prompt | None, site: Site) -> Tensor:
     """Whether something stands before each row's candidates, so that their first token has a score: [B]."""
     texts = batch.mask.bool().any(1)
-    return texts if prompt is None or site.name == "kv" else torch.ones_like(texts)
+    return texts if prompt is None or site.name == "kv" else texts | (prompt.lengths[prompt.row] > 0)
 
 
 def _extended(backbone: Backbone, batch: Batch, tokens: Tensor, depth: Tensor | None = None) -> Batch:

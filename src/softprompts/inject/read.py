@@ -219,7 +219,9 @@ def _why_concatenated(backbone: Backbone, batch: Batch, prompt: Prompt | None, s
     if backbone.no_cache_because:
         return backbone.no_cache_because
     assert batch.place is not None
-    return "text stands before the prompt" if bool((batch.place > 0).any()) else None
+    if bool((batch.place > 0).any()):
+        return "text stands before the prompt"
+    return "a row has a prompt of no tokens" if bool((prompt.lengths[prompt.row] == 0).any()) else None
 
 
 def _read_packed(

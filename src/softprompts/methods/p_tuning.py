@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.prompt import START, Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class PTuning(nn.Module):
@@ -79,7 +79,7 @@ class _Network(nn.Module):
     def __init__(self, config: PTuning.Config, slot: Slot, start: Tensor) -> None:
         super().__init__()
         self.start: Tensor
-        self.register_buffer("start", start.detach().clone().float())
+        self.register_buffer(START, start.detach().clone().float())
         self.inputs = nn.Parameter(torch.randn(slot.length, slot.width))
         size = config.hidden or (max(1, slot.width // 2) if config.network == "lstm" else slot.width)
         self.width = 2 * size if config.network == "lstm" else size

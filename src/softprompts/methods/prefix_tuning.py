@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.prompt import START, Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class PrefixTuning(nn.Module):
@@ -80,7 +80,7 @@ class _Network(nn.Module):
     def __init__(self, config: PrefixTuning.Config, slot: Slot, start: Tensor) -> None:
         super().__init__()
         self.start: Tensor
-        self.register_buffer("start", start.detach().clone().float())
+        self.register_buffer(START, start.detach().clone().float())
         self.inputs = nn.Parameter(torch.randn(slot.length, slot.features))
         self.hidden = nn.Linear(slot.features, config.hidden)
         self.output = nn.Linear(config.hidden, slot.width)

@@ -322,9 +322,10 @@ class SoftPromptModel(nn.Module):
 
     @property
     def loss_type(self) -> str | None:
-        """What Trainer goes by when it counts labels: keys and values do not score a row's first one."""
-        keys = self._active is not None and self._held.tasks[self._active].site.name == "kv"
-        return "ForCausalLM" if self.accepts_loss_kwargs and keys else None
+        """What Trainer goes by when it counts labels: keys, values and prompts behind text score no row's first one."""
+        site = self._held.tasks[self._active].site if self._active is not None else None
+        unscored = site is not None and (site.name == "kv" or site.place in ("after_start", "template"))
+        return "ForCausalLM" if self.accepts_loss_kwargs and unscored else None
 
     @property
     def device(self) -> torch.device:

@@ -86,7 +86,7 @@ class Study(Section):
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = Field(default=tuple(ARMS), min_length=1)
     own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or in their place
     upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
     compare: ComparisonStage = ComparisonStage()

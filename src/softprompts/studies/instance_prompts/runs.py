@@ -10,8 +10,10 @@ from softprompts.recipes.comparison import Cell, size_name
 from softprompts.studies.instance_prompts.plan import Arm, Study
 
 
-def arm_run(study: Study, task: TaskConfig, shots: int | None, cells: Sequence[Cell], part: str) -> Run:
-    """The runs of one arm's `cells` on a task, in one frozen batch."""
+def arm_run(
+    study: Study, task: TaskConfig, shots: int | None, cells: Sequence[Cell], part: str, begun: bool = True
+) -> Run:
+    """The runs of one arm's `cells` on a task, in one frozen batch; begun: as of `prompt_of`."""
     name = cells[0].arm
     entries = [
         {
@@ -23,7 +25,9 @@ def arm_run(study: Study, task: TaskConfig, shots: int | None, cells: Sequence[C
         for cell in cells
     ]
     out = Path(study.out) / "tasks" / f"{task.title}-{size_name(shots)}" / part / name
-    return stage.run_of(study, (task,), study.compare.training(shots), out, prompt=prompt_of(study, name), runs=entries)
+    return stage.run_of(
+        study, (task,), study.compare.training(shots), out, prompt=prompt_of(study, name, begun), runs=entries
+    )
 
 
 def weights_run(study: Study, task: TaskConfig, shots: int | None, cell: Cell) -> Run:

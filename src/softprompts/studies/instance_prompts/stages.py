@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompts import report
+from softprompts import finetune, report
 from softprompts.config import ConfigError
+from softprompts.data import Task
 from softprompts.job import Screen, prepare
 from softprompts.prepare import SILENT
 from softprompts.recipes import comparison, pretrain, stage
@@ -57,23 +58,25 @@ def execute(study: Study, screen: Screen = SILENT) -> dict[str, Any]:
 
 
 def _check(study: Study, screen: Screen) -> None:
-    """Make every arm ready once, and every task, so that nothing is found wrong after hours."""
+    """Make every arm ready once, and every task, so that nothing is found wrong after hours.
+
+    What pretraining needs it finds out itself: it comes first.
+    """
     first = study.compare.seeds[0]
     for name in study.arms:
         cells = [Cell(name, study.compare.rates[0], first)]
         for task in study.tasks if name == study.arms[0] else study.tasks[:1]:
-            if study.known[name].pretrain:
-                run = pretrain_run(study, name)
-            else:
-                (run,) = variants(arm_run(study, task, None, cells, "rates")).values()
+            (run,) = variants(arm_run(study, task, None, cells, "rates", begun=False)).values()
             screen.say(f"checking {name}, {task.title}")
-            _check_rows(prepare(run).tasks)
+            job = prepare(run)
+            _check_rows(job.tasks)
     for name in study.upper:
-        for shots in study.compare.shots:
-            weights_run(study, study.tasks[0], shots, Cell(name, study.compare.weight_rates[name][0], first))
+        run = weights_run(study, study.tasks[0], None, Cell(name, study.compare.weight_rates[name][0], first))
+        finetune.check_installed(run.train)
+        finetune.check_trainable(job.learner.backbone)
 
 
-def _check_rows(tasks: Sequence[Any]) -> None:
+def _check_rows(tasks: Sequence[Task]) -> None:
     for task in tasks:
         for part in ("validation", "test"):
             if not getattr(task, part):
