@@ -70,13 +70,12 @@ def test_in_chats(place: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "family", "head"),
-    [(byte_bpe(), "causal", "lm"), (unigram(), "seq2seq", "lm"), (wordpiece(), "masked", "lm")],
+    ("tokenizer", "family"), [(byte_bpe(), "causal"), (unigram(), "seq2seq"), (wordpiece(), "masked")]
 )
-def test_with_slots(tokenizer: Any, family: Any, head: Any) -> None:
+def test_with_slots(tokenizer: Any, family: Any) -> None:
     """The template's words are the same with slots for the prompt between them; special tokens are none of them."""
     form = replace(QUESTION, template="<prompt:1>Question: <prompt:2>{text} Type:" + " {mask}" * (family == "masked"))
-    encoder = Encoder(form, tokenizer, family, "lm", 60, slots=(1, 2))
+    encoder = Encoder(form, tokenizer, family, "lm", 30, slots=(1, 2))
     for text in TEXTS:
         assert own(encoder, {"text": text}, "human")[1] == "question:type:"
     assert encoder.encode({"text": TEXTS[3]}).cut > 0
