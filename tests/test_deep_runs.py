@@ -375,6 +375,7 @@ def test_methods_of_others_are_listed(call: Callable[..., Any], monkeypatch: pyt
         "folds": False,
         "sees_input": None,
         "trained": {"site": "input", "numbers": 20 * 576 + 577},
+        "why": None,
     }
     assert found["needing"]["trained"] is None
     assert "needing" in call("methods")[1]

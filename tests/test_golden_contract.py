@@ -315,6 +315,8 @@ def test_scores_and_writing_react_to_every_block(name: str, site: inject.Site, m
 
     score, scores = both()
     for key, parameter in made.method.named_parameters():
+        if method == "multitask-prompt-tuning" and site.mode == "replace" and key.startswith("columns"):
+            continue  # a factor of a token's whole state, which every layer norms before it reads it
         kept = parameter.clone()
         parameter.add_(rows.random(3, *parameter.shape))
         other, others = both()

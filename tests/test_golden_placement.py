@@ -156,7 +156,8 @@ def test_every_method_stands_in_segments(name: str, site: inject.Site, method: s
     places = ((0, 2), (1, 2), (2, 2), (0, 1))
     batch = replace(contract.batch_of(name, [2, 0, 1, 2]), place=torch.tensor(places))
     prompt = made.prompt(batch)
-    seen = batch if made.backbone.family.name == "seq2seq" else replace(batch, labels=None)
+    every = batch.ids.masked_fill(batch.mask == 0, -100)  # all of the text is scored, whatever made the prompt
+    seen = batch if made.backbone.family.name == "seq2seq" else replace(batch, labels=every)
     output = inject.forward(made.backbone, seen, prompt, parted)
     for i, place in enumerate(places):
         row, own = batch.ids[i][batch.mask[i].bool()], prompt.row[i]

@@ -428,7 +428,7 @@ def test_vectors_that_do_not_fit(trained: dict[str, artefact.Artefact]) -> None:
     for values, message in (
         ({"vector": "movies - sms"}, r"'movies - sms' did not all begin at the same start; say with init\.start"),
         ({"vector": "movies - movies"}, "did not all begin at the same start"),
-        ({"vector": "text"}, "text holds no one prompt: attempt makes one from each text"),
+        ({"vector": "text"}, "text holds no plain prompt: attempt makes one from each text"),
         ({"vector": "peft"}, "softprompts vector make peft --start START --out DIRECTORY"),
         ({"vector": "films"}, r"no trained prompt 'films' \(looked for films"),
         ({"vector": "movies tweets"}, r"after 'movies' there should be `\+` or `-`, found 'tweets'"),

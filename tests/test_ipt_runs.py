@@ -153,7 +153,7 @@ def test_a_model_with_named_prompts(values: dict[str, Any], tmp_path: Path, give
     model.task = "own"
     model.add_task("other")
     shared = [key for key in model.state_dict() if key.endswith("table.rows")]
-    assert len(shared) == (1 if given.get("base") else 2)
+    assert len(shared) == 1, "a table is shared by all tasks"
 
 
 def test_a_model_drops_in_training_mode_only(values: dict[str, Any]) -> None:

@@ -586,7 +586,7 @@ def test_start_of_another_shape() -> None:
 
 def test_a_prompt_that_depends_on_the_text_has_no_vector() -> None:
     found = tuned(1, prompt=None, method="attempt", state={"x": torch.ones(1)})
-    with pytest.raises(ArtefactError, match="movies holds no one prompt: attempt makes one from each text"):
+    with pytest.raises(ArtefactError, match="movies holds no plain prompt: attempt makes one from each text"):
         vector(found, "movies")
 
 
