@@ -104,7 +104,7 @@ def _far(one: Tensor, other: Tensor) -> float:
 def _once(
     learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: Teacher | None
 ) -> tuple[float, str, Tensor]:
-    """Loss, path and flat gradient of one step; the random stream is put back, so that both ways draw the same."""
+    """Loss, path and flat gradient of one step; both ways draw the same, and the random stream is put back."""
     parameters: list[nn.Parameter] = list(learner.parameters().values())
     layers = sorted({number for _, number in teacher.layers}) if teacher else []
 
@@ -120,8 +120,8 @@ def _once(
                 layers=layers,
             )
 
-    device = learner.backbone.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of every device, so that both ways drop out the same; each step seeds itself anyway
         prompt = learner.prompt(batch, training=True)
         assert prompt is not None
         output = run(prompt)
