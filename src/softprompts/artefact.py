@@ -152,9 +152,10 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     artefact, path = load(directory), Path(directory)
     prompt, start = artefact.prompt, artefact.initial
     state = artefact.state if prompt is None else artefact.state or {"prompt": prompt}
-    learns = bool(artefact.options.get("trained"))  # of sources that are a memory
-    kept = [value for key, value in state.items() if key.split(".")[-1] != START and (key != SOURCES or learns)]
-    trained = [*kept, *artefact.heads.values()]
+    fixed = (
+        {START} if artefact.options.get("trained") else {START, SOURCES}
+    )  # trained: sources are a memory that learns
+    trained = [v for key, v in state.items() if key.split(".")[-1] not in fixed]
     files = {entry.name: entry.stat().st_size for entry in sorted(path.iterdir()) if entry.name in _FILES}
     return {
         "directory": str(path),
@@ -163,7 +164,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "fixed": prompt is not None,
         "length": artefact.shape[0],
         "width": artefact.shape[1],
-        "parameters": sum(value.numel() for value in trained),
+        "parameters": sum(value.numel() for value in (*trained, *artefact.heads.values())),
         "heads": {key: list(value.shape) for key, value in artefact.heads.items()},
         "rms": None if prompt is None else rms(prompt),
         "rms_initial": None if start is None else rms(start),

@@ -200,8 +200,7 @@ class SoftPromptModel(nn.Module):
         end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
         each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] where
         prompts have segments: text tokens before each; None: by the prompts' own place, which `template` leaves open.
-        words [B, T]: 1 for tokens of the instructions, for methods that ask.
-        logits_to_keep and num_items_in_batch as in stock causal models.
+        words [B, T]: 1 for instructions, for methods that ask; logits_to_keep, num_items_in_batch: as in stock models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
         given = {

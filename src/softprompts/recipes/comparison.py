@@ -1,14 +1,14 @@
 """Arms compared on tasks: each arm's rate is chosen on validation rows, then every seed runs at that rate."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from softprompts.config import Run, Section, TaskConfig, TrainConfig
+from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
 from softprompts.files import read_json
 from softprompts.job import Screen
 from softprompts.recipes import stage
@@ -66,6 +66,13 @@ class ComparisonStage(Section):
             return named
         few = {"shots": shots, "shots_per": self.shots_per, "shots_seed": seed}
         return named.model_copy(update={"split": task.split.model_copy(update=few)})
+
+
+def check_known(where: str, given: Iterable[str], possible: Collection[str]) -> None:
+    """Raise ValueError, with the names there are and the closest one, for a name that is not among them."""
+    for name in given:
+        if name not in possible:
+            raise ValueError(f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}")
 
 
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:

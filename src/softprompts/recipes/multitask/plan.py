@@ -1,8 +1,5 @@
 """What a user writes for the recipe: sources, targets, and how each stage trains; every cap is a key."""
 
-from collections.abc import Iterable
-from typing import Any
-
 from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import (
@@ -13,9 +10,8 @@ from softprompts.config import (
     Section,
     TaskConfig,
     TrainConfig,
-    closest,
 )
-from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, distinct
+from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_known, distinct
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
 KEPT = ("train", "distil", "objectives", "rates")
@@ -83,12 +79,12 @@ class Plan(Section):
         sources, targets = ([task.title for task in tasks] for tasks in (self.sources, self.targets))
         if self.model.head != "lm":
             raise ValueError(f"tasks that share a prompt share a language model's head, not '{self.model.head}'")
-        _known("teachers.trained", self.teachers.trained, sources)
-        _known("source.variants", self.source.variants, list(VARIANTS))
-        _known("target.arms", (*self.target.arms, *(self.target.few_arms or ())), list(ARMS))
-        _known("target.tune_on", self.target.tune_on or (), targets)
-        _known("target.weight_targets", self.target.weight_targets or (), targets)
-        _known("target.weight_rates", self.target.weight_rates, list(WEIGHTS))
+        check_known("teachers.trained", self.teachers.trained, sources)
+        check_known("source.variants", self.source.variants, list(VARIANTS))
+        check_known("target.arms", (*self.target.arms, *(self.target.few_arms or ())), list(ARMS))
+        check_known("target.tune_on", self.target.tune_on or (), targets)
+        check_known("target.weight_targets", self.target.weight_targets or (), targets)
+        check_known("target.weight_rates", self.target.weight_rates, list(WEIGHTS))
         few = self.target.arms if self.target.few_arms is None else self.target.few_arms
         for arm in few if 0 in self.target.shots else ():
             if arm in WEIGHTS or ARMS[arm].start in ("nearest", "weighted"):
@@ -114,9 +110,3 @@ class Plan(Section):
             if getattr(self.prompt, key) != getattr(PromptConfig(), key):
                 raise ValueError(f"prompt.{key} is set by the recipe itself, for each arm; leave it out")
         return self
-
-
-def _known(where: str, given: Iterable[str], possible: Any) -> None:
-    for name in given:
-        if name not in possible:
-            raise ValueError(f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}")

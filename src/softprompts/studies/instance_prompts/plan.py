@@ -12,9 +12,8 @@ from softprompts.config import (
     Section,
     TaskConfig,
     TrainConfig,
-    closest,
 )
-from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, Count, Rate
+from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, Count, Rate, check_known
 
 
 class Arm(Section):
@@ -122,11 +121,7 @@ class Study(Section):
             "compare.weight_rates": (self.compare.weight_rates, list(WEIGHTS)),
         }
         for where, (given, possible) in lists.items():
-            for name in given:
-                if name not in possible:
-                    raise ValueError(
-                        f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}"
-                    )
+            check_known(where, given, possible)
         for name in self.arms:
             if self.known[name].pretrain and self.pretrain is None:
                 raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")

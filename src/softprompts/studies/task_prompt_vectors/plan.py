@@ -1,7 +1,6 @@
 """What a user writes for the study: tasks, starts, pairs, unseen targets; every cap is a key."""
 
 from itertools import combinations
-from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -13,9 +12,8 @@ from softprompts.config import (
     Section,
     TaskConfig,
     TrainConfig,
-    closest,
 )
-from softprompts.recipes.comparison import Count, Rate
+from softprompts.recipes.comparison import Count, Rate, check_known
 from softprompts.recipes.multitask import Plan
 from softprompts.recipes.multitask.plan import SourceStage, TargetStage
 
@@ -98,17 +96,17 @@ class Study(Section):
         for key in ("method", "options", "init"):
             if getattr(self.prompt, key) != getattr(PromptConfig(), key):
                 raise ValueError(f"prompt.{key} is set by the study itself; leave it out (see vectors.starts)")
-        _known("vectors.tune_on", self.vectors.tune_on or (), titles)
-        _known("groups", [name for group in self.groups.values() for name in group], titles)
+        check_known("vectors.tune_on", self.vectors.tune_on or (), titles)
+        check_known("groups", [name for group in self.groups.values() for name in group], titles)
         if self.sums is not None:
             if self.sums.starts > len(self.vectors.starts):
                 raise ValueError(f"sums.starts is {self.sums.starts}, and there are {len(self.vectors.starts)} starts")
             for pair in self.sums.pairs or ():
-                _known("sums.pairs", pair, titles)
+                check_known("sums.pairs", pair, titles)
                 if pair[0] == pair[1]:
                     raise ValueError(f"sums.pairs: {pair[0]} stands beside itself; a pair has two tasks")
         for one in self.few.targets if self.few else ():
-            _known(f"few.targets, sources of {one.target.title}", one.sources, titles)
+            check_known(f"few.targets, sources of {one.target.title}", one.sources, titles)
             if one.target.title in titles:
                 raise ValueError(f"few.targets: {one.target.title} is among the tasks, so it is not unseen")
             self.few_plan(one)
@@ -134,9 +132,3 @@ class Study(Section):
 def prompt_path(study: Study, task: str, start: int) -> str:
     """Where the prompt of a task that was trained from a start lies."""
     return f"{study.out}/vectors/{task}/start{start}/prompt"
-
-
-def _known(where: str, given: Any, possible: list[str]) -> None:
-    for name in given:
-        if name not in possible:
-            raise ValueError(f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}")
