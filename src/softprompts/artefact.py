@@ -151,11 +151,9 @@ def inspect(directory: str | Path) -> dict[str, Any]:
     """Facts about an artefact for people, as JSON; rms are per number of the prompt, `distance` that of its change."""
     artefact, path = load(directory), Path(directory)
     prompt, start = artefact.prompt, artefact.initial
-    state = artefact.state if prompt is None else artefact.state or {"prompt": prompt}
-    fixed = (
-        {START} if artefact.options.get("trained") else {START, SOURCES}
-    )  # trained: sources are a memory that learns
-    trained = [v for key, v in state.items() if key.split(".")[-1] not in fixed]
+    state = artefact.state or ({} if prompt is None else {"prompt": prompt})
+    fixed = (START,) if artefact.options.get("trained") else (START, SOURCES)  # a memory's rows may learn
+    trained = [value for key, value in state.items() if key.split(".")[-1] not in fixed]
     files = {entry.name: entry.stat().st_size for entry in sorted(path.iterdir()) if entry.name in _FILES}
     return {
         "directory": str(path),
