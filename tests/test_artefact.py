@@ -106,6 +106,7 @@ def test_tensor_files_round_trip(tmp_path_factory: pytest.TempPathFactory, state
     a.write_tensors(path, state, metadata)
     loaded, found = a.read_tensors(path)
     assert {key: bits(value) for key, value in loaded.items()} == {key: bits(value) for key, value in state.items()}
+    assert list(loaded) == sorted(state)
     assert found == metadata
     assert os.listdir(path.parent) == ["x.safetensors"]
 

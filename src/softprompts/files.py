@@ -68,7 +68,10 @@ def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path)
 
 
 def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata in the bytes of a safetensors file; `path` is for the message of the ArtefactError."""
+    """Tensors, in the order of their names, and metadata in the bytes of a safetensors file.
+
+    path: for the message of the ArtefactError.
+    """
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -77,7 +80,8 @@ def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
             raise ArtefactError(f"{path} is a pickle under a safetensors name; it was not opened") from None
         raise ArtefactError(f"{path} is cut short or is not safetensors: {_line(error)}") from None
-    return tensors, header.get("__metadata__", {})
+    # safetensors gives them in another order each time, and what is computed over all of them must be the same.
+    return dict(sorted(tensors.items())), header.get("__metadata__", {})
 
 
 def plain(value: Any, where: str) -> Any:
