@@ -70,7 +70,7 @@ def learner(name: str, method: str = "prompt-tuning", site: inject.Site | None =
     made: Any = find(kind)
     start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
     torch.manual_seed(0)
-    return Learner(bb, site, slot, made(made.Config(**options), slot, start).eval())
+    return Learner(bb, site, slot, made(made.Config(**options), slot, start).to(bb.device).eval())
 
 
 def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import local
 import rows
 import test_golden_contract
 import test_golden_rows
@@ -20,7 +21,9 @@ import test_golden_training
 import test_golden_words
 import test_quantise
 import tiny
-from softprompts import machine
+from softprompts import artefact, evaluate, job, machine
+from softprompts.config import parse
+from softprompts.methods import find
 
 DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in machine.devices() if d != "cpu"), None)
 pytestmark = [
@@ -64,7 +67,10 @@ class OnDevice(TorchFunctionMode):
         made = function(*args, **(kwargs or {}))
         if function not in MAKERS or (kwargs or {}).get("device") is not None:
             return made
-        if Path(sys._getframe(1).f_code.co_filename).parent != TESTS:
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is OnDevice.__torch_function__.__code__:  # one inside another
+            frame = frame.f_back
+        if frame is None or Path(frame.f_code.co_filename).parent != TESTS:
             return made
         self.moved += 1
         # Made on the CPU and moved, so that random numbers are the same on every device.
@@ -117,3 +123,39 @@ def test_the_models_and_tensors_of_a_test_are_on_the_device(device):
     assert torch.zeros(2).device == tiny.backbone("llama").device
     assert device.moved == before + 1
     assert tiny.backbone("llama").device.type == DEVICE.split(":")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a task, and a prompt that was trained on the device, for methods that mix others."""
+    made = tmp_path_factory.mktemp("folder")
+    run = local.run_values(made, steps=2)
+    run["model"]["device"] = DEVICE
+    job.execute(parse(run))
+    return made
+
+
+@pytest.mark.parametrize("method", test_golden_contract.CASES)
+def test_a_run_on_it_is_one_on_the_cpu(method, folder, tmp_path):
+    """What is drawn is drawn alike; it trains and answers alike; and one process can use both, one after the other."""
+    kind, options = test_golden_contract.CASES[method]
+    sites = getattr(find(kind), "sites", ("input", "decoder", "layers", "kv"))
+    found, losses = [], []
+    for place, device in (("there", DEVICE), ("here", "cpu")):
+        run = local.run_values(folder, steps=3)
+        run |= {"out": str(tmp_path / place)}
+        run["model"] |= {"device": device, "products": "torch"}
+        run["prompt"] |= {"method": kind, "options": options, "site": sites[0]}
+        sources = [str(folder / "out" / "prompt")] if sites[0] == "input" else []
+        run["prompt"]["init"] = {"kind": "vocabulary", "sources": sources}
+        results = job.execute(parse(run))
+        assert results["machine"]["device"].startswith(device)
+        losses.append([step["loss"] for step in results["curve"]])
+        found.append(artefact.load(Path(run["out"]) / "prompt"))
+        opened = job.open_artefacts([Path(run["out"]) / "prompt"], model=parse(run).model)
+        test = job.prepare(parse(run)).tasks[0].test
+        answered = evaluate.evaluate(opened.learner, opened.encoder, test, parse(run).evaluate)
+        assert answered.headline.value == results["summary"]["after"]["value"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    torch.testing.assert_close(found[0].initial, found[1].initial, atol=1e-6, rtol=1e-5)
+    assert found[0].state.keys() == found[1].state.keys()

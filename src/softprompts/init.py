@@ -135,16 +135,16 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
 
 
 def from_ids(backbone: Backbone, site: Site, ids: Tensor) -> Tensor:
-    """The prompt `[P, D]` that does at `site` what the words `ids [P]` would do, in float32."""
+    """The prompt `[P, D]` that does at `site` what the words `ids [P]` would do, in float32 on the CPU."""
     row = ids[None].to(backbone.device)
     with torch.no_grad():
         if site.name == "input":
-            return backbone.embed(row)[0].float().clone()
+            return backbone.embed(row)[0].float().cpu().clone()
         if site.name == "decoder":
             embedded: Tensor = backbone.decoder.embed_tokens(row)[0]
-            return embedded.float().clone()
+            return embedded.float().cpu().clone()
         parts = _layer_inputs(backbone, site, row) if site.name == "layers" else _keys_and_values(backbone, row)
-        return torch.cat([part.flatten(1) for part in parts], 1).float()
+        return torch.cat([part.flatten(1) for part in parts], 1).float().cpu()
 
 
 def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:

@@ -283,10 +283,10 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
     )
     start = init.start(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
     torch.manual_seed(run.seed)  # what a method draws for itself
-    method = build(run.prompt.method, run.prompt.options, slot, start)
+    method = build(run.prompt.method, run.prompt.options, slot, start).to(model.device)
     first = [stored.folded(method, task) for task in slot.tasks]
     initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
-    learner = Learner(model, site, slot, method.to(model.device), copy_head(model), sentences)
+    learner = Learner(model, site, slot, method, copy_head(model), sentences)
     distil = run.train.distil
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
     begin = {name: value.detach().clone() for name, value in learner.parameters().items()}

@@ -188,7 +188,9 @@ def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
             which = f"run '{trainee.name}' has" if trainee.name else "there are"
             raise ConfigError(f"{which} no rows to train on; check the task's source and split")
     check_together([trainee.learner for trainee in trainees], names)
-    accelerator = Accelerator(cpu=trainees[0].learner.backbone.device.type == "cpu")
+    # One process has no use for accelerate's device, which is fixed by the first run and may be another one's.
+    several = get_cpu_distributed_information().world_size > 1
+    accelerator = Accelerator(cpu=several and trainees[0].learner.backbone.device.type == "cpu")
     courses = []
     for one in trainees:
         parameters = one.learner.parameters()

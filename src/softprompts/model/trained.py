@@ -72,7 +72,7 @@ def create(
     slot = inject.slot(backbone, site, names, config.length, sentences.widths)
     if start is None:
         start = init.start(config.init, backbone, site, slot)
-    method = build(config.method, config.options, slot, start)
+    method = build(config.method, config.options, slot, start).to(backbone.device)
     if count > 1 and not hasattr(method, "per_task"):
         raise ConfigError(f"method {config.method} does not say which parameters are one task's; add tasks one by one")
     site = replace(site, place=inject.resolve_place(backbone, site))
