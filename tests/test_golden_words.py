@@ -46,7 +46,7 @@ def check(name: str, site: inject.Site, values: Tensor, reference: Callable[...,
 def test_words(name: str, site: inject.Site) -> None:
     bb = tiny.backbone(name)
     words = rows.ids(7, 4)
-    values = init.from_ids(bb, site, words)
+    values = init.from_ids(bb, site, words).to(bb.device)
     assert values.shape == (4, inject.width(bb, site))
     check(name, site, values, lambda row, place: rows.read_words(bb, site, words, row, place))
 
