@@ -10,14 +10,13 @@ from torch import Tensor
 
 import rows
 import tiny
-from rows import INPUT, called
+from rows import INPUT
 from softprompts import inject, objectives
 from softprompts.config import ConfigError
 from softprompts.learner import Learner
 from softprompts.methods import build, state_of
 from softprompts.methods.attempt import Attempt
-from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, mix
+from softprompts.prompt import IGNORE, Batch, Context, Slot, Start
 
 P, D, H, S, B, T = 4, 10, 6, 3, 5, 7
 TASKS = ("one", "two")
@@ -189,29 +188,6 @@ def batch_of(name: str, tasks: list[int], side: str = "left") -> Batch:
     if name in tiny.CAUSAL:
         labels = labels.masked_fill(found.mask.cumsum(1) <= 2, IGNORE)
     return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
-def test_a_row_beside_another_method_is_the_row_alone(name: str, site: inject.Site) -> None:
-    """Rows of ATTEMPT and of a shorter prompt of prompt tuning in one batch, on every path the model has."""
-    one = learner(name, site)
-    other = PromptTuning(
-        PromptTuning.Config(),
-        Slot(("x",), 2, one.slot.width, one.slot.features),
-        Start(rows.random(7, 2, one.slot.width)),
-    )
-    batch = batch_of(name, [0, 0, 1, 0, 1])
-    mine, theirs = torch.tensor([0, 2, 4]), torch.tensor([1, 3])
-    plain = Learner(one.backbone, site, one.slot, other)
-    made = [one.prompt(batch.rows(mine)), plain.prompt(batch.rows(theirs))]
-    for path in (None, *rows.paths(name, site)):
-        output = inject.forward(one.backbone, batch, mix(made, [mine, theirs]), site, path=path)
-        for i in range(5):
-            alone = batch.rows(torch.tensor([i]))
-            who = one if i in (0, 2, 4) else plain
-            expected = who.forward(alone, who.prompt(alone)).logits
-            torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

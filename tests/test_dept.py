@@ -121,26 +121,6 @@ def test_with_rows_at_zero_it_is_prompt_tuning_bit_for_bit(name: str, site: inje
         assert all(matrix.grad.abs().max() > 0 for matrix in made.method.rows)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5")), ids=called)
-def test_a_row_beside_another_method_is_the_row_alone(name: str, site: inject.Site) -> None:
-    made, batch = learner(name, site), batch_of(name, "left", 2)
-    other = PromptTuning(
-        PromptTuning.Config(), replace(made.slot, tasks=("x",), length=2), Start(rows.random(7, 2, made.slot.width))
-    )
-    plain = replace(made, method=other)
-    batch = replace(batch, task=torch.tensor([1, 0, 0, 0]))
-    mine, theirs = torch.tensor([3, 0]), torch.tensor([1, 2])
-    prompt = mix([plain.prompt(batch.rows(theirs)), made.prompt(batch.rows(mine))], [theirs, mine])
-    for path in (None, *rows.paths(name, site)):
-        output = inject.forward(made.backbone, batch, prompt, site, path=path)
-        for i in range(4):
-            row, who = batch.rows(torch.tensor([i])), made if i in (0, 3) else plain
-            torch.testing.assert_close(
-                rows.of_row(output, i), who.forward(row, who.prompt(row)).logits, atol=1e-5, rtol=1e-5
-            )
-
-
 def test_mixed_prompts_add_what_each_adds() -> None:
     """Zeros for those that add nothing, short ones lengthened; rows keep their reach wherever they go."""
     none = rows.single(torch.zeros(2, 6), 1)

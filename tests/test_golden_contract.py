@@ -15,7 +15,8 @@ from softprompts import inject, objectives
 from softprompts.generate import generate
 from softprompts.learner import Learner
 from softprompts.methods import METHODS, find, groups
-from softprompts.prompt import IGNORE, Batch, Prompt, Start, Step
+from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.prompt import IGNORE, Batch, Prompt, Start, Step, mix
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -172,6 +173,41 @@ def test_ignores_neighbours(method: str) -> None:
         found, expected = together.values[together.row[i]], alone.values[alone.row[0]]
         size = max(1.0, float(expected.abs().max()))  # what a generator makes of such parameters may be large
         torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
+def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: inject.Site, method: str) -> None:
+    """Rows of the method and of a shorter prompt in one batch, read on every path the model has; and written."""
+    one = learner(name, method, site)
+    for i, parameter in enumerate(one.method.parameters()):
+        parameter.add_(rows.random(70 + i, *parameter.shape) / 4)
+    slot = inject.slot(one.backbone, site, ("x",), 2)
+    start = Start(rows.random(7, 2, slot.width))
+    plain = Learner(one.backbone, site, slot, PromptTuning(PromptTuning.Config(), slot, start).to(one.backbone.device))
+    batch = batch_of(name, [0, 0, 1, 0, 2])
+    mine, theirs = torch.tensor([4, 0, 2]), torch.tensor([1, 3])
+
+    def together(whole: Batch) -> Prompt:
+        return mix([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
+
+    def alone(i: int) -> Learner:
+        return one if i in mine.tolist() else plain
+
+    for path in (None, *rows.paths(name, site)):
+        output = inject.forward(one.backbone, batch, together(batch), site, path=path)
+        for i in range(5):
+            row = batch.rows(torch.tensor([i]))
+            expected = alone(i).forward(row, alone(i).prompt(row)).logits
+            torch.testing.assert_close(rows.of_row(output, i), expected, atol=5e-5, rtol=1e-4)
+    if name not in tiny.GENERATING:
+        return
+    texts = Batch(batch.ids, batch.mask, batch.task)
+    given: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    written = generate(one.backbone, texts, together(texts), site, **given)
+    for i in range(5):
+        row = texts.rows(torch.tensor([i]))
+        assert torch.equal(written[i], generate(one.backbone, row, alone(i).prompt(row), site, **given)[0])
 
 
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "gemma3", "t5", "bart", "bert"), ids=called)

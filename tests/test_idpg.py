@@ -13,12 +13,11 @@ import tiny
 from rows import INPUT, called
 from softprompts import inject, objectives
 from softprompts.config import ConfigError
-from softprompts.generate import generate
 from softprompts.learner import Learner
 from softprompts.methods import build, state_of
 from softprompts.methods.idpg import Idpg, phm
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Context, Prompt, Slot, Start, mix, pooled
+from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, pooled
 
 P, E, B, T = 3, 8, 5, 7
 WIDTHS = {"S": (12, ()), "M": (12, (4, 4, 4)), "L": (12, (4, 4, 4))}
@@ -476,41 +475,6 @@ def test_the_slot_tells_the_width_of_states(name: str) -> None:
     batch = rows.batch(name, rows.texts(name, (3,)))
     states = inject.forward(bb, Batch(batch.ids, batch.mask, batch.task), None, INPUT, hidden=True).hidden
     assert inject.slot(bb, INPUT, TASKS, P, {"minilm": 384}).encoders == {"backbone": states.shape[-1], "minilm": 384}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
-def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: inject.Site) -> None:
-    """Rows of IDPG and of a shorter prompt of prompt tuning in one batch, on every path the model has; and written."""
-    one = learner(name, site, spread=0.2, phm=4)
-    slot = inject.slot(one.backbone, site, ("x",), 2)
-    plain = Learner(
-        one.backbone, site, slot, PromptTuning(PromptTuning.Config(), slot, Start(rows.random(7, 2, slot.width)))
-    )
-    batch = batch_of(name, [0, 0, 1, 0, 1])
-    mine, theirs = torch.tensor([0, 2, 4]), torch.tensor([1, 3])
-
-    def together(whole: Batch) -> Prompt:
-        return mix([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
-
-    def alone(i: int) -> Learner:
-        return one if i in mine.tolist() else plain
-
-    for path in (None, *rows.paths(name, site)):
-        output = inject.forward(one.backbone, batch, together(batch), site, path=path)
-        for i in range(5):
-            row = batch.rows(torch.tensor([i]))
-            expected = alone(i).forward(row, alone(i).prompt(row)).logits
-            torch.testing.assert_close(rows.of_row(output, i), expected, atol=5e-5, rtol=1e-4)
-    if name not in tiny.GENERATING:
-        return
-    texts = Batch(batch.ids, batch.mask, batch.task)
-    given = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    written = generate(one.backbone, texts, together(texts), site, **given)
-    for i in range(5):
-        row = texts.rows(torch.tensor([i]))
-        expected = generate(one.backbone, row, alone(i).prompt(row), site, **given)
-        assert torch.equal(written[i], expected[0])
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from softprompts.learner import Learner
 from softprompts.methods import build, state_of
 from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, mix
+from softprompts.prompt import IGNORE, Batch, Context, Slot, Start
 
 P, D, V, T = 4, 6, 20, 9
 TASKS = ("one", "two")
@@ -417,26 +417,6 @@ def test_scale_zero_is_prefix_tuning(name: str, site: inject.Site, strategy: str
     torch.testing.assert_close(made.step(batch).output.logits, expected, atol=1e-6, rtol=1e-5)
     made.method.scale = 0.5
     assert float((made.step(batch).output.logits - expected).abs().max()) > 1e-3
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
-def test_a_row_beside_another_method_is_the_row_alone(name: str, site: inject.Site) -> None:
-    """Rows of IPT and of a longer prompt of prompt tuning in one batch, on every path the model has."""
-    one = learner(name, site)
-    slot = Slot(("x",), 7, one.slot.width, one.slot.features)
-    other = PromptTuning(PromptTuning.Config(), slot, Start(rows.random(7, 7, one.slot.width)))
-    batch = batch_of(name, [0, 0, 1, 0, 1])
-    mine, theirs = torch.tensor([0, 2, 4]), torch.tensor([1, 3])
-    plain = Learner(one.backbone, site, one.slot, other)
-    made = [one.prompt(batch.rows(mine)), plain.prompt(batch.rows(theirs))]
-    for path in (None, *rows.paths(name, site)):
-        output = inject.forward(one.backbone, batch, mix(made, [mine, theirs]), site, path=path)
-        for i in range(5):
-            alone = batch.rows(torch.tensor([i]))
-            who = one if i in (0, 2, 4) else plain
-            expected = who.forward(alone, who.prompt(alone)).logits
-            torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
