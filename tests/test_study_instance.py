@@ -15,7 +15,7 @@ from softprompts.data import DataError
 from softprompts.prepare import Screen
 from softprompts.recipes import pretrain
 from softprompts.studies.instance_prompts import Study, execute
-from softprompts.studies.instance_prompts.plan import ARMS
+from softprompts.studies.instance_prompts.plan import ARMS, COMPARED
 from softprompts.studies.instance_prompts.summary import page_of, verdict
 
 TRAINED = [
@@ -84,7 +84,7 @@ def page(values: dict, *parts: str) -> dict:
 
 def test_every_arm_has_a_line_at_every_size(done):
     values, results = done
-    assert list(ARMS) == TRAINED
+    assert list(COMPARED) == TRAINED
     for size in results["arms"]:
         assert [line["arm"] for line in size["lines"]] == ["no prompt", *TRAINED, "lora"]
         for line in size["lines"][1:]:
@@ -134,6 +134,29 @@ def test_arms_train_what_they_say(done):
         run = page(values, "tasks", name, "seeds", "spt", f"spt-rate{rate:g}-seed{seed}")
         assert run["config"]["tasks"][0]["split"]["shots_seed"] == seed
         assert run["rows"]["train"] == 4
+
+
+def test_the_arms_that_are_not_asked_for_can_be(tmp_path):
+    """Every other arm trains what it says, beside one that is there anyway."""
+    more = [name for name in ARMS if name not in COMPARED]
+    values = study_values(tmp_path)
+    few = {"shots": [2], "seeds": [0], "rates": [0.2], "tune_on": ["alpha"]}
+    values |= {"arms": ["prompt-tuning", *more], "upper": [], "speed": None, "tasks": values["tasks"][:1]}
+    values["compare"] = {"train": {"steps": 2, "batch_size": 4}, "few": {"steps": 2, "batch_size": 4}, **few}
+    results = execute(parse(values, Study))
+    lines = {line["arm"]: line for line in results["arms"][0]["lines"]}
+    assert list(lines) == ["no prompt", "prompt-tuning", *more]
+    network = 6 * 32 + 128 * 33 + 96 * 129
+    residual = 6 * 32 + 800 * 65 + 3 * 32
+    sizes = {"prefix-network": network, "p-tuning-v2": 6 * 96, "residual": residual, "low-rank": 5 * (6 + 32)}
+    sizes["dept"] = 12 * 32 + (48 + 32) * 7
+    assert {name: lines[name]["trainable"] for name in more} == sizes
+    for name in more:
+        run = page(values, "tasks", "alpha-2-shot", "rates", name, f"{name}-rate0.2-seed0")
+        assert run["summary"]["moved"] > 0
+        assert run["config"]["train"]["rate"] == 0.2
+        for group, share in ARMS[name].follow.items():
+            assert run["config"]["train"]["rates"][group] == pytest.approx(0.2 * share)
 
 
 def test_step_times_are_medians_of_all_but_first_steps(done):

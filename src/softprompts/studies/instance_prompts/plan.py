@@ -61,7 +61,29 @@ ARMS: dict[str, Arm] = {
         follow=GENERATOR,
     ),
     "spt": Arm(about="with rows of a memory (reconstruction)", prompt={"method": "spt-reconstruction"}),
+    "prefix-network": Arm(
+        about="keys and values from a network",
+        prompt={"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 128}},
+        follow={"network": 0.01},
+    ),
+    "p-tuning-v2": Arm(
+        about="keys and values, a tenth dropped",
+        prompt={"method": "p-tuning-v2", "site": "kv", "options": {"dropout": 0.1}},
+    ),
+    "residual": Arm(about="a prompt and a network of it", prompt={"method": "residual"}, follow={"network": 0.01}),
+    "dept": Arm(
+        about="a shorter prompt, and texts changed",
+        prompt={"method": "dept", "length": 12, "options": {"rank": 7, "positions": 48}},
+        follow={"matrices": 0.01},
+    ),
+    "low-rank": Arm(about="a product of two matrices", prompt={"method": "low-rank", "options": {"rank": 5}}),
 }
+"""What can be compared by name."""
+
+COMPARED = (
+    *("prompt-tuning", "prefix", "p-tuning", "ipt-lookup", "ipt-pretrained", "ipt-encoder"),
+    *("idpg-s", "idpg-m", "spt"),
+)
 """What is compared where a plan does not say otherwise."""
 
 
@@ -85,7 +107,7 @@ class Study(Section):
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    arms: tuple[str, ...] = Field(default=tuple(ARMS), min_length=1)
+    arms: tuple[str, ...] = Field(default=COMPARED, min_length=1)
     own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or in their place
     upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
     compare: ComparisonStage = ComparisonStage()
