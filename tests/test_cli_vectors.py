@@ -97,6 +97,16 @@ def test_arithmetic(call, here, tmp_path, command, expected):
     assert f"made of trained prompts: `{facts['sum']}`" in (tmp_path / "made" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("command", [["scale", "alpha", "--by", "0"], ["apply", "alpha + beta", "--scale", "0"]])
+def test_nothing_of_a_vector_is_its_start(call, here, tmp_path, command):
+    status, out, err = call("vector", *command, "--out", tmp_path / "made")
+    assert status == 0, err
+    assert "the change is 0 times as long as the start" in out
+    made = artefact.load(tmp_path / "made")
+    assert made.prompt.equal(load("alpha").initial)
+    assert load("alpha").digest in made.parents
+
+
 @pytest.mark.parametrize("how", ["average", "ties", "dare", "slerp"])
 def test_merges_take_the_start_of_what_they_merge(call, here, tmp_path, how):
     found = []
@@ -142,6 +152,18 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
     assert made.initial.equal(one.initial)
     assert made.prompt.equal(one.prompt)
     assert made.scores == one.scores
+    wrong = call("vector", "make", "alpha", "--start", "other", "--out", tmp_path / "wrong")
+    refused(wrong, "alpha says itself where its training began", "softprompts vector apply alpha --start PROMPT")
+    assert call("vector", "make", "alpha", "--start-of", "alpha", "--out", tmp_path / "same")[0] == 0
+
+
+def test_a_sum_that_begins_with_a_minus_sign(call, here, tmp_path):
+    status, _, err = call("vector", "apply", "--out", tmp_path / "made", "--", "-alpha + 0.5*beta")
+    assert status == 0, err
+    found = artefact.load(tmp_path / "made")
+    expected = found.initial.double() - tau("alpha") + 0.5 * tau("beta")
+    torch.testing.assert_close(found.prompt, expected.float(), atol=1e-7, rtol=1e-6)
+    assert call("vector", "apply", "--help")[1].count("--") > 3
 
 
 def test_compare_prints_a_table_and_writes_heatmaps(call, here, tmp_path):
@@ -210,6 +232,7 @@ def test_the_search_of_a_single_vector_scores_it_as_its_run_did(call, here, tmp_
         (["merge", "alpha", "--how", "slerp"], ["give two"]),
         (["search", "alpha", "--coefficients", "a"], ["write numbers with commas"]),
         (["scale", "alpha", "--by", "nan"], ["give a finite number"]),
+        (["apply", "alpha - alpha"], ["the sum is zero", "--start PROMPT"]),
     ],
     ids=lambda value: " ".join(value[:3]) if isinstance(value, list) else "",
 )

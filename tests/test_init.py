@@ -415,6 +415,8 @@ def test_vector_keeps_sources(trained: dict[str, artefact.Artefact]) -> None:
     found = init.start(config, bb, INPUT, slot, labels=("good", "bad"))
     assert found.sources is not None
     assert found.sources.equal(trained["sms"].prompt[None])
+    assert found.parents == (trained["movies"].digest, trained["sms"].digest)
+    assert init.start(InitConfig(), bb, INPUT, slot).parents == ()
     began = start(bb, kind="labels", labels=("good", "bad"))
     torch.testing.assert_close(found.prompt, (began.double() + difference(trained["movies"])).float())
 
@@ -427,7 +429,7 @@ def test_vectors_that_do_not_fit(trained: dict[str, artefact.Artefact]) -> None:
     saved(bb, Path("runs/deep/prompt"), 6, site=KV)
     for values, message in (
         ({"vector": "movies - sms"}, r"'movies - sms' did not all begin at the same start; say with init\.start"),
-        ({"vector": "movies - movies"}, "did not all begin at the same start"),
+        ({"vector": "movies - movies"}, r"the sum 'movies - movies' is zero, .* say with init\.start where"),
         ({"vector": "text"}, "text holds no plain prompt: attempt makes one from each text"),
         ({"vector": "peft"}, "softprompts vector make peft --start START --out DIRECTORY"),
         ({"vector": "films"}, r"no trained prompt 'films' \(looked for films"),

@@ -153,8 +153,11 @@ def test_sums_are_trained_on_from_where_they_are(done):
     assert set(results["again"]) == set(TASKS)
     assert set(results["again"]["alpha"]) == {"start", "alpha+beta", "alpha+gamma"}
     out = Path(values["out"])
-    begun = artefact.load(out / "again/alpha/alpha+beta-seed1/prompt").initial
+    trained = artefact.load(out / "again/alpha/alpha+beta-seed1/prompt")
+    begun = trained.initial
     parts = [artefact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
+    assert set(trained.parents) == {one.digest for one in parts}
+    assert artefact.load(out / "again/alpha/start-seed1/prompt").parents == ()
     change = sum(one.prompt.double() - one.initial.double() for one in parts)
     torch.testing.assert_close(begun, (parts[0].initial.double() + change).float(), atol=1e-7, rtol=0)
 
@@ -219,9 +222,9 @@ def test_the_page_says_what_held(done):
     assert text.count("<svg") >= 5
 
 
-def measured(own: float, cross: float, start: float, control: float, ratio: float = 1.0) -> dict:
-    scores = {"own": own, "cross": cross, "start": start, "shuffled": control, "random": start, "alone": start}
-    return {"scores": {name: [value, value] for name, value in scores.items()}, "ratios": [ratio]}
+def measured(own: float, cross: float, start: float, control: float, alone: float = 0.5) -> dict:
+    scores = {"own": own, "cross": cross, "start": start, "shuffled": start, "random": control, "alone": alone}
+    return {"scores": {name: [value, value] for name, value in scores.items()}, "ratios": [1.5, None]}
 
 
 @pytest.mark.parametrize(
@@ -232,6 +235,11 @@ def measured(own: float, cross: float, start: float, control: float, ratio: floa
         (measured(0.9, 0.9, 0.5, 0.85), "holds in part"),
         (measured(0.9, 0.6, 0.5, 0.5), "does not hold"),
         (measured(0.9, 0.8, 0.5, 0.85), "does not hold"),
+        (measured(0.9, 0.9, 0.5, 0.5, alone=0.9), "cannot be told"),
+        (measured(0.9, 0.9, 0.5, 0.5, alone=0.88), "cannot be told"),
+        (measured(0.9, 0.8, 0.5, 0.5, alone=0.85), "cannot be told"),
+        (measured(0.9, 0.6, 0.5, 0.5, alone=0.9), "does not hold"),
+        (measured(0.9, 0.9, 0.5, 0.5, alone=0.65), "holds"),
         (measured(0.5, 0.9, 0.5, 0.5), None),
     ],
 )
@@ -241,6 +249,19 @@ def test_the_verdict_on_independence(one, holds):
     if holds:
         assert f" {holds} on this model" in found["words"]
         assert found["kept"]["cross"] == pytest.approx((one["scores"]["cross"][0] - 0.5) / 0.4)
+        assert found["ratio"] == 1.5
+        assert "1.5 times as long" in found["words"]
+
+
+def test_the_verdict_on_independence_is_a_mean_over_tasks_that_gained():
+    tasks = {"a": measured(0.9, 0.9, 0.5, 0.5), "b": measured(0.7, 0.6, 0.5, 0.5), "c": measured(0.51, 0.2, 0.5, 0.5)}
+    found = independence.verdict(tasks)
+    assert found["kept"]["cross"] == pytest.approx((1 + 0.5) / 2)
+    assert "mean of 2 tasks" in found["words"]
+    for one in tasks.values():
+        one["ratios"] = [None, None]
+    assert independence.verdict(tasks)["ratio"] is None
+    assert "times as long" not in independence.verdict(tasks)["words"]
 
 
 def pair(gain: float, related: bool = True) -> dict:
@@ -253,15 +274,33 @@ def pair(gain: float, related: bool = True) -> dict:
 def test_the_verdict_on_sums():
     assert sums.kept(pair(0.7), "sum") == pytest.approx(0.7)
     assert sums.kept(pair(0.7), "other") == pytest.approx(0.25)
-    assert sums.verdict([pair(1.0), pair(0.95, related=False)])["holds"] == "holds"
-    mixed = sums.verdict([pair(1.0), pair(0.4), pair(0.3, related=False)])
+    assert sums.verdict([pair(1.0), pair(0.95, related=False)], {})["holds"] == "holds"
+    mixed = sums.verdict([pair(1.0), pair(0.4), pair(0.3, related=False)], {})
     assert (mixed["holds"], mixed["related"]["whole"], mixed["unrelated"]["whole"]) == ("holds in part", 1, 0)
     assert mixed["related"]["kept"]["sum"] == pytest.approx(0.7)
-    assert sums.verdict([pair(0.5)])["holds"] == "does not hold"
+    assert sums.verdict([pair(0.5)], {})["holds"] == "does not hold"
 
 
-def table(size: str, **means: float) -> dict:
-    return {"size": size, "lines": [{"arm": arm.replace("_", "-"), "mean": mean} for arm, mean in means.items()]}
+def test_the_verdict_on_sums_as_starts():
+    """How far from the start alone, and how often by more than both spreads."""
+    again = {
+        "a": {"start": {"mean": 0.5, "sd": 0.1}, "a+b": {"mean": 0.8, "sd": 0.1}, "a+c": {"mean": 0.6, "sd": 0.1}},
+        "b": {"start": {"mean": 0.7, "sd": None}, "a+b": {"mean": 0.6, "sd": None}},
+    }
+    found = sums.verdict([pair(0.5)], again)
+    assert found["over_start"] == pytest.approx((0.3 + 0.1 - 0.1) / 3)
+    assert "ends +0.100 from the start alone, further above it than both spreads in 1 of 3 cases" in found["words"]
+    nothing = {**pair(0.5), "scores": {kind: {"a": [0.5], "b": [0.5]} for kind in ("sum", "own", "other", "start")}}
+    assert sums.verdict([nothing], again)["over_start"] == pytest.approx(0.1)
+    assert "as_starts" not in sums.verdict([pair(0.5)], {"a": {"start": {"mean": 0.5, "sd": 0.1}}})
+
+
+def table(size: str, sd: float | None = 0.03, **means: float) -> dict:
+    lines = [
+        {"arm": arm.replace("_", "-"), "mean": mean, "scores": {"a": {"mean": mean, "sd": sd, "n": 3}}}
+        for arm, mean in means.items()
+    ]
+    return {"size": size, "lines": lines}
 
 
 def test_the_verdict_on_few_examples():
@@ -269,7 +308,10 @@ def test_the_verdict_on_few_examples():
     tables = [table("0-shot", random=0.1, vectors=0.9), table("10-shot", random=0.5, prompt_tuning=0.6, vectors=0.7)]
     found = few.verdict({"a": {"arms": tables}})
     assert found["over"] == {"vectors": pytest.approx(0.1)}
-    assert found["holds"] == "holds"
+    assert (found["holds"], found["clear"]) == ("holds", 1)
+    close = few.verdict({"a": {"arms": [table("10-shot", 0.06, random=0.5, prompt_tuning=0.6, vectors=0.7)]}})
+    assert (close["holds"], close["clear"]) == ("holds", 0)
+    assert "by more than both spreads in 0." in close["words"]
     worse = [table("10-shot", prompt_tuning=0.6, vectors=0.5, attempt=0.65)]
     found = few.verdict({"a": {"arms": worse}})
     assert (found["holds"], found["over"]["attempt"]) == ("does not hold", pytest.approx(0.05))
@@ -283,7 +325,16 @@ def test_the_verdict_on_few_examples():
         ({"groups": {"x": ["alfa"]}}, "groups: 'alfa' is unknown; did you mean 'alpha'"),
         ({"sums": {"starts": 3}}, "sums.starts is 3, and there are 2 starts"),
         ({"sums": {"pairs": [["alpha", "alpha"]], "starts": 2}}, "alpha stands beside itself"),
+        (
+            {"sums": {"pairs": [["alpha", "beta"], ["beta", "alpha"]], "starts": 2}},
+            "a pair of tasks stands there twice",
+        ),
+        ({"sums": {"coefficients": [float("inf")], "starts": 2}}, "sums.coefficients.0"),
         ({"vectors": {"starts": [{}]}}, "at least 2 items"),
+        ({"vectors": {"tune_on": []}}, "vectors.tune_on"),
+        ({"vectors": {"starts": [{}, {"seed": 1}, {"seed": 0}]}}, "number 3 is number 1 again"),
+        ({"vectors": {"starts": [{"kind": "zeros"}, {"kind": "zeros", "seed": 1}]}}, "number 2 is number 1 again"),
+        ({"vectors": {"starts": [{}, {"kind": "labels"}]}}, "kind labels takes each task's own words"),
         ({"model": {"head": "sequence"}}, "need a language model's head"),
     ],
 )
@@ -295,8 +346,30 @@ def test_what_is_refused(tmp_path, changes, message):
 def test_unseen_targets_are_unseen(tmp_path):
     values = study_values(tmp_path)
     seen = {"targets": [{"target": values["tasks"][0], "sources": ["beta"]}]}
-    with pytest.raises(ConfigError, match="alpha is among the tasks, so it is not unseen"):
+    with pytest.raises(ConfigError, match="alpha is among the tasks, as alpha, so it is not unseen"):
         parse({**values, "few": seen}, Study)
+    seen["targets"][0]["target"] = {**values["tasks"][0], "name": "other"}
+    with pytest.raises(ConfigError, match="other is among the tasks, as alpha, so it is not unseen"):
+        parse({**values, "few": seen}, Study)
+    fine = {**values, "tasks": [*values["tasks"], {"source": "trec"}]}
+    one = {"target": {"source": "trec-fine"}, "sources": ["beta"]}
+    with pytest.raises(ConfigError, match="trec-fine is among the tasks, as trec, so it is not unseen"):
+        parse({**fine, "few": {"targets": [one]}}, Study)
+    one["target"] = {"source": "movies"}
+    with pytest.raises(ConfigError, match="target names must differ"):
+        parse({**fine, "few": {"targets": [one, one]}}, Study)
+
+
+def test_starts_of_zeros_have_no_relative_length(tmp_path):
+    """And do not stop the study after it was trained; a start of labels is for one task at a time."""
+    values = study_values(tmp_path)
+    values["vectors"]["starts"] = [{"kind": "zeros"}, {"kind": "vocabulary"}]
+    values |= {"tasks": values["tasks"][:1], "sums": None, "few": None, "groups": {}}
+    found = execute(parse(values, Study))["independence"]["alpha"]
+    assert found["ratios"][0] is None
+    assert found["ratios"][1] > 0
+    values["vectors"]["starts"] = [{"kind": "vocabulary"}, {"kind": "labels"}]
+    assert len(parse(values, Study).vectors.starts) == 2
 
 
 class Poison:

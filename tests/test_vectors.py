@@ -566,6 +566,20 @@ def test_a_prompt_that_knows_no_weights_hides_nobody_elses() -> None:
                 assert found.backbone == "smollm2-135m"
 
 
+def test_prompts_that_know_no_weights_must_name_one_model() -> None:
+    """PEFT's files say what their model is called, and nothing more of it."""
+    gpt, opt, silent, known = (
+        vector(tuned(seed, fingerprint=None, backbone=name), f"for {name}")
+        if name != "ours"
+        else vector(tuned(seed), "ours")
+        for seed, name in enumerate(("gpt2", "opt", "", "ours"))
+    )
+    with pytest.raises(WrongBackbone, match="gpt2.* and .*opt.* cannot be combined: one was made for gpt2, the other"):
+        gpt + opt
+    for other in (gpt, silent, known):
+        assert len((gpt * 2 + other).parents) == 1 + (other is not gpt)
+
+
 def test_a_head_may_be_scaled_but_not_added() -> None:
     one = vector(tuned(1, heads={"score.weight": torch.ones(2, D)}))
     assert made((one + one) * 0.25, START).heads["score.weight"].equal(torch.ones(2, D))

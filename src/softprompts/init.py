@@ -63,9 +63,9 @@ def start(
     elif config.kind == "multitask":
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
-        made = _from_multitask(config, config.path, parts)
+        made = replace(_from_multitask(config, config.path, parts), parents=tuple(one.digest for one in parts))
     elif config.kind == "vector":
-        made = Start(_from_vector(config, backbone, site, slot, seed, labels, allow_other_weights))
+        made = _from_vector(config, backbone, site, slot, seed, labels, allow_other_weights)
     else:
         made = Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
     return replace(
@@ -73,6 +73,7 @@ def start(
         sources=torch.stack(sources) if sources else None,
         state=dict(read[-1].state) if state else None,
         draw=functools.partial(_draw, backbone, seed),
+        parents=tuple(dict.fromkeys([*made.parents, *(one.digest for one in read)])),
     )
 
 
@@ -267,7 +268,7 @@ def _from_vector(
     seed: int,
     labels: Sequence[str],
     allow_other_weights: bool,
-) -> Tensor:
+) -> Start:
     """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
     total = vectors.read(config.vector)
@@ -275,15 +276,20 @@ def _from_vector(
     if config.start is not None:
         began = start(
             config.start, backbone, site, slot, seed=seed, labels=labels, allow_other_weights=allow_other_weights
-        ).prompt
-        return vectors.apply(total, began)
+        )
+        return Start(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
     common = vectors.common_start(total)
+    if common is None and not total.parts:
+        raise ConfigError(
+            f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
+            f"such as init.start: {{kind: vocabulary}}"
+        )
     if common is None:
         raise ConfigError(
             f"the prompts of '{config.vector}' did not all begin at the same start; say with init.start what to add "
             f"their sum to, such as init.start: {{kind: vocabulary}}"
         )
-    return vectors.apply(total, common)
+    return Start(vectors.apply(total, common), parents=total.parents)
 
 
 def _from_multitask(config: InitConfig, path: str, artefacts: Sequence[Artefact]) -> Start:

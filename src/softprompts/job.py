@@ -308,7 +308,7 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artefact:
         format=task.format.to_json(),
         config=config,
         scores={} if scored is None else {k: asdict(v) for k, v in scored.scores.items()},
-        parents=(),
+        parents=job.start.parents,
         version=__version__,
         segments=slots if len(slots) > 1 else (),
     )

@@ -50,7 +50,8 @@ class Start:
     factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task; state:
     tensors of the same method that was trained before, under its own names, for every task. draw: `draw(count,
     population)` gives `count` different words' embeddings, [count, H], drawn by the run's seed from the `population`
-    most common words (None: from all), for methods that keep some; None where a trained method is built again.
+    most common words (None: from all), for methods that keep some; None where a trained method is built again. parents:
+    digests of the artefacts that it was made from.
     """
 
     prompt: Tensor
@@ -58,6 +59,7 @@ class Start:
     factors: tuple[Tensor, Tensor] | None = None
     state: Mapping[str, Tensor] | None = None
     draw: Callable[[int, int | None], Tensor] | None = None
+    parents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

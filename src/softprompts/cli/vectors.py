@@ -14,7 +14,13 @@ app = typer.Typer(
     help="Task prompt vectors: what training added to a prompt, to be added, compared and put on other starts.",
 )
 
-Sum = Annotated[str, typer.Argument(help="A trained prompt, or a sum such as 'movies + 0.5*tweets - sms'.")]
+Sum = Annotated[
+    str,
+    typer.Argument(
+        help="A trained prompt, or a sum such as 'movies + 0.5*tweets - sms'; before one that begins with a minus sign "
+        "stands --, and options before that."
+    ),
+]
 Sums = Annotated[list[str], typer.Argument(help="Trained prompts, or sums such as 'movies + 0.5*tweets'.")]
 Out = Annotated[Path, typer.Option("--out", help="Where the prompt is written.")]
 StartOption = Annotated[
@@ -27,8 +33,12 @@ StartOf = Annotated[str | None, typer.Option("--start-of", help="Add to where th
 def make(
     prompt: Annotated[str, typer.Argument(help="A trained prompt.")],
     out_dir: Out,
-    start: StartOption = None,
-    start_of: StartOf = None,
+    start: Annotated[
+        str | None, typer.Option("--start", help="The prompt that training began at, where it is not known.")
+    ] = None,
+    start_of: Annotated[
+        str | None, typer.Option("--start-of", help="Training began where that of this prompt did.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a prompt with where it began, folded to one matrix; --start where the prompt does not say it."""
@@ -38,6 +48,11 @@ def make(
 
     found = stored.plain(artefact.load(vectors.locate(prompt)), prompt)
     given = _start(start, start_of)
+    if given is not None and found.initial is not None and not found.initial.equal(given.matrix("the start")):
+        raise ConfigError(
+            f"{prompt} says itself where its training began, and the start given is another one; leave --start and "
+            f"--start-of out, or put its vector on that start with: softprompts vector apply {prompt} --start PROMPT"
+        )
     if given is not None:
         vectors.fits(given, vectors.vector(replace(found, initial=given.prompt), prompt), "the start")
         found = replace(found, initial=given.prompt)
@@ -83,7 +98,7 @@ def scale(
     as_json: Json = False,
 ) -> None:
     """A multiple of a vector, added to a start."""
-    _combine(_read([prompt])[0] * by, out_dir, start, start_of, as_json)
+    _combine(_read([prompt])[0], out_dir, start, start_of, as_json, by=by)
 
 
 @app.command()
@@ -127,7 +142,7 @@ def apply(
     as_json: Json = False,
 ) -> None:
     """A sum, added to a start."""
-    _combine(_read([prompt])[0] * by, out_dir, start, start_of, as_json)
+    _combine(_read([prompt])[0], out_dir, start, start_of, as_json, by=by)
 
 
 @app.command()
@@ -252,15 +267,21 @@ def _start(start: str | None, start_of: str | None) -> Any:
 
 
 def _combine(
-    total: Any, out_dir: Path, start: str | None, start_of: str | None, as_json: bool, sources: Any = None
+    total: Any,
+    out_dir: Path,
+    start: str | None,
+    start_of: str | None,
+    as_json: bool,
+    sources: Any = None,
+    by: float = 1,
 ) -> None:
-    """Add `total` to a start, and write the prompt that makes; sources: the vectors it was made of, if by a merge."""
+    """Add `by · total` to a start, and write the prompt that makes; sources: what it was made of, if by a merge."""
     from softprompts import vectors
     from softprompts.recipes.coefficient import begin
 
     # What a merge makes has no start of its own; that of its sources' sum is the one they have in common.
     begins = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
-    _written(total, vectors.made(total, begins), out_dir, as_json)
+    _written(total * by, vectors.made(total, begins, by), out_dir, as_json)
 
 
 def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:
@@ -271,16 +292,17 @@ def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:
         "directory": str(out_dir),
         "vector": total.name,
         "norm": vectors.norm(total.value),
-        "norm_ratio": vectors.norm_ratio(total.value, made.initial),
+        "norm_ratio": vectors.norm_ratio(total.value, made.initial) if made.initial.any() else None,
         "parents": list(total.parents),
     }
     if as_json:
         show_json(facts)
         return
     length, width = made.shape
+    ratio = facts["norm_ratio"]
+    told = "the start is zero" if ratio is None else f"the change is {ratio:.3g} times as long as the start"
     out.print(
-        f"{out_dir}: {total.name} on its start, {length} vectors of width {width}; the change is "
-        f"{facts['norm_ratio']:.3g} times as long as the start",
+        f"{out_dir}: {total.name} on its start, {length} vectors of width {width}; {told}",
         markup=False,
         soft_wrap=True,
     )

@@ -75,26 +75,33 @@ def search(
     total = vectors.read(text)
     begins = begin(total, start)
     found = {name: artefact.load(vectors.locate(name)) for name in (on or vectors.terms(text))}
-    configs = _tasks(found)
-    like = total.like
+    tasks, like = _tasks(found), total.like
     base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), say=screen.say)
     artefact.check_fingerprint(like.fingerprint, fingerprint(base), False)
     site = Site(like.site, like.mode, like.place)
-    judges = [judge(base, site, like.shape[0], config, judging_of(like, resamples=100)) for config in configs.values()]
+    judges = [
+        judge(base, site, like.shape[0], config, judging_of(own, resamples=100)) for config, own in tasks.values()
+    ]
     choice = choose(judges, total, begins, grid, screen)
     made = vectors.made(total, begins, choice.best)
     assert made.prompt is not None
-    scores = {}
-    for one in judges:
+    scores, warnings = {}, []
+    for one, (_, own) in zip(judges, tasks.values(), strict=True):
         if one.task.test:
-            config = judging_of(like)
-            scores[one.task.name] = replace(one, config=config).evaluate(made.prompt, one.task.test).scores
+            scores[one.task.name] = replace(one, config=judging_of(own)).evaluate(made.prompt, one.task.test).scores
+        else:
+            warnings.append(
+                f"{one.task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
+                f"not known; set its split's test_fraction"
+            )
+    for line in warnings:
+        screen.say(line)
     told = {name: {metric: asdict(score) for metric, score in each.items()} for name, each in scores.items()}
     artefact.save(replace(made, scores=told), Path(out) / "prompt")
     results = {
         "format": 1,
         "title": f"How much of {total.name} to add",
-        "task": ", ".join(configs),
+        "task": ", ".join(tasks),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - began, 1),
         "sum": total.name,
@@ -109,6 +116,7 @@ def search(
         },
         "parents": list(total.parents),
         "versions": versions(),
+        "warnings": warnings,
     }
     report.write_results(Path(out) / "results.json", results)
     report.write_page(Path(out) / "report.html", page_of(results))
@@ -124,6 +132,11 @@ def begin(total: Vector, start: Artefact | None) -> Tensor:
         vectors.fits(start, total, "the start")
         return start.matrix("the start")
     common = vectors.common_start(total)
+    if common is None and not total.parts:
+        raise ConfigError(
+            "the sum is zero, so no prompt of it says where to begin; say what to add it to: --start PROMPT, or "
+            "--start-of PROMPT for where the training of that prompt began"
+        )
     if common is None:
         raise ConfigError(
             f"the prompts of '{total.name}' did not all begin at the same start; say what to add their sum to: --start "
@@ -152,9 +165,9 @@ def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tasks(found: Mapping[str, Artefact]) -> dict[str, TaskConfig]:
-    """The tasks that prompts were trained on, by name, each once."""
-    configs: dict[str, TaskConfig] = {}
+def _tasks(found: Mapping[str, Artefact]) -> dict[str, tuple[TaskConfig, Artefact]]:
+    """The tasks that prompts were trained on, by name, each once, with a prompt that says how it is judged."""
+    tasks: dict[str, tuple[TaskConfig, Artefact]] = {}
     for name, one in found.items():
         values = settings_of(one, "task")
         if not values:
@@ -163,9 +176,9 @@ def _tasks(found: Mapping[str, Artefact]) -> dict[str, TaskConfig]:
                 f"softprompts trained with --on"
             )
         config = parse(values, TaskConfig, f"the task of {name}")
-        known = configs.setdefault(config.title, config)
+        known, _ = tasks.setdefault(config.title, (config, one))
         if known != config:
             raise ConfigError(
                 f"two prompts of {config.title} were trained on different rows or words; say by which to choose: --on"
             )
-    return configs
+    return tasks

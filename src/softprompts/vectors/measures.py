@@ -89,6 +89,7 @@ def compare(named: Mapping[str, Vector]) -> dict[str, Any]:
         "distances": distances(values).tolist(),
         "norms": [norm(value) for value in values],
         "ratios": [
-            None if start is None else norm_ratio(value, start) for value, start in zip(values, starts, strict=True)
+            norm_ratio(value, start) if start is not None and start.any() else None
+            for value, start in zip(values, starts, strict=True)
         ],
     }

@@ -263,6 +263,12 @@ def _check_like(one: Artefact, other: Artefact, first: str, second: str) -> None
             f"with model.head: lm to add prompts"
         )
     if one.fingerprint is None or other.fingerprint is None:
+        names = {found.backbone for found in (one, other) if found.backbone and found.fingerprint is None}
+        if len(names) > 1:  # PEFT's files have no more than the model's name
+            raise WrongBackbone(
+                f"{first} and {second} cannot be combined: one was made for {one.backbone}, the other for "
+                f"{other.backbone}; vectors add up only on the same weights"
+            )
         return
     try:
         check_fingerprint(one.fingerprint, other.fingerprint, False)

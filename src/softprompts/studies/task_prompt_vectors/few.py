@@ -11,15 +11,20 @@ SUM, PLAIN = "vectors", ("random", "prompt-tuning")
 def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What the targets say about the claim that sums are good starts, over all targets and all sizes but 0 rows.
 
-    ranks: of each arm the mean of its score minus the best plain start's; words: the same for people.
+    over: of each arm the mean of its score minus the best plain start's; clear: in how many cases that of sums is
+    larger than both spreads together; words: the same for people.
     """
     gaps: dict[str, list[float]] = {}
-    for results in found.values():
-        for table in results["arms"]:
-            means = {line["arm"]: line["mean"] for line in table["lines"] if line["mean"] is not None}
-            plain = [means[arm] for arm in PLAIN if arm in means]
-            for arm in means if plain and table["size"] != "0-shot" else ():
-                gaps.setdefault(arm, []).append(means[arm] - max(plain))
+    clear = 0
+    for table in (table for results in found.values() for table in results["arms"] if table["size"] != "0-shot"):
+        lines = {line["arm"]: line for line in table["lines"] if line["mean"] is not None}
+        plain = [lines[arm] for arm in PLAIN if arm in lines]
+        if not plain:
+            continue
+        best = max(plain, key=lambda line: line["mean"])
+        for arm, line in lines.items():
+            gaps.setdefault(arm, []).append(line["mean"] - best["mean"])
+        clear += SUM in lines and gaps[SUM][-1] > _spread(lines[SUM]) + _spread(best)
     over = {arm: fmean(values) for arm, values in gaps.items() if arm not in ("no prompt", *PLAIN)}
     if SUM not in over:
         return {"over": over, "holds": None, "words": "No sum of vectors was trained on."}
@@ -31,9 +36,15 @@ def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     )
     words = (
         f"From the sum of two vectors few-shot training ends {over[SUM]:+.3f} from the better plain start, above it in "
-        f"{wins} of {count} cases (targets and sizes)."
+        f"{wins} of {count} cases (targets and sizes), by more than both spreads in {clear}."
     )
     if others:
         best = max(others, key=others.__getitem__)
         words += f" The best other start, {best}, ends {others[best]:+.3f} from it."
-    return {"over": over, "holds": holds, "words": f"{words} That sums are good starts {holds} on this model."}
+    words += f" That sums are good starts {holds} on this model."
+    return {"over": over, "clear": clear, "holds": holds, "words": words}
+
+
+def _spread(line: Mapping[str, Any]) -> float:
+    """The standard deviation over the seeds of a line of one target."""
+    return float(sum(score["sd"] or 0 for score in line["scores"].values()))

@@ -26,13 +26,16 @@ CONTROLS = ("start", "shuffled", "random", "alone")
 """What `cross` must beat before a vector can be called independent of its start."""
 
 KEPT, BEATEN = 0.9, 0.5
-"""The claim holds where `cross` keeps at least this part of what training gained, and no control more than that."""
+"""The claim holds where `cross` keeps at least this part of what training gained, and no control more than that.
+
+Where the vectors alone keep more than that too, a start hardly matters, and nothing can be told of the claim.
+"""
 
 
 def measure(judge: Judge, found: Sequence[Vector], starts: Sequence[Tensor], screen: Screen) -> dict[str, Any]:
     """Test scores of every condition, of the stock model, and how the vectors `found` of one task lie to each other.
 
-    starts: where each vector was trained from, [P, D].
+    starts: where each vector was trained from, [P, D]; beside one of zeros a vector has no relative length (None).
     """
     rows, title = judge.task.test, judge.task.name
     made = prompts(found, starts)
@@ -41,7 +44,10 @@ def measure(judge: Judge, found: Sequence[Vector], starts: Sequence[Tensor], scr
         "metric": judge.metric,
         "stock": judge.evaluate(None, rows).headline.value,
         "scores": {name: judge.scores(made[name], rows, f"{title} {name}", screen.judged) for name in CONDITIONS},
-        "ratios": [vectors.norm_ratio(value, start) for value, start in zip(values, starts, strict=True)],
+        "ratios": [
+            vectors.norm_ratio(value, start) if start.any() else None
+            for value, start in zip(values, starts, strict=True)
+        ],
         "cosines": {how: vectors.cosines(values, how).tolist() for how in vectors.COSINES},
         "dead": int(sum((~value.any(1)).sum() for value in values)),
     }
@@ -88,14 +94,21 @@ def verdict(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for name in CONDITIONS
         if name not in ("own", "start")
     }
-    ratio = fmean(ratio for task in gained for ratio in measured[task]["ratios"])
+    known = [ratio for task in gained for ratio in measured[task]["ratios"] if ratio is not None]
+    ratio = fmean(known) if known else None
     best = max((name for name in kept if name in CONTROLS), key=kept.__getitem__)
-    holds = "holds" if kept["cross"] >= KEPT and kept[best] <= BEATEN else "holds in part"
-    if kept["cross"] <= max(BEATEN, kept[best]):
+    if kept["cross"] > BEATEN and kept["alone"] > BEATEN:
+        holds = "cannot be told"
+    elif kept["cross"] <= max(BEATEN, kept[best]):
         holds = "does not hold"
+    else:
+        holds = "holds" if kept["cross"] >= KEPT and kept[best] <= BEATEN else "holds in part"
     words = (
         f"On another start a vector keeps {kept['cross']:.0%} of what training gained (mean of {len(gained)} tasks); "
-        f"the best control, {CONDITIONS[best]}, keeps {kept[best]:.0%}. Vectors are {ratio:.2g} times as long as the "
-        f"starts. That vectors do not depend on their start {holds} on this model."
+        f"the best control, {CONDITIONS[best]}, keeps {kept[best]:.0%}."
     )
+    if ratio is not None:
+        words += f" Vectors are {ratio:.2g} times as long as the starts."
+    words += f" That vectors do not depend on their start {holds} on this model"
+    words += ": they do as well on none, so the start hardly matters." if holds == "cannot be told" else "."
     return {"kept": kept, "ratio": ratio, "holds": holds, "words": words}

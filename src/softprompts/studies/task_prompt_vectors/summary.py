@@ -31,7 +31,7 @@ def summarise(
     """The content of results.json; each argument is what a question's parts found."""
     claims = {"independence": independence.verdict(measured)}
     if pairs:
-        claims["sums"] = sums.verdict(pairs)
+        claims["sums"] = sums.verdict(pairs, {title: _again(rows) for title, rows in again.items()})
     if few:
         claims["few"] = few_examples.verdict(few)
     return {
@@ -141,13 +141,14 @@ def _independence_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             f"{title} ({one['metric']})",
             one["stock"],
             *(one["scores"][name] for name in conditions),
-            fmean(one["ratios"]),
+            _mean([ratio for ratio in one["ratios"] if ratio is not None]),
+            one["dead"],
         ]
         for title, one in measured.items()
     ]
     scores = {
         "title": "Question 1: vectors on other starts (test rows)",
-        "columns": ["task", "no prompt", *conditions, "norm(vector) / norm(start)"],
+        "columns": ["task", "no prompt", *conditions, "norm(vector) / norm(start)", "rows without a gradient"],
         "rows": rows,
     }
     means = results["similarity"]["means"]
@@ -162,18 +163,18 @@ def _independence_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _sum_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tables = []
+    tables, kinds = [], ("start", "other", "own", "sum")
     rows = [
         [
             " + ".join(one["tasks"]),
             "related" if one["related"] else "",
             ", ".join(f"{value:g}" for value in one["coefficients"]),
-            *(one["scores"][kind][task] for task in one["tasks"] for kind in ("sum", "own")),
+            *(one["scores"][kind][task] for task in one["tasks"] for kind in kinds),
             *(one["kept"][kind] for kind in ("sum", "other")),
         ]
         for one in results["pairs"]
     ]
-    columns = ["pair", "", "coefficients", "first: sum", "first: own", "second: sum", "second: own"]
+    columns = ["pair", "", "coefficients", *(f"{which}: {kind}" for which in ("first", "second") for kind in kinds)]
     columns += ["kept by the sum", "kept by the other's prompt"]
     if rows:
         tables.append({"title": "Question 2: sums, as they are (test rows)", "columns": columns, "rows": rows})
@@ -199,6 +200,10 @@ def _few_tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         columns = ["start", *sizes]
         tables.append({"title": f"Question 3: few examples of {title} ({metric})", "columns": columns, "rows": rows})
     return tables
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(values) if values else None
 
 
 def _curve(title: str, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

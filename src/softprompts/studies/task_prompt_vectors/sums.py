@@ -59,8 +59,13 @@ def kept(measured: Mapping[str, Any], kind: str) -> float | None:
     return fmean(parts) if parts else None
 
 
-def verdict(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the pairs say about the claim that sums serve both tasks: of related pairs, of others, and in words."""
+def verdict(
+    measured: Sequence[Mapping[str, Any]], again: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """What the pairs say about the claim that sums serve both tasks: of related pairs, of others, and in words.
+
+    again: of each task the spread of the scores of runs that began at a sum, or at the start alone, which is `start`.
+    """
     found: dict[str, Any] = {}
     lines = []
     for name, related in (("related", True), ("unrelated", False)):
@@ -77,8 +82,28 @@ def verdict(measured: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         )
     kept_all = [value for one in measured if (value := kept(one, "sum")) is not None]
     if not kept_all:
-        return {**found, "holds": None, "words": "Training gained nothing, so there is nothing to keep."}
+        words = "Training gained nothing, so there is nothing to keep."
+        return {**found, **_as_starts(again), "holds": None, "words": words}
     share = sum(value >= KEPT for value in kept_all) / len(kept_all)
     holds = "holds" if share >= 0.9 else "holds in part" if share >= 0.25 else "does not hold"
-    words = " ".join(lines) + f" That a sum serves both of its tasks {holds} on this model."
-    return {**found, "holds": holds, "words": words}
+    trained = _as_starts(again)
+    lines += [f"That a sum serves both of its tasks {holds} on this model.", *filter(None, [trained.get("as_starts")])]
+    return {**found, **trained, "holds": holds, "words": " ".join(lines)}
+
+
+def _as_starts(again: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """How far training with few rows ends from a sum, of which the task's own vector is a part, and from its start."""
+    gaps, clear = [], 0
+    for spreads in again.values():
+        plain = spreads.get("start")
+        for name, one in spreads.items():
+            if plain is not None and name != "start":
+                gaps.append(one["mean"] - plain["mean"])
+                clear += gaps[-1] > (one["sd"] or 0) + (plain["sd"] or 0)
+    if not gaps:
+        return {}
+    words = (
+        f"Trained on with few rows, a sum (of which the task's own vector is a part) ends {fmean(gaps):+.3f} from the "
+        f"start alone, further above it than both spreads in {clear} of {len(gaps)} cases."
+    )
+    return {"over_start": fmean(gaps), "as_starts": words}
