@@ -107,6 +107,23 @@ def test_nothing_of_a_vector_is_its_start(call, here, tmp_path, command):
     assert load("alpha").digest in made.parents
 
 
+def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_path):
+    """A multiple of a vector answers as its run did; a sum of tasks with the same words needs rows, others cannot."""
+    assert call("vector", "scale", "alpha", "--by", "1", "--out", tmp_path / "one")[0] == 0
+    status, out, err = call("evaluate", tmp_path / "one", "--json")
+    assert status == 0, err
+    assert json.loads(out)["scores"]["accuracy"]["value"] == load("alpha").scores["accuracy"]["value"]
+    assert call("vector", "add", "alpha", "beta", "--out", tmp_path / "two")[0] == 0
+    refused(call("evaluate", tmp_path / "two"), "does not say which rows it was made for; give --data")
+    status, out, err = call("evaluate", tmp_path / "two", "--data", here / "beta.csv", "--json")
+    assert status == 0, err
+    assert json.loads(out)["scores"]["accuracy"]["n"] == 40
+    one = load("alpha")
+    artefact.save(replace(one, format={**one.format, "template": "{text}?"}), tmp_path / "asked")
+    assert call("vector", "add", tmp_path / "asked", "beta", "--out", tmp_path / "both")[0] == 0
+    refused(call("evaluate", tmp_path / "both"), "holds no task")
+
+
 @pytest.mark.parametrize("how", ["average", "ties", "dare", "slerp"])
 def test_merges_take_the_start_of_what_they_merge(call, here, tmp_path, how):
     found = []

@@ -574,7 +574,7 @@ def test_prompts_that_know_no_weights_must_name_one_model() -> None:
         else vector(tuned(seed), "ours")
         for seed, name in enumerate(("gpt2", "opt", "", "ours"))
     )
-    with pytest.raises(WrongBackbone, match="gpt2.* and .*opt.* cannot be combined: one was made for gpt2, the other"):
+    with pytest.raises(WrongBackbone, match=r"gpt2.* and .*opt.* cannot be combined: one was made for gpt2, the other"):
         gpt + opt
     for other in (gpt, silent, known):
         assert len((gpt * 2 + other).parents) == 1 + (other is not gpt)
