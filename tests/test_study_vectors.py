@@ -7,17 +7,17 @@ import pytest
 import torch
 
 import local
-from softprompts import artefact, job, vectors
+from softprompts import artefact, job, train, vectors
 from softprompts.config import ConfigError, parse
 from softprompts.prepare import Screen
 from softprompts.recipes import coefficient
-from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, sums
+from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
 
 P = 4
 TASKS = ("alpha", "beta", "gamma")
 
 
-def study_values(folder: Path) -> dict:
+def study_values(folder: Path, model: str = "llama") -> dict:
     """Three tasks from two starts, all pairs, and one unseen target, on a tiny model."""
     tasks = []
     for i, name in enumerate((*TASKS, "delta")):
@@ -26,7 +26,7 @@ def study_values(folder: Path) -> dict:
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
     train = {"steps": 4, "batch_size": 4, "rate": 0.3}
     return {
-        "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
+        "model": {"name": str(local.model_directory(folder / model, model)), "dtype": "float32", "threads": 1},
         "prompt": {"length": P},
         "tasks": tasks[:3],
         "groups": {"first": ["alpha", "beta"]},
@@ -54,13 +54,42 @@ def study_values(folder: Path) -> dict:
     }
 
 
+class Watch:
+    """How often training is called, on what, and how many steps the frozen backbone makes of it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.fits: list[tuple[list[str], set[int]]] = []  # the directories of the runs, and their backbones
+        self.steps = 0
+        fit, joint = job.fit_together, train.joint_steps
+
+        def fitted(trainees, **given):
+            where = [str(one.directory) for one in trainees]
+            self.fits.append((where, {id(one.learner.backbone) for one in trainees}))
+            return fit(trainees, **given)
+
+        def stepped(*given):
+            self.steps += 1
+            return joint(*given)
+
+        patch.setattr(job, "fit_together", fitted)
+        patch.setattr(train, "joint_steps", stepped)
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A study that was carried out, with what it said."""
+def watched(tmp_path_factory):
+    """A study that was carried out, with what it said and how it was trained."""
     values = study_values(tmp_path_factory.mktemp("study"))
     said: list[str] = []
-    results = execute(parse(values, Study), Screen(say=said.append))
-    return values, results, said
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        results = execute(parse(values, Study), Screen(say=said.append))
+    return values, results, said, watch
+
+
+@pytest.fixture(scope="module")
+def done(watched):
+    """The study with what it said."""
+    return watched[:3]
 
 
 def page(values: dict, *parts: str) -> dict:
@@ -80,6 +109,16 @@ def test_vectors_differ_by_their_start_alone(done):
         configs = [{**run["config"], "out": "", "prompt": ""} for run in runs]
         assert configs[0] == configs[1]
         assert configs[0]["train"]["rate"] == results["rate"]["rate"]
+
+
+def test_all_starts_of_a_task_train_in_one_batch(watched):
+    """One call of the training a task, with every start and one backbone; so do the rates of a task that chooses."""
+    values, _, _, watch = watched
+    out = Path(values["out"])
+    for part, tasks, names in (("vectors", TASKS, ("start0", "start1")), ("rates", ["alpha"], ("rate0.1", "rate0.3"))):
+        calls = [where for where, _ in watch.fits if Path(where[0]).parent.parent == out / part]
+        assert calls == [[str(out / part / task / name) for name in names] for task in tasks]
+    assert all(len(backbones) == 1 for _, backbones in watch.fits)
 
 
 def test_own_scores_are_those_of_the_trained_prompts(done):
@@ -319,10 +358,8 @@ def test_the_search_never_reads_test_rows(done):
     """With test rows that cannot be read the same coefficient is found."""
     from dataclasses import replace
 
-    from softprompts.studies.task_prompt_vectors.stages import _AtHand
-
     values, results, _ = done
-    at_hand = _AtHand(parse(values, Study), Screen())
+    at_hand = stages._AtHand(parse(values, Study), Screen())
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
