@@ -1,6 +1,8 @@
 """The study of task prompt vectors on a tiny model: what is measured, what is reused, what is said of the claims."""
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from softprompts import artefact, job, train, vectors
 from softprompts.config import ConfigError, parse
 from softprompts.prepare import Screen
 from softprompts.recipes import coefficient
+from softprompts.recipes.judging import Judge
 from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
 
 P = 4
@@ -185,6 +188,55 @@ def test_pairs_hold_what_a_judge_finds(done):
     first = results["pairs"][0]
     if first["coefficients"] == [0, 0]:
         assert first["scores"]["sum"] == first["scores"]["start"]
+
+
+def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
+    """Each kind of prompt, made by hand of the artefacts, with another coefficient from each start.
+
+    The judge's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
+    """
+    values, _, _ = done
+    shutil.copytree(Path(values["out"], "vectors"), tmp_path / "vectors")
+    pair, grid = ("alpha", "gamma"), (0.5, 1)
+    trained = {
+        task: [artefact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
+        for task in pair
+    }
+    starts = [one.initial for one in trained["alpha"]]
+    changes = [
+        sum(trained[task][place].prompt.double() - trained[task][place].initial.double() for task in pair)
+        for place in (0, 1)
+    ]
+    wanted = [start.double() + at * change for start, change, at in zip(starts, changes, grid, strict=True)]
+    weights = {task: torch.randn(P, 32, generator=torch.Generator().manual_seed(i)) for i, task in enumerate(pair)}
+
+    def number(task, prompt):
+        return float((prompt.double() * weights[task]).sum())
+
+    def scores(judge, prompts, rows, *_):
+        if rows is judge.task.validation:
+            return [-min(float((prompt - one).norm()) for one in wanted) for prompt in prompts]
+        assert rows is judge.task.test
+        return [number(judge.task.name, prompt) for prompt in prompts]
+
+    monkeypatch.setattr(Judge, "scores", scores)
+    study = parse({**values, "out": str(tmp_path)}, Study)
+    found = stages._pair(stages._AtHand(study, Screen()), pair)
+    assert found["tasks"] == list(pair)
+    assert found["coefficients"] == list(grid)
+    for task, other in (pair, pair[::-1]):
+        expected = {
+            "sum": [number(task, prompt) for prompt in wanted],
+            "own": [number(task, one.prompt) for one in trained[task]],
+            "other": [number(task, one.prompt) for one in trained[other]],
+            "start": [number(task, start) for start in starts],
+        }
+        for place in (0, 1):
+            apart = sorted(each[place] for each in expected.values())
+            assert min(b - a for a, b in itertools.pairwise(apart)) > 1e-3
+        assert {kind: each[task] for kind, each in found["scores"].items()} == {
+            kind: pytest.approx(each, abs=1e-5) for kind, each in expected.items()
+        }
 
 
 def test_sums_are_trained_on_from_where_they_are(done):
