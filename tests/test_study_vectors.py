@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -298,6 +299,60 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     artefact.save(vectors.made(vectors.vector(one), moved), place)
     execute(parse(small, Study))
     assert len(asked) == 4
+
+
+class Cut:
+    """A screen that is interrupted once, at a training step or at a prompt that was judged, under a certain line."""
+
+    def __init__(self, line: str, at: str) -> None:
+        self.line, self.at, self.under = line, at, ""
+
+    def screen(self) -> Screen:
+        return Screen(say=self.say, step=self.step, judged=self.judged)
+
+    def say(self, line: str) -> None:
+        if line.endswith((" steps", " crossed", " coefficients")):
+            self.under = line
+
+    def step(self, name: str, report: Any) -> None:
+        self.reach(f"step {report.step}")
+
+    def judged(self, title: str, number: int, of: int) -> None:
+        self.reach(f"{title} {number}")
+
+    def reach(self, at: str) -> None:
+        if self.under.startswith(self.line) and at == self.at:
+            raise KeyboardInterrupt
+
+
+CUTS = (
+    ("rates of alpha:", "step 3"),
+    ("vectors of beta:", "step 2"),
+    ("independence of gamma:", "gamma cross, prompts 1"),
+    ("alpha + gamma:", "gamma, prompts 2"),
+    ("beta again", "step 1"),
+    ("sources:", "step 2"),
+    ("delta 4-shot, seeds", "step 2"),
+)
+
+
+def test_an_interrupted_study_goes_on_to_the_same_results(watched, tmp_path, monkeypatch):
+    """Cut in every question, one after the other: in the end it has made each step once, and found the same."""
+    before, _, _, whole = watched
+    values = {**before, "out": str(tmp_path / "out")}
+    watch = Watch(monkeypatch)
+    for line, at in CUTS:
+        with pytest.raises(KeyboardInterrupt):
+            execute(parse(values, Study), Cut(line, at).screen())
+        assert not Path(values["out"], "results.json").exists()
+    execute(parse(values, Study))
+    assert watch.steps == whole.steps
+    found, expected = (json.loads(Path(out, "results.json").read_text()) for out in (values["out"], before["out"]))
+    for one in (found, expected):
+        for key in ("created", "seconds"):
+            del one[key]
+        del one["config"]["out"]
+    assert found == expected
 
 
 def test_the_page_says_what_held(done):
