@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import local
-from softprompts import artefact, job, train, vectors
+from softprompts import artefact, job, objectives, train, vectors
+from softprompts.checkpoint import TrainingError
 from softprompts.config import ConfigError, parse
 from softprompts.prepare import Screen
 from softprompts.recipes import coefficient
@@ -443,6 +444,59 @@ def test_unseen_targets_are_unseen(tmp_path):
     seen = {"targets": [{"target": values["tasks"][0], "sources": ["beta"]}]}
     with pytest.raises(ConfigError, match="alpha is among the tasks, so it is not unseen"):
         parse({**values, "few": seen}, Study)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rate"),
+    [
+        ({"alpha": {"0.1": 0.5, "0.3": 0.9, "1": 0.2}, "beta": {"0.1": 0.6, "0.3": None, "1": 0.4}}, 0.1),
+        ({"alpha": {"0.1": None, "0.3": 0.9, "1": 0.2}, "beta": {"0.1": 0.6, "0.3": 0.1, "1": 0.9}}, 1),
+        ({"alpha": {"0.1": 0.2, "0.3": 0.5, "1": 0.5}, "beta": {"0.1": 0.2, "0.3": 0.5, "1": 0.5}}, 0.3),
+        ({"alpha": {"0.1": 0.5, "0.3": None, "1": None}, "beta": {"0.1": None, "0.3": 0.5, "1": None}}, None),
+    ],
+)
+def test_a_rate_that_failed_anywhere_is_not_chosen(tmp_path, monkeypatch, scores, rate):
+    """None is a run that failed; of those that are left everywhere the best mean counts, of equal ones the smaller."""
+    values = study_values(tmp_path)
+    values["vectors"] |= {"rates": [0.1, 0.3, 1], "tune_on": ["alpha", "beta"]}
+
+    def runs(title, run, *_):
+        each = scores[Path(run.out).name]
+        return {
+            "runs": [{"name": f"rate{at}", "failed": "" if score else "not a number"} for at, score in each.items()]
+        }
+
+    def read_results(out):
+        return {"validation": [{"value": scores[out.parent.name][out.name.removeprefix("rate")]}]}
+
+    monkeypatch.setattr(stages.stage, "runs", runs)
+    monkeypatch.setattr(stages.stage, "read_results", read_results)
+    if rate is None:
+        with pytest.raises(TrainingError, match=r"every rate failed on some task; give lower ones in vectors\.rates"):
+            stages._rate(parse(values, Study), Screen())
+        return
+    chosen, tried = stages._rate(parse(values, Study), Screen())
+    means = {at: (scores["alpha"][at] + scores["beta"][at]) / 2 for at in ("0.1", "0.3", "1")
+             if None not in (scores["alpha"][at], scores["beta"][at])}  # fmt: skip
+    assert chosen == rate
+    assert tried == {at: pytest.approx(mean) for at, mean in means.items()}
+
+
+def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
+    """Left out where another did better; where none did it is an error. Prompts that went far have no loss here."""
+
+    def near(step):
+        far = float(step.prompt.values.detach().abs().max()) > 1e3
+        return objectives.task(step) * (float("nan") if far else 1.0)
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "near", near)
+    values = study_values(tmp_path)
+    values["vectors"] |= {"rates": [0.1, 1e6], "train": {**values["vectors"]["train"], "objectives": {"near": 1.0}}}
+    rate, tried = stages._rate(parse(values, Study), Screen())
+    assert (rate, list(tried)) == (0.1, ["0.1"])
+    values["vectors"] |= {"rates": [1e6, 1e7]}
+    with pytest.raises(TrainingError, match="not a number"):
+        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), Screen())
 
 
 class Poison:
