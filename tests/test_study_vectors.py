@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import local
 from softprompts import artefact, job, objectives, train, vectors
@@ -497,6 +499,35 @@ def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
     values["vectors"] |= {"rates": [1e6, 1e7]}
     with pytest.raises(TrainingError, match="not a number"):
         stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), Screen())
+
+
+@pytest.mark.parametrize("model", ["gpt2", "t5"])
+def test_vectors_of_other_models(tmp_path, model):
+    """The first question on another kind of model: every condition, with a prompt for each start or ordered pair."""
+    values = study_values(tmp_path, model)
+    values |= {"tasks": values["tasks"][:2], "sums": None, "few": None}
+    values["vectors"] |= {"rates": [0.3]}
+    results = execute(parse(values, Study))
+    assert set(results["independence"]) == {"alpha", "beta"}
+    for task, one in results["independence"].items():
+        counts = {name: len(each["each"]) for name, each in one["scores"].items()}
+        assert counts == {"own": 2, "cross": 2, "start": 2, "shuffled": 2, "random": 2, "alone": 2}
+        trained = [page(values, "vectors", task, f"start{place}")["summary"] for place in (0, 1)]
+        assert one["scores"]["own"]["each"] == [run["after"]["value"] for run in trained]
+        assert one["stock"] == trained[0]["before"]["value"]
+        assert min(one["ratios"]) > 0
+    assert list(results["claims"]) == ["independence"]
+    assert (results["pairs"], results["again"], results["few"]) == ([], {}, {})
+
+
+@pytest.mark.assets
+def test_all_packaged_text_tasks_can_stand_in_a_study():
+    """Those of the page, with the rest as it is by default."""
+    text = (Path(__file__).parents[1] / "docs" / "methods" / "task-vectors.md").read_text(encoding="utf-8")
+    (block,) = [one for one in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S) if "source: trec-fine}" in one]
+    study = parse(yaml.safe_load(block), Study)
+    assert len(study.titles) == 13
+    stages._check(study)
 
 
 class Poison:
