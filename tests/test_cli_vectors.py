@@ -12,6 +12,7 @@ import yaml
 import local
 from softprompts import artefact, job, vectors
 from softprompts.config import parse
+from softprompts.recipes.judging import Judge
 from test_study_vectors import study_values
 
 P = 4
@@ -227,6 +228,30 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
     found = json.loads((tmp_path / "t/results.json").read_text())
     assert list(found["test"]) == ["beta"]
     assert found["coefficient"] == 1
+
+
+def test_search_reads_test_rows_once_and_last(call, here, tmp_path, monkeypatch):
+    """The default grid on validation rows, a task after the other; then each task's test rows, with what was chosen."""
+    read = []
+    original = Judge.evaluate
+
+    def watched(judge, prompt, rows):
+        (role,) = [role for role in ("train", "validation", "test") if rows is getattr(judge.task, role)]
+        read.append((judge.task.name, role, prompt))
+        return original(judge, prompt, rows)
+
+    monkeypatch.setattr(Judge, "evaluate", watched)
+    status, _, err = call("vector", "search", "alpha + beta", "--out", tmp_path / "s")
+    assert status == 0, err
+    grid = [step / 20 for step in range(21)]
+    found = json.loads((tmp_path / "s/results.json").read_text())
+    assert [one["coefficient"] for one in found["validation"]] == grid
+    expected = [*[("alpha", "validation")] * 21, *[("beta", "validation")] * 21, ("alpha", "test"), ("beta", "test")]
+    assert [(task, role) for task, role, _ in read] == expected
+    start, change = load("alpha").initial, tau("alpha") + tau("beta")
+    wanted = [start.double() + at * change for at in [*grid, *grid, found["coefficient"], found["coefficient"]]]
+    for (_, _, prompt), one in zip(read, wanted, strict=True):
+        torch.testing.assert_close(prompt, one.float(), atol=1e-7, rtol=1e-6)
 
 
 def test_the_search_of_a_single_vector_scores_it_as_its_run_did(call, here, tmp_path):

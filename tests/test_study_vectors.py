@@ -1,23 +1,30 @@
 """The study of task prompt vectors on a tiny model: what is measured, what is reused, what is said of the claims."""
 
+import itertools
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import local
-from softprompts import artefact, job, vectors
+from softprompts import artefact, job, objectives, train, vectors
+from softprompts.checkpoint import TrainingError
 from softprompts.config import ConfigError, parse
 from softprompts.prepare import Screen
 from softprompts.recipes import coefficient
-from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, sums
+from softprompts.recipes.judging import Judge
+from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
 
 P = 4
 TASKS = ("alpha", "beta", "gamma")
 
 
-def study_values(folder: Path) -> dict:
+def study_values(folder: Path, model: str = "llama") -> dict:
     """Three tasks from two starts, all pairs, and one unseen target, on a tiny model."""
     tasks = []
     for i, name in enumerate((*TASKS, "delta")):
@@ -26,7 +33,7 @@ def study_values(folder: Path) -> dict:
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
     train = {"steps": 4, "batch_size": 4, "rate": 0.3}
     return {
-        "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
+        "model": {"name": str(local.model_directory(folder / model, model)), "dtype": "float32", "threads": 1},
         "prompt": {"length": P},
         "tasks": tasks[:3],
         "groups": {"first": ["alpha", "beta"]},
@@ -54,13 +61,42 @@ def study_values(folder: Path) -> dict:
     }
 
 
+class Watch:
+    """How often training is called, on what, and how many steps the frozen backbone makes of it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.fits: list[tuple[list[str], set[int]]] = []  # the directories of the runs, and their backbones
+        self.steps = 0
+        fit, joint = job.fit_together, train.joint_steps
+
+        def fitted(trainees, **given):
+            where = [str(one.directory) for one in trainees]
+            self.fits.append((where, {id(one.learner.backbone) for one in trainees}))
+            return fit(trainees, **given)
+
+        def stepped(*given):
+            self.steps += 1
+            return joint(*given)
+
+        patch.setattr(job, "fit_together", fitted)
+        patch.setattr(train, "joint_steps", stepped)
+
+
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """A study that was carried out, with what it said."""
+def watched(tmp_path_factory):
+    """A study that was carried out, with what it said and how it was trained."""
     values = study_values(tmp_path_factory.mktemp("study"))
     said: list[str] = []
-    results = execute(parse(values, Study), Screen(say=said.append))
-    return values, results, said
+    with pytest.MonkeyPatch.context() as patch:
+        watch = Watch(patch)
+        results = execute(parse(values, Study), Screen(say=said.append))
+    return values, results, said, watch
+
+
+@pytest.fixture(scope="module")
+def done(watched):
+    """The study with what it said."""
+    return watched[:3]
 
 
 def page(values: dict, *parts: str) -> dict:
@@ -80,6 +116,16 @@ def test_vectors_differ_by_their_start_alone(done):
         configs = [{**run["config"], "out": "", "prompt": ""} for run in runs]
         assert configs[0] == configs[1]
         assert configs[0]["train"]["rate"] == results["rate"]["rate"]
+
+
+def test_all_starts_of_a_task_train_in_one_batch(watched):
+    """One call of the training a task, with every start and one backbone; so do the rates of a task that chooses."""
+    values, _, _, watch = watched
+    out = Path(values["out"])
+    for part, tasks, names in (("vectors", TASKS, ("start0", "start1")), ("rates", ["alpha"], ("rate0.1", "rate0.3"))):
+        calls = [where for where, _ in watch.fits if Path(where[0]).parent.parent == out / part]
+        assert calls == [[str(out / part / task / name) for name in names] for task in tasks]
+    assert all(len(backbones) == 1 for _, backbones in watch.fits)
 
 
 def test_own_scores_are_those_of_the_trained_prompts(done):
@@ -148,6 +194,55 @@ def test_pairs_hold_what_a_judge_finds(done):
         assert first["scores"]["sum"] == first["scores"]["start"]
 
 
+def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
+    """Each kind of prompt, made by hand of the artefacts, with another coefficient from each start.
+
+    The judge's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
+    """
+    values, _, _ = done
+    shutil.copytree(Path(values["out"], "vectors"), tmp_path / "vectors")
+    pair, grid = ("alpha", "gamma"), (0.5, 1)
+    trained = {
+        task: [artefact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
+        for task in pair
+    }
+    starts = [one.initial for one in trained["alpha"]]
+    changes = [
+        sum(trained[task][place].prompt.double() - trained[task][place].initial.double() for task in pair)
+        for place in (0, 1)
+    ]
+    wanted = [start.double() + at * change for start, change, at in zip(starts, changes, grid, strict=True)]
+    weights = {task: torch.randn(P, 32, generator=torch.Generator().manual_seed(i)) for i, task in enumerate(pair)}
+
+    def number(task, prompt):
+        return float((prompt.double() * weights[task]).sum())
+
+    def scores(judge, prompts, rows, *_):
+        if rows is judge.task.validation:
+            return [-min(float((prompt - one).norm()) for one in wanted) for prompt in prompts]
+        assert rows is judge.task.test
+        return [number(judge.task.name, prompt) for prompt in prompts]
+
+    monkeypatch.setattr(Judge, "scores", scores)
+    study = parse({**values, "out": str(tmp_path)}, Study)
+    found = stages._pair(stages._AtHand(study, Screen()), pair)
+    assert found["tasks"] == list(pair)
+    assert found["coefficients"] == list(grid)
+    for task, other in (pair, pair[::-1]):
+        expected = {
+            "sum": [number(task, prompt) for prompt in wanted],
+            "own": [number(task, one.prompt) for one in trained[task]],
+            "other": [number(task, one.prompt) for one in trained[other]],
+            "start": [number(task, start) for start in starts],
+        }
+        for place in (0, 1):
+            apart = sorted(each[place] for each in expected.values())
+            assert min(b - a for a, b in itertools.pairwise(apart)) > 1e-3
+        assert {kind: each[task] for kind, each in found["scores"].items()} == {
+            kind: pytest.approx(each, abs=1e-5) for kind, each in expected.items()
+        }
+
+
 def test_sums_are_trained_on_from_where_they_are(done):
     values, results, _ = done
     assert set(results["again"]) == set(TASKS)
@@ -210,6 +305,60 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     artefact.save(vectors.made(vectors.vector(one), moved), place)
     execute(parse(small, Study))
     assert len(asked) == 4
+
+
+class Cut:
+    """A screen that is interrupted once, at a training step or at a prompt that was judged, under a certain line."""
+
+    def __init__(self, line: str, at: str) -> None:
+        self.line, self.at, self.under = line, at, ""
+
+    def screen(self) -> Screen:
+        return Screen(say=self.say, step=self.step, judged=self.judged)
+
+    def say(self, line: str) -> None:
+        if line.endswith((" steps", " crossed", " coefficients")):
+            self.under = line
+
+    def step(self, name: str, report: Any) -> None:
+        self.reach(f"step {report.step}")
+
+    def judged(self, title: str, number: int, of: int) -> None:
+        self.reach(f"{title} {number}")
+
+    def reach(self, at: str) -> None:
+        if self.under.startswith(self.line) and at == self.at:
+            raise KeyboardInterrupt
+
+
+CUTS = (
+    ("rates of alpha:", "step 3"),
+    ("vectors of beta:", "step 2"),
+    ("independence of gamma:", "gamma cross, prompts 1"),
+    ("alpha + gamma:", "gamma, prompts 2"),
+    ("beta again", "step 1"),
+    ("sources:", "step 2"),
+    ("delta 4-shot, seeds", "step 2"),
+)
+
+
+def test_an_interrupted_study_goes_on_to_the_same_results(watched, tmp_path, monkeypatch):
+    """Cut in every question, one after the other: in the end it has made each step once, and found the same."""
+    before, _, _, whole = watched
+    values = {**before, "out": str(tmp_path / "out")}
+    watch = Watch(monkeypatch)
+    for line, at in CUTS:
+        with pytest.raises(KeyboardInterrupt):
+            execute(parse(values, Study), Cut(line, at).screen())
+        assert not Path(values["out"], "results.json").exists()
+    execute(parse(values, Study))
+    assert watch.steps == whole.steps
+    found, expected = (json.loads(Path(out, "results.json").read_text()) for out in (values["out"], before["out"]))
+    for one in (found, expected):
+        for key in ("created", "seconds"):
+            del one[key]
+        del one["config"]["out"]
+    assert found == expected
 
 
 def test_the_page_says_what_held(done):
@@ -372,6 +521,88 @@ def test_starts_of_zeros_have_no_relative_length(tmp_path):
     assert len(parse(values, Study).vectors.starts) == 2
 
 
+@pytest.mark.parametrize(
+    ("scores", "rate"),
+    [
+        ({"alpha": {"0.1": 0.5, "0.3": 0.9, "1": 0.2}, "beta": {"0.1": 0.6, "0.3": None, "1": 0.4}}, 0.1),
+        ({"alpha": {"0.1": None, "0.3": 0.9, "1": 0.2}, "beta": {"0.1": 0.6, "0.3": 0.1, "1": 0.9}}, 1),
+        ({"alpha": {"0.1": 0.2, "0.3": 0.5, "1": 0.5}, "beta": {"0.1": 0.2, "0.3": 0.5, "1": 0.5}}, 0.3),
+        ({"alpha": {"0.1": 0.5, "0.3": None, "1": None}, "beta": {"0.1": None, "0.3": 0.5, "1": None}}, None),
+    ],
+)
+def test_a_rate_that_failed_anywhere_is_not_chosen(tmp_path, monkeypatch, scores, rate):
+    """None is a run that failed; of those that are left everywhere the best mean counts, of equal ones the smaller."""
+    values = study_values(tmp_path)
+    values["vectors"] |= {"rates": [0.1, 0.3, 1], "tune_on": ["alpha", "beta"]}
+
+    def runs(title, run, *_):
+        each = scores[Path(run.out).name]
+        return {
+            "runs": [{"name": f"rate{at}", "failed": "" if score else "not a number"} for at, score in each.items()]
+        }
+
+    def read_results(out):
+        return {"validation": [{"value": scores[out.parent.name][out.name.removeprefix("rate")]}]}
+
+    monkeypatch.setattr(stages.stage, "runs", runs)
+    monkeypatch.setattr(stages.stage, "read_results", read_results)
+    if rate is None:
+        with pytest.raises(TrainingError, match=r"every rate failed on some task; give lower ones in vectors\.rates"):
+            stages._rate(parse(values, Study), Screen())
+        return
+    chosen, tried = stages._rate(parse(values, Study), Screen())
+    means = {at: (scores["alpha"][at] + scores["beta"][at]) / 2 for at in ("0.1", "0.3", "1")
+             if None not in (scores["alpha"][at], scores["beta"][at])}  # fmt: skip
+    assert chosen == rate
+    assert tried == {at: pytest.approx(mean) for at, mean in means.items()}
+
+
+def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
+    """Left out where another did better; where none did it is an error. Prompts that went far have no loss here."""
+
+    def near(step):
+        far = float(step.prompt.values.detach().abs().max()) > 1e3
+        return objectives.task(step) * (float("nan") if far else 1.0)
+
+    monkeypatch.setitem(objectives.OBJECTIVES, "near", near)
+    values = study_values(tmp_path)
+    values["vectors"] |= {"rates": [0.1, 1e6], "train": {**values["vectors"]["train"], "objectives": {"near": 1.0}}}
+    rate, tried = stages._rate(parse(values, Study), Screen())
+    assert (rate, list(tried)) == (0.1, ["0.1"])
+    values["vectors"] |= {"rates": [1e6, 1e7]}
+    with pytest.raises(TrainingError, match="not a number"):
+        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), Screen())
+
+
+@pytest.mark.parametrize("model", ["gpt2", "t5"])
+def test_vectors_of_other_models(tmp_path, model):
+    """The first question on another kind of model: every condition, with a prompt for each start or ordered pair."""
+    values = study_values(tmp_path, model)
+    values |= {"tasks": values["tasks"][:2], "sums": None, "few": None}
+    values["vectors"] |= {"rates": [0.3]}
+    results = execute(parse(values, Study))
+    assert set(results["independence"]) == {"alpha", "beta"}
+    for task, one in results["independence"].items():
+        counts = {name: len(each["each"]) for name, each in one["scores"].items()}
+        assert counts == {"own": 2, "cross": 2, "start": 2, "shuffled": 2, "random": 2, "alone": 2}
+        trained = [page(values, "vectors", task, f"start{place}")["summary"] for place in (0, 1)]
+        assert one["scores"]["own"]["each"] == [run["after"]["value"] for run in trained]
+        assert one["stock"] == trained[0]["before"]["value"]
+        assert min(one["ratios"]) > 0
+    assert list(results["claims"]) == ["independence"]
+    assert (results["pairs"], results["again"], results["few"]) == ([], {}, {})
+
+
+@pytest.mark.assets
+def test_all_packaged_text_tasks_can_stand_in_a_study():
+    """Those of the page, with the rest as it is by default."""
+    text = (Path(__file__).parents[1] / "docs" / "methods" / "task-vectors.md").read_text(encoding="utf-8")
+    (block,) = [one for one in re.findall(r"^```yaml\n(.*?)^```", text, re.M | re.S) if "source: trec-fine}" in one]
+    study = parse(yaml.safe_load(block), Study)
+    assert len(study.titles) == 13
+    stages._check(study)
+
+
 class Poison:
     """Rows that nobody may look at."""
 
@@ -392,10 +623,8 @@ def test_the_search_never_reads_test_rows(done):
     """With test rows that cannot be read the same coefficient is found."""
     from dataclasses import replace
 
-    from softprompts.studies.task_prompt_vectors.stages import _AtHand
-
     values, results, _ = done
-    at_hand = _AtHand(parse(values, Study), Screen())
+    at_hand = stages._AtHand(parse(values, Study), Screen())
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))

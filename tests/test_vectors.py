@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+import local
 import rows
+import test_deep_runs
 from artefacts import D, P, assert_equal, bits, fingerprint, trained
-from softprompts import artefact, stored, vectors
+from softprompts import artefact, job, stored, vectors
 from softprompts.artefact import Artefact, ArtefactError, WrongBackbone
+from softprompts.config import parse
 from softprompts.methods.multitask import MultitaskPromptTuning
 from softprompts.prompt import Slot, Start
 from softprompts.vectors import Vector, apply, common_start, cosine, cosines, distances, made, norm, norm_ratio, vector
@@ -441,11 +444,11 @@ def test_the_three_cosines_differ() -> None:
     assert cosine(one, other) == cosine(one, other, "flat")
 
 
-def test_dead_rows_leave_the_rows_cosine_alone() -> None:
+def test_dead_rows_leave_every_cosine_alone() -> None:
     one, other = rows.random(1, 3, 4), rows.random(2, 3, 4)
     dead = torch.zeros(6, 4)
     longer = [torch.cat([dead, value]) for value in (one, other)]
-    for how in ("rows", "flat"):
+    for how in vectors.COSINES:
         assert cosine(*longer, how) == pytest.approx(cosine(one, other, how), abs=1e-12)
 
 
@@ -645,6 +648,27 @@ def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
     assert (plain.method, plain.options, list(plain.state)) == ("prompt-tuning", {}, ["prompts.0"])
     again = stored.rebuilt(artefact.load(artefact.save(plain, tmp_path / "plain")), slot, "plain")
     assert again.fold("mnli").equal(found.matrix(""))
+
+
+@pytest.mark.parametrize("case", ["lstm", "mlp", "residual", "tokens", "low"])
+def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None:
+    """The vector is of what the network made before training and after it; on its own start it is the prompt."""
+    local.run_values(tmp_path)
+    run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], steps=2))
+    begun = job.prepare(run).learner.method
+    job.execute(run)
+    found = artefact.load(tmp_path / "out" / "prompt")
+    start = stored.folded(begun, "colours")
+    assert start is not None
+    assert found.initial is not None
+    assert bits(found.initial) == bits(start)
+    one = vector(found)
+    assert bits(apply(one, found.initial)) == bits(found.matrix(""))
+    assert bits(one.value) == bits(found.matrix("").double() - start.double())
+    assert one.value.any(1).all()
+    begun.load_state_dict(dict(found.state))
+    assert bits(found.matrix("")) == bits(stored.folded(begun, "colours"))
+    assert bits(made(one, found.initial).matrix("")) == bits(found.matrix(""))
 
 
 def test_what_is_made_says_what_of(tmp_path: Path) -> None:
