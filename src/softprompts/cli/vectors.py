@@ -292,7 +292,7 @@ def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:
         "directory": str(out_dir),
         "vector": total.name,
         "norm": vectors.norm(total.value),
-        "norm_ratio": vectors.norm_ratio(total.value, made.initial) if made.initial.any() else None,
+        "norm_ratio": vectors.norm_ratio(total.value, made.initial),
         "parents": list(total.parents),
     }
     if as_json:

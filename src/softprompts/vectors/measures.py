@@ -49,14 +49,14 @@ def norm(value: Tensor) -> float:
     return float(value.double().norm())
 
 
-def norm_ratio(value: Tensor, start: Tensor) -> float:
-    """norm(tau) / norm(start): how far training went, in lengths of the start. Infinite for a start of zeros.
+def norm_ratio(value: Tensor, start: Tensor) -> float | None:
+    """norm(tau) / norm(start): how far training went, in lengths of the start; None for a start of zeros.
 
     Where it is large, the start hardly matters, and a vector fits any: say it beside every cosine and every score of a
     vector on another start.
     """
     size = norm(start)
-    return norm(value) / size if size else float("inf") if value.any() else 0.0
+    return norm(value) / size if size else None
 
 
 def distances(values: Sequence[Tensor]) -> Tensor:
@@ -89,7 +89,6 @@ def compare(named: Mapping[str, Vector]) -> dict[str, Any]:
         "distances": distances(values).tolist(),
         "norms": [norm(value) for value in values],
         "ratios": [
-            norm_ratio(value, start) if start is not None and start.any() else None
-            for value, start in zip(values, starts, strict=True)
+            None if start is None else norm_ratio(value, start) for value, start in zip(values, starts, strict=True)
         ],
     }

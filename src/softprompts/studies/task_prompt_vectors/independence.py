@@ -44,10 +44,7 @@ def measure(judge: Judge, found: Sequence[Vector], starts: Sequence[Tensor], scr
         "metric": judge.metric,
         "stock": judge.evaluate(None, rows).headline.value,
         "scores": {name: judge.scores(made[name], rows, f"{title} {name}", screen.judged) for name in CONDITIONS},
-        "ratios": [
-            vectors.norm_ratio(value, start) if start.any() else None
-            for value, start in zip(values, starts, strict=True)
-        ],
+        "ratios": [vectors.norm_ratio(value, start) for value, start in zip(values, starts, strict=True)],
         "cosines": {how: vectors.cosines(values, how).tolist() for how in vectors.COSINES},
         "dead": int(sum((~value.any(1)).sum() for value in values)),
     }

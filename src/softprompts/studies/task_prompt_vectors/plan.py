@@ -123,9 +123,10 @@ class Study(Section):
             seed = (self.vectors.seed if init.seed is None else init.seed) if drawn else None
             told = {**init.model_dump(mode="json"), "seed": seed}
             if told in seen:
+                advice = f"give them seeds, such as {{kind: {init.kind}, seed: {place}}}" if drawn else "leave one out"
                 raise ValueError(
                     f"vectors.starts: number {place + 1} is number {seen.index(told) + 1} again, so a vector would be "
-                    f"put on its own start; give them seeds, such as {{kind: {init.kind}, seed: {place}}}"
+                    f"put on its own start; {advice}"
                 )
             if init.kind == "labels" and not init.labels and self.sums is not None:
                 raise ValueError(
