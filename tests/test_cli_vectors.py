@@ -254,6 +254,19 @@ def test_search_reads_test_rows_once_and_last(call, here, tmp_path, monkeypatch)
         torch.testing.assert_close(prompt, one.float(), atol=1e-7, rtol=1e-6)
 
 
+def test_a_search_without_test_rows_says_so(call, here, tmp_path):
+    one = load("alpha")
+    config = json.loads(json.dumps(one.config))
+    config["task"]["split"]["test_fraction"] = 0
+    artefact.save(replace(one, config=config), tmp_path / "untested")
+    status, _, err = call("vector", "search", tmp_path / "untested", "--coefficients", "0,1", "--out", tmp_path / "s")
+    assert status == 0, err
+    assert "alpha has no test rows" in err
+    results = json.loads((tmp_path / "s" / "results.json").read_text())
+    assert results["test"] == {}
+    assert "alpha has no test rows" in results["warnings"][0]
+
+
 def test_the_search_of_a_single_vector_scores_it_as_its_run_did(call, here, tmp_path):
     """With coefficient 1 the trained prompt, with the scores of its run."""
     status, _, err = call("vector", "search", "alpha", "--coefficients", "1", "--out", tmp_path / "s")

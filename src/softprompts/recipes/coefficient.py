@@ -85,18 +85,8 @@ def search(
     choice = choose(judges, total, begins, grid, screen)
     made = vectors.made(total, begins, choice.best)
     assert made.prompt is not None
-    scores, warnings = {}, []
-    for one, (_, own) in zip(judges, tasks.values(), strict=True):
-        if one.task.test:
-            scores[one.task.name] = replace(one, config=judging_of(own)).evaluate(made.prompt, one.task.test).scores
-        else:
-            warnings.append(
-                f"{one.task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
-                f"not known; set its split's test_fraction"
-            )
-    for line in warnings:
-        screen.say(line)
-    told = {name: {metric: asdict(score) for metric, score in each.items()} for name, each in scores.items()}
+    exact = [replace(one, config=judging_of(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
+    told, warnings = _tested(exact, made.prompt, screen)
     artefact.save(replace(made, scores=told), Path(out) / "prompt")
     results = {
         "format": 1,
@@ -121,6 +111,22 @@ def search(
     report.write_results(Path(out) / "results.json", results)
     report.write_page(Path(out) / "report.html", page_of(results))
     return results
+
+
+def _tested(judges: Sequence[Judge], prompt: Tensor, screen: Screen) -> tuple[dict[str, Any], list[str]]:
+    """The scores of the prompt `[P, D]` on each judge's test rows; and which have none, so that nothing is known."""
+    told, warnings = {}, []
+    for one in judges:
+        if one.task.test:
+            scores = one.evaluate(prompt, one.task.test).scores
+            told[one.task.name] = {metric: asdict(score) for metric, score in scores.items()}
+        else:
+            warnings.append(
+                f"{one.task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
+                f"not known; set its split's test_fraction"
+            )
+            screen.say(warnings[-1])
+    return told, warnings
 
 
 def begin(total: Vector, start: Artefact | None) -> Tensor:
