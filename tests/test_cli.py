@@ -55,6 +55,28 @@ def test_methods_and_assets(call):
     assert {"smollm2-135m", "trec"} <= {row["name"] for row in rows}
 
 
+def test_methods_that_read_texts_need_texts(call, tmp_path):
+    """Plain language modelling, of a template without a word: one line, and nothing half done is left as a result."""
+    values = local.run_values(tmp_path)
+    values["prompt"] |= {"method": "idpg", "options": {"hidden": 8, "phm": 4, "encoder": "static"}}
+    values["task"] |= {"kind": "generation", "template": "", "label": "text"}
+    values["task"]["split"] = {"validation_fraction": 0, "test_fraction": 0}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    refused(
+        call("train", "--config", tmp_path / "run.yaml"), "no row of the batch has text", "give a template with text"
+    )
+    assert not (tmp_path / "out" / "results.json").exists()
+    values["prompt"] = {"length": 4}
+    values["task"]["split"] = {"validation_fraction": 0, "test_fraction": 0.2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    refused(call("train", "--config", tmp_path / "run.yaml"), "a text of no tokens cannot be continued")
+    values["prompt"] = {"length": 4, "options": {"heat": 1}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    refused(
+        call("train", "--config", tmp_path / "run.yaml"), "method prompt-tuning: 'heat' is unknown; it has no options"
+    )
+
+
 def test_train_with_flags_writes_everything(call, tmp_path):
     model = local.model_directory(tmp_path / "llama")
     data = local.colours(tmp_path / "c.csv")

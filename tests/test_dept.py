@@ -222,7 +222,7 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
     [
         ({"rank": 0}, "options of method dept: rank must be a whole number from 1 on, given 0"),
         ({"positions": 2.5}, "positions must be a whole number from 1 on, given 2.5"),
-        ({"positions": True}, "positions must be a whole number from 1 on, given True"),
+        ({"positions": True}, "positions must be a whole number, given True"),
         ({"scale": 0}, "scale must be a number above 0, given 0"),
         ({"scale": "big"}, "scale must be a number above 0, given 'big'"),
         ({"alpha": 1}, "'alpha'"),

@@ -310,3 +310,15 @@ def test_the_model_is_left_as_it_was(site: inject.Site) -> None:
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     assert (model.config.to_dict(), model.generation_config.to_dict(), set(vars(model))) == (config, own, attributes)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_nothing_continues_from_nothing() -> None:
+    """No prompt and no token; with a prompt at the input there is something to read."""
+    bb = tiny.backbone("llama")
+    batch = Batch(
+        torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    )
+    with pytest.raises(BackboneError, match="without a prompt a text of no tokens cannot be continued; give the templ"):
+        generate(bb, batch, None, INPUT, max_new_tokens=2)
+    prompt = rows.single(rows.random(1, 3, bb.features))
+    assert generate(bb, batch, prompt, INPUT, max_new_tokens=2, do_sample=False).shape[0] == 1

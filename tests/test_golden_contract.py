@@ -1,6 +1,7 @@
 """Golden: what every method promises, and that training leaves the backbone as it was."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from softprompts.generate import generate
 from softprompts.learner import Learner
 from softprompts.methods import METHODS, find, groups
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Prompt, Start, Step, mix
+from softprompts.prompt import IGNORE, Batch, Prompt, PromptError, Start, Step, mix
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -173,6 +174,24 @@ def test_ignores_neighbours(method: str) -> None:
         found, expected = together.values[together.row[i]], alone.values[alone.row[0]]
         size = max(1.0, float(expected.abs().max()))  # what a generator makes of such parameters may be large
         torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_nothing_is_learnt_from_batches_without_text(method: str) -> None:
+    """What a text decides cannot be learnt where there is none: the prompt that answers would be another."""
+    made = learner("llama", method)
+    batch = batch_of("llama", [2, 0, 1, 2])
+    every = batch.mask.bool()
+    batch = replace(batch, labels=batch.ids.where(every, IGNORE))
+    if not made.method.sees_input:
+        assert made.prompt(batch, training=True).values.requires_grad
+        return
+    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learnt"):
+        made.prompt(batch, training=True)
+    with torch.no_grad():
+        assert len(made.prompt(batch).row) == 4
+    some = replace(batch, labels=batch.labels.masked_fill(torch.arange(4)[:, None] == 1, IGNORE))
+    assert made.prompt(some, training=True).values.requires_grad
 
 
 @torch.no_grad()

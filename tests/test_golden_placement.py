@@ -230,7 +230,21 @@ def test_continuations_behind_segments(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "roberta", "t5", "bart"])
+@pytest.mark.parametrize("place", ["first", "after_start"])
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_at_the_front_and_behind_the_first_token(name: str, place: str) -> None:
+    bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, 4)
+    prompt = rows.single(init.from_ids(bb, INPUT, words), len(texts))
+    stands = int(place == "after_start")
+    expected = [read_words(bb, words, row, (stands,), (4,)) for row in texts]
+    for side, extra in PADDINGS:
+        output = inject.forward(bb, rows.batch(name, texts, side, extra), prompt, inject.Site(place=place))
+        for i, scores in enumerate(expected):
+            torch.testing.assert_close(rows.of_row(output, i), scores, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.ALL)
 def test_suffix(name: str) -> None:
     """Behind the text: before the first label, before the last special token, or at the end of the encoder's input."""
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, 4)

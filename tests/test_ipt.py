@@ -18,7 +18,7 @@ from softprompts.learner import Learner
 from softprompts.methods import build, state_of
 from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Context, Slot, Start
+from softprompts.prompt import IGNORE, Batch, Context, PromptError, Slot, Start
 
 P, D, V, T = 4, 6, 20, 9
 TASKS = ("one", "two")
@@ -349,7 +349,11 @@ def test_size_is_that_of_the_last_prompts() -> None:
         ({}, {"vocabulary": 0}, "the slot says nothing of the vocabulary"),
         ({"table": "hashed"}, {}, "table hashed of 2048 rows would not be smaller than that of all 20 tokens"),
         ({"table": "common", "rows": 20}, {}, "table common of 20 rows would not be smaller"),
-        ({"heat": 1}, {}, "'heat'"),
+        ({"heat": 1}, {}, "prompt.options of method ipt: 'heat' is unknown; possible: strategy, table"),
+        ({"stratagy": "cnn"}, {}, "'stratagy' is unknown; did you mean 'strategy'\\? possible: strategy, table, rank"),
+        ({"rank": True}, {}, "rank must be a whole number, given True"),
+        ({"scale": False}, {}, "scale must be a number, given False"),
+        ({"table": True}, {}, "table 'True' is unknown; possible: full, low-rank"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
@@ -362,10 +366,10 @@ def test_texts_that_cannot_be_looked_up() -> None:
     """Embeddings without their ids, and a batch to learn from in which no text stands before the labels."""
     method, seen = made({}), context()
     nameless = Context(seen.task, torch.full_like(seen.ids, -1), seen.embeds, seen.mask, seen.encode)
-    with pytest.raises(ValueError, match="the text was given as embeddings; give input_ids"):
+    with pytest.raises(PromptError, match="the text was given as embeddings; give input_ids"):
         method(nameless)
     empty = Context(seen.task, seen.ids, seen.embeds, torch.zeros_like(seen.mask), seen.encode)
-    with pytest.raises(ValueError, match="no row of the batch has text in front of what is to be learnt"):
+    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learnt"):
         method(empty)
     with torch.no_grad():
         assert not method(empty).mask.any()

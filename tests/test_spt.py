@@ -1,5 +1,6 @@
 """The reconstruction of semi-parametric prompt tuning: retrieval against loops, what learns, and which words ask."""
 
+import functools
 import math
 import pickle
 import sys
@@ -13,7 +14,7 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT
-from softprompts import inject, objectives
+from softprompts import init, inject, objectives
 from softprompts.config import ConfigError
 from softprompts.learner import Learner
 from softprompts.methods import METHODS, build, groups, shares
@@ -329,7 +330,8 @@ def test_start_tasks_and_names() -> None:
         ({"temperature": 0}, None, "temperature must be a number above 0, given 0"),
         ({"index": "faiss", "trained": True}, None, "index 'faiss' finds rows of a frozen memory"),
         ({"index": "faiss", "retrieval": "soft"}, None, "index 'faiss' finds rows of a frozen memory"),
-        ({"size": 1}, None, "'size'"),
+        ({"size": 1}, None, "'size' is unknown"),
+        ({"trained": "no"}, None, "trained must be true or false, given 'no'"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, message: str) -> None:
@@ -340,8 +342,15 @@ def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, messag
 def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words too few for the memory, sites of another width, faiss where it is not."""
     start = Start(torch.zeros(P, D), draw=lambda count, population: torch.zeros(count, D))
-    with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge options.bank"):
+    with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge prompt.options.bank"):
         build(NAME, {"k": 3, "bank": 2}, Slot(("a",), P, D, D), start)
+    few = functools.partial(init.sample_vocabulary, tiny.backbone("llama"), generator=torch.Generator())
+    start = Start(torch.zeros(P, D), draw=lambda count, population: few(count, population).float())
+    message = "its memory, prompt.options.bank: 40 different words are wanted, but only 20 can be drawn; ask for fewer"
+    with pytest.raises(ConfigError, match=message + ", or set a population above 20$"):
+        build(NAME, {"k": 2, "bank": 40, "population": 20}, Slot(("a",), P, D, D), start)
+    with pytest.raises(ConfigError, match=r"1000 different words are wanted, but only .* can be drawn; ask for fewer$"):
+        build(NAME, {"k": 2}, Slot(("a",), P, D, D), start)
     for slot in (Slot(("a",), P, D, D - 1), Slot(("a",), P, D, D, 0, (D,))):
         with pytest.raises(
             ConfigError, match=r"its memory has the width of the embeddings, ., and .* use site input or"

@@ -37,8 +37,8 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
     such as repetition_penalty see text only. Rows may be padded on either side; a row's continuation never depends on
     its neighbours. Without a prompt (None) it is the stock model's generate and nothing else.
     batch.embeds [B, T, H] takes the place of ids, which are then [B, 0]: only new tokens come back.
-    Raises BackboneError for models that do not generate, for options that would bypass the prompt, and when prompt and
-    text do not fit the model's positions.
+    Raises BackboneError for models that do not generate, for options that would bypass the prompt, when prompt and text
+    do not fit the model's positions, and when there is neither.
     """
     if backbone.head != "lm" or backbone.family is MASKED:
         raise BackboneError(
@@ -46,6 +46,8 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
             f"classification head (model.head: sequence, token or span)"
         )
     if prompt is None:
+        if backbone.family is not SEQ2SEQ and batch.embeds is None and not bool(batch.mask.any()):
+            raise BackboneError("without a prompt a text of no tokens cannot be continued; give the template words")
         return _call(backbone, _stock(batch, backbone), options)
     inject.check_site(backbone, site)
     settings = _Settings(backbone, options)

@@ -129,8 +129,8 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
     pool = torch.tensor([i for i in range(known) if i not in special])[:population]
     if count > len(pool):
         raise BackboneError(
-            f"{count} different words are wanted, but only {len(pool)} can be drawn; ask for fewer, or raise the "
-            f"population (init.population)"
+            f"{count} different words are wanted, but only {len(pool)} can be drawn; ask for fewer"
+            + ("" if population is None or population >= known else f", or set a population above {population}")
         )
     return pool[torch.randperm(len(pool), generator=generator)[:count]]
 

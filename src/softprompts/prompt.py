@@ -22,6 +22,10 @@ SOURCES = "sources"
 """The buffer in which a method keeps `Start.sources`, so that its artefacts hold all that it needs."""
 
 
+class PromptError(ValueError):
+    """A prompt that cannot be made from the text that a method was given; the message says what to change."""
+
+
 @dataclass(frozen=True)
 class Slot:
     """What a method must fill: one prompt of `[length, width]` for each of `tasks`.
@@ -141,6 +145,18 @@ class Context:
     encode: Callable[[], Tensor]
     sentence: Callable[[str], Tensor] = _no_encoder
     words: Tensor | None = None
+
+
+def need_text(context: Context) -> None:
+    """Raise PromptError where prompts are learnt, not used, and no row of the batch has text to make one from.
+
+    What would be learnt then has nothing to do with the prompts that answer, before which there is text.
+    """
+    if torch.is_grad_enabled() and not bool(context.mask.any()):
+        raise PromptError(
+            "no row of the batch has text in front of what is to be learnt, and this method makes prompts from text; "
+            "give a template with text before the answer, or use a method that does not look at the text"
+        )
 
 
 @dataclass(frozen=True)
@@ -268,6 +284,7 @@ class Method(Protocol):
     with one parameter or module a task; `groups`, parameters with learning rates of their own (name -> Group);
     `sentence_encoders(config)`, the frozen encoders of whole texts that it reads with, beside the backbone; `sites`,
     where it can be used, if not everywhere; and `paper` and `sees_input`, which the list of methods shows.
+    `Config` is a frozen dataclass of the options, annotated with their types.
     """
 
     Config: type

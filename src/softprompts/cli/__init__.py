@@ -73,7 +73,7 @@ def main() -> None:
 
 def _known(error: Exception) -> bool:
     """Whether an error is one the library raises for a user to read (or the system's own about a file)."""
-    known = ("DataError", "AssetError", "ArtefactError", "BackboneError", "TrainingError", "ConfigError")
+    known = ("DataError", "AssetError", "ArtefactError", "BackboneError", "TrainingError", "ConfigError", "PromptError")
     return isinstance(error, OSError) or any(kind.__name__ in known for kind in type(error).__mro__)
 
 

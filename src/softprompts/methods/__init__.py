@@ -4,6 +4,8 @@ Third parties add theirs through the entry point group `softprompts.methods` (na
 """
 
 import importlib
+import types
+import typing
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -77,15 +79,32 @@ def sentence_encoders(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
 
     Raises ConfigError as `build` does.
     """
+    config = _configured(name, options)
     asked: Any = getattr(find(name), "sentence_encoders", None)
-    return () if asked is None else tuple(asked(_configured(name, options)))
+    return () if asked is None else tuple(asked(config))
 
 
 def _configured(name: str, options: Mapping[str, Any]) -> Any:
+    kind: Any = find(name).Config
+    known = typing.get_type_hints(kind)
+    for option, value in options.items():
+        if option not in known:
+            possible = f"{closest(option, known)} possible: {', '.join(known)}" if known else "; it has no options"
+            raise ConfigError(f"prompt.options of method {name}: '{option}' is unknown{possible}")
+        _check_truth(f"prompt.options of method {name}: {option}", value, known[option])
     try:
-        return find(name).Config(**options)
+        return kind(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"prompt.options of method {name}: {error}") from None
+
+
+def _check_truth(where: str, value: Any, hint: Any) -> None:
+    """Raise ConfigError for another value where true or false is meant, and for these where a number is."""
+    meant = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if bool in meant and not isinstance(value, bool):
+        raise ConfigError(f"{where} must be true or false, given {value!r}")
+    if isinstance(value, bool) and bool not in meant and {int, float} & set(meant):  # to Python these are 1 and 0
+        raise ConfigError(f"{where} must be a {'number' if float in meant else 'whole number'}, given {value!r}")
 
 
 def _take_up(name: str, method: Any, state: Mapping[str, Any]) -> None:

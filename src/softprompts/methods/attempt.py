@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct
+from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct, need_text
 
 
 class Attempt(nn.Module):
@@ -60,7 +60,11 @@ class Attempt(nn.Module):
         self.norm = nn.LayerNorm(slot.width)
 
     def forward(self, context: Context) -> Prompt:
-        """A prompt for each row, [B, P, D]; aux `attention [B, S + 1]` holds the sources' weights, then the own."""
+        """A prompt for each row, [B, P, D]; aux `attention [B, S + 1]` holds the sources' weights, then the own.
+
+        Raises PromptError where no row of a batch to learn from has text.
+        """
+        need_text(context)
         used, row = distinct(context.task)
         own = torch.stack([self.prompts[i] for i in used.tolist()])
         query = self._query(context)

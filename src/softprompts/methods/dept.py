@@ -42,10 +42,9 @@ class DePT(nn.Module):
 
         def __post_init__(self) -> None:
             for name, given in (("rank", self.rank), ("positions", self.positions)):
-                if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+                if not isinstance(given, int) or given < 1:
                     raise ValueError(f"{name} must be a whole number from 1 on, given {given!r}")
-            number = isinstance(self.scale, int | float) and not isinstance(self.scale, bool)
-            if self.scale is not None and not (number and 0 < self.scale < math.inf):
+            if self.scale is not None and not (isinstance(self.scale, int | float) and 0 < self.scale < math.inf):
                 raise ValueError(f"scale must be a number above 0, given {self.scale!r}")
 
     def __init__(self, config: Config, slot: Slot, start: Start) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, pooled
+from softprompts.prompt import Context, Group, Prompt, Slot, Start, need_text, pooled
 
 POSSIBLE = {
     "kind": ("auto", "S", "M", "L"),
@@ -100,7 +100,11 @@ class Idpg(nn.Module):
             setattr(self, name, nn.ParameterList(part[name] for part in parts))
 
     def forward(self, context: Context) -> Prompt:
-        """A prompt for each row, [B, P, D]; of the generators, those of tasks in the batch get a gradient."""
+        """A prompt for each row, [B, P, D]; of the generators, those of tasks in the batch get a gradient.
+
+        Raises PromptError where no row of a batch to learn from has text.
+        """
+        need_text(context)
         read = self._read(context)
         used = context.task.unique().tolist()
         rows = [(context.task == task).nonzero()[:, 0] for task in used]

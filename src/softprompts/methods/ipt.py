@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct
+from softprompts.prompt import Context, Group, Prompt, PromptError, Slot, Start, distinct, need_text
 
 
 class InstancePromptTuning(nn.Module):
@@ -128,8 +128,9 @@ class InstancePromptTuning(nn.Module):
     def forward(self, context: Context) -> Prompt:
         """A prompt for each row, [B, P, D]; without a base, a text with fewer tokens than P has a shorter one.
 
-        Raises ValueError where the text was given as embeddings, and where no row of a batch to learn from has text.
+        Raises PromptError where the text was given as embeddings, and where no row of a batch to learn from has text.
         """
+        need_text(context)
         own, there = self._instances(context)
         own = own * self.scale
         if self.per_task:
@@ -138,8 +139,6 @@ class InstancePromptTuning(nn.Module):
             values = base + nn.functional.pad(own, (0, self.slot.width - own.shape[2]))
             there = torch.ones_like(there)
         else:
-            if torch.is_grad_enabled() and not bool(there.any()):
-                raise ValueError("no row of the batch has text in front of what is to be learnt: there is no prompt")
             order = there.long().argsort(dim=1, stable=True)  # what is missing goes to the left of the slot
             values = own.gather(1, order[:, :, None].expand_as(own))
             there = there.gather(1, order)
@@ -175,7 +174,7 @@ class InstancePromptTuning(nn.Module):
         there = nn.functional.pad(visible.gather(1, order), (0, spare))
         ids = nn.functional.pad(context.ids.gather(1, order), (0, spare)).masked_fill(~there, 0)
         if bool((ids < 0).any()):
-            raise ValueError("the method looks tokens up, and the text was given as embeddings; give input_ids")
+            raise PromptError("the method looks tokens up, and the text was given as embeddings; give input_ids")
         seen: Tensor = self.table(ids)
         if self.words:
             embeds = context.embeds.gather(1, order[:, :, None].expand(-1, -1, context.embeds.shape[2]))

@@ -42,8 +42,6 @@ class PrefixTuning(nn.Module):
         dropout: float = 0.0
 
         def __post_init__(self) -> None:
-            if not isinstance(self.reparametrise, bool):
-                raise ValueError(f"reparametrise must be true or false, given {self.reparametrise!r}")
             if not isinstance(self.hidden, int) or self.hidden < 1:
                 raise ValueError(f"hidden must be a whole number from 1 on, given {self.hidden!r}")
             if self.output not in ("zero", "torch"):

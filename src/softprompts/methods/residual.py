@@ -44,8 +44,6 @@ class ResidualPromptTuning(nn.Module):
         def __post_init__(self) -> None:
             if not isinstance(self.bottleneck, int) or self.bottleneck < 1:
                 raise ValueError(f"bottleneck must be a whole number from 1 on, given {self.bottleneck!r}")
-            if not isinstance(self.per_token, bool):
-                raise ValueError(f"per_token must be true or false, given {self.per_token!r}")
             if self.output not in ("zero", "torch"):
                 raise ValueError(f"output '{self.output}' is unknown; possible: zero, torch")
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start
+from softprompts.prompt import Context, Group, Prompt, Slot, Start, need_text
 
 
 class SemiParametric(nn.Module):
@@ -62,8 +62,7 @@ class SemiParametric(nn.Module):
                     raise ValueError(f"{name} '{given}' is unknown; possible: {', '.join(possible)}")
             for name, least in (("k", 0), ("bank", 1), ("population", 1)):
                 given = getattr(self, name)
-                whole = isinstance(given, int) and not isinstance(given, bool) and given >= least
-                if not whole and not (name == "population" and given is None):
+                if not (isinstance(given, int) and given >= least) and not (name == "population" and given is None):
                     raise ValueError(f"{name} must be a whole number from {least} on, given {given!r}")
             number = isinstance(self.temperature, int | float)
             if not (number and 0 < self.temperature < math.inf):
@@ -104,11 +103,13 @@ class SemiParametric(nn.Module):
 
         aux `retrieval_entropy []`: of how the batch's rows spread over the memory, in nats; log k where all retrieve
         the same k rows.
+        Raises PromptError where no row of a batch to learn from has text and there is a memory to ask.
         """
         if not self.config.k:
             row = torch.zeros_like(context.task)
             mask = torch.ones(1, self.slot.length, dtype=torch.bool, device=row.device)
             return Prompt(self.soft[None], mask, row)
+        need_text(context)
         words, counts, row = _instructions(context)
         share = torch.bincount(row, minlength=len(words)) / len(row)
         weigh = self._mixed if self.config.retrieval == "soft" else self._retrieved
@@ -155,12 +156,16 @@ def _memory(config: SemiParametric.Config, start: Start) -> Tensor:
         raise ValueError("its memory needs words of a model or, in prompt.init.sources, trained prompts")
     size = config.bank if start.sources is None else start.sources.shape[:2].numel()
     if size < config.k:
-        where = "options.bank" if start.sources is None else "prompt.init.sources"
+        where = "prompt.options.bank" if start.sources is None else "prompt.init.sources"
         raise ValueError(f"a memory of {size} rows cannot give k = {config.k}; enlarge {where}, or choose a smaller k")
     if start.sources is not None:
         return start.sources.detach().clone().float()
     assert start.draw is not None
-    return start.draw(config.bank, config.population).detach().clone().float()[None]
+    try:
+        drawn = start.draw(config.bank, config.population)
+    except ValueError as error:
+        raise ValueError(f"its memory, prompt.options.bank: {error}") from None
+    return drawn.detach().clone().float()[None]
 
 
 def _instructions(context: Context) -> tuple[Tensor, Tensor, Tensor]:
