@@ -19,7 +19,9 @@ from softprompts import SoftPromptModel, artefact, assets, evaluate, inject, job
 from softprompts.backbone import BackboneError
 from softprompts.cli import listing
 from softprompts.config import ConfigError, PromptConfig, parse
+from softprompts.prepare import prepare_together
 from softprompts.prompt import Prompt, Start, for_tasks
+from softprompts.variants import cross, variants
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
@@ -271,6 +273,12 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         "residual": [],
         "unset": [],
     }
+    lines.clear()
+    for seeds in ({}, {"train.rate": [0.1]}):
+        together = variants(cross(parse(run), {"seed": [0, 1], **seeds}))
+        prepare_together(together, job.Screen(say=lines.append))
+        told = [line.partition(": ")[2] for line in lines if "train.rate" in line]
+        assert told == [every.format("prefix-tuning", "network")] * (2 if seeds else 0)
 
 
 # The command

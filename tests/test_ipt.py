@@ -362,6 +362,12 @@ def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message:
         build("ipt", options, Slot(TASKS, P, D, D, **given), Start(torch.zeros(P, D)))
 
 
+def test_numbers_that_yaml_takes_for_words() -> None:
+    """5e-2 is a word to YAML; a word that is no number stays one."""
+    given = Slot(TASKS, P, D, D, vocabulary=V)
+    assert build("ipt", {"spread": "5e-2"}, given, Start(torch.zeros(P, D))).config.spread == 0.05
+
+
 def test_texts_that_cannot_be_looked_up() -> None:
     """Embeddings without their ids, and a batch to learn from in which no text stands before the labels."""
     method, seen = made({}), context()

@@ -229,6 +229,21 @@ def test_pretraining_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path)
         pretrain.execute(cut.model_copy(update={"train": cut.train.model_copy(update={"rate": 0.2})}))
 
 
+def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: Path) -> None:
+    """A place that cannot be written to before any step, and, opened, that a table alone answers nothing."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot write into .*file/out: .*choose another directory with --out"):
+        pretrain.execute(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
+    run = parse(topics(values, tmp_path / "topics", base="start"))
+    pretrain.execute(
+        run.model_copy(update={"train": run.train.model_copy(update={"steps": 2, "evaluate_every": None})})
+    )
+    with pytest.raises(
+        ArtefactError, match="holds what pretraining taught method ipt and answers no task; train a run"
+    ):
+        job.open_artefacts([tmp_path / "topics" / "prompt"], model=run.model)
+
+
 def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], tmp_path: Path) -> None:
     """Pretrained anew under its old name it is another start."""
     for seed in (0, 1):
@@ -280,5 +295,5 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     assert "moved)" in out
     status, out, err = call("predict", tmp_path / "out" / "prompt", "the thing is red")
     assert (status, json.loads(out)["answer"] in ("warm", "cold")) == (0, True), err
-    with pytest.raises(ArtefactError, match="the tensors of method ipt do not fit"):
+    with pytest.raises(ArtefactError, match="what pretraining taught method ipt and answers no task"):
         job.open_artefacts([prompt], model=parse(values).model)

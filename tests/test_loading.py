@@ -5,6 +5,7 @@ import json
 import accelerate
 import pytest
 import torch
+import transformers
 
 import local
 import rows
@@ -89,6 +90,18 @@ def test_load_with_a_map(device_map, tmp_path):
     if spread:
         hook = bb.trunk._hf_hook
         assert getattr(hook, "hooks", [hook])[-1].io_same_device
+
+
+def test_a_language_model_must_be_whole(tmp_path):
+    """An encoder that was saved without the layer that writes; with a head of its own it is as good as another."""
+    whole = local.model_directory(tmp_path / "bert", "bert")
+    assert loading.load(str(whole), dtype="float32", device="cpu").head == "lm"
+    transformers.AutoModel.from_pretrained(whole).save_pretrained(whole)
+    message = r"holds no whole language model: cls.predictions.* would be random; set model.head to sequence, token"
+    with pytest.raises(BackboneError, match=message):
+        loading.load(str(whole), dtype="float32", device="cpu")
+    for head in ("sequence", "features"):
+        assert loading.load(str(whole), dtype="float32", device="cpu", head=head).head == head
 
 
 def test_a_run_on_a_spread_model_equals_one_on_a_whole_model(tmp_path):

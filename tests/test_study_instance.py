@@ -3,6 +3,7 @@
 import functools
 import json
 import statistics
+import types
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ from softprompts import train
 from softprompts.config import ConfigError, parse
 from softprompts.data import DataError
 from softprompts.prepare import Screen
-from softprompts.recipes import pretrain
+from softprompts.recipes import comparison, pretrain
 from softprompts.studies.instance_prompts import Study, execute
 from softprompts.studies.instance_prompts.plan import ARMS, COMPARED
-from softprompts.studies.instance_prompts.summary import page_of, verdict
+from softprompts.studies.instance_prompts.summary import _mean_of, page_of, verdict
 
 TRAINED = [
     "prompt-tuning",
@@ -172,9 +173,26 @@ def test_what_training_moved_is_told(done):
     """Of a table only the rows of words that were read."""
     _, results = done
     trained = {line["arm"]: line["trainable"] for line in results["arms"][0]["lines"]}
-    assert results["moved"]["prompt-tuning"] == trained["prompt-tuning"]
-    assert results["moved"]["ipt-lookup"] < trained["ipt-lookup"] / 2
-    assert "lora" not in results["moved"]
+    for moved in (results["moved"]["full"], results["moved"]["2-shot"]):
+        assert moved["prompt-tuning"] == trained["prompt-tuning"]
+        assert moved["ipt-lookup"] < trained["ipt-lookup"] / 2
+        assert "lora" not in moved
+    cells = {
+        size["size"]: table["rows"] for size, table in zip(results["arms"], page_of(results)["tables"], strict=False)
+    }
+    for size, rows in cells.items():
+        assert {row[0]: row[4] for row in rows}["ipt-lookup"] == f"{results['moved'][size]['ipt-lookup']:,.0f}"
+
+
+def test_what_moved_is_counted_for_each_size():
+    def one(moved):
+        return comparison.Found(comparison.Cell("arm", 0.1, 0), [{"summary": {"moved": moved}}])
+
+    found = {("a", None): [one(10), one(30)], ("a", 16): [one(4)], ("b", None): [one(None), one(50)]}
+    filled = types.SimpleNamespace(found=found)
+    assert _mean_of(filled, "moved", [None]) == {"arm": 30}
+    assert _mean_of(filled, "moved", [16]) == {"arm": 4}
+    assert _mean_of(filled, "moved", [None, 16]) == {"arm": 23.5}
 
 
 def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
@@ -194,6 +212,11 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
         *(f"alpha {size}, ipt-pretrained, {part}" for size in ("full", "2-shot") for part in ("rates", "seeds")),
         *(f"beta {size}, ipt-pretrained, seeds" for size in ("full", "2-shot")),
     }
+    said.clear()
+    values = {**values, "pretrain": {**values["pretrain"], "train": results["config"]["pretrain"]["train"]}}
+    back = execute(parse(values, Study), Screen(say=said.append))
+    assert not [line for line in said if line.endswith("done anew") or " steps" in line], "what was finished is kept"
+    assert back["arms"] == results["arms"]
 
 
 def small(values: dict, folder: Path) -> dict:
@@ -291,11 +314,41 @@ def test_verdict():
         ({"compare": {"tune_on": ["gamma"]}}, "compare.tune_on: 'gamma' is unknown"),
         ({"compare": {"weight_rates": {"fine-tuning": [1e-3]}}}, "arm 'lora' needs rates"),
         ({"model": {"head": "sequence"}}, "share a language model's head, not 'sequence'"),
+        ({"arms": ["prompt-tuning", "prompt-tuning"]}, "arms: .*every value may stand there once"),
+        ({"upper": ["lora", "lora"]}, "upper: .*every value may stand there once"),
+        ({"compare": {"weight_rates": {"lora": [0.01, 0.01]}}}, "every value may stand there once"),
+        ({"own": {"spt": {"rates": [0.1, 0.1]}}}, "every value may stand there once"),
+        ({"own": {"lora": {"prompt": {"method": "residual"}}}}, "own: 'lora' is another line of the table"),
+        ({"own": {"no prompt": {}}}, "own: 'no prompt' is another line of the table"),
+        ({"compare": {"train": {"steps": 0}}}, "train.steps must be at least 1"),
+        ({"compare": {"few": {"rate": 0.2}}}, "compare.few.rate: arms try the rates of compare.rates"),
+        ({"compare": {"train": {"rates": {"codes": 0.1}}}}, "compare.train.rates: arms try the rates of compare.rates"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
         parse({**study_values(tmp_path), **changes}, Study)
+
+
+def test_own_arms_change_what_they_name(tmp_path):
+    """An arm of a known name is that arm with what is set; the stored plan can be given again."""
+    own = {"ipt-encoder": {"rates": [0.01]}, "mine": {"about": "of my own", "prompt": {"method": "residual"}}}
+    study = parse({**study_values(tmp_path), "own": own}, Study)
+    assert study.known["ipt-encoder"] == ARMS["ipt-encoder"].model_copy(update={"rates": (0.01,)})
+    assert study.known["mine"] == study.own["mine"]
+    assert {name: arm for name, arm in study.known.items() if name not in own} == {
+        name: arm for name, arm in ARMS.items() if name not in own
+    }
+    assert parse(study.model_dump(mode="json"), Study).known == study.known
+
+
+def test_a_rate_can_be_chosen_whatever_is_evaluated_on_the_way(tmp_path):
+    train = {"steps": 3, "batch_size": 4, "evaluate_every": 5}
+    values = {**study_values(tmp_path), "compare": {"train": train, "few": train, "weight_steps": [2, 9]}}
+    stage = parse(values, Study).compare
+    assert [stage.training(shots).evaluate_every for shots in (None, 16)] == [3, 3]
+    assert [stage.training(shots, weights=True).evaluate_every for shots in (None, 16)] == [2, 5]
+    assert stage.training(0).evaluate_every is None
 
 
 @pytest.mark.parametrize("first", ["prompt-tuning", "ipt-pretrained"])

@@ -57,7 +57,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     screen = screen if main else SILENT
     runs = variants(run)
     for one in runs.values() if main else ():
-        _check_writable(Path(one.out))
+        check_writable(Path(one.out))
         finetune.kept_at(one.train, one.out)
     jobs = prepare_together(runs, screen)
     rows = _encode(jobs, screen)
@@ -111,7 +111,7 @@ def _results(pages: list[dict[str, Any]]) -> dict[str, Any]:
     return pages[0] if len(pages) == 1 else several
 
 
-def _check_writable(out: Path) -> None:
+def check_writable(out: Path) -> None:
     """Raise ConfigError now rather than after the work when nothing can be written into `out`."""
     try:
         out.mkdir(parents=True, exist_ok=True)

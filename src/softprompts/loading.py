@@ -30,10 +30,11 @@ def load(
     """The model and tokenizer at `path` (a directory or hub name; default `name`), frozen.
 
     head: which Auto class; labels: classes of a classification head. A head that the checkpoint does not hold starts
-    from a fixed seed, so that a run is repeatable. quantise: int8, nf4 or fp4 for the matrices inside the layers;
-    dtype is then that of everything else. device_map: "auto", or a device for each part of the model, as transformers
-    takes it; instead of `device`.
-    Raises BackboneError when nothing can be loaded from there, and for a device that is not here.
+    from a fixed seed, so that a run is repeatable; a language model must be whole. quantise: int8, nf4 or fp4 for the
+    matrices inside the layers; dtype is then that of everything else. device_map: "auto", or a device for each part of
+    the model, as transformers takes it; instead of `device`.
+    Raises BackboneError when nothing, or not a whole language model, can be loaded from there, and for a device that is
+    not here.
     """
     target = choose_device(device) if device_map is None else _first_of(device_map, device, quantise)
     where = str(path or name)
@@ -49,7 +50,9 @@ def load(
         auto = getattr(transformers, family_of_config(config).auto[head])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = auto.from_pretrained(where, config=config, revision=revision, use_safetensors=True, **options)
+            model, loaded = auto.from_pretrained(
+                where, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
@@ -57,6 +60,11 @@ def load(
             f"(`softprompts assets list`), a local directory with config.json, model.safetensors and a tokenizer, "
             f"or a hub name that can be reached."
         ) from None
+    if head == "lm" and (missing := sorted({*loaded["missing_keys"]} & {name for name, _ in model.named_parameters()})):
+        raise BackboneError(
+            f"'{where}' holds no whole language model: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)} would be "
+            f"random; set model.head to sequence, token, span or features, or choose a model that was trained to write"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if device_map is not None:

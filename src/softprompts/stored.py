@@ -58,6 +58,12 @@ def rebuilt(found: Artefact, slot: Slot, origin: str | Path) -> Any:
         try:
             method.load_state_dict(dict(found.state))
         except RuntimeError as error:
+            taught: tuple[str, ...] = getattr(method, "pretrained", ())
+            if taught and {name.partition(".")[0] for name in found.state} <= set(taught):
+                raise ArtefactError(
+                    f"{origin} holds what pretraining taught method {found.method} and answers no task; train a run "
+                    f"that begins with it (prompt.init.state)"
+                ) from None
             told = " ".join(str(error).split())
             raise ArtefactError(f"{origin}: the tensors of method {found.method} do not fit: {told}") from None
     return method

@@ -120,7 +120,14 @@ def _carry_out(
         with progress() as screen:
             results = execute(plan, screen)
     except KeyboardInterrupt:
-        say(f"interrupted; what is done is kept in {plan.out}: the same command goes on from there")
+        where = Path(plan.out)
+        kept = where.is_dir() and any(where.iterdir())
+        told = (
+            f"what is done is kept in {plan.out}: the same command goes on from there"
+            if kept
+            else "nothing was done yet"
+        )
+        say(f"interrupted; {told}")
         raise
     if as_json:
         show_json(results)

@@ -88,9 +88,9 @@ def slot_sizes(templates: Sequence[str | None], length: int, name: str) -> tuple
             f"has, at least one, as in <prompt:{max(1, length // max(1, len(given)))}>"
         )
     if sizes and sum(sizes) != length:
+        told = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
         raise DataError(
-            f"{name}: the template's slots have {' + '.join(map(str, sizes))} = {sum(sizes)} prompt tokens, but "
-            f"prompt.length is {length}; make them equal"
+            f"{name}: the template's slots have {told} prompt tokens, but prompt.length is {length}; make them equal"
         )
     return sizes
 

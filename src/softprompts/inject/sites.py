@@ -82,9 +82,10 @@ def check_site(backbone: Backbone, site: Site) -> None:
     if site.place not in PLACES:
         raise BackboneError(f"place '{site.place}' is unknown; possible: {', '.join(PLACES)}")
     if site.name in ("kv", "decoder") and site.place not in ("auto", "first"):
+        advice = "take <prompt> out of the template, or use site 'input'" if site.place == "template" else "use 'first'"
         raise BackboneError(
             f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; "
-            f"use 'first'"
+            f"{advice}"
         )
     if site.name == "layers" and len(backbone.layers) and backbone.features != _layer_width(backbone):
         raise BackboneError(

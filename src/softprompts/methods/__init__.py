@@ -3,10 +3,11 @@
 Third parties add theirs through the entry point group `softprompts.methods` (name = "module:Class").
 """
 
+import contextlib
 import importlib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -87,20 +88,29 @@ def sentence_encoders(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
 def _configured(name: str, options: Mapping[str, Any]) -> Any:
     kind: Any = find(name).Config
     known = typing.get_type_hints(kind)
+    options = dict(options)
     for option, value in options.items():
         if option not in known:
             possible = f"{closest(option, known)} possible: {', '.join(known)}" if known else "; it has no options"
             raise ConfigError(f"prompt.options of method {name}: '{option}' is unknown{possible}")
-        _check_truth(f"prompt.options of method {name}: {option}", value, known[option])
+        meant = _meant(known[option])
+        if isinstance(value, str) and float in meant and str not in meant:
+            with contextlib.suppress(ValueError):
+                value = options[option] = float(value)  # YAML takes 5e-2 for a word
+        _check_truth(f"prompt.options of method {name}: {option}", value, meant)
     try:
         return kind(**options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"prompt.options of method {name}: {error}") from None
 
 
-def _check_truth(where: str, value: Any, hint: Any) -> None:
+def _meant(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+
+
+def _check_truth(where: str, value: Any, meant: Sequence[Any]) -> None:
     """Raise ConfigError for another value where true or false is meant, and for these where a number is."""
-    meant = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if bool in meant and not isinstance(value, bool):
         raise ConfigError(f"{where} must be true or false, given {value!r}")
     if isinstance(value, bool) and bool not in meant and {int, float} & set(meant):  # to Python these are 1 and 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
 from softprompts.files import read_json
@@ -21,6 +21,9 @@ Shots = Annotated[int, Field(ge=0)]
 
 WEIGHTS = {"fine-tuning": "backbone", "lora": "lora"}
 """The arms that do not leave the backbone frozen, the upper lines of a table, and their `train.train`."""
+
+NO_PROMPT = "no prompt"
+"""The line of the stock model."""
 
 TOGETHER = "together"
 """What takes a task's name in the runs of all tasks."""
@@ -45,14 +48,23 @@ class ComparisonStage(Section):
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return distinct(values)
 
+    @model_validator(mode="after")
+    def _runs(self) -> "ComparisonStage":
+        for name, train in (("train", self.train), ("few", self.few)):
+            if not train.steps:
+                raise ValueError(f"{name}.steps must be at least 1; what the start does untrained is size 0 in shots")
+        for rates in self.weight_rates.values():
+            distinct(rates)
+        return self
+
     def training(self, shots: int | None, weights: bool = False) -> TrainConfig:
-        """How a task is trained; without evaluations on the way, one at the end serves to choose the rate."""
+        """How a task is trained; at the latest an evaluation at the end serves to choose the rate."""
         train = self.train if shots is None else self.few
         if shots == 0:
             return train.model_copy(update={"steps": 0, "evaluate_every": None, "patience": None})
         own = self.weight_steps if weights else None
         steps = train.steps if own is None else own[shots is not None]
-        return train.model_copy(update={"steps": steps, "evaluate_every": train.evaluate_every or max(1, steps)})
+        return train.model_copy(update={"steps": steps, "evaluate_every": min(train.evaluate_every or steps, steps)})
 
     def weights(self, cell: "Cell", shots: int | None) -> dict[str, Any]:
         """The section `train` of a run that trains weights of the backbone."""
@@ -235,7 +247,7 @@ def scores(found: Results, shots: int | None, tasks: Sequence[str], about: Mappi
     for page in every:
         if page["summary"]["before"]:
             stock.setdefault(page["task"], [page["summary"]["before"]["value"]])
-    lines = [_line("no prompt", "the stock model", 0, stock, tasks)]
+    lines = [_line(NO_PROMPT, "the stock model", 0, stock, tasks)]
     for arm in (arm for arm in about if arm in pages):
         trained = max(page["summary"]["trainable"] for same in pages[arm].values() for page in same)
         values = {task: [page["summary"]["after"]["value"] for page in same] for task, same in pages[arm].items()}

@@ -23,7 +23,7 @@ from softprompts.artefact import Artefact
 from softprompts.checkpoint import Report, TrainingError
 from softprompts.config import ConfigError, Run, TrainConfig
 from softprompts.data import Batches, Encoded, classes, collate, evaluation_order
-from softprompts.job import Job, Screen, fixed_settings, pack, prepare, versions
+from softprompts.job import Job, Screen, check_writable, fixed_settings, pack, prepare, versions
 from softprompts.methods import find, names
 from softprompts.optimise import optimiser_of, set_rates
 from softprompts.prepare import SILENT
@@ -77,6 +77,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     """
     began, history = time.time(), []
     _check(run)
+    check_writable(Path(run.out))
     pupil = _pupil(prepare(run, screen))
     with closing(_fit(pupil)) as steps:
         for step in steps:

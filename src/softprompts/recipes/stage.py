@@ -1,13 +1,26 @@
 """Stages of long work: each a directory that says what it was done with, and is not done again while that holds."""
 
+import glob
 import hashlib
+import itertools
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from softprompts import __version__, artefact, checkpoint, job
-from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Run, Section, TaskConfig, TrainConfig, parse
+from softprompts import __version__, artefact, job
+from softprompts.config import (
+    ConfigError,
+    EvaluateConfig,
+    ModelConfig,
+    PromptConfig,
+    Run,
+    Section,
+    TaskConfig,
+    TrainConfig,
+    parse,
+)
 from softprompts.files import read_json, write_json
 from softprompts.job import Screen
 from softprompts.train import TrainingError
@@ -18,32 +31,56 @@ STAMP = "stage.json"
 
 RESULTS = "results.json"
 
+ASIDE = ".before-"
+"""Between a stage's name and a number: the folder of one that was done with other settings."""
+
+
+def check_place(what: str, out: str) -> None:
+    """Raise ConfigError where `what` was started in several processes, and where nothing can be written into `out`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{what} runs in one process; start it without torchrun")
+    job.check_writable(Path(out))
+
 
 def kept(
     title: str, out: Path, told: Mapping[str, Any], screen: Screen, make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The results of a stage, from its directory `out` where it was done with the same things `told`, else made.
 
-    What was begun otherwise is done anew; what was begun with the same and interrupted is gone on with by `make`.
+    What was begun with the same and interrupted is gone on with by `make`. What was begun otherwise stands aside, in a
+    folder beside `out`, until it is asked for again.
     """
     file, done = out / STAMP, out / RESULTS
     stamp = json.loads(json.dumps(told))  # because that is how the values come back
-    known = read_json(file) if file.exists() else None
-    if known == stamp and done.exists():
+    changed = done.exists() if not file.exists() else read_json(file) != stamp
+    if changed:
+        _set_aside(out)
+    if not file.exists() and (found := _aside(out, stamp)) is not None:
+        found.replace(out)
+    if file.exists() and done.exists():
         screen.say(f"{title}: done before, in {out}")
-        found: dict[str, Any] = read_json(done)
-        return found
-    done.unlink(missing_ok=True)
-    if known not in (None, stamp):
+        results: dict[str, Any] = read_json(done)
+        return results
+    if changed and not file.exists():
         screen.say(f"{title}: settings, or the prompts it starts from, have changed: done anew")
-        for old in (*out.rglob(checkpoint.CHECKPOINT), *out.rglob(checkpoint.STAGED)):
-            old.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, stamp)
     results = make()
     if not done.exists():
         write_json(done, results)
     return results
+
+
+def _set_aside(out: Path) -> None:
+    """Give the directory `out` a name beside it that nothing has."""
+    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}{ASIDE}{n}").exists())
+    out.rename(out.with_name(f"{out.name}{ASIDE}{number}"))
+
+
+def _aside(out: Path, stamp: Any) -> Path | None:
+    """The directory beside `out` that was set aside and says `stamp`."""
+    every = sorted(out.parent.glob(f"{glob.escape(out.name)}{ASIDE}*"))
+    return next((one for one in every if (one / STAMP).exists() and read_json(one / STAMP) == stamp), None)
 
 
 def runs(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The stages one after the other; each is a directory, and a stage whose results are there is not done again."""
 
 import functools
-import os
 import time
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -11,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from softprompts import artefact, report, transfer
-from softprompts.config import ConfigError
 from softprompts.job import Screen
 from softprompts.prepare import SILENT
 from softprompts.recipes import comparison, stage
@@ -42,8 +40,7 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
     TrainingError where a teacher or a shared prompt could not be trained.
     """
     began = time.time()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("the recipe runs in one process; start it without torchrun")
+    stage.check_place("the recipe", plan.out)
     check(plan, screen)
     teachers = teacher_paths(plan)
     run = teacher_runs(plan)

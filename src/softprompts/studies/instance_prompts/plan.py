@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import (
     EvaluateConfig,
@@ -13,17 +13,22 @@ from softprompts.config import (
     TaskConfig,
     TrainConfig,
 )
-from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, Count, Rate, check_known
+from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Count, Rate, check_known, distinct
 
 
 class Arm(Section):
     """A line of the table: a method as it is used. Rates of its groups follow the rate that is being tried."""
 
-    about: str
+    about: str = ""
     prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
     rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
     follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over train.rate
     pretrain: bool = False  # begins at what stage `pretrain` taught the same method
+
+    @field_validator("rates")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return distinct(values)
 
 
 TABLE = {"table": "low-rank", "rank": 16}
@@ -108,7 +113,7 @@ class Study(Section):
     prompt: PromptConfig = PromptConfig()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     arms: tuple[str, ...] = Field(default=COMPARED, min_length=1)
-    own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or in their place
+    own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or what these set otherwise
     upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
     compare: ComparisonStage = ComparisonStage()
     pretrain: PretrainStage | None = None
@@ -126,6 +131,18 @@ class Study(Section):
         """The names of the tasks."""
         return [task.title for task in self.tasks]
 
+    @field_validator("own")
+    @classmethod
+    def _whole(cls, own: dict[str, Arm]) -> dict[str, Arm]:
+        """An arm of a known name is that arm with what is set."""
+        sets = {name: {key: getattr(arm, key) for key in arm.model_fields_set} for name, arm in own.items()}
+        return {name: ARMS.get(name, arm).model_copy(update=sets[name]) for name, arm in own.items()}
+
+    @field_validator("arms", "upper")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return distinct(values)
+
     @model_validator(mode="after")
     def _names(self) -> "Study":
         if len(set(self.titles)) != len(self.titles):
@@ -135,6 +152,16 @@ class Study(Section):
         for key in ("method", "options"):
             if getattr(self.prompt, key) != getattr(PromptConfig(), key):
                 raise ValueError(f"prompt.{key} is set by each arm; leave it out (see own)")
+        for name in self.own:
+            if name in (*WEIGHTS, NO_PROMPT):
+                raise ValueError(f"own: '{name}' is another line of the table; call the arm otherwise")
+        for stage in ("train", "few"):
+            for key in ("rate", "rates"):
+                if getattr(getattr(self.compare, stage), key) != getattr(TrainConfig(), key):
+                    raise ValueError(
+                        f"compare.{stage}.{key}: arms try the rates of compare.rates, or rates of their own, and those "
+                        f"of their groups follow (own: rates, follow); leave it out"
+                    )
         lists = {
             "arms": (self.arms, list(self.known)),
             "upper": (self.upper, list(WEIGHTS)),

@@ -1,7 +1,6 @@
 """The parts one after the other; each run is a directory, and what is there already is not done again."""
 
 import functools
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ def execute(study: Study, screen: Screen = SILENT) -> dict[str, Any]:
     TrainingError for an arm that fails at every rate.
     """
     began = time.time()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("the study runs in one process; start it without torchrun")
+    stage.check_place("the study", study.out)
     _check(study, screen)
     taught = {}
     for name in (name for name in study.arms if study.known[name].pretrain):

@@ -7,7 +7,7 @@ from typing import Any
 
 from softprompts.plots import MANY
 from softprompts.recipes import comparison
-from softprompts.recipes.comparison import Comparison
+from softprompts.recipes.comparison import NO_PROMPT, Comparison, size_name
 from softprompts.results import versions
 from softprompts.studies.instance_prompts.plan import Study
 
@@ -36,7 +36,8 @@ def summarise(
         "claims": {size["size"]: verdict(size) for size in sizes},
         "arms": sizes,
         "speed": {name: dict(one) for name, one in speed.items()},
-        **{key: _mean_of(filled, key) for key in ("share", "moved")},
+        "share": _mean_of(filled, "share", study.compare.shots),
+        "moved": {size_name(shots): _mean_of(filled, "moved", [shots]) for shots in study.compare.shots},
         "pretrained": {
             name: {key: page[key] for key in ("task", "scores", "majority")} for name, page in taught.items()
         },
@@ -58,7 +59,7 @@ def verdict(size: Mapping[str, Any]) -> dict[str, Any]:
     plain, over = lines.get(PLAIN, {}), {}
     for arm, scores in lines.items():
         both = [task for task in scores if task in plain]
-        if arm in (PLAIN, "no prompt") or not both:
+        if arm in (PLAIN, NO_PROMPT) or not both:
             continue
         gaps = {task: scores[task]["mean"] - plain[task]["mean"] for task in both}
         clear = sum(gap > (scores[task]["sd"] or 0) + (plain[task]["sd"] or 0) for task, gap in gaps.items())
@@ -71,14 +72,14 @@ def verdict(size: Mapping[str, Any]) -> dict[str, Any]:
     return {"over": over, "words": words}
 
 
-def _mean_of(filled: Comparison, key: str) -> dict[str, float]:
-    """A figure of each arm's runs, the mean of those that have it.
+def _mean_of(filled: Comparison, key: str, sizes: Sequence[int | None]) -> dict[str, float]:
+    """A figure of each arm's runs of these sizes, the mean of those that have it.
 
     share: trained numbers over the model's; moved: how many of them training moved, of a table the rows that were read.
     """
     found: dict[str, list[float]] = {}
-    for own in filled.found.values():
-        for one in own:
+    for (_, shots), own in filled.found.items():
+        for one in own if shots in sizes else ():
             for page in one.pages:
                 if page["summary"][key] is not None:
                     found.setdefault(one.cell.arm, []).append(page["summary"][key])
@@ -88,15 +89,18 @@ def _mean_of(filled: Comparison, key: str) -> dict[str, float]:
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results with the tables and pictures of their page."""
     plain = results["speed"].get(PLAIN)
-    more = {
-        "of the model's": {arm: f"{100 * value:.2g} %" for arm, value in results["share"].items()},
-        "moved by training": {arm: f"{value:,.0f}" for arm, value in results["moved"].items()},
+    shares = {arm: f"{100 * value:.2g} %" for arm, value in results["share"].items()}
+    times = {
         "step, ms": {arm: f"{one['ms']:.0f}" for arm, one in results["speed"].items()},
         "step over prompt tuning's": {arm: f"{one['ms'] / plain['ms']:.2f}" for arm, one in results["speed"].items()}
         if plain
         else {},
     }
-    tables = [comparison.score_table(one, "Tasks", {k: v for k, v in more.items() if v}) for one in results["arms"]]
+    tables = []
+    for one in results["arms"]:
+        moved = {arm: f"{value:,.0f}" for arm, value in results["moved"][one["size"]].items()}
+        more = {"of the model's": shares, "moved by training": moved, **times}
+        tables.append(comparison.score_table(one, "Tasks", {k: v for k, v in more.items() if v}))
     tables.append(comparison.rate_table(results["rates"]))
     if results["pretrained"]:
         rows = [

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from softprompts.recipes.comparison import NO_PROMPT
+
 SUM, PLAIN = "vectors", ("random", "prompt-tuning")
 """The arm in question, and the arms that take nothing from other tasks."""
 
@@ -25,7 +27,7 @@ def verdict(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         for arm, line in lines.items():
             gaps.setdefault(arm, []).append(line["mean"] - best["mean"])
         clear += SUM in lines and gaps[SUM][-1] > _spread(lines[SUM]) + _spread(best)
-    over = {arm: fmean(values) for arm, values in gaps.items() if arm not in ("no prompt", *PLAIN)}
+    over = {arm: fmean(values) for arm, values in gaps.items() if arm not in (NO_PROMPT, *PLAIN)}
     if SUM not in over:
         return {"over": over, "holds": None, "words": "No sum of vectors was trained on."}
     wins = sum(gap > 0 for gap in gaps[SUM])

@@ -1,7 +1,6 @@
 """The questions one after the other; each part is a directory, and what is there already is not done again."""
 
 import functools
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,8 +37,7 @@ def execute(study: Study, screen: Screen = SILENT) -> dict[str, Any]:
     and TrainingError where a vector could not be trained.
     """
     began = time.time()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("the study runs in one process; start it without torchrun")
+    stage.check_place("the study", study.out)
     _check(study)
     rate, tried = _rate(study, screen)
     for title in study.titles:

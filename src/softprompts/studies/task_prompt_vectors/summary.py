@@ -10,7 +10,7 @@ import torch
 
 from softprompts import vectors
 from softprompts.plots import MANY
-from softprompts.recipes.comparison import spread
+from softprompts.recipes.comparison import NO_PROMPT, spread
 from softprompts.results import versions
 from softprompts.studies.task_prompt_vectors import few as few_examples
 from softprompts.studies.task_prompt_vectors import independence, sums
@@ -212,7 +212,7 @@ def _curve(title: str, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for table in tables:
         size = table["size"].partition("-")[0]
         for line in table["lines"] if size.isdigit() else ():
-            if line["mean"] is not None and line["arm"] != "no prompt":
+            if line["mean"] is not None and line["arm"] != NO_PROMPT:
                 points.setdefault(line["arm"], []).append((float(size), line["mean"]))
     lines = [
         {"name": arm, "points": sorted(each), "dots": True, "look": list(MANY)[at % len(MANY)]}
