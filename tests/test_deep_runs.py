@@ -274,7 +274,7 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         "unset": [],
     }
     lines.clear()
-    for seeds in ({}, {"train.rate": [0.1]}):
+    for seeds in ({}, {"train.rate": [0.2]}):
         together = variants(cross(parse(run), {"seed": [0, 1], **seeds}))
         prepare_together(together, job.Screen(say=lines.append))
         told = [line.partition(": ")[2] for line in lines if "train.rate" in line]

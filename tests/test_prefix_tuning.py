@@ -264,7 +264,7 @@ def test_groups_learn_at_their_own_rates() -> None:
         ({"reparametrise": "yes"}, "reparametrise must be true or false, given 'yes'"),
         ({"output": "none"}, "output 'none' is unknown; possible: zero, torch"),
         ({"dropout": 1}, "dropout must be a number from 0 to less than 1, given 1"),
-        ({"dropout": "0.1"}, "dropout must be a number from 0 to less than 1, given '0.1'"),
+        ({"dropout": "a tenth"}, "dropout must be a number from 0 to less than 1, given 'a tenth'"),
         ({"mlp": True}, "'mlp'"),
     ],
 )

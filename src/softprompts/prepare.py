@@ -249,9 +249,9 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
 
 
 def _idle_rate(job: Job) -> str:
-    """That `train.rate` was set and nothing learns at it; empty where something does, or it was left as it is."""
+    """That `train.rate` was set and nothing learns at it; empty where something does, or it is what it is by default."""
     train, method = job.run.train, job.run.prompt.method
-    if job.weights is not None or "rate" not in train.model_fields_set:
+    if job.weights is not None or train.rate == TrainConfig().rate:
         return ""
     names = [name.removeprefix("method.") for name in job.learner.parameters()]
     used = {k: g for k, g in groups(job.learner.method).items() if any(n.startswith(g.parameters) for n in names)}

@@ -28,7 +28,7 @@ def variants(run: Run) -> dict[str, Run]:
         changes = {key: value for key, value in entry.items() if key != "name"}
         if forbidden := [key for key in changes if str(key).split(".")[0] in ("out", "runs")]:
             raise ConfigError(f"runs '{name}': '{forbidden[0]}' is set for all of them; it stands beside runs")
-        values = run.model_dump(mode="json", exclude={"runs"}, exclude_unset=True) | {"out": str(Path(run.out) / name)}
+        values = run.model_dump(mode="json", exclude={"runs"}) | {"out": str(Path(run.out) / name)}
         if len(run.tasks) == 1 and not any(str(key).startswith("tasks") for key in changes):
             values["task"] = values.pop("tasks")[0]
         _merge(values, changes, f"runs '{name}'")
@@ -69,7 +69,7 @@ def cross(run: Run, lists: Mapping[str, Iterable[Any]]) -> Run:
             for entry in entries
             for value in values
         ]
-    crossed: Run = parse({**run.model_dump(mode="json", exclude_unset=True), "runs": entries})
+    crossed: Run = parse({**run.model_dump(mode="json"), "runs": entries})
     return crossed
 
 
