@@ -249,7 +249,7 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
 
 
 def _idle_rate(job: Job) -> str:
-    """That `train.rate` was set and nothing learns at it; empty where something does, or it is what it is by default."""
+    """That `train.rate` was set and nothing learns at it; empty where something does, or it has its default."""
     train, method = job.run.train, job.run.prompt.method
     if job.weights is not None or train.rate == TrainConfig().rate:
         return ""
