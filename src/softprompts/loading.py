@@ -1,6 +1,6 @@
 """Loading a frozen model and its tokenizer; the only user of the Auto classes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +60,8 @@ def load(
             f"(`softprompts assets list`), a local directory with config.json, model.safetensors and a tokenizer, "
             f"or a hub name that can be reached."
         ) from None
-    if head == "lm" and (missing := sorted({*loaded["missing_keys"]} & {name for name, _ in model.named_parameters()})):
-        raise BackboneError(
-            f"'{where}' holds no whole language model: {', '.join(missing[:3])}{' ...' * (len(missing) > 3)} would be "
-            f"random; set model.head to sequence, token, span or features, or choose a model that was trained to write"
-        )
+    if head == "lm":
+        _check_whole(where, model, loaded["missing_keys"])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if device_map is not None:
@@ -77,6 +74,16 @@ def load(
             parameter.data = parameter.data.clone()
         return_memory()
     return wrap(model.to(target), tokenizer, name, revision)
+
+
+def _check_whole(where: str, model: Any, missing: Iterable[str]) -> None:
+    """Raise BackboneError where the checkpoint at `where` lacks weights of `model`, which are then drawn at random."""
+    names = sorted({*missing} & {name for name, _ in model.named_parameters()})
+    if names:
+        raise BackboneError(
+            f"'{where}' holds no whole language model: {', '.join(names[:3])}{' ...' * (len(names) > 3)} would be "
+            f"random; set model.head to sequence, token, span or features, or choose a model that was trained to write"
+        )
 
 
 def spread(backbone: Backbone) -> Backbone:

@@ -86,6 +86,7 @@ def sentence_encoders(name: str, options: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _configured(name: str, options: Mapping[str, Any]) -> Any:
+    """The method's `Config` of options checked by name and kind; raises ConfigError."""
     kind: Any = find(name).Config
     known = typing.get_type_hints(kind)
     options = dict(options)

@@ -55,8 +55,8 @@ def kept(
     changed = done.exists() if not file.exists() else read_json(file) != stamp
     if changed:
         _set_aside(out)
-    if not file.exists() and (found := _aside(out, stamp)) is not None:
-        found.replace(out)
+    if not out.exists() and (found := _aside(out, stamp)) is not None:
+        found.rename(out)
     if file.exists() and done.exists():
         screen.say(f"{title}: done before, in {out}")
         results: dict[str, Any] = read_json(done)
