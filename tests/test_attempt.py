@@ -11,12 +11,13 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT
-from softprompts import inject, objectives
-from softprompts.config import ConfigError
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.attempt import Attempt
-from softprompts.prompt import IGNORE, Batch, Context, Slot, Start
+from softprompts.model.learner import Learner
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, Context, Slot, Start
 
 P, D, H, S, B, T = 4, 10, 6, 3, 5, 7
 TASKS = ("one", "two")
@@ -172,10 +173,10 @@ def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, messag
         build("attempt", options, Slot(TASKS, P, D, H), Start(torch.zeros(P, D), sources))
 
 
-def learner(name: str, site: inject.Site = INPUT) -> Learner:
+def learner(name: str, site: injection.Site = INPUT) -> Learner:
     """The method for two tasks on a tiny model, with a temperature that lets texts differ."""
     bb = tiny.backbone(name)
-    slot = inject.slot(bb, site, TASKS, P)
+    slot = injection.slot(bb, site, TASKS, P)
     start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(S)]))
     torch.manual_seed(0)
     return Learner(bb, site, slot, Attempt(Attempt.Config(rank=16, temperature=1.0), slot, start))
@@ -195,11 +196,11 @@ def test_training_leaves_the_sources_as_they_are(name: str) -> None:
     made = learner(name)
     before = made.method.sources.clone()
     start = {key: p.detach().clone() for key, p in made.method.named_parameters()}
-    optimiser = torch.optim.AdamW(made.parameters().values(), lr=0.1, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(made.parameters().values(), lr=0.1, weight_decay=0.1)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         objectives.task(made.step(batch_of(name, [0, 1, 0]))).backward()
-        optimiser.step()
+        optimizer.step()
     assert torch.equal(made.method.sources, before)
     assert "method.sources" not in made.parameters()
     assert all(not torch.equal(p, start[key]) for key, p in made.method.named_parameters())

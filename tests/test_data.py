@@ -14,7 +14,6 @@ from softprompts.config import TaskConfig
 from softprompts.data import (
     PACKAGED,
     Batches,
-    DataError,
     Encoded,
     Encoder,
     Format,
@@ -26,18 +25,19 @@ from softprompts.data import (
     load,
     order,
 )
-from softprompts.data.template import fields, parts, render
-from softprompts.data.tokens import Speller
-from softprompts.prompt import IGNORE
+from softprompts.data.templates import fields, parts, render
+from softprompts.data.tokenization import Speller
+from softprompts.errors import DataError
+from softprompts.types import IGNORE
 from tokenizers_tiny import byte_bpe, unigram, wordpiece
 
 QUESTION = Format(
     name="questions",
     template="Question: {text}\nType:",
-    verbaliser={"HUM": "human", "LOC": "location", "NUM": "number"},
+    verbalizer={"HUM": "human", "LOC": "location", "NUM": "number"},
 )
 ROW = {"text": "Who wrote the play?", "label": "HUM"}
-NLI = Format(name="nli", template="{a}", pair="{b}", verbaliser={"y": "yes", "n": "no"})
+NLI = Format(name="nli", template="{a}", pair="{b}", verbalizer={"y": "yes", "n": "no"})
 BPE, BOS, WORDS, PIECES = byte_bpe(), byte_bpe(bos=True), wordpiece(), unigram()
 
 
@@ -76,7 +76,7 @@ def test_a_template_that_is_none(template):
 def test_a_format_goes_through_json():
     form = replace(QUESTION, truncate=("text",), metrics=("accuracy",), max_length=40, chat=True, chat_place="user")
     assert Format.from_json(json.loads(json.dumps(form.to_json()))) == form
-    assert list(Format.from_json(form.to_json()).verbaliser) == ["HUM", "LOC", "NUM"]
+    assert list(Format.from_json(form.to_json()).verbalizer) == ["HUM", "LOC", "NUM"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_answers_and_back():
     assert decode_answer(tags, "human number") == "HUM NUM"
     assert [decode_answer(number, text) for text in (" 2.50", "two")] == ["2.5", None]
     assert decode_answer(free, " so ") == "so"
-    with pytest.raises(DataError, match="label 'HUN' is not in the verbaliser; did you mean 'HUM'"):
+    with pytest.raises(DataError, match="label 'HUN' is not in the verbalizer; did you mean 'HUM'"):
         answer(QUESTION, {"label": "HUN"})
     with pytest.raises(DataError, match="no column 'label' for the label; columns: text"):
         answer(QUESTION, {"text": "a"})
@@ -126,7 +126,7 @@ def test_answers_and_back():
 def test_labels_that_are_no_text(tmp_path):
     rows = [{"text": f"t{i}", "label": [True, False][i % 2]} for i in range(30)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    task = load(TaskConfig(source=str(tmp_path / "d.json"), verbaliser={"false": "no", "true": "yes"}))
+    task = load(TaskConfig(source=str(tmp_path / "d.json"), verbalizer={"false": "no", "true": "yes"}))
     assert {answer(task.format, row) for row in task.train} == {"yes", "no"}
     (tmp_path / "e.csv").write_text("text,label\n" + "".join(f"t{i},{i % 11}\n" for i in range(60)))
     assert classes(load(TaskConfig(source=str(tmp_path / "e.csv"))).format) == tuple(map(str, range(11)))
@@ -166,14 +166,14 @@ def test_a_begin_token_stays_and_nothing_else_is_added():
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BOS, WORDS, PIECES], ids=["bpe", "bos", "wordpiece", "unigram"])
-@pytest.mark.parametrize("name", [n for n, p in PACKAGED.items() if p.verbaliser])
+@pytest.mark.parametrize("name", [n for n, p in PACKAGED.items() if p.verbalizer])
 def test_answer_tokens_are_the_same_in_training_scoring_and_generation(name, tokenizer):
     found = PACKAGED[name]
-    form = Format(name, found.template, verbaliser=dict(found.verbaliser))
+    form = Format(name, found.template, verbalizer=dict(found.verbalizer))
     encoder = causal(form, tokenizer)
     candidates = encoder.candidates()
     assert tuple(candidates) == classes(form)
-    for label, word in form.verbaliser.items():
+    for label, word in form.verbalizer.items():
         row = {**dict.fromkeys(form.columns, "Who is it?"), "label": label}
         text, example = encoder.encode(row).ids, encoder.example(row)
         whole = tokenizer(render(form.template, row) + " " + word, add_special_tokens=False)["input_ids"]
@@ -186,7 +186,7 @@ def test_answer_tokens_are_the_same_in_training_scoring_and_generation(name, tok
 @settings(deadline=None)
 @given(st.text(max_size=12), st.sampled_from([" ", "", "\n", ": "]), st.sampled_from([BPE, WORDS, PIECES]))
 def test_answer_tokens_depend_on_the_answer_alone(word, separator, tokenizer):
-    encoder = causal(replace(QUESTION, kind="generation", separator=separator, verbaliser=None), tokenizer)
+    encoder = causal(replace(QUESTION, kind="generation", separator=separator, verbalizer=None), tokenizer)
     for text in ("", "x", "Who? ", "12"):
         row = {"text": text}
         assert encoder.encode(row, word).ids == encoder.encode(row).ids + encoder.answer_ids(word)
@@ -199,7 +199,7 @@ def test_answers_get_no_second_space_piece():
     from tokenizers import Tokenizer, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    old = Tokenizer.from_str(PIECES.backend_tokenizer.to_str())  # as in the first Llama: the normaliser adds the space
+    old = Tokenizer.from_str(PIECES.backend_tokenizer.to_str())  # as in the first Llama: the normalizer adds the space
     old.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     old.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=old, eos_token="</s>")
@@ -223,17 +223,17 @@ def test_a_tokenizer_without_offsets():
 def test_candidates_get_the_end_token_only_where_one_begins_another():
     end = BPE.eos_token_id
     assert all(ids[-1] != end for ids in causal().candidates().values())
-    form = replace(QUESTION, verbaliser={"a": "no", "b": "not"})
+    form = replace(QUESTION, verbalizer={"a": "no", "b": "not"})
     assert BPE(" not")["input_ids"][: len(BPE(" no")["input_ids"])] == BPE(" no")["input_ids"]
     assert causal(form).candidates() == {
-        label: [*BPE(f" {w}")["input_ids"], end] for label, w in form.verbaliser.items()
+        label: [*BPE(f" {w}")["input_ids"], end] for label, w in form.verbalizer.items()
     }
     with pytest.raises(DataError, match="the answers for 'a' and 'b' are the same tokens"):
-        causal(replace(QUESTION, verbaliser={"a": "Yes", "b": "yes"}), WORDS).candidates()
+        causal(replace(QUESTION, verbalizer={"a": "Yes", "b": "yes"}), WORDS).candidates()
     with pytest.raises(
         DataError, match="kind 'generation' has no candidate answers to compare; evaluate by generating"
     ):
-        causal(replace(QUESTION, kind="generation", verbaliser=None)).candidates()
+        causal(replace(QUESTION, kind="generation", verbalizer=None)).candidates()
 
 
 def test_encoder_decoder_rows():
@@ -255,7 +255,7 @@ def test_encoder_decoder_rows():
 def test_masked_rows():
     form = replace(QUESTION, template="{text} It is a {mask}.")
     encoder = Encoder(form, WORDS, "masked", "lm", 100)
-    for word in form.verbaliser.values():
+    for word in form.verbalizer.values():
         pieces = encoder.answer_ids(word)
         row = encoder.encode(ROW, word)
         places = [i for i, token in enumerate(row.ids) if token == WORDS.mask_token_id]
@@ -297,7 +297,7 @@ def test_plain_text_has_an_empty_template_and_may_be_cut():
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60), st.integers(30, 70), st.sampled_from([BPE, BOS, PIECES, WORDS]))
 def test_cutting_touches_neither_template_nor_answer(a, b, room, tokenizer):
-    form = Format("t", "a: {a}\nb: {b}\nc:", verbaliser={"x": "yes", "y": "no"})
+    form = Format("t", "a: {a}\nb: {b}\nc:", verbalizer={"x": "yes", "y": "no"})
     encoder, whole = causal(form, tokenizer, room), causal(form, tokenizer, 10_000)
     row = {"a": a, "b": b, "label": "x"}
     found, full = encoder.example(row), whole.example(row)
@@ -337,13 +337,13 @@ def test_the_longest_column_is_cut_first_and_only_those_that_may_be():
 
 
 def test_room_for_the_longest_answer_is_kept_whatever_the_answer():
-    form = replace(QUESTION, template="{text}:", verbaliser={"a": "no", "b": "a rather long answer"})
+    form = replace(QUESTION, template="{text}:", verbalizer={"a": "no", "b": "a rather long answer"})
     encoder = causal(form, room=40)
-    rows = [encoder.encode({"text": "x" * 90}, word) for word in (None, *form.verbaliser.values())]
+    rows = [encoder.encode({"text": "x" * 90}, word) for word in (None, *form.verbalizer.values())]
     assert len({tuple(row.ids[: row.text_tokens]) for row in rows}) == 1
     assert max(len(row.ids) for row in rows) == 40
     masked = Encoder(form, WORDS, "masked", "lm", 40)
-    texts = [masked.encode({"text": "x" * 90}, word).ids for word in form.verbaliser.values()]
+    texts = [masked.encode({"text": "x" * 90}, word).ids for word in form.verbalizer.values()]
     assert len({tuple(i for i in ids if i != WORDS.mask_token_id) for ids in texts}) == 1
 
 
@@ -393,7 +393,7 @@ def test_sequence_heads():
     many = replace(NLI, kind="multilabel")
     assert Encoder(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ["n", "y"]}).labels == [1.0, 1.0]
     assert Encoder(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ""}).labels == [0.0, 0.0]
-    number = replace(NLI, kind="regression", verbaliser=None)
+    number = replace(NLI, kind="regression", verbalizer=None)
     assert Encoder(number, WORDS, "masked", "sequence", 50).encode({**row, "label": "2.5"}).labels == 2.5
     assert Encoder(NLI, WORDS, "masked", "sequence", 50).encode({"a": "x", "b": "y"}).labels is None
     assert Encoder(NLI, WORDS, "masked", "features", 50).encode(row).labels is None
@@ -404,11 +404,11 @@ def test_sequence_heads():
         {"a": "the king " * 5, "b": "the city " * 3, "label": "y"}
     )
     assert (len(cut.ids), cut.types.count(1), cut.ids[-1]) == (9, 4, WORDS.sep_token_id)
-    with pytest.raises(DataError, match="nli: label 'z' is not in the verbaliser; known labels: y, n"):
+    with pytest.raises(DataError, match="nli: label 'z' is not in the verbalizer; known labels: y, n"):
         Encoder(NLI, WORDS, "masked", "sequence", 50).encode({**row, "label": "z"})
 
 
-TAGS = Format("tags", "{words}", kind="tagging", verbaliser={"O": "O", "P": "P"})
+TAGS = Format("tags", "{words}", kind="tagging", verbalizer={"O": "O", "P": "P"})
 
 
 @pytest.mark.parametrize(
@@ -636,7 +636,7 @@ def test_packaged_rows_have_the_tokens_of_their_plain_text(name, smollm):
         assert encoder.example(row).ids == [*smollm(text)["input_ids"], smollm.eos_token_id]
     if task.format.kind == "label":
         found = encoder.candidates()
-        assert {k: smollm.decode(v).strip() for k, v in found.items()} == task.format.verbaliser
+        assert {k: smollm.decode(v).strip() for k, v in found.items()} == task.format.verbalizer
 
 
 @pytest.mark.assets

@@ -14,14 +14,19 @@ import local
 import rows
 import tiny
 from rows import INPUT, called
-from softprompts import SoftPromptModel, artefact, evaluate, inject, job, objectives
-from softprompts.config import ConfigError, EvaluateConfig, InitConfig, PromptConfig, parse
-from softprompts.generate import generate
-from softprompts.learner import Learner
+from softprompts import SoftPromptModel, injection
+from softprompts.artifacts import artifact
+from softprompts.config import EvaluateConfig, InitConfig, PromptConfig, parse
+from softprompts.errors import ConfigError
+from softprompts.evaluation import evaluate
+from softprompts.injection.generation import generate
 from softprompts.methods import build, groups
 from softprompts.methods.dept import DePT
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Added, Batch, Slot, Start, mix
+from softprompts.model.learner import Learner
+from softprompts.recipes.run import run
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Added, Batch, Slot, Start, mix
 
 P, S, R = 3, 4, 2
 TASKS = ("one", "two")
@@ -30,10 +35,10 @@ GIVEN = (2, 5, 0, 6)
 """Tokens before the first label of rows.LENGTHS (5, 9, 1, 7): fewer than S, more, none, more."""
 
 
-def learner(name: str, site: inject.Site = INPUT, zero: bool = False) -> Learner:
+def learner(name: str, site: injection.Site = INPUT, zero: bool = False) -> Learner:
     """The method for two tasks on a tiny model; `zero`: as it begins, else with random rows too."""
     bb = tiny.backbone(name)
-    slot = inject.slot(bb, site, TASKS, P)
+    slot = injection.slot(bb, site, TASKS, P)
     torch.manual_seed(0)
     method = DePT(DePT.Config(rank=R, positions=S), slot, Start(rows.random(5, P, slot.width)))
     with torch.no_grad():
@@ -84,7 +89,7 @@ def reached(name: str) -> list[int]:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart", "bert"])
 @pytest.mark.parametrize(("side", "extra"), [("right", 0), ("left", 3)])
 def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, extra: int) -> None:
-    """On every path: neighbours of another task, padding of any side and size, short and long texts, no given text."""
+    """On every path: neighbors of another task, padding of any side and size, short and long texts, no given text."""
     made, batch = learner(name), batch_of(name, side, extra)
     texts = rows.texts(name)
     each = [alone(made, ids, task, n) for ids, task, n in zip(texts, TASK, reached(name), strict=True)]
@@ -97,7 +102,7 @@ def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, ex
     for path in (None, *rows.paths(name, INPUT)):
         made.method.zero_grad()
         prompt = made.prompt(batch)
-        output = inject.forward(made.backbone, batch, prompt, INPUT, path=path)
+        output = injection.forward(made.backbone, batch, prompt, INPUT, path=path)
         for i in range(len(texts)):
             torch.testing.assert_close(rows.of_row(output, i), each[i].detach(), atol=1e-5, rtol=1e-5)
         functional.cross_entropy(output.logits, output.labels).backward()
@@ -106,7 +111,7 @@ def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, ex
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
-def test_with_rows_at_zero_it_is_prompt_tuning_bit_for_bit(name: str, site: inject.Site) -> None:
+def test_with_rows_at_zero_it_is_prompt_tuning_bit_for_bit(name: str, site: injection.Site) -> None:
     made, batch = learner(name, site, zero=True), batch_of(name)
     plain = PromptTuning(PromptTuning.Config(), made.slot, Start(torch.zeros(P, made.slot.width)))
     plain.load_state_dict({k: v for k, v in made.method.state_dict().items() if k.startswith("prompts")})
@@ -144,24 +149,24 @@ def test_nothing_but_the_text_is_changed() -> None:
     """Padding and what lies beyond stays as it is to the bit, in a model of half precision too."""
     text, mask = rows.random(0, 2, 6, 8).bfloat16(), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
     prompt = replace(rows.single(torch.zeros(1, 8), 2), added=Added(rows.random(1, 1, 4, 8), torch.tensor([2, 9])))
-    found = inject.with_added(text, mask, prompt)
+    found = injection.with_added(text, mask, prompt)
     assert found.dtype == torch.bfloat16
     expected = text.clone()
     expected[0, :2] = (text[0, :2].float() + prompt.added.values[0, :2]).bfloat16()
     expected[1, :3] = (text[1, :3].float() + prompt.added.values[0, :3]).bfloat16()
     assert torch.equal(found, expected)
-    assert inject.with_added(text, mask, None) is text
+    assert injection.with_added(text, mask, None) is text
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("site", rows.sites("llama"), ids=called)
-def test_continuations_agree_with_training(site: inject.Site) -> None:
+def test_continuations_agree_with_training(site: injection.Site) -> None:
     """A candidate's log-probability is that of the same tokens as labels; candidates are never changed."""
     made, candidates = learner("llama", site), [[7], [8, 9], [8, 10, 11]]
     text, mask = rows.pad(rows.texts("llama"), "left", value=3)
     asked = Batch(text, mask, torch.tensor(TASK))
     for path in rows.paths("llama", site):
-        found = inject.continuations(made.backbone, asked, made.prompt(asked), site, candidates, path=path)
+        found = injection.continuations(made.backbone, asked, made.prompt(asked), site, candidates, path=path)
         for c, candidate in enumerate(candidates):
             for i, ids in enumerate(rows.texts("llama")):
                 row = torch.cat([ids, torch.tensor(candidate)])[None]
@@ -173,7 +178,7 @@ def test_continuations_agree_with_training(site: inject.Site) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5")), ids=called)
-def test_writing_agrees_with_training(name: str, site: inject.Site) -> None:
+def test_writing_agrees_with_training(name: str, site: injection.Site) -> None:
     """The score of each written token is what it has as a label behind the same text; what is written stays as is."""
     made, options = learner(name, site), {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
     text, mask = rows.pad(rows.texts(name), "left", value=3)
@@ -263,7 +268,7 @@ def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
         )
 
 
-def test_a_run_and_its_artefact(tmp_path: Path) -> None:
+def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     """Trained, cut and gone on with bit for bit; judged rows, which begin alike, are what each is alone."""
     values = local.run_values(tmp_path, steps=4, checkpoint_every=1, rates={"matrices": 0.05})
     values["prompt"] |= {"method": "dept", "options": {"rank": R, "positions": 6}}
@@ -272,18 +277,18 @@ def test_a_run_and_its_artefact(tmp_path: Path) -> None:
         if report.step == 2:
             raise KeyboardInterrupt
 
-    results = job.execute(parse(values))
+    results = run.execute(parse(values))
     assert results["summary"]["trainable"] == 4 * 32 + (6 + 32) * R
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stop))
-    job.execute(cut)
-    found, other = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+        run.execute(cut, run.Screen(step=stop))
+    run.execute(cut)
+    found, other = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert found.prompt is None
     assert all(torch.equal(found.state[key], other.state[key]) for key in found.state)
     assert found.state["rows.0"].abs().max() > 0
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=cut.model)
-    few = job.prepare(cut).tasks[0].train[:20]
+    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=cut.model)
+    few = run.prepare(cut).tasks[0].train[:20]
     answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluateConfig()))
     for row, answer in zip(few, answers, strict=True):
         text = opened.encoder.encode(row).ids
@@ -292,7 +297,7 @@ def test_a_run_and_its_artefact(tmp_path: Path) -> None:
             labels = whole.masked_fill(torch.arange(whole.shape[1]) < len(text), IGNORE)
             batch = Batch(whole, torch.ones_like(whole), torch.tensor([0]), labels)
             with torch.no_grad():
-                output = inject.forward(
+                output = injection.forward(
                     opened.learner.backbone, batch, opened.learner.prompt(batch), INPUT, path="concatenation"
                 )
             chance = output.logits.log_softmax(-1).gather(1, output.labels[:, None]).sum()

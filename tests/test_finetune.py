@@ -17,15 +17,18 @@ import local
 import rows
 import tiny
 from softprompts import backbone as b
-from softprompts import evaluate, finetune, job, loading, objectives
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, TrainConfig, parse
+from softprompts.backbone import loading
+from softprompts.backbone.kernels import Kernels
+from softprompts.backbone.quantization import quantize
+from softprompts.config import TrainConfig, parse
 from softprompts.data import Batches, Encoded
-from softprompts.inject import score
-from softprompts.kernels import Kernels
-from softprompts.prompt import IGNORE
-from softprompts.quantise import quantise
-from softprompts.train import TrainingError
+from softprompts.errors import BackboneError, ConfigError, TrainingError
+from softprompts.evaluation import evaluate
+from softprompts.injection import scoring
+from softprompts.recipes.run import run as job
+from softprompts.training import objectives
+from softprompts.training import weights as finetune
+from softprompts.types import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -73,16 +76,16 @@ def stock_loss(model, name, part):
 def by_hand(model, parameters, name, found, chosen):
     """The losses of a plain loop."""
     batches, losses = Batches(found, chosen.batch_size, 0), []
-    optimiser = torch.optim.AdamW(parameters, lr=chosen.rate, weight_decay=chosen.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=chosen.rate, weight_decay=chosen.weight_decay)
     for step in range(chosen.steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = stock_loss(model, name, batches.at(step))
         loss.backward()
         if chosen.clip is not None:
             clip_grad_norm_(parameters, chosen.clip)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = chosen.rate * (1 - step / chosen.steps)
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     return losses
 
@@ -204,7 +207,7 @@ def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
 
 
 def test_a_large_vocabulary_leaves_the_head_its_gradient(monkeypatch):
-    monkeypatch.setattr(score, "LOGITS", 1)
+    monkeypatch.setattr(scoring, "LOGITS", 1)
     backbone, found = double("mistral"), examples("mistral")
     measured = gradients(finetune.copied(backbone, config(**ALL)), found)
     assert measured[1]["lm_head.weight"].abs().max() > 0
@@ -349,7 +352,7 @@ def test_training_that_is_broken_off_leaves_a_frozen_model():
         ({"train": "lora"}, "needs a rate in plain numbers.*train.rate_unit: absolute; a common rate is 2e-4"),
         ({"train": "backbone", "rate": 1e-3}, "train.rate_unit: absolute; a common rate is 2e-5"),
         ({"train": "lora", "rate_unit": "absolute"}, "set train.rate"),
-        ({**LORA, "rate_unit": "absolute", "optimiser": "adafactor"}, "train.optimiser: adamw, not adafactor"),
+        ({**LORA, "rate_unit": "absolute", "optimizer": "adafactor"}, "train.optimizer: adamw, not adafactor"),
         ({**LORA, "rate_unit": "absolute", "objectives": {"task": 1, "distil": 1}}, "given task, distil"),
         ({**LORA, "rate_unit": "absolute", "parity": "check"}, "leave it off"),
         ({**LORA, "rate_unit": "absolute", "keep": True}, "keep is for train: backbone"),
@@ -364,7 +367,7 @@ def test_settings_that_cannot_be(train, words):
 
 @pytest.mark.parametrize(
     ("model", "words"),
-    [({"quantise": "int8"}, "leave quantise out"), ({"device_map": "auto"}, "model.device instead of device_map")],
+    [({"quantize": "int8"}, "leave quantize out"), ({"device_map": "auto"}, "model.device instead of device_map")],
 )
 def test_models_that_cannot_be(model, words):
     with pytest.raises(ConfigError, match=words):
@@ -373,8 +376,8 @@ def test_models_that_cannot_be(model, words):
 
 def test_backbones_that_cannot_be():
     rounded = tiny.model("llama")
-    quantise(b.freeze(rounded), "int8")
-    with pytest.raises(BackboneError, match=r"is quantised \(int8\), and rounded weights cannot be trained"):
+    quantize(b.freeze(rounded), "int8")
+    with pytest.raises(BackboneError, match=r"is quantized \(int8\), and rounded weights cannot be trained"):
         finetune.copied(b.wrap(rounded), config(**ALL))
     spread = tiny.model("llama")
     spread.hf_device_map = {"model": 0, "lm_head": 1}

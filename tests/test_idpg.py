@@ -11,13 +11,14 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT, called
-from softprompts import inject, objectives
-from softprompts.config import ConfigError
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.idpg import Idpg, phm
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, pooled
+from softprompts.model.learner import Learner
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, Context, Slot, Start, pooled
 
 P, E, B, T = 3, 8, 5, 7
 WIDTHS = {"S": (12, ()), "M": (12, (4, 4, 4)), "L": (12, (4, 4, 4))}
@@ -33,7 +34,7 @@ GENERATORS = (
 
 def options(**given: Any) -> dict[str, Any]:
     """Small options that read word embeddings as they are."""
-    return {"encoder": "static", "normalise": False, **given}
+    return {"encoder": "static", "normalize": False, **given}
 
 
 def made(kind: str = "S", tasks: tuple[str, ...] = TASKS, **given: Any) -> Idpg:
@@ -78,7 +79,7 @@ def gelu(value: float) -> float:
 def by_hand(method: Idpg, row: Tensor, task: int) -> Any:
     """The prompt [P, D] of one text `row [T, E]` without padding."""
     x = [sum(float(token[i]) for token in row) / max(1, len(row)) for i in range(E)]
-    if method.config.normalise:
+    if method.config.normalize:
         size = math.sqrt(sum(value**2 for value in x) / E)
         x = [value / size if size else 0.0 for value in x]
     layers = method.slot.layers if method.kind != "S" else (method.slot.width,)
@@ -103,8 +104,8 @@ def by_hand(method: Idpg, row: Tensor, task: int) -> Any:
 @pytest.mark.parametrize("given", GENERATORS, ids=lambda g: "-".join(map(str, g.values())))
 def test_formula(kind: str, given: dict[str, Any]) -> None:
     """Every row's prompt, on either side of any padding, whatever stands there; rows of two tasks in one batch."""
-    for normalise, side, extra in ((False, "left", 3), (True, "right", 0)):
-        method, seen = made(kind, **given, normalise=normalise), context(side, extra)
+    for normalize, side, extra in ((False, "left", 3), (True, "right", 0)):
+        method, seen = made(kind, **given, normalize=normalize), context(side, extra)
         prompt = method(seen)
         assert prompt.values.shape == (B, P, 12)
         assert prompt.mask.all()
@@ -325,10 +326,10 @@ def test_what_is_refused(given: dict[str, Any], slot: dict[str, Any], message: s
         build("idpg", given, one, Start(torch.zeros(4, 48)))
 
 
-def learner(name: str, site: inject.Site = INPUT, method: Any = Idpg, spread: float = 0.0, **given: Any) -> Learner:
+def learner(name: str, site: injection.Site = INPUT, method: Any = Idpg, spread: float = 0.0, **given: Any) -> Learner:
     """A method for two tasks on a tiny model; with `spread` its parameters are no longer those of the start."""
     bb = tiny.backbone(name)
-    slot = inject.slot(bb, site, TASKS, P)
+    slot = injection.slot(bb, site, TASKS, P)
     torch.manual_seed(0)
     made = method(method.Config(**given), slot, Start(rows.random(5, P, slot.width))).eval()
     with torch.no_grad():
@@ -347,7 +348,7 @@ def batch_of(name: str, tasks: list[int], side: str = "left", extra: int = 0) ->
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
-def test_a_generator_of_zeros_is_prompt_tuning_with_its_bias(name: str, site: inject.Site) -> None:
+def test_a_generator_of_zeros_is_prompt_tuning_with_its_bias(name: str, site: injection.Site) -> None:
     """Scores and the gradient of the bias, which each task's own rows alone give it."""
     ours, theirs = learner(name, site, phm=1), learner(name, site, PromptTuning)
     batch = batch_of(name, [0, 1, 1, 0])
@@ -403,7 +404,7 @@ def test_layer_prompts_touch_the_prompts_positions_alone(name: str) -> None:
     one = learner(name, rows.ADD, spread=0.5, phm=4)
     bb, batch = one.backbone, batch_of(name, [0, 1, 1], "right")
     prompt = one.prompt(batch)
-    parts = inject.by_layer(prompt.values, bb)
+    parts = injection.by_layer(prompt.values, bb)
     before: list[Tensor] = []
     after: list[Tensor] = []
 
@@ -418,7 +419,7 @@ def test_layer_prompts_touch_the_prompts_positions_alone(name: str) -> None:
     handles = [layer.register_forward_hook(left) for layer in bb.layers]
     handles += [module.register_forward_pre_hook(entered, with_kwargs=True) for module in inner]
     try:
-        inject.forward(bb, batch, prompt, rows.ADD, path="concatenation")
+        injection.forward(bb, batch, prompt, rows.ADD, path="concatenation")
     finally:
         for handle in handles:
             handle.remove()
@@ -434,7 +435,7 @@ def test_layer_prompts_touch_the_prompts_positions_alone(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("encoder", ["static", "backbone", "cached"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
-def test_a_prompt_ignores_neighbours_and_padding(name: str, encoder: str) -> None:
+def test_a_prompt_ignores_neighbors_and_padding(name: str, encoder: str) -> None:
     given = {"encoder": "backbone", "cache": True} if encoder == "cached" else {"encoder": encoder}
     one = learner(name, spread=0.3, phm=4, **given)
     tasks = [0, 1, 1, 0, 1]
@@ -455,7 +456,7 @@ def test_a_prompt_ignores_neighbours_and_padding(name: str, encoder: str) -> Non
 @pytest.mark.parametrize(("name", "pool"), [("llama", "last"), ("t5", "mean"), ("bert", "first"), ("roberta", "first")])
 def test_the_backbone_reads_the_text_alone(name: str, pool: str) -> None:
     """M(x) is the stock model's last hidden state of the text: of causal models what stands before the first label."""
-    one = learner(name, generator="linear", normalise=False)
+    one = learner(name, generator="linear", normalize=False)
     assert one.slot.pool == pool
     for part in one.method.up:
         part.copy_(rows.random(3, *part.shape))
@@ -475,8 +476,11 @@ def test_the_backbone_reads_the_text_alone(name: str, pool: str) -> None:
 def test_the_slot_tells_the_width_of_states(name: str) -> None:
     bb = tiny.backbone(name)
     batch = rows.batch(name, rows.texts(name, (3,)))
-    states = inject.forward(bb, Batch(batch.ids, batch.mask, batch.task), None, INPUT, hidden=True).hidden
-    assert inject.slot(bb, INPUT, TASKS, P, {"minilm": 384}).encoders == {"backbone": states.shape[-1], "minilm": 384}
+    states = injection.forward(bb, Batch(batch.ids, batch.mask, batch.task), None, INPUT, hidden=True).hidden
+    assert injection.slot(bb, INPUT, TASKS, P, {"minilm": 384}).encoders == {
+        "backbone": states.shape[-1],
+        "minilm": 384,
+    }
 
 
 @torch.no_grad()

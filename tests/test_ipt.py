@@ -11,14 +11,16 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT, KV, REPLACE, called
-from softprompts import generate, inject, objectives, optimise
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, TrainConfig
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.config import TrainConfig
+from softprompts.errors import BackboneError, ConfigError, PromptError
+from softprompts.injection import generation
 from softprompts.methods import build, state_of
 from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Context, PromptError, Slot, Start
+from softprompts.model.learner import Learner
+from softprompts.training import objectives, optimizer
+from softprompts.types import IGNORE, Batch, Context, Slot, Start
 
 P, D, V, T = 4, 6, 20, 9
 TASKS = ("one", "two")
@@ -375,7 +377,7 @@ def test_texts_that_cannot_be_looked_up() -> None:
     with pytest.raises(PromptError, match="the text was given as embeddings; give input_ids"):
         method(nameless)
     empty = Context(seen.task, seen.ids, seen.embeds, torch.zeros_like(seen.mask), seen.encode)
-    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learnt"):
+    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
         method(empty)
     with torch.no_grad():
         assert not method(empty).mask.any()
@@ -384,10 +386,10 @@ def test_texts_that_cannot_be_looked_up() -> None:
 # Beside the frozen model
 
 
-def learner(name: str, site: inject.Site = INPUT, **options: Any) -> Learner:
+def learner(name: str, site: injection.Site = INPUT, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, every parameter random."""
     bb = tiny.backbone(name)
-    slot = inject.slot(bb, site, TASKS, P)
+    slot = injection.slot(bb, site, TASKS, P)
     method: Any = build("ipt", options, slot, Start(rows.random(5, P, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
@@ -419,7 +421,7 @@ def test_a_table_of_equal_rows_is_prompt_tuning(name: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), [("llama", KV), ("bart", KV), ("bert", REPLACE)], ids=called)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_scale_zero_is_prefix_tuning(name: str, site: inject.Site, strategy: str) -> None:
+def test_scale_zero_is_prefix_tuning(name: str, site: injection.Site, strategy: str) -> None:
     """And any other scale is not."""
     made, batch = learner(name, site, scale=0.0, strategy=strategy), batch_of(name, [1, 1])
     plain = PromptTuning(PromptTuning.Config(), made.slot, Start(made.method.prompts[1]))
@@ -444,14 +446,14 @@ def test_a_text_of_no_words_has_no_prompt() -> None:
         found[seed] = rows.of_row(output, 1)
         assert len(rows.of_row(output, 0)) == 2
         texts = Batch(*rows.pad([rows.ids(seed, 5), nothing], "right"), torch.zeros(2, dtype=torch.long))
-        scores = inject.continuations(made.backbone, texts, made.prompt(texts), made.site, candidates)
+        scores = injection.continuations(made.backbone, texts, made.prompt(texts), made.site, candidates)
         assert scores[1, 0] == 0
         found[seed] = torch.cat([found[seed].flatten(), scores[1].float()])
         with pytest.raises(BackboneError, match="a row has neither text nor"):
-            generate.generate(made.backbone, texts, made.prompt(texts), made.site, max_new_tokens=1)
+            generation.generate(made.backbone, texts, made.prompt(texts), made.site, max_new_tokens=1)
     torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=1e-5)
     alone = Batch(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
-    scores = inject.continuations(made.backbone, alone, made.prompt(alone), made.site, candidates)
+    scores = injection.continuations(made.backbone, alone, made.prompt(alone), made.site, candidates)
     torch.testing.assert_close(scores[0].float(), found[1][-2:], atol=1e-5, rtol=1e-5)
 
 
@@ -480,7 +482,7 @@ def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = learner("llama", table=table)
     config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
-    optimiser = optimise.optimiser_of(made, made.parameters(), config)
+    adamw = optimizer.optimizer_of(made, made.parameters(), config)
     held = made.method.table.rows if table == "full" else made.method.table.codes
     moved = []
     for seed in (0, 1):
@@ -488,10 +490,10 @@ def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
         found = rows.batch("llama", rows.texts("llama", [4, 5], 50 * seed))
         labels = found.labels.masked_fill(found.mask.cumsum(1) <= 3, IGNORE)
         batch = Batch(found.ids, found.mask, torch.tensor([0, 1]), labels)
-        optimiser.zero_grad()
+        adamw.zero_grad()
         objectives.task(made.step(batch)).backward()
-        optimise.set_rates(optimiser, config, seed)
-        optimiser.step()
+        optimizer.set_rates(adamw, config, seed)
+        adamw.step()
         moved.append(set((held != before).any(1).nonzero()[:, 0].tolist()))
         read = set(found.ids[:, :3].flatten().tolist())
         assert moved[-1] == read | (moved[0] if seed else set())

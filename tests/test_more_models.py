@@ -12,10 +12,10 @@ import rows
 import tiny
 from rows import INPUT
 from softprompts import backbone as b
-from softprompts import inject
-from softprompts.inject import packed
-from softprompts.kernels import Kernels
-from softprompts.prompt import IGNORE
+from softprompts import injection
+from softprompts.backbone.kernels import Kernels
+from softprompts.injection import packed
+from softprompts.types import IGNORE
 
 pytestmark = pytest.mark.golden
 LENGTHS = (5, 13, 1, 9)  # a window of 6 is shorter than the longest text
@@ -136,7 +136,7 @@ def test_other_architectures(name: str) -> None:
         wanted = torch.autograd.grad((expected * weights).sum(), values, retain_graph=True)
         for again in (False, True):
             run = replace(bb, kernels=Kernels(checkpoint=again))
-            output = inject.forward(run, given, rows.several(values, USED), INPUT)
+            output = injection.forward(run, given, rows.several(values, USED), INPUT)
             assert output.path == OTHERWISE.get(name, "packed")
             assert apart(output.logits, expected) < 1e-5
             found = torch.autograd.grad((output.logits * weights).sum(), values)

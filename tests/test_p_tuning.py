@@ -12,12 +12,13 @@ import rows
 import test_together as together
 import tiny
 from rows import INPUT
-from softprompts import inject, train
-from softprompts.config import ConfigError
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.errors import ConfigError
 from softprompts.methods import build, check_site, state_of
 from softprompts.methods.p_tuning import PTuning
-from softprompts.prompt import Context, Slot, Start
+from softprompts.model.learner import Learner
+from softprompts.training import loop
+from softprompts.types import Context, Slot, Start
 
 P, D = 5, 12
 TASKS = ("one", "two")
@@ -132,9 +133,9 @@ def test_a_task_alone_is_as_among_others() -> None:
 def test_groups_learn_at_their_own_rates() -> None:
     """The last layer in units of the embeddings' rms, as it makes prompts; the rest as it stands."""
     bb = tiny.backbone("llama")
-    slot = inject.slot(bb, INPUT, TASKS, P)
+    slot = injection.slot(bb, INPUT, TASKS, P)
     one = Learner(bb, INPUT, slot, PTuning(PTuning.Config(), slot, Start(torch.zeros(P, 32))))
-    groups = train.optimiser_of(one, one.parameters(), together.config(rate=0.2, rate_unit="rms")).param_groups
+    groups = loop.optimizer_of(one, one.parameters(), together.config(rate=0.2, rate_unit="rms")).param_groups
     found = {group["rate"]: len(group["params"]) for group in groups}
     assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.rms: 4})
     assert sum(found.values()) == len(one.parameters())

@@ -1,4 +1,4 @@
-"""Places of a prompt from configuration and template to tokens, artefacts and answers; what cannot be is refused."""
+"""Places of a prompt from configuration and template to tokens, artifacts and answers; what cannot be is refused."""
 
 import itertools
 import json
@@ -13,14 +13,17 @@ import local
 import rows
 import tiny
 import tokenizers_tiny
-from softprompts import SoftPromptModel, artefact, evaluate, init, job
-from softprompts.artefact import ArtefactError
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, EvaluateConfig, PromptConfig, parse
-from softprompts.data import DataError, Encoder, Format, collate, place_of
-from softprompts.data.template import slot_sizes, split_slots
-from softprompts.inject import Site
-from softprompts.prompt import IGNORE
+from softprompts import SoftPromptModel
+from softprompts.artifacts import artifact
+from softprompts.config import EvaluateConfig, PromptConfig, parse
+from softprompts.data import Encoder, Format, collate, place_of
+from softprompts.data.templates import slot_sizes, split_slots
+from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError
+from softprompts.evaluation import evaluate
+from softprompts.injection import Site
+from softprompts.model import initialization
+from softprompts.recipes.run import run
+from softprompts.types import IGNORE
 from test_golden_placement import order
 
 BPE, BOS, WORDS, PIECES = (
@@ -29,7 +32,7 @@ BPE, BOS, WORDS, PIECES = (
     tokenizers_tiny.wordpiece(),
     tokenizers_tiny.unigram(),
 )
-FORM = Format("t", "<prompt:2>Review: {text} <prompt:3>Sentiment:", verbaliser={"p": "positive", "n": "negative"})
+FORM = Format("t", "<prompt:2>Review: {text} <prompt:3>Sentiment:", verbalizer={"p": "positive", "n": "negative"})
 ROW = {"text": "a warm <prompt:9> film", "label": "p"}
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
@@ -204,7 +207,7 @@ def test_runs_that_cannot_be(tmp_path: Any, prompt: dict[str, Any], task: dict[s
     values["prompt"] |= prompt
     values["task"] |= task
     with pytest.raises((DataError, ConfigError, BackboneError), match=message):
-        job.prepare(parse(values))
+        run.prepare(parse(values))
 
 
 def test_segments_are_the_prompt() -> None:
@@ -221,7 +224,7 @@ def test_segments_are_the_prompt() -> None:
             PromptConfig(**given)
 
 
-# Runs and artefacts
+# Runs and artifacts
 
 
 @pytest.mark.parametrize(
@@ -238,15 +241,15 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     values = local.run_values(tmp_path, name, steps=3)
     values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
     values["prompt"] |= {"place": "suffix"} if place == "suffix" else {}
-    job.execute(parse(values))
+    run.execute(parse(values))
     directory = tmp_path / "out" / "prompt"
-    found = artefact.load(directory)
+    found = artifact.load(directory)
     assert (found.place, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
     written = json.loads((directory / "softprompts.json").read_text())
     assert written["peft"] == f"place {place}: PEFT puts the prompt before the text"
     assert not (directory / "adapter_config.json").exists()
-    opened = job.open_artefacts([directory], model=parse(values).model)
-    made = job.prepare(parse(values))
+    opened = run.open_artifacts([directory], model=parse(values).model)
+    made = run.prepare(parse(values))
     test = made.tasks[0].test
     answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
     if name != "llama":
@@ -273,10 +276,10 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     values = local.run_values(tmp_path, steps=2)
     values["task"] |= {"template": "<prompt:9>{text}<prompt:9>:", "split": {"test_fraction": 0.2, "limit": {"test": 4}}}
     values["prompt"] = {"method": "ipt", "length": 18}
-    job.execute(parse(values))
+    run.execute(parse(values))
     made, opened = (
-        job.prepare(parse(values)),
-        job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model),
+        run.prepare(parse(values)),
+        run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model),
     )
     test, encoder = made.tasks[0].test, made.encoders[0]
     batch = collate([encoder.encode(row) for row in test], 0)
@@ -296,8 +299,8 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
         {**task, "name": "one", "template": "{text}<prompt>:"},
         {**task, "name": "two", "template": "<prompt:2>{text}<prompt:2>:"},
     ]
-    job.execute(parse(values))
-    whole = {name: artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
+    run.execute(parse(values))
+    whole = {name: artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
     assert [whole[name].segments for name in whole] == [(), (2, 2)]
     assert [whole[name].place for name in whole] == ["template"] * 2
     values["out"] = str(tmp_path / "again")
@@ -308,10 +311,10 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
             raise KeyboardInterrupt from stop
 
     with pytest.raises(KeyboardInterrupt):
-        job.execute(parse(values), job.Screen(step=step))
-    job.execute(parse(values))
+        run.execute(parse(values), run.Screen(step=step))
+    run.execute(parse(values))
     for name, one in whole.items():
-        assert torch.equal(artefact.load(tmp_path / "again" / "prompt" / name).prompt, one.prompt)
+        assert torch.equal(artifact.load(tmp_path / "again" / "prompt" / name).prompt, one.prompt)
 
 
 def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
@@ -322,29 +325,29 @@ def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
         "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}},
     }
     values["runs"] = [{"name": "a", "prompt.length": 3}, {"name": "b", "prompt.length": 5}]
-    job.execute(parse(values))
+    run.execute(parse(values))
     for name, length in (("a", 3), ("b", 5)):
-        found = artefact.load(tmp_path / "out" / name / "prompt")
+        found = artifact.load(tmp_path / "out" / name / "prompt")
         assert (found.place, found.shape[0]) == ("template", length)
 
 
-def test_older_artefacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
-    from artefacts import assert_equal, edit, example
+def test_older_artifacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
+    from artifacts import assert_equal, edit, example
 
-    directory = artefact.save(example(), tmp_path / "a")
+    directory = artifact.save(example(), tmp_path / "a")
     edit(directory / "softprompts.json", format_version=2, segments=...)
-    assert_equal(artefact.load(directory), example())
+    assert_equal(artifact.load(directory), example())
     edit(directory / "softprompts.json", segments=[])
-    with pytest.raises(ArtefactError, match="unknown key 'segments': format 2 has none"):
-        artefact.load(directory)
+    with pytest.raises(ArtifactError, match="unknown key 'segments': format 2 has none"):
+        artifact.load(directory)
     parted = example(place="template", segments=(2, 3))
-    assert_equal(artefact.load(artefact.save(parted, tmp_path / "b")), parted)
+    assert_equal(artifact.load(artifact.save(parted, tmp_path / "b")), parted)
     assert parted.digest != example(place="template").digest
     edit(tmp_path / "b" / "softprompts.json", segments=[2, 2])
-    with pytest.raises(ArtefactError, match=r"segments \[2, 2\] do not sum to the prompt's 5 tokens"):
-        artefact.load(tmp_path / "b")
+    with pytest.raises(ArtifactError, match=r"segments \[2, 2\] do not sum to the prompt's 5 tokens"):
+        artifact.load(tmp_path / "b")
     chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_place": "user"})
-    artefact.save(chat, tmp_path / "c")
+    artifact.save(chat, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "softprompts.json").read_text())["peft"].startswith(
         "chat_place user: PEFT puts"
     )
@@ -360,7 +363,9 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
         model.add_task(task, config)
         words[task] = rows.ids(70 + i, config.length)
         with torch.no_grad():
-            next(iter(model.prompts[task].parameters())).copy_(init.from_ids(model.backbone, Site(), words[task]))
+            next(iter(model.prompts[task].parameters())).copy_(
+                initialization.from_ids(model.backbone, Site(), words[task])
+            )
     return model, words
 
 

@@ -16,13 +16,16 @@ import tiny
 import tokenizers_tiny
 from rows import INPUT, KV, REPLACE, called
 from softprompts import backbone as b
-from softprompts import init, inject, train
-from softprompts.config import ConfigError, InitConfig
-from softprompts.inject import Site
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.config import InitConfig
+from softprompts.errors import ConfigError
+from softprompts.injection import Site
 from softprompts.methods import build, check_site
 from softprompts.methods.prefix_tuning import PrefixTuning
-from softprompts.prompt import Context, Slot, Start
+from softprompts.model import initialization
+from softprompts.model.learner import Learner
+from softprompts.training import loop
+from softprompts.types import Context, Slot, Start
 
 P, D, H = 4, 24, 6
 TASKS = ("one", "two")
@@ -114,13 +117,13 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
     bb = b.wrap(tiny.model(name, tokenizer=tokenizer), tokenizer, name=name)
     text = "Review: a warm film."
     words = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    slot = inject.slot(bb, site, ("a",), len(words))
-    start = init.start(InitConfig(kind="text", text=text), bb, site, slot)
+    slot = injection.slot(bb, site, ("a",), len(words))
+    start = initialization.start(InitConfig(kind="text", text=text), bb, site, slot)
     learner = Learner(bb, site, slot, PrefixTuning(PrefixTuning.Config(**options), slot, start))
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
     output = learner.forward(batch, learner.prompt(batch))
-    without = inject.forward(bb, batch, None, site)
+    without = injection.forward(bb, batch, None, site)
     for i, row in enumerate(texts):
         expected = rows.read_words(bb, site, words, row)
         torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
@@ -167,7 +170,7 @@ def test_pefts_scores() -> None:
             tiny.model("gpt2"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
         ).eval()
     bb = b.wrap(model, name="gpt2")
-    slot = inject.slot(bb, KV, ("a",), P)
+    slot = injection.slot(bb, KV, ("a",), P)
     values = rows.random(2, P, slot.width)
     theirs.prompt_encoder.default.embedding.weight.copy_(values)
     learner = Learner(bb, KV, slot, PrefixTuning(PrefixTuning.Config(), slot, Start(values)))
@@ -200,7 +203,7 @@ def test_dropout_is_of_training_alone() -> None:
 def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
     """Three steps on rows of two tasks equal three steps of each task's own method on its rows."""
     base = together.double("llama")
-    slot = inject.slot(base, KV, TASKS, P)
+    slot = injection.slot(base, KV, TASKS, P)
     data = together.encoded("llama", 8, 3, tasks=2)
 
     def learner(names: tuple[str, ...]) -> Learner:
@@ -214,17 +217,17 @@ def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
         return Learner(base, KV, slot, one.double())
 
     def losses(one: Learner, task: int, shift: int) -> list[Tensor]:
-        optimiser, found = torch.optim.SGD(one.parameters().values(), lr=0.1), []
+        optimizer, found = torch.optim.SGD(one.parameters().values(), lr=0.1), []
         for _ in range(3):
-            batch = train.collate([row for row in data if task in (row.task, -1)], 0)
+            batch = loop.collate([row for row in data if task in (row.task, -1)], 0)
             batch = batch if task < 0 else b_of(batch, shift)
             step = one.step(batch)
             scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
             each = [scores[batch.task[step.output.row] == i - shift].sum() for i in ((0, 1) if task < 0 else (task,))]
             found.append(torch.stack(each).detach())
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             torch.stack(each).sum().backward()
-            optimiser.step()
+            optimizer.step()
         return found
 
     both = losses(learner(TASKS), -1, 0)
@@ -241,7 +244,7 @@ def b_of(batch: Any, shift: int) -> Any:
 
 def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
-    slot = inject.slot(bb, KV, TASKS, P)
+    slot = injection.slot(bb, KV, TASKS, P)
     for options, rates, expected in (
         ({}, {}, {0.2 * bb.rms: 2}),
         (NETWORK, {}, {1e-3: 10}),
@@ -250,7 +253,7 @@ def test_groups_learn_at_their_own_rates() -> None:
         method = PrefixTuning(PrefixTuning.Config(**options), slot, Start(torch.zeros(P, slot.width)))
         one = Learner(bb, KV, slot, method)
         config = together.config(rate=0.2, rate_unit="rms", rates=rates)
-        groups = train.optimiser_of(one, one.parameters(), config).param_groups
+        groups = loop.optimizer_of(one, one.parameters(), config).param_groups
         assert {group["rate"]: len(group["params"]) for group in groups} == pytest.approx(expected)
 
 

@@ -10,11 +10,16 @@ import torch
 import yaml
 
 import local
-from softprompts import artefact, cli, evaluate, job, objectives
-from softprompts.config import ConfigError, parse
-from softprompts.files import read_tensors
-from softprompts.train import CHECKPOINT
-from softprompts.variants import cross, variants
+from softprompts import cli
+from softprompts.artifacts import artifact
+from softprompts.artifacts.io import read_tensors
+from softprompts.config import parse
+from softprompts.config.sweep import cross, variants
+from softprompts.errors import ConfigError
+from softprompts.evaluation import evaluate
+from softprompts.recipes.run import run as job
+from softprompts.training import objectives
+from softprompts.training.loop import CHECKPOINT
 
 
 @pytest.fixture
@@ -99,7 +104,7 @@ def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch
         assert found["config"]["seed"] == run.seed
         assert [r["loss"] for r in found["curve"]] == pytest.approx([r["loss"] for r in alone["curve"]], rel=1e-5)
         assert found["summary"]["before"]["value"] == alone["summary"]["before"]["value"]
-        one, two = artefact.load(here / "prompt"), artefact.load(there / "prompt")
+        one, two = artifact.load(here / "prompt"), artifact.load(there / "prompt")
         torch.testing.assert_close(one.prompt, two.prompt, rtol=1e-4, atol=1e-5)
         assert torch.equal(one.initial, two.initial)
         assert one.config["seed"] == run.seed
@@ -128,7 +133,7 @@ def test_runs_are_compared(values, tmp_path):
     assert (group["n"], group["mean"]) == (2, pytest.approx(mean))
     assert group["sd"] == pytest.approx(sum((s - mean) ** 2 for s in scores) ** 0.5)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert re.search(r"<th scope=\"row\">c</th><td>colours</td><td>[^<]*train.rate 0.1", page)
+    assert re.search(r"<th scope=\"row\">c</th><td>colors</td><td>[^<]*train.rate 0.1", page)
     assert "Over the seeds" in page
     one, two = (str(tmp_path / "out" / name / "prompt") for name in ("a", "b"))
     assert results["next"][-1] == f"softprompts evaluate {one} {two}"
@@ -138,14 +143,14 @@ def test_runs_are_compared(values, tmp_path):
 def test_tasks_of_their_own_train_together(values, tmp_path):
     """Runs may differ in their tasks, also in how many they have."""
     task = values.pop("task")
-    other = local.colours(tmp_path / "other.csv", rows=40, seed=5)
+    other = local.colors(tmp_path / "other.csv", rows=40, seed=5)
     runs = [
         {"name": "one", "task": task},
         {"name": "two", "tasks": [{**task, "name": "x"}, {**task, "name": "y", "source": str(other)}]},
     ]
     results = job.execute(parse({**values, "runs": runs}))
-    assert [(row["name"], row["task"]) for row in results["runs"]] == [("one", "colours"), ("two", "x"), ("two", "y")]
-    assert artefact.load(tmp_path / "out" / "two" / "prompt" / "y").task == "y"
+    assert [(row["name"], row["task"]) for row in results["runs"]] == [("one", "colors"), ("two", "x"), ("two", "y")]
+    assert artifact.load(tmp_path / "out" / "two" / "prompt" / "y").task == "y"
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_finished(values, call, tmp_path, monkeypatch):
@@ -217,9 +222,9 @@ def test_lists_that_cannot_be(values, call, tmp_path, arguments, words):
 
 
 def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
-    from softprompts import train
+    from softprompts.training import loop
 
-    original = train._gradients
+    original = loop._gradients
 
     def interrupted(*arguments):
         interrupted.calls += 1
@@ -230,7 +235,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
     interrupted.calls = 0
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     whole = job.execute(parse({**values, "runs": RUNS[:2], "out": str(tmp_path / "whole")}))
-    monkeypatch.setattr(train, "_gradients", interrupted)
+    monkeypatch.setattr(loop, "_gradients", interrupted)
     command = ("train", "--config", tmp_path / "run.yaml", "--set", f"runs={json.dumps(RUNS[:2])}")
     status, _, err = call(*command)
     assert status == 130
@@ -275,14 +280,14 @@ def test_next_commands_can_be_pasted_where_a_folder_has_a_space(values, tmp_path
     assert lines[3] == ["softprompts", "evaluate", *prompts]
 
 
-def test_a_rate_that_the_optimiser_cannot_hold_is_refused(values):
+def test_a_rate_that_the_optimizer_cannot_hold_is_refused(values):
     """Adam's step would not fit a float32, and its error would take the other runs along."""
     runs = [{"name": "a"}, {"name": "b", "train.rate": 1e38, "train.rate_unit": "absolute"}]
     with pytest.raises(ConfigError, match=r"runs 'b': train.rate: .* less than or equal to 1000000000 \(given: 1e\+38"):
         variants(parse({**values, "runs": runs}))
 
 
-def test_the_largest_rate_that_is_allowed_does_not_break_the_optimiser(values):
+def test_the_largest_rate_that_is_allowed_does_not_break_the_optimizer(values):
     wild = {"name": "b", "train": {"rate": 1e9, "rate_unit": "absolute", "schedule": "constant"}}
     found = job.execute(parse({**values, "runs": [{"name": "a"}, wild]}))
     alone = job.execute(parse({**values, "out": f"{values['out']}-alone"}))

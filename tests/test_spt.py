@@ -14,13 +14,15 @@ from torch import Tensor
 import rows
 import tiny
 from rows import INPUT
-from softprompts import init, inject, objectives
-from softprompts.config import ConfigError
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.errors import ConfigError
 from softprompts.methods import METHODS, build, groups, shares
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.spt import SemiParametric, best, products
-from softprompts.prompt import IGNORE, Batch, Context, Slot, Start, mix
+from softprompts.model import initialization
+from softprompts.model.learner import Learner
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, Context, Slot, Start, mix
 
 P, K, D, N = 5, 3, 8, 40
 NAME = "spt-reconstruction"
@@ -95,7 +97,7 @@ def test_an_index_finds_what_brute_force_finds(query: str, length: int) -> None:
 
 
 @torch.no_grad()
-def test_it_is_a_nearest_neighbour_among_rows_made_equally_long() -> None:
+def test_it_is_a_nearest_neighbor_among_rows_made_equally_long() -> None:
     """The largest product is the smallest distance from [q; 0] to [B_j; sqrt(M² - |B_j|²)], and not to B_j."""
     memory, differs = rows.random(1, N, D), 0
     longest = memory.norm(dim=1).max()
@@ -111,7 +113,7 @@ def test_it_is_a_nearest_neighbour_among_rows_made_equally_long() -> None:
 
 @torch.no_grad()
 def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
-    """Products are not normalised: with long rows few answer for all. All alike: log k; spread: more."""
+    """Products are not normalized: with long rows few answer for all. All alike: log k; spread: more."""
     seen = context([[i % 6] for i in range(8)])
     seen = replace(seen, embeds=seen.embeds.abs())  # so that a long positive row wins with every query
     memory = rows.random(1, N, D)
@@ -218,7 +220,7 @@ def test_soft_retrieval_teaches_the_memory_by_values_and_by_products() -> None:
 def learner(name: str = "llama", bank: int = 30, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, whose memory is its vocabulary's first words."""
     bb = tiny.backbone(name)
-    slot = inject.slot(bb, INPUT, ("one", "two"), P)
+    slot = injection.slot(bb, INPUT, ("one", "two"), P)
     memory = bb.embed(torch.arange(5, 5 + bank)).float()
     config = SemiParametric.Config(**{"k": K, **options})
     return Learner(bb, INPUT, slot, SemiParametric(config, slot, Start(rows.random(5, P, slot.width), memory[None])))
@@ -241,7 +243,7 @@ def test_what_learns(retrieval: str, trained: bool) -> None:
     one = learner(retrieval=retrieval, trained=trained)
     memory, soft = one.method.memory.detach().clone(), one.method.soft.detach().clone()
     assert set(one.parameters()) == {"method.soft"} | ({"method.sources"} if trained else set())
-    optimiser = torch.optim.SGD(one.parameters().values(), lr=1.0)
+    optimizer = torch.optim.SGD(one.parameters().values(), lr=1.0)
     step = one.step(batch_of())
     assert len(step.prompt.values) == 3
     retrieved = {
@@ -250,7 +252,7 @@ def test_what_learns(retrieval: str, trained: bool) -> None:
         for row in values
     }
     objectives.task(step).backward()
-    optimiser.step()
+    optimizer.step()
     moved = (one.method.memory != memory).any(1).nonzero()[:, 0].tolist()
     assert not torch.equal(one.method.soft, soft)
     assert set(moved) == (set() if not trained else retrieved if retrieval == "hard" else set(range(30)))
@@ -279,7 +281,7 @@ def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
     batch = replace(batch, task=torch.zeros(4, dtype=torch.long))
     made = mix([plain.prompt(batch.rows(theirs)), one.prompt(batch.rows(mine))], [theirs, mine])
     for path in (None, *rows.paths(name, INPUT)):
-        output = inject.forward(one.backbone, batch, made, INPUT, path=path)
+        output = injection.forward(one.backbone, batch, made, INPUT, path=path)
         for i in range(4):
             row = batch.rows(torch.tensor([i]))
             values = other.prompts[0]
@@ -287,7 +289,7 @@ def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
                 words = one.backbone.embed(row.ids)[0][row.words[0].bool()]
                 chosen = by_hand(one.method.memory, words.mean(0, keepdim=True).tolist(), K)
                 values = torch.cat([one.method.soft, one.method.memory[chosen]])
-            alone = inject.forward(one.backbone, row, rows.single(values, 1), INPUT).logits
+            alone = injection.forward(one.backbone, row, rows.single(values, 1), INPUT).logits
             torch.testing.assert_close(rows.of_row(output, i), alone, atol=1e-5, rtol=1e-5)
 
 
@@ -344,7 +346,7 @@ def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     start = Start(torch.zeros(P, D), draw=lambda count, population: torch.zeros(count, D))
     with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge prompt.options.bank"):
         build(NAME, {"k": 3, "bank": 2}, Slot(("a",), P, D, D), start)
-    few = functools.partial(init.sample_vocabulary, tiny.backbone("llama"), generator=torch.Generator())
+    few = functools.partial(initialization.sample_vocabulary, tiny.backbone("llama"), generator=torch.Generator())
     start = Start(torch.zeros(P, D), draw=lambda count, population: few(count, population).float())
     message = "its memory, prompt.options.bank: 40 different words are wanted, but only 20 can be drawn; ask for fewer"
     with pytest.raises(ConfigError, match=message + ", or set a population above 20$"):

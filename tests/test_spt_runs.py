@@ -1,4 +1,4 @@
-"""The reconstructed SPT through everything: which words are the template's, run, resume, artefact, answers, models."""
+"""The reconstructed SPT through everything: which words are the template's, run, resume, artifact, answers, models."""
 
 import copy
 import math
@@ -11,20 +11,24 @@ import torch
 import transformers
 
 import local
-from softprompts import SoftPromptModel, artefact, evaluate, job, objectives
+from softprompts import SoftPromptModel
+from softprompts.artifacts import artifact
 from softprompts.config import EvaluateConfig, parse
 from softprompts.data import Encoded, Encoder, Format, collate
-from softprompts.init import from_ids
-from softprompts.inject import Site
-from softprompts.prompt import Batch
+from softprompts.evaluation import evaluate
+from softprompts.injection import Site
+from softprompts.model.initialization import from_ids
+from softprompts.recipes.run import run as job
+from softprompts.training import objectives
+from softprompts.types import Batch
 from tokenizers_tiny import byte_bpe, unigram, wordpiece
 
 QUESTION = Format(
     name="questions",
     template="Question: {text}\nType:",
-    verbaliser={"HUM": "human", "LOC": "location"},
+    verbalizer={"HUM": "human", "LOC": "location"},
 )
-PAIR = Format(name="nli", template="Premise: {a}", pair="So: {b} ?", verbaliser={"y": "yes", "n": "no"})
+PAIR = Format(name="nli", template="Premise: {a}", pair="So: {b} ?", verbalizer={"y": "yes", "n": "no"})
 TEXTS = ("Who wrote the play?", "Question: What Type: is it", "", "a warm, funny and human film. " * 4)
 
 
@@ -133,8 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
     """A run on two tasks that differ in their words."""
     task = {
-        "source": str(folder / "colours.csv"),
-        "verbaliser": {"warm": "warm", "cold": "cold"},
+        "source": str(folder / "colors.csv"),
+        "verbalizer": {"warm": "warm", "cold": "cold"},
         "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
     }
     return {
@@ -167,8 +171,8 @@ def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
     return collate([replace(text, task=0)], 0), float(sum(chances[begin + i, t] for i, t in enumerate(answer)))
 
 
-def test_a_run_and_its_artefacts(values: dict[str, Any], tmp_path: Path) -> None:
-    """Two tasks share S and the memory; what they retrieve is in the history; each artefact answers alone."""
+def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None:
+    """Two tasks share S and the memory; what they retrieve is in the history; each artifact answers alone."""
     run = parse(values)
     results = job.execute(run)
     entropy = [row["measures"]["retrieval_entropy"] for row in results["tasks"][0]["curve"]]
@@ -178,7 +182,7 @@ def test_a_run_and_its_artefacts(values: dict[str, Any], tmp_path: Path) -> None
     pages = [path.read_text() for path in (tmp_path / "out").rglob("report*.html")]
     assert pages
     assert all("Retrieval entropy" in page for page in pages)
-    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert sorted(one.state) == ["soft", "sources"]
     assert one.prompt is None
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
@@ -186,7 +190,7 @@ def test_a_run_and_its_artefacts(values: dict[str, Any], tmp_path: Path) -> None
     assert torch.equal(one.state["sources"][0], start.draw(40, 200))
     assert not torch.equal(one.state["soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
-        opened = job.open_artefacts([tmp_path / "out" / "prompt" / name], model=run.model)
+        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
         found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluateConfig()))
         for row, answer in zip(task.train[:20], found, strict=True):
             for label, ids in opened.encoder.candidates().items():
@@ -210,7 +214,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         job.execute(cut, job.Screen(step=stop))
     again = job.execute(cut)
-    one, two = (artefact.load(tmp_path / name / "prompt" / "one").state for name in ("out", "cut"))
+    one, two = (artifact.load(tmp_path / name / "prompt" / "one").state for name in ("out", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["sources"][0], job.prepare(cut).start.draw(40, 200))
     measures = [[row["measures"] for row in page["tasks"][0]["curve"]] for page in (whole, again)]
@@ -236,7 +240,7 @@ def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
     job.execute(run)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.load_prompt(tmp_path / "out" / "prompt" / "one")
-    opened = job.open_artefacts([tmp_path / "out" / "prompt" / "one"], model=run.model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt" / "one"], model=run.model)
     rows = [opened.encoder.example(row) for row in job.prepare(run).tasks[0].test[:5]]
     batch = collate(rows, 0)
     given = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels}

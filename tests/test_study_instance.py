@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from studies.instance_prompts import Study, execute
+from studies.instance_prompts.plan import ARMS, COMPARED
+from studies.instance_prompts.summary import _mean_of, page_of, verdict
 
 import local
-from softprompts import train
-from softprompts.config import ConfigError, parse
-from softprompts.data import DataError
-from softprompts.prepare import Screen
+from softprompts.config import parse
+from softprompts.errors import ConfigError, DataError
 from softprompts.recipes import comparison, pretrain
-from softprompts.studies.instance_prompts import Study, execute
-from softprompts.studies.instance_prompts.plan import ARMS, COMPARED
-from softprompts.studies.instance_prompts.summary import _mean_of, page_of, verdict
+from softprompts.recipes.run.prepare import Screen
+from softprompts.training import loop as train
 
 TRAINED = [
     "prompt-tuning",
@@ -37,7 +37,7 @@ def study_values(folder: Path) -> dict:
     split = {"validation_fraction": 0.2, "test_fraction": 0.2}
     tasks = []
     for i, name in enumerate(("alpha", "beta")):
-        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         tasks.append({"source": str(file), "name": name, "template": "The words: {text}\nThe answer:", "split": split})
     train = {"steps": 2, "batch_size": 4}
     small = {"options": {"hidden": 16, "phm": 4, "encoder": "static"}}

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
 
 import local
-from softprompts import artefact, job, objectives, train, vectors
-from softprompts.checkpoint import TrainingError
-from softprompts.config import ConfigError, parse
-from softprompts.prepare import Screen
-from softprompts.recipes import coefficient
+from softprompts.artifacts import artifact, vectors
+from softprompts.config import parse
+from softprompts.errors import ConfigError, TrainingError
+from softprompts.recipes import coefficient_search as coefficient
 from softprompts.recipes.judging import Judge
-from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
+from softprompts.recipes.run import run as job
+from softprompts.recipes.run.prepare import Screen
+from softprompts.training import loop as train
+from softprompts.training import objectives
 
 P = 4
 TASKS = ("alpha", "beta", "gamma")
@@ -28,7 +31,7 @@ def study_values(folder: Path, model: str = "llama") -> dict:
     """Three tasks from two starts, all pairs, and one unseen target, on a tiny model."""
     tasks = []
     for i, name in enumerate((*TASKS, "delta")):
-        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         split = {"validation_fraction": 0.2, "test_fraction": 0.2}
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
     train = {"steps": 4, "batch_size": 4, "rate": 0.3}
@@ -137,7 +140,7 @@ def test_own_scores_are_those_of_the_trained_prompts(done):
         assert found["scores"]["own"]["each"] == [run["after"]["value"] for run in trained]
         assert found["stock"] == trained[0]["before"]["value"]
         for place in (0, 1):
-            one = artefact.load(Path(values["out"], "vectors", task, f"start{place}", "prompt"))
+            one = artifact.load(Path(values["out"], "vectors", task, f"start{place}", "prompt"))
             ratio = float((one.prompt.double() - one.initial).norm() / one.initial.double().norm())
             assert found["ratios"][place] == pytest.approx(ratio)
 
@@ -147,7 +150,7 @@ def test_conditions():
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(P, 8, generator=generator) for _ in range(3)]
     tuned = [start + torch.randn(P, 8, generator=generator) for start in starts]
-    like = local_artefacts(starts, tuned)
+    like = local_artifacts(starts, tuned)
     found = [vectors.vector(one, str(i)) for i, one in enumerate(like)]
     made = independence.prompts(found, starts)
     assert {name: len(each) for name, each in made.items()} == {
@@ -169,12 +172,12 @@ def test_conditions():
         torch.testing.assert_close(*numbers, atol=1e-6, rtol=1e-5)
 
 
-def local_artefacts(starts, tuned):
-    """Artefacts with these prompts, of one task and backbone."""
-    import artefacts
+def local_artifacts(starts, tuned):
+    """Artifacts with these prompts, of one task and backbone."""
+    import artifacts
 
     return [
-        artefacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
+        artifacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
         for start, prompt in zip(starts, tuned, strict=True)
     ]
 
@@ -195,7 +198,7 @@ def test_pairs_hold_what_a_judge_finds(done):
 
 
 def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
-    """Each kind of prompt, made by hand of the artefacts, with another coefficient from each start.
+    """Each kind of prompt, made by hand of the artifacts, with another coefficient from each start.
 
     The judge's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
     """
@@ -203,7 +206,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
     shutil.copytree(Path(values["out"], "vectors"), tmp_path / "vectors")
     pair, grid = ("alpha", "gamma"), (0.5, 1)
     trained = {
-        task: [artefact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
+        task: [artifact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
         for task in pair
     }
     starts = [one.initial for one in trained["alpha"]]
@@ -248,11 +251,11 @@ def test_sums_are_trained_on_from_where_they_are(done):
     assert set(results["again"]) == set(TASKS)
     assert set(results["again"]["alpha"]) == {"start", "alpha+beta", "alpha+gamma"}
     out = Path(values["out"])
-    trained = artefact.load(out / "again/alpha/alpha+beta-seed1/prompt")
+    trained = artifact.load(out / "again/alpha/alpha+beta-seed1/prompt")
     begun = trained.initial
-    parts = [artefact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
+    parts = [artifact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
     assert set(trained.parents) == {one.digest for one in parts}
-    assert artefact.load(out / "again/alpha/start-seed1/prompt").parents == ()
+    assert artifact.load(out / "again/alpha/start-seed1/prompt").parents == ()
     change = sum(one.prompt.double() - one.initial.double() for one in parts)
     torch.testing.assert_close(begun, (parts[0].initial.double() + change).float(), atol=1e-7, rtol=0)
 
@@ -263,13 +266,13 @@ def test_unseen_targets_start_from_their_sources(done):
     zero, four = results["few"]["delta"]["arms"]
     assert (zero["size"], four["size"]) == ("0-shot", "4-shot")
     out = Path(values["out"], "few", "delta")
-    first = artefact.load(out / "targets/delta-0-shot/seeds/spot-first-rate0.3-seed0/prompt")
-    second = artefact.load(out / "targets/delta-0-shot/seeds/spot-second-rate0.3-seed0/prompt")
-    sources = [artefact.load(Path(values["out"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")]
+    first = artifact.load(out / "targets/delta-0-shot/seeds/spot-first-rate0.3-seed0/prompt")
+    second = artifact.load(out / "targets/delta-0-shot/seeds/spot-second-rate0.3-seed0/prompt")
+    sources = [artifact.load(Path(values["out"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")]
     assert first.prompt.equal(sources[0].prompt)
     assert second.prompt.equal(sources[1].prompt)
-    plain = artefact.load(out / "targets/delta-0-shot/seeds/prompt-tuning-rate0.3-seed1/prompt")
-    summed = artefact.load(out / "targets/delta-0-shot/seeds/vectors-rate0.3-seed1/prompt")
+    plain = artifact.load(out / "targets/delta-0-shot/seeds/prompt-tuning-rate0.3-seed1/prompt")
+    summed = artifact.load(out / "targets/delta-0-shot/seeds/vectors-rate0.3-seed1/prompt")
     change = sum(one.prompt.double() - one.initial.double() for one in sources)
     torch.testing.assert_close(summed.prompt, (plain.prompt.double() + change).float(), atol=1e-7, rtol=0)
     run = page(values, "few/delta/targets/delta-4-shot/rates/vectors-rate0.3-seed0")
@@ -300,9 +303,9 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     execute(parse(small, Study))
     assert len(asked) == 3
     place = tmp_path / "out/vectors/beta/start1/prompt"
-    one = artefact.load(place)
+    one = artifact.load(place)
     moved = one.prompt + 0.01
-    artefact.save(vectors.made(vectors.vector(one), moved), place)
+    artifact.save(vectors.made(vectors.vector(one), moved), place)
     execute(parse(small, Study))
     assert len(asked) == 4
 

@@ -45,7 +45,7 @@ def progress() -> Iterator[Any]:
     """A Screen for jobs: a live bar on a terminal, plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from softprompts.job import Screen
+    from softprompts.recipes.run.run import Screen
 
     terminal = err.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from softprompts.config import SamplingConfig
-from softprompts.data.encode import Encoded
+from softprompts.data.encoding import Encoded
 
 
 class TaskBatches:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, distinct, need_text
+from softprompts.types import Context, Group, Prompt, Slot, Start, distinct, need_text
 
 
 class Attempt(nn.Module):

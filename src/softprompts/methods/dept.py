@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Added, Context, Group, Prompt, Slot, Start, distinct
+from softprompts.types import Added, Context, Group, Prompt, Slot, Start, distinct
 
 
 class DePT(nn.Module):

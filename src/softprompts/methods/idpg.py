@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, need_text, pooled
+from softprompts.types import Context, Group, Prompt, Slot, Start, need_text, pooled
 
 POSSIBLE = {
     "kind": ("auto", "S", "M", "L"),
@@ -52,7 +52,7 @@ class Idpg(nn.Module):
         None is the paper's 256 in kind S and 16 in the others. encoder: `static`, the mean of the text's word
         embeddings; `backbone`, a state of the frozen model, read without a prompt; `minilm`, all-MiniLM-L6-v2. pool:
         which of the backbone's states; auto is the last in causal models, the first in encoders that put a token
-        there, else the mean. cache: of the backbone, read each text alone and once. normalise: divide M(x) by its rms.
+        there, else the mean. cache: of the backbone, read each text alone and once. normalize: divide M(x) by its rms.
         dropout: on M(x) and the hidden units, in training. start: `zero`, W2 = 0, so that training begins at
         `start.prompt` itself, or `normal`, W2 drawn as the rest is, with deviation `spread`.
         """
@@ -65,7 +65,7 @@ class Idpg(nn.Module):
         encoder: str = "backbone"
         pool: str = "auto"
         cache: bool = False
-        normalise: bool = True
+        normalize: bool = True
         dropout: float = 0.1
         start: str = "zero"
         spread: float = 0.05
@@ -129,7 +129,7 @@ class Idpg(nn.Module):
             name = config.encoder if config.encoder != "backbone" else f"backbone-{pool}"
             found = context.sentence(name).to(dtype)
         found = found.detach()
-        return found / found.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) if config.normalise else found
+        return found / found.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) if config.normalize else found
 
     def _prompts(self, task: int, read: Tensor) -> Tensor:
         """The prompts [b, P, D] of one task's rows from their M(x) [b, E]."""
@@ -159,7 +159,7 @@ class Idpg(nn.Module):
 
 
 def phm(values: Tensor, rules: Tensor, blocks: Tensor) -> Tensor:
-    """The rows of `values` times W = Σ_i A_i ⊗ B_i, a parameterised hypercomplex multiplication, [G, b, out].
+    """The rows of `values` times W = Σ_i A_i ⊗ B_i, a parameterized hypercomplex multiplication, [G, b, out].
 
     values [b, in] or [G, b, in]; rules A [G, n, n, n]; blocks B [G, n, out/n, in/n] (section 3.2.2; Zhang et al. 2021,
     arXiv 2102.08597). W [out, in] is never made: a row as a matrix X [n, in/n] gives Σ_i A_i X B_iᵀ.

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, PromptError, Slot, Start, distinct, need_text
+from softprompts.errors import PromptError
+from softprompts.types import Context, Group, Prompt, Slot, Start, distinct, need_text
 
 
 class InstancePromptTuning(nn.Module):
@@ -217,7 +218,7 @@ class Table(nn.Module):
         if self.kind == "low-rank":
             return nn.functional.embedding(ids, self.codes) @ self.directions
         place = {"full": ids, "common": ids.clamp(max=self.limit)}.get(self.kind)
-        if place is None:  # Fibonacci hashing (Knuth): neighbours, which often are alike, do not collide
+        if place is None:  # Fibonacci hashing (Knuth): neighbors, which often are alike, do not collide
             place = (ids * 2_654_435_769 % 2**32) * self.limit >> 32
         return nn.functional.embedding(place, self.rows)
 

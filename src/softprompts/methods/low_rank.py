@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class LowRankPromptTuning(nn.Module):

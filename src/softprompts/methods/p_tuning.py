@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import START, Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import START, Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class PTuning(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.prompt import START, Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import START, Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class PrefixTuning(nn.Module):

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, Prompt, Slot, Start, for_tasks
 
 
 class PromptTuning(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, Group, Prompt, Slot, Start, for_tasks
 
 
 class ResidualPromptTuning(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.prompt import Context, Group, Prompt, Slot, Start, need_text
+from softprompts.types import Context, Group, Prompt, Slot, Start, need_text
 
 
 class SemiParametric(nn.Module):
@@ -19,7 +19,7 @@ class SemiParametric(nn.Module):
 
     `S [P - k, D]` starts at the first rows of `start.prompt`. The memory `B [N, D]` holds the rows of `start.sources`
     or, without any, words drawn by `start.draw`; it has the embeddings' width. h, the template's own words (all words
-    where nobody says which these are), asks by inner products, not normalised: with its mean embedding, or with every
+    where nobody says which these are), asks by inner products, not normalized: with its mean embedding, or with every
     word, of which the best answer counts. R(h) are the k rows of the largest products, the largest first, of equal ones
     the first (hard), or mixtures of them (soft): the i-th of all rows but the i - 1 best, weighed by the softmax of
     their products over the temperature, which near 0 are the same rows. The k rows of the memory do not start at

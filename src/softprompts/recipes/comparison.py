@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from softprompts.artifacts.io import read_json
 from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
-from softprompts.files import read_json
-from softprompts.job import Screen
-from softprompts.recipes import stage
-from softprompts.train import TrainingError
+from softprompts.errors import TrainingError
+from softprompts.recipes import stages as stage
+from softprompts.recipes.run.run import Screen
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]

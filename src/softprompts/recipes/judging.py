@@ -5,16 +5,18 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from softprompts import evaluate, inject, metrics
-from softprompts.backbone import Backbone, BackboneError
+from softprompts import injection
+from softprompts.backbone import Backbone
 from softprompts.config import EvaluateConfig, TaskConfig
 from softprompts.data import Encoder, Row, Task, load, place_of
-from softprompts.evaluate import Evaluation
-from softprompts.inject import Site
-from softprompts.learner import Learner
+from softprompts.errors import BackboneError
+from softprompts.evaluation import evaluate, metrics
+from softprompts.evaluation.evaluate import Evaluation
+from softprompts.injection import Site
 from softprompts.methods import build
-from softprompts.prepare import encoder_for
-from softprompts.prompt import Start
+from softprompts.model.learner import Learner
+from softprompts.recipes.run.prepare import encoder_for
+from softprompts.types import Start
 
 Judged = Callable[[str, int, int], None]
 """Shown on the way: what is judged, how many prompts are done, of how many."""
@@ -33,7 +35,7 @@ class Judge:
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Row]) -> Evaluation:
         """Answers to `rows` behind the prompt `[P, D]`, or by the stock model, with their scores."""
-        slot = inject.slot(self.backbone, self.site, (self.task.name,), self.length)
+        slot = injection.slot(self.backbone, self.site, (self.task.name,), self.length)
         method = None
         if prompt is not None:
             method = build("prompt-tuning", {}, slot, Start(prompt)).to(self.backbone.device).requires_grad_(False)

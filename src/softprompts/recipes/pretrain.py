@@ -18,19 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softprompts import artefact, checkpoint, evaluate, metrics, report
-from softprompts.artefact import Artefact
-from softprompts.checkpoint import Report, TrainingError
-from softprompts.config import ConfigError, Run, TrainConfig
+from softprompts.artifacts import artifact
+from softprompts.artifacts.artifact import Artifact
+from softprompts.config import Run, TrainConfig
 from softprompts.data import Batches, Encoded, classes, collate, evaluation_order
-from softprompts.job import Job, Screen, check_writable, fixed_settings, pack, prepare, versions
+from softprompts.errors import ConfigError, TrainingError
+from softprompts.evaluation import evaluate, metrics
+from softprompts.evaluation import page as report
 from softprompts.methods import find, names
-from softprompts.optimise import optimiser_of, set_rates
-from softprompts.prepare import SILENT
-from softprompts.prompt import Batch, in_mode
+from softprompts.recipes.run.prepare import SILENT
+from softprompts.recipes.run.run import Job, Screen, check_writable, fixed_settings, pack, prepare, versions
+from softprompts.training import checkpoint
+from softprompts.training.checkpoint import Report
+from softprompts.training.optimizer import optimizer_of, set_rates
+from softprompts.types import Batch, in_mode
 
 USED = (
-    *("steps", "batch_size", "optimiser", "rate", "rate_unit", "rates", "head_rate", "schedule", "warmup"),
+    *("steps", "batch_size", "optimizer", "rate", "rate_unit", "rates", "head_rate", "schedule", "warmup"),
     *("weight_decay", "clip", "evaluate_every", "checkpoint_every"),
 )
 """The keys of a run's section `train` that pretraining goes by; `head_rate` is the classifier's."""
@@ -40,7 +44,7 @@ USED = (
 class Pupil:
     """A method of a run with a classifier over its features; what is trained of both, by name, and the rows.
 
-    Rows are texts without their answers, labelled with the numbers of their classes.
+    Rows are texts without their answers, labeled with the numbers of their classes.
     """
 
     job: Job
@@ -85,7 +89,7 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
             screen.step("", step)
     page = _page(pupil, history, began)
     screen.say(f"writing {run.out}")
-    artefact.save(_packed(pupil, page["scores"]), Path(run.out) / "prompt")
+    artifact.save(_packed(pupil, page["scores"]), Path(run.out) / "prompt")
     report.write_results(Path(run.out) / "results.json", page)
     report.write_page(Path(run.out) / "report.html", page)
     return page
@@ -137,19 +141,19 @@ def _gold(rows: Sequence[Encoded]) -> list[int]:
 def _fit(pupil: Pupil) -> Generator[Report, None, None]:
     """Train in place, one Report a step, those of steps before a resume first; afterwards the best stand in place."""
     job, run = pupil.job, pupil.job.run
-    optimiser = optimiser_of(job.learner, pupil.trained, run.train)
+    optimizer = optimizer_of(job.learner, pupil.trained, run.train)
     batches = Batches(pupil.train, run.train.batch_size, run.seed)
     written = checkpoint.place(run.out, pupil.train, run.seed, {**fixed_settings(job), "pretraining": True})
     assert written is not None
-    state = checkpoint.capture(None, pupil.trained, optimiser)
+    state = checkpoint.capture(None, pupil.trained, optimizer)
     if written.file.exists():
         state = checkpoint.read(written)
-        checkpoint.put_back(state, pupil.trained, optimiser)
+        checkpoint.put_back(state, pupil.trained, optimizer)
     yield from state.history
     try:
         while state.step < run.train.steps:
             state = checkpoint.capture(
-                state, pupil.trained, optimiser, _step(pupil, batches.at(state.step), optimiser, state.step + 1)
+                state, pupil.trained, optimizer, _step(pupil, batches.at(state.step), optimizer, state.step + 1)
             )
             if state.step % run.train.checkpoint_every == 0:
                 checkpoint.write([(written, state)])
@@ -161,7 +165,7 @@ def _fit(pupil: Pupil) -> Generator[Report, None, None]:
             parameter.copy_(state.tensors.get(f"best.{name}", parameter))
 
 
-def _step(pupil: Pupil, rows: Sequence[Encoded], optimiser: Any, number: int) -> Report:
+def _step(pupil: Pupil, rows: Sequence[Encoded], optimizer: Any, number: int) -> Report:
     """Make step `number`, counted from 1, on `rows`, and score the validation rows where that is due."""
     config, backbone, began = pupil.job.run.train, pupil.job.learner.backbone, time.perf_counter()
     with in_mode(pupil.job.learner.method, True):
@@ -174,9 +178,9 @@ def _step(pupil: Pupil, rows: Sequence[Encoded], optimiser: Any, number: int) ->
             f"the loss of step {number} is not a number; the state before it is kept in {pupil.job.run.out}. Try a "
             f"lower rate (train.rate was {config.rate:g} {config.rate_unit}) in another output directory"
         )
-    rate = set_rates(optimiser, config, number - 1)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+    rate = set_rates(optimizer, config, number - 1)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     score = None
     if config.evaluate_every and number % config.evaluate_every == 0:
         found = zip(pupil.answers(pupil.validation), _gold(pupil.validation), strict=True)
@@ -186,7 +190,7 @@ def _step(pupil: Pupil, rows: Sequence[Encoded], optimiser: Any, number: int) ->
     return Report(number, config.steps, value, rate, None, tokens, spent, score, machine=machine)
 
 
-def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artefact:
+def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artifact:
     """What was trained of the method, as `prompt.init.state` takes it: it makes no prompts, and answers no task."""
     made = pack(pupil.job, 0, None)
     state = {name: value for name, value in made.state.items() if f"method.{name}" in pupil.trained}
