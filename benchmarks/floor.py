@@ -1,7 +1,7 @@
 """The floor: operations that a step cannot do without, over the rate at which this machine multiplies matrices.
 
 operations = 2 x (matrix parameters of the blocks) x (prompt tokens + text tokens) x 2 (forward, gradient of the input)
-+ the head on labelled positions. What attention needs is listed apart.
++ the head on labeled positions. What attention needs is listed apart.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,17 +63,17 @@ def dimensions(model: Any) -> Dimensions:
     )
 
 
-def operations(size: Dimensions, prompts: Sequence[int], texts: Sequence[int], labelled: int) -> Operations:
+def operations(size: Dimensions, prompts: Sequence[int], texts: Sequence[int], labeled: int) -> Operations:
     """What one step needs when each of the distinct `prompts` (lengths) and each of the `texts` (lengths) is read once.
 
-    `labelled` positions reach the vocabulary. Every text is taken to stand behind the first prompt. Attention looks at
+    `labeled` positions reach the vocabulary. Every text is taken to stand behind the first prompt. Attention looks at
     what precedes a token and at itself: two products forward, four backward, of head_width for each pair and head.
     """
     tokens = sum(prompts) + sum(texts)
     pairs = sum(p * (p + 1) // 2 for p in prompts) + sum(t * prompts[0] + t * (t + 1) // 2 for t in texts)
     return Operations(
         blocks=2 * size.parameters * tokens * 2,
-        head=2 * size.hidden * size.vocabulary * labelled * 2,
+        head=2 * size.hidden * size.vocabulary * labeled * 2,
         attention=2 * pairs * size.heads * size.head_width * 6 * size.layers,
     )
 

@@ -61,7 +61,7 @@ def interleave(
     """Seconds of each contestant in each of `rounds` rounds.
 
     All run once a round, in an order that turns by one from round to round and is reversed in every second one, so that
-    neither a slow drift of the machine nor the place behind a certain other one favours any of them.
+    neither a slow drift of the machine nor the place behind a certain other one favors any of them.
     Raises RuntimeError when a contestant leaves torch with another number of threads for the others.
     """
     threads = torch.get_num_threads()

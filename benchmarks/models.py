@@ -44,7 +44,7 @@ def is_random(name: str) -> bool:
 
 
 def kind(name: str) -> str:
-    """What a row of this model is labelled with: `causal` a token, `seq2seq` a target, `sequence` a class."""
+    """What a row of this model is labeled with: `causal` a token, `seq2seq` a target, `sequence` a class."""
     return "seq2seq" if "t5" in name else "sequence" if "bert" in name else "causal"
 
 

@@ -121,7 +121,7 @@ def scoring(
 ) -> dict[str, Any]:
     """Rows a second when texts are classified by the probability of label words, of one token and of two or three.
 
-    Each side first finds its batch size among `sizes`, PEFT then its attention; tokenising is timed on both.
+    Each side first finds its batch size among `sizes`, PEFT then its attention; tokenizing is timed on both.
     """
     ours = Ours(model, dtype, device, prompt)
     texts = workload.texts(ours.backbone.tokenizer, rows, *lengths)

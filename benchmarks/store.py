@@ -14,7 +14,7 @@ import transformers
 
 from benchmarks.fresh import ROOT
 from softprompts import __version__
-from softprompts.files import write_json
+from softprompts.artifacts.io import write_json
 
 VERSION = 1
 

@@ -12,7 +12,7 @@ PAIRS = 15
 
 @dataclass(frozen=True)
 class Target:
-    """`what` counts as reached when the unfavourable end of the interval of its ratio is at least (at most) `value`.
+    """`what` counts as reached when the unfavorable end of the interval of its ratio is at least (at most) `value`.
 
     The ratio stands in the results of `measurement` at `path`; inverse: there it is PEFT's over ours.
     """

@@ -55,7 +55,7 @@ class Theirs:
         """See `workload.Side`."""
         with torch.no_grad():
             self.weight.copy_(self.embedding(torch.tensor(ids, device=self.device)))
-        self.optimiser = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=RATE)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=RATE)
 
     def prepare(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """See `workload.Side`; padded on the right, labels of padding ignored."""
@@ -74,11 +74,11 @@ class Theirs:
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """See `workload.Side`."""
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         options = {} if self.kind == "sequence" else {"use_cache": False}
         loss = self.model(**batch, **options).loss
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
         self.loss = float(loss.detach())
 
     def gradient(self) -> Tensor:

@@ -40,13 +40,13 @@ class Side(Protocol):
     loss: float
 
     def start(self, ids: Sequence[int]) -> None:
-        """Put the prompt where the words `ids [P]` are, with a new optimiser."""
+        """Put the prompt where the words `ids [P]` are, with a new optimizer."""
 
     def prepare(self, rows: Sequence[Row]) -> Any:
         """`rows` as the batch that `step` takes; not timed on either side."""
 
     def step(self, batch: Any) -> None:
-        """One training step: zero gradients, forward, loss, backward, optimiser step; `loss` holds its loss."""
+        """One training step: zero gradients, forward, loss, backward, optimizer step; `loss` holds its loss."""
 
     def gradient(self) -> Tensor:
         """The prompt's gradient [P, H] of the last step, in float32 on the CPU."""

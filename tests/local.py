@@ -17,7 +17,7 @@ TOKENIZERS = {
     "t5": tokenizers_tiny.unigram,
     "bert": tokenizers_tiny.wordpiece,
 }
-COLOURS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
+COLORS = {"red": "warm", "orange": "warm", "blue": "cold", "green": "cold"}
 
 
 def model_directory(path: Path, name: str = "llama", seed: int = 0) -> Path:
@@ -42,15 +42,15 @@ def model_directory(path: Path, name: str = "llama", seed: int = 0) -> Path:
     return path
 
 
-def colours(path: Path, rows: int = 80, seed: int = 0) -> Path:
-    """A csv of sentences about colours, warm or cold: a task that a tiny model can learn."""
+def colors(path: Path, rows: int = 80, seed: int = 0) -> Path:
+    """A csv of sentences about colors, warm or cold: a task that a tiny model can learn."""
     chance = random.Random(seed)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["text", "label"])
         for number in range(rows):
-            colour = chance.choice(list(COLOURS))
-            writer.writerow([f"the thing {number} is {colour}", COLOURS[colour]])
+            color = chance.choice(list(COLORS))
+            writer.writerow([f"the thing {number} is {color}", COLORS[color]])
     return path
 
 
@@ -60,8 +60,8 @@ def run_values(folder: Path, model: str = "llama", **train: Any) -> dict[str, An
         "model": {"name": str(model_directory(folder / model, model)), "dtype": "float32", "threads": 1},
         "prompt": {"length": 4},
         "task": {
-            "source": str(colours(folder / "colours.csv")),
-            "name": "colours",
+            "source": str(colors(folder / "colors.csv")),
+            "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
@@ -72,21 +72,21 @@ def run_values(folder: Path, model: str = "llama", **train: Any) -> dict[str, An
 
 
 def teach(path: Path, steps: int = 120) -> None:
-    """Train all weights of the model at `path` on sentences about colours, so that there is something to prompt."""
+    """Train all weights of the model at `path` on sentences about colors, so that there is something to prompt."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path).train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     chance = random.Random(1)
     for _ in range(steps):
         loss = torch.zeros(())
         for _ in range(8):
-            colour = chance.choice(list(COLOURS))
-            text = tokenizer(f"the thing {chance.randrange(100)} is {colour}:")["input_ids"]
-            answer = [*tokenizer(f" {COLOURS[colour]}")["input_ids"], tokenizer.eos_token_id]
+            color = chance.choice(list(COLORS))
+            text = tokenizer(f"the thing {chance.randrange(100)} is {color}:")["input_ids"]
+            answer = [*tokenizer(f" {COLORS[color]}")["input_ids"], tokenizer.eos_token_id]
             ids = torch.tensor([text + answer])
             labels = torch.tensor([[-100] * len(text) + answer])
             loss = loss + model(input_ids=ids, labels=labels).loss / 8
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     model.save_pretrained(path)

@@ -9,18 +9,18 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import tiny
-from softprompts import inject
+from softprompts import injection
 from softprompts.backbone import Backbone
-from softprompts.prompt import IGNORE, Batch, Output, Prompt
+from softprompts.types import IGNORE, Batch, Output, Prompt
 
-INPUT, DECODER, KV = inject.Site(), inject.Site("decoder"), inject.Site("kv")
-REPLACE, ADD = inject.Site("layers", "replace"), inject.Site("layers", "add")
+INPUT, DECODER, KV = injection.Site(), injection.Site("decoder"), injection.Site("kv")
+REPLACE, ADD = injection.Site("layers", "replace"), injection.Site("layers", "add")
 LENGTHS = (5, 9, 1, 7)
 UNPACKED = ("gptj", "bloom", "falcon", "falcon_alibi", "mpt")  # their attention is not one that can be switched
 UNLAYERED = ("albert", "opt_projected")  # one shared layer; embeds in another width
 
 
-def sites(name: str) -> tuple[inject.Site, ...]:
+def sites(name: str) -> tuple[injection.Site, ...]:
     """The sites that a tiny model has."""
     deep = () if name in UNLAYERED else (REPLACE, ADD)
     more = (KV,) if name in tiny.CAUSAL else (DECODER, KV) if name in tiny.SEQ2SEQ else ()
@@ -32,7 +32,7 @@ def cases(names: Sequence[str], only: Sequence[str] = ("input", "decoder", "laye
     return [(name, site) for name in names for site in sites(name) if site.name in only]
 
 
-def paths(name: str, site: inject.Site) -> tuple[str, ...]:
+def paths(name: str, site: injection.Site) -> tuple[str, ...]:
     """The ways in which a tiny model can compute a prompt at a site."""
     if name not in tiny.CAUSAL:
         return ("concatenation",) if site != KV else ()
@@ -42,7 +42,7 @@ def paths(name: str, site: inject.Site) -> tuple[str, ...]:
 
 def called(value: Any) -> str | None:
     """A short test id for a site."""
-    if not isinstance(value, inject.Site):
+    if not isinstance(value, injection.Site):
         return None
     return f"{value.name}-{value.mode}" if value.name == "layers" else value.name
 
@@ -113,7 +113,7 @@ def shifted(bb: Backbone, target: Tensor) -> Tensor:
     return torch.cat([torch.tensor([bb.model.config.decoder_start_token_id]), target[:-1]])
 
 
-def scored(bb: Backbone, logits: Tensor, length: int, count: int, place: int, site: inject.Site) -> Tensor:
+def scored(bb: Backbone, logits: Tensor, length: int, count: int, place: int, site: injection.Site) -> Tensor:
     """Of a stock model's logits for `[text[:place] | prompt | text[place:]]`, those that score text tokens."""
     shift = 1 if bb.family.shifted else 0
     before = 0 if site.name == "kv" else length
@@ -121,7 +121,7 @@ def scored(bb: Backbone, logits: Tensor, length: int, count: int, place: int, si
     return logits[where[where >= 0]]
 
 
-def read_words(bb: Backbone, site: inject.Site, words: Tensor, row: Tensor, place: int = 0) -> Tensor:
+def read_words(bb: Backbone, site: injection.Site, words: Tensor, row: Tensor, place: int = 0) -> Tensor:
     """The stock model's scores of `row`'s labels when it reads `words` as ordinary ids at the site."""
     target = targets([row])[0]
     full = torch.cat([row[:place], words, row[place:]])[None]
@@ -140,7 +140,7 @@ def read_words(bb: Backbone, site: inject.Site, words: Tensor, row: Tensor, plac
     return bb.model(input_ids=full, decoder_input_ids=into[None]).logits[0]
 
 
-def by_hand(bb: Backbone, site: inject.Site, values: Tensor, row: Tensor, place: int = 0) -> Tensor:
+def by_hand(bb: Backbone, site: injection.Site, values: Tensor, row: Tensor, place: int = 0) -> Tensor:
     """The stock model's scores of `row`'s labels with the prompt `values [P, D]` put there by hand, for one row."""
     model, length = bb.model, len(values)
     text = model.get_input_embeddings()(row)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from softprompts import assets
-from softprompts.assets import Asset, AssetError, Package, fetch, where
+from softprompts.assets import Asset, Package, fetch, where
+from softprompts.errors import AssetError
 
 Calls = list[list[str]]
 Register = Callable[..., Path]

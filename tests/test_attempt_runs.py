@@ -1,4 +1,4 @@
-"""ATTEMPT and SPoT through everything: run, resume, artefact, answers, votes, several runs, SoftPromptModel."""
+"""ATTEMPT and SPoT through everything: run, resume, artifact, answers, votes, several runs, SoftPromptModel."""
 
 import dataclasses
 import json
@@ -11,12 +11,14 @@ import transformers
 import yaml
 
 import local
-from softprompts import SoftPromptModel, artefact, evaluate, job
-from softprompts.artefact import ArtefactError
-from softprompts.config import ConfigError, EvaluateConfig, parse
+from softprompts import SoftPromptModel
+from softprompts.artifacts import artifact
+from softprompts.config import EvaluateConfig, parse
 from softprompts.data import collate
-from softprompts.prompt import Batch
-from softprompts.train import TrainingError
+from softprompts.errors import ArtifactError, ConfigError, TrainingError
+from softprompts.evaluation import evaluate
+from softprompts.recipes.run import run as job
+from softprompts.types import Batch
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     values = local.run_values(folder, steps=2)
     for seed, name in enumerate(("one", "two")):
-        job.execute(parse({**values, "seed": seed, "out": str(folder / name)}))
+        job.run(parse({**values, "seed": seed, "out": str(folder / name)}))
     return folder
 
 
@@ -42,8 +44,8 @@ def values(sources: Path, tmp_path: Path) -> dict[str, Any]:
             "options": {"rank": 8, "temperature": 1.0},
         },
         "task": {
-            "source": str(sources / "colours.csv"),
-            "name": "colours",
+            "source": str(sources / "colors.csv"),
+            "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
@@ -60,32 +62,32 @@ def two_tasks(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def test_a_run_and_its_artefact(values: dict[str, Any], sources: Path, tmp_path: Path) -> None:
-    results = job.execute(parse(values))
+def test_a_run_and_its_artifact(values: dict[str, Any], sources: Path, tmp_path: Path) -> None:
+    results = job.run(parse(values))
     assert results["summary"]["trainable"] == 4 * 32 + 2 * 8 * 32 + 2 * 32
     assert "nearest_words" not in results
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
     assert {row["path"] for row in results["curve"]} == {"packed"}
     assert (tmp_path / "out" / "report.html").is_file()
-    made = artefact.load(tmp_path / "out" / "prompt")
+    made = artifact.load(tmp_path / "out" / "prompt")
     start = job.prepare(parse(values)).start
     assert made.prompt is None
     assert torch.equal(made.initial, start.prompt)
-    expected = torch.stack([artefact.load(sources / name / "prompt").prompt for name in ("one", "two")])
+    expected = torch.stack([artifact.load(sources / name / "prompt").prompt for name in ("one", "two")])
     assert torch.equal(made.state["sources"], expected)
     assert not torch.equal(made.state["prompts.0"], made.initial)
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
 
 
-def test_the_artefact_answers_as_the_run_did(values: dict[str, Any], tmp_path: Path) -> None:
-    """The sources may be gone: the artefact holds them. Answers by rank and by writing, each text its own prompt."""
+def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: Path) -> None:
+    """The sources may be gone: the artifact holds them. Answers by rank and by writing, each text its own prompt."""
     run = parse(values)
     made = job.prepare(run)
-    job.execute(run)
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    job.run(run)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     rows = list(made.tasks[0].test)
     trained = job.prepare(run)
-    trained.learner.method.load_state_dict(opened.artefacts[0].state)
+    trained.learner.method.load_state_dict(opened.artifacts[0].state)
     for config in (EvaluateConfig(), EvaluateConfig(by="generate", max_new_tokens=3)):
         ours = list(evaluate.answers(opened.learner, opened.encoder, rows, config))
         theirs = list(evaluate.answers(trained.learner, trained.encoders[0], rows, config))
@@ -95,7 +97,7 @@ def test_the_artefact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     # Alone, and ranked by hand from the whole sequence with the prompt that the text has.
     base, encoder = opened.learner.backbone, opened.encoder
     (found,) = evaluate.answers(opened.learner, encoder, rows[:1], EvaluateConfig())
-    ids = encoder.encode(rows[0]).ids
+    ids = encoder.encode(rows[0]).input_ids
     batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
         prompt = opened.learner.prompt(batch).values[0]
@@ -111,12 +113,12 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
         if report.step == 3:
             raise KeyboardInterrupt
 
-    job.execute(parse(values))
+    job.run(parse(values))
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stop))
-    job.execute(cut)
-    one, two = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+        job.run(cut, job.ProgressReporter(on_step=stop))
+    job.run(cut)
+    one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     first = [job.prepare(parse({**values, "seed": seed})).learner.method.up.weight for seed in (0, 0, 1)]
@@ -127,26 +129,26 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
 def test_it_does_not_go_on_with_other_sources(values: dict[str, Any], sources: Path, tmp_path: Path) -> None:
     """A source that was trained anew under its old name is another one."""
     paths = values["prompt"]["init"]["sources"]
-    copy = artefact.save(artefact.load(paths[0]), tmp_path / "copy")
+    copy = artifact.save(artifact.load(paths[0]), tmp_path / "copy")
     values["prompt"]["init"]["sources"] = [str(copy), paths[1]]
-    job.execute(parse(values))
-    found = artefact.load(copy)
-    artefact.save(dataclasses.replace(found, prompt=found.prompt + 1), copy)
+    job.run(parse(values))
+    found = artifact.load(copy)
+    artifact.save(dataclasses.replace(found, prompt=found.prompt + 1), copy)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
-        job.execute(parse(values))
+        job.run(parse(values))
 
 
 def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: Path) -> None:
-    """Each task's artefact holds what they share and its own prompt, and answers alone as in the run."""
+    """Each task's artifact holds what they share and its own prompt, and answers alone as in the run."""
     run = parse(two_tasks(values))
-    results = job.execute(run)
+    results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == 4 * 32 + (2 * 8 * 32 + 2 * 32) // 2
-    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert sorted(one.state) == ["down.weight", "norm.bias", "norm.weight", "prompts.0", "sources", "up.weight"]
     assert torch.equal(one.state["up.weight"], two.state["up.weight"])
     assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
-        opened = job.open_artefacts([tmp_path / "out" / "prompt" / name], model=run.model)
+        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
         rows = job.prepare(run).tasks[0].test
         found = evaluate.evaluate(opened.learner, opened.encoder, rows, run.evaluate)
         assert found.headline.value == page["summary"]["after"]["value"]
@@ -156,36 +158,36 @@ def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: P
 def test_a_task_of_several_loads_into_a_model(values: dict[str, Any], tmp_path: Path, method: str) -> None:
     if method == "prompt-tuning":
         values["prompt"] = {"length": 4}
-    job.execute(parse(two_tasks(values)))
+    job.run(parse(two_tasks(values)))
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     for name in ("one", "two"):
         model.load_prompt(tmp_path / "out" / "prompt" / name)
-        held = artefact.load(tmp_path / "out" / "prompt" / name).state
+        held = artifact.load(tmp_path / "out" / "prompt" / name).state
         assert torch.equal(model.prompts[name].prompts[0], held["prompts.0"])
 
 
 def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     """Two of them in one batch, each row twice: what each says is what it says alone."""
     values["runs"] = [{"name": "a", "seed": 0}, {"name": "b", "seed": 1}]
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     folders = [Path(row["directory"]) / "prompt" for row in results["runs"]]
     assert results["next"][-1] == f"softprompts evaluate {folders[0]} {folders[1]}"
     model = parse(values).model
-    both = job.open_artefacts(folders, model=model)
+    both = job.open_artifacts(folders, model=model)
     assert not any(part.training for part in both.learner.method.modules())
     rows = job.prepare(parse({**values, "runs": []})).tasks[0].test[:4]
     alone = []
     for folder in folders:
-        opened = job.open_artefacts([folder], model=model)
+        opened = job.open_artifacts([folder], model=model)
         alone.append(list(evaluate.answers(opened.learner, opened.encoder, rows, EvaluateConfig())))
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = collate(texts, 0)
     prompt = both.learner.prompt(batch)
-    single = [job.open_artefacts([folder], model=model).learner for folder in folders]
+    single = [job.open_artifacts([folder], model=model).learner for folder in folders]
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
-        expected = single[i % 2].prompt(dataclasses.replace(row, task=torch.zeros(1, dtype=torch.long)))
-        torch.testing.assert_close(prompt.values[prompt.row[i]], expected.values[0], atol=1e-6, rtol=1e-5)
+        expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
+        torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
     voted = list(evaluate.answers(both.learner, both.encoder, rows, EvaluateConfig(), votes=2))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
@@ -195,12 +197,12 @@ def test_runs_of_several_methods_share_their_batches(values: dict[str, Any], tmp
     values["train"] |= {"steps": 3, "rate": 0.1}
     del values["train"]["evaluate_every"]
     plain = {"name": "plain", "prompt": {"method": "prompt-tuning", "options": {}, "init": {"sources": []}}}
-    job.execute(parse({**values, "runs": [{"name": "mixed"}, plain], "out": str(tmp_path / "all")}))
-    job.execute(parse({**values, "out": str(tmp_path / "mixed")}))
+    job.run(parse({**values, "runs": [{"name": "mixed"}, plain], "out": str(tmp_path / "all")}))
+    job.run(parse({**values, "out": str(tmp_path / "mixed")}))
     prompt = {"length": 4, "init": {"kind": "vocabulary"}}
-    job.execute(parse({**values, "prompt": prompt, "out": str(tmp_path / "plain")}))
+    job.run(parse({**values, "prompt": prompt, "out": str(tmp_path / "plain")}))
     for name in ("mixed", "plain"):
-        one, two = (artefact.load(tmp_path / where / "prompt").state for where in (Path("all") / name, Path(name)))
+        one, two = (artifact.load(tmp_path / where / "prompt").state for where in (Path("all") / name, Path(name)))
         for key in one:
             torch.testing.assert_close(one[key], two[key], atol=2e-4, rtol=1e-3)
 
@@ -233,8 +235,8 @@ def test_the_command(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
     [
         ({"init": {"kind": "vocabulary"}}, ConfigError, "method attempt: .*set prompt.init.sources"),
         ({"options": {"rank": -1}}, ConfigError, "prompt.options of method attempt: rank must be"),
-        ({"length": 5}, ArtefactError, r"one/prompt holds a prompt of \[4, 32\] at site input, but the run wants \[5,"),
-        ({"site": "kv"}, ArtefactError, "at site input, but the run wants .* at site kv"),
+        ({"length": 5}, ArtifactError, r"one/prompt holds a prompt of \[4, 32\] at site input, but the run wants \[5,"),
+        ({"site": "kv"}, ArtifactError, "at site input, but the run wants .* at site kv"),
     ],
 )
 def test_what_does_not_fit_is_said_before_training(
@@ -246,13 +248,13 @@ def test_what_does_not_fit_is_said_before_training(
 
 
 def test_a_start_from_the_mean(values: dict[str, Any], sources: Path, tmp_path: Path) -> None:
-    """SPoT: the weighted mean of two prompts is where prompt tuning begins, and what its artefact remembers."""
+    """SPoT: the weighted mean of two prompts is where prompt tuning begins, and what its artifact remembers."""
     paths = values["prompt"]["init"]["sources"]
     values["prompt"] = {"length": 4, "init": {"kind": "mean", "paths": paths, "weights": [3, 1]}}
-    job.execute(parse(values))
-    one, two = (artefact.load(path).prompt.double() for path in paths)
+    job.run(parse(values))
+    one, two = (artifact.load(path).prompt.double() for path in paths)
     expected = (0.75 * one + 0.25 * two).float()
-    assert torch.equal(artefact.load(tmp_path / "out" / "prompt").initial, expected)
+    assert torch.equal(artifact.load(tmp_path / "out" / "prompt").initial, expected)
 
 
 def ours(values: dict[str, Any]) -> SoftPromptModel:
@@ -276,13 +278,13 @@ def test_a_model_with_named_prompts(values: dict[str, Any], tmp_path: Path) -> N
     texts = ["the thing 3 is red", "the thing is blue and more than that", "red", "the green thing"]
     tasks = ["mixed", "plain", "mixed", "plain"]
     batch = tokenizer(texts, return_tensors="pt", padding=True)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    front = batch["attention_mask"].cumsum(1) <= 1  # a token of text before what is learnt, to ask the sources with
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    front = batch["attention_mask"].cumsum(1) <= 1  # a token of text before what is learned, to ask the sources with
     labels = batch["input_ids"].masked_fill(front, -100)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(**batch, labels=labels, tasks=tasks).loss.backward()
-        optimiser.step()
+        optimizer.step()
     assert "prompts.mixed.sources" in model.state_dict()
     with torch.no_grad():
         together = model(**batch, tasks=tasks).logits
@@ -299,15 +301,15 @@ def test_a_model_with_named_prompts(values: dict[str, Any], tmp_path: Path) -> N
         assert torch.equal(again(**batch, tasks=tasks).logits, together)
         options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "tasks": tasks}
         assert torch.equal(again.generate(**batch, **options), model.generate(**batch, **options))
-    found = artefact.load(tmp_path / "saved" / "mixed")
+    found = artifact.load(tmp_path / "saved" / "mixed")
     again.save_pretrained(tmp_path / "again")
-    same = artefact.load(tmp_path / "again" / "mixed")
+    same = artifact.load(tmp_path / "again" / "mixed")
     assert same.digest == found.digest
     assert same.parents == ()
     with torch.no_grad():
         again.prompts["mixed"].up.weight.add_(1)
     again.save_pretrained(tmp_path / "moved")
-    assert artefact.load(tmp_path / "moved" / "mixed").parents == (found.digest,)
+    assert artifact.load(tmp_path / "moved" / "mixed").parents == (found.digest,)
 
 
 def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
@@ -338,15 +340,15 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
     ],
 )
 def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, template: str) -> None:
-    """Trains, and the artefact scores as the run did."""
+    """Trains, and the artifact scores as the run did."""
     values = local.run_values(tmp_path, name, steps=2)
     values["model"]["dtype"] = dtype
     values["task"]["template"] = template
-    job.execute(parse({**values, "out": str(tmp_path / "source")}))
+    job.run(parse({**values, "out": str(tmp_path / "source")}))
     values["prompt"] |= {"method": "attempt", "init": {"sources": [str(tmp_path / "source" / "prompt")]}}
-    results = job.execute(parse(values))
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    assert opened.artefacts[0].state["prompts.0"].dtype == torch.float32
+    results = job.run(parse(values))
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    assert opened.artifacts[0].state["prompts.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
     found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]

@@ -28,7 +28,7 @@ SMOLLM2 = Dimensions(
 
 
 def test_the_floor_of_a_known_shape():
-    needed = floor.operations(SMOLLM2, prompts=[100], texts=[30] * 16, labelled=16)
+    needed = floor.operations(SMOLLM2, prompts=[100], texts=[30] * 16, labeled=16)
     assert SMOLLM2.parameters == 106_168_320
     assert needed.blocks == 4 * 106_168_320 * (100 + 480)
     assert needed.head == 4 * 576 * 49152 * 16
@@ -163,7 +163,7 @@ def verdict(target, found):
     return targets._verdict(target, found[target.measurement])
 
 
-def test_a_goal_is_reached_by_the_unfavourable_end():
+def test_a_goal_is_reached_by_the_unfavorable_end():
     least = targets.Target("speed", "step/p100", ("ratios", "float32"), 4.5)
     assert verdict(least, results(4.7, 4.5, 4.9)).reached
     assert not verdict(least, results(4.7, 4.4, 4.9)).reached

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from studies import instance_prompts, task_prompt_vectors
 
 import local
-from softprompts import artefact, assets, cli, job
+from softprompts import assets, cli, errors
+from softprompts.artifacts import artifact
 from softprompts.config import Run
 from softprompts.recipes.multitask import Plan
-from softprompts.studies import instance_prompts, task_prompt_vectors
+from softprompts.recipes.run import run
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def trained(tmp_path_factory):
     values = local.run_values(folder, steps=30, rate=0.1)
     local.teach(folder / "llama")
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    job.execute(cli.parse(values))
+    run.run(cli.parse(values))
     return folder
 
 
@@ -79,7 +81,7 @@ def test_methods_that_read_texts_need_texts(call, tmp_path):
 
 def test_train_with_flags_writes_everything(call, tmp_path):
     model = local.model_directory(tmp_path / "llama")
-    data = local.colours(tmp_path / "c.csv")
+    data = local.colors(tmp_path / "c.csv")
     arguments = ["--model", model, "--data", data, "--text", "text", "--label", "label", "--out", tmp_path / "o"]
     small = ["--set", "model.dtype=float32", "--set", "evaluate.resamples=100", "--steps", 2, "--length", 3]
     status, out, err = call("train", *arguments, *small)
@@ -157,7 +159,7 @@ def test_generate_continues_a_text(trained, call):
 
 def test_inspect_shows_the_facts(trained, call):
     facts = json.loads(call("inspect", trained / "out" / "prompt", "--json")[1])
-    assert facts["task"] == "colours"
+    assert facts["task"] == "colors"
     assert str(trained / "out" / "prompt") in call("inspect", trained / "out" / "prompt")[1].replace("\n", "")
 
 
@@ -165,10 +167,10 @@ def test_fold_writes_a_plain_prompt(tmp_path, call):
     """The same matrix, as prompt tuning, with where it came from; PEFT's files beside it."""
     values = local.run_values(tmp_path, steps=2)
     values["prompt"] |= {"method": "multitask-prompt-tuning"}
-    job.execute(cli.parse(values))
+    run.run(cli.parse(values))
     made, plain = tmp_path / "out" / "prompt", tmp_path / "plain"
     assert "4 vectors of width 32" in call("fold", made, "--out", plain)[1]
-    before, after = artefact.load(made), artefact.load(plain)
+    before, after = artifact.load(made), artifact.load(plain)
     assert (before.method, after.method) == ("multitask-prompt-tuning", "prompt-tuning")
     assert after.prompt.equal(before.prompt)
     assert after.state["prompts.0"].equal(before.prompt)
@@ -219,13 +221,13 @@ def test_bad_configuration(trained, call, tmp_path):
 )
 def test_bad_rows(trained, call, tmp_path, content, words):
     (tmp_path / "c.csv").write_text(content)
-    sets = [f"task.source={tmp_path / 'c.csv'}", "task.verbaliser={warm: warm, cold: cold}", f"out={tmp_path / 'o'}"]
+    sets = [f"task.source={tmp_path / 'c.csv'}", "task.verbalizer={warm: warm, cold: cold}", f"out={tmp_path / 'o'}"]
     refused(call(*base(trained, *[part for s in sets for part in ("--set", s)])), *words)
     assert not (tmp_path / "o" / "prompt").exists()
 
 
 def test_a_text_longer_than_the_context_is_cut_and_said(trained, call, tmp_path):
-    rows = [f"the thing {i} is {'very ' * 300}{c},{local.COLOURS[c]}" for i, c in enumerate(list(local.COLOURS) * 6)]
+    rows = [f"the thing {i} is {'very ' * 300}{c},{local.COLORS[c]}" for i, c in enumerate(list(local.COLORS) * 6)]
     (tmp_path / "long.csv").write_text("text,label\n" + "\n".join(rows))
     sets = ["--set", f"task.source={tmp_path / 'long.csv'}", "--out", tmp_path / "o", "--steps", 1]
     status, _, err = call(*base(trained, *sets))
@@ -257,18 +259,18 @@ def test_an_output_that_cannot_be_written(trained, call, tmp_path):
 
 def test_a_full_disk_keeps_the_checkpoint(trained, call, tmp_path, monkeypatch):
     def full(one, directory):
-        raise artefact.ArtefactError(f"{directory}: No space left on device")
+        raise errors.ArtifactError(f"{directory}: No space left on device")
 
-    monkeypatch.setattr(artefact, "save", full)
+    monkeypatch.setattr(artifact, "save", full)
     refused(call(*base(trained, "--out", tmp_path / "o", "--steps", 2)), "No space left")
     assert (tmp_path / "o" / "checkpoint.safetensors").is_file()
     monkeypatch.undo()
 
 
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_path, monkeypatch):
-    from softprompts import train
+    from softprompts.training import loop
 
-    original = train._gradients
+    original = loop._gradients
 
     def interrupted(*arguments):
         interrupted.calls += 1
@@ -277,7 +279,7 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_p
         return original(*arguments)
 
     interrupted.calls = 0
-    monkeypatch.setattr(train, "_gradients", interrupted)
+    monkeypatch.setattr(loop, "_gradients", interrupted)
     status, _, err = call(*base(trained, "--out", tmp_path / "o", "--steps", 4))
     assert status == 130
     assert "the same command goes on" in err
@@ -287,7 +289,7 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_p
     assert interrupted.calls == 5
 
 
-def test_bad_artefacts(trained, call, tmp_path):
+def test_bad_artifacts(trained, call, tmp_path):
     refused(call("predict", tmp_path / "nowhere", "x"), "nowhere")
 
     def copy(name):
@@ -302,13 +304,13 @@ def test_bad_artefacts(trained, call, tmp_path):
     newer = copy("newer") / "softprompts.json"
     newer.write_text(newer.read_text().replace('"format_version": 3', '"format_version": 4'))
     refused(call("predict", newer.parent, "x"), "newer")
-    found = artefact.load(trained / "out" / "prompt")
+    found = artifact.load(trained / "out" / "prompt")
     found.prompt[0, 0] = torch.nan
-    with pytest.raises(artefact.ArtefactError, match="NaN"):
-        artefact.save(found, tmp_path / "nan")
+    with pytest.raises(errors.ArtifactError, match="NaN"):
+        artifact.save(found, tmp_path / "nan")
 
 
-def test_an_artefact_for_other_weights(trained, call, tmp_path):
+def test_an_artifact_for_other_weights(trained, call, tmp_path):
     other = local.model_directory(tmp_path / "other", seed=1)
     arguments = ["predict", trained / "out" / "prompt", "the thing is red", "--model", other, "--dtype", "float32"]
     refused(call(*arguments), "weights")
@@ -348,8 +350,8 @@ def test_more_bad_input(trained, call, tmp_path):
 
 
 def test_labels_that_yaml_reads_as_numbers_are_labels(tmp_path):
-    (tmp_path / "run.yaml").write_text("task:\n  source: x.csv\n  verbaliser: {0: bad, 2: good, yes: 1}\n")
-    assert cli.read_config(tmp_path / "run.yaml").tasks[0].verbaliser == {"0": "bad", "2": "good", "true": "1"}
+    (tmp_path / "run.yaml").write_text("task:\n  source: x.csv\n  verbalizer: {0: bad, 2: good, yes: 1}\n")
+    assert cli.read_config(tmp_path / "run.yaml").tasks[0].verbalizer == {"0": "bad", "2": "good", "true": "1"}
 
 
 def test_judging_goes_on_as_the_run_judged(call, tmp_path):
@@ -369,7 +371,7 @@ def test_judging_goes_on_as_the_run_judged(call, tmp_path):
 
 
 def test_another_file_is_judged_whole(trained, call, tmp_path):
-    rows = local.colours(tmp_path / "other.csv", rows=30, seed=5)
+    rows = local.colors(tmp_path / "other.csv", rows=30, seed=5)
     found = json.loads(call("evaluate", trained / "out" / "prompt", "--data", rows, "--json")[1])
     assert found["split"] == "all"
     assert found["scores"]["accuracy"]["n"] >= 28  # a few sentences come twice
@@ -384,12 +386,12 @@ def test_inspect_shows_the_nearest_words(trained, call):
 def test_several_files_without_names_train_together(call, tmp_path):
     values = local.run_values(tmp_path, steps=2)
     task = {key: value for key, value in values.pop("task").items() if key != "name"}
-    other = local.colours(tmp_path / "tints.csv", seed=3)
+    other = local.colors(tmp_path / "tints.csv", seed=3)
     values["tasks"] = [task, {**task, "source": str(other)}]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     status, out, err = call("train", "--config", tmp_path / "run.yaml")
     assert status == 0, err
-    assert {p.name for p in (tmp_path / "out" / "prompt").iterdir()} == {"colours", "tints"}
+    assert {p.name for p in (tmp_path / "out" / "prompt").iterdir()} == {"colors", "tints"}
     assert "prompt/tints" in out
 
 
@@ -413,7 +415,7 @@ def test_predict_writes_a_file_and_goes_on_with_it(trained, call, tmp_path, monk
     # A broken row ends the run; what stands before it is answered, and the next run goes on there.
     good = source.read_text()
     source.write_text(good.replace('{"text": "the thing 25', '{"text" "the thing 25'))
-    monkeypatch.setattr("softprompts.evaluate.CHUNK", 10)
+    monkeypatch.setattr("softprompts.evaluation.evaluate.CHUNK", 10)
     broken = call("predict", prompt, "--file", source, *exact)
     refused(broken, "in.jsonl:26", "broken row")
     assert [one["text"] for one in lines(broken[1])] == texts[:25]
@@ -474,7 +476,7 @@ def test_predict_counts_its_rows_and_reads_them_as_they_come(trained, call, tmp_
             yield {"text": f"{i % 9}"}
 
     monkeypatch.setattr("softprompts.data.streams.stream", lambda path: numbered())
-    monkeypatch.setattr("softprompts.evaluate.CHUNK", 50)
+    monkeypatch.setattr("softprompts.evaluation.evaluate.CHUNK", 50)
     ahead = []
     monkeypatch.setattr("softprompts.cli.answers._line", lambda row, columns, found: ahead.append(len(taken)) or row)
     status, out, err = call("predict", trained / "out" / "prompt", "--file", tmp_path / "x.csv", "--dtype", "float32")

@@ -10,9 +10,10 @@ import torch
 import yaml
 
 import local
-from softprompts import artefact, job, vectors
+from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
-from softprompts.recipes.judging import Judge
+from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.run import run as job
 from test_study_vectors import study_values
 
 P = 4
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("vectors")
     model = local.model_directory(where / "llama")
     for name, seed, out in (("alpha", 0, "alpha"), ("beta", 0, "beta"), ("alpha", 1, "other")):
-        rows = local.colours(where / f"{name}.csv", rows=40, seed=len(name))
+        rows = local.colors(where / f"{name}.csv", rows=40, seed=len(name))
         run = {
             "model": {"name": str(model), "dtype": "float32", "threads": 1},
             "prompt": {"length": P, "init": {"seed": seed}},
@@ -38,7 +39,7 @@ def folder(tmp_path_factory):
             "evaluate": {"resamples": 100},
             "out": str(where / "runs" / out),
         }
-        job.execute(parse(run))
+        job.run(parse(run))
     return where
 
 
@@ -48,8 +49,8 @@ def here(folder, monkeypatch):
     return folder
 
 
-def load(name: str) -> artefact.Artefact:
-    return artefact.load(Path("runs") / name / "prompt")
+def load(name: str) -> artifact.Artifact:
+    return artifact.load(Path("runs") / name / "prompt")
 
 
 def tau(name: str) -> torch.Tensor:
@@ -83,7 +84,7 @@ def test_arithmetic(call, here, tmp_path, command, expected):
     status, out, err = call("vector", *command, "--out", tmp_path / "made")
     assert status == 0, err
     assert str(tmp_path / "made") in out
-    made = artefact.load(tmp_path / "made")
+    made = artifact.load(tmp_path / "made")
     start = load("alpha").initial
     assert made.initial.equal(start)
     torch.testing.assert_close(made.prompt, (start.double() + expected()).float(), atol=1e-7, rtol=1e-6)
@@ -93,7 +94,7 @@ def test_arithmetic(call, here, tmp_path, command, expected):
     assert {part["name"] for part in parts} == names
     total = sum(part["coefficient"] * tau(part["name"]) for part in parts)
     torch.testing.assert_close(total, expected())
-    facts = artefact.inspect(tmp_path / "made")
+    facts = artifact.inspect(tmp_path / "made")
     assert all(name in facts["sum"] for name in names)
     assert f"made of trained prompts: `{facts['sum']}`" in (tmp_path / "made" / "README.md").read_text()
 
@@ -103,7 +104,7 @@ def test_nothing_of_a_vector_is_its_start(call, here, tmp_path, command):
     status, out, err = call("vector", *command, "--out", tmp_path / "made")
     assert status == 0, err
     assert "the change is 0 times as long as the start" in out
-    made = artefact.load(tmp_path / "made")
+    made = artifact.load(tmp_path / "made")
     assert made.prompt.equal(load("alpha").initial)
     assert load("alpha").digest in made.parents
 
@@ -120,7 +121,7 @@ def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_pat
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["n"] == 40
     one = load("alpha")
-    artefact.save(replace(one, format={**one.format, "template": "{text}?"}), tmp_path / "asked")
+    artifact.save(replace(one, format={**one.format, "template": "{text}?"}), tmp_path / "asked")
     assert call("vector", "add", tmp_path / "asked", "beta", "--out", tmp_path / "both")[0] == 0
     refused(call("evaluate", tmp_path / "both"), "holds no task")
 
@@ -132,7 +133,7 @@ def test_merges_take_the_start_of_what_they_merge(call, here, tmp_path, how):
         out = tmp_path / "-".join(order)
         status, _, err = call("vector", "merge", *order, "--how", how, "--out", out)
         assert status == 0, err
-        found.append(artefact.load(out))
+        found.append(artifact.load(out))
     assert found[0].initial.equal(load("alpha").initial)
     assert found[0].digest == found[1].digest
     assert not found[0].prompt.equal(found[0].initial)
@@ -143,7 +144,7 @@ def test_another_start(call, here, tmp_path):
     for option, start in (("--start", load("other").prompt), ("--start-of", load("other").initial)):
         status, _, err = call("vector", "apply", "alpha", option, "other", "--out", tmp_path / option)
         assert status == 0, err
-        made = artefact.load(tmp_path / option)
+        made = artifact.load(tmp_path / option)
         assert made.initial.equal(start)
         torch.testing.assert_close(made.prompt, (start.double() + tau("alpha")).float(), atol=0, rtol=0)
     refused(
@@ -158,15 +159,15 @@ def test_another_start(call, here, tmp_path):
 def test_make_tells_where_a_prompt_began(call, here, tmp_path):
     one = load("alpha")
     silent = tmp_path / "silent"
-    artefact.save(replace(one, initial=None), silent)
+    artifact.save(replace(one, initial=None), silent)
     refused(
         call("vector", "negate", silent, "--out", tmp_path / "x"), "does not say where its training began", "--start"
     )
     began = tmp_path / "began"
-    artefact.save(replace(one, prompt=one.initial, state={"prompts.0": one.initial}), began)
+    artifact.save(replace(one, prompt=one.initial, state={"prompts.0": one.initial}), began)
     status, _, err = call("vector", "make", silent, "--start", began, "--out", tmp_path / "made")
     assert status == 0, err
-    made = artefact.load(tmp_path / "made")
+    made = artifact.load(tmp_path / "made")
     assert made.initial.equal(one.initial)
     assert made.prompt.equal(one.prompt)
     assert made.scores == one.scores
@@ -178,7 +179,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
 def test_a_sum_that_begins_with_a_minus_sign(call, here, tmp_path):
     status, _, err = call("vector", "apply", "--out", tmp_path / "made", "--", "-alpha + 0.5*beta")
     assert status == 0, err
-    found = artefact.load(tmp_path / "made")
+    found = artifact.load(tmp_path / "made")
     expected = found.initial.double() - tau("alpha") + 0.5 * tau("beta")
     torch.testing.assert_close(found.prompt, expected.float(), atol=1e-7, rtol=1e-6)
     assert call("vector", "apply", "--help")[1].count("--") > 3
@@ -216,7 +217,7 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
     found = json.loads((tmp_path / "s/results.json").read_text())
     means = {one["coefficient"]: one["mean"] for one in found["validation"]}
     assert found["coefficient"] == max(means, key=lambda at: (means[at], -at))
-    made = artefact.load(tmp_path / "s/prompt")
+    made = artifact.load(tmp_path / "s/prompt")
     total = vectors.read("alpha + beta")
     assert made.prompt.equal(vectors.apply(total, load("alpha").initial, found["coefficient"]))
     assert set(found["test"]) == {"alpha", "beta"}
@@ -233,14 +234,14 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
 def test_search_reads_test_rows_once_and_last(call, here, tmp_path, monkeypatch):
     """The default grid on validation rows, a task after the other; then each task's test rows, with what was chosen."""
     read = []
-    original = Judge.evaluate
+    original = Evaluator.evaluate
 
     def watched(judge, prompt, rows):
         (role,) = [role for role in ("train", "validation", "test") if rows is getattr(judge.task, role)]
         read.append((judge.task.name, role, prompt))
         return original(judge, prompt, rows)
 
-    monkeypatch.setattr(Judge, "evaluate", watched)
+    monkeypatch.setattr(Evaluator, "evaluate", watched)
     status, _, err = call("vector", "search", "alpha + beta", "--out", tmp_path / "s")
     assert status == 0, err
     grid = [step / 20 for step in range(21)]
@@ -258,7 +259,7 @@ def test_a_search_without_test_rows_says_so(call, here, tmp_path):
     one = load("alpha")
     config = json.loads(json.dumps(one.config))
     config["task"]["split"]["test_fraction"] = 0
-    artefact.save(replace(one, config=config), tmp_path / "untested")
+    artifact.save(replace(one, config=config), tmp_path / "untested")
     status, _, err = call("vector", "search", tmp_path / "untested", "--coefficients", "0,1", "--out", tmp_path / "s")
     assert status == 0, err
     assert "alpha has no test rows" in err
@@ -298,7 +299,7 @@ def test_what_cannot_be_done_is_said(call, here, tmp_path, arguments, words):
 
 def test_other_lengths_are_refused_by_name(call, here, tmp_path):
     one = load("alpha")
-    artefact.save(replace(one, prompt=one.prompt[:2], initial=one.initial[:2], state={}), tmp_path / "short")
+    artifact.save(replace(one, prompt=one.prompt[:2], initial=one.initial[:2], state={}), tmp_path / "short")
     refused(
         call("vector", "add", "alpha", tmp_path / "short", "--out", tmp_path / "x"),
         "alpha",

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from softprompts.assets import fetch, where
-from softprompts.conversion import CONVERT
+from softprompts.assets.gguf import CONVERT
 
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")
@@ -50,7 +50,7 @@ def tiny() -> Gemma3ForCausalLM:
 
 
 def write(model: Gemma3ForCausalLM, path: Path) -> None:
-    """What llama.cpp writes for Gemma 3, without quantising."""
+    """What llama.cpp writes for Gemma 3, without quantizing."""
     writer, config = gguf.GGUFWriter(path, "gemma3"), model.config
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -1,4 +1,4 @@
-"""The methods that fold to one matrix through everything: runs, resume, artefacts, PEFT, mixed batches, the command."""
+"""The methods that fold to one matrix through everything: runs, resume, artifacts, PEFT, mixed batches, the command."""
 
 import json
 import types
@@ -15,13 +15,17 @@ import yaml
 import local
 import rows
 import tiny
-from softprompts import SoftPromptModel, artefact, assets, evaluate, inject, job, methods, stored
-from softprompts.backbone import BackboneError
+from softprompts import SoftPromptModel, assets, injection, methods
+from softprompts.artifacts import artifact
 from softprompts.cli import listing
-from softprompts.config import ConfigError, PromptConfig, parse
-from softprompts.prepare import prepare_together
-from softprompts.prompt import Prompt, Start, for_tasks
-from softprompts.variants import cross, variants
+from softprompts.config import PromptConfig, parse
+from softprompts.config.sweep import grid, sweep
+from softprompts.errors import BackboneError, ConfigError
+from softprompts.evaluation import evaluate
+from softprompts.model import stored
+from softprompts.recipes.run import run as job
+from softprompts.recipes.run.prepare import prepare_many
+from softprompts.types import Prompt, PromptInit, for_tasks
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
@@ -51,8 +55,8 @@ def values(folder: Path, out: Path, prompt: dict[str, Any], **train: Any) -> dic
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {"length": 4, **prompt},
         "task": {
-            "source": str(folder / "colours.csv"),
-            "name": "colours",
+            "source": str(folder / "colors.csv"),
+            "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
@@ -70,11 +74,11 @@ def stopped(_: str, report: Any) -> None:
 
 
 @pytest.mark.parametrize("case", PROMPTS)
-def test_a_run_its_artefact_and_its_resumption(folder: Path, tmp_path: Path, case: str) -> None:
+def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, case: str) -> None:
     """What is kept is a plain prompt that answers as the run did; a cut run goes on to the very same."""
     run = parse(values(folder, tmp_path / "out", PROMPTS[case]))
-    results = job.execute(run)
-    made = artefact.load(tmp_path / "out" / "prompt")
+    results = job.run(run)
+    made = artifact.load(tmp_path / "out" / "prompt")
     ready = job.prepare(run)
     assert made.method == run.prompt.method
     assert made.shape == made.prompt.shape == (4, ready.learner.slot.width)
@@ -83,17 +87,17 @@ def test_a_run_its_artefact_and_its_resumption(folder: Path, tmp_path: Path, cas
         assert torch.equal(made.initial, ready.start.prompt)
     assert results["summary"]["trainable"] == sum(p.numel() for p in ready.learner.method.parameters())
     assert ("nearest_words" in results) == (run.prompt.site == "input")
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     found = evaluate.evaluate(opened.learner, opened.encoder, ready.tasks[0].test, run.evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]
-    assert artefact.inspect(tmp_path / "out" / "prompt")["parameters"] == results["summary"]["trainable"]
+    assert artifact.inspect(tmp_path / "out" / "prompt")["parameters"] == results["summary"]["trainable"]
     ready.learner.method.load_state_dict(made.state)
-    assert torch.equal(stored.folded(ready.learner.method, "colours"), made.prompt)
+    assert torch.equal(stored.folded(ready.learner.method, "colors"), made.prompt)
     cut = parse(values(folder, tmp_path / "cut", PROMPTS[case]))
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stopped))
-    job.execute(cut)
-    again = artefact.load(tmp_path / "cut" / "prompt")
+        job.run(cut, job.ProgressReporter(on_step=stopped))
+    job.run(cut)
+    again = artifact.load(tmp_path / "cut" / "prompt")
     assert made.state.keys() == again.state.keys()
     assert all(torch.equal(made.state[key], again.state[key]) for key in made.state)
 
@@ -101,7 +105,7 @@ def test_a_run_its_artefact_and_its_resumption(folder: Path, tmp_path: Path, cas
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", ["lstm", "residual", "low"])
 def test_peft_loads_the_folded_prompt(folder: Path, tmp_path: Path, case: str) -> None:
-    job.execute(parse(values(folder, tmp_path / "out", PROMPTS[case], steps=2)))
+    job.run(parse(values(folder, tmp_path / "out", PROMPTS[case], steps=2)))
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
     theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "out" / "prompt").eval()
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"))
@@ -116,8 +120,8 @@ def test_other_families(tmp_path: Path, name: str, site: str) -> None:
     run = local.run_values(tmp_path, name, steps=2)
     run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrise": True, "hidden": 8}}
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
-    results = job.execute(parse(run))
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(run).model)
+    results = job.run(parse(run))
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(run).model)
     found = evaluate.evaluate(
         opened.learner, opened.encoder, job.prepare(parse(run)).tasks[0].test, parse(run).evaluate
     )
@@ -125,12 +129,12 @@ def test_other_families(tmp_path: Path, name: str, site: str) -> None:
 
 
 def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path: Path) -> None:
-    """Each task's artefact holds its own network, loads alone, and lets every task of another run begin there."""
+    """Each task's artifact holds its own network, loads alone, and lets every task of another run begin there."""
     both = values(folder, tmp_path / "out", PROMPTS["network"], steps=2)
     task = both.pop("task")
     both["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
-    job.execute(parse(both))
-    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    job.run(parse(both))
+    one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     names = ("start", "inputs", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
     assert sorted(one.state) == sorted(f"networks.0.{name}" for name in names)
     assert not torch.equal(one.state["networks.0.inputs"], two.state["networks.0.inputs"])
@@ -184,7 +188,7 @@ class Shared(torch.nn.Module):
     class Config:
         pass
 
-    def __init__(self, config: Config, slot: Any, start: Start) -> None:
+    def __init__(self, config: Config, slot: Any, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         self.shared = torch.nn.Parameter(start.prompt.clone())
@@ -212,7 +216,7 @@ def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, mon
         torch.testing.assert_close(again(input_ids=ids[:1]).logits[0], before[0], atol=1e-6, rtol=1e-6)
     (left,) = again.prompts.values()
     assert isinstance(left.parts, torch.nn.ModuleList)
-    assert sorted(artefact.load(tmp_path / "two").state) == ["parts.0.bias", "parts.0.weight", "shared"]
+    assert sorted(artifact.load(tmp_path / "two").state) == ["parts.0.bias", "parts.0.weight", "shared"]
 
 
 # What is refused, and what is told
@@ -262,7 +266,7 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         if changes is None:
             del run["train"]["rate"]
         lines: list[str] = []
-        job.prepare(parse(run), job.Screen(say=lines.append))
+        job.prepare(parse(run), job.ProgressReporter(log=lines.append))
         said[name] = [line for line in lines if line.startswith("train.rate")]
     every = "train.rate changes nothing: all of method {} has rates of its own, train.rates: {}"
     assert said == {
@@ -275,8 +279,8 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
     }
     lines.clear()
     for seeds in ({}, {"train.rate": [0.2]}):
-        together = variants(cross(parse(run), {"seed": [0, 1], **seeds}))
-        prepare_together(together, job.Screen(say=lines.append))
+        together = sweep(grid(parse(run), {"seed": [0, 1], **seeds}))
+        prepare_many(together, job.ProgressReporter(log=lines.append))
         told = [line.partition(": ")[2] for line in lines if "train.rate" in line]
         assert told == [every.format("prefix-tuning", "network")] * (2 if seeds else 0)
 
@@ -285,7 +289,7 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
 
 
 def test_the_command(folder: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
-    """Trains from YAML, and every command takes the artefact; a wrong site is one line."""
+    """Trains from YAML, and every command takes the artifact; a wrong site is one line."""
     run = values(folder, tmp_path / "out", PROMPTS["network"], steps=2)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     status, _, err = call("train", "--config", tmp_path / "run.yaml")
@@ -298,8 +302,8 @@ def test_the_command(folder: Path, tmp_path: Path, call: Callable[..., Any]) -> 
     assert call("generate", prompt, "the thing is", "--max-new-tokens", "3")[0] == 0
     assert json.loads(call("inspect", prompt, "--json")[1])["fixed"] is True
     assert call("fold", prompt, "--out", tmp_path / "plain")[0] == 0
-    assert torch.equal(artefact.load(tmp_path / "plain").prompt, artefact.load(prompt).prompt)
-    assert artefact.load(tmp_path / "plain").method == "prompt-tuning"
+    assert torch.equal(artifact.load(tmp_path / "plain").prompt, artifact.load(prompt).prompt)
+    assert artifact.load(tmp_path / "plain").method == "prompt-tuning"
     status, _, err = call("train", "--config", tmp_path / "run.yaml", "--set", "prompt.site=input")
     assert status == 1
     assert [line for line in err.splitlines() if line.startswith("error: ")] == [
@@ -405,7 +409,7 @@ def test_slots_are_those_of_models() -> None:
     bb = tiny.backbone("llama")
     facts = (listing.WIDTH, listing.LAYERS, listing.KEYS)
     for site in ("input", "layers", "kv"):
-        slot, own = inject.slot(bb, inject.Site(site), ("a",), 5), listing._default_slot(site, 5)
+        slot, own = injection.prompt_spec(bb, injection.Site(site), ("a",), 5), listing._default_slot(site, 5)
         parts = {"input": (facts[0], 32), "layers": (facts[1] * facts[0], 96), "kv": (facts[1] * facts[2], 96)}[site]
         assert (own.width, slot.width) == parts
         assert len(own.layers) == (0 if site == "input" else facts[1])

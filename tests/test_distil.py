@@ -12,15 +12,17 @@ import local
 import rows
 import test_together as together
 import tiny
-from softprompts import artefact, distil, inject, job, objectives, train
-from softprompts.artefact import ArtefactError
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, DistilConfig, parse
-from softprompts.inject import Site
-from softprompts.joint import joint_steps
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.artifacts import artifact
+from softprompts.config import DistilConfig, parse
+from softprompts.errors import ArtifactError, BackboneError, ConfigError
+from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.prompt import Output, Start, Step, Teacher
+from softprompts.model.learner import Learner
+from softprompts.recipes.run import run
+from softprompts.training import distillation, loop, objectives
+from softprompts.training.shared_batch import joint_steps
+from softprompts.types import Output, PromptInit, Step, TeacherBatch
 
 TASKS = ("a", "b")
 LAYERS = (-1, 1, 2)
@@ -46,7 +48,7 @@ def test_states_are_the_stock_models(name, path):
     texts = rows.texts(name)
     for side in ("left", "right"):
         batch = rows.batch(name, texts, side)
-        output = inject.forward(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
+        output = injection.forward(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
         parts = {key: states.split(output.tokens["text"].tolist()) for key, states in output.layers.items()}
         assert output.tokens["text"].tolist() == [len(text) for text in texts]
         for i, text in enumerate(texts):
@@ -62,7 +64,7 @@ def test_states_of_both_stacks(name):
     prompt = rows.random(3, 4, 32)
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
-    output = inject.forward(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
+    output = injection.forward(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
     for i, (text, target) in enumerate(zip(texts, rows.targets(texts), strict=True)):
         full = torch.cat([prompt, bb.model.get_input_embeddings()(text)])[None]
         out = bb.model(inputs_embeds=full, decoder_input_ids=rows.shifted(bb, target)[None], output_hidden_states=True)
@@ -78,7 +80,7 @@ def test_states_of_an_encoder():
     bb = tiny.backbone("bert")
     prompt, text = rows.random(3, 4, 32), rows.texts("bert")[1]
     batch = rows.batch("bert", [text], "right", extra=3)
-    output = inject.forward(bb, batch, rows.single(prompt), Site(), layers=(2,))
+    output = injection.forward(bb, batch, rows.single(prompt), Site(), layers=(2,))
     words = bb.model.get_input_embeddings()(text)
     full = torch.cat([words[:1], prompt, words[1:]])[None]
     states = bb.model(inputs_embeds=full, output_hidden_states=True).hidden_states[2][0]
@@ -88,10 +90,10 @@ def test_states_of_an_encoder():
 def test_layers_that_are_not_there():
     bb = tiny.backbone("llama")
     with pytest.raises(BackboneError, match=r"there is no layer 4; LlamaForCausalLM has layers 1 to 3, and -1 is what"):
-        inject.check_layers(bb, (1, 4))
+        injection.check_layers(bb, (1, 4))
     with pytest.raises(BackboneError, match="there is no layer 0"):
-        inject.check_layers(bb, (0,))
-    inject.check_layers(tiny.backbone("albert"), (-1,))
+        injection.check_layers(bb, (0,))
+    injection.check_layers(tiny.backbone("albert"), (-1,))
 
 
 # The losses
@@ -102,7 +104,7 @@ def step_of(student, teacher, temperature=1.0, row=None):
     row = torch.arange(len(student)) if row is None else row
     output = Output(student, torch.zeros(len(student), dtype=torch.long), row, states=student, scores=lambda s: s)
     batch = rows.batch("llama", rows.texts("llama")[: int(row.max()) + 1])
-    return Step(batch, None, output, None, Teacher(teacher, {}, temperature))
+    return Step(batch, None, output, None, TeacherBatch(teacher, {}, temperature))
 
 
 def divergence(p, q, temperature):
@@ -132,14 +134,14 @@ def test_hidden_by_the_mean_of_rows():
         None, None, torch.tensor([0, 1, 1, 1]), layers={key: student}, tokens={"text": torch.tensor([2, 3])}
     )
     step = Step(
-        rows.batch("llama", rows.texts("llama")[:2]), None, output, None, Teacher(torch.zeros(0), {key: teacher})
+        rows.batch("llama", rows.texts("llama")[:2]), None, output, None, TeacherBatch(torch.zeros(0), {key: teacher})
     )
     square = (student - teacher).square()
     expected = 0.25 * square[:2].mean() + 0.75 * square[2:].mean()
     torch.testing.assert_close(objectives.distil_hidden(step), expected)
     two = {key: student, ("text", 1): student * 0}
     both = replace(
-        step, output=replace(output, layers=two), teacher=Teacher(torch.zeros(0), dict.fromkeys(two, teacher))
+        step, output=replace(output, layers=two), teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher))
     )
     zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
     torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)
@@ -158,9 +160,9 @@ def test_a_step_without_a_teacher_says_so():
 def student(name, seed=1, tasks=TASKS, site=None):
     base = together.double(name)
     site = site or Site()
-    slot = inject.slot(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, tasks, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, Start(start)).double()
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.shared.copy_(start)
     return Learner(base, site, slot, method)
@@ -168,7 +170,7 @@ def student(name, seed=1, tasks=TASKS, site=None):
 
 def teachers(one, prompts):
     return tuple(
-        distil.TaskTeacher(task, prompt, one.site, str(i))
+        distillation.TaskTeacher(task, prompt, one.site, str(i))
         for i, (task, prompt) in enumerate(zip(one.slot.tasks, prompts, strict=True))
     )
 
@@ -196,8 +198,8 @@ def check_equal_student(name, site, layers):
     if site.name == "kv":  # nothing scores a first token there
         data = [replace(row, labels=[-100, *row.labels[1:]]) for row in data]
     same = [one.method.fold(task).clone() for task in TASKS]
-    found = distil.targets(one.backbone, teachers(one, same), data, config(layers=layers))
-    other = distil.targets(one.backbone, teachers(one, [-p.flip(0) for p in same]), data, config(layers=layers))
+    found = distillation.targets(one.backbone, teachers(one, same), data, config(layers=layers))
+    other = distillation.targets(one.backbone, teachers(one, [-p.flip(0) for p in same]), data, config(layers=layers))
     for targets, equal in ((found, True), (other, False)):
         (step,) = joint_steps([one], [data[2:7]], [0], 0, [targets])
         for objective in (objectives.distil_logits, objectives.distil_hidden):
@@ -219,15 +221,17 @@ def test_kept_states_are_those_of_the_pass(tmp_path):
     prompts = [rows.random(7, 4, 32), rows.random(8, 4, 32)]
     seen = []
     file = tmp_path / "kept.safetensors"
-    made = distil.targets(one.backbone, teachers(one, prompts), data, config(), file, lambda *done: seen.append(done))
+    made = distillation.targets(
+        one.backbone, teachers(one, prompts), data, config(), file, lambda *done: seen.append(done)
+    )
     assert seen[-1] == (9, 9)
-    again = distil.targets(one.backbone, teachers(one, prompts), data, config(), file)
+    again = distillation.targets(one.backbone, teachers(one, prompts), data, config(), file)
     chosen = [data[3], data[0], data[6]]
     for targets in (made, again):
         teacher = targets.of(chosen, torch.device("cpu"))
         batch = together.train.collate(chosen, 0)
         prompt = rows.several(prompts, [row.task for row in chosen])
-        expected = inject.forward(one.backbone, batch, prompt, Site(), layers=LAYERS)
+        expected = injection.forward(one.backbone, batch, prompt, Site(), layers=LAYERS)
         torch.testing.assert_close(teacher.states, expected.states)
         torch.testing.assert_close(expected.scores(teacher.states), expected.logits)
         for key, states in expected.layers.items():
@@ -239,19 +243,19 @@ def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, mon
     data = together.encoded("llama", 6, 5, tasks=2)
     prompts = [rows.random(7, 4, 32), rows.random(8, 4, 32)]
     calls = []
-    original = distil._compute
-    monkeypatch.setattr(distil, "_compute", lambda *given: calls.append(1) or original(*given))
+    original = distillation._compute
+    monkeypatch.setattr(distillation, "_compute", lambda *given: calls.append(1) or original(*given))
     file = tmp_path / "kept.safetensors"
 
     def made(own=data, given=prompts, **changes):
-        distil.targets(one.backbone, teachers(one, given), own, config(**changes), file)
+        distillation.targets(one.backbone, teachers(one, given), own, config(**changes), file)
         return len(calls)
 
     assert (made(), made(), made(temperature=3.0)) == (1, 1, 1)
     assert made(layers=(-1,)) == 2
     assert made(data[1:], layers=(-1,)) == 3
     changed = [replace(teachers(one, prompts)[0], digest="x"), teachers(one, prompts)[1]]
-    distil.targets(one.backbone, changed, data[1:], config(layers=(-1,)), file)
+    distillation.targets(one.backbone, changed, data[1:], config(layers=(-1,)), file)
     assert len(calls) == 4
 
 
@@ -266,17 +270,19 @@ def test_distilled_runs_train_alone_and_together_alike():
         for name, layers, changes in (("one", (-1, 2), {}), ("two", (1,), {"rate": 0.1})):
             learner = replace(student("llama"), backbone=base)
             prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-            targets = distil.targets(base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0))
+            targets = distillation.targets(
+                base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0)
+            )
             settings = together.config(steps=8, objectives=weights, **changes)
-            made.append(train.Trainee(name, learner, data, settings, targets=targets))
+            made.append(loop.TrainingRun(name, learner, data, settings, targets=targets))
         plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
-        return [*made, train.Trainee("plain", plain, data, together.config(steps=8))]
+        return [*made, loop.TrainingRun("plain", plain, data, together.config(steps=8))]
 
     alone = {}
     for one in runs():
-        alone[one.name] = [report.loss for _, report in train.fit_together([one], pad=0)]
+        alone[one.name] = [report.loss for _, report in loop.train_many([one], pad=0)]
     both = {name: [] for name in alone}
-    for name, report in train.fit_together(runs(), pad=0):
+    for name, report in loop.train_many(runs(), pad=0):
         both[name].append(report.loss)
     for name, losses in alone.items():
         assert both[name] == pytest.approx(losses, rel=1e-9)
@@ -290,9 +296,9 @@ def test_accumulated_batches_equal_one_large_batch():
     for size, parts in ((8, 1), (2, 4)):
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-        targets = distil.targets(one.backbone, teachers(one, prompts), data, config())
+        targets = distillation.targets(one.backbone, teachers(one, prompts), data, config())
         settings = together.config(steps=4, batch_size=size, accumulate=parts, objectives=weights)
-        losses = [r.loss for r in train.fit(one, data, settings, pad=0, targets=targets)]
+        losses = [r.loss for r in loop.fit(one, data, settings, pad=0, targets=targets)]
         found.append((losses, one.method.fold("a")))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
@@ -307,9 +313,11 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
     def fitted(folder, stop=None):
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-        targets = distil.targets(one.backbone, teachers(one, prompts), data, config(), folder / "kept.safetensors")
+        targets = distillation.targets(
+            one.backbone, teachers(one, prompts), data, config(), folder / "kept.safetensors"
+        )
         losses = []
-        with closing(train.fit(one, data, settings, pad=0, directory=folder, targets=targets)) as steps:
+        with closing(loop.fit(one, data, settings, pad=0, directory=folder, targets=targets)) as steps:
             for report in steps:
                 losses.append(report.loss)
                 if report.step == stop:
@@ -328,9 +336,9 @@ def test_a_weight_of_zero_is_the_task_alone():
     losses = []
     for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distil-logits": 0.0, "distil-hidden": 0.0}, True)):
         one = student("llama")
-        targets = distil.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
+        targets = distillation.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
         settings = together.config(steps=6, objectives=weights)
-        fitting = train.fit(one, data, settings, pad=0, targets=targets if taught else None)
+        fitting = loop.fit(one, data, settings, pad=0, targets=targets if taught else None)
         losses.append([report.loss for report in fitting])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
@@ -345,7 +353,7 @@ def values(tmp_path):
     task = made.pop("task")
     made["tasks"] = [{**task, "name": name} for name in TASKS]
     for name in TASKS:
-        job.execute(parse({**made, "tasks": [{**task, "name": name}], "out": str(tmp_path / name)}))
+        run.run(parse({**made, "tasks": [{**task, "name": name}], "out": str(tmp_path / name)}))
     made["prompt"] |= {"method": "multitask-prompt-tuning"}
     made["train"] |= {
         "objectives": {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.9},
@@ -356,13 +364,13 @@ def values(tmp_path):
 
 
 def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
-    results = job.execute(parse(values))
+    results = run.run(parse(values))
     assert len(results["tasks"]) == 2
-    assert (tmp_path / "out" / distil.FILE).exists()
-    one = artefact.load(tmp_path / "out" / "prompt" / "a")
+    assert (tmp_path / "out" / distillation.FILE).exists()
+    one = artifact.load(tmp_path / "out" / "prompt" / "a")
     assert sorted(one.state) == ["columns.0", "rows.0", "shared"]
     assert one.prompt.equal(one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
-    other = artefact.load(tmp_path / "out" / "prompt" / "b")
+    other = artifact.load(tmp_path / "out" / "prompt" / "b")
     assert one.state["shared"].equal(other.state["shared"])
     assert not one.state["columns.0"].equal(other.state["columns.0"])
     curve = [step["loss"] for step in results["tasks"][0]["curve"]]
@@ -378,13 +386,13 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
             ConfigError,
             "train.distil.teachers: there is no task 'c'; tasks: a, b",
         ),
-        (lambda v: v["train"]["distil"]["teachers"].update(b="nowhere"), ArtefactError, "no directory nowhere"),
+        (lambda v: v["train"]["distil"]["teachers"].update(b="nowhere"), ArtifactError, "no directory nowhere"),
         (lambda v: v["train"]["distil"].update(layers=[9]), BackboneError, "there is no layer 9"),
         (lambda v: v["train"].pop("distil"), ConfigError, "objective 'distil-logits' compares with teachers"),
         (lambda v: v["train"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
         (lambda v: v["train"].update(rates={"factor": 1.0}), ConfigError, "no group 'factor'; did you mean 'factors'"),
         (lambda v: v["train"].update(batch_tokens=100), ConfigError, "draw 'some' draws tasks first"),
-        (lambda v: v["model"].update(name=str(v["other"])), ArtefactError, "weights"),
+        (lambda v: v["model"].update(name=str(v["other"])), ArtifactError, "weights"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_any_training(values, tmp_path, change, kind, words):
@@ -393,7 +401,7 @@ def test_what_does_not_fit_is_refused_before_any_training(values, tmp_path, chan
     del values["other"]
     values["out"] = str(tmp_path / "refused")
     with pytest.raises(kind, match=words):
-        job.execute(parse(values))
+        run.run(parse(values))
     assert not list((tmp_path / "refused").glob("*"))
 
 
@@ -403,11 +411,11 @@ def test_a_teacher_that_scores_other_tokens_is_refused(values, tmp_path):
     bare = [{**task, "template": "", "kind": "generation", "label": "text", "split": split} for task in values["tasks"]]
     for name, task in zip(TASKS, bare, strict=True):
         alone = {**values, "tasks": [task], "out": str(tmp_path / "bare" / name), "prompt": {"length": 4}}
-        job.execute(parse({**alone, "train": {"steps": 1, "batch_size": 4}}))
+        run.run(parse({**alone, "train": {"steps": 1, "batch_size": 4}}))
         values["train"]["distil"]["teachers"][name] = str(tmp_path / "bare" / name / "prompt")
     values["prompt"]["site"] = "kv"
     with pytest.raises(ConfigError, match=r"its teacher scores .* give them the same site"):
-        job.execute(parse({**values, "tasks": bare}))
+        run.run(parse({**values, "tasks": bare}))
 
 
 def test_divergence_equals_torchs_own():

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from studies import instance_prompts, task_prompt_vectors
 
 from softprompts import config
 from softprompts.recipes.multitask import Plan
-from softprompts.studies import instance_prompts, task_prompt_vectors
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 import local
-from softprompts import evaluate, job
-from softprompts.config import ConfigError, EvaluateConfig, parse
-from softprompts.data import DataError
-from softprompts.init import from_ids
-from softprompts.metrics import vote
+from softprompts.config import EvaluateConfig, parse
+from softprompts.errors import ConfigError, DataError
+from softprompts.evaluation import evaluate
+from softprompts.evaluation.metrics import vote
+from softprompts.model.initialization import from_ids
+from softprompts.recipes.run import run as job
 
 CONFIG = EvaluateConfig(resamples=100, batch_size=3)
 
 
 def prepared(folder, model, **task):
-    """A job on the colours with a tiny `model`, nothing trained."""
+    """A job on the colors with a tiny `model`, nothing trained."""
     values = local.run_values(folder, model)
     values["task"] |= task
     values["model"]["head"] = values["task"].pop("head", "lm")
@@ -42,47 +43,47 @@ ANSWERS = [
 ]
 
 
-@pytest.mark.parametrize("verbaliser", ANSWERS)
-@pytest.mark.parametrize("normalise", [False, True])
-def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbaliser, normalise):
-    short = max(map(len, verbaliser.values())) == 1
-    made = prepared(tmp_path, "llama", verbaliser=verbaliser, separator="" if short else " ")
+@pytest.mark.parametrize("verbalizer", ANSWERS)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbalizer, normalize):
+    short = max(map(len, verbalizer.values())) == 1
+    made = prepared(tmp_path, "llama", verbalizer=verbalizer, separator="" if short else " ")
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     assert short == all(len(ids) == 1 for ids in encoder.candidates().values())
     rows = [{**row, "text": row["text"] + " indeed" * (i % 3)} for i, row in enumerate(made.tasks[0].test[:5])]
-    found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"normalise": normalise})))
+    found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"normalize": normalize})))
     model = learner.backbone.model
     for row, one in zip(rows, found, strict=True):
         expected = {}
         for label, ids in encoder.candidates().items():
-            text = WORDS + encoder.encode(row).ids
+            text = WORDS + encoder.encode(row).input_ids
             logits = model(input_ids=torch.tensor([text + ids])).logits[0].log_softmax(-1)
             parts = [float(logits[len(text) - 1 + i, token]) for i, token in enumerate(ids)]
-            expected[label] = sum(parts) / (len(ids) if normalise else 1)
+            expected[label] = sum(parts) / (len(ids) if normalize else 1)
         assert one.scores == pytest.approx(expected, abs=2e-5)
         assert one.value == max(expected, key=expected.__getitem__)
 
 
 def test_ranking_with_an_encoder_decoder(tmp_path):
-    made = prepared(tmp_path, "t5", verbaliser={"warm": "it is warm", "cold": "cold"})
+    made = prepared(tmp_path, "t5", verbalizer={"warm": "it is warm", "cold": "cold"})
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
     (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
     for label, ids in encoder.candidates().items():
-        text = torch.tensor([WORDS + encoder.encode(row).ids])
+        text = torch.tensor([WORDS + encoder.encode(row).input_ids])
         logits = learner.backbone.model(input_ids=text, labels=torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = sum(float(logits[i, token]) for i, token in enumerate(ids))
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
 
 
 def test_ranking_with_a_masked_model(tmp_path):
-    made = prepared(tmp_path, "bert", template="{text} it is {mask}", verbaliser={"warm": "warm", "cold": "so cold"})
+    made = prepared(tmp_path, "bert", template="{text} it is {mask}", verbalizer={"warm": "warm", "cold": "so cold"})
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
     (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
-    for label, answer in encoder.format.verbaliser.items():
+    for label, answer in encoder.template.verbalizer.items():
         one = encoder.encode(row, answer)
-        first, rest = one.ids[:1], one.ids[1:]
+        first, rest = one.input_ids[:1], one.input_ids[1:]
         ids = torch.tensor([first + WORDS + rest])
         logits = learner.backbone.model(input_ids=ids).logits[0].log_softmax(-1)
         places = [i for i, wanted in enumerate(one.labels) if wanted != -100]
@@ -91,7 +92,7 @@ def test_ranking_with_a_masked_model(tmp_path):
 
 
 def test_answers_do_not_depend_on_the_batch(tmp_path):
-    made = prepared(tmp_path, "llama", verbaliser=ANSWERS[1])
+    made = prepared(tmp_path, "llama", verbalizer=ANSWERS[1])
     rows = made.tasks[0].test
     alone = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG.model_copy(update={"batch_size": 1})))
     together = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG))
@@ -124,7 +125,7 @@ def test_generation_after_teaching_agrees_with_ranking(tmp_path):
 
 
 def three_tasks(folder):
-    """A job on the colours with a tiny model and three tasks that are alike, nothing trained."""
+    """A job on the colors with a tiny model and three tasks that are alike, nothing trained."""
     values = local.run_values(folder)
     task = values.pop("task")
     values["tasks"] = [{**task, "name": name} for name in ("a", "b", "c")]
@@ -180,10 +181,10 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
     values = local.run_values(tmp_path, "llama", steps=200, rate=0.1, head_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "rows.csv"), "template": "{text}", "kind": kind, "name": "t"}
     values["model"]["head"] = "sequence"
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     score = results["summary"]["after"]["value"]
     assert score > 0.9, results["scores"]
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     assert opened.learner.head is not None
     rows = [{"text": "the thing 3 is red"}, {"text": "the thing 4 is blue"}]
     one, other = evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)
@@ -193,53 +194,53 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
         if kind == "multilabel":  # each label has its own chance: they do not share one between them
             assert all((chance > math.log(0.5)) == (label in one.value) for label, chance in one.scores.items())
         with pytest.raises(ConfigError, match="cannot vote in one batch"):
-            job.open_artefacts([tmp_path / "out" / "prompt"] * 2, model=parse(values).model)
+            job.open_artifacts([tmp_path / "out" / "prompt"] * 2, model=parse(values).model)
         assert (one.value, other.value) == {"label": ("warm", "cold"), "multilabel": (["a", "b"], ["b"])}[kind]
 
 
 def test_token_heads_train_and_answer(tmp_path):
     rows = [
-        {"tokens": ["the", colour, "thing", str(i)], "tags": ["O", "COLOUR", "O", "NUMBER"]}
-        for i, colour in enumerate(["red", "blue", "green", "orange"] * 10)
+        {"tokens": ["the", color, "thing", str(i)], "tags": ["O", "COLOR", "O", "NUMBER"]}
+        for i, color in enumerate(["red", "blue", "green", "orange"] * 10)
     ]
     (tmp_path / "tags.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     values = local.run_values(tmp_path, "llama", steps=60, rate=0.3, head_rate=0.02)
     values["task"] |= {"source": str(tmp_path / "tags.jsonl"), "template": "{tokens}", "label": "tags"}
     values["task"] |= {"kind": "tagging", "name": "tags"}
     values["model"]["head"] = "token"
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["after"]["value"] > 0.9
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     (found,) = evaluate.answers(opened.learner, opened.encoder, [{"tokens": ["the", "red", "thing", "7"]}], CONFIG)
-    assert found.value == ["O", "COLOUR", "O", "NUMBER"]
+    assert found.value == ["O", "COLOR", "O", "NUMBER"]
 
 
 def test_span_heads_train_and_answer(tmp_path):
     rows = []
-    for i, colour in enumerate(["red", "blue", "green", "orange"] * 10):
-        context = f"thing {i} is {colour} today"
-        start = context.index(colour)
-        rows.append({"q": "which colour", "context": context, "answers": {"text": [colour], "answer_start": [start]}})
+    for i, color in enumerate(["red", "blue", "green", "orange"] * 10):
+        context = f"thing {i} is {color} today"
+        start = context.index(color)
+        rows.append({"q": "which color", "context": context, "answers": {"text": [color], "answer_start": [start]}})
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     values = local.run_values(tmp_path, "llama", steps=80, rate=0.3, head_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "qa.jsonl"), "template": "{q}", "pair": "{context}"}
     values["task"] |= {"label": "answers", "kind": "span", "name": "qa"}
     values["model"]["head"] = "span"
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["metric"].startswith("squad")
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    asked = [{"q": "which colour", "context": "thing 5 is red today"}]
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    asked = [{"q": "which color", "context": "thing 5 is red today"}]
     (found,) = evaluate.answers(opened.learner, opened.encoder, asked, CONFIG)
     assert found.value in asked[0]["context"]
     assert results["summary"]["after"]["value"] > 0.5, results["scores"]
 
 
-def test_an_opened_artefact_scores_bit_for_bit_as_in_its_run(tmp_path):
+def test_an_opened_artifact_scores_bit_for_bit_as_in_its_run(tmp_path):
     values = local.run_values(tmp_path)
     run = parse(values)
     made = job.prepare(run)
-    job.execute(run)
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    job.run(run)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     again = replace(made.learner, method=opened.learner.method)
     rows = made.tasks[0].test
     mine = [a.scores for a in evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)]
@@ -256,12 +257,12 @@ def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
     (tmp_path / "m.jsonl").write_text(
         "".join(json.dumps({**row, "text": f"{row['text']} {i}"}) + "\n" for i, row in enumerate(rows))
     )
-    words = {"C": "colour", "O": "other"}
-    made = prepared(tmp_path, "llama", source=str(tmp_path / "m.jsonl"), kind="multilabel", verbaliser=words)
+    words = {"C": "color", "O": "other"}
+    made = prepared(tmp_path, "llama", source=str(tmp_path / "m.jsonl"), kind="multilabel", verbalizer=words)
     encoder = made.encoders[0]
     golds = [evaluate.reference(encoder, {"text": "x", "label": label}) for label in ("C,O", "", ["O"])]
     assert golds == [["C", "O"], [], ["O"]]
-    assert [evaluate._parsed(encoder, text) for text in ("colour, other", "", "other")] == golds
+    assert [evaluate._parsed(encoder, text) for text in ("color, other", "", "other")] == golds
 
 
 def test_the_positive_label_is_mapped_too(tmp_path):
@@ -270,7 +271,7 @@ def test_the_positive_label_is_mapped_too(tmp_path):
     own = evaluate.evaluate(made.learner, made.encoders[0], made.tasks[0].test, CONFIG)
     mapped = evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"warm": "1", "cold": "0"})
     assert mapped.headline.value == own.headline.value
-    with pytest.raises(DataError, match="mapped label 'hot' is not in the verbaliser"):
+    with pytest.raises(DataError, match="mapped label 'hot' is not in the verbalizer"):
         evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"hot": "1"})
 
 

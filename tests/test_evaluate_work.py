@@ -6,31 +6,33 @@ import pytest
 import torch
 
 import local
-from softprompts import evaluate, inject, job
+from softprompts import injection
+from softprompts.backbone.kernels import Kernels
 from softprompts.config import EvaluateConfig, parse
-from softprompts.data import DataError
-from softprompts.init import from_ids
-from softprompts.kernels import Kernels
-from softprompts.metrics import vote
-from softprompts.prompt import IGNORE, Batch
+from softprompts.errors import DataError
+from softprompts.evaluation import evaluate
+from softprompts.evaluation.metrics import vote
+from softprompts.model.initialization import from_ids
+from softprompts.recipes.run import run
+from softprompts.types import IGNORE, Batch
 
 CONFIG = EvaluateConfig(resamples=100, batch_size=3)
 WORDS = {"warm": "a warm one", "cold": "a cold one"}  # the first tokens are the same
 
 
 def prepared(folder, model="llama", tasks=1, site="input", **task):
-    """A job on the colours with a tiny `model` and several tasks that are alike, nothing trained."""
+    """A job on the colors with a tiny `model` and several tasks that are alike, nothing trained."""
     values = local.run_values(folder, model)
     values["prompt"]["site"] = site
-    first = {"verbaliser": WORDS, **values.pop("task"), **task}
-    values["tasks"] = [{**first, "name": f"colours{i}"} for i in range(tasks)]
-    return job.prepare(parse(values))
+    first = {"verbalizer": WORDS, **values.pop("task"), **task}
+    values["tasks"] = [{**first, "name": f"colors{i}"} for i in range(tasks)]
+    return run.prepare(parse(values))
 
 
 def passes(learner):
     """What counts the tokens of each pass through the first layer; and a handle to stop it."""
     found = []
-    inject.why_not_packed(learner.backbone)  # tries a few tokens, once
+    injection.why_not_packed(learner.backbone)  # tries a few tokens, once
 
     def count(module, args, kwargs, output):
         found.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel())
@@ -55,7 +57,7 @@ def one_by_one(learner, encoder, rows, task=0):
             )
             batch = replace(batch, labels=torch.tensor([[IGNORE] * len(text) + ids]))
             path = None if learner.site.name == "kv" else "concatenation"
-            output = inject.forward(learner.backbone, batch, learner.prompt(batch), learner.site, path=path)
+            output = injection.forward(learner.backbone, batch, learner.prompt(batch), learner.site, path=path)
             logits = output.logits.log_softmax(-1)
             scores[label] = float(logits.gather(1, output.labels[:, None]).sum())
         found.append(scores)
@@ -75,10 +77,10 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
     handle.remove()
     for one, scores in zip(found, expected, strict=True):
         assert one.scores == pytest.approx(scores, abs=2e-5)
-    texts = [encoder.encode(row).ids for row in rows]
+    texts = [encoder.encode(row).input_ids for row in rows]
     common = alike(texts) if site == "input" else 0
     assert common > 3 or site != "input"
-    beside = len(inject.branches(list(encoder.candidates().values())).ids)
+    beside = len(injection.candidate_tree(list(encoder.candidates().values())).ids)
     first, *others = read if site != "kv" else [0, *read]
     assert first == (0 if site == "kv" else 4 + common)
     assert len(others) == 4
@@ -86,7 +88,7 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
 
 
 def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
-    made = prepared(tmp_path, verbaliser={"warm": "co", "cold": "cold"})
+    made = prepared(tmp_path, verbalizer={"warm": "co", "cold": "cold"})
     learner, rows = made.learner, list(made.tasks[0].train[:20])
     packed = list(evaluate.answers(learner, made.encoders[0], rows, CONFIG))
     shared = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared")))
@@ -96,7 +98,7 @@ def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     for one, other in zip(found, packed, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=2e-5)
     assert sum(read[1:]) < len(rows) * 40  # no row read the prompt's 4 and the common tokens again
-    assert read[0] == 4 + alike([made.encoders[0].encode(row).ids for row in rows])
+    assert read[0] == 4 + alike([made.encoders[0].encode(row).input_ids for row in rows])
 
 
 def test_each_task_is_judged_with_its_own_prompt(tmp_path):
@@ -147,7 +149,7 @@ def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeyp
 
 
 def test_rows_are_taken_as_they_are_needed_and_those_before_a_fault_are_answered(tmp_path):
-    made = prepared(tmp_path, verbaliser={"warm": "Q", "cold": "Z"}, separator="")
+    made = prepared(tmp_path, verbalizer={"warm": "Q", "cold": "Z"}, separator="")
     alive, most, texts = 0, 0, ["red", "blue", "green", "orange"]
 
     class Counted(dict):

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rows
-from artefacts import D, P, bits, trained
-from softprompts import artefact, several, vectors
-from softprompts.artefact import ArtefactError
-from softprompts.vectors import VectorError, locate, read, terms, vector, weigh
+from artifacts import D, P, bits, trained
+from softprompts.artifacts import artifact, collection, vectors
+from softprompts.artifacts.vectors import locate, read, terms, vector, weigh
+from softprompts.errors import ArtifactError, VectorError
 
 PROMPTS = tuple(trained(rows.random(seed, P, D), rows.random(9, P, D), task=f"t{seed}") for seed in range(3))
 
@@ -199,7 +199,7 @@ def test_weigh_finds_each_name_once_and_adds() -> None:
 
 
 def test_weigh_refuses_coefficients_that_no_float_holds() -> None:
-    with pytest.raises(ArtefactError, match="give a finite number"):
+    with pytest.raises(ArtifactError, match="give a finite number"):
         weigh("1e200*1e200*a", lambda name: vector(PROMPTS[0]))
 
 
@@ -208,12 +208,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with trained prompts in all the places that a name may mean."""
     monkeypatch.chdir(tmp_path)
     for seed, place in enumerate(("runs/movies/prompt", "exported", "runs/plain")):
-        artefact.save(PROMPTS[seed], tmp_path / place)
+        artifact.save(PROMPTS[seed], tmp_path / place)
     return tmp_path
 
 
 def test_locate(here: Path) -> None:
-    """A run by its name, a run's directory, an artefact's directory; what stands here goes before `runs`."""
+    """A run by its name, a run's directory, an artifact's directory; what stands here goes before `runs`."""
     for name, place in (
         ("movies", "runs/movies/prompt"),
         ("runs/movies", "runs/movies/prompt"),
@@ -225,10 +225,10 @@ def test_locate(here: Path) -> None:
         (str(here / "runs/movies"), str(here / "runs/movies/prompt")),
     ):
         assert locate(name) == Path(place), name
-    artefact.save(PROMPTS[1], here / "runs/plain/prompt")
+    artifact.save(PROMPTS[1], here / "runs/plain/prompt")
     assert locate("plain") == Path("runs/plain/prompt"), "as train writes it"
     for place in ("movies/prompt", "plain", "plain/prompt"):
-        artefact.save(PROMPTS[1], here / place)
+        artifact.save(PROMPTS[1], here / place)
     assert locate("movies") == Path("movies/prompt")
     assert locate("plain") == Path("plain")
     for name in ("softprompts.json", "softprompts.safetensors"):
@@ -264,8 +264,8 @@ def test_a_path_that_is_not_there_is_told_once(here: Path) -> None:
 def test_a_run_of_several_tasks_is_no_one_prompt(here: Path) -> None:
     """The message says how to name one of them."""
     for seed, task in enumerate(("mnli", "sst2")):
-        artefact.save(PROMPTS[seed], here / "runs/joint/prompt" / task)
-    several.write(here / "runs/joint/prompt", several.Order(("mnli", "sst2")), None)
+        artifact.save(PROMPTS[seed], here / "runs/joint/prompt" / task)
+    collection.write(here / "runs/joint/prompt", collection.CollectionIndex(("mnli", "sst2")), None)
     with pytest.raises(
         VectorError, match="joint holds 2 prompts; name one: runs/joint/prompt/mnli, runs/joint/prompt/sst2"
     ):
@@ -286,4 +286,4 @@ def test_read(here: Path) -> None:
         read("movies + tweets")
     with pytest.raises(VectorError, match="after 'movies'"):
         read("movies tweets")
-    assert issubclass(VectorError, ArtefactError)
+    assert issubclass(VectorError, ArtifactError)

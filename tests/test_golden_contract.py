@@ -12,12 +12,14 @@ import rows
 import tiny
 from rows import INPUT, called
 from softprompts import backbone as b
-from softprompts import inject, objectives
-from softprompts.generate import generate
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.errors import PromptError
+from softprompts.injection.generation import generate
 from softprompts.methods import METHODS, find, groups
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Prompt, PromptError, Start, Step, mix
+from softprompts.model.learner import Learner
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, Prompt, PromptInit, Step, mix_prompts
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -52,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """Every method with its default configuration or one that suits a few short texts, and some computed in another way."""
 
 
-def sites(name: str, method: str) -> list[inject.Site]:
+def sites(name: str, method: str) -> list[injection.Site]:
     """The sites that a tiny model has and the method is for."""
     possible = getattr(find(CASES[method][0]), "sites", ("input", "decoder", "layers", "kv"))
     return [site for site in rows.sites(name) if site.name in possible]
@@ -63,14 +65,14 @@ def everywhere(*names: str) -> list[Any]:
     return [(name, site, method) for method in CASES for name in names for site in sites(name, method)]
 
 
-def learner(name: str, method: str = "prompt-tuning", site: inject.Site | None = None, head: str = "lm") -> Learner:
+def learner(name: str, method: str = "prompt-tuning", site: injection.Site | None = None, head: str = "lm") -> Learner:
     """A method for three tasks on a shared tiny backbone, at the first of its sites if none is given."""
     bb = tiny.backbone(name, head)
     site = site or sites(name, method)[0]
-    slot = inject.slot(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, TASKS, P)
     kind, options = CASES[method]
     made: Any = find(kind)
-    start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
+    start = PromptInit(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
     torch.manual_seed(0)
     return Learner(bb, site, slot, made(made.Config(**options), slot, start).to(bb.device).eval())
 
@@ -84,18 +86,18 @@ def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
     found = rows.batch(name, rows.texts(name, lengths, seed), "left")
     labels = found.labels
     if name in tiny.CAUSAL:
-        labels = labels.masked_fill(found.mask.cumsum(1) <= 2, IGNORE)
-    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
+        labels = labels.masked_fill(found.attention_mask.cumsum(1) <= 2, IGNORE)
+    return Batch(found.input_ids, found.attention_mask, torch.tensor(tasks), labels)
 
 
 def looked_up(made: Learner, batch: Batch) -> list[list[int]]:
     """The tokens of each row that a prompt may be made from, at most as many as the prompt is long."""
-    mask = made.context(batch).mask.bool()
-    return [row[there][: made.slot.length].tolist() for row, there in zip(batch.ids, mask, strict=True)]
+    mask = made.context(batch).attention_mask.bool()
+    return [row[there][: made.slot.length].tolist() for row, there in zip(batch.input_ids, mask, strict=True)]
 
 
 def rated(made: Learner, prompt: float) -> list[dict[str, Any]]:
-    """The method's parameters in groups for an optimiser: what counts as a prompt learns fast, weights slowly."""
+    """The method's parameters in groups for an optimizer: what counts as a prompt learns fast, weights slowly."""
     named = made.parameters().items()
     return [
         {
@@ -112,7 +114,7 @@ def loss(made: Learner, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
-def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: str) -> None:
+def test_fills_its_slot_and_starts_there(name: str, site: injection.Site, method: str) -> None:
     made = learner(name, method, site)
     batch = batch_of(name, [2, 0, 2, 2])
     prompt = made.prompt(batch)
@@ -120,14 +122,14 @@ def test_fills_its_slot_and_starts_there(name: str, site: inject.Site, method: s
     assert prompt.values.dtype == torch.float32
     assert prompt.mask.shape == prompt.values.shape[:2]
     if method in LOOKS_UP and not made.slot.layers:
-        assert prompt.lengths[prompt.row].tolist() == [len(read) for read in looked_up(made, batch)]
+        assert prompt.lengths[prompt.prompt_index].tolist() == [len(read) for read in looked_up(made, batch)]
         assert prompt.values.abs().max() <= 3**0.5 * rows.random(5, P, made.slot.width).square().mean().sqrt() + 1e-6
         return
     assert prompt.mask.all()
-    assert prompt.row.shape == (4,)
+    assert prompt.prompt_index.shape == (4,)
     assert len(prompt.values) <= 4
     start = rows.random(5, P, made.slot.width)
-    for values in prompt.values[prompt.row]:
+    for values in prompt.values[prompt.prompt_index]:
         if method in MIXES:
             mixed = torch.stack([start, *(rows.random(i, P, made.slot.width) for i in range(3))])
             rest = values - start
@@ -152,18 +154,23 @@ def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
     prompt = made.prompt(batch)
     scored = batch.labels != IGNORE
     labels = batch.labels.masked_fill(scored, 7)
-    same = [Batch(batch.ids, batch.mask, batch.task, labels)]
+    same = [Batch(batch.input_ids, batch.attention_mask, batch.task_ids, labels)]
     if name in tiny.CAUSAL:  # whose labels are part of the text
-        ids = batch.ids.masked_fill(scored, 7)
-        same = [Batch(ids, batch.mask, batch.task, labels), Batch(batch.ids, batch.mask * ~scored, batch.task)]
+        ids = batch.input_ids.masked_fill(scored, 7)
+        same = [
+            Batch(ids, batch.attention_mask, batch.task_ids, labels),
+            Batch(batch.input_ids, batch.attention_mask * ~scored, batch.task_ids),
+        ]
     for other in same:
         found = made.prompt(other)
-        torch.testing.assert_close(found.values[found.row], prompt.values[prompt.row], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            found.values[found.prompt_index], prompt.values[prompt.prompt_index], atol=1e-6, rtol=1e-5
+        )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", CASES)
-def test_ignores_neighbours(method: str) -> None:
+def test_ignores_neighbors(method: str) -> None:
     made = learner("llama", method)
     for parameter in made.method.parameters():
         parameter.add_(rows.random(8, *parameter.shape))
@@ -171,57 +178,57 @@ def test_ignores_neighbours(method: str) -> None:
     together = made.prompt(batch)
     for i in range(4):
         alone = made.prompt(batch.rows(torch.tensor([i])))
-        found, expected = together.values[together.row[i]], alone.values[alone.row[0]]
+        found, expected = together.values[together.prompt_index[i]], alone.values[alone.prompt_index[0]]
         size = max(1.0, float(expected.abs().max()))  # what a generator makes of such parameters may be large
         torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_nothing_is_learnt_from_batches_without_text(method: str) -> None:
-    """What a text decides cannot be learnt where there is none: the prompt that answers would be another."""
+def test_nothing_is_learned_from_batches_without_text(method: str) -> None:
+    """What a text decides cannot be learned where there is none: the prompt that answers would be another."""
     made = learner("llama", method)
     batch = batch_of("llama", [2, 0, 1, 2])
-    every = batch.mask.bool()
-    batch = replace(batch, labels=batch.ids.where(every, IGNORE))
+    every = batch.attention_mask.bool()
+    batch = replace(batch, labels=batch.input_ids.where(every, IGNORE))
     if not made.method.sees_input:
         assert made.prompt(batch, training=True).values.requires_grad
         return
-    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learnt"):
+    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
         made.prompt(batch, training=True)
     with torch.no_grad():
-        assert len(made.prompt(batch).row) == 4
+        assert len(made.prompt(batch).prompt_index) == 4
     some = replace(batch, labels=batch.labels.masked_fill(torch.arange(4)[:, None] == 1, IGNORE))
     assert made.prompt(some, training=True).values.requires_grad
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
-def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: inject.Site, method: str) -> None:
+def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: injection.Site, method: str) -> None:
     """Rows of the method and of a shorter prompt in one batch, read on every path the model has; and written."""
     one = learner(name, method, site)
     for i, parameter in enumerate(one.method.parameters()):
         parameter.add_(rows.random(70 + i, *parameter.shape) / 4)
-    slot = inject.slot(one.backbone, site, ("x",), 2)
-    start = Start(rows.random(7, 2, slot.width))
+    slot = injection.prompt_spec(one.backbone, site, ("x",), 2)
+    start = PromptInit(rows.random(7, 2, slot.width))
     plain = Learner(one.backbone, site, slot, PromptTuning(PromptTuning.Config(), slot, start).to(one.backbone.device))
     batch = batch_of(name, [0, 0, 1, 0, 2])
     mine, theirs = torch.tensor([4, 0, 2]), torch.tensor([1, 3])
 
     def together(whole: Batch) -> Prompt:
-        return mix([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
+        return mix_prompts([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
 
     def alone(i: int) -> Learner:
         return one if i in mine.tolist() else plain
 
     for path in (None, *rows.paths(name, site)):
-        output = inject.forward(one.backbone, batch, together(batch), site, path=path)
+        output = injection.forward(one.backbone, batch, together(batch), site, path=path)
         for i in range(5):
             row = batch.rows(torch.tensor([i]))
             expected = alone(i).forward(row, alone(i).prompt(row)).logits
             torch.testing.assert_close(rows.of_row(output, i), expected, atol=5e-5, rtol=1e-4)
     if name not in tiny.GENERATING:
         return
-    texts = Batch(batch.ids, batch.mask, batch.task)
+    texts = Batch(batch.input_ids, batch.attention_mask, batch.task_ids)
     given: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     written = generate(one.backbone, texts, together(texts), site, **given)
     for i in range(5):
@@ -230,16 +237,16 @@ def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: inject.Sit
 
 
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "gemma3", "t5", "bart", "bert"), ids=called)
-def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: str) -> None:
+def test_every_parameter_gets_a_gradient(name: str, site: injection.Site, method: str) -> None:
     """A dead-row scan: after a few steps on all tasks no row of any parameter has been without a gradient.
 
     Of rectified units only some need to have had one.
     """
     made = learner(name, method, site)
     seen = {key: torch.zeros(len(p)) for key, p in made.parameters().items()}
-    optimiser, read = torch.optim.Adam(made.parameters().values(), lr=1e-2), set[int]()
+    optimizer, read = torch.optim.Adam(made.parameters().values(), lr=1e-2), set[int]()
     for seed in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         batch = batch_of(name, [0, 1, 2, 0, 1, 2], 10 * seed)
         read |= {token for row in looked_up(made, batch) for token in row}
         loss(made, batch).backward()
@@ -247,7 +254,7 @@ def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: s
             assert parameter.grad is not None, f"{key} has no gradient"
             assert parameter.grad.isfinite().all(), key
             seen[key] += parameter.grad.flatten(1).abs().sum(1) if parameter.dim() > 1 else parameter.grad.abs()
-        optimiser.step()
+        optimizer.step()
     if method in LOOKS_UP:
         table = seen.pop("method.table.rows")
         assert set(table.nonzero()[:, 0].tolist()) == read
@@ -258,7 +265,7 @@ def test_every_parameter_gets_a_gradient(name: str, site: inject.Site, method: s
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
-def test_folds_exactly(name: str, site: inject.Site, method: str) -> None:
+def test_folds_exactly(name: str, site: injection.Site, method: str) -> None:
     """Whatever its parameters are, the plain prompt of each task answers to the bit as the method does."""
     made = learner(name, method, site)
     if not hasattr(made.method, "fold"):
@@ -271,14 +278,14 @@ def test_folds_exactly(name: str, site: inject.Site, method: str) -> None:
     assert plain.shape == (3, P, made.slot.width)
     assert not torch.equal(plain[0], plain[2])
     prompt = made.prompt(batch)
-    folded = Prompt(plain, torch.ones(3, P, dtype=torch.bool), batch.task)
+    folded = Prompt(plain, torch.ones(3, P, dtype=torch.bool), batch.task_ids)
     assert torch.equal(made.forward(batch, prompt).logits, made.forward(batch, folded).logits)
 
 
 @pytest.mark.parametrize("method", CASES)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_overfits_eight_examples(name: str, method: str) -> None:
-    """Eight texts of two kinds with an answer word for each kind are learnt to 100 %."""
+    """Eight texts of two kinds with an answer word for each kind are learned to 100 %."""
     kind = torch.tensor([0, 1, 1, 0, 1, 0, 0, 1])
     words = torch.tensor([11, 12])[kind]
     texts = [torch.cat([torch.full((4,), 20 + 20 * int(k)), rows.ids(30 + i, 3)]) for i, k in enumerate(kind)]
@@ -292,15 +299,15 @@ def test_overfits_eight_examples(name: str, method: str) -> None:
     batch = Batch(text, mask, torch.zeros(8, dtype=torch.long), labels)
     made = learner(name, method)
     # Here a looked-up prompt is one row of the table four times, which has farther to go.
-    optimiser = torch.optim.Adam(rated(made, prompt=0.3 if method in LOOKS_UP else 0.1))
+    optimizer = torch.optim.Adam(rated(made, prompt=0.3 if method in LOOKS_UP else 0.1))
     for _ in range(400):
         output = made.step(batch).output
         if output.logits.argmax(1).equal(output.labels):
             return
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(made, batch).backward()
-        optimiser.step()
-    pytest.fail(f"{int((output.logits.argmax(1) == output.labels).sum())} of 8 learnt")
+        optimizer.step()
+    pytest.fail(f"{int((output.logits.argmax(1) == output.labels).sum())} of 8 learned")
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
@@ -332,20 +339,20 @@ FROZEN_BY = [
 
 
 @pytest.mark.parametrize(("name", "site", "head", "method"), FROZEN_BY, ids=called)
-def test_frozen(name: str, site: inject.Site, head: str, method: str) -> None:
+def test_frozen(name: str, site: injection.Site, head: str, method: str) -> None:
     made = learner(name, method, site=site, head=head)
     model = made.backbone.model
     before = snapshot(model)
     start = [p.detach().clone() for p in made.method.parameters()]
-    optimiser = torch.optim.Adam(made.parameters().values(), lr=0.1)
+    optimizer = torch.optim.Adam(made.parameters().values(), lr=0.1)
     batch = batch_of(name, [0, 1, 2, 0])
     if head != "lm":
-        labels = torch.tensor([0, 1, 2, 0]) if head == "sequence" else torch.full((4, 2), batch.ids.shape[1] - 1)
-        batch = Batch(batch.ids, batch.mask, batch.task, labels)
+        labels = torch.tensor([0, 1, 2, 0]) if head == "sequence" else torch.full((4, 2), batch.input_ids.shape[1] - 1)
+        batch = Batch(batch.input_ids, batch.attention_mask, batch.task_ids, labels)
     for _ in range(3):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss(made, batch).backward()
-        optimiser.step()
+        optimizer.step()
     assert snapshot(model) == before
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert all((p - s).abs().sum() > 0 for p, s in zip(made.method.parameters(), start, strict=True) if p.requires_grad)
@@ -353,13 +360,17 @@ def test_frozen(name: str, site: inject.Site, head: str, method: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5"), ids=called)
-def test_scores_and_writing_react_to_every_block(name: str, site: inject.Site, method: str) -> None:
+def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site, method: str) -> None:
     """What is trained is what answers: each parameter of a task moves the loss, and the scores of what is written."""
     made = learner(name, method, site)
     for i, parameter in enumerate(made.method.parameters()):  # away from starts at zero, behind which nothing reacts
         parameter.add_(rows.random(60 + i, *parameter.shape) / 4)
     batch = batch_of(name, [0, 1, 2])
-    texts = Batch(batch.ids, batch.mask * (batch.mask.cumsum(1) <= 2 if name == "llama" else 1), batch.task)
+    texts = Batch(
+        batch.input_ids,
+        batch.attention_mask * (batch.attention_mask.cumsum(1) <= 2 if name == "llama" else 1),
+        batch.task_ids,
+    )
 
     def both() -> tuple[Tensor, Tensor]:
         prompt = made.prompt(batch)
@@ -384,7 +395,7 @@ def test_scores_and_writing_react_to_every_block(name: str, site: inject.Site, m
 @pytest.mark.parametrize("broken", ["layer", "head"])
 def test_nothing_is_left_behind_after_an_error(name: str, broken: str) -> None:
     bb = b.wrap(tiny.model(name), name=name)
-    values = rows.random(0, 3, inject.width(bb, rows.REPLACE))
+    values = rows.random(0, 3, injection.width(bb, rows.REPLACE))
     batch = rows.batch(name, rows.texts(name))
     before = snapshot(bb.model)
     module = bb.layers[-1] if broken == "layer" else bb.model.get_output_embeddings()
@@ -394,10 +405,10 @@ def test_nothing_is_left_behind_after_an_error(name: str, broken: str) -> None:
 
     handle = module.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        inject.forward(bb, batch, rows.single(values, 4), rows.REPLACE)
+        injection.forward(bb, batch, rows.single(values, 4), rows.REPLACE)
     handle.remove()
     assert snapshot(bb.model) == before
-    assert inject.forward(bb, batch, rows.single(values, 4), rows.REPLACE).logits.isfinite().all()
+    assert injection.forward(bb, batch, rows.single(values, 4), rows.REPLACE).logits.isfinite().all()
 
 
 def test_a_head_that_reads_something_else_is_noticed() -> None:

@@ -13,8 +13,10 @@ import rows
 import tiny
 from rows import ADD, INPUT, REPLACE, called
 from softprompts import backbone as b
-from softprompts import init, inject, objectives
-from softprompts.prompt import IGNORE, Batch, Output, Prompt, Step
+from softprompts import injection
+from softprompts.model import initialization
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, Output, Prompt, Step
 
 pytestmark = pytest.mark.golden
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -27,7 +29,7 @@ CLASSES = {
 DEEP = ("gpt2", "llama", "gemma3", "bert", "t5")
 
 
-def cases() -> list[tuple[str, str, inject.Site]]:
+def cases() -> list[tuple[str, str, injection.Site]]:
     """Every family that has the head at site input, some at all sites where words are exact."""
     found = []
     for head, classes in CLASSES.items():
@@ -66,41 +68,43 @@ def ours(output: Output, head: str, index: int, batch: Batch) -> Tensor:
     if head == "token":
         return rows.of_row(output, index)
     if head == "features":
-        return output.hidden[index][batch.mask[index].bool()]
-    both = output.logits.view(2, len(batch.ids), -1)[:, index]
-    assert (both[:, batch.mask[index] == 0] == torch.finfo(both.dtype).min).all(), "padding must never be chosen"
-    return both[:, batch.mask[index].bool()].T
+        return output.hidden[index][batch.attention_mask[index].bool()]
+    both = output.logits.view(2, len(batch.input_ids), -1)[:, index]
+    assert (both[:, batch.attention_mask[index] == 0] == torch.finfo(both.dtype).min).all(), (
+        "padding must never be chosen"
+    )
+    return both[:, batch.attention_mask[index].bool()].T
 
 
 def with_labels(batch: Batch, head: str) -> Batch:
     """Labels that fit the head."""
-    count = len(batch.ids)
+    count = len(batch.input_ids)
     labels = {
         "sequence": torch.arange(count) % 3,
-        "token": (batch.ids % 3).masked_fill(batch.mask == 0, IGNORE),
-        "span": torch.stack([batch.mask.argmax(1), batch.mask.argmax(1)], 1),
+        "token": (batch.input_ids % 3).masked_fill(batch.attention_mask == 0, IGNORE),
+        "span": torch.stack([batch.attention_mask.argmax(1), batch.attention_mask.argmax(1)], 1),
     }
     return replace(batch, labels=labels.get(head))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "head", "site"), cases(), ids=called)
-def test_heads(name: str, head: str, site: inject.Site) -> None:
+def test_heads(name: str, head: str, site: injection.Site) -> None:
     bb = tiny.backbone(name, head)
     assert bb.head == head
     words = rows.ids(7, 4)
-    values = init.from_ids(bb, site, words)
+    values = initialization.from_ids(bb, site, words)
     texts = rows.texts(name)
     end = bb.model.config.eos_token_id
     if name in tiny.SEQ2SEQ:
         texts = [torch.cat([text, torch.tensor([end])]) for text in texts]
-    place = int(inject.resolve_place(bb, site) == "after_start")
+    place = int(injection.resolve_place(bb, site) == "after_start")
     sides = (("right", 0), ("left", 2))
     for (side, extra), path in itertools.product(sides, (None, *rows.paths(name, site))):
         text, mask = rows.pad(texts, side, extra, value=3)
         batch = with_labels(Batch(text, mask, torch.zeros(len(texts), dtype=torch.long)), head)
-        output = inject.forward(bb, batch, rows.single(values, len(texts)), site, path=path)
-        bare = inject.forward(bb, batch, None, site)
+        output = injection.forward(bb, batch, rows.single(values, len(texts)), site, path=path)
+        bare = injection.forward(bb, batch, None, site)
         for i, row in enumerate(texts):
             full = torch.cat([row[:place], words, row[place:]])
             where = [*range(place), *range(place + 4, len(full))]
@@ -118,11 +122,11 @@ def test_heads_mixed_rows(name: str) -> None:
     values = [rows.random(i, n, bb.features) for i, n in enumerate((2, 9))]
     text, mask = rows.pad(texts, "left", 1, value=3)
     batch = Batch(text, mask, torch.zeros(4))
-    mixed = inject.forward(bb, batch, rows.several(values, [0, 1, 1, 0]), INPUT).logits
+    mixed = injection.forward(bb, batch, rows.several(values, [0, 1, 1, 0]), INPUT).logits
     for i, who in enumerate([0, 1, 1, 0]):
         alone = Batch(texts[i][None], torch.ones(1, len(texts[i])), torch.zeros(1))
         torch.testing.assert_close(
-            mixed[i], inject.forward(bb, alone, rows.single(values[who]), INPUT).logits[0], **CLOSE
+            mixed[i], injection.forward(bb, alone, rows.single(values[who]), INPUT).logits[0], **CLOSE
         )
 
 
@@ -134,8 +138,8 @@ def test_sequence_head_reads_a_prompt_behind_the_text(name: str) -> None:
     texts = rows.texts(name, (5, 3))
     values = rows.random(0, 4, 32)
     text, mask = rows.pad(texts, "left", 1, value=3)
-    batch = Batch(text, mask, torch.zeros(2), place=torch.tensor([5, 3]))
-    output = inject.forward(bb, batch, rows.single(values, 2), INPUT)
+    batch = Batch(text, mask, torch.zeros(2), prompt_offsets=torch.tensor([5, 3]))
+    output = injection.forward(bb, batch, rows.single(values, 2), INPUT)
     for i, row in enumerate(texts):
         state = bb.trunk(inputs_embeds=torch.cat([bb.embedding(row), values])[None]).last_hidden_state[0, -1]
         torch.testing.assert_close(output.logits[i], bb.model.score(state), **CLOSE)
@@ -153,8 +157,8 @@ def losses(name: str, head: str, labels: Tensor, classes: int = 3) -> tuple[Tens
     bb = b.wrap(tiny.model(name, head, classes), name=name)
     words, row = rows.ids(7, 4), rows.texts(name, (6,))[0]
     batch = Batch(row[None], torch.ones(1, 6), torch.zeros(1), labels)
-    prompt = rows.single(init.from_ids(bb, INPUT, words))
-    output = inject.forward(bb, batch, prompt, INPUT)
+    prompt = rows.single(initialization.from_ids(bb, INPUT, words))
+    output = injection.forward(bb, batch, prompt, INPUT)
     place = int(bb.family.name == "masked")
     full = torch.cat([row[:place], words, row[place:]])[None]
     given: dict[str, Tensor] = {"labels": labels}
@@ -184,12 +188,12 @@ def test_losses(name: str) -> None:
 
 @torch.no_grad()
 def test_losses_of_batches() -> None:
-    """Over a padded batch the loss is the mean over rows (classes, values) or over labelled tokens (tags)."""
+    """Over a padded batch the loss is the mean over rows (classes, values) or over labeled tokens (tags)."""
     bb = tiny.backbone("llama", "sequence", 1)
     text, mask = rows.pad(rows.texts("llama"), "left", value=3)
     batch = Batch(text, mask, torch.zeros(4), torch.tensor([0.5, -1.0, 2.0, 0.0]))
     prompt: Prompt = rows.single(rows.random(0, 3, 32), 4)
-    output = inject.forward(bb, batch, prompt, INPUT)
+    output = injection.forward(bb, batch, prompt, INPUT)
     assert output.logits.shape == (4, 1)
     expected = (output.logits[:, 0] - batch.labels).square().mean()
     torch.testing.assert_close(objectives.task(Step(batch, prompt, output, lambda _: output)), expected)
@@ -199,9 +203,9 @@ def test_no_labels_no_loss() -> None:
     bb = tiny.backbone("llama")
     batch = rows.batch("llama", rows.texts("llama"))
     prompt = rows.single(rows.random(0, 3, 32), 4)
-    bare = inject.forward(bb, batch, None, INPUT)
+    bare = injection.forward(bb, batch, None, INPUT)
     for labels in (None, torch.full_like(batch.labels, IGNORE)):
-        output = inject.forward(bb, replace(batch, labels=labels), prompt, INPUT)
+        output = injection.forward(bb, replace(batch, labels=labels), prompt, INPUT)
         assert output.last is not None
         with pytest.raises(ValueError, match="the batch holds no label to learn from"):
             objectives.task(Step(batch, prompt, output, lambda _: bare))
@@ -211,18 +215,20 @@ def test_labels_are_optional() -> None:
     """Sequence and span heads score without labels; hidden states come where asked for, in the text's layout."""
     for head, shape in (("sequence", (4, 3)), ("span", (8, 10))):
         text, mask = rows.pad(rows.texts("bert"), "left", 1)
-        output = inject.forward(tiny.backbone("bert", head), Batch(text, mask, torch.zeros(4)), None, INPUT)
+        output = injection.forward(tiny.backbone("bert", head), Batch(text, mask, torch.zeros(4)), None, INPUT)
         assert output.logits.shape == shape
         assert output.labels is None
     batch = rows.batch("llama", rows.texts("llama"), "left", 1)
     for site in (INPUT, REPLACE):
-        values = rows.random(0, 3, inject.width(tiny.backbone("llama"), site))
+        values = rows.random(0, 3, injection.width(tiny.backbone("llama"), site))
         one, *others = (
-            inject.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site, hidden=True, path=path).hidden
+            injection.forward(
+                tiny.backbone("llama"), batch, rows.single(values, 4), site, hidden=True, path=path
+            ).hidden
             for path in rows.paths("llama", site)
         )
         assert one.shape == (4, 10, 32)
-        assert (one[batch.mask == 0] == 0).all()
+        assert (one[batch.attention_mask == 0] == 0).all()
         for other in others:
             torch.testing.assert_close(one, other, **CLOSE)
 
@@ -234,8 +240,8 @@ def test_hidden_of_encoder_decoder_models(name: str) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
     batch, values = rows.batch(name, texts, "left", 2), rows.random(0, 3, 32)
     for given in (batch, replace(batch, labels=None)):
-        hidden = inject.forward(bb, given, rows.single(values, 4), INPUT, hidden=True).hidden
+        hidden = injection.forward(bb, given, rows.single(values, 4), INPUT, hidden=True).hidden
         for i, row in enumerate(texts):
             full = torch.cat([values, bb.embedding(row)])[None]
             expected = bb.encoder(inputs_embeds=full).last_hidden_state[0, 3:]
-            torch.testing.assert_close(hidden[i][batch.mask[i].bool()], expected, **CLOSE)
+            torch.testing.assert_close(hidden[i][batch.attention_mask[i].bool()], expected, **CLOSE)

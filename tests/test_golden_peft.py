@@ -16,16 +16,18 @@ import rows
 import tiny
 from rows import INPUT
 from softprompts import backbone as b
-from softprompts import init, inject, objectives
+from softprompts import injection
 from softprompts.config import InitConfig
-from softprompts.prompt import IGNORE, Batch, Output, Prompt, Step
+from softprompts.model import initialization
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, Output, Prompt, Step
 
 pytestmark = pytest.mark.golden
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 P = 4
 KINDS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
-FACTORISED = ("opt_projected", "albert")
-FIRST = inject.Site(place="first")
+FACTORIZED = ("opt_projected", "albert")
+FIRST = injection.Site(place="first")
 
 
 def wrapped(name: str, head: str = "lm", values: Tensor | None = None) -> Any:
@@ -63,10 +65,10 @@ def loss(output: Output) -> Tensor:
 def same_loss_and_gradient(name: str, batch: Batch, path: str) -> None:
     """Our loss and prompt gradient are PEFT's."""
     made = wrapped(name, values=values_for(name))
-    theirs = made(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+    theirs = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     (gradient,) = torch.autograd.grad(theirs, prompt_of(made))
     values = values_for(name).requires_grad_()
-    output = inject.forward(tiny.backbone(name), batch, rows.single(values, len(batch.ids)), INPUT, path=path)
+    output = injection.forward(tiny.backbone(name), batch, rows.single(values, len(batch.input_ids)), INPUT, path=path)
     ours = loss(output)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     (own,) = torch.autograd.grad(ours, values)
@@ -75,7 +77,7 @@ def same_loss_and_gradient(name: str, batch: Batch, path: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "path"),
-    [(name, path) for name in tiny.CAUSAL if name not in FACTORISED for path in rows.paths(name, INPUT)],
+    [(name, path) for name in tiny.CAUSAL if name not in FACTORIZED for path in rows.paths(name, INPUT)],
 )
 def test_first_causal(name: str, path: str) -> None:
     """With labels = input_ids, right-padded: packed = shared = concatenation = PEFT."""
@@ -96,7 +98,7 @@ def test_first_sequence_classification(name: str) -> None:
     made = wrapped(name, "sequence", values_for(name))
     theirs = made(input_ids=text, attention_mask=mask, labels=labels)
     batch = Batch(text, mask, torch.zeros(3), labels)
-    output = inject.forward(tiny.backbone(name, "sequence"), batch, rows.single(values_for(name), 3), FIRST)
+    output = injection.forward(tiny.backbone(name, "sequence"), batch, rows.single(values_for(name), 3), FIRST)
     torch.testing.assert_close(output.logits, theirs.logits, **CLOSE)
     torch.testing.assert_close(loss(output), theirs.loss, **CLOSE)
 
@@ -111,9 +113,9 @@ def test_peers_left_padding(name: str) -> None:
         batch = rows.batch(name, texts, "left", extra)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            seen = made(input_ids=batch.ids, attention_mask=batch.mask).logits[0, P + extra :]
+            seen = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0, P + extra :]
         theirs.append(seen)
-        ours.append(inject.forward(tiny.backbone(name), batch, rows.single(values_for(name)), INPUT).logits)
+        ours.append(injection.forward(tiny.backbone(name), batch, rows.single(values_for(name)), INPUT).logits)
     assert (theirs[0] - theirs[1]).abs().max() > 1e-2
     torch.testing.assert_close(ours[1], ours[0], **CLOSE)
 
@@ -123,9 +125,9 @@ def test_peers_left_padding(name: str) -> None:
 def test_peers_extra_positions(name: str) -> None:
     """PEFT's logits are P longer than the labels; ours line up with them, one by one."""
     batch = rows.batch(name, rows.texts(name), "left")
-    theirs = wrapped(name)(input_ids=batch.ids, attention_mask=batch.mask).logits
+    theirs = wrapped(name)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert theirs.shape[1] == batch.labels.shape[1] + P
-    output = inject.forward(tiny.backbone(name), batch, rows.single(values_for(name), 4), INPUT)
+    output = injection.forward(tiny.backbone(name), batch, rows.single(values_for(name), 4), INPUT)
     assert len(output.logits) == len(output.labels) == int((batch.labels != IGNORE).sum())
     assert batch.labels[output.row, output.column].equal(output.labels)
 
@@ -139,7 +141,7 @@ def test_peers_token_classification(name: str) -> None:
     with pytest.raises((ValueError, RuntimeError)):
         wrapped(name, "token")(input_ids=text, attention_mask=mask, labels=labels)
     bb, values = tiny.backbone(name, "token"), values_for(name)
-    output = inject.forward(bb, Batch(text, mask, torch.zeros(4), labels), rows.single(values, 4), INPUT)
+    output = injection.forward(bb, Batch(text, mask, torch.zeros(4), labels), rows.single(values, 4), INPUT)
     words = bb.embedding(text)
     full = torch.cat([words[:, :1], values.expand(4, -1, -1), words[:, 1:]], 1)
     longer = torch.cat([mask[:, :1], torch.ones(4, P), mask[:, 1:]], 1)
@@ -161,7 +163,9 @@ def test_peers_question_answering(name: str) -> None:
     concatenated = functools.partial(bb.model, inputs_embeds=torch.cat([values, bb.embedding(row)])[None])
     unshifted = concatenated(start_positions=labels[:, 0], end_positions=labels[:, 1])
     torch.testing.assert_close(theirs.loss, unshifted.loss, **CLOSE)
-    output = inject.forward(bb, Batch(row[None], torch.ones(1, 7), torch.zeros(1), labels), rows.single(values), FIRST)
+    output = injection.forward(
+        bb, Batch(row[None], torch.ones(1, 7), torch.zeros(1), labels), rows.single(values), FIRST
+    )
     torch.testing.assert_close(output.logits[0], unshifted.start_logits[0, P:], **CLOSE)
     torch.testing.assert_close(output.logits[1], unshifted.end_logits[0, P:], **CLOSE)
     shifted = [unshifted.start_logits[:, P:], unshifted.end_logits[:, P:]]
@@ -182,7 +186,7 @@ def test_peers_sequence_classification_pools_right_slot(name: str) -> None:
         theirs = made(input_ids=text, attention_mask=mask).logits[1]
         alone = made(input_ids=texts[1][None], attention_mask=torch.ones(1, 3)).logits[0]
     assert (theirs - alone).abs().max() > 1e-2
-    output = inject.forward(bb, Batch(text, mask, torch.zeros(2)), rows.single(values_for(name), 2), INPUT)
+    output = injection.forward(bb, Batch(text, mask, torch.zeros(2)), rows.single(values_for(name), 2), INPUT)
     torch.testing.assert_close(output.logits[1], alone, **CLOSE)
 
 
@@ -197,7 +201,7 @@ def test_peers_sequence_classification_pools_virtual_token() -> None:
         pooled.append(bb.model.classifier(torch.tanh(bb.trunk.pooler.dense(state))))
     theirs = wrapped("bert", "sequence", values)(input_ids=row[None], attention_mask=torch.ones(1, 6)).logits
     torch.testing.assert_close(theirs, pooled[0], **CLOSE)
-    ours = inject.forward(bb, Batch(row[None], torch.ones(1, 6), torch.zeros(1)), rows.single(values), INPUT).logits
+    ours = injection.forward(bb, Batch(row[None], torch.ones(1, 6), torch.zeros(1)), rows.single(values), INPUT).logits
     torch.testing.assert_close(ours, pooled[1], **CLOSE)
 
 
@@ -206,27 +210,27 @@ def test_peers_seq2seq_unused_rows(name: str) -> None:
     """PEFT allocates 2P rows and trains P of them; our slot has P rows and all get a gradient."""
     made, batch = wrapped(name, values=values_for(name)), rows.batch(name, rows.texts(name))
     assert prompt_of(made).shape[0] == 2 * P
-    made(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss.backward()
+    made(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss.backward()
     assert prompt_of(made).grad[:P].abs().sum(1).gt(0).all()
     assert prompt_of(made).grad[P:].abs().sum() == 0
     values = values_for(name).requires_grad_()
-    assert inject.slot(tiny.backbone(name), INPUT, ("a",), P).length == P
-    loss(inject.forward(tiny.backbone(name), batch, rows.single(values, 4), INPUT)).backward()
+    assert injection.prompt_spec(tiny.backbone(name), INPUT, ("a",), P).length == P
+    loss(injection.forward(tiny.backbone(name), batch, rows.single(values, 4), INPUT)).backward()
     assert values.grad.abs().sum(1).gt(0).all()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "head"), [("opt_projected", "lm"), ("albert", "sequence")])
-def test_peers_factorised_embeddings(name: str, head: str) -> None:
+def test_peers_factorized_embeddings(name: str, head: str) -> None:
     """Where embeddings are narrower than hidden states PEFT's prompt does not fit them; ours is as wide as they are."""
     text, mask = rows.pad(rows.texts(name, (5, 5)))
     made, bb = wrapped(name, head), tiny.backbone(name, head)
     assert prompt_of(made).shape[1] == 32
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         made(input_ids=text, attention_mask=mask)
-    assert inject.slot(bb, INPUT, ("a",), P).width == 24
+    assert injection.prompt_spec(bb, INPUT, ("a",), P).width == 24
     labels = text if head == "lm" else torch.tensor([0, 1])
-    output = inject.forward(bb, Batch(text, mask, torch.zeros(2), labels), rows.single(values_for(name), 2), INPUT)
+    output = injection.forward(bb, Batch(text, mask, torch.zeros(2), labels), rows.single(values_for(name), 2), INPUT)
     assert output.logits.isfinite().all()
 
 
@@ -237,13 +241,15 @@ def test_peers_mixed_tasks() -> None:
     other = rows.random(2, P, 32)
     made.add_adapter("other", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     made.prompt_encoder.other.embedding.weight[:] = other
-    asked = made(input_ids=batch.ids, attention_mask=batch.mask, adapter_names=["default", "other"]).logits
-    ignored = made(input_ids=batch.ids, attention_mask=batch.mask).logits
+    asked = made(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, adapter_names=["default", "other"]
+    ).logits
+    ignored = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(asked, ignored)
     mixed = rows.several([values_for("llama"), other], [0, 1])
-    ours = inject.forward(tiny.backbone("llama"), batch, mixed, INPUT)
+    ours = injection.forward(tiny.backbone("llama"), batch, mixed, INPUT)
     made.set_adapter("other")
-    theirs = made(input_ids=batch.ids, attention_mask=batch.mask).logits
+    theirs = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(rows.of_row(ours, 0), ignored[0, P - 1 : -1], **CLOSE)
     torch.testing.assert_close(rows.of_row(ours, 1), theirs[1, P - 1 : -1], **CLOSE)
 
@@ -254,9 +260,9 @@ def test_peers_gradient_checkpointing() -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     bb, batch = b.wrap(model, name="llama"), rows.batch("llama", rows.texts("llama"))
     for site in rows.sites("llama"):
-        values = rows.random(0, P, inject.width(bb, site)).requires_grad_()
-        ours = loss(inject.forward(bb, batch, rows.single(values, 4), site))
-        plain = loss(inject.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site))
+        values = rows.random(0, P, injection.width(bb, site)).requires_grad_()
+        ours = loss(injection.forward(bb, batch, rows.single(values, 4), site))
+        plain = loss(injection.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site))
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, values), torch.autograd.grad(plain, values))
 
@@ -265,9 +271,9 @@ def test_peers_default_start() -> None:
     """PEFT starts at N(0, 1), far from any word; our default start is words of the table, random ones have its rms."""
     bb = b.wrap(tiny.model("llama"), name="llama")
     bb.embedding.weight.data.mul_(0.1)
-    slot = inject.slot(bb, INPUT, ("a",), 32)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), 32)
     assert float(prompt_of(wrapped("llama")).detach().square().mean().sqrt()) == pytest.approx(1, abs=0.3)
-    words = init.start(InitConfig(), bb, INPUT, slot).prompt
+    words = initialization.initialize(InitConfig(), bb, INPUT, slot).prompt
     assert all((bb.embedding.weight == word).all(1).any() for word in words)
-    noise = init.start(InitConfig(kind="random"), bb, INPUT, slot).prompt
+    noise = initialization.initialize(InitConfig(kind="random"), bb, INPUT, slot).prompt
     assert float(noise.square().mean().sqrt()) == pytest.approx(bb.rms, rel=0.1)

@@ -14,9 +14,12 @@ import rows
 import test_golden_contract as contract
 import tiny
 from rows import ADD, INPUT, KV, REPLACE, called
-from softprompts import generate, init, inject
-from softprompts.backbone import Backbone, BackboneError
-from softprompts.prompt import Batch
+from softprompts import injection
+from softprompts.backbone import Backbone
+from softprompts.errors import BackboneError
+from softprompts.injection import generation
+from softprompts.model import initialization
+from softprompts.types import Batch
 
 pytestmark = pytest.mark.golden
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -57,7 +60,7 @@ def read_words(bb: Backbone, words: Tensor, row: Tensor, place: Sequence[int], s
 
 def by_hand(
     bb: Backbone,
-    site: inject.Site,
+    site: injection.Site,
     values: Tensor,
     row: Tensor,
     place: Sequence[int],
@@ -88,7 +91,7 @@ def by_hand(
 
 def slotted(batch: Batch, places: Sequence[Sequence[int]] = PLACES, sizes: Sequence[int] = SIZES) -> Batch:
     """The batch with the places of its rows' segments."""
-    return replace(batch, place=torch.tensor(places), segments=torch.tensor([sizes] * len(places)))
+    return replace(batch, prompt_offsets=torch.tensor(places), segment_lengths=torch.tensor([sizes] * len(places)))
 
 
 @torch.no_grad()
@@ -96,10 +99,10 @@ def slotted(batch: Batch, places: Sequence[Sequence[int]] = PLACES, sizes: Seque
 def test_words_in_segments(name: str) -> None:
     """Every family reads word embeddings in two places of each row as the stock model reads those words there."""
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, sum(SIZES))
-    prompt = rows.single(init.from_ids(bb, INPUT, words), len(texts))
+    prompt = rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
     expected = [read_words(bb, words, row, place, SIZES) for row, place in zip(texts, PLACES, strict=True)]
     for side, extra in PADDINGS:
-        output = inject.forward(bb, slotted(rows.batch(name, texts, side, extra)), prompt, INPUT)
+        output = injection.forward(bb, slotted(rows.batch(name, texts, side, extra)), prompt, INPUT)
         assert output.path.startswith("concatenation")
         for i, scores in enumerate(expected):
             torch.testing.assert_close(rows.of_row(output, i), scores, **CLOSE)
@@ -107,12 +110,12 @@ def test_words_in_segments(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.MAIN, ("layers",)), ids=called)
-def test_deep_prompts_in_segments(name: str, site: inject.Site) -> None:
+def test_deep_prompts_in_segments(name: str, site: injection.Site) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
-    values = rows.random(3, sum(SIZES), inject.width(bb, site))
+    values = rows.random(3, sum(SIZES), injection.width(bb, site))
     parted = replace(site, place="template", segments=SIZES)  # the site says the sizes, the batch the places
-    batch = replace(rows.batch(name, texts, "left", 1), place=torch.tensor(PLACES))
-    output = inject.forward(bb, batch, rows.single(values, len(texts)), parted)
+    batch = replace(rows.batch(name, texts, "left", 1), prompt_offsets=torch.tensor(PLACES))
+    output = injection.forward(bb, batch, rows.single(values, len(texts)), parted)
     for i, (row, place) in enumerate(zip(texts, PLACES, strict=True)):
         torch.testing.assert_close(rows.of_row(output, i), by_hand(bb, site, values, row, place, SIZES), **CLOSE)
 
@@ -133,8 +136,10 @@ def test_rows_of_other_prompts_and_segments(name: str) -> None:
     padded = [[*place, *[place[-1]] * (3 - len(place))] for place in places]
     parts = torch.tensor([[*size, *[0] * (3 - len(size))] for size in sizes])
     for side, extra in PADDINGS:
-        batch = replace(rows.batch(name, texts, side, extra), place=torch.tensor(padded), segments=parts)
-        output = inject.forward(bb, batch, rows.several(values, used), INPUT)
+        batch = replace(
+            rows.batch(name, texts, side, extra), prompt_offsets=torch.tensor(padded), segment_lengths=parts
+        )
+        output = injection.forward(bb, batch, rows.several(values, used), INPUT)
         found = [rows.of_row(output, i) for i in range(4)]
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
@@ -145,7 +150,7 @@ def test_rows_of_other_prompts_and_segments(name: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site", "method"), contract.everywhere("llama", "bert", "t5"), ids=called)
-def test_every_method_stands_in_segments(name: str, site: inject.Site, method: str) -> None:
+def test_every_method_stands_in_segments(name: str, site: injection.Site, method: str) -> None:
     """Each row of a padded batch as its prompt put in by hand; one that is shorter for its text ends in the first."""
     if site.name not in ("input", "layers"):
         return
@@ -154,17 +159,19 @@ def test_every_method_stands_in_segments(name: str, site: inject.Site, method: s
     for i, parameter in enumerate(made.method.parameters()):
         parameter.add_(rows.random(40 + i, *parameter.shape) / 4)
     places = ((0, 2), (1, 2), (2, 2), (0, 1))
-    batch = replace(contract.batch_of(name, [2, 0, 1, 2]), place=torch.tensor(places))
+    batch = replace(contract.batch_of(name, [2, 0, 1, 2]), prompt_offsets=torch.tensor(places))
     prompt = made.prompt(batch)
-    every = batch.ids.masked_fill(batch.mask == 0, -100)  # all of the text is scored, whatever made the prompt
+    every = batch.input_ids.masked_fill(
+        batch.attention_mask == 0, -100
+    )  # all of the text is scored, whatever made the prompt
     seen = batch if made.backbone.family.name == "seq2seq" else replace(batch, labels=every)
-    output = inject.forward(made.backbone, seen, prompt, parted)
+    output = injection.forward(made.backbone, seen, prompt, parted)
     for i, place in enumerate(places):
-        row, own = batch.ids[i][batch.mask[i].bool()], prompt.row[i]
+        row, own = batch.input_ids[i][batch.attention_mask[i].bool()], prompt.prompt_index[i]
         values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.slot.features)
-        if prompt.added is not None:
-            reach = min(int(prompt.added.reach[i]), prompt.added.values.shape[1])
-            added[:reach] = prompt.added.values[own, :reach]
+        if prompt.embedding_delta is not None:
+            reach = min(int(prompt.embedding_delta.reach[i]), prompt.embedding_delta.values.shape[1])
+            added[:reach] = prompt.embedding_delta.values[own, :reach]
             assert added.any()
         first = min(SIZES[0], len(values))
         expected = by_hand(made.backbone, site, values, row, place, (first, len(values) - first), added)
@@ -177,9 +184,9 @@ def test_slots_before_the_text_are_shared(name: str) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
     values = rows.random(0, 5, bb.features).requires_grad_()
     prompt, batch = rows.single(values, len(texts)), rows.batch(name, texts, "left", 1)
-    plain = inject.forward(bb, batch, prompt, INPUT)
+    plain = injection.forward(bb, batch, prompt, INPUT)
     for path in (None, *rows.paths(name, INPUT)):
-        found = inject.forward(bb, slotted(batch, [(0, 0)] * len(texts)), prompt, INPUT, path=path)
+        found = injection.forward(bb, slotted(batch, [(0, 0)] * len(texts)), prompt, INPUT, path=path)
         assert found.path.startswith(path or plain.path)
         for i in range(len(texts)):
             torch.testing.assert_close(rows.of_row(found, i), rows.of_row(plain, i), **CLOSE)
@@ -193,8 +200,8 @@ def test_generation_goes_on_from_segments(name: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ids, mask = rows.pad(texts, "left", 1, value=3)
     batch = slotted(Batch(ids, mask, torch.zeros(len(texts), dtype=torch.long)))
-    prompt = rows.single(init.from_ids(bb, INPUT, words), len(texts))
-    found = generate.generate(bb, batch, prompt, INPUT, **options)
+    prompt = rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
+    found = generation.generate(bb, batch, prompt, INPUT, **options)
     for i, (row, place) in enumerate(zip(texts, PLACES, strict=True)):
         full = torch.cat([words, row])[order(place, SIZES, len(row))][None]
         alone = bb.model.generate(full, attention_mask=torch.ones_like(full), **options)
@@ -207,15 +214,15 @@ def test_continuations_behind_segments(name: str) -> None:
     """Candidates are scored behind the whole row: the place is the text's, whatever is tried behind it."""
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, sum(SIZES))
     candidates = [[7], [9], [7, 9], [20, 22, 30]]
-    prompt = rows.single(init.from_ids(bb, INPUT, words), len(texts))
-    suffix = inject.Site(place="suffix")
+    prompt = rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
+    suffix = injection.Site(place="suffix")
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
         for one, site, places in (
             (slotted(batch), INPUT, PLACES),
             (batch, suffix, [(len(row), len(row)) for row in texts]),
         ):
-            found = inject.continuations(bb, one, prompt, site, candidates)
+            found = injection.continuations(bb, one, prompt, site, candidates)
             for i, (row, place) in enumerate(zip(texts, places, strict=True)):
                 for c, candidate in enumerate(candidates):
                     whole = torch.cat([torch.cat([words, row])[order(place, SIZES, len(row))], torch.tensor(candidate)])
@@ -223,9 +230,9 @@ def test_continuations_behind_segments(name: str) -> None:
                     own = logits.double().gather(1, torch.tensor(candidate)[:, None]).sum()
                     torch.testing.assert_close(found[i, c], own, atol=2e-5, rtol=1e-5)
     empty = rows.batch(name, [rows.ids(0, 0)])
-    for site in (suffix, inject.Site(place="after_start")):  # no text: behind it and before it are the same
-        found = inject.continuations(bb, empty, prompt.rows(torch.tensor([0])), site, candidates)
-        front = inject.continuations(bb, empty, prompt.rows(torch.tensor([0])), INPUT, candidates)
+    for site in (suffix, injection.Site(place="after_start")):  # no text: behind it and before it are the same
+        found = injection.continuations(bb, empty, prompt.rows(torch.tensor([0])), site, candidates)
+        front = injection.continuations(bb, empty, prompt.rows(torch.tensor([0])), INPUT, candidates)
         torch.testing.assert_close(found, front, atol=2e-5, rtol=1e-5)
 
 
@@ -234,11 +241,11 @@ def test_continuations_behind_segments(name: str) -> None:
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_at_the_front_and_behind_the_first_token(name: str, place: str) -> None:
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, 4)
-    prompt = rows.single(init.from_ids(bb, INPUT, words), len(texts))
+    prompt = rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
     stands = int(place == "after_start")
     expected = [read_words(bb, words, row, (stands,), (4,)) for row in texts]
     for side, extra in PADDINGS:
-        output = inject.forward(bb, rows.batch(name, texts, side, extra), prompt, inject.Site(place=place))
+        output = injection.forward(bb, rows.batch(name, texts, side, extra), prompt, injection.Site(place=place))
         for i, scores in enumerate(expected):
             torch.testing.assert_close(rows.of_row(output, i), scores, **CLOSE)
 
@@ -248,14 +255,14 @@ def test_at_the_front_and_behind_the_first_token(name: str, place: str) -> None:
 def test_suffix(name: str) -> None:
     """Behind the text: before the first label, before the last special token, or at the end of the encoder's input."""
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, 4)
-    site, prompt = inject.Site(place="suffix"), rows.single(init.from_ids(bb, INPUT, words), len(texts))
+    site, prompt = injection.Site(place="suffix"), rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
     known = (2, 9, 0, 6)  # text tokens before the first label
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
         if bb.family.shifted:
-            begins = (batch.mask.cumsum(1) - 1 >= torch.tensor(known)[:, None]) & batch.mask.bool()
+            begins = (batch.attention_mask.cumsum(1) - 1 >= torch.tensor(known)[:, None]) & batch.attention_mask.bool()
             batch = replace(batch, labels=batch.labels.where(begins, -100))
-        output = inject.forward(bb, batch, prompt, site)
+        output = injection.forward(bb, batch, prompt, site)
         for i, row in enumerate(texts):
             place = known[i] if bb.family.shifted else len(row) - (bb.family.name == "masked")
             expected = read_words(bb, words, row, (place,), (4,))
@@ -269,16 +276,16 @@ def test_types_and_positions_go_on_where_the_prompt_stands() -> None:
     """A prompt in the second text of a pair has that text's type; given positions go on behind the text before it."""
     bb, row = tiny.backbone("bert"), rows.texts("bert", (6,))[0]
     types, values = torch.tensor([0, 0, 0, 1, 1, 1]), rows.random(3, 3, 32)
-    batch = replace(rows.batch("bert", [row], "left", 2), types=torch.nn.functional.pad(types[None], (2, 0)))
-    output = inject.forward(bb, slotted(batch, [(2, 5)], (1, 2)), rows.single(values), INPUT)
+    batch = replace(rows.batch("bert", [row], "left", 2), token_type_ids=torch.nn.functional.pad(types[None], (2, 0)))
+    output = injection.forward(bb, slotted(batch, [(2, 5)], (1, 2)), rows.single(values), INPUT)
     full = order((2, 5), (1, 2), 6)
     both = torch.cat([values, bb.embedding(row)])[full][None]
     seen = bb.model(inputs_embeds=both, token_type_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])).logits[0]
     torch.testing.assert_close(output.logits, seen[[at for at, token in enumerate(full) if token >= 3]], **CLOSE)
     bb, row = tiny.backbone("llama"), rows.texts("llama", (6,))[0]
     own = torch.tensor([[0, 0, 0, 1, 2, 7, 8, 9]])
-    batch = replace(rows.batch("llama", [row], "left", 2), positions=own)
-    output = inject.forward(bb, slotted(batch, [(0, 3)], (1, 2)), rows.single(values), INPUT)
+    batch = replace(rows.batch("llama", [row], "left", 2), position_ids=own)
+    output = injection.forward(bb, slotted(batch, [(0, 3)], (1, 2)), rows.single(values), INPUT)
     full = order((0, 3), (1, 2), 6)
     both = torch.cat([values, bb.embedding(row)])[full][None]
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 10, 11, 12]])
@@ -291,10 +298,10 @@ def test_the_prompt_is_left_out_where_there_is_none() -> None:
     """Rows with slots are the stock model's own without a prompt."""
     bb, texts = tiny.backbone("llama"), rows.texts("llama")
     batch = rows.batch("llama", texts)
-    output = inject.forward(bb, slotted(batch), None, inject.Site(place="template"))
-    torch.testing.assert_close(output.logits, inject.forward(bb, batch, None, INPUT).logits)
-    found = inject.continuations(bb, slotted(batch), None, INPUT, [[7], [8, 9]])
-    torch.testing.assert_close(found, inject.continuations(bb, batch, None, INPUT, [[7], [8, 9]]))
+    output = injection.forward(bb, slotted(batch), None, injection.Site(place="template"))
+    torch.testing.assert_close(output.logits, injection.forward(bb, batch, None, INPUT).logits)
+    found = injection.continuations(bb, slotted(batch), None, INPUT, [[7], [8, 9]])
+    torch.testing.assert_close(found, injection.continuations(bb, batch, None, INPUT, [[7], [8, 9]]))
 
 
 def test_what_is_refused() -> None:
@@ -302,7 +309,11 @@ def test_what_is_refused() -> None:
     prompt = rows.single(rows.random(0, 5, 32), 2)
     two = torch.tensor([[2, 3], [1, 4]])
     for one, site, message in (
-        (replace(batch, place=two), INPUT, "2 places are given, and nothing says how many prompt tokens each has"),
+        (
+            replace(batch, prompt_offsets=two),
+            INPUT,
+            "2 places are given, and nothing says how many prompt tokens each has",
+        ),
         (slotted(batch, [(3, 2), (0, 0)]), INPUT, r"places \[\[3, 2\], \[0, 0\]\] must not fall"),
         (slotted(batch, [(3, 6), (0, 0)]), INPUT, r"do not all lie within texts of \[5, 9\] tokens"),
         (
@@ -311,29 +322,33 @@ def test_what_is_refused() -> None:
             r"segments of \[2, 2\] prompt tokens do not sum to the prompt's 5",
         ),
         (slotted(batch, two.tolist(), (6, -1)), INPUT, r"segments of \[6, -1\] prompt tokens do not sum"),
-        (replace(batch, place=two[:, 0]), inject.Site(segments=SIZES), "2 segments of the prompt, but 1 places"),
+        (
+            replace(batch, prompt_offsets=two[:, 0]),
+            injection.Site(segments=SIZES),
+            "2 segments of the prompt, but 1 places",
+        ),
         (
             batch,
-            inject.Site(place="template"),
+            injection.Site(place="template"),
             "the prompt stands in slots of the template, and the batch does not say",
         ),
         (
             batch,
-            inject.Site("kv", place="suffix"),
+            injection.Site("kv", place="suffix"),
             "place 'suffix' is not possible at site 'kv', where nothing can stand",
         ),
-        (batch, inject.Site("kv", place="template"), "place 'template' is not possible at site 'kv'"),
+        (batch, injection.Site("kv", place="template"), "place 'template' is not possible at site 'kv'"),
     ):
         with pytest.raises(BackboneError, match=message):
-            inject.forward(bb, one, prompt, site)
-    deep = rows.single(rows.random(0, 5, inject.width(bb, KV)), 2)
+            injection.forward(bb, one, prompt, site)
+    deep = rows.single(rows.random(0, 5, injection.width(bb, KV)), 2)
     with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything, but the rows put text"):
-        inject.forward(bb, slotted(batch, two.tolist()), deep, KV)
+        injection.forward(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything"):
-        generate.generate(bb, slotted(batch, two.tolist()), deep, KV)
+        generation.generate(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="place 'suffix' is not possible at site 'decoder'"):
-        inject.width(tiny.backbone("t5"), inject.Site("decoder", place="suffix"))
-    assert inject.width(bb, replace(ADD, place="suffix")) == inject.width(bb, REPLACE)
+        injection.width(tiny.backbone("t5"), injection.Site("decoder", place="suffix"))
+    assert injection.width(bb, replace(ADD, place="suffix")) == injection.width(bb, REPLACE)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -348,7 +363,7 @@ def test_layout_of_segments(data: st.DataObject) -> None:
     left = data.draw(st.booleans())
     mask = torch.arange(width)[None] < torch.tensor(texts)[:, None]
     prompt = rows.several([torch.zeros(sum(size), 1) for size in sizes], range(count))
-    where = inject.layout(mask, torch.tensor(places), prompt, left, torch.tensor(sizes))
+    where = injection.layout(mask, torch.tensor(places), prompt, left, torch.tensor(sizes))
     slots = max(map(sum, sizes))
     for i, (text, size, place) in enumerate(zip(texts, sizes, places, strict=True)):
         spare = slots - sum(size)  # a short prompt stands at the right edge of its slot

@@ -6,13 +6,13 @@ import peft
 import pytest
 import torch
 
-import artefacts
+import artifacts
 import tiny
-from softprompts import artefact as a
 from softprompts import backbone as b
-from softprompts import inject
-from softprompts.inject import Site
-from softprompts.prompt import Batch, Prompt
+from softprompts import injection
+from softprompts.artifacts import artifact as a
+from softprompts.injection import Site
+from softprompts.types import Batch, Prompt
 
 pytestmark = [
     pytest.mark.golden,
@@ -37,9 +37,9 @@ def ours(model, head, values):
     base = b.wrap(model)
     labels = {"lm": IDS, "sequence": torch.tensor([0, 1])}[head]
     prompt = Prompt(values[None], torch.ones(1, P, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
-    batch = Batch(IDS, torch.ones_like(IDS), prompt.row, labels)
+    batch = Batch(IDS, torch.ones_like(IDS), prompt.prompt_index, labels)
     with torch.no_grad():
-        return inject.forward(base, batch, prompt, Site(place="first")).logits
+        return injection.forward(base, batch, prompt, Site(place="first")).logits
 
 
 def theirs(model, kind):
@@ -57,7 +57,7 @@ def test_ours_answers_in_peft(tmp_path, name, head, kind):
     base = b.wrap(model)
     values = base.embed(torch.arange(40, 40 + P)).detach() + 0.01
     heads = {key: dict(model.named_parameters())[key].detach().clone() + 0.1 for key in base.head_names}
-    made = artefacts.example(
+    made = artifacts.example(
         prompt=values,
         initial=None,
         state={},

@@ -1,4 +1,4 @@
-"""Golden: a row in a mixed batch equals the row alone, whatever its neighbours, padding side and padding."""
+"""Golden: a row in a mixed batch equals the row alone, whatever its neighbors, padding side and padding."""
 
 import itertools
 from dataclasses import replace
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import rows
 import tiny
 from rows import INPUT, KV, called
-from softprompts import inject
-from softprompts.backbone import BackboneError
-from softprompts.prompt import Batch, Prompt, mix
+from softprompts import injection
+from softprompts.errors import BackboneError
+from softprompts.types import Batch, Prompt, mix_prompts
 
 pytestmark = pytest.mark.golden
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -21,80 +21,82 @@ WHO = [1, 0, 2, 0]  # the distinct prompt of each row
 LENGTHS = (2, 9, 5)  # a sliding window of 6 is shorter than one prompt alone and than every prompt with its text
 
 
-def prompts(name: str, site: inject.Site) -> list[torch.Tensor]:
+def prompts(name: str, site: injection.Site) -> list[torch.Tensor]:
     """Three prompts of different lengths; one length where a decoder that counts positions itself wants it."""
     lengths = (4, 4, 4) if (name, site) == ("bart", KV) else LENGTHS
-    width = inject.width(tiny.backbone(name), site)
+    width = injection.width(tiny.backbone(name), site)
     return [rows.random(i, length, width) for i, length in enumerate(lengths)]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.ALL), ids=called)
-def test_rows(name: str, site: inject.Site) -> None:
+def test_rows(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     texts, values = rows.texts(name), prompts(name, site)
     alone = [
-        inject.forward(bb, rows.batch(name, [text]), rows.single(values[who]), site).logits
+        injection.forward(bb, rows.batch(name, [text]), rows.single(values[who]), site).logits
         for text, who in zip(texts, WHO, strict=True)
     ]
     mixed = rows.several(values, WHO)
     layouts = [("right", 0), ("right", 4), ("left", 0), ("left", 5)]
     for (side, extra), path in itertools.product(layouts, (None, *rows.paths(name, site))):
-        output = inject.forward(bb, rows.batch(name, texts, side, extra), mixed, site, path=path)
+        output = injection.forward(bb, rows.batch(name, texts, side, extra), mixed, site, path=path)
         for i, expected in enumerate(alone):
             torch.testing.assert_close(rows.of_row(output, i), expected, **CLOSE)
     # Some rows of a batch, and the same rows under another order.
     index = torch.tensor([3, 1])
-    output = inject.forward(bb, rows.batch(name, texts, "left").rows(index), mixed.rows(index), site)
+    output = injection.forward(bb, rows.batch(name, texts, "left").rows(index), mixed.rows(index), site)
     for i, row in enumerate(index):
         torch.testing.assert_close(rows.of_row(output, i), alone[row], **CLOSE)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.MAIN), ids=called)
-def test_mixed_prompts_of_tasks(name: str, site: inject.Site) -> None:
+def test_mixed_prompts_of_tasks(name: str, site: injection.Site) -> None:
     """`mix` lays prompts of several tasks and lengths together as the test does by hand."""
     bb = tiny.backbone(name)
     values = prompts(name, site)
-    mixed = mix(
+    mixed = mix_prompts(
         [rows.several(values[:1], [0, 0]), rows.several(values[1:], [1, 0])],
         [torch.tensor([1, 3]), torch.tensor([2, 0])],
     )
     expected = rows.several(values, WHO)
     for field in ("values", "mask"):
-        torch.testing.assert_close(getattr(mixed, field)[mixed.row].float(), getattr(expected, field)[WHO].float())
+        torch.testing.assert_close(
+            getattr(mixed, field)[mixed.prompt_index].float(), getattr(expected, field)[WHO].float()
+        )
     batch = rows.batch(name, rows.texts(name), "left")
-    ours = inject.forward(bb, batch, mixed, site)
-    torch.testing.assert_close(ours.logits, inject.forward(bb, batch, expected, site).logits, **CLOSE)
+    ours = injection.forward(bb, batch, mixed, site)
+    torch.testing.assert_close(ours.logits, injection.forward(bb, batch, expected, site).logits, **CLOSE)
 
 
 def test_mix_refuses() -> None:
     one, other = rows.single(torch.zeros(2, 8)), rows.single(torch.zeros(2, 9))
     with pytest.raises(ValueError, match=r"prompts of widths \[8, 9\] cannot share a batch"):
-        mix([one, other], [torch.tensor([0]), torch.tensor([1])])
+        mix_prompts([one, other], [torch.tensor([0]), torch.tensor([1])])
     with pytest.raises(ValueError, match=r"rows \[0, 2\] must name each of the 2 batch rows exactly once"):
-        mix([one, one], [torch.tensor([0]), torch.tensor([2])])
+        mix_prompts([one, one], [torch.tensor([0]), torch.tensor([2])])
 
 
 def test_bart_kv_refuses_mixed_lengths() -> None:
     bb = tiny.backbone("bart")
-    width = inject.width(bb, KV)
+    width = injection.width(bb, KV)
     mixed = rows.several([rows.random(0, 2, width), rows.random(1, 5, width)], [0, 1])
     batch = rows.batch("bart", rows.texts("bart", (4, 6)))
     with pytest.raises(BackboneError, match=r"prompts of \[2, 5\] tokens cannot share a batch at site 'kv' of Bart"):
-        inject.forward(bb, batch, mixed, KV)
+        injection.forward(bb, batch, mixed, KV)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.GENERATING)
-def test_unused_longer_neighbour(name: str) -> None:
+def test_unused_longer_neighbor(name: str) -> None:
     """A longer prompt that no row uses leaves the rows as they are."""
     bb = tiny.backbone(name)
-    width = inject.width(bb, KV)
+    width = injection.width(bb, KV)
     mixed = rows.several([rows.random(0, 2, width), rows.random(1, 5, width)], [0, 0])
     text = rows.texts(name, (4, 6))
-    ours = inject.forward(bb, rows.batch(name, text), mixed, KV)
-    alone = inject.forward(bb, rows.batch(name, text), rows.single(rows.random(0, 2, width), 2), KV)
+    ours = injection.forward(bb, rows.batch(name, text), mixed, KV)
+    alone = injection.forward(bb, rows.batch(name, text), rows.single(rows.random(0, 2, width), 2), KV)
     torch.testing.assert_close(ours.logits, alone.logits, **CLOSE)
 
 
@@ -107,12 +109,12 @@ def test_room(name: str) -> None:
     texts = rows.texts(name, (room - 3, 10))
     values = [rows.random(0, 3, bb.features), rows.random(1, 40, bb.features)]
     for path in rows.paths(name, INPUT):
-        output = inject.forward(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, path=path)
+        output = injection.forward(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, path=path)
         for i, text in enumerate(texts):
-            alone = inject.forward(bb, rows.batch(name, [text]), rows.single(values[i]), INPUT)
+            alone = injection.forward(bb, rows.batch(name, [text]), rows.single(values[i]), INPUT)
             torch.testing.assert_close(rows.of_row(output, i), alone.logits, atol=2e-5, rtol=1e-5)
     with pytest.raises(BackboneError, match=rf"prompt and text need {room + 1} positions, {name} takes {room}"):
-        inject.forward(bb, rows.batch(name, texts), rows.single(rows.random(0, 4, bb.features), 2), INPUT)
+        injection.forward(bb, rows.batch(name, texts), rows.single(rows.random(0, 4, bb.features), 2), INPUT)
 
 
 @torch.no_grad()
@@ -121,33 +123,33 @@ def test_room_of_the_decoder() -> None:
     bb = tiny.backbone("bart")
     prompt = rows.single(rows.random(0, 3, 32))
     batch = rows.batch("bart", rows.texts("bart", (bb.context,)))
-    assert inject.forward(bb, batch, prompt, rows.DECODER).logits is not None
+    assert injection.forward(bb, batch, prompt, rows.DECODER).logits is not None
     long = replace(batch, labels=rows.ids(0, bb.context - 2)[None])
     with pytest.raises(BackboneError, match="prompt and text need 65 positions, bart takes 64"):
-        inject.forward(bb, long, prompt, rows.DECODER)
+        injection.forward(bb, long, prompt, rows.DECODER)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart", "bert"])
 def test_rows_without_labels(name: str) -> None:
-    """A row with nothing to score, or no text at all, leaves its neighbours' scores and gradients finite."""
+    """A row with nothing to score, or no text at all, leaves its neighbors' scores and gradients finite."""
     bb = tiny.backbone(name)
     texts = rows.texts(name, (4, 6))
     batch = rows.batch(name, texts)
     labels = batch.labels.clone()
     labels[0] = -100
     values = rows.random(0, 3, bb.features).requires_grad_()
-    output = inject.forward(bb, replace(batch, labels=labels), rows.single(values, 2), INPUT)
-    expected = inject.forward(bb, batch, rows.single(values, 2), INPUT)
+    output = injection.forward(bb, replace(batch, labels=labels), rows.single(values, 2), INPUT)
+    expected = injection.forward(bb, batch, rows.single(values, 2), INPUT)
     assert rows.of_row(output, 0).numel() == 0
     torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
     output.logits.sum().backward()
     assert values.grad.isfinite().all()
     if name in tiny.SEQ2SEQ:
         return
-    mask = batch.mask.clone()
+    mask = batch.attention_mask.clone()
     mask[0] = 0
     values.grad = None
-    output = inject.forward(bb, replace(batch, mask=mask, labels=labels), rows.single(values, 2), INPUT)
+    output = injection.forward(bb, replace(batch, attention_mask=mask, labels=labels), rows.single(values, 2), INPUT)
     torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
     output.logits.sum().backward()
     assert values.grad.isfinite().all()
@@ -158,10 +160,10 @@ def test_batch_without_any_text(name: str) -> None:
     """Prompts alone score the first token, on every path the same."""
     bb, found = tiny.backbone(name), []
     empty = rows.batch(name, rows.texts(name, (2, 3)))
-    empty = replace(empty, mask=torch.zeros_like(empty.mask), labels=None)
+    empty = replace(empty, attention_mask=torch.zeros_like(empty.attention_mask), labels=None)
     for path in rows.paths(name, INPUT):
         values = [rows.random(i, n, bb.features).requires_grad_() for i, n in enumerate((3, 8))]
-        last = inject.forward(bb, empty, rows.several(values, [1, 0]), INPUT, path=path).last
+        last = injection.forward(bb, empty, rows.several(values, [1, 0]), INPUT, path=path).last
         found.append((last, torch.autograd.grad((last * rows.random(9, *last.shape)).sum(), values)))
     for last, gradients in found[:-1]:
         torch.testing.assert_close(last, found[-1][0], **CLOSE)
@@ -177,8 +179,8 @@ def test_labels_on_padding_do_not_count(name: str) -> None:
     bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name), "left", 2)
     values = rows.single(rows.random(0, 3, bb.features), 4)
     for path in rows.paths(name, INPUT):
-        ours = inject.forward(bb, replace(batch, labels=batch.ids), values, INPUT, path=path)
-        assert ours.labels.equal(inject.forward(bb, batch, values, INPUT, path=path).labels)
+        ours = injection.forward(bb, replace(batch, labels=batch.input_ids), values, INPUT, path=path)
+        assert ours.labels.equal(injection.forward(bb, batch, values, INPUT, path=path).labels)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -196,7 +198,7 @@ def test_layout(data: st.DataObject) -> None:
     prompt: Prompt | None = None
     if data.draw(st.booleans()):
         prompt = rows.several([torch.zeros(n, 1) for n in lengths], used)
-    where = inject.layout(mask, torch.tensor(place), prompt, left)
+    where = injection.layout(mask, torch.tensor(place), prompt, left)
     slots = 0 if prompt is None else max(lengths)
     for i, text in enumerate(texts):
         tokens = [] if prompt is None else list(range(slots - lengths[used[i]], slots))
@@ -220,8 +222,8 @@ def test_assemble() -> None:
     prompt = Prompt(values, torch.tensor([[1, 1], [0, 1]]), torch.tensor([1, 0]))
     text = torch.tensor([[[10.0], [11.0], [12.0]], [[20.0], [0.0], [0.0]]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    where = inject.layout(mask, torch.tensor([1, 0]), prompt)
-    full = inject.assemble(text, prompt, where)[..., 0]
+    where = injection.layout(mask, torch.tensor([1, 0]), prompt)
+    full = injection.assemble(text, prompt, where)[..., 0]
     assert full[0].tolist() == [10, 3, 11, 12]
     assert full[1, :3].tolist() == [1, 2, 20]
     (full * where.mask).sum().backward()
@@ -230,5 +232,5 @@ def test_assemble() -> None:
 
 def test_batch_rows_and_device() -> None:
     batch = Batch(torch.arange(6).view(3, 2), torch.ones(3, 2), torch.arange(3))
-    assert batch.rows(torch.tensor([2, 0])).ids.tolist() == [[4, 5], [0, 1]]
+    assert batch.rows(torch.tensor([2, 0])).input_ids.tolist() == [[4, 5], [0, 1]]
     assert batch.to(torch.device("cpu")).labels is None

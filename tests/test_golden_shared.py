@@ -10,10 +10,11 @@ import rows
 import tiny
 from rows import INPUT, KV, called
 from softprompts import backbone as b
-from softprompts import inject, objectives
-from softprompts.backbone import BackboneError
-from softprompts.kernels import Kernels
-from softprompts.prompt import Batch, Output, Prompt, Step
+from softprompts import injection
+from softprompts.backbone.kernels import Kernels
+from softprompts.errors import BackboneError
+from softprompts.training import objectives
+from softprompts.types import Batch, Output, Prompt, Step
 
 pytestmark = pytest.mark.golden
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -21,9 +22,9 @@ USED = [2, 0, 0, 1, 2, 0]
 TEXTS = (5, 9, 1, 7, 3, 4)
 
 
-def loss(bb: b.Backbone, batch: Batch, prompt: Prompt, site: inject.Site, path: str | None) -> tuple[Tensor, Output]:
+def loss(bb: b.Backbone, batch: Batch, prompt: Prompt, site: injection.Site, path: str | None) -> tuple[Tensor, Output]:
     """The task loss, as training sees it."""
-    output = inject.forward(bb, batch, prompt, site, path=path)
+    output = injection.forward(bb, batch, prompt, site, path=path)
     return objectives.task(Step(batch, prompt, output, lambda _: output)), output
 
 
@@ -32,14 +33,14 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def three(name: str, site: inject.Site, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def three(name: str, site: injection.Site, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Three prompts of 3, 8 and 5 tokens that want gradients."""
-    width = inject.width(tiny.backbone(name), site)
+    width = injection.width(tiny.backbone(name), site)
     return [rows.random(i, n, width).to(dtype).requires_grad_() for i, n in enumerate((3, 8, 5))]
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.CAUSAL, ("input", "layers")), ids=called)
-def test_shared(name: str, site: inject.Site) -> None:
+def test_shared(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     found = []
     sides = {"concatenation": ("right", 0), "shared": ("right", 0), "packed": ("left", 2)}
@@ -82,7 +83,7 @@ def test_prompt_of_each_row(name: str) -> None:
     [case for case in rows.cases(("gpt2", "gpt_neox", "bart", "bert")) if case != ("bart", KV)],
     ids=called,
 )
-def test_finite_differences(name: str, site: inject.Site) -> None:
+def test_finite_differences(name: str, site: injection.Site) -> None:
     """A second opinion on the gradient, in float64: the slope along random directions, for each prompt.
 
     Families that compute their norms in float32 whatever the dtype (Llama, T5) cannot be measured like this.
@@ -92,7 +93,7 @@ def test_finite_differences(name: str, site: inject.Site) -> None:
     batch = rows.batch(name, rows.texts(name, TEXTS), "left", 1)
 
     def exact(prompts: list[Tensor]) -> Tensor:
-        output = inject.forward(bb, batch, rows.several(prompts, USED), site)
+        output = injection.forward(bb, batch, rows.several(prompts, USED), site)
         assert output.logits.dtype == torch.float64
         return torch.nn.functional.cross_entropy(output.logits, output.labels)
 
@@ -114,46 +115,48 @@ def test_reasons() -> None:
     """The path says why a prompt is not shared."""
     values = rows.random(0, 3, 32)
     batch = rows.batch("llama", rows.texts("llama", (4, 5)))
-    after = Batch(batch.ids, batch.mask, batch.task, batch.labels, place=torch.tensor([0, 1]))
+    after = Batch(
+        batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor([0, 1])
+    )
     for name, given, prompt, reason in (
         ("llama", batch, None, "no prompt"),
         ("llama", after, rows.single(values, 2), "text stands before the prompt"),
         ("bert", batch, rows.single(values, 2), "an encoder's prompt sees the text"),
         ("t5", batch, rows.single(values, 2), "an encoder's prompt sees the text"),
     ):
-        output = inject.forward(tiny.backbone(name), given, prompt, INPUT)
+        output = injection.forward(tiny.backbone(name), given, prompt, INPUT)
         assert output.path == f"concatenation: {reason}"
         for path in ("packed", "shared"):
             with pytest.raises(BackboneError, match=f"path '{path}' is not possible: {reason}; leave the path out"):
-                inject.forward(tiny.backbone(name), given, prompt, INPUT, path=path)
+                injection.forward(tiny.backbone(name), given, prompt, INPUT, path=path)
     prompt = rows.single(values, 2)
     with pytest.raises(BackboneError, match="path 'concatenation' is not possible: keys and values are no tokens"):
-        inject.forward(
+        injection.forward(
             tiny.backbone("llama"), batch, rows.single(rows.random(0, 3, 96), 2), rows.KV, path="concatenation"
         )
     with pytest.raises(BackboneError, match="path 'pack' is unknown; possible: packed, shared, concatenation"):
-        inject.forward(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
+        injection.forward(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
     with pytest.raises(
         BackboneError, match="path 'packed' is not possible: GPTJForCausalLM has an attention of its own"
     ):
-        inject.forward(tiny.backbone("gptj"), batch, prompt, INPUT, path="packed")
+        injection.forward(tiny.backbone("gptj"), batch, prompt, INPUT, path="packed")
     shared = replace(tiny.backbone("llama"), kernels=Kernels(rows="shared"))
-    assert inject.forward(shared, batch, prompt, INPUT).path == "shared"
+    assert injection.forward(shared, batch, prompt, INPUT).path == "shared"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.CAUSAL), ids=called)
-def test_prefill_once_decode_often(name: str, site: inject.Site) -> None:
+def test_prefill_once_decode_often(name: str, site: injection.Site) -> None:
     """The cache behind the text goes on as the concatenation does: one more token, either path."""
     bb = tiny.backbone(name)
     text, token = rows.texts(name, (6,))[0], rows.ids(9, 1)
-    values = rows.random(0, 4, inject.width(bb, site))
-    output = inject.forward(bb, rows.batch(name, [text]), rows.single(values), site, path="shared")
+    values = rows.random(0, 4, injection.width(bb, site))
+    output = injection.forward(bb, rows.batch(name, [text]), rows.single(values), site, path="shared")
     again = bb.model(input_ids=token[None], past_key_values=output.cache).logits[0, -1]
-    expected = inject.forward(bb, rows.batch(name, [torch.cat([text, token, token])]), rows.single(values), site)
+    expected = injection.forward(bb, rows.batch(name, [torch.cat([text, token, token])]), rows.single(values), site)
     torch.testing.assert_close(again, expected.logits[-1], **CLOSE)
     if site == KV:
-        assert inject.prefill(bb, rows.single(values), site)[1] is None
+        assert injection.prefill(bb, rows.single(values), site)[1] is None
 
 
 def test_half_precision() -> None:
@@ -164,11 +167,11 @@ def test_half_precision() -> None:
         own = coarse.model(input_ids=torch.cat([words, text[0]])[None]).logits[0, 5:-1].float()
         true = exact.model(input_ids=torch.cat([words, text[0]])[None]).logits[0, 5:-1]
     for site in rows.sites("llama"):
-        values = rows.random(0, 6, inject.width(coarse, site)).requires_grad_()
+        values = rows.random(0, 6, injection.width(coarse, site)).requires_grad_()
         value, _ = loss(coarse, rows.batch("llama", text), rows.single(values), site, None)
         value.backward()
         assert values.grad.dtype == torch.float32
     prompt = rows.single(coarse.embed(words).float())
     for path in rows.paths("llama", INPUT):
-        ours = inject.forward(coarse, rows.batch("llama", text), prompt, INPUT, path=path).logits.float()
+        ours = injection.forward(coarse, rows.batch("llama", text), prompt, INPUT, path=path).logits.float()
         assert (ours - true).norm() < 2 * (own - true).norm()

@@ -6,11 +6,12 @@ import torch
 
 import tiny
 from softprompts import backbone as b
-from softprompts import inject, objectives
-from softprompts.inject import Site
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Batch, Start
+from softprompts.model.learner import Learner
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Batch, PromptInit
 
 P, STEPS = 4, 20
 pytestmark = [
@@ -33,8 +34,8 @@ def batches(generator):
 def test_twenty_steps_equal_pefts(name):
     start = torch.randn(P, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.3
     base = b.wrap(tiny.model(name).double())
-    slot = inject.slot(base, Site(), ("a",), P)
-    method = PromptTuning(PromptTuning.Config(), slot, Start(start)).double()
+    slot = injection.prompt_spec(base, Site(), ("a",), P)
+    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.prompts[0].copy_(start)
     learner = Learner(base, Site(), slot, method)
@@ -51,9 +52,9 @@ def test_twenty_steps_equal_pefts(name):
         peers = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine.detach(), peers.detach().double(), rtol=1e-6, atol=0)
-        for loss, optimiser in ((mine, ours), (peers, other)):
-            optimiser.zero_grad()
+        for loss, optimizer in ((mine, ours), (peers, other)):
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
         torch.testing.assert_close(method.prompts[0].detach(), weight.detach(), rtol=1e-4, atol=1e-6)
     assert float((method.prompts[0].detach() - start).abs().max()) > 0.1

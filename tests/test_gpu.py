@@ -19,13 +19,16 @@ import test_golden_rows
 import test_golden_shared
 import test_golden_training
 import test_golden_words
-import test_quantise
+import test_quantize
 import tiny
-from softprompts import artefact, evaluate, job, machine
+from softprompts.artifacts import artifact
+from softprompts.backbone import devices
 from softprompts.config import parse
+from softprompts.evaluation import evaluate
 from softprompts.methods import find
+from softprompts.recipes.run import run as job
 
-DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in machine.devices() if d != "cpu"), None)
+DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.devices() if d != "cpu"), None)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -47,8 +50,8 @@ GOLDEN = {
     if name.startswith("test_") and callable(value) and name not in ELSEWHERE
     if not (name in DOUBLE and DEVICE == "mps")
 }
-QUANTISED = ("test_the_gradient_is_that_of_the_rounded_weights", "test_frozen")
-GOLDEN |= {f"{name}_quantised": vars(test_quantise)[name] for name in QUANTISED}
+QUANTIZED = ("test_the_gradient_is_that_of_the_rounded_weights", "test_frozen")
+GOLDEN |= {f"{name}_quantized": vars(test_quantize)[name] for name in QUANTIZED}
 globals().update(GOLDEN)
 
 
@@ -131,7 +134,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("folder")
     run = local.run_values(made, steps=2)
     run["model"]["device"] = DEVICE
-    job.execute(parse(run))
+    job.run(parse(run))
     return made
 
 
@@ -148,11 +151,11 @@ def test_a_run_on_it_is_one_on_the_cpu(method, folder, tmp_path):
         run["prompt"] |= {"method": kind, "options": options, "site": sites[0]}
         sources = [str(folder / "out" / "prompt")] if sites[0] == "input" else []
         run["prompt"]["init"] = {"kind": "vocabulary", "sources": sources}
-        results = job.execute(parse(run))
+        results = job.run(parse(run))
         assert results["machine"]["device"].startswith(device)
         losses.append([step["loss"] for step in results["curve"]])
-        found.append(artefact.load(Path(run["out"]) / "prompt"))
-        opened = job.open_artefacts([Path(run["out"]) / "prompt"], model=parse(run).model)
+        found.append(artifact.load(Path(run["out"]) / "prompt"))
+        opened = job.open_artifacts([Path(run["out"]) / "prompt"], model=parse(run).model)
         test = job.prepare(parse(run)).tasks[0].test
         answered = evaluate.evaluate(opened.learner, opened.encoder, test, parse(run).evaluate)
         assert answered.headline.value == results["summary"]["after"]["value"]

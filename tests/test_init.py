@@ -13,13 +13,15 @@ from torch import Tensor
 import rows
 import tiny
 import tokenizers_tiny
-from artefacts import example
+from artifacts import example
 from rows import DECODER, INPUT, KV, REPLACE, called
-from softprompts import SoftPromptModel, artefact, init, inject, peft, transfer
+from softprompts import SoftPromptModel, injection
 from softprompts import backbone as b
-from softprompts.artefact import ArtefactError
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, InitConfig, PromptConfig, parse
+from softprompts.artifacts import artifact
+from softprompts.artifacts.vectors import similarity
+from softprompts.config import InitConfig, PromptConfig, parse
+from softprompts.errors import ArtifactError, BackboneError, ConfigError
+from softprompts.model import initialization, peft
 
 P = 12
 TOKENIZERS = {"llama": tokenizers_tiny.byte_bpe, "t5": tokenizers_tiny.unigram, "bert": tokenizers_tiny.wordpiece}
@@ -31,13 +33,13 @@ def made(name: str) -> b.Backbone:
     return b.wrap(tiny.model(name, tokenizer=tokenizer), tokenizer, name=name)
 
 
-def start(bb: b.Backbone, site: inject.Site = INPUT, length: int = P, seed: int = 0, **values: Any) -> Tensor:
+def start(bb: b.Backbone, site: injection.Site = INPUT, length: int = P, seed: int = 0, **values: Any) -> Tensor:
     """The start that a configuration describes; `seed` is the run's, `seed_of_init` the configuration's own."""
-    slot = inject.slot(bb, site, ("a",), length)
+    slot = injection.prompt_spec(bb, site, ("a",), length)
     labels = values.pop("words", ())
     own = values.pop("seed_of_init", None)
     config = InitConfig(**values, seed=own)
-    return init.start(config, bb, site, slot, seed=seed, labels=labels).prompt
+    return initialization.initialize(config, bb, site, slot, seed=seed, labels=labels).prompt
 
 
 def ids_of(bb: b.Backbone, prompt: Tensor) -> list[int]:
@@ -58,12 +60,12 @@ KINDS: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(tuple(TOKENIZERS)), ids=called)
-def test_every_kind_at_every_site(name: str, site: inject.Site) -> None:
+def test_every_kind_at_every_site(name: str, site: injection.Site) -> None:
     """Shape and dtype fit the slot, nothing wants a gradient, a seed repeats, another seed differs."""
     bb = made(name)
     for values in KINDS:
         first = start(bb, site, **values)
-        assert first.shape == (P, inject.width(bb, site))
+        assert first.shape == (P, injection.width(bb, site))
         assert first.dtype == torch.float32
         assert first.isfinite().all()
         assert not first.requires_grad
@@ -89,7 +91,7 @@ def test_random(name: str) -> None:
 
 
 @pytest.mark.parametrize("site", rows.sites("llama"), ids=called)
-def test_random_has_the_size_of_words_at_the_site(site: inject.Site) -> None:
+def test_random_has_the_size_of_words_at_the_site(site: injection.Site) -> None:
     bb = made("llama")
     words = start(bb, site, kind="vocabulary", length=40)
     noise = start(bb, site, kind="random", length=40)
@@ -130,12 +132,12 @@ def test_text_is_repeated_or_cut(name: str) -> None:
         found = start(bb, kind="text", text=text, length=length)
         assert found.equal(bb.embed(torch.tensor((ids * 3)[:length])))
     special = bb.tokenizer(text)["input_ids"]
-    assert init.text_ids(bb.tokenizer, text, len(special), special=True).tolist() == special
+    assert initialization.text_ids(bb.tokenizer, text, len(special), special=True).tolist() == special
 
 
 @pytest.mark.parametrize("name", tuple(TOKENIZERS))
 @pytest.mark.parametrize("site", [INPUT, DECODER], ids=called)
-def test_labels_are_means_of_pieces_then_common_words(name: str, site: inject.Site) -> None:
+def test_labels_are_means_of_pieces_then_common_words(name: str, site: injection.Site) -> None:
     """Row i is the mean of label i's piece embeddings, bit for bit; the rest are different common words."""
     if site == DECODER and name != "t5":
         return
@@ -154,16 +156,16 @@ def test_labels_are_means_of_pieces_then_common_words(name: str, site: inject.Si
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.MAIN), ids=called)
-def test_words_are_what_the_model_makes_of_them(name: str, site: inject.Site) -> None:
+def test_words_are_what_the_model_makes_of_them(name: str, site: injection.Site) -> None:
     """`from_ids` leaves no hooks, takes no gradient and does not depend on the length that follows (causal)."""
     bb, words = tiny.backbone(name), rows.ids(3, 5)
-    found = init.from_ids(bb, site, words)
-    assert found.shape == (5, inject.width(bb, site))
+    found = initialization.from_ids(bb, site, words)
+    assert found.shape == (5, injection.width(bb, site))
     assert not any(layer._forward_pre_hooks for layer in bb.model.modules())
     if bb.family.shifted:
-        torch.testing.assert_close(found[:3], init.from_ids(bb, site, words[:3]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found[:3], initialization.from_ids(bb, site, words[:3]), atol=1e-5, rtol=1e-5)
     found.zero_()
-    assert not init.from_ids(bb, site, words).eq(0).all()
+    assert not initialization.from_ids(bb, site, words).eq(0).all()
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,7 @@ def test_words_are_what_the_model_makes_of_them(name: str, site: inject.Site) ->
     ],
     ids=str,
 )
-def test_errors(site: inject.Site, values: dict[str, Any], match: str) -> None:
+def test_errors(site: injection.Site, values: dict[str, Any], match: str) -> None:
     name = "bert" if values.get("text") == " " else "llama"
     with pytest.raises(BackboneError, match=match):
         start(made(name), site, **values)
@@ -193,41 +195,41 @@ def test_words_need_a_tokenizer() -> None:
 
 def test_a_sliding_window_holds_no_longer_prefix() -> None:
     with pytest.raises(BackboneError, match="a sliding window of 6 positions cannot hold 6 prompt tokens"):
-        init.from_ids(tiny.backbone("mistral"), KV, rows.ids(0, 6))
-    assert len(init.from_ids(tiny.backbone("mistral"), KV, rows.ids(0, 5))) == 5
+        initialization.from_ids(tiny.backbone("mistral"), KV, rows.ids(0, 6))
+    assert len(initialization.from_ids(tiny.backbone("mistral"), KV, rows.ids(0, 5))) == 5
 
 
-def test_artefact(tmp_path: Path) -> None:
+def test_artifact(tmp_path: Path) -> None:
     """A trained prompt is taken as it is, on the weights, at the site and with the length it was trained for."""
     bb = made("llama")
-    prompt = rows.random(0, P, inject.width(bb, INPUT))
+    prompt = rows.random(0, P, injection.width(bb, INPUT))
     saved = example(
         prompt=prompt, initial=prompt, state={}, fingerprint=b.fingerprint(bb), config={}, method="prompt-tuning"
     )
-    path = str(artefact.save(saved, tmp_path / "prompt"))
-    assert start(bb, kind="artefact", path=path).equal(prompt)
-    with pytest.raises(ArtefactError, match=r"set prompt\.length and prompt\.site to match"):
-        start(bb, kind="artefact", path=path, length=P + 1)
-    with pytest.raises(ArtefactError):
-        start(b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer), kind="artefact", path=path)
+    path = str(artifact.save(saved, tmp_path / "prompt"))
+    assert start(bb, kind="artifact", path=path).equal(prompt)
+    with pytest.raises(ArtifactError, match=r"set prompt\.length and prompt\.site to match"):
+        start(bb, kind="artifact", path=path, length=P + 1)
+    with pytest.raises(ArtifactError):
+        start(b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer), kind="artifact", path=path)
 
 
-def saved(bb: b.Backbone, path: Path, seed: int, site: inject.Site = INPUT, length: int = P, **changes: Any) -> str:
-    """A random prompt as an artefact for `bb`; its directory."""
-    prompt = rows.random(seed, length, inject.width(bb, site))
+def saved(bb: b.Backbone, path: Path, seed: int, site: injection.Site = INPUT, length: int = P, **changes: Any) -> str:
+    """A random prompt as an artifact for `bb`; its directory."""
+    prompt = rows.random(seed, length, injection.width(bb, site))
     facts = {"prompt": prompt, "initial": prompt, "state": {}, "site": site.name, "fingerprint": b.fingerprint(bb)}
-    return str(artefact.save(example(**{**facts, **changes}), path))
+    return str(artifact.save(example(**{**facts, **changes}), path))
 
 
-def test_mean_of_artefacts(tmp_path: Path) -> None:
-    """By weights of any sum, or all alike; one artefact is taken bit for bit."""
+def test_mean_of_artifacts(tmp_path: Path) -> None:
+    """By weights of any sum, or all alike; one artifact is taken bit for bit."""
     bb = made("llama")
     paths = tuple(saved(bb, tmp_path / str(i), i) for i in range(3))
-    prompts = [artefact.load(path).prompt for path in paths]
+    prompts = [artifact.load(path).prompt for path in paths]
     found = start(bb, kind="mean", paths=paths, weights=(2, 1, 1))
     expected = (prompts[0].double() / 2 + prompts[1].double() / 4 + prompts[2].double() / 4).float()
     assert found.equal(expected)
-    assert start(bb, kind="mean", paths=paths).equal(transfer.mean(prompts))
+    assert start(bb, kind="mean", paths=paths).equal(similarity.mean(prompts))
     assert start(bb, kind="mean", paths=paths[:1], weights=(7,)).equal(prompts[0])
 
 
@@ -235,17 +237,17 @@ def test_sources(tmp_path: Path) -> None:
     """In the order they are named, beside any kind of start."""
     bb = made("llama")
     paths = tuple(saved(bb, tmp_path / str(i), i) for i in range(3))
-    slot = inject.slot(bb, INPUT, ("a",), P)
-    for kind in ({"kind": "vocabulary"}, {"kind": "artefact", "path": paths[2]}, {"kind": "mean", "paths": paths[1:]}):
-        plain = init.start(InitConfig(**kind), bb, INPUT, slot)
-        found = init.start(InitConfig(**kind, sources=(paths[1], paths[0])), bb, INPUT, slot)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
+    for kind in ({"kind": "vocabulary"}, {"kind": "artifact", "path": paths[2]}, {"kind": "mean", "paths": paths[1:]}):
+        plain = initialization.initialize(InitConfig(**kind), bb, INPUT, slot)
+        found = initialization.initialize(InitConfig(**kind, sources=(paths[1], paths[0])), bb, INPUT, slot)
         assert plain.sources is None
         assert found.prompt.equal(plain.prompt)
         assert found.sources.equal(torch.stack([rows.random(i, P, 32) for i in (1, 0)]))
 
 
 def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp"), shared: int = 9) -> Path:
-    """Artefacts of tasks that share a prompt, as a run of several tasks leaves them."""
+    """Artifacts of tasks that share a prompt, as a run of several tasks leaves them."""
     for i, name in enumerate(names):
         state = {
             "shared": rows.random(shared, P, 32),
@@ -260,10 +262,10 @@ def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp
 def test_multitask_sources(tmp_path: Path) -> None:
     """Columns and rows averaged on their own, those of one task, or ones."""
     bb = made("llama")
-    folder, slot = multitask(bb, tmp_path / "prompt"), inject.slot(bb, INPUT, ("a",), P)
+    folder, slot = multitask(bb, tmp_path / "prompt"), injection.prompt_spec(bb, INPUT, ("a",), P)
 
     def found(path: Path = folder, **values: Any) -> Any:
-        return init.start(InitConfig(kind="multitask", path=str(path), **values), bb, INPUT, slot)
+        return initialization.initialize(InitConfig(kind="multitask", path=str(path), **values), bb, INPUT, slot)
 
     columns = (rows.random(20, P, 1) + rows.random(21, P, 1)) / 2 + 1
     vectors = (rows.random(30, 1, 32) + rows.random(31, 1, 32)) / 2 + 1
@@ -273,7 +275,7 @@ def test_multitask_sources(tmp_path: Path) -> None:
     torch.testing.assert_close(average.factors[1], vectors)
     one = found(factors="task", task="qqp")
     assert one.factors[0].equal(rows.random(21, P, 1) + 1)
-    assert found(folder / "qqp").factors[1].equal(one.factors[1])  # a single artefact is its own average
+    assert found(folder / "qqp").factors[1].equal(one.factors[1])  # a single artifact is its own average
     assert found(factors="ones").factors is None
 
 
@@ -289,11 +291,11 @@ def test_multitask_sources_that_a_model_saved(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "ours" / name, tmp_path / "theirs")
-    slot = inject.slot(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
     state = model.state_dict()
     columns = torch.stack([value for key, value in state.items() if ".columns." in key]).mean(0)
     for folder in ("ours", "theirs"):
-        found = init.start(InitConfig(kind="multitask", path=str(tmp_path / folder)), bb, INPUT, slot)
+        found = initialization.initialize(InitConfig(kind="multitask", path=str(tmp_path / folder)), bb, INPUT, slot)
         assert found.prompt.equal(next(value for key, value in state.items() if key.endswith("shared")))
         assert found.factors is not None
         torch.testing.assert_close(found.factors[0], columns)
@@ -311,17 +313,17 @@ def test_multitask_sources_that_do_not_fit(tmp_path: Path) -> None:
         (mixed, {}, "a, b do not share one prompt; they come from different runs"),
         (tmp_path / "none", {}, "no directory"),
     ):
-        with pytest.raises((ArtefactError, ConfigError), match=message):
+        with pytest.raises((ArtifactError, ConfigError), match=message):
             start(bb, kind="multitask", path=str(path), **values)
-    with pytest.raises(ArtefactError, match=r"holds a prompt of \[12, 32\] at site input, but the run wants \[6, 32\]"):
+    with pytest.raises(ArtifactError, match=r"holds a prompt of \[12, 32\] at site input, but the run wants \[6, 32\]"):
         start(bb, kind="multitask", path=str(folder), length=6)
     other = b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer)
-    with pytest.raises(ArtefactError, match="other weights"):
+    with pytest.raises(ArtifactError, match="other weights"):
         start(other, kind="multitask", path=str(folder))
 
 
 @pytest.mark.parametrize("kind", ["sources", "mean"])
-def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
+def test_artifacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
     bb = made("llama")
     good, short = saved(bb, tmp_path / "good", 0), saved(bb, tmp_path / "short", 1, length=P - 1)
     deep = saved(bb, tmp_path / "deep", 2, site=KV)
@@ -338,7 +340,7 @@ def test_artefacts_that_do_not_fit_are_named(tmp_path: Path, kind: str) -> None:
         (str(tmp_path / "none"), "no directory"),
     ):
         values = {"sources": (good, path)} if kind == "sources" else {"kind": "mean", "paths": (good, path)}
-        with pytest.raises(ArtefactError, match=message):
+        with pytest.raises(ArtifactError, match=message):
             start(bb, **values)
 
 
@@ -348,22 +350,22 @@ LONG = {"kind": "text", "text": "Review: a warm film."}
 
 
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, artefact.Artefact]:
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, artifact.Artifact]:
     """Runs in `runs`: movies and tweets began at one start, sms at another."""
     monkeypatch.chdir(tmp_path)
     bb, found = made("llama"), {}
     for seed, (name, began) in enumerate((("movies", 50), ("tweets", 50), ("sms", 51))):
         place = Path("runs") / name / "prompt"
         saved(bb, place, seed, initial=rows.random(began, P, 32), task=name)
-        found[name] = artefact.load(place)
+        found[name] = artifact.load(place)
     return found
 
 
-def difference(found: artefact.Artefact) -> Tensor:
+def difference(found: artifact.Artifact) -> Tensor:
     return found.prompt.double() - found.initial.double()
 
 
-def test_vector_on_the_common_start(trained: dict[str, artefact.Artefact]) -> None:
+def test_vector_on_the_common_start(trained: dict[str, artifact.Artifact]) -> None:
     """A single is the trained prompt bit for bit; a sum is computed in float64 and rounded once."""
     bb, began = made("llama"), rows.random(50, P, 32)
     assert start(bb, vector="movies").equal(trained["movies"].prompt)
@@ -376,14 +378,14 @@ def test_vector_on_the_common_start(trained: dict[str, artefact.Artefact]) -> No
     assert start(bb, vector="movies", seed=3).equal(trained["movies"].prompt), "nothing is drawn"
 
 
-def test_vector_on_another_start(trained: dict[str, artefact.Artefact]) -> None:
+def test_vector_on_another_start(trained: dict[str, artifact.Artifact]) -> None:
     """Any kind of start, with the sum added to it; kinds that draw follow the seed, and their own."""
     bb = made("llama")
     total = difference(trained["movies"]) - 2 * difference(trained["sms"])
     for values in (
         *KINDS,
         {"kind": "labels", "labels": ("good",)},
-        {"kind": "artefact", "path": "runs/sms/prompt"},
+        {"kind": "artifact", "path": "runs/sms/prompt"},
         {"kind": "mean", "paths": ("runs/sms/prompt", "runs/movies/prompt")},
         {"kind": "vector", "vector": "tweets"},
     ):
@@ -399,7 +401,7 @@ def test_vector_on_another_start(trained: dict[str, artefact.Artefact]) -> None:
     assert start(bb, seed=0, vector="movies", start=vocabulary, seed_of_init=1).equal(other)
 
 
-def test_vector_on_its_own_start_by_name(trained: dict[str, artefact.Artefact]) -> None:
+def test_vector_on_its_own_start_by_name(trained: dict[str, artifact.Artifact]) -> None:
     """Naming the start that a prompt was trained from gives the prompt bit for bit."""
     bb = made("llama")
     began = start(bb, **LONG)
@@ -407,21 +409,21 @@ def test_vector_on_its_own_start_by_name(trained: dict[str, artefact.Artefact]) 
     assert start(bb, vector="own", start=LONG).equal(rows.random(7, P, 32))
 
 
-def test_vector_keeps_sources(trained: dict[str, artefact.Artefact]) -> None:
+def test_vector_keeps_sources(trained: dict[str, artifact.Artifact]) -> None:
     """Beside the sum, as beside any kind; and the words of class labels reach a start that wants them."""
     bb = made("llama")
-    slot = inject.slot(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
     config = InitConfig(vector="movies", start={"kind": "labels"}, sources=("runs/sms/prompt",))
-    found = init.start(config, bb, INPUT, slot, labels=("good", "bad"))
+    found = initialization.initialize(config, bb, INPUT, slot, labels=("good", "bad"))
     assert found.sources is not None
     assert found.sources.equal(trained["sms"].prompt[None])
     assert found.parents == (trained["movies"].digest, trained["sms"].digest)
-    assert init.start(InitConfig(), bb, INPUT, slot).parents == ()
+    assert initialization.initialize(InitConfig(), bb, INPUT, slot).parents == ()
     began = start(bb, kind="labels", labels=("good", "bad"))
     torch.testing.assert_close(found.prompt, (began.double() + difference(trained["movies"])).float())
 
 
-def test_vectors_that_do_not_fit(trained: dict[str, artefact.Artefact]) -> None:
+def test_vectors_that_do_not_fit(trained: dict[str, artifact.Artifact]) -> None:
     bb = made("llama")
     saved(bb, Path("runs/text/prompt"), 3, prompt=None, method="attempt", state={"x": torch.ones(1)})
     saved(bb, Path("runs/peft/prompt"), 4, initial=None)
@@ -442,18 +444,18 @@ def test_vectors_that_do_not_fit(trained: dict[str, artefact.Artefact]) -> None:
         ({"vector": "2*short"}, r"2\*short holds a prompt of \[11, 32\] at site input, but the run wants \[12, 32\]"),
         ({"vector": "deep"}, r"deep holds a prompt of \[12, 96\] at site kv, but the run wants"),
         (
-            {"vector": "movies", "start": {"kind": "artefact", "path": "runs/short/prompt"}},
+            {"vector": "movies", "start": {"kind": "artifact", "path": "runs/short/prompt"}},
             "short/prompt holds a prompt",
         ),
     ):
-        with pytest.raises((ArtefactError, ConfigError), match=message):
+        with pytest.raises((ArtifactError, ConfigError), match=message):
             start(bb, **values)
     other = b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer)
     for values in ({}, {"start": {"kind": "vocabulary"}}):
-        with pytest.raises(ArtefactError, match=r"movies: .*other weights"):
+        with pytest.raises(ArtifactError, match=r"movies: .*other weights"):
             start(other, vector="movies", **values)
-    slot = inject.slot(other, INPUT, ("a",), P)
-    allowed = init.start(InitConfig(vector="movies"), other, INPUT, slot, allow_other_weights=True)
+    slot = injection.prompt_spec(other, INPUT, ("a",), P)
+    allowed = initialization.initialize(InitConfig(vector="movies"), other, INPUT, slot, allow_other_weights=True)
     assert allowed.prompt.equal(trained["movies"].prompt)
 
 
@@ -493,7 +495,7 @@ def test_a_seed_of_its_own_fixes_the_draw(values: dict[str, Any]) -> None:
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
         ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
-        ({"kind": "meen", "paths": ["a"]}, "'artefact', 'mean', 'multitask' or 'vector' .*did you mean 'mean'"),
+        ({"kind": "meen", "paths": ["a"]}, "'artifact', 'mean', 'multitask' or 'vector' .*did you mean 'mean'"),
         ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Instance-wise prompt tuning through everything: run, resume, artefact, answers, SoftPromptModel; and pretraining."""
+"""Instance-wise prompt tuning through everything: run, resume, artifact, answers, SoftPromptModel; and pretraining."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,13 @@ import transformers
 import yaml
 
 import local
-from softprompts import SoftPromptModel, artefact, evaluate, job
-from softprompts.artefact import ArtefactError
-from softprompts.config import ConfigError, EvaluateConfig, parse
+from softprompts import SoftPromptModel
+from softprompts.artifacts import artifact
+from softprompts.config import EvaluateConfig, parse
+from softprompts.errors import ArtifactError, ConfigError, TrainingError
+from softprompts.evaluation import evaluate
 from softprompts.recipes import pretrain
-from softprompts.train import TrainingError
+from softprompts.recipes.run import run as job
 
 LENGTH = 18
 """Tokens of the longest text, so that prompts reach the words in which texts differ."""
@@ -35,8 +37,8 @@ def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1, "attention": "packed"},
         "prompt": {"method": "ipt", "length": LENGTH},
         "task": {
-            "source": str(folder / "colours.csv"),
-            "name": "colours",
+            "source": str(folder / "colors.csv"),
+            "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
@@ -52,28 +54,28 @@ def options(values: dict[str, Any], **given: Any) -> dict[str, Any]:
     return values
 
 
-def stopping(at: int) -> job.Screen:
+def stopping(at: int) -> job.ProgressReporter:
     """A screen that breaks off after a step."""
 
     def stop(_: str, report: Any) -> None:
         if report.step == at:
             raise KeyboardInterrupt
 
-    return job.Screen(step=stop)
+    return job.ProgressReporter(on_step=stop)
 
 
-def test_a_run_and_its_artefact(values: dict[str, Any], tmp_path: Path) -> None:
-    """What is trained and what the data moved is told, and the artefact answers as the run did."""
+def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
+    """What is trained and what the data moved is told, and the artifact answers as the run did."""
     run = parse(values)
     made = job.prepare(run)
-    results = job.execute(run)
+    results = job.run(run)
     table = made.learner.method.table.rows
     assert results["summary"]["trainable"] == table.numel()
     size = sum(p.numel() for p in made.learner.backbone.model.parameters())
     assert results["summary"]["share"] == pytest.approx(table.numel() / size)
-    rows = [made.encoders[0].encode(row).ids[:LENGTH] for row in made.tasks[0].train]
+    rows = [made.encoders[0].encode(row).input_ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
-    found = artefact.load(tmp_path / "out" / "prompt")
+    found = artifact.load(tmp_path / "out" / "prompt")
     changed = (found.state["table.rows"] != made.begin["method.table.rows"]).any(1)
     assert results["summary"]["moved"] == int((found.state["table.rows"] != made.begin["method.table.rows"]).sum())
     assert set(changed.nonzero()[:, 0].tolist()) <= {token for row in rows for token in row}
@@ -81,7 +83,7 @@ def test_a_run_and_its_artefact(values: dict[str, Any], tmp_path: Path) -> None:
     assert found.prompt is None
     assert torch.equal(found.initial, made.start.prompt)
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     for config in (EvaluateConfig(), EvaluateConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
         trained.learner.method.load_state_dict(found.state)
@@ -98,12 +100,12 @@ def test_a_run_and_its_artefact(values: dict[str, Any], tmp_path: Path) -> None:
 def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
     """With dropout: each step draws from a random stream of its own."""
     options(values, strategy="mlp", table="low-rank", rank=4)
-    job.execute(parse(values))
+    job.run(parse(values))
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, stopping(3))
-    job.execute(cut)
-    one, two = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+        job.run(cut, stopping(3))
+    job.run(cut)
+    one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
 
@@ -112,14 +114,14 @@ def test_tasks_share_the_table_and_may_have_bases(values: dict[str, Any], tmp_pa
     task = options(values, base="start", table="hashed", rows=50).pop("task")
     values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
     run = parse(values)
-    results = job.execute(run)
+    results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == LENGTH * 32 + 50 * 32 // 2
-    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert sorted(one.state) == ["prompts.0", "table.rows"]
     assert torch.equal(one.state["table.rows"], two.state["table.rows"])
     assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
-        opened = job.open_artefacts([tmp_path / "out" / "prompt" / name], model=run.model)
+        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
         found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluate)
         assert found.headline.value == page["summary"]["after"]["value"]
 
@@ -200,7 +202,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     assert (tmp_path / "topics" / "report.html").is_file()
     assert results["summary"]["after"]["value"] > max(0.9, results["majority"])
     assert [one["step"] for one in results["validation"]] == [20, 40, 60]
-    found = artefact.load(tmp_path / "topics" / "prompt")
+    found = artifact.load(tmp_path / "topics" / "prompt")
     # of mlp f is a mean, and what stands behind f is never pretrained
     parts = ("table.",) if given in ({}, {"strategy": "mlp"}) else ("table.", "encoder.")
     assert set(found.state) == {name for name in before if name.startswith(parts)}
@@ -211,7 +213,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     begun = job.prepare(parse(options(values, **given)))
     for name, value in begun.learner.method.state_dict().items():
         assert torch.equal(value, found.state.get(name, before[name])), name
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["steps"] == 6
 
 
@@ -223,7 +225,7 @@ def test_pretraining_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path)
     assert not (tmp_path / "cut" / "results.json").exists()
     results = pretrain.execute(cut)
     assert [step["step"] for step in results["curve"]] == list(range(1, 61))
-    one, two = (artefact.load(tmp_path / name / "prompt") for name in ("whole", "cut"))
+    one, two = (artifact.load(tmp_path / name / "prompt") for name in ("whole", "cut"))
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*rate was 0.3, is now 0.2"):
         pretrain.execute(cut.model_copy(update={"train": cut.train.model_copy(update={"rate": 0.2})}))
@@ -239,9 +241,9 @@ def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: 
         run.model_copy(update={"train": run.train.model_copy(update={"steps": 2, "evaluate_every": None})})
     )
     with pytest.raises(
-        ArtefactError, match="holds what pretraining taught method ipt and answers no task; train a run"
+        ArtifactError, match="holds what pretraining taught method ipt and answers no task; train a run"
     ):
-        job.open_artefacts([tmp_path / "topics" / "prompt"], model=run.model)
+        job.open_artifacts([tmp_path / "topics" / "prompt"], model=run.model)
 
 
 def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], tmp_path: Path) -> None:
@@ -252,13 +254,13 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
         pretrain.execute(run.model_copy(update={"train": short}))
     values["prompt"]["init"] = {"state": str(tmp_path / "state")}
     (tmp_path / "topics0" / "prompt").rename(tmp_path / "state")
-    job.execute(parse(values))
+    job.run(parse(values))
     for _ in range(8):  # the same state is the same start however often it is read
-        job.execute(parse(values))
+        job.run(parse(values))
     (tmp_path / "state").rename(tmp_path / "old")
     (tmp_path / "topics1" / "prompt").rename(tmp_path / "state")
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
-        job.execute(parse(values))
+        job.run(parse(values))
 
 
 @pytest.mark.parametrize(
@@ -295,5 +297,5 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     assert "moved)" in out
     status, out, err = call("predict", tmp_path / "out" / "prompt", "the thing is red")
     assert (status, json.loads(out)["answer"] in ("warm", "cold")) == (0, True), err
-    with pytest.raises(ArtefactError, match="what pretraining taught method ipt and answers no task"):
-        job.open_artefacts([prompt], model=parse(values).model)
+    with pytest.raises(ArtifactError, match="what pretraining taught method ipt and answers no task"):
+        job.open_artifacts([prompt], model=parse(values).model)

@@ -1,4 +1,4 @@
-"""One run from configuration to files: mixed tasks, starts from artefacts, results.json, the default model."""
+"""One run from configuration to files: mixed tasks, starts from artifacts, results.json, the default model."""
 
 import json
 
@@ -8,14 +8,18 @@ import transformers
 
 import local
 import tokenizers_tiny
-from softprompts import SoftPromptModel, artefact, assets, backbone, evaluate, inject, job, loading, methods, tune
-from softprompts.artefact import ArtefactError
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, EvaluateConfig, Run, parse
-from softprompts.inject import Site
-from softprompts.kernels import Kernels
+from softprompts import SoftPromptModel, assets, backbone, injection, methods
+from softprompts.artifacts import artifact
+from softprompts.backbone import loading
+from softprompts.backbone.kernels import Kernels
+from softprompts.config import EvaluateConfig, Run, parse
+from softprompts.errors import ArtifactError, BackboneError, ConfigError
+from softprompts.evaluation import evaluate
+from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import Batch, Prompt, Start
+from softprompts.model import setup
+from softprompts.recipes.run import run
+from softprompts.types import Batch, Prompt, PromptInit
 
 
 @pytest.fixture
@@ -26,9 +30,9 @@ def values(tmp_path):
 def test_two_tasks_train_in_the_same_batches(values, tmp_path):
     task = values.pop("task")
     values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
-    results = job.execute(parse(values))
+    results = run.run(parse(values))
     assert [page["task"] for page in results["tasks"]] == ["one", "two"]
-    one, two = (artefact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
+    one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert not torch.equal(one.prompt, two.prompt)
     assert torch.equal(one.initial, two.initial)
     assert two.format["template"] == "{text}?"
@@ -36,39 +40,39 @@ def test_two_tasks_train_in_the_same_batches(values, tmp_path):
         assert (tmp_path / "out" / name).is_file()
 
 
-def test_the_artefact_tells_where_it_came_from(values, tmp_path):
-    results = job.execute(parse(values))
-    made = artefact.load(tmp_path / "out" / "prompt")
-    again = job.prepare(parse(values))
+def test_the_artifact_tells_where_it_came_from(values, tmp_path):
+    results = run.run(parse(values))
+    made = artifact.load(tmp_path / "out" / "prompt")
+    again = run.prepare(parse(values))
     assert torch.equal(made.initial, again.start.prompt)
     assert made.config["task"]["template"] == "{text}:"
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
-    artefact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
+    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
 
 
 class Halved(PromptTuning):
     """Prompt tuning that begins at half of its start."""
 
     def __init__(self, config, slot, start):
-        super().__init__(config, slot, Start(start.prompt / 2))
+        super().__init__(config, slot, PromptInit(start.prompt / 2))
 
 
-def test_the_artefact_holds_where_the_method_began(values, tmp_path, monkeypatch):
+def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch):
     """Not every method begins at the start that it is given; a task vector is counted from where it did."""
     monkeypatch.setitem(methods.METHODS, "halved", f"{__name__}:Halved")
     values["prompt"] |= {"method": "halved"}
-    job.execute(parse(values))
-    start = job.prepare(parse(values)).start.prompt
-    assert torch.equal(artefact.load(tmp_path / "out" / "prompt").initial, start / 2)
+    run.run(parse(values))
+    start = run.prepare(parse(values)).start.prompt
+    assert torch.equal(artifact.load(tmp_path / "out" / "prompt").initial, start / 2)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.add_task("a", parse({"prompt": {**values["prompt"], "init": {"kind": "random"}}}).prompt)
     model.save_pretrained(tmp_path / "model")
-    saved = artefact.load(tmp_path / "model")
+    saved = artifact.load(tmp_path / "model")
     assert torch.equal(saved.initial, saved.prompt)
 
 
 def test_results_hold_the_resolved_run(values, tmp_path):
-    results = job.execute(parse(values))
+    results = run.run(parse(values))
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["summary"] == results["summary"]
     assert parse(saved["config"]) == parse(values)
@@ -82,29 +86,29 @@ def test_results_hold_the_resolved_run(values, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(values, tmp_path):
-    first = job.execute(parse(values))
+    first = run.run(parse(values))
     steps = []
-    second = job.execute(parse(values), job.Screen(step=lambda _, r: steps.append(r.seconds)))
+    second = run.run(parse(values), run.ProgressReporter(on_step=lambda _, r: steps.append(r.seconds)))
     assert steps == [row["seconds"] for row in first["curve"]]
     assert second["scores"] == first["scores"]
 
 
-def test_a_run_starts_from_another_artefact(values, tmp_path):
-    job.execute(parse(values))
-    init = {"kind": "artefact", "path": str(tmp_path / "out" / "prompt")}
-    made = job.prepare(parse({**values, "prompt": {"length": 4, "init": init}}))
-    assert torch.equal(made.start.prompt, artefact.load(init["path"]).prompt)
-    with pytest.raises(ArtefactError, match=r"\[4, 32\] at site input.*\[5, 32\]"):
-        job.prepare(parse({**values, "prompt": {"length": 5, "init": init}}))
+def test_a_run_starts_from_another_artifact(values, tmp_path):
+    run.run(parse(values))
+    init = {"kind": "artifact", "path": str(tmp_path / "out" / "prompt")}
+    made = run.prepare(parse({**values, "prompt": {"length": 4, "init": init}}))
+    assert torch.equal(made.start.prompt, artifact.load(init["path"]).prompt)
+    with pytest.raises(ArtifactError, match=r"\[4, 32\] at site input.*\[5, 32\]"):
+        run.prepare(parse({**values, "prompt": {"length": 5, "init": init}}))
     other = local.model_directory(tmp_path / "other", seed=9)
-    with pytest.raises(ArtefactError, match="weights"):
-        job.prepare(
+    with pytest.raises(ArtifactError, match="weights"):
+        run.prepare(
             parse({**values, "model": {**values["model"], "name": str(other)}, "prompt": {"length": 4, "init": init}})
         )
 
 
 def test_label_words_are_a_start(values):
-    made = job.prepare(parse({**values, "prompt": {"length": 4, "init": {"kind": "labels"}}}))
+    made = run.prepare(parse({**values, "prompt": {"length": 4, "init": {"kind": "labels"}}}))
     base = made.learner.backbone
     pieces = base.tokenizer(" cold", add_special_tokens=False)["input_ids"]
     assert torch.equal(made.start.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
@@ -112,28 +116,28 @@ def test_label_words_are_a_start(values):
 
 @pytest.mark.parametrize("site", ["layers", "kv"])
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
-    job.execute(parse({**values, "prompt": {"length": 4, "site": site}}))
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    run.run(parse({**values, "prompt": {"length": 4, "site": site}}))
+    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     assert opened.learner.site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
 
 
 @pytest.mark.parametrize("place", ["start", "user"])
 def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
-    """The place goes from the task through training, artefact and generation to the same scores as by hand."""
+    """The place goes from the task through training, artifact and generation to the same scores as by hand."""
     tokenizers_tiny.byte_bpe(chat=True).save_pretrained(tmp_path / "llama")
     values["task"] |= {"chat": True, "chat_place": place, "template": "{text}"}
-    made = job.prepare(parse(values))
+    made = run.prepare(parse(values))
     row = made.tasks[0].test[0]
-    before = made.encoders[0].encode(row).place
+    before = made.encoders[0].encode(row).prompt_offsets
     assert (before == 0) == (place == "start")
-    job.execute(parse(values))
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    run.run(parse(values))
+    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluateConfig())
-    ids, model = opened.encoder.encode(row).ids, opened.learner.backbone.model
+    ids, model = opened.encoder.encode(row).input_ids, opened.learner.backbone.model
     for label, answer in opened.encoder.candidates().items():
         words = model.get_input_embeddings()(torch.tensor(ids + answer))
-        whole = torch.cat([words[:before], opened.artefacts[0].prompt, words[before:]])[None]
+        whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
         logits = model(inputs_embeds=whole).logits[0].log_softmax(-1)
         first = len(ids) + 4 - 1
         expected = sum(float(logits[first + i, token]) for i, token in enumerate(answer))
@@ -141,7 +145,7 @@ def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
     written = EvaluateConfig(by="generate", max_new_tokens=3)
     (said,) = evaluate.answers(opened.learner, opened.encoder, [row], written)
     words = model.get_input_embeddings()(torch.tensor(ids))
-    whole = torch.cat([words[:before], opened.artefacts[0].prompt, words[before:]])[None]
+    whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
     tokens = model.generate(inputs_embeds=whole, max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert said.text == opened.learner.backbone.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
@@ -151,33 +155,33 @@ def test_heads_and_several_tasks_are_refused(values):
     values |= {"tasks": [{**task, "name": "a"}, {**task, "name": "b"}]}
     values["model"]["head"] = "sequence"
     with pytest.raises(ConfigError, match="one task at a time"):
-        job.prepare(parse(values))
+        run.prepare(parse(values))
 
 
-def test_each_of_several_artefacts_keeps_its_prompt(values, tmp_path):
-    job.execute(parse(values))
-    job.execute(parse({**values, "seed": 1, "out": str(tmp_path / "second")}))
+def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
+    run.run(parse(values))
+    run.run(parse({**values, "seed": 1, "out": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
-    opened = job.open_artefacts(paths, model=parse(values).model)
+    opened = run.open_artifacts(paths, model=parse(values).model)
     found = [parameter.detach() for parameter in opened.learner.method.prompts]
     assert not torch.equal(*found)
     for prompt, path in zip(found, paths, strict=True):
-        assert torch.equal(prompt, artefact.load(path).prompt)
+        assert torch.equal(prompt, artifact.load(path).prompt)
 
 
-def test_artefacts_of_different_sites_cannot_stand_together(values, tmp_path):
-    job.execute(parse(values))
-    job.execute(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))
+def test_artifacts_of_different_sites_cannot_stand_together(values, tmp_path):
+    run.run(parse(values))
+    run.run(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "kv" / "prompt"]
     with pytest.raises(ConfigError, match="differ in site"):
-        job.open_artefacts(paths, model=parse(values).model)
+        run.open_artifacts(paths, model=parse(values).model)
 
 
 @pytest.mark.assets
 @pytest.mark.slow
 def test_the_default_model_shares_its_prefix_exactly():
     """Loss and prompt gradient of the real model: shared prefix and concatenation agree to float32's rounding."""
-    base = job.load_backbone(Run().model.model_copy(update={"dtype": "float32"}))
+    base = run.load_backbone(Run().model.model_copy(update={"dtype": "float32"}))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40_000, (4, 12), generator=generator)
     mask = torch.arange(12)[None] < torch.tensor([12, 7, 9, 12])[:, None]
@@ -186,8 +190,8 @@ def test_the_default_model_shares_its_prefix_exactly():
     for path in ("packed", "shared", "concatenation"):
         values = start.clone().requires_grad_()
         prompt = Prompt(values, torch.ones(2, 20, dtype=torch.bool), torch.tensor([0, 1, 1, 0]))
-        batch = Batch(ids, mask.long(), prompt.row, ids.masked_fill(~mask, -100))
-        out = inject.forward(base, batch, prompt, Site(), path=path)
+        batch = Batch(ids, mask.long(), prompt.prompt_index, ids.masked_fill(~mask, -100))
+        out = injection.forward(base, batch, prompt, Site(), path=path)
         loss = torch.nn.functional.cross_entropy(out.logits, out.labels)
         loss.backward()
         found.append((loss.detach(), values.grad))
@@ -200,7 +204,7 @@ def test_the_default_model_shares_its_prefix_exactly():
 def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     products = "onednn" if torch.backends.mkldnn.is_available() else "torch"
     values["model"] |= {"products": products, "attention": "packed-fused", "checkpointing": True}
-    machine = job.execute(parse(values))["machine"]
+    machine = run.run(parse(values))["machine"]
     chosen = {"rows": "packed", "core": "fused", "products": products, "checkpoint": True, "compiled": False}
     assert {key: machine["kernels"][key] for key in chosen} == chosen
     assert (machine["device"], machine["dtype"], machine["threads"]) == ("cpu", "float32", 1)
@@ -219,16 +223,16 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        job.execute(parse(values), job.Screen(step=stop))
-    choice = tune.Choice(Kernels(core="fused"), {})
-    monkeypatch.setattr(tune, "choose", lambda *_, **__: choice)
+        run.run(parse(values), run.ProgressReporter(on_step=stop))
+    choice = setup.TunedKernels(Kernels(core="fused"), {})
+    monkeypatch.setattr(setup, "autotune", lambda *_, **__: choice)
     said = []
-    results = job.execute(parse(values), job.Screen(say=said.append))
+    results = run.run(parse(values), run.ProgressReporter(log=said.append))
     line = "from step 3 on computed with core fused, before with core math: the same up to rounding, not to the bit"
     assert line in said
     assert line in results["warnings"]
     assert [bool(row["machine"]) for row in results["curve"]] == [True, False, True]
-    assert job.execute(parse(values))["warnings"] == results["warnings"]
+    assert run.run(parse(values))["warnings"] == results["warnings"]
 
 
 @pytest.mark.parametrize(
@@ -241,7 +245,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
 def test_an_attention_that_is_not_there_is_named(values, name, message):
     values["model"] |= {"attention": name}
     with pytest.raises(BackboneError, match=message):
-        job.prepare(parse(values))
+        run.prepare(parse(values))
 
 
 def test_an_attention_whose_package_is_missing_is_one_line(values, monkeypatch):
@@ -251,4 +255,4 @@ def test_an_attention_whose_package_is_missing_is_one_line(values, monkeypatch):
     monkeypatch.setattr(loading, "load", missing)
     values["model"] |= {"attention": "flash_attention_2"}
     with pytest.raises(BackboneError, match="'flash_attention_2' cannot be used here: flash is not here"):
-        job.prepare(parse(values))
+        run.prepare(parse(values))

@@ -12,32 +12,33 @@ import rows
 import tiny
 from rows import INPUT, KV, called
 from softprompts import backbone as b
-from softprompts import inject, kernels
-from softprompts.backbone import BackboneError
-from softprompts.inject import attention, score
-from softprompts.kernels import Kernels
-from softprompts.prompt import IGNORE, Batch, Output
+from softprompts import injection
+from softprompts.backbone import kernels
+from softprompts.backbone.kernels import Kernels
+from softprompts.errors import BackboneError
+from softprompts.injection import packed_attention, scoring
+from softprompts.types import IGNORE, Batch, Output
 
 pytestmark = pytest.mark.golden
 LENGTHS = (9, 7, 12, 3, 10, 8, 9, 5, 6, 11)  # 80 tokens: enough for oneDNN's product
 USED = [2, 0, 0, 1, 2, 0, 1, 1, 0, 2]
 MANY = {
-    "onednn": Kernels(products="onednn"),
+    "onednn": Kernels(matmul_backend="onednn"),
     "fused": Kernels(core="fused"),
     "whole last layer": Kernels(trim=False),
-    "again": Kernels(checkpoint=True),
-    "again, onednn": Kernels(checkpoint=True, products="onednn"),
-    "again, cache": Kernels(rows="shared", checkpoint=True),
-    "again, cache, other attention": Kernels(rows="shared", checkpoint=True, attention="eager"),
+    "again": Kernels(gradient_checkpointing=True),
+    "again, onednn": Kernels(gradient_checkpointing=True, matmul_backend="onednn"),
+    "again, cache": Kernels(rows="shared", gradient_checkpointing=True),
+    "again, cache, other attention": Kernels(rows="shared", gradient_checkpointing=True, attention="eager"),
 }
 
 
-def step(bb: b.Backbone, name: str, site: inject.Site, **options: Any) -> tuple[Output, list[Tensor]]:
+def step(bb: b.Backbone, name: str, site: injection.Site, **options: Any) -> tuple[Output, list[Tensor]]:
     """Output and prompt gradients of one batch with one label a row."""
-    width = inject.width(bb, site)
+    width = injection.width(bb, site)
     values = [rows.random(i, 5, width).requires_grad_() for i in range(3)]
     batch = one_label(rows.batch(name, rows.texts(name, LENGTHS), "left", 2))
-    output = inject.forward(bb, batch, rows.several(values, USED), site, **options)
+    output = injection.forward(bb, batch, rows.several(values, USED), site, **options)
     loss = torch.nn.functional.cross_entropy(output.logits, output.labels)
     return output, list(torch.autograd.grad(loss, values))
 
@@ -51,14 +52,14 @@ def one_label(batch: Batch) -> Batch:
 
 @pytest.mark.parametrize("kind", MANY)
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.ALL), ids=called)
-def test_kernels(name: str, site: inject.Site, kind: str) -> None:
+def test_kernels(name: str, site: injection.Site, kind: str) -> None:
     plain, changed = tiny.backbone(name), replace(tiny.backbone(name), kernels=MANY[kind])
-    if MANY[kind].checkpoint and (name == "albert" or (name in tiny.SEQ2SEQ and site == KV)):
+    if MANY[kind].gradient_checkpointing and (name == "albert" or (name in tiny.SEQ2SEQ and site == KV)):
         with pytest.raises(BackboneError, match=r"(Albert|T5|Bart).*gradient checkpointing"):
             step(changed, name, site)
         return
     if kind == "fused" and name == "gemma2":  # it caps its scores
-        with pytest.raises(attention.Unpackable, match="caps scores"):
+        with pytest.raises(packed_attention.Unpackable, match="caps scores"):
             step(changed, name, site)
         return
     path = rows.paths(name, site)[-1] if name in tiny.CAUSAL else None
@@ -78,7 +79,7 @@ def state(bb: b.Backbone) -> list[Any]:
 
 
 def test_the_model_is_as_before_after_an_error() -> None:
-    bb = replace(tiny.backbone("llama"), kernels=Kernels(products="onednn", checkpoint=True))
+    bb = replace(tiny.backbone("llama"), kernels=Kernels(matmul_backend="onednn", gradient_checkpointing=True))
     before = state(bb)
 
     def broken(*_: Any) -> Tensor:
@@ -111,8 +112,8 @@ def test_nothing_is_computed_in_vain(name: str, monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: Any) -> Tensor:
         raise AssertionError("keys were repeated")
 
-    assert inject.why_not_packed(bb) is None  # found out before, with the model's own attention
-    inject.width(bb, KV)
+    assert injection.why_not_packed(bb) is None  # found out before, with the model's own attention
+    injection.width(bb, KV)
     monkeypatch.setattr(f"transformers.models.{name}.modeling_{name}.repeat_kv", refuse)
     assert seen(bb.layers[0].mlp, lambda: step(bb, name, INPUT)) == [(1, tokens, 32)]
     assert seen(bb.model.lm_head, lambda: step(bb, name, INPUT)) == [(1, len(LENGTHS), 32)]
@@ -145,11 +146,11 @@ def test_checkpointing_keeps_less() -> None:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        bb = replace(tiny.backbone("llama"), kernels=Kernels(checkpoint=again))
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(gradient_checkpointing=again))
         values = rows.random(0, 5, 32).requires_grad_()
         batch = one_label(rows.batch("llama", rows.texts("llama", LENGTHS)))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            inject.forward(bb, batch, rows.single(values, len(LENGTHS)), INPUT)
+            injection.forward(bb, batch, rows.single(values, len(LENGTHS)), INPUT)
         weights = {p.untyped_storage().data_ptr() for p in bb.model.parameters()}
         sizes[again] = sum(size for place, size in kept.items() if place not in weights)
     assert sizes[True] < 0.6 * sizes[False]
@@ -165,7 +166,7 @@ def test_products_fit_the_weights() -> None:
             width = module.nx if hasattr(module, "nx") else module.in_features
             x = rows.random(0, 2, 40, width).requires_grad_()
             plain = module(x)
-            with kernels.running(bb.model, Kernels(products="onednn"), {}):
+            with kernels.running(bb.model, Kernels(matmul_backend="onednn"), {}):
                 fast, none = module(x), module(x[:, :0])
             torch.testing.assert_close(fast, plain)
             assert type(fast.grad_fn).__name__ == "_OneDNNBackward"
@@ -181,7 +182,7 @@ def test_products_fit_the_weights() -> None:
 def test_compiled_parts() -> None:
     """Norms and MLPs are compiled once for all layers, and give the same loss and gradient at any length."""
     for products in ("torch", "onednn"):
-        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, products=products), known={})
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, matmul_backend=products), known={})
         parts = kernels.compile_parts(bb.model, bb.kernels)
         assert {type(m).__name__ for m in parts} == (
             {"LlamaRMSNorm", "LlamaMLP"} if products == "torch" else {"LlamaRMSNorm"}
@@ -198,50 +199,52 @@ def test_large_vocabularies_in_parts(name: str, monkeypatch: pytest.MonkeyPatch)
     """Where scores would be large they are made a few rows at a time: same loss, same gradient, never more at once."""
     bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name))
     values = rows.random(0, 3, bb.features).requires_grad_()
-    plain = inject.forward(bb, batch, rows.single(values, 4), INPUT)
+    plain = injection.forward(bb, batch, rows.single(values, 4), INPUT)
     expected = torch.nn.functional.cross_entropy(plain.logits, plain.labels, reduction="none")
     (gradient,) = torch.autograd.grad(expected.square().sum(), values)
-    monkeypatch.setattr(score, "LOGITS", 5 * tiny.VOCABULARY)
-    shapes = seen(bb.model.get_output_embeddings(), lambda: inject.forward(bb, batch, rows.single(values, 4), INPUT))
+    monkeypatch.setattr(scoring, "LOGITS", 5 * tiny.VOCABULARY)
+    shapes = seen(bb.model.get_output_embeddings(), lambda: injection.forward(bb, batch, rows.single(values, 4), INPUT))
     assert len(shapes) == -(-len(plain.labels) // 5)
     assert max(shape[1] for shape in shapes) == 5
-    output = inject.forward(bb, batch, rows.single(values, 4), INPUT)
+    output = injection.forward(bb, batch, rows.single(values, 4), INPUT)
     assert output.logits is None
     torch.testing.assert_close(output.nll, expected, atol=1e-5, rtol=1e-5)
     (own,) = torch.autograd.grad(output.nll.square().sum(), values)
     assert (own - gradient).norm() < 1e-4 * gradient.norm()
     with torch.no_grad():
-        torch.testing.assert_close(inject.forward(bb, batch, rows.single(values, 4), INPUT).nll, output.nll)
-    assert inject.forward(bb, batch, rows.single(values, 4), INPUT, logits=True).logits is not None
+        torch.testing.assert_close(injection.forward(bb, batch, rows.single(values, 4), INPUT).nll, output.nll)
+    assert injection.forward(bb, batch, rows.single(values, 4), INPUT, logits=True).logits is not None
 
 
 def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    reasons = {name: inject.why_not_packed(tiny.backbone(name)) for name in tiny.ALL}
+    reasons = {name: injection.why_not_packed(tiny.backbone(name)) for name in tiny.ALL}
     for name in tiny.CAUSAL:
         assert (reasons[name] is None) == (name not in rows.UNPACKED)
     assert reasons["bloom"] == "BloomForCausalLM has an attention of its own kind"
     assert reasons["bert"] == "an encoder's prompt sees the text"
     # Attention that is not what the model's own is: packed rows are not taken, and the next best path is.
-    honest = attention._math
+    honest = packed_attention._math
 
-    def shifted(seen: attention.Seen, *rest: Any) -> Tensor:
-        return honest(attention.Seen(seen.allowed.roll(1, -1)), *rest)
+    def shifted(seen: packed_attention.Seen, *rest: Any) -> Tensor:
+        return honest(packed_attention.Seen(seen.allowed.roll(1, -1)), *rest)
 
-    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(shifted))
+    monkeypatch.setitem(
+        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(shifted)
+    )
     bb = replace(tiny.backbone("llama"), known={})
-    assert inject.why_not_packed(bb) == "LlamaForCausalLM gives other states with packed rows"
+    assert injection.why_not_packed(bb) == "LlamaForCausalLM gives other states with packed rows"
     assert step(bb, "llama", INPUT)[0].path == "shared"
     monkeypatch.undo()
     mistral = b.wrap(tiny.model("mistral"), name="mistral")
     monkeypatch.setattr(mistral.model.config, "sliding_window", None)
-    monkeypatch.setattr("softprompts.inject.packed.sliding", lambda backbone: (6,) * 3)
-    assert inject.why_not_packed(mistral) == (
+    monkeypatch.setattr("softprompts.injection.packed.sliding", lambda backbone: (6,) * 3)
+    assert injection.why_not_packed(mistral) == (
         "MistralForCausalLM cannot pack rows: its attention keeps its window to itself"
     )
     # A window that is longer than the few tokens that are tried.
-    monkeypatch.setattr("softprompts.inject.packed.sliding", lambda backbone: (4096,) * 3)
+    monkeypatch.setattr("softprompts.injection.packed.sliding", lambda backbone: (4096,) * 3)
     other = b.wrap(tiny.model("mistral"), name="mistral")
-    assert inject.why_not_packed(other) == (
+    assert injection.why_not_packed(other) == (
         "MistralForCausalLM cannot pack rows: its attention has a window of 6 tokens and its cache one of 4096"
     )
 
@@ -252,18 +255,22 @@ def test_a_model_that_fails_when_packed_falls_back(monkeypatch: pytest.MonkeyPat
     def broken(*_: Any) -> Tensor:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(broken))
+    monkeypatch.setitem(
+        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(broken)
+    )
     bb = replace(tiny.backbone("llama"), known={})
     before = state(bb)
-    assert inject.why_not_packed(bb) == "LlamaForCausalLM fails with packed rows (RuntimeError: no kernel)"
+    assert injection.why_not_packed(bb) == "LlamaForCausalLM fails with packed rows (RuntimeError: no kernel)"
     assert step(bb, "llama", INPUT)[0].path == "shared"
     assert state(bb) == before
 
     def full(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(full))
+    monkeypatch.setitem(
+        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(full)
+    )
     bb = replace(tiny.backbone("llama"), known={})
     with pytest.raises(torch.OutOfMemoryError, match="full"):
-        inject.why_not_packed(bb)
+        injection.why_not_packed(bb)
     assert "packed" not in bb.known

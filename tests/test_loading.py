@@ -11,9 +11,12 @@ import local
 import rows
 import tiny
 from rows import called
-from softprompts import artefact, backbone, inject, job, loading, machine
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, ModelConfig, parse
+from softprompts import backbone, injection
+from softprompts.artifacts import artifact
+from softprompts.backbone import devices, loading
+from softprompts.config import ModelConfig, parse
+from softprompts.errors import BackboneError, ConfigError
+from softprompts.recipes.run import run
 
 LAYERS_ON_DISK = {
     "llama": {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
@@ -51,10 +54,10 @@ def test_hooks_change_nothing(name, site, how, tmp_path):
     assert bb.rms == plain.rms
     assert bb.trunk_arguments == plain.trunk_arguments
     own = {key: module.forward for key, module in bb.model.named_modules()}
-    values = rows.random(0, 4, inject.width(plain, site)).requires_grad_()
+    values = rows.random(0, 4, injection.width(plain, site)).requires_grad_()
     found = []
     for one in (bb, plain):
-        output = inject.forward(one, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
+        output = injection.forward(one, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
         loss = torch.nn.functional.cross_entropy(output.logits, output.labels)
         found.append((output.logits, torch.autograd.grad(loss, values)[0]))
     (logits, gradient), (expected, other) = found  # the paths may differ: not every one takes weights from a disk
@@ -79,7 +82,7 @@ def test_parts_answer_where_they_were_asked():
 def test_load_with_a_map(device_map, tmp_path):
     where = local.model_directory(tmp_path / "llama")
     plain = loading.load(str(where), dtype="float32", device="cpu")
-    if isinstance(device_map, str) and len(machine.devices()) > 1:
+    if isinstance(device_map, str) and len(devices.devices()) > 1:
         pytest.skip("auto takes the accelerator here")
     bb = loading.load(str(where), dtype="float32", device_map=device_map)
     assert bb.device == torch.device("cpu")
@@ -108,8 +111,8 @@ def test_a_run_on_a_spread_model_equals_one_on_a_whole_model(tmp_path):
     values = local.run_values(tmp_path, steps=3)
     made = []
     for out, more in (("a", {}), ("b", {"device_map": LAYERS_ON_DISK["llama"]})):
-        job.execute(parse(values | {"model": values["model"] | more, "out": str(tmp_path / out)}))
-        made.append(artefact.load(tmp_path / out / "prompt"))
+        run.run(parse(values | {"model": values["model"] | more, "out": str(tmp_path / out)}))
+        made.append(artifact.load(tmp_path / out / "prompt"))
     torch.testing.assert_close(made[0].prompt, made[1].prompt, atol=1e-4, rtol=1e-3)
     assert float((made[0].prompt - made[0].initial).abs().max()) > 0.01
 
@@ -118,10 +121,10 @@ def test_a_run_on_a_spread_model_equals_one_on_a_whole_model(tmp_path):
     ("given", "message"),
     [
         ({"device": "cpu", "device_map": "auto"}, "device 'cpu' and a device_map cannot both be given"),
-        ({"quantise": "int8", "device_map": "auto"}, r"quantised \(int8\) for one device"),
+        ({"quantize": "int8", "device_map": "auto"}, r"quantized \(int8\) for one device"),
         ({"device_map": {"": "cuda:9"}}, "device 'cuda:9' cannot be used here"),
         ({"device": "gpu"}, "device 'gpu' cannot be used here"),
-        ({"quantise": "int3"}, "quantisation 'int3' is unknown; possible: int8, nf4, fp4"),
+        ({"quantize": "int3"}, "quantization 'int3' is unknown; possible: int8, nf4, fp4"),
     ],
 )
 def test_what_does_not_go_together(given, message, tmp_path):
@@ -131,37 +134,37 @@ def test_what_does_not_go_together(given, message, tmp_path):
 
 
 def test_the_section_of_the_configuration():
-    config = parse({"device": "cuda:1", "quantise": "nf4"}, ModelConfig)
-    assert (config.device, config.quantise, config.device_map) == ("cuda:1", "nf4", None)
+    config = parse({"device": "cuda:1", "quantize": "nf4"}, ModelConfig)
+    assert (config.device, config.quantize, config.device_map) == ("cuda:1", "nf4", None)
     assert parse({"device_map": {"model.embed_tokens": 0, "": "cpu"}}, ModelConfig).device_map == {
         "model.embed_tokens": 0,
         "": "cpu",
     }
-    with pytest.raises(ConfigError, match="quantise: Input should be 'int8', 'nf4' or 'fp4'"):
-        parse({"quantise": "int4"}, ModelConfig)
+    with pytest.raises(ConfigError, match="quantize: Input should be 'int8', 'nf4' or 'fp4'"):
+        parse({"quantize": "int4"}, ModelConfig)
 
 
 def test_the_options_of_the_command(call, tmp_path, monkeypatch):
-    data, model = local.colours(tmp_path / "c.csv"), local.model_directory(tmp_path / "llama")
+    data, model = local.colors(tmp_path / "c.csv"), local.model_directory(tmp_path / "llama")
     out = tmp_path / "o"
     asked = []
     load = loading.load
     monkeypatch.setattr(
         loading,
         "load",
-        lambda *a, **k: asked.append((k["device"], k["dtype"], k["quantise"], k["device_map"])) or load(*a, **k),
+        lambda *a, **k: asked.append((k["device"], k["dtype"], k["quantize"], k["device_map"])) or load(*a, **k),
     )
     small = ["--steps", 2, "--length", 3, "--set", "evaluate.resamples=100", "--out", out]
     words = ["--data", data, "--text", "text", "--label", "label"]
-    where = ["--device", "cpu", "--dtype", "float32", "--quantise", "int8"]
+    where = ["--device", "cpu", "--dtype", "float32", "--quantize", "int8"]
     status, _, err = call("train", "--model", model, *words, *where, *small)
     assert status == 0, err
-    assert artefact.load(out / "prompt").fingerprint.dtype == "int8"
+    assert artifact.load(out / "prompt").fingerprint.dtype == "int8"
     config = json.loads((out / "results.json").read_text())["config"]["model"]
-    assert (config["device"], config["dtype"], config["quantise"]) == ("cpu", "float32", "int8")
+    assert (config["device"], config["dtype"], config["quantize"]) == ("cpu", "float32", "int8")
     for arguments in (
         ("predict", out / "prompt", "the thing is red"),
-        ("predict", out / "prompt", "the thing is red", *where[:4], "--quantise", "none"),
+        ("predict", out / "prompt", "the thing is red", *where[:4], "--quantize", "none"),
         ("generate", out / "prompt", "the thing is red", "--max-new-tokens", 2, "--dtype", "float32"),
         ("evaluate", out / "prompt", "--json", "--dtype", "float32"),
     ):
@@ -178,7 +181,7 @@ def test_the_options_of_the_command(call, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["quickstart", "train"])
 def test_a_device_that_is_not_here_is_one_line(command, call, tmp_path):
-    data, model = local.colours(tmp_path / "c.csv"), local.model_directory(tmp_path / "llama")
+    data, model = local.colors(tmp_path / "c.csv"), local.model_directory(tmp_path / "llama")
     more = ["--model", model, "--data", data, "--text", "text"] if command == "train" else []
     if command == "quickstart":
         values = {"model.name": str(model), "task.source": str(data), "task.template": "{text}"}

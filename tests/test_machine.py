@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from softprompts import machine
-from softprompts.families import BackboneError
+from softprompts.backbone import devices
+from softprompts.errors import BackboneError
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from softprompts.families import BackboneError
     ],
 )
 def test_usable_cores(allowed, siblings, quota, expected):
-    assert machine.usable_cores(allowed, siblings, quota) == expected
+    assert devices.usable_cores(allowed, siblings, quota) == expected
 
 
 def write(root, files):
@@ -74,7 +74,7 @@ def write(root, files):
     ],
 )
 def test_the_quota_of_control_groups(tmp_path, files, expected):
-    assert machine.read_quota(write(tmp_path, files)) == expected
+    assert devices.read_quota(write(tmp_path, files)) == expected
 
 
 def test_the_processors_of_a_core(tmp_path):
@@ -84,7 +84,7 @@ def test_the_processors_of_a_core(tmp_path):
         f"{at}/cpu0/topology/thread_siblings_list": "wrong\n",
         f"{at}/cpu2/topology/thread_siblings_list": "0,2\n",
     }
-    assert machine.read_siblings([0, 1, 2], write(tmp_path, files)) == {0: "0,2", 2: "0,2"}
+    assert devices.read_siblings([0, 1, 2], write(tmp_path, files)) == {0: "0,2", 2: "0,2"}
 
 
 @pytest.fixture
@@ -93,24 +93,24 @@ def threads(monkeypatch):
     told = []
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: told[-1] if told else 99)
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
-    monkeypatch.setattr(machine, "read_siblings", lambda _: dict.fromkeys(range(4), "all"))
-    monkeypatch.setattr(machine, "read_quota", lambda: None)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    monkeypatch.setattr(devices, "read_siblings", lambda _: dict.fromkeys(range(4), "all"))
+    monkeypatch.setattr(devices, "read_quota", lambda: None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     return told
 
 
 def test_threads_are_the_cores_unless_somebody_says_otherwise(threads, monkeypatch):
-    assert machine.choose_threads(None) == 1
-    assert machine.choose_threads(3) == 3
+    assert devices.choose_threads(None) == 1
+    assert devices.choose_threads(3) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     threads.clear()
-    assert machine.choose_threads(None) == 99  # torch has read the variable itself
-    assert machine.choose_threads(2) == 2
+    assert devices.choose_threads(None) == 99  # torch has read the variable itself
+    assert devices.choose_threads(2) == 2
     monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.delattr(machine.os, "sched_getaffinity")
+    monkeypatch.delattr(devices.os, "sched_getaffinity")
     threads.clear()
-    assert machine.choose_threads(None) == 99
+    assert devices.choose_threads(None) == 99
 
 
 def accelerators(monkeypatch, cuda=0, mps=False):
@@ -121,16 +121,16 @@ def accelerators(monkeypatch, cuda=0, mps=False):
 
 def test_devices_name_accelerators_first(monkeypatch):
     accelerators(monkeypatch)
-    assert machine.devices() == ["cpu"]
+    assert devices.devices() == ["cpu"]
     accelerators(monkeypatch, cuda=2)
-    assert machine.devices() == ["cuda:0", "cuda:1", "cpu"]
+    assert devices.devices() == ["cuda:0", "cuda:1", "cpu"]
     accelerators(monkeypatch, mps=True)
-    assert machine.devices() == ["mps", "cpu"]
+    assert devices.devices() == ["mps", "cpu"]
 
 
 def test_a_device_is_taken_by_name(monkeypatch):
     accelerators(monkeypatch)
-    assert machine.choose_device("auto") == torch.device("cpu")
+    assert devices.choose_device("auto") == torch.device("cpu")
     asked = []
 
     class Made:
@@ -138,19 +138,19 @@ def test_a_device_is_taken_by_name(monkeypatch):
 
     accelerators(monkeypatch, cuda=2)
     monkeypatch.setattr(torch, "empty", lambda _, device: asked.append(device) or Made)
-    assert [machine.choose_device(name) for name in ("auto", "cuda:1", 1)] == ["there"] * 3
+    assert [devices.choose_device(name) for name in ("auto", "cuda:1", 1)] == ["there"] * 3
     assert asked == ["cuda:0", "cuda:1", 1]
 
 
 @pytest.mark.parametrize("name", ["cuda:7", "gpu", "npu"])
 def test_a_device_that_is_not_here_is_refused(name):
     with pytest.raises(BackboneError, match=rf"device '{name}' cannot be used here \(.*\); possible: auto, .*cpu"):
-        machine.choose_device(name)
+        devices.choose_device(name)
 
 
 def test_number_formats(monkeypatch):
     cpu = torch.device("cpu")
-    assert machine.choose_dtype("float16", cpu) == torch.float16
+    assert devices.choose_dtype("float16", cpu) == torch.float16
     for facts, native in (
         ({}, False),
         ({"avx512_bf16": True}, True),
@@ -160,6 +160,6 @@ def test_number_formats(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda facts=facts: facts, raising=False)
         # A CUDA card beside it says nothing about the CPU.
         monkeypatch.setattr(torch.cuda, "is_available", lambda native=native: not native)
-        assert machine.native_bf16(cpu) is native
-        assert machine.choose_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
-    assert machine.choose_dtype("auto", torch.device("mps")) == torch.float32
+        assert devices.native_bf16(cpu) is native
+        assert devices.choose_dtype("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+    assert devices.choose_dtype("auto", torch.device("mps")) == torch.float32

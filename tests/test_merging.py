@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import rows
-from artefacts import D, P, assert_equal, bits, trained
-from softprompts import artefact, vectors
-from softprompts.artefact import ArtefactError
-from softprompts.vectors import Merge, Vector, made, merge, vector
+from artifacts import D, P, assert_equal, bits, trained
+from softprompts.artifacts import artifact, vectors
+from softprompts.artifacts.vectors import Merge, Vector, made, merge, vector
+from softprompts.errors import ArtifactError
 
 START = rows.random(0, P, D)
 
@@ -207,9 +207,9 @@ def test_slerp_of_vectors_in_one_line(t: float) -> None:
         other = of([[1.0, 2.0 + aside]])
         wanted = (1 - t) * one.value + t * other.value
         torch.testing.assert_close(vectors.slerp([one, other], t).value, wanted, rtol=1e-8, atol=0)
-    with pytest.raises(ArtefactError, match="north and south point opposite ways: there are many ways between them"):
+    with pytest.raises(ArtifactError, match="north and south point opposite ways: there are many ways between them"):
         vectors.slerp([of([[1.0, 2.0]], "north"), of([[-2.0, -4.0]], "south")], t)
-    with pytest.raises(ArtefactError, match="point opposite ways"):
+    with pytest.raises(ArtifactError, match="point opposite ways"):
         vectors.slerp([one, -one], t)
 
 
@@ -286,7 +286,7 @@ def test_a_merge_is_a_vector_like_others(how: str, tmp_path: Path) -> None:
     assert told[how].get("density") == (None if how == "slerp" else 0.6)
     assert told[how].get("seed") == (4 if how == "dare" else None)
     assert told["t3"]["coefficient"] == 1
-    assert_equal(found, artefact.load(artefact.save(found, tmp_path / "made")))
+    assert_equal(found, artifact.load(artifact.save(found, tmp_path / "made")))
 
 
 def test_a_merge_is_on_no_start_the_trained_prompt() -> None:
@@ -347,11 +347,11 @@ def test_merges_by_name() -> None:
     ],
 )  # fmt: skip
 def test_what_is_refused(how: str, given: Sequence[Vector], chosen: Merge, message: str) -> None:
-    with pytest.raises(ArtefactError, match=message):
+    with pytest.raises(ArtifactError, match=message):
         merge(given, how, chosen)
 
 
 @pytest.mark.parametrize("how", ["average", "slerp"])
 def test_weights_are_refused_where_nothing_weighs(how: str) -> None:
-    with pytest.raises(ArtefactError, match=f"merge '{how}' takes no weights"):
+    with pytest.raises(ArtifactError, match=f"merge '{how}' takes no weights"):
         vectors.merge([], how, vectors.Merge(weights=[1, 2]))

@@ -12,7 +12,17 @@ from rouge_score import rouge_scorer
 from sacrebleu.metrics.bleu import BLEU
 from scipy import stats
 
-from softprompts.metrics import KINDS, METRICS, ClassScore, Rows, confusion, default_metrics, per_class, score, vote
+from softprompts.evaluation.metrics import (
+    KINDS,
+    METRICS,
+    ClassScore,
+    Rows,
+    confusion,
+    default_metrics,
+    per_class,
+    score,
+    vote,
+)
 
 LABELS = ["ABBR", "DESC", "ENTY", "HUM"]
 GUESSES = ["HUM", "DESC", None, "ENTY", "DESC", "HUM", "HUM", "ABBR", None, "DESC"]

@@ -18,14 +18,12 @@ from torch.nn import functional
 import rows
 import tiny
 import tokenizers_tiny
-from softprompts import init
-from softprompts.artefact import ArtefactError
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, InitConfig, PromptConfig
-from softprompts.inject import Site
-from softprompts.model import SoftPromptModel
-from softprompts.peft import PromptTuningConfig
-from softprompts.prompt import IGNORE
+from softprompts.config import InitConfig, PromptConfig
+from softprompts.errors import ArtifactError, BackboneError, ConfigError
+from softprompts.injection import Site
+from softprompts.model import SoftPromptModel, initialization
+from softprompts.model.peft import PromptTuningConfig
+from softprompts.types import IGNORE
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 RANDOM = InitConfig(kind="random")
@@ -46,7 +44,7 @@ def prompted(name: str, head: str = "lm", site: str = "input", words: Tensor | N
         tiny.model(name, head, **more), PromptConfig(length=length, site=site, init=RANDOM), tokenizer=None
     )
     if words is not None:
-        put(model, "default", init.from_ids(model.backbone, Site(site), words))
+        put(model, "default", initialization.from_ids(model.backbone, Site(site), words))
     return model
 
 
@@ -199,7 +197,7 @@ def test_what_a_causal_call_may_ask_for() -> None:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_prompt_behind_the_first_token_scores_the_token_behind_it(side: str) -> None:
     model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=4, place="after_start", init=RANDOM))
-    put(model, "default", init.from_ids(model.backbone, Site(), WORDS))
+    put(model, "default", initialization.from_ids(model.backbone, Site(), WORDS))
     text = rows.ids(2, 6)
     full = torch.cat([text[:1], WORDS, text[1:]])[None]
     answers = full.clone()
@@ -255,9 +253,9 @@ def test_only_prompts_need_a_gradient_and_only_they_are_in_the_state(name: str) 
     model.train()
     assert model.training
     assert not any(module.training for module in model.model.modules())
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(text, labels=text).loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert all(p.grad is None for p in model.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before.values(), model.model.state_dict().values(), strict=True))
 
@@ -276,9 +274,9 @@ def test_heads_are_copies_for_each_task_and_the_models_own_stays() -> None:
     own: Any = model.model
     before, module = own.classifier.weight.clone(), own.classifier
     ids = torch.stack([torch.cat([torch.tensor([1]), rows.ids(i, 5)]) for i in range(4)])
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=5.0)
     model(ids, labels=torch.tensor([0, 1, 2, 0]), tasks=["sst2", "mnli", "sst2", "mnli"]).loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert torch.equal(own.classifier.weight, before)
     assert own.classifier is module
     heads = [model.heads[task].get_parameter("classifier.weight") for task in ("sst2", "mnli")]
@@ -488,9 +486,9 @@ def test_any_name_will_do_and_many_tasks_come_back_in_order(tmp_path: Path) -> N
     places = torch.arange(len(NAMES))
     assert torch.equal(model(ids, task_ids=places).logits, again(ids, task_ids=places).logits)
     SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM)).save_pretrained(tmp_path / "one")
-    with pytest.raises(ArtefactError, match="holds a prompt of its own; give another directory for 7 of them"):
+    with pytest.raises(ArtifactError, match="holds a prompt of its own; give another directory for 7 of them"):
         model.save_pretrained(tmp_path / "one")
-    with pytest.raises(ArtefactError, match="is not empty and is not an artefact"):
+    with pytest.raises(ArtifactError, match="is not empty and is not an artifact"):
         SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM)).save_pretrained(tmp_path / "all")
 
 
@@ -519,11 +517,11 @@ def test_peers_training_on(tmp_path: Path) -> None:
     """PEFT refuses to load a prompt for training."""
     ids = torch.stack([rows.ids(i, 6) for i in range(4)])
 
-    def steps(model: Any, optimiser: Any, count: int) -> None:
+    def steps(model: Any, optimizer: Any, count: int) -> None:
         for _ in range(count):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             model(ids, labels=ids).loss.backward()
-            optimiser.step()
+            optimizer.step()
 
     straight = prompted("llama", words=None)
     sgd = torch.optim.SGD(straight.prompts.parameters(), lr=0.5)
@@ -542,20 +540,20 @@ def test_peers_wrong_weights(tmp_path: Path) -> None:
     model = prompted("llama", words=None)
     model.save_pretrained(tmp_path)
     other = SoftPromptModel(tiny.model("llama", seed=1), PromptConfig(length=2, init=RANDOM), "mine")
-    with pytest.raises(ArtefactError, match="made for other weights: sketch distance"):
+    with pytest.raises(ArtifactError, match="made for other weights: sketch distance"):
         other.load_prompt(tmp_path)
     assert other.tasks == ("mine",)
     name, warnings = other.load_prompt(tmp_path, "theirs", allow_other_weights=True)
     assert name == "theirs"
     assert "other weights" in warnings[0]
     assert other.tasks == ("mine", "theirs")
-    with pytest.raises(ArtefactError, match="head 'lm', but LlamaForSequenceClassification"):
+    with pytest.raises(ArtifactError, match="head 'lm', but LlamaForSequenceClassification"):
         SoftPromptModel.from_pretrained(tiny.model("llama", "sequence"), tmp_path, allow_other_weights=True)
-    with pytest.raises(ArtefactError, match="no directory"):
+    with pytest.raises(ArtifactError, match="no directory"):
         model.load_prompt(tmp_path / "nowhere")
     classifier = prompted("bert", "sequence")
     classifier.save_pretrained(tmp_path / "three")
-    with pytest.raises(ArtefactError, match=r"head .* does not fit this model's"):
+    with pytest.raises(ArtifactError, match=r"head .* does not fit this model's"):
         SoftPromptModel.from_pretrained(
             tiny.model("bert", "sequence", labels=5), tmp_path / "three", allow_other_weights=True
         )

@@ -16,14 +16,14 @@ from torch import Tensor
 
 import rows
 import tiny
-from artefacts import example
-from softprompts import artefact
-from softprompts.artefact import ArtefactError
+from artifacts import example
+from softprompts.artifacts import artifact
 from softprompts.backbone import fingerprint, wrap
-from softprompts.config import ConfigError, InitConfig, PromptConfig
+from softprompts.config import InitConfig, PromptConfig
+from softprompts.errors import ArtifactError, ConfigError
 from softprompts.model import SoftPromptModel
-from softprompts.peft import MultitaskPromptTuningConfig, PromptTuningConfig
-from softprompts.prompt import IGNORE
+from softprompts.model.peft import MultitaskPromptTuningConfig, PromptTuningConfig
+from softprompts.types import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -69,11 +69,11 @@ def logits(model: Any, name: str, task_ids: list[int]) -> Tensor:
 
 def train(model: Any, name: str, steps: int = 3) -> None:
     ids = torch.stack(rows.texts(name, [7] * 3))
-    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(steps):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(input_ids=ids, labels=ids, task_ids=torch.arange(3)).loss.backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def test_tasks_share_one_prompt_and_each_has_its_factors() -> None:
@@ -210,7 +210,7 @@ def test_saved_and_loaded_it_is_the_same_group_bit_for_bit_and_trains_on(tmp_pat
     for model in (straight, again):
         train(model, "llama")
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in straight.state_dict().items())
-    one = artefact.load(tmp_path / "qqp")
+    one = artifact.load(tmp_path / "qqp")
     assert (one.task, one.method, set(one.state)) == (
         "qqp",
         "multitask-prompt-tuning",
@@ -226,7 +226,7 @@ def test_initial_prompts_are_where_each_task_began(tmp_path: Path) -> None:
     config = MultitaskPromptTuningConfig(num_virtual_tokens=P, num_tasks=2, factors_init="normal")
     model = SoftPromptModel(tiny.model("llama"), config, tasks=["a", "b"])
     model.save_pretrained(tmp_path)
-    found = [artefact.load(tmp_path / name) for name in ("a", "b")]
+    found = [artifact.load(tmp_path / name) for name in ("a", "b")]
     assert all(torch.equal(one.initial, one.prompt) for one in found)
     assert not torch.equal(found[0].initial, found[1].initial)
 
@@ -242,7 +242,7 @@ def test_a_task_added_like_one_of_a_group_joins_it(tmp_path: Path) -> None:
     assert torch.equal(method.fold("cola"), method.shared)  # it begins at the shared prompt
     assert logits(model, "llama", [3, 1]).shape[0] == 2
     model.save_pretrained(tmp_path)
-    assert torch.equal(artefact.load(tmp_path, "cola").initial, method.shared)
+    assert torch.equal(artifact.load(tmp_path, "cola").initial, method.shared)
     assert peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path).peft_config["default"].num_tasks == 4
     # with a configuration of its own it stands alone
     model.add_task("alone", MultitaskPromptTuningConfig(num_virtual_tokens=P))
@@ -260,7 +260,7 @@ def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
     for i in range(2):
         prompt = rows.random(i, P, 32)
         made = example(prompt=prompt, initial=prompt, state={}, fingerprint=fingerprint(backbone))
-        sources.append(str(artefact.save(made, tmp_path / str(i))))
+        sources.append(str(artifact.save(made, tmp_path / str(i))))
     config = PromptConfig(method="attempt", length=P, init=InitConfig(kind="random", sources=tuple(sources)))
     model = SoftPromptModel(tiny.model("llama"), config, task="first")
     model.add_task("second")
@@ -307,7 +307,7 @@ def test_tasks_come_back_in_their_order_whatever_shares(tmp_path: Path) -> None:
     assert other.tasks == ("first", *model.tasks)
 
 
-def test_one_task_is_one_artefact_which_peft_reads_folded(tmp_path: Path) -> None:
+def test_one_task_is_one_artifact_which_peft_reads_folded(tmp_path: Path) -> None:
     model = SoftPromptModel(tiny.model("gpt2"), MultitaskPromptTuningConfig(num_virtual_tokens=P, num_ranks=2), "one")
     move(model)
     model.save_pretrained(tmp_path)
@@ -364,16 +364,16 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_one_of_several_is_loaded_by_name_or_place(saved: Path) -> None:
-    by_name, by_place = artefact.load(saved, "qqp"), artefact.load(saved, 1)
-    assert by_name.digest == by_place.digest == artefact.load(saved / "qqp").digest
+    by_name, by_place = artifact.load(saved, "qqp"), artifact.load(saved, 1)
+    assert by_name.digest == by_place.digest == artifact.load(saved / "qqp").digest
     theirs = copy_of_peft(saved)
     for task in (1, "1"):
-        one = artefact.load(theirs, task)
+        one = artifact.load(theirs, task)
         assert (one.task, one.method, one.options) == ("1", "multitask-prompt-tuning", {"ranks": 1})
         assert torch.equal(one.prompt, by_name.prompt)
         assert all(torch.equal(one.state[key], value) for key, value in by_name.state.items())
-    artefact.save(one, saved.parent / "single")
-    again = artefact.load(saved.parent / "single", "1")
+    artifact.save(one, saved.parent / "single")
+    again = artifact.load(saved.parent / "single", "1")
     assert torch.equal(again.state["rows.0"], by_name.state["rows.0"])
     for path, task, message in (
         (saved, None, "holds 3 prompts; give the directory of one: its prompts are in mnli, qqp, sst2"),
@@ -384,8 +384,8 @@ def test_one_of_several_is_loaded_by_name_or_place(saved: Path) -> None:
         (theirs, 3, "there is no task 3"),
         (theirs, "qqp", "there is no task 'qqp'"),
     ):
-        with pytest.raises(ArtefactError, match=message):
-            artefact.load(path, task)
+        with pytest.raises(ArtifactError, match=message):
+            artifact.load(path, task)
 
 
 def copy_of_peft(saved: Path) -> Path:
@@ -400,7 +400,7 @@ def copy_of_peft(saved: Path) -> Path:
 def test_one_task_of_pefts_loads_without_saying_which(tmp_path: Path) -> None:
     made = theirs("gpt2", num_tasks=1, num_ranks=2)
     made.save_pretrained(tmp_path / "theirs")
-    one = artefact.load(tmp_path / "theirs")
+    one = artifact.load(tmp_path / "theirs")
     assert (one.task, one.method, one.options) == ("theirs", "multitask-prompt-tuning", {"ranks": 2})
     torch.testing.assert_close(one.prompt, one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
     ours = SoftPromptModel.from_pretrained(tiny.model("gpt2"), tmp_path / "theirs")
@@ -432,8 +432,8 @@ def test_files_of_peft_that_are_wrong(
     save_file({k: v for k, v in tensors.items() if v is not Ellipsis}, alone / "adapter_model.safetensors")
     values = json.loads((alone / "adapter_config.json").read_text())
     (alone / "adapter_config.json").write_text(json.dumps({**values, **config}))
-    with pytest.raises(ArtefactError, match=message):
-        artefact.load(alone, 0)
+    with pytest.raises(ArtifactError, match=message):
+        artifact.load(alone, 0)
 
 
 def test_a_directory_whose_files_do_not_belong_together_is_refused(saved: Path) -> None:
@@ -445,27 +445,27 @@ def test_a_directory_whose_files_do_not_belong_together_is_refused(saved: Path) 
         model.prompts[GROUP].shared.add_(1)
     model.save_pretrained(saved.parent / "other")
     shutil.copytree(saved.parent / "other" / "qqp", saved / "qqp", dirs_exist_ok=True)
-    with pytest.raises(ArtefactError, match="'shared', which mnli and qqp share, differs between them"):
+    with pytest.raises(ArtifactError, match="'shared', which mnli and qqp share, differs between them"):
         SoftPromptModel.from_pretrained(stock, saved)
     shutil.copy(saved.parent / "other" / "adapter_model.safetensors", saved)
-    with pytest.raises(ArtefactError, match=r"PEFT saved here later; delete tasks.json to load PEFT's prompts"):
+    with pytest.raises(ArtifactError, match=r"PEFT saved here later; delete tasks.json to load PEFT's prompts"):
         SoftPromptModel.from_pretrained(stock, saved)
     for tasks in ([".."], ["a/b"], [""], "mnli", [1]):
         (saved / "tasks.json").write_text(json.dumps({"tasks": tasks}))
-        with pytest.raises(ArtefactError, match="must list the sub-directories of its tasks"):
+        with pytest.raises(ArtifactError, match="must list the sub-directories of its tasks"):
             SoftPromptModel.from_pretrained(stock, saved)
     for groups in ([["mnli", "nli"]], [["mnli", "qqp"], ["qqp", "sst2"]], "mnli", [["../mnli"]]):
         values = {"tasks": list(TASKS), "groups": groups}
         (saved / "tasks.json").write_text(json.dumps(values))
-        with pytest.raises(ArtefactError, match="each of groups must list some of its tasks, and no task twice"):
+        with pytest.raises(ArtifactError, match="each of groups must list some of its tasks, and no task twice"):
             SoftPromptModel.from_pretrained(stock, saved)
 
 
 def test_one_prompt_is_not_saved_among_several_nor_several_over_one(saved: Path) -> None:
     one = SoftPromptModel(tiny.model("llama"), PLAIN)
-    with pytest.raises(ArtefactError, match="is not empty and is not an artefact: it holds several"):
+    with pytest.raises(ArtifactError, match="is not empty and is not an artifact: it holds several"):
         one.save_pretrained(saved)
-    with pytest.raises(ArtefactError, match="holds a prompt of its own; give another directory for 3 of them"):
+    with pytest.raises(ArtifactError, match="holds a prompt of its own; give another directory for 3 of them"):
         shared("llama").save_pretrained(copy_of_peft(saved))
     shared("llama").save_pretrained(saved)
     with pytest.raises(ConfigError, match="no prompt is loaded"):

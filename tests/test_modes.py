@@ -14,10 +14,15 @@ import rows
 import test_together as together
 import tiny
 from rows import INPUT
-from softprompts import SoftPromptModel, artefact, evaluate, inject, job, methods, objectives, parity, stored, train
+from softprompts import SoftPromptModel, injection, methods
+from softprompts.artifacts import artifact
 from softprompts.config import PromptConfig, parse
-from softprompts.learner import Learner
-from softprompts.prompt import Prompt, Start, in_mode
+from softprompts.evaluation import evaluate
+from softprompts.model import stored
+from softprompts.model.learner import Learner
+from softprompts.recipes.run import run as job
+from softprompts.training import equivalence, loop, objectives
+from softprompts.types import Prompt, PromptInit, in_mode
 
 
 class Watched(torch.nn.Module):
@@ -29,7 +34,7 @@ class Watched(torch.nn.Module):
     class Config:
         """Nothing to choose."""
 
-    def __init__(self, config: Config, slot: Any, start: Start) -> None:
+    def __init__(self, config: Config, slot: Any, start: PromptInit) -> None:
         super().__init__()
         self.slot, self.asked, self.folded = slot, [], []
         self.prompts = torch.nn.ParameterList(start.prompt.clone() for _ in slot.tasks)
@@ -48,14 +53,14 @@ class Watched(torch.nn.Module):
 
 def learner(name: str = "llama") -> Learner:
     base = together.double(name)
-    slot = inject.slot(base, INPUT, ("a",), 4)
-    return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, Start(rows.random(1, 4, slot.width) + 1)))
+    slot = injection.prompt_spec(base, INPUT, ("a",), 4)
+    return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, PromptInit(rows.random(1, 4, slot.width) + 1)))
 
 
 def test_a_step_trains_and_all_else_judges() -> None:
     """In the training loop too: steps in training mode, the size of reports and validation not; modes come back."""
     one, data = learner(), together.encoded("llama", 6, 1)
-    batch = train.collate(data[:3], 0)
+    batch = loop.collate(data[:3], 0)
     method = one.method
     for before in (True, False):
         method.train(before)
@@ -79,7 +84,7 @@ def test_a_step_trains_and_all_else_judges() -> None:
         return scores[-1]
 
     config = together.config(steps=3, evaluate_every=2)
-    list(train.fit(one, data, config, pad=0, validate=validate))
+    list(loop.fit(one, data, config, pad=0, validate=validate))
     assert method.asked == [True, True, True, False, True], "two steps, a validation that makes a step, the last step"
     assert not any(method.folded)
 
@@ -88,8 +93,8 @@ def test_the_comparison_with_concatenation_is_of_a_training_step() -> None:
     """Both ways leave out the same, so that they can be compared."""
     one = learner()
     one = Learner(one.backbone, INPUT, one.slot, one.method.double())
-    batch = train.collate(together.encoded("llama", 4, 2), 0)
-    found = parity.compare(one, batch, objectives.task)
+    batch = loop.collate(together.encoded("llama", 4, 2), 0)
+    found = equivalence.compare(one, batch, objectives.task)
     assert set(one.method.asked) == {True}
     assert found.holds, found
 
@@ -103,13 +108,13 @@ def test_a_mode_comes_back_after_an_error() -> None:
 
 
 def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
-    """With dropout an artefact scores as its run did, and a resumed run is the whole one; it makes a difference."""
+    """With dropout an artifact scores as its run did, and a resumed run is the whole one; it makes a difference."""
     values = local.run_values(tmp_path, steps=4, checkpoint_every=2, evaluate_every=2)
     values["prompt"] |= {"method": "prefix-tuning", "site": "kv", "options": {"dropout": 0.5}}
     values["train"]["rate"] = 0.1
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     run = parse(values)
-    opened = job.open_artefacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]
 
@@ -119,14 +124,14 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
 
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stop))
-    job.execute(cut)
-    whole, again = (artefact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
+        job.run(cut, job.ProgressReporter(on_step=stop))
+    job.run(cut)
+    whole, again = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert torch.equal(whole.prompt, again.prompt)
     assert torch.equal(whole.prompt, whole.state["prompts.0"]), "nothing is left out of what is saved"
     values["prompt"]["options"] = {}
-    job.execute(parse({**values, "out": str(tmp_path / "plain")}))
-    assert not torch.allclose(artefact.load(tmp_path / "plain" / "prompt").prompt, whole.prompt, atol=1e-4)
+    job.run(parse({**values, "out": str(tmp_path / "plain")}))
+    assert not torch.allclose(artifact.load(tmp_path / "plain" / "prompt").prompt, whole.prompt, atol=1e-4)
 
 
 def test_a_model_judges_until_it_is_told_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

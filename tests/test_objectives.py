@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from softprompts import objectives
-from softprompts.config import ConfigError
-from softprompts.prompt import IGNORE, Output, Step
+from softprompts.errors import ConfigError
+from softprompts.training import objectives
+from softprompts.types import IGNORE, Output, Step
 
 
 def loss(logits, labels):

@@ -11,20 +11,21 @@ import rows
 import tiny
 from rows import INPUT, KV
 from softprompts import backbone as b
-from softprompts import inject, objectives, parity
-from softprompts.inject import attention
-from softprompts.kernels import Kernels
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.backbone.kernels import Kernels
+from softprompts.injection import packed_attention
 from softprompts.methods import find
-from softprompts.prompt import Start
+from softprompts.model.learner import Learner
+from softprompts.training import equivalence, objectives
+from softprompts.types import PromptInit
 
 
-def learner(name: str, site: inject.Site = INPUT, kernels: Kernels | None = None) -> Learner:
+def learner(name: str, site: injection.Site = INPUT, kernels: Kernels | None = None) -> Learner:
     """Prompt tuning with three tokens on a tiny model."""
     bb = tiny.backbone(name) if kernels is None else replace(tiny.backbone(name), kernels=kernels)
-    slot = inject.slot(bb, site, ("a",), 3)
+    slot = injection.prompt_spec(bb, site, ("a",), 3)
     method = find("prompt-tuning")
-    return Learner(bb, site, slot, method(method.Config(), slot, Start(rows.random(0, 3, slot.width))))
+    return Learner(bb, site, slot, method(method.Config(), slot, PromptInit(rows.random(0, 3, slot.width))))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bert"])
@@ -33,7 +34,7 @@ def test_it_holds(name: str) -> None:
     for site in (INPUT, KV) if name in tiny.CAUSAL else (INPUT,):
         one = learner(name, site)
         before = torch.get_rng_state()
-        found = parity.compare(one, rows.batch(name, rows.texts(name)), objective)
+        found = equivalence.compare(one, rows.batch(name, rows.texts(name)), objective)
         assert found.holds
         assert found.loss < 1e-6
         assert found.gradient < 1e-5
@@ -50,10 +51,10 @@ def test_half_precision_measures_its_own_rounding() -> None:
     one = learner("llama")
     half, objective = replace(one, backbone=coarse), objectives.weigh({"task": 1.0})
     batch = rows.batch("llama", rows.texts("llama"))
-    found = parity.compare(half, batch, objective)
+    found = equivalence.compare(half, batch, objective)
     assert found.holds
     assert 0 < found.noise[1] < 0.2
-    assert parity.compare(one, batch, objective).noise == (0.0, 0.0)
+    assert equivalence.compare(one, batch, objective).noise == (0.0, 0.0)
     wide = replace(found, gradient=0.5, noise=(0.0, 0.26))
     assert wide.allowed == (2e-2, 0.52)
     assert wide.holds
@@ -65,18 +66,20 @@ def test_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong mask shows in the figures; so does a gradient that is wrong while the loss is right."""
     one, objective = learner("llama"), objectives.weigh({"task": 1.0})
     batch = rows.batch("llama", rows.texts("llama"))
-    inject.why_not_packed(one.backbone)
-    honest = attention._math
+    injection.why_not_packed(one.backbone)
+    honest = packed_attention._math
 
-    def wrong(seen: attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def wrong(seen: packed_attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         return honest(seen, q, k, v * 1.01, *rest)
 
-    def cut(seen: attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def cut(seen: packed_attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         return honest(seen, q, k.detach(), v, *rest)
 
     for core, loss_moves in ((wrong, True), (cut, False)):
-        monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(core))
-        found = parity.compare(one, batch, objective)
+        monkeypatch.setitem(
+            packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(core)
+        )
+        found = equivalence.compare(one, batch, objective)
         assert not found.holds
         assert (found.loss > 1e-5) == loss_moves
         assert found.gradient > 2e-3

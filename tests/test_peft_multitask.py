@@ -24,9 +24,8 @@ from softprompts import (
     MultitaskPromptTuningInit,
     SoftPromptModel,
 )
-from softprompts.artefact import ArtefactError
-from softprompts.config import ConfigError
-from softprompts.peft import PromptTuningConfig
+from softprompts.errors import ArtifactError, ConfigError
+from softprompts.model.peft import PromptTuningConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
@@ -79,7 +78,7 @@ def test_fields_order_and_defaults_are_pefts() -> None:
     assert {name: default for name, default in theirs.items() if name != "peft_version"} == ours
     assert list(ours)[-4:] == list(theirs)[-4:]
     assert {m.name for m in peft.MultitaskPromptTuningInit} <= {m.name for m in MultitaskPromptTuningInit}
-    assert {m.name for m in MultitaskPromptTuningInit} >= {"SAMPLE_VOCAB", "CLASS_LABELS", "ARTEFACT"}
+    assert {m.name for m in MultitaskPromptTuningInit} >= {"SAMPLE_VOCAB", "CLASS_LABELS", "ARTIFACT"}
     assert config().peft_type == peft.PeftType.MULTITASK_PROMPT_TUNING
     assert config(peft_type=peft.PeftType.MULTITASK_PROMPT_TUNING).prompt_tuning_init == "RANDOM"
 
@@ -406,12 +405,12 @@ def test_a_source_of_ours_knows_its_tasks_by_name_and_its_weights(tmp_path: Path
         MultitaskPromptEmbedding(
             MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all" / "plain")), words
         )
-    with pytest.raises(ArtefactError, match="made for other weights"):
+    with pytest.raises(ArtifactError, match="made for other weights"):
         SoftPromptModel(tiny.model("llama", seed=1), one)
     one_file = from_source(tmp_path / "all" / "sst2" / TENSORS)  # which holds the folded prompt
     made = MultitaskPromptEmbedding(MultitaskPromptTuningConfig(**options, **one_file), words)
     assert torch.equal(made.prefix_task_rows[0], method.rows[2])
-    # what a run of several tasks leaves: one artefact beside the other, in a directory without an order
+    # what a run of several tasks leaves: one artifact beside the other, in a directory without an order
     for name in ("tasks.json", TENSORS, "adapter_config.json"):
         (tmp_path / "all" / name).unlink()
     again = MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all", prompt_tuning_init_task="sst2"))

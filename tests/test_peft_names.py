@@ -13,11 +13,10 @@ import transformers
 
 import tiny
 import tokenizers_tiny
-from softprompts import init
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError
-from softprompts.inject import Site
-from softprompts.peft import PeftType, PromptEmbedding, PromptTuningConfig, PromptTuningInit, TaskType
+from softprompts.errors import BackboneError, ConfigError
+from softprompts.injection import Site
+from softprompts.model import initialization
+from softprompts.model.peft import PeftType, PromptEmbedding, PromptTuningConfig, PromptTuningInit, TaskType
 
 TEXT = "Predict if sentiment of this review is positive, negative or neutral"
 
@@ -82,7 +81,7 @@ def test_fields_order_and_defaults_are_those_of_the_page() -> None:
     assert {name: default for name, default in theirs.items() if name != "peft_version"} == ours
     assert {m.name for m in peft.PromptTuningInit} | {
         "CLASS_LABELS",
-        "ARTEFACT",
+        "ARTIFACT",
         "RANDOM_NORMAL",
         "RANDOM_UNIFORM",
     } == {m.name for m in PromptTuningInit}
@@ -113,10 +112,10 @@ def test_text_keeps_special_tokens_and_half_precision_words_become_float32(token
 def test_a_model_takes_the_start_that_peft_would(tokenizer: str) -> None:
     bb = tiny.backbone("llama")
     config = PromptTuningConfig(**text(tokenizer, token_dim=32, num_virtual_tokens=4, prompt_tuning_init_text="e a"))
-    ids = init.text_ids(transformers.AutoTokenizer.from_pretrained(tokenizer), "e a", 4, special=True)
+    ids = initialization.text_ids(transformers.AutoTokenizer.from_pretrained(tokenizer), "e a", 4, special=True)
     described, start = config.describe(bb)
     assert start is not None
-    assert torch.equal(start.prompt, init.from_ids(bb, Site(), ids))
+    assert torch.equal(start.prompt, initialization.from_ids(bb, Site(), ids))
     assert (described.length, described.init.kind) == (4, "text")
 
 
@@ -187,7 +186,7 @@ def test_peers_remote_code(tokenizer: str, words: Any, monkeypatch: pytest.Monke
         ({"peft_type": "LORA"}, "peft_type 'LORA' is unknown; known: PROMPT_TUNING"),
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive number"),
         ({"num_virtual_tokens": "20"}, "num_virtual_tokens must be a positive number"),
-        ({"prompt_tuning_init": "ARTEFACT"}, "prompt_tuning_init_text can't be None"),
+        ({"prompt_tuning_init": "ARTIFACT"}, "prompt_tuning_init_text can't be None"),
     ],
 )
 def test_peers_typos(options: dict[str, Any], message: str) -> None:

@@ -9,17 +9,19 @@ import torch
 import yaml
 
 import local
-from softprompts import artefact, cli, distil, finetune, job, train, transfer
-from softprompts.artefact import ArtefactError
-from softprompts.backbone import BackboneError
-from softprompts.config import ConfigError, parse
-from softprompts.data import DataError
-from softprompts.prepare import Screen
+from softprompts import cli
+from softprompts.artifacts import artifact
+from softprompts.artifacts.vectors import similarity
+from softprompts.config import parse
+from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError, TrainingError
 from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found
 from softprompts.recipes.multitask import Plan, execute
 from softprompts.recipes.multitask.runs import Origins, arms_of, source_runs, target_run, teacher_runs
-from softprompts.recipes.multitask.summary import summarise
-from softprompts.train import TrainingError
+from softprompts.recipes.multitask.summary import summarize
+from softprompts.recipes.run import run as job
+from softprompts.recipes.run.prepare import ProgressReporter
+from softprompts.training import distillation, weights
+from softprompts.training import loop as train
 
 FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
 
@@ -28,7 +30,7 @@ def plan_values(folder: Path) -> dict:
     """Two sources and two targets on a tiny model, a few steps each."""
     tasks = []
     for i, name in enumerate(("alpha", "beta", "gamma", "delta")):
-        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         split = {"validation_fraction": 0.2, "test_fraction": 0.2}
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
     train = {"steps": 4, "batch_size": 4, "rate": 0.3}
@@ -60,7 +62,7 @@ def done(tmp_path_factory):
     """A plan that was carried out, with what it said."""
     values = plan_values(tmp_path_factory.mktemp("recipe"))
     said: list[str] = []
-    results = execute(parse(values, Plan), Screen(say=said.append))
+    results = execute(parse(values, Plan), ProgressReporter(log=said.append))
     return values, results, said
 
 
@@ -132,7 +134,7 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
     origins = Origins({}, {}, {})
     filled = Comparison(plan.target, lambda *_: [], found=found)
     similar = {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}
-    results = summarise(plan, filled, {"runs": []}, origins, similar, 1.0)
+    results = summarize(plan, filled, {"runs": []}, origins, similar, 1.0)
     lines = {line["arm"]: line for line in results["arms"][1]["lines"]}
     assert lines["no prompt"]["scores"]["gamma"] == {"mean": 0.2, "sd": None, "n": 1}
     gamma = lines["prompt-tuning"]["scores"]["gamma"]
@@ -149,41 +151,41 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
 def test_targets_start_where_their_arm_says(done):
     values, results, _ = done
     out = Path(values["out"])
-    sources = [artefact.load(out / "sources/mpt/prompt" / name) for name in ("alpha", "beta")]
+    sources = [artifact.load(out / "sources/mpt/prompt" / name) for name in ("alpha", "beta")]
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     columns = torch.stack([one.state["columns.0"] for one in sources]).mean(0)
     rows = torch.stack([one.state["rows.0"] for one in sources]).mean(0)
-    target = artefact.load(out / f"targets/gamma-full/rates/mpt-rate{rate:g}-seed0/prompt")
+    target = artifact.load(out / f"targets/gamma-full/rates/mpt-rate{rate:g}-seed0/prompt")
     torch.testing.assert_close(target.initial, sources[0].state["shared"] * (columns @ rows))
-    mixture = artefact.load(out / "sources/mixture/prompt/alpha").prompt
-    assert mixture.equal(artefact.load(out / "sources/mixture/prompt/beta").prompt)
+    mixture = artifact.load(out / "sources/mixture/prompt/alpha").prompt
+    assert mixture.equal(artifact.load(out / "sources/mixture/prompt/beta").prompt)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-mixture", "full"))
-    spot = artefact.load(out / f"targets/gamma-full/rates/spot-mixture-rate{rate:g}-seed0/prompt")
+    spot = artifact.load(out / f"targets/gamma-full/rates/spot-mixture-rate{rate:g}-seed0/prompt")
     assert spot.initial.equal(mixture)
-    teachers = {name: artefact.load(out / "teachers" / name / "prompt").prompt for name in ("alpha", "beta")}
-    probe = artefact.load(out / "probes/gamma-full-seed0/prompt").prompt
-    near = transfer.retrieve(probe, teachers, 2)
+    teachers = {name: artifact.load(out / "teachers" / name / "prompt").prompt for name in ("alpha", "beta")}
+    probe = artifact.load(out / "probes/gamma-full-seed0/prompt").prompt
+    near = similarity.retrieve(probe, teachers, 2)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-weighted", "full"))
-    weighted = artefact.load(out / f"targets/gamma-full/rates/spot-weighted-rate{rate:g}-seed0/prompt")
-    expected = transfer.mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
+    weighted = artifact.load(out / f"targets/gamma-full/rates/spot-weighted-rate{rate:g}-seed0/prompt")
+    expected = similarity.mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
     assert weighted.initial.equal(expected)
 
 
 def test_teachers_read_each_row_once_for_all_variants(done, tmp_path, monkeypatch):
     values, _, _ = done
     calls = []
-    original = distil._compute
-    monkeypatch.setattr(distil, "_compute", lambda *given: calls.append(1) or original(*given))
+    original = distillation._compute
+    monkeypatch.setattr(distillation, "_compute", lambda *given: calls.append(1) or original(*given))
     run = source_runs(parse({**values, "out": str(tmp_path / "new"), "teachers": trained(values)}, Plan))
-    job.execute(run)
+    job.run(run)
     assert calls == [1]
 
 
 def test_a_second_call_trains_nothing(done, monkeypatch):
     values, results, _ = done
-    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("a stage was done again"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("a stage was done again"))
     said: list[str] = []
-    again = execute(parse(values, Plan), Screen(say=said.append))
+    again = execute(parse(values, Plan), ProgressReporter(log=said.append))
     assert {key: again[key] for key in ("arms", "rates", "similarity", "nearest", "sources")} == {
         key: results[key] for key in ("arms", "rates", "similarity", "nearest", "sources")
     }
@@ -220,8 +222,8 @@ def test_a_changed_plan_does_anew_what_changed_and_what_came_from_it(done, tmp_p
     values, _, _ = done
     plan = small(values, tmp_path / "out")
     ran: list[str] = []
-    original = job.execute
-    monkeypatch.setattr(job, "execute", lambda run, screen: ran.append(Path(run.out).name) or original(run, screen))
+    original = job.run
+    monkeypatch.setattr(job, "run", lambda run, screen: ran.append(Path(run.out).name) or original(run, screen))
     first = execute(parse(plan, Plan))
     assert ran == ["sources", "rates", "rates"]
     ran.clear()
@@ -233,8 +235,8 @@ def test_a_changed_plan_does_anew_what_changed_and_what_came_from_it(done, tmp_p
     source = {**plan["source"], "seed": 3}
     other = execute(parse({**plan, "source": source}, Plan))
     assert ran == ["sources", "rates", "rates"]
-    prompt = artefact.load(tmp_path / "out/targets/gamma-2-shot/rates/spot-mixture-rate0.1-seed0/prompt")
-    assert prompt.initial.equal(artefact.load(tmp_path / "out/sources/mixture/prompt/alpha").prompt)
+    prompt = artifact.load(tmp_path / "out/targets/gamma-2-shot/rates/spot-mixture-rate0.1-seed0/prompt")
+    assert prompt.initial.equal(artifact.load(tmp_path / "out/sources/mixture/prompt/alpha").prompt)
     assert other["curves"] != first["curves"]
 
 
@@ -282,8 +284,8 @@ def test_other_arms_run_too(done, tmp_path):
     plan["source"]["variants"] = ["no-distillation"]
     (few,) = execute(parse(plan, Plan))["arms"]
     assert [line["arm"] for line in few["lines"][1:]] == arms
-    teachers = [artefact.load(path).prompt for path in plan["teachers"]["trained"].values()]
-    nearest = artefact.load(tmp_path / "out/targets/gamma-2-shot/rates/spot-nearest-rate0.1-seed0/prompt")
+    teachers = [artifact.load(path).prompt for path in plan["teachers"]["trained"].values()]
+    nearest = artifact.load(tmp_path / "out/targets/gamma-2-shot/rates/spot-nearest-rate0.1-seed0/prompt")
     assert any(nearest.initial.equal(teacher) for teacher in teachers)
 
 
@@ -291,7 +293,7 @@ def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeyp
     values, results, _ = done
     cut = {**values, "out": str(tmp_path / "cut")}
     calls = 0
-    original = job.execute
+    original = job.run
 
     def interrupted(run, screen):
         nonlocal calls
@@ -300,10 +302,10 @@ def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeyp
             raise KeyboardInterrupt
         return original(run, screen)
 
-    monkeypatch.setattr(job, "execute", interrupted)
+    monkeypatch.setattr(job, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(parse(cut, Plan))
-    monkeypatch.setattr(job, "execute", original)
+    monkeypatch.setattr(job, "run", original)
     assert execute(parse(cut, Plan))["arms"] == results["arms"]
 
 
@@ -395,18 +397,18 @@ def test_plans_that_cannot_be(tmp_path, change, words):
 
 def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monkeypatch):
     values, _, _ = done
-    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("trained"))
     given = trained(values)
 
     def tried(**changes):
         execute(parse({**values, "out": str(tmp_path / "new"), **changes}, Plan))
 
-    with pytest.raises(ArtefactError, match=r"the teacher of alpha, .* has length 4 and the plan wants 6"):
+    with pytest.raises(ArtifactError, match=r"the teacher of alpha, .* has length 4 and the plan wants 6"):
         tried(teachers=given, prompt={"length": 6})
     other = {**values["model"], "name": str(local.model_directory(tmp_path / "other", seed=3))}
-    with pytest.raises(ArtefactError, match="weights"):
+    with pytest.raises(ArtifactError, match="weights"):
         tried(teachers=given, model=other)
-    with pytest.raises(ArtefactError, match="no directory nowhere"):
+    with pytest.raises(ArtifactError, match="no directory nowhere"):
         tried(teachers={**given, "trained": {**given["trained"], "beta": "nowhere"}})
     with pytest.raises(DataError, match=r"gone\.csv"):
         tried(targets=[{**values["targets"][0], "source": str(tmp_path / "gone.csv")}])
@@ -417,7 +419,7 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
         tried(prompt={"length": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
     with pytest.raises(BackboneError, match="there is no layer 9"):
         tried(source={**values["source"], "layers": [9]})
-    monkeypatch.setattr(finetune, "_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]")))
+    monkeypatch.setattr(weights, "_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]")))
     with pytest.raises(ConfigError, match=r"softprompts\[lora\]"):
         tried(target={**values["target"], "arms": ["lora"]})
     monkeypatch.setenv("WORLD_SIZE", "2")

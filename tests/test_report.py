@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from softprompts.metrics import confusion, per_class, score
-from softprompts.plots import COLOURS, Line, heatmap, interval_plot, line_plot, smooth, thin
-from softprompts.report import Markup, table, write_page, write_results
+from softprompts.evaluation.metrics import confusion, per_class, score
+from softprompts.evaluation.page import Markup, table, write_page, write_results
+from softprompts.evaluation.plots import COLORS, Line, heatmap, interval_plot, line_plot, smooth, thin
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 LABELS = ["ABBR", "DESC", "HUM"]
@@ -147,7 +147,7 @@ def test_the_plots_are_there_and_say_their_figures(page, results):
 
 
 def test_the_plots_take_the_page_for_what_it_is(page, text):
-    """No id twice, no link to nowhere, no colour or font or style of matplotlib's own."""
+    """No id twice, no link to nowhere, no color or font or style of matplotlib's own."""
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids)) > 0
     links = re.findall(r'(?:href="|url\()#([^")]+)', text)
@@ -156,7 +156,7 @@ def test_the_plots_take_the_page_for_what_it_is(page, text):
     assert not re.findall(r"#[0-9a-f]{6}|<style|<metadata|xmlns|<!", plots)
     assert "svg text { font-family: inherit !important;" in text
     used = set(re.findall(r"var\((--[a-z]+)\)", plots))
-    assert used == {f"--{name}" for name in COLOURS}
+    assert used == {f"--{name}" for name in COLORS}
     assert all(f"{name}:" in text for name in used)
 
 

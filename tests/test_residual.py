@@ -10,14 +10,15 @@ import rows
 import test_together as together
 import tiny
 from rows import called
-from softprompts import inject, train
-from softprompts.config import ConfigError
-from softprompts.inject import Site
-from softprompts.learner import Learner
+from softprompts import injection
+from softprompts.errors import ConfigError
+from softprompts.injection import Site
 from softprompts.methods import build, state_of
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.residual import ResidualPromptTuning
-from softprompts.prompt import Context, Slot, Start
+from softprompts.model.learner import Learner
+from softprompts.training import loop
+from softprompts.types import Context, PromptInit, PromptSpec
 
 P, D, B = 4, 10, 6
 TASKS = ("one", "two")
@@ -27,7 +28,7 @@ def made(tasks: tuple[str, ...] = TASKS, **options: Any) -> ResidualPromptTuning
     """A method for two tasks in float64, as it begins."""
     torch.manual_seed(1)
     config = ResidualPromptTuning.Config(**{"bottleneck": B, **options})
-    return ResidualPromptTuning(config, Slot(tasks, P, D, D), Start(rows.random(0, P, D))).double()
+    return ResidualPromptTuning(config, PromptSpec(tasks, P, D, D), PromptInit(rows.random(0, P, D))).double()
 
 
 def moved(method: ResidualPromptTuning) -> ResidualPromptTuning:
@@ -83,7 +84,7 @@ def test_the_papers_start() -> None:
     torch.testing.assert_close(added.mean(1), torch.zeros(P).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(added.square().mean(1), torch.ones(P).double(), atol=1e-2, rtol=0)
     wide = ResidualPromptTuning(
-        ResidualPromptTuning.Config(bottleneck=100), Slot(("a",), P, 400, 8), Start(torch.zeros(P, 400))
+        ResidualPromptTuning.Config(bottleneck=100), PromptSpec(("a",), P, 400, 8), PromptInit(torch.zeros(P, 400))
     )
     for name, bound in (("down", 0.05), ("down_bias", 0.05), ("up", 0.1), ("up_bias", 0.1)):
         top = float(getattr(wide.networks[0], name).abs().max())
@@ -110,15 +111,15 @@ def test_gradients(per_token: bool) -> None:
 def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     """Values and the prompt's gradient to the bit; and, where the output stays zero, the whole curve of training."""
     base = together.double(name)
-    slot = inject.slot(base, site, ("a",), P)
+    slot = injection.prompt_spec(base, site, ("a",), P)
     start = torch.randn(P, slot.width, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.3
     plain = together.learner(base, site, P, 3)
-    method = ResidualPromptTuning(ResidualPromptTuning.Config(bottleneck=B), slot, Start(start)).double()
+    method = ResidualPromptTuning(ResidualPromptTuning.Config(bottleneck=B), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.prompts[0].copy_(start)
     one = Learner(base, site, slot, method)
     data = together.encoded(name, 13, 1)
-    batch = train.collate(data[:4], 0)
+    batch = loop.collate(data[:4], 0)
     gradients = []
     for each in (plain, one):
         step = each.step(batch)
@@ -130,7 +131,7 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     assert float(gradients[0][1].abs().max()) > 0
     method.scales.requires_grad_(False)
     method.shifts.requires_grad_(False)
-    curves = [[r.loss for r in train.fit(each, data, together.config(steps=5), pad=0)] for each in (plain, one)]
+    curves = [[r.loss for r in loop.fit(each, data, together.config(steps=5), pad=0)] for each in (plain, one)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-12)
     torch.testing.assert_close(method.fold("a"), plain.method.fold("a"), rtol=1e-10, atol=0)
     assert float((method.fold("a") - start).abs().max()) > 0.01
@@ -145,8 +146,8 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     ],
 )
 def test_numbers_of_trained_parameters(length: int, width: int, options: dict[str, Any], expected: int) -> None:
-    slot = Slot(("a",), length, width, width)
-    method = ResidualPromptTuning(ResidualPromptTuning.Config(**options), slot, Start(torch.zeros(length, width)))
+    slot = PromptSpec(("a",), length, width, width)
+    method = ResidualPromptTuning(ResidualPromptTuning.Config(**options), slot, PromptInit(torch.zeros(length, width)))
     count = options.get("per_token", False) * (length - 1) + 1
     b = options.get("bottleneck", 800)
     assert sum(p.numel() for p in method.parameters()) == expected
@@ -164,15 +165,15 @@ def test_a_task_alone_is_as_among_others() -> None:
 
 def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
-    slot = inject.slot(bb, Site(), TASKS, P)
+    slot = injection.prompt_spec(bb, Site(), TASKS, P)
     one = Learner(
-        bb, Site(), slot, ResidualPromptTuning(ResidualPromptTuning.Config(), slot, Start(torch.zeros(P, 32)))
+        bb, Site(), slot, ResidualPromptTuning(ResidualPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
     config = together.config(rate=0.2, rate_unit="rms")
-    groups = train.optimiser_of(one, one.parameters(), config).param_groups
+    groups = loop.build_optimizer(one, one.parameters(), config).param_groups
     assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
-    plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, Start(torch.zeros(P, 32))))
-    usual = train.optimiser_of(plain, plain.parameters(), config).param_groups[0]["rate"]
+    plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
+    usual = loop.build_optimizer(plain, plain.parameters(), config).param_groups[0]["rate"]
     assert groups[0]["rate"] == usual, "the prompt learns as it does in prompt tuning"
 
 
@@ -186,4 +187,4 @@ def test_groups_learn_at_their_own_rates() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method residual: {words}"):
-        build("residual", options, Slot(TASKS, P, D, D), Start(torch.zeros(P, D)))
+        build("residual", options, PromptSpec(TASKS, P, D, D), PromptInit(torch.zeros(P, D)))

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import tiny
-from softprompts import inject
-from softprompts.backbone import FAMILIES, BackboneError
+from softprompts import injection
+from softprompts.backbone import FAMILIES
+from softprompts.errors import BackboneError
 
 DESIGN = Path(__file__).parents[1] / "docs" / "design.md"
 SITES = ("input", "decoder", "layers", "kv")
@@ -15,7 +16,7 @@ SITES = ("input", "decoder", "layers", "kv")
 def cell(name: str, site: str) -> str:
     """The width of the site on a tiny model, or why it has none."""
     try:
-        return str(inject.width(tiny.backbone(name), inject.Site(site)))
+        return str(injection.width(tiny.backbone(name), injection.Site(site)))
     except BackboneError:
         return "-"
 
@@ -28,7 +29,7 @@ def table() -> str:
     ]
     for family, name in itertools.product(FAMILIES.values(), tiny.ALL):
         if tiny.family(name) is family:
-            place = inject.resolve_place(tiny.backbone(name), inject.Site()).replace("_", " the ")
+            place = injection.resolve_place(tiny.backbone(name), injection.Site()).replace("_", " the ")
             cells = " | ".join(cell(name, site) for site in SITES)
             lines.append(f"| {family.name} | {name} | {place.replace('the start', 'the first token')} | {cells} |")
     return "\n".join(lines)

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softprompts.assets.datasets import resolve, rows
 from softprompts.config import SplitConfig, TaskConfig
-from softprompts.data import PACKAGED, DataError, load, read
-from softprompts.data.packaged import resolve, rows
+from softprompts.data import PACKAGED, load, read
 from softprompts.data.splits import Table, divide
-from softprompts.data.template import key
+from softprompts.data.templates import key
+from softprompts.errors import DataError
 
 
 def write(path: Path, text: str | bytes) -> str:
@@ -342,11 +343,11 @@ def test_a_broken_file_is_named(name, tmp_path):
          "write a column in braces, as in 'Type:{text}'"),
         ({"pair": "{other}"}, "no column 'other' for the template; columns: text, label"),
         ({"label": "labels"}, "no column 'labels' for the label; did you mean 'label'? columns: text, label"),
-        ({"verbaliser": {"c0": "a", "c3": "b"}},
-         "d.csv:3: label 'c1' is not in the verbaliser; did you mean 'c3'? known labels: c0, c3"),
-        ({"verbaliser": {"c0": "same", "c1": "same"}}, "labels 'c0' and 'c1' have the same answer 'same'"),
-        ({"verbaliser": {"c0": " ", "c1": "b"}}, "the verbaliser's answer for label 'c0' is empty"),
-        ({"positive": "c9"}, "positive label 'c9' is not in the verbaliser; did you mean 'c1'? known labels: c0, c1"),
+        ({"verbalizer": {"c0": "a", "c3": "b"}},
+         "d.csv:3: label 'c1' is not in the verbalizer; did you mean 'c3'? known labels: c0, c3"),
+        ({"verbalizer": {"c0": "same", "c1": "same"}}, "labels 'c0' and 'c1' have the same answer 'same'"),
+        ({"verbalizer": {"c0": " ", "c1": "b"}}, "the verbalizer's answer for label 'c0' is empty"),
+        ({"positive": "c9"}, "positive label 'c9' is not in the verbalizer; did you mean 'c1'? known labels: c0, c1"),
         ({"truncate": ["txet"]}, "no column 'txet' for the truncation; did you mean 'text'? columns: text, label"),
         ({"kind": "regression"}, "d.csv:2: 'c0' in column 'label' is no number"),
         ({"template": "{text"}, "template '{text': '{' at character 1 names no column; write {column}, and {{ or }}"),
@@ -368,7 +369,7 @@ def test_a_template_is_asked_for_where_columns_leave_a_choice(tmp_path):
     source = write(tmp_path / "d.csv", "a,b,label\n1,2,x\n3,4,y\n")
     with pytest.raises(DataError, match=r"give the task a template, such as '\{a\}'; columns: a, b"):
         load(TaskConfig(source=source))
-    assert load(TaskConfig(source=write(tmp_path / "e.csv", "q,label\n1,x\n3,y\n5,x\n"))).format.template == "{q}"
+    assert load(TaskConfig(source=write(tmp_path / "e.csv", "q,label\n1,x\n3,y\n5,x\n"))).template.template == "{q}"
 
 
 def test_splits_that_do_not_exist_are_said(tmp_path):
@@ -453,15 +454,15 @@ def test_reading_a_csv_file_does_not_import_datasets(tmp_path):
 def test_a_packaged_set_fills_in_what_is_left_open():
     found = resolve(TaskConfig(source="dialogue"))
     assert (found.kind, found.label, found.template) == ("generation", "reply", "A: {prompt}\nB:")
-    own = resolve(TaskConfig(source="trec", template="{text} =", verbaliser={"human": "who"}))
-    assert (own.template, own.verbaliser) == ("{text} =", {"human": "who"})
+    own = resolve(TaskConfig(source="trec", template="{text} =", verbalizer={"human": "who"}))
+    assert (own.template, own.verbalizer) == ("{text} =", {"human": "who"})
     assert resolve(TaskConfig(source="dialogue", label="prompt")).label == "prompt"
     assert resolve(TaskConfig(source="x.csv")).kind == "label"
 
 
 def test_packaged_answers_are_single_distinct_words():
     for name, found in PACKAGED.items():
-        words = list((found.verbaliser or {}).values())
+        words = list((found.verbalizer or {}).values())
         assert len(set(words)) == len(words), name
         assert all(word.isalpha() and word.islower() for word in words), name
 
@@ -490,14 +491,14 @@ def test_packaged_counts(name):
     if PACKAGED[name].kind == "label":
         labels = Counter(row[-1] for row in found)
         assert labels.most_common(1)[0][1] == COUNTS[name][1]
-        assert set(labels) == set(PACKAGED[name].verbaliser)
+        assert set(labels) == set(PACKAGED[name].verbalizer)
 
 
 @pytest.mark.assets
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
 def test_packaged_counts_of_the_big_group(name):
-    from softprompts.assets import AssetError
+    from softprompts.errors import AssetError
 
     try:
         found = unique(name)
@@ -505,7 +506,7 @@ def test_packaged_counts_of_the_big_group(name):
         pytest.skip(str(error))
     labels = Counter(row[-1] for row in found)
     assert (len(found), labels.most_common(1)[0][1]) == BIG[name]
-    assert set(labels) == set(PACKAGED[name].verbaliser)
+    assert set(labels) == set(PACKAGED[name].verbalizer)
 
 
 @pytest.mark.assets
@@ -523,5 +524,5 @@ def test_packaged_official_splits():
 def test_packaged_trec():
     task = load(TaskConfig(source="trec", split=SplitConfig(shots=8)))
     assert (len(task.train), len(task.validation), len(task.test)) == (48, 48, 538)
-    assert task.format.verbaliser["human"] == "human"
+    assert task.template.verbalizer["human"] == "human"
     assert task.notes[0] == "train: 10071 exact duplicates left out"

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from softprompts.data import DataError
 from softprompts.data import streams as s
 from softprompts.data.sources import read_file
+from softprompts.errors import DataError
 
 CSV = 'text,label\n"a ""quoted"", field",x\r\n"two\nlines",y\n\nplain,\xe9\n'
 TSV = 'text\tlabel\nhe said "no\tx\nfine\ty\n'

@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
 
 import local
-from softprompts import artefact, job, objectives, train, vectors
-from softprompts.checkpoint import TrainingError
-from softprompts.config import ConfigError, parse
-from softprompts.prepare import Screen
-from softprompts.recipes import coefficient
-from softprompts.recipes.judging import Judge
-from softprompts.studies.task_prompt_vectors import Study, execute, few, independence, stages, sums
+from softprompts.artifacts import artifact, vectors
+from softprompts.config import parse
+from softprompts.errors import ConfigError, TrainingError
+from softprompts.recipes import coefficient_search as coefficient
+from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.run import run as job
+from softprompts.recipes.run.prepare import ProgressReporter
+from softprompts.training import loop as train
+from softprompts.training import objectives
 
 P = 4
 TASKS = ("alpha", "beta", "gamma")
@@ -28,7 +31,7 @@ def study_values(folder: Path, model: str = "llama") -> dict:
     """Three tasks from two starts, all pairs, and one unseen target, on a tiny model."""
     tasks = []
     for i, name in enumerate((*TASKS, "delta")):
-        file = local.colours(folder / f"{name}.csv", rows=60, seed=i)
+        file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         split = {"validation_fraction": 0.2, "test_fraction": 0.2}
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
     train = {"steps": 4, "batch_size": 4, "rate": 0.3}
@@ -67,7 +70,7 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.fits: list[tuple[list[str], set[int]]] = []  # the directories of the runs, and their backbones
         self.steps = 0
-        fit, joint = job.fit_together, train.joint_steps
+        fit, joint = job.train_many, train.joint_steps
 
         def fitted(trainees, **given):
             where = [str(one.directory) for one in trainees]
@@ -78,7 +81,7 @@ class Watch:
             self.steps += 1
             return joint(*given)
 
-        patch.setattr(job, "fit_together", fitted)
+        patch.setattr(job, "train_many", fitted)
         patch.setattr(train, "joint_steps", stepped)
 
 
@@ -89,7 +92,7 @@ def watched(tmp_path_factory):
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         watch = Watch(patch)
-        results = execute(parse(values, Study), Screen(say=said.append))
+        results = execute(parse(values, Study), ProgressReporter(log=said.append))
     return values, results, said, watch
 
 
@@ -137,7 +140,7 @@ def test_own_scores_are_those_of_the_trained_prompts(done):
         assert found["scores"]["own"]["each"] == [run["after"]["value"] for run in trained]
         assert found["stock"] == trained[0]["before"]["value"]
         for place in (0, 1):
-            one = artefact.load(Path(values["out"], "vectors", task, f"start{place}", "prompt"))
+            one = artifact.load(Path(values["out"], "vectors", task, f"start{place}", "prompt"))
             ratio = float((one.prompt.double() - one.initial).norm() / one.initial.double().norm())
             assert found["ratios"][place] == pytest.approx(ratio)
 
@@ -147,7 +150,7 @@ def test_conditions():
     generator = torch.Generator().manual_seed(0)
     starts = [torch.randn(P, 8, generator=generator) for _ in range(3)]
     tuned = [start + torch.randn(P, 8, generator=generator) for start in starts]
-    like = local_artefacts(starts, tuned)
+    like = local_artifacts(starts, tuned)
     found = [vectors.vector(one, str(i)) for i, one in enumerate(like)]
     made = independence.prompts(found, starts)
     assert {name: len(each) for name, each in made.items()} == {
@@ -169,12 +172,12 @@ def test_conditions():
         torch.testing.assert_close(*numbers, atol=1e-6, rtol=1e-5)
 
 
-def local_artefacts(starts, tuned):
-    """Artefacts with these prompts, of one task and backbone."""
-    import artefacts
+def local_artifacts(starts, tuned):
+    """Artifacts with these prompts, of one task and backbone."""
+    import artifacts
 
     return [
-        artefacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
+        artifacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
         for start, prompt in zip(starts, tuned, strict=True)
     ]
 
@@ -195,7 +198,7 @@ def test_pairs_hold_what_a_judge_finds(done):
 
 
 def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
-    """Each kind of prompt, made by hand of the artefacts, with another coefficient from each start.
+    """Each kind of prompt, made by hand of the artifacts, with another coefficient from each start.
 
     The judge's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
     """
@@ -203,7 +206,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
     shutil.copytree(Path(values["out"], "vectors"), tmp_path / "vectors")
     pair, grid = ("alpha", "gamma"), (0.5, 1)
     trained = {
-        task: [artefact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
+        task: [artifact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
         for task in pair
     }
     starts = [one.initial for one in trained["alpha"]]
@@ -223,9 +226,9 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
         assert rows is judge.task.test
         return [number(judge.task.name, prompt) for prompt in prompts]
 
-    monkeypatch.setattr(Judge, "scores", scores)
+    monkeypatch.setattr(Evaluator, "scores", scores)
     study = parse({**values, "out": str(tmp_path)}, Study)
-    found = stages._pair(stages._AtHand(study, Screen()), pair)
+    found = stages._pair(stages._AtHand(study, ProgressReporter()), pair)
     assert found["tasks"] == list(pair)
     assert found["coefficients"] == list(grid)
     for task, other in (pair, pair[::-1]):
@@ -248,11 +251,11 @@ def test_sums_are_trained_on_from_where_they_are(done):
     assert set(results["again"]) == set(TASKS)
     assert set(results["again"]["alpha"]) == {"start", "alpha+beta", "alpha+gamma"}
     out = Path(values["out"])
-    trained = artefact.load(out / "again/alpha/alpha+beta-seed1/prompt")
+    trained = artifact.load(out / "again/alpha/alpha+beta-seed1/prompt")
     begun = trained.initial
-    parts = [artefact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
+    parts = [artifact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
     assert set(trained.parents) == {one.digest for one in parts}
-    assert artefact.load(out / "again/alpha/start-seed1/prompt").parents == ()
+    assert artifact.load(out / "again/alpha/start-seed1/prompt").parents == ()
     change = sum(one.prompt.double() - one.initial.double() for one in parts)
     torch.testing.assert_close(begun, (parts[0].initial.double() + change).float(), atol=1e-7, rtol=0)
 
@@ -263,13 +266,13 @@ def test_unseen_targets_start_from_their_sources(done):
     zero, four = results["few"]["delta"]["arms"]
     assert (zero["size"], four["size"]) == ("0-shot", "4-shot")
     out = Path(values["out"], "few", "delta")
-    first = artefact.load(out / "targets/delta-0-shot/seeds/spot-first-rate0.3-seed0/prompt")
-    second = artefact.load(out / "targets/delta-0-shot/seeds/spot-second-rate0.3-seed0/prompt")
-    sources = [artefact.load(Path(values["out"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")]
+    first = artifact.load(out / "targets/delta-0-shot/seeds/spot-first-rate0.3-seed0/prompt")
+    second = artifact.load(out / "targets/delta-0-shot/seeds/spot-second-rate0.3-seed0/prompt")
+    sources = [artifact.load(Path(values["out"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")]
     assert first.prompt.equal(sources[0].prompt)
     assert second.prompt.equal(sources[1].prompt)
-    plain = artefact.load(out / "targets/delta-0-shot/seeds/prompt-tuning-rate0.3-seed1/prompt")
-    summed = artefact.load(out / "targets/delta-0-shot/seeds/vectors-rate0.3-seed1/prompt")
+    plain = artifact.load(out / "targets/delta-0-shot/seeds/prompt-tuning-rate0.3-seed1/prompt")
+    summed = artifact.load(out / "targets/delta-0-shot/seeds/vectors-rate0.3-seed1/prompt")
     change = sum(one.prompt.double() - one.initial.double() for one in sources)
     torch.testing.assert_close(summed.prompt, (plain.prompt.double() + change).float(), atol=1e-7, rtol=0)
     run = page(values, "few/delta/targets/delta-4-shot/rates/vectors-rate0.3-seed0")
@@ -280,7 +283,7 @@ def test_unseen_targets_start_from_their_sources(done):
 
 def test_a_second_call_measures_nothing(done, monkeypatch):
     values, results, _ = done
-    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("runs were done again"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("runs were done again"))
     monkeypatch.setattr(independence, "measure", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(sums, "measure", lambda *_: pytest.fail("measured again"))
     again = execute(parse(values, Study))
@@ -300,9 +303,9 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     execute(parse(small, Study))
     assert len(asked) == 3
     place = tmp_path / "out/vectors/beta/start1/prompt"
-    one = artefact.load(place)
+    one = artifact.load(place)
     moved = one.prompt + 0.01
-    artefact.save(vectors.made(vectors.vector(one), moved), place)
+    artifact.save(vectors.made(vectors.vector(one), moved), place)
     execute(parse(small, Study))
     assert len(asked) == 4
 
@@ -313,8 +316,8 @@ class Cut:
     def __init__(self, line: str, at: str) -> None:
         self.line, self.at, self.under = line, at, ""
 
-    def screen(self) -> Screen:
-        return Screen(say=self.say, step=self.step, judged=self.judged)
+    def screen(self) -> ProgressReporter:
+        return ProgressReporter(log=self.say, on_step=self.step, on_eval=self.judged)
 
     def say(self, line: str) -> None:
         if line.endswith((" steps", " crossed", " coefficients")):
@@ -551,9 +554,9 @@ def test_a_rate_that_failed_anywhere_is_not_chosen(tmp_path, monkeypatch, scores
     monkeypatch.setattr(stages.stage, "read_results", read_results)
     if rate is None:
         with pytest.raises(TrainingError, match=r"every rate failed on some task; give lower ones in vectors\.rates"):
-            stages._rate(parse(values, Study), Screen())
+            stages._rate(parse(values, Study), ProgressReporter())
         return
-    chosen, tried = stages._rate(parse(values, Study), Screen())
+    chosen, tried = stages._rate(parse(values, Study), ProgressReporter())
     means = {at: (scores["alpha"][at] + scores["beta"][at]) / 2 for at in ("0.1", "0.3", "1")
              if None not in (scores["alpha"][at], scores["beta"][at])}  # fmt: skip
     assert chosen == rate
@@ -570,11 +573,11 @@ def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
     monkeypatch.setitem(objectives.OBJECTIVES, "near", near)
     values = study_values(tmp_path)
     values["vectors"] |= {"rates": [0.1, 1e6], "train": {**values["vectors"]["train"], "objectives": {"near": 1.0}}}
-    rate, tried = stages._rate(parse(values, Study), Screen())
+    rate, tried = stages._rate(parse(values, Study), ProgressReporter())
     assert (rate, list(tried)) == (0.1, ["0.1"])
     values["vectors"] |= {"rates": [1e6, 1e7]}
     with pytest.raises(TrainingError, match="not a number"):
-        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), Screen())
+        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), ProgressReporter())
 
 
 @pytest.mark.parametrize("model", ["gpt2", "t5"])
@@ -627,13 +630,13 @@ def test_the_search_never_reads_test_rows(done):
     from dataclasses import replace
 
     values, results, _ = done
-    at_hand = stages._AtHand(parse(values, Study), Screen())
+    at_hand = stages._AtHand(parse(values, Study), ProgressReporter())
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
     start = one.like.initial
-    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), Screen())
+    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
-    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), Screen())
+    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.means == [pytest.approx((a + b) / 2) for a, b in zip(*found.scores.values(), strict=True)]
     assert found.means[found.grid.index(found.best)] == max(found.means)

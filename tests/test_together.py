@@ -14,15 +14,17 @@ import torch
 
 import tiny
 from softprompts import backbone as b
-from softprompts import checkpoint, inject, joint, objectives, train
-from softprompts.config import ConfigError, TrainConfig
-from softprompts.data import Encoded
-from softprompts.files import read_tensors
-from softprompts.inject import Site
-from softprompts.learner import Learner, copy_head
+from softprompts import errors, injection
+from softprompts.artifacts.io import read_tensors
+from softprompts.config import TrainConfig
+from softprompts.data import EncodedExample
+from softprompts.errors import ConfigError
+from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.prompt import IGNORE, Output, Start
-from softprompts.train import Trainee
+from softprompts.model.learner import Learner, copy_head
+from softprompts.training import checkpoint, loop, objectives, shared_batch
+from softprompts.training.loop import TrainingRun
+from softprompts.types import IGNORE, Output, PromptInit
 
 STEPS = 20
 DEEP = Site("layers")
@@ -38,15 +40,15 @@ def encoded(name, count, seed, tasks=1):
         labels = [IGNORE] * (len(ids) - scored) + ids[-scored:]
         if name in tiny.SEQ2SEQ:
             labels = [chance.randrange(5, tiny.VOCABULARY) for _ in range(scored + 1)]
-        found.append(Encoded(ids, labels, task=number % tasks))
+        found.append(EncodedExample(ids, labels, task_id=number % tasks))
     return found
 
 
 def learner(base, site, length, seed, tasks=("a",)):
     """Prompt tuning in float64 from a random start."""
-    slot = inject.slot(base, site, tasks, length)
+    slot = injection.prompt_spec(base, site, tasks, length)
     start = torch.randn(length, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = PromptTuning(PromptTuning.Config(), slot, Start(start)).double()
+    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         for parameter in method.prompts:
             parameter.copy_(start)
@@ -58,19 +60,19 @@ def config(steps=STEPS, **changes):
 
 
 def trainees(name, site, folder=None, length=True):
-    """Three runs that differ in seed, start, rows, tasks, rate, optimiser, schedule, length and batch size."""
+    """Three runs that differ in seed, start, rows, tasks, rate, optimizer, schedule, length and batch size."""
     base = double(name)
     same = 4 if not length else None
     made = [
-        Trainee("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
-        Trainee(
+        TrainingRun("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
+        TrainingRun(
             "factored",
             learner(base, site, same or 6, 2, ("a", "b")),
             encoded(name, 9, 2, tasks=2),
-            config(optimiser="adafactor", schedule="constant", rate=0.02, batch_size=3, weight_decay=0.01),
+            config(optimizer="adafactor", schedule="constant", rate=0.02, batch_size=3, weight_decay=0.01),
             seed=7,
         ),
-        Trainee(
+        TrainingRun(
             "accumulated",
             learner(base, site, same or 3, 3),
             encoded(name, 17, 3),
@@ -101,7 +103,7 @@ def alone(trainee):
     """The losses of a run by itself, and its prompts after every step."""
     losses, prompts = [], []
     learner, rows, config = trainee.learner, trainee.rows, trainee.config
-    for report in train.fit(learner, rows, config, pad=0, seed=trainee.seed, validate=trainee.validate):
+    for report in loop.fit(learner, rows, config, pad=0, seed=trainee.seed, validate=trainee.validate):
         losses.append(report.loss)
         prompts.append(values(trainee))
     return losses, prompts
@@ -115,7 +117,7 @@ def together(runs, stop=None):
     """By name: the losses and the prompts after every step; stopped after `stop` reports."""
     losses, prompts, seen = {one.name: [] for one in runs}, {one.name: [] for one in runs}, 0
     named = {one.name: one for one in runs}
-    with closing(train.fit_together(runs, pad=0)) as steps:
+    with closing(loop.train_many(runs, pad=0)) as steps:
         for name, report in steps:
             losses[name].append(report.loss)
             prompts[name].append(values(named[name]))
@@ -187,13 +189,13 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
             accumulated,
         ]
 
-    rows, original = [], joint.joint_steps
+    rows, original = [], shared_batch.joint_steps
 
     def counted(learners, parts, seeds, pad, targets):
         rows.append([len(part) for part in parts])
         return original(learners, parts, seeds, pad, targets)
 
-    monkeypatch.setattr(train, "joint_steps", counted)
+    monkeypatch.setattr(loop, "joint_steps", counted)
     runs = made()
     losses, prompts = together(runs)
     assert [len(losses[one.name]) for one in runs] == [3, 8, STEPS]
@@ -207,7 +209,7 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
 
 def snapshots(folder, runs, after):
     """The checkpoint folders as they lie on the disk after so many reports: what a kill at that moment leaves."""
-    with closing(train.fit_together(runs, pad=0)) as steps:
+    with closing(loop.train_many(runs, pad=0)) as steps:
         for number, _ in enumerate(steps, 1):
             if number in after:
                 shutil.copytree(folder, folder.with_name(f"killed-{number}"))
@@ -228,16 +230,16 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     moments = (1, 14, 16, 21, 25)
     (tmp_path / "whole").mkdir()
     snapshots(tmp_path / "whole", made(tmp_path / "whole"), moments)
-    whole = {one.name: read_tensors(tmp_path / "whole" / one.name / train.CHECKPOINT)[0] for one in made(tmp_path)}
-    assert [int(tensors["optimiser.method.prompts.0.step"]) for tensors in whole.values()] == [9, 6, 12]
+    whole = {one.name: read_tensors(tmp_path / "whole" / one.name / loop.CHECKPOINT)[0] for one in made(tmp_path)}
+    assert [int(tensors["optimizer.method.prompts.0.step"]) for tensors in whole.values()] == [9, 6, 12]
     began = []
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
-        files = [folder / one.name / train.CHECKPOINT for one in made(folder)]
+        files = [folder / one.name / loop.CHECKPOINT for one in made(folder)]
         began.append([json.loads(read_tensors(f)[1]["facts"])["step"] if f.exists() else 0 for f in files])
         together(made(folder))
         for one in made(folder):
-            again = read_tensors(folder / one.name / train.CHECKPOINT)[0]
+            again = read_tensors(folder / one.name / loop.CHECKPOINT)[0]
             assert again.keys() == whole[one.name].keys()
             for key, tensor in again.items():
                 assert torch.equal(tensor, whole[one.name][key]), (moment, one.name, key)
@@ -248,7 +250,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     whole, prompts = together(trainees("gpt2", Site()))
     together(trainees("gpt2", Site(), tmp_path), stop=8)  # in the middle of the third step's reports
     for one in trainees("gpt2", Site(), tmp_path):
-        assert json.loads(read_tensors(one.directory / train.CHECKPOINT)[1]["facts"])["step"] == 3
+        assert json.loads(read_tensors(one.directory / loop.CHECKPOINT)[1]["facts"])["step"] == 3
     runs = trainees("gpt2", Site(), tmp_path)
     losses, _ = together(runs)
     assert losses == whole
@@ -279,14 +281,14 @@ def test_a_joint_write_that_is_cut_is_undone_or_finished(tmp_path, monkeypatch, 
         patch.setattr(checkpoint, "_put", renaming) if cut == "renaming" else None
         with pytest.raises(RuntimeError, match="killed"):
             together(runs)
-    files = [one.directory / train.CHECKPOINT for one in runs]
-    checkpoint.settle(files)
+    files = [one.directory / loop.CHECKPOINT for one in runs]
+    checkpoint.recover(files)
     assert [json.loads(read_tensors(file)[1]["facts"])["step"] for file in files] == [step] * 3
     assert not list(tmp_path.rglob(checkpoint.STAGED))
 
 
 def collect(runs, losses):
-    for name, report in train.fit_together(runs, pad=0):
+    for name, report in loop.train_many(runs, pad=0):
         losses.setdefault(name, []).append(report.loss)
 
 
@@ -311,7 +313,9 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
 
     weights = poison(monkeypatch, 5)
     losses, runs = {}, made(tmp_path)
-    with pytest.raises(train.TrainingError, match=r"run 'factored': the loss of step 5 is not a number; .*step 3") as e:
+    with pytest.raises(
+        errors.TrainingError, match=r"run 'factored': the loss of step 5 is not a number; .*step 3"
+    ) as e:
         collect(runs, losses)
     assert list(e.value.failed) == ["factored"]
     assert [len(found) for found in losses.values()] == [STEPS, 4, STEPS]
@@ -319,7 +323,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
     good = replace(made()[1], config=made()[1].config.model_copy(update={"steps": 3}))
     assert losses["factored"][:3] == pytest.approx(alone(good)[0], rel=1e-9)
     torch.testing.assert_close(values(runs[1]), values(good), rtol=1e-9, atol=1e-10)
-    kept = read_tensors(runs[1].directory / train.CHECKPOINT)[0]
+    kept = read_tensors(runs[1].directory / loop.CHECKPOINT)[0]
     assert torch.equal(kept["method.prompts.0"], runs[1].learner.method.prompts[0])
     for one, two in zip(trainees(name, site), runs, strict=True):
         if one.name == "factored":
@@ -327,8 +331,8 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
         alone(one)
         torch.testing.assert_close(values(two), values(one), rtol=1e-9, atol=1e-10)
     # Called again, it is not tried again: what was is said again, and nothing is trained.
-    with pytest.raises(train.TrainingError, match="run 'factored': the loss of step 5 is not a number"):
-        list(train.fit_together(made(tmp_path), pad=0))
+    with pytest.raises(errors.TrainingError, match="run 'factored': the loss of step 5 is not a number"):
+        list(loop.train_many(made(tmp_path), pad=0))
 
 
 def test_inf_in_one_prompt_stays_there():
@@ -336,7 +340,7 @@ def test_inf_in_one_prompt_stays_there():
     runs = trainees("llama", Site())
     with torch.no_grad():
         runs[1].learner.method.prompts[0].fill_(float("inf"))
-    with pytest.raises(train.TrainingError, match="run 'factored'"):
+    with pytest.raises(errors.TrainingError, match="run 'factored'"):
         together(runs)
     first = trainees("llama", Site())[0]
     alone(first)
@@ -345,28 +349,28 @@ def test_inf_in_one_prompt_stays_there():
 
 def test_what_cannot_share_a_batch_is_refused():
     plain, factored, _ = trainees("llama", Site())
-    other = Trainee("other", learner(double("gpt2"), Site(), 4, 1), plain.rows, config())
+    other = TrainingRun("other", learner(double("gpt2"), Site(), 4, 1), plain.rows, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'other' have backbones of their own \(llama, gpt2\)"):
-        next(train.fit_together([plain, other], pad=0))
-    deep = Trainee("deep", learner(double("llama"), DEEP, 4, 1), plain.rows, config())
+        next(loop.train_many([plain, other], pad=0))
+    deep = TrainingRun("deep", learner(double("llama"), DEEP, 4, 1), plain.rows, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'deep' differ in the name of their site \(input, layers\)"):
-        next(train.fit_together([plain, deep], pad=0))
+        next(loop.train_many([plain, deep], pad=0))
     with pytest.raises(ConfigError, match="names that differ, given plain, plain"):
-        next(train.fit_together([plain, replace(factored, name="plain")], pad=0))
+        next(loop.train_many([plain, replace(factored, name="plain")], pad=0))
     with pytest.raises(ConfigError, match="run 'empty' has no rows"):
-        next(train.fit_together([plain, replace(factored, name="empty", rows=[])], pad=0))
+        next(loop.train_many([plain, replace(factored, name="empty", rows=[])], pad=0))
     base = b.wrap(tiny.model("bert", "sequence"))
     heads = [replace(learner(base, Site(), 4, seed), head=copy_head(base)) for seed in (1, 2)]
-    runs = [Trainee(str(i), one, [Encoded([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
+    runs = [TrainingRun(str(i), one, [EncodedExample([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
     with pytest.raises(ConfigError, match=r"classification head of its own.*one after the other"):
-        next(train.fit_together(runs, pad=0))
+        next(loop.train_many(runs, pad=0))
 
 
 def test_scores_find_their_run_in_any_order():
     """Rows 0-1 are the first run's, 2 the second's, 3-4 the third's; scores come in no order."""
     row = torch.tensor([4, 0, 2, 3, 1, 0])
     output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, column=torch.arange(6), path="packed")
-    found = joint.split(output, [2, 1, 2])
+    found = shared_batch.split(output, [2, 1, 2])
     assert [one.row.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
@@ -376,11 +380,13 @@ def test_scores_find_their_run_in_any_order():
 
 def test_only_labels_that_are_scored_count():
     """At site kv no state scores a causal text's first token, so parts would otherwise get a wrong share."""
-    row = Encoded([5, 6, 7], [5, 6, IGNORE])
-    counts = {site: joint.label_count(row, learner(double("llama"), Site(site), 4, 1)) for site in ("input", "kv")}
+    row = EncodedExample([5, 6, 7], [5, 6, IGNORE])
+    counts = {
+        site: shared_batch.label_count(row, learner(double("llama"), Site(site), 4, 1)) for site in ("input", "kv")
+    }
     assert counts == {"input": 2, "kv": 1}
-    assert joint.label_count(replace(row, place=1), learner(double("llama"), Site(), 4, 1)) == 1
-    assert joint.label_count(Encoded([5], 2), learner(double("llama"), Site(), 4, 1)) == 1
+    assert shared_batch.label_count(replace(row, prompt_offsets=1), learner(double("llama"), Site(), 4, 1)) == 1
+    assert shared_batch.label_count(EncodedExample([5], 2), learner(double("llama"), Site(), 4, 1)) == 1
 
 
 @pytest.mark.golden
@@ -388,9 +394,9 @@ def test_only_labels_that_are_scored_count():
 def test_accumulated_halves_equal_one_batch(site):
     """An epoch of eight rows in one batch, and in two halves with unequal numbers of labels."""
     rows = encoded("llama", 8, 4)
-    rows[0] = Encoded(rows[0].ids, rows[0].ids)
+    rows[0] = EncodedExample(rows[0].ids, rows[0].ids)
     runs = [
-        Trainee(
+        TrainingRun(
             f"{size}", learner(double("llama"), site, 4, 1), rows, config(10, batch_size=size, accumulate=8 // size)
         )
         for size in (8, 4, 2)

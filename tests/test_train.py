@@ -14,10 +14,13 @@ import torch
 import yaml
 
 import local
-from softprompts import inject, job, train
-from softprompts.config import ConfigError, TrainConfig, parse
-from softprompts.files import read_tensors
-from softprompts.inject import attention
+from softprompts import errors, injection
+from softprompts.artifacts.io import read_tensors
+from softprompts.config import TrainConfig, parse
+from softprompts.errors import ConfigError
+from softprompts.injection import packed_attention
+from softprompts.recipes.run import run as job
+from softprompts.training import loop
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def fitted(values, directory=None, steps=None, validate=None, **changes):
     made = job.prepare(run)
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     reports = []
-    fitting = train.fit(made.learner, rows, run.train, pad=0, seed=run.seed, validate=validate, directory=directory)
+    fitting = loop.fit(made.learner, rows, run.train, pad=0, seed=run.seed, validate=validate, directory=directory)
     with closing(fitting):
         for report in fitting:
             reports.append(report)
@@ -64,11 +67,11 @@ def test_a_seed_is_a_curve(values):
     assert not torch.equal(prompt_of(one), prompt_of(other))
 
 
-@pytest.mark.parametrize("optimiser", ["adamw", "adafactor"])
-def test_resuming_equals_never_stopping(values, tmp_path, optimiser):
-    whole, all_reports = fitted(values, optimiser=optimiser)
-    fitted(values, tmp_path / "run", steps=3, optimiser=optimiser)
-    resumed, reports = fitted(values, tmp_path / "run", optimiser=optimiser)
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_resuming_equals_never_stopping(values, tmp_path, optimizer):
+    whole, all_reports = fitted(values, optimizer=optimizer)
+    fitted(values, tmp_path / "run", steps=3, optimizer=optimizer)
+    resumed, reports = fitted(values, tmp_path / "run", optimizer=optimizer)
     assert torch.equal(prompt_of(whole), prompt_of(resumed))
     assert [r.loss for r in reports] == [r.loss for r in all_reports]
 
@@ -87,7 +90,7 @@ def test_a_killed_run_goes_on_bit_for_bit(values, tmp_path):
     process = subprocess.Popen(
         [*command, str(outs[1])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
-    checkpoint = tmp_path / "killed" / train.CHECKPOINT
+    checkpoint = tmp_path / "killed" / loop.CHECKPOINT
     for _ in range(3000):
         if checkpoint.exists():
             break
@@ -105,7 +108,7 @@ def test_a_killed_run_goes_on_bit_for_bit(values, tmp_path):
 def test_accumulated_batches_equal_one_large_batch(values):
     """Two micro-batches of four in another order have the rows of no batch of eight, so one epoch is compared whole."""
     values["task"]["split"]["limit"] = {"train": 8}
-    values["task"]["verbaliser"] = {"warm": "warm", "cold": "as cold as ice"}  # parts with unequal numbers of labels
+    values["task"]["verbalizer"] = {"warm": "warm", "cold": "as cold as ice"}  # parts with unequal numbers of labels
     large, reports = fitted(values, steps=2, batch_size=8, clip=None)
     small, parts = fitted(values, steps=2, batch_size=4, accumulate=2, clip=None)
     assert [r.loss for r in parts[:2]] == pytest.approx([r.loss for r in reports[:2]], rel=1e-5)
@@ -124,7 +127,7 @@ def test_the_best_state_is_what_remains(values):
     made = job.prepare(run)
     holder = [made]
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(train.fit(made.learner, rows, run.train, pad=0, validate=validate))
+    list(loop.fit(made.learner, rows, run.train, pad=0, validate=validate))
     assert len(seen) == 3
     assert torch.equal(prompt_of(made), seen[1])
 
@@ -138,7 +141,7 @@ def test_patience_stops_early(values):
 @pytest.mark.parametrize("when", [1, 4])
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(values, tmp_path, monkeypatch, when):
     good, _ = fitted(values, steps=max(1, when - 2))
-    original = train._gradients
+    original = loop._gradients
 
     def poisoned(*arguments):
         poisoned.calls += 1
@@ -146,10 +149,10 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_state(values, tmp_path, mo
         return [replace(result, loss=float("nan")) if poisoned.calls == when else result]
 
     poisoned.calls = 0
-    monkeypatch.setattr(train, "_gradients", poisoned)
-    with pytest.raises(train.TrainingError, match=r"not a number; the state after step \d+ is kept.*lower rate"):
+    monkeypatch.setattr(loop, "_gradients", poisoned)
+    with pytest.raises(errors.TrainingError, match=r"not a number; the state after step \d+ is kept.*lower rate"):
         fitted(values, tmp_path / "run")
-    tensors, _ = read_tensors(tmp_path / "run" / train.CHECKPOINT)
+    tensors, _ = read_tensors(tmp_path / "run" / loop.CHECKPOINT)
     assert torch.isfinite(tensors["method.prompts.0"]).all()
     if when == 4:
         assert torch.equal(tensors["method.prompts.0"], prompt_of(good))
@@ -159,9 +162,9 @@ def test_a_checkpoint_of_other_settings_is_refused(values, tmp_path):
     run = parse(values)
     made = job.prepare(run)
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(train.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 1.0}}))
-    again = train.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 2.0}})
-    with pytest.raises(train.TrainingError, match=r"train\.rate was 1\.0, is now 2\.0"):
+    list(loop.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 1.0}}))
+    again = loop.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 2.0}})
+    with pytest.raises(errors.TrainingError, match=r"train\.rate was 1\.0, is now 2\.0"):
         next(again)
 
 
@@ -177,26 +180,26 @@ def test_the_rate_follows_its_schedule(values):
 def test_nothing_to_train_on_is_said(values):
     made = job.prepare(parse(values))
     with pytest.raises(ConfigError, match="no rows to train on"):
-        next(train.fit(made.learner, [], TrainConfig(), pad=0))
+        next(loop.fit(made.learner, [], TrainConfig(), pad=0))
 
 
 def test_adafactor_keeps_the_whole_second_moment(values):
     made = job.prepare(parse(values))
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    config = TrainConfig(optimiser="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
+    config = TrainConfig(optimizer="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
     captured = {}
-    original = train.optimiser_of
+    original = loop.build_optimizer
 
     def keep(learner, parameters, config):
-        captured["optimiser"] = original(learner, parameters, config)
-        return captured["optimiser"]
+        captured["optimizer"] = original(learner, parameters, config)
+        return captured["optimizer"]
 
-    train.optimiser_of = keep
+    loop.build_optimizer = keep
     try:
-        list(train.fit(made.learner, rows, config, pad=0))
+        list(loop.fit(made.learner, rows, config, pad=0))
     finally:
-        train.optimiser_of = original
-    (state,) = captured["optimiser"].state.values()
+        loop.build_optimizer = original
+    (state,) = captured["optimizer"].state.values()
     assert state["exp_avg_sq"].shape == prompt_of(made).shape
     assert "exp_avg_sq_row" not in state
 
@@ -206,7 +209,7 @@ def test_the_backbone_is_never_touched(values):
     made = job.prepare(run)
     before = {k: v.clone() for k, v in made.learner.backbone.model.state_dict().items()}
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(train.fit(made.learner, rows, replace_steps(run, 3).train, pad=0))
+    list(loop.fit(made.learner, rows, replace_steps(run, 3).train, pad=0))
     after = made.learner.backbone.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(p.grad is None and not p.requires_grad for p in made.learner.backbone.model.parameters())
@@ -222,7 +225,7 @@ def test_a_batch_of_tokens(values, tmp_path):
     changes = {"batch_tokens": 90, "batch_size": 8}
     whole, reports = fitted(values, **changes)
     rows = [whole.encoders[0].example(row) for row in whole.tasks[0].train]
-    assert sum(r.tokens for r in reports) > sum(len(row.ids) for row in rows)  # more than one epoch
+    assert sum(r.tokens for r in reports) > sum(len(row.input_ids) for row in rows)  # more than one epoch
     assert 60 < max(r.tokens for r in reports) <= 90
     fitted(values, tmp_path / "run", steps=25, **changes)
     resumed, again = fitted(values, tmp_path / "run", **changes)
@@ -236,24 +239,26 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
     assert reports[0].parity.startswith("packed against concatenation: asked for: loss differs by ")
     assert [r.parity for r in reports[1:]] == [""] * (len(reports) - 1)
-    honest = attention._math
+    honest = packed_attention._math
 
     def wrong(seen, q, k, v, *rest):
         return honest(seen, q, k, v * 1.01, *rest)
 
     made = job.prepare(parse({**values, "train": {**values["train"], "parity": "check"}}))
-    inject.why_not_packed(made.learner.backbone)  # the model is found fit, and goes wrong after that
-    monkeypatch.setitem(attention.ALL_ATTENTION_FUNCTIONS, attention.CORES["math"], attention._attention(wrong))
+    injection.why_not_packed(made.learner.backbone)  # the model is found fit, and goes wrong after that
+    monkeypatch.setitem(
+        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(wrong)
+    )
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()
-    with pytest.raises(train.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
-        next(train.fit(made.learner, rows, made.run.train, pad=0))
+    with pytest.raises(errors.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
+        next(loop.fit(made.learner, rows, made.run.train, pad=0))
     assert torch.equal(prompt_of(made), before)
 
 
 def test_checkpointed_layers_train_the_same_prompt(values):
     plain, reports = fitted(values)
     again, others = fitted({**values, "model": {**values["model"], "checkpointing": True}})
-    assert again.learner.backbone.kernels.checkpoint
+    assert again.learner.backbone.kernels.gradient_checkpointing
     assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=1e-6)
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))

@@ -23,18 +23,32 @@ from torch import Tensor
 import local
 import rows
 import test_deep_runs
-from artefacts import D, P, assert_equal, bits, fingerprint, trained
-from softprompts import artefact, job, stored, vectors
-from softprompts.artefact import Artefact, ArtefactError, WrongBackbone
+from artifacts import D, P, assert_equal, bits, fingerprint, trained
+from softprompts.artifacts import artifact, vectors
+from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.vectors import (
+    Vector,
+    apply,
+    common_start,
+    cosine,
+    cosines,
+    distances,
+    made,
+    norm,
+    norm_ratio,
+    vector,
+)
 from softprompts.config import parse
+from softprompts.errors import ArtifactError, WrongBackboneError
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.prompt import Slot, Start
-from softprompts.vectors import Vector, apply, common_start, cosine, cosines, distances, made, norm, norm_ratio, vector
+from softprompts.model import stored
+from softprompts.recipes.run import run as job
+from softprompts.types import PromptInit, PromptSpec
 
 START = rows.random(0, P, D)
 
 
-def tuned(seed: int, start: Tensor = START, **changes: Any) -> Artefact:
+def tuned(seed: int, start: Tensor = START, **changes: Any) -> Artifact:
     """A prompt that was trained from `start`."""
     return trained(start + rows.random(seed, *start.shape), start, **changes)
 
@@ -72,7 +86,7 @@ def assert_same(one: Vector, other: Vector) -> None:
     assert bits(one.value) == bits(other.value)
 
 
-def exact(start: Tensor, terms: Sequence[tuple[Fraction, Artefact]]) -> list[list[tuple[Fraction, Fraction]]]:
+def exact(start: Tensor, terms: Sequence[tuple[Fraction, Artifact]]) -> list[list[tuple[Fraction, Fraction]]]:
     """start + Σ coefficient · (tuned - initial) in fractions, number by number, each with the sum of all sizes."""
     found = []
     for i, row in enumerate(start.tolist()):
@@ -88,7 +102,7 @@ def exact(start: Tensor, terms: Sequence[tuple[Fraction, Artefact]]) -> list[lis
     return found
 
 
-def assert_rounded_once(found: Tensor, start: Tensor, terms: Sequence[tuple[Fraction, Artefact]]) -> None:
+def assert_rounded_once(found: Tensor, start: Tensor, terms: Sequence[tuple[Fraction, Artifact]]) -> None:
     """`found` is start + Σ terms, with the error of one rounding to float32 and of float64 on the way."""
     assert found.dtype == torch.float32
     for row, wanted in zip(found.tolist(), exact(start, terms), strict=True):
@@ -116,7 +130,7 @@ def test_scale_one_is_the_trained_prompt_and_zero_the_start(after: Tensor, start
     assert bits(made(one, start).matrix("")) == bits(after)
 
 
-def test_what_is_applied_is_not_the_artefact_itself() -> None:
+def test_what_is_applied_is_not_the_artifact_itself() -> None:
     """To change the result in place must not change the trained prompt, or its start."""
     found = tuned(1)
     one = vector(found)
@@ -210,7 +224,7 @@ def test_thirds_are_exact() -> None:
 
 
 def test_the_order_of_many_summands() -> None:
-    """Whatever the order and the brackets: key, name, bits of the value, and the artefact made of it."""
+    """Whatever the order and the brackets: key, name, bits of the value, and the artifact made of it."""
     parts = [one * by for one, by in zip(FOUR, (1, -0.3, Fraction(2, 7), 0.7), strict=True)]
     first = made(parts[0] + parts[1] + parts[2] + parts[3], START, 0.9)
     found = []
@@ -235,7 +249,7 @@ def test_one_prompt_under_two_names() -> None:
 
 
 def test_prompts_that_differ_in_their_start_alone_are_two() -> None:
-    """Their artefacts have one digest."""
+    """Their artifacts have one digest."""
     after = rows.random(1, P, D)
     one, other = vector(trained(after, START)), vector(trained(after, START * 2))
     assert one.key != other.key
@@ -274,15 +288,15 @@ def test_a_name_that_looks_like_a_sum_is_quoted(name: str) -> None:
     "by", [math.nan, math.inf, -math.inf, 10**400, Fraction(10**5000)], ids=lambda by: type(by).__name__
 )
 def test_no_vector_is_multiplied_by_what_is_no_number(by: Any) -> None:
-    with pytest.raises(ArtefactError, match="give a finite number"):
+    with pytest.raises(ArtifactError, match="give a finite number"):
         FOUR[0] * by
-    with pytest.raises(ArtefactError, match="give a finite number"):
+    with pytest.raises(ArtifactError, match="give a finite number"):
         apply(FOUR[0], START, by)
 
 
 def test_coefficients_that_grow_beyond_all_numbers() -> None:
     for grow in (lambda one: one * 1e200 * 1e200, lambda one: one * 1.5e308 + one * 1.5e308):
-        with pytest.raises(ArtefactError, match="give a finite number"):
+        with pytest.raises(ArtifactError, match="give a finite number"):
             grow(FOUR[0])
 
 
@@ -328,11 +342,11 @@ def test_dead_rows_are_exactly_zero_in_any_sum(dead: set[int], by: list[Any], hu
 def test_rows_without_a_gradient_are_dead_unless_decay_moves_them(decay: float) -> None:
     """Half the prompt of a PEFT seq2seq model never gets one; decay made a tenth of the start of it (section 3.4.1)."""
     prompt = torch.nn.Parameter(START.clone())
-    optimiser = torch.optim.AdamW([prompt], lr=0.05, weight_decay=decay)
+    optimizer = torch.optim.AdamW([prompt], lr=0.05, weight_decay=decay)
     for _ in range(20):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (prompt[:2] - 3).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
     found = vector(trained(prompt.detach(), START)).value
     assert found[:2].all()
     if decay:
@@ -488,7 +502,7 @@ def test_norms() -> None:
     ],
 )
 def test_what_cannot_be_measured(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ArtefactError, match=message):
+    with pytest.raises(ArtifactError, match=message):
         call()
 
 
@@ -533,19 +547,19 @@ def test_prompts_that_do_not_belong_together(what: str, how: str) -> None:
     """The message names both, and what differs; the other way round as well."""
     changes, message = OTHER[what]
     one, other = vector(tuned(1), "movies"), vector(tuned(2, **changes), "tweets")
-    with pytest.raises(ArtefactError, match=message) as caught:
+    with pytest.raises(ArtifactError, match=message) as caught:
         COMBINE[how](one, other)
     told = str(caught.value)
     assert "\n" not in told
     assert {"movies", "tweets"} <= set(re.findall(r"\w+", told))
-    with pytest.raises(ArtefactError):
+    with pytest.raises(ArtifactError):
         COMBINE[how](other, one)
 
 
 def test_no_refusal_advises_an_option_that_is_not_there() -> None:
     """A run may be told to use a prompt on other weights; a sum may not."""
     other = vector(tuned(2, **OTHER["weights"][0]))
-    with pytest.raises(WrongBackbone) as caught:
+    with pytest.raises(WrongBackboneError) as caught:
         vector(tuned(1)) + other
     assert "--allow-other-weights" not in str(caught.value)
 
@@ -556,10 +570,10 @@ def test_a_prompt_that_knows_no_weights_hides_nobody_elses() -> None:
         free = vector(tuned(seed, fingerprint=None, family=None, backbone=""), "free")
         one, away = vector(tuned(5), "one"), vector(tuned(6, **OTHER["weights"][0]), "away")
         for three in itertools.permutations([free, one, away]):
-            with pytest.raises(WrongBackbone, match="made for other weights"):
+            with pytest.raises(WrongBackboneError, match="made for other weights"):
                 three[0] + three[1] + three[2]
             for how in ("weighted", "average", "ties", "dare"):
-                with pytest.raises(WrongBackbone, match="made for other weights"):
+                with pytest.raises(WrongBackboneError, match="made for other weights"):
                     vectors.merge(three, how)
         for pair in ((free, one), (one, free)):
             for total in (pair[0] + pair[1], vectors.ties(pair)):
@@ -577,7 +591,9 @@ def test_prompts_that_know_no_weights_must_name_one_model() -> None:
         else vector(tuned(seed), "ours")
         for seed, name in enumerate(("gpt2", "opt", "", "ours"))
     )
-    with pytest.raises(WrongBackbone, match=r"gpt2.* and .*opt.* cannot be combined: one was made for gpt2, the other"):
+    with pytest.raises(
+        WrongBackboneError, match=r"gpt2.* and .*opt.* cannot be combined: one was made for gpt2, the other"
+    ):
         gpt + opt
     for other in (gpt, silent, known):
         assert len((gpt * 2 + other).parents) == 1 + (other is not gpt)
@@ -589,31 +605,31 @@ def test_a_head_may_be_scaled_but_not_added() -> None:
 
 
 def test_start_of_another_shape() -> None:
-    with pytest.raises(ArtefactError, match=r"the start is \[4, 8\] and the vector \[5, 8\]: give a start of the same"):
+    with pytest.raises(ArtifactError, match=r"the start is \[4, 8\] and the vector \[5, 8\]: give a start of the same"):
         apply(FOUR[0], START[:-1])
-    with pytest.raises(ArtefactError, match=r"the start is \[5, 4\]"):
+    with pytest.raises(ArtifactError, match=r"the start is \[5, 4\]"):
         made(FOUR[0], START[:, :4])
     start = tuned(1, rows.random(1, P + 1, D))
-    with pytest.raises(ArtefactError, match=r"t1 and there cannot be combined: their shape is \[5, 8\] and \[6, 8\]"):
+    with pytest.raises(ArtifactError, match=r"t1 and there cannot be combined: their shape is \[5, 8\] and \[6, 8\]"):
         vectors.fits(start, FOUR[0], "there")
-    with pytest.raises(WrongBackbone, match=r"t1 and there cannot be combined: .*other weights"):
+    with pytest.raises(WrongBackboneError, match=r"t1 and there cannot be combined: .*other weights"):
         vectors.fits(tuned(1, **OTHER["weights"][0]), FOUR[0], "there")
     vectors.fits(tuned(1), FOUR[0], "there")
 
 
 def test_a_prompt_that_depends_on_the_text_has_no_vector() -> None:
     found = tuned(1, prompt=None, method="attempt", state={"x": torch.ones(1)})
-    with pytest.raises(ArtefactError, match="movies holds no plain prompt: attempt makes one from each text"):
+    with pytest.raises(ArtifactError, match="movies holds no plain prompt: attempt makes one from each text"):
         vector(found, "movies")
 
 
 def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
     """The message says how to name the start; with one it is a vector like others."""
-    path = artefact.save(tuned(1), tmp_path / "theirs")
+    path = artifact.save(tuned(1), tmp_path / "theirs")
     for name in ("softprompts.json", "softprompts.safetensors"):
         (path / name).unlink()
-    theirs = artefact.load(path)
-    with pytest.raises(ArtefactError, match="softprompts vector make theirs --start START --out DIRECTORY") as caught:
+    theirs = artifact.load(path)
+    with pytest.raises(ArtifactError, match="softprompts vector make theirs --start START --out DIRECTORY") as caught:
         vector(theirs)
     assert "PEFT does not keep the start" in str(caught.value)
     named = dataclasses.replace(theirs, initial=START)
@@ -625,8 +641,8 @@ def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
 
 def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
     """Its vector is of the product of shared prompt and factors, and what is made of it is plain prompt tuning."""
-    slot = Slot(("mnli",), P, D, D)
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, Start(START))
+    slot = PromptSpec(("mnli",), P, D, D)
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(START))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.add_(rows.random(i + 1, *parameter.shape))
@@ -640,13 +656,13 @@ def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
         state=state,
         options={"ranks": 1},
     )
-    one = vector(artefact.load(artefact.save(found, tmp_path / "mnli")))
+    one = vector(artifact.load(artifact.save(found, tmp_path / "mnli")))
     torch.testing.assert_close(one.value, shared * (columns @ factors) - START.double(), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(one.value, shared - START.double(), atol=1e-2)
     plain = made(one, START)
     assert bits(plain.matrix("")) == bits(found.matrix(""))
     assert (plain.method, plain.options, list(plain.state)) == ("prompt-tuning", {}, ["prompts.0"])
-    again = stored.rebuilt(artefact.load(artefact.save(plain, tmp_path / "plain")), slot, "plain")
+    again = stored.rebuilt(artifact.load(artifact.save(plain, tmp_path / "plain")), slot, "plain")
     assert again.fold("mnli").equal(found.matrix(""))
 
 
@@ -656,9 +672,9 @@ def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None
     local.run_values(tmp_path)
     run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], steps=2))
     begun = job.prepare(run).learner.method
-    job.execute(run)
-    found = artefact.load(tmp_path / "out" / "prompt")
-    start = stored.folded(begun, "colours")
+    job.run(run)
+    found = artifact.load(tmp_path / "out" / "prompt")
+    start = stored.folded(begun, "colors")
     assert start is not None
     assert found.initial is not None
     assert bits(found.initial) == bits(start)
@@ -667,7 +683,7 @@ def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None
     assert bits(one.value) == bits(found.matrix("").double() - start.double())
     assert one.value.any(1).all()
     begun.load_state_dict(dict(found.state))
-    assert bits(found.matrix("")) == bits(stored.folded(begun, "colours"))
+    assert bits(found.matrix("")) == bits(stored.folded(begun, "colors"))
     assert bits(made(one, found.initial).matrix("")) == bits(found.matrix(""))
 
 
@@ -689,7 +705,7 @@ def test_what_is_made_says_what_of(tmp_path: Path) -> None:
     assert one.scores == {}
     assert one.format == {**found[0].format, "name": "t0 + t1 + t2"}, "all read their rows alike"
     assert one.config == {"model": {"name": "m"}, "evaluate": {"by": "rank"}, "vector": one.config["vector"]}
-    loaded = artefact.load(artefact.save(one, tmp_path / "made"))
+    loaded = artifact.load(artifact.save(one, tmp_path / "made"))
     assert_equal(one, loaded)
     assert json.loads((tmp_path / "made" / "softprompts.json").read_text())["parents"] == list(one.parents)
     assert made(parts[0], START).config["task"] == {"name": "x"}, "of one task it is that task's prompt"

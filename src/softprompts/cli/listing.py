@@ -27,7 +27,7 @@ def methods(
 
     Numbers are those of the method as it is without options, at the first of its sites that the model has.
     """
-    from softprompts.config import ConfigError
+    from softprompts.errors import ConfigError
     from softprompts.methods import find, names
 
     if length < 1:
@@ -79,9 +79,9 @@ def _trained(
     method says it, why there are none."""
     import torch
 
-    from softprompts.config import ConfigError
+    from softprompts.errors import ConfigError
     from softprompts.methods import build
-    from softprompts.prompt import Start
+    from softprompts.types import PromptInit
 
     why = None
     for site in sites:
@@ -92,7 +92,7 @@ def _trained(
         for device in ("meta", "cpu"):  # without memory for weights that are only counted, where the method lets us
             try:
                 with torch.device(device):
-                    made = build(name, {}, found, Start(zeros, zeros[None]))
+                    made = build(name, {}, found, PromptInit(zeros, zeros[None]))
             except ConfigError as error:
                 why = str(error).removeprefix(f"method {name}: ")
                 continue
@@ -105,27 +105,28 @@ def _trained(
 
 def _default_slot(site: str, length: int) -> Any:
     """What a method must fill at a site of the packaged default model, None where it has no such site."""
-    from softprompts.prompt import Slot
+    from softprompts.types import PromptSpec
 
     parts = {"input": (), "layers": (WIDTH,) * LAYERS, "kv": (KEYS,) * LAYERS}.get(site)
     if parts is None:
         return None
-    return Slot(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
+    return PromptSpec(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
 
 
 def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
     """The same for a model by its name, which is loaded; raises BackboneError where it has no room for the prompt."""
-    from softprompts import inject, job
-    from softprompts.backbone import BackboneError
+    from softprompts import injection
     from softprompts.config import ModelConfig
+    from softprompts.errors import BackboneError
+    from softprompts.recipes.run import run
 
     quiet()
-    backbone = job.load_backbone(ModelConfig(name=model, attention="eager", products="torch"))
-    inject.slot(backbone, inject.Site(), ("task",), length)
+    backbone = run.load_backbone(ModelConfig(name=model, attention="eager", products="torch"))
+    injection.prompt_spec(backbone, injection.Site(), ("task",), length)
 
     def slot(site: str, length: int) -> Any:
         try:
-            return inject.slot(backbone, inject.Site(site), ("task",), length)
+            return injection.prompt_spec(backbone, injection.Site(site), ("task",), length)
         except BackboneError:
             return None
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.cli.screen import finite
-from softprompts.config import ConfigError
+from softprompts.errors import ConfigError
 
 Row = dict[str, Any]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, Sets, on_machine
+from softprompts.cli.options import Device, Dtype, Json, Model, Quantize, Sets, on_machine
 from softprompts.cli.screen import (
     progress,
     quiet,
@@ -33,14 +33,14 @@ def multitask(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Teach sources, train a prompt that they share, adapt it to targets, and compare with other ways to start."""
     from softprompts.recipes.multitask import Plan, execute
 
-    plan = _read(config, Plan, out_dir, model, on_machine(device, dtype, quantise), sets)
+    plan = _read(config, Plan, out_dir, model, on_machine(device, dtype, quantize), sets)
     _carry_out(plan, execute, show_arms, as_json)
 
 
@@ -50,14 +50,14 @@ def pretrain(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Teach what reads the text in a method, such as ipt's table, to tell topics apart; a run starts from it."""
     from softprompts.recipes.pretrain import execute
 
-    run = _read(config, Run, out_dir, model, on_machine(device, dtype, quantise), sets)
+    run = _read(config, Run, out_dir, model, on_machine(device, dtype, quantize), sets)
     _carry_out(run, execute, show, as_json)
 
 
@@ -68,14 +68,14 @@ def vectors(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Task prompt vectors: do they depend on their start, do sums work, do they help with few examples?"""
-    from softprompts.studies.task_prompt_vectors import Study, execute
+    from studies.task_prompt_vectors import Study, execute
 
-    plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantise), sets)
+    plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantize), sets)
     _carry_out(plan, execute, show_claims, as_json)
 
 
@@ -86,14 +86,14 @@ def instance(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     sets: Sets = [],  # noqa: B006
     as_json: Json = False,
 ) -> None:
     """Prompts that look at the input, and deep prompts, beside prompt tuning: what they gain and what they cost."""
-    from softprompts.studies.instance_prompts import Study, execute
+    from studies.instance_prompts import Study, execute
 
-    plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantise), sets)
+    plan = _read(config, Study, out_dir, model, on_machine(device, dtype, quantize), sets)
     _carry_out(plan, execute, show_comparison, as_json)
 
 

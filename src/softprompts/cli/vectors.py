@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompts.cli.options import Device, Dtype, Json, Model, Quantise, on_machine
+from softprompts.cli.options import Device, Dtype, Json, Model, Quantize, on_machine
 from softprompts.cli.screen import out, progress, quiet, show_files, show_json, table_or_lines
-from softprompts.config import ConfigError, ModelConfig, parse
+from softprompts.config import ModelConfig, parse
+from softprompts.errors import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,9 +45,10 @@ def make(
     """Write a prompt with where it began, folded to one matrix; --start where the prompt does not say it."""
     from dataclasses import replace
 
-    from softprompts import artefact, stored, vectors
+    from softprompts.artifacts import artifact, vectors
+    from softprompts.model import stored
 
-    found = stored.plain(artefact.load(vectors.locate(prompt)), prompt)
+    found = stored.plain(artifact.load(vectors.locate(prompt)), prompt)
     given = _start(start, start_of)
     if given is not None and found.initial is not None and not found.initial.equal(given.matrix("the start")):
         raise ConfigError(
@@ -64,7 +66,7 @@ def add(
     prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
 ) -> None:
     """The sum of vectors, added to a start."""
-    from softprompts import vectors
+    from softprompts.artifacts import vectors
 
     _combine(vectors.weighted(_read(prompts)), out_dir, start, start_of, as_json)
 
@@ -74,7 +76,7 @@ def sub(
     prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
 ) -> None:
     """The first vector minus the others, added to a start."""
-    from softprompts import vectors
+    from softprompts.artifacts import vectors
 
     found = _read(prompts)
     _combine(vectors.weighted(found, [1, *[-1] * (len(found) - 1)]), out_dir, start, start_of, as_json)
@@ -106,7 +108,7 @@ def average(
     prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
 ) -> None:
     """The mean of vectors, as over the seeds of a task, added to a start."""
-    from softprompts import vectors
+    from softprompts.artifacts import vectors
 
     _combine(vectors.average(_read(prompts)), out_dir, start, start_of, as_json)
 
@@ -125,7 +127,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """One vector of several as in the literature on merging models, added to a start."""
-    from softprompts import vectors
+    from softprompts.artifacts import vectors
 
     chosen = vectors.Merge(None if weights is None else _numbers("--weights", weights), density, t, seed)
     found = _read(prompts)
@@ -155,7 +157,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Cosines, lengths and distances of vectors: a table, and a page with heatmaps."""
-    from softprompts import report, vectors
+    from softprompts.artifacts import vectors
+    from softprompts.evaluation import page as report
 
     if how not in vectors.COSINES:
         raise ConfigError(f"no cosine '{how}'; possible: {', '.join(vectors.COSINES)}")
@@ -207,20 +210,20 @@ def search(
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
-    quantise: Quantise = None,
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Choose on validation rows how much of a sum to add, and judge that once on test rows."""
-    from softprompts import vectors
-    from softprompts.recipes import coefficient
+    from softprompts.artifacts import vectors
+    from softprompts.recipes import coefficient_search
 
     quiet()
     like = vectors.read(prompt).like
-    changes = on_machine(device, dtype, quantise) | ({} if model is None else {"name": model})
+    changes = on_machine(device, dtype, quantize) | ({} if model is None else {"name": model})
     config = parse({"name": like.backbone, "revision": like.revision, **changes}, ModelConfig, "model")
-    grid = coefficient.GRID if coefficients is None else _numbers("--coefficients", coefficients)
+    grid = coefficient_search.GRID if coefficients is None else _numbers("--coefficients", coefficients)
     with progress() as screen:
-        found = coefficient.search(
+        found = coefficient_search.search(
             prompt, out_dir, start=_start(start, start_of), on=on, grid=grid, model=config, screen=screen
         )
     if as_json:
@@ -236,7 +239,7 @@ def search(
 
 
 def _read(prompts: list[str]) -> list[Any]:
-    from softprompts import vectors
+    from softprompts.artifacts import vectors
 
     return [vectors.read(text) for text in prompts]
 
@@ -249,18 +252,18 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def _start(start: str | None, start_of: str | None) -> Any:
-    """The artefact whose prompt is the start; None where no start was given."""
+    """The artifact whose prompt is the start; None where no start was given."""
     from dataclasses import replace
 
-    from softprompts import artefact, vectors
+    from softprompts.artifacts import artifact, vectors
 
     if start is not None and start_of is not None:
         raise ConfigError("give either --start or --start-of, not both")
     if start is not None:
-        return artefact.load(vectors.locate(start))
+        return artifact.load(vectors.locate(start))
     if start_of is None:
         return None
-    found = artefact.load(vectors.locate(start_of))
+    found = artifact.load(vectors.locate(start_of))
     if found.initial is None:
         raise ConfigError(f"{start_of} does not say where its training began; give a start with --start")
     return replace(found, prompt=found.initial)
@@ -276,8 +279,8 @@ def _combine(
     by: float = 1,
 ) -> None:
     """Add `by · total` to a start, and write the prompt that makes; sources: what it was made of, if by a merge."""
-    from softprompts import vectors
-    from softprompts.recipes.coefficient import begin
+    from softprompts.artifacts import vectors
+    from softprompts.recipes.coefficient_search import begin
 
     # What a merge makes has no start of its own; that of its sources' sum is the one they have in common.
     begins = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
@@ -285,9 +288,9 @@ def _combine(
 
 
 def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:
-    from softprompts import artefact, vectors
+    from softprompts.artifacts import artifact, vectors
 
-    artefact.save(made, out_dir)
+    artifact.save(made, out_dir)
     facts = {
         "directory": str(out_dir),
         "vector": total.name,

@@ -3,9 +3,8 @@
 Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
 """
 
-from softprompts.config.reading import assign, closest, override, parse, read
-from softprompts.config.sections import (
-    ConfigError,
+from softprompts.config.parsing import assign, closest, override, parse, read
+from softprompts.config.schema import (
     DistilConfig,
     EvaluateConfig,
     Head,
@@ -23,7 +22,6 @@ from softprompts.config.sections import (
 )
 
 __all__ = [
-    "ConfigError",
     "DistilConfig",
     "EvaluateConfig",
     "Head",

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from softprompts.assets import datasets as packaged
 from softprompts.config import SplitConfig, TaskConfig, closest
-from softprompts.data import packaged
 from softprompts.data.splits import Splits, Table, check_labels, divide
-from softprompts.data.template import DataError, Row, default_template, fields, missing, need
+from softprompts.data.templates import default_template, fields, missing, need
+from softprompts.errors import DataError
+from softprompts.types import Row
 
 NAMES = {
     "train": ("train", "training"),

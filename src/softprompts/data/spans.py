@@ -4,7 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softprompts.data.template import DataError, missing, plain
+from softprompts.data.templates import missing, plain
+from softprompts.errors import DataError
 
 
 def split_words(value: Any) -> list[str]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompts.config import SplitConfig, TaskConfig, closest
-from softprompts.data.template import DataError, Row, key, label_names, missing, plain
+from softprompts.data.templates import key, label_names, missing, plain
+from softprompts.errors import DataError
+from softprompts.types import Row
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Splits:
 
 
 def check_labels(table: Table, config: TaskConfig) -> None:
-    """Raise DataError for the first label that the verbaliser does not know, or the first value that is no number."""
+    """Raise DataError for the first label that the verbalizer does not know, or the first value that is no number."""
     for index, row in enumerate(table.rows):
         value = row[config.label]
         if missing(value):
@@ -48,11 +50,11 @@ def check_labels(table: Table, config: TaskConfig) -> None:
                 finite = False
             if not finite:
                 raise DataError(f"{table.where(index)}: '{value}' in column '{config.label}' is no number")
-        for name in label_names(value, config.kind or "label") if config.verbaliser else ():
-            if name not in (config.verbaliser or {}):
-                known = list(config.verbaliser or {})
+        for name in label_names(value, config.kind or "label") if config.verbalizer else ():
+            if name not in (config.verbalizer or {}):
+                known = list(config.verbalizer or {})
                 shown = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
-                raise DataError(f"{table.where(index)}: label '{name}' is not in the verbaliser{closest(name, known)} "
+                raise DataError(f"{table.where(index)}: label '{name}' is not in the verbalizer{closest(name, known)} "
                                 f"known labels: {shown}")  # fmt: skip
 
 
@@ -63,7 +65,7 @@ def divide(tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[st
     Raises DataError when nothing is left to train on.
     """
     split, notes = config.split, list[str]()
-    parts = {role: _labelled(table, config, notes) for role, table in tables.items()}
+    parts = {role: _labeled(table, config, notes) for role, table in tables.items()}
     parts = {role: rows for role, rows in parts.items() if rows or role == "train"}  # many test sets have no labels
     if "test" in parts:
         repeated = len(parts["test"]) - len({key(row, columns) for row in parts["test"]})
@@ -91,7 +93,7 @@ def divide(tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[st
     )
 
 
-def _labelled(table: Table, config: TaskConfig, notes: list[str]) -> list[Row]:
+def _labeled(table: Table, config: TaskConfig, notes: list[str]) -> list[Row]:
     empty = config.kind == "multilabel"  # there "" means that no label applies
     found = [row for row in table.rows if not missing(row[config.label]) and (empty or row[config.label] != "")]
     if len(found) < len(table.rows):

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from softprompts.data import sources
-from softprompts.data.template import DataError, Row
+from softprompts.errors import DataError
+from softprompts.types import Row
 
 BATCH = 512
 """Rows of a parquet file that are in memory together."""

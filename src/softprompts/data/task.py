@@ -6,26 +6,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from softprompts.assets import datasets
 from softprompts.config import Kind, TaskConfig, closest
-from softprompts.data import packaged, sources
-from softprompts.data.template import (
-    DataError,
-    Row,
-    default_template,
-    fields,
-    label_names,
-    missing,
-    need,
-    plain,
-    split_slots,
-)
+from softprompts.data import sources
+from softprompts.data.templates import default_template, fields, label_names, missing, need, plain, split_slots
+from softprompts.errors import DataError
+from softprompts.types import Row
 
 
 @dataclass(frozen=True)
-class Format:
+class TaskTemplate:
     """All that is needed to encode a row of a task, at training and years later at prediction time; JSON both ways.
 
-    The fields are those of `TaskConfig`, settled: `verbaliser` maps each class to its answer, in the order of the
+    The fields are those of `TaskConfig`, settled: `verbalizer` maps each class to its answer, in the order of the
     classes, and is None where answers are free; `truncate` names the columns that may be cut, None means all.
     """
 
@@ -35,7 +28,7 @@ class Format:
     pair: str | None = None
     label: str = "label"
     separator: str = " "
-    verbaliser: dict[str, str] | None = None
+    verbalizer: dict[str, str] | None = None
     truncate: tuple[str, ...] | None = None
     max_length: int | None = None
     chat: bool = False
@@ -69,9 +62,9 @@ class Format:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "Format":
+    def from_json(values: Mapping[str, Any]) -> "TaskTemplate":
         """The format that `to_json` wrote. Raises DataError for unknown or missing keys and wrong kinds."""
-        known = {field.name: field for field in dataclasses.fields(Format)}
+        known = {field.name: field for field in dataclasses.fields(TaskTemplate)}
         for name in values:
             if name not in known:
                 raise DataError(f"format: unknown key '{name}'{closest(name, known)} known: {', '.join(known)}")
@@ -81,7 +74,7 @@ class Format:
         if values.get("kind", "label") not in typing.get_args(Kind):
             raise DataError(f"format: unknown kind '{values['kind']}', known: {', '.join(typing.get_args(Kind))}")
         settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return Format(**settled)
+        return TaskTemplate(**settled)
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class Task:
     """A named task with its rows; `notes` says in plain words what was left out or assumed on the way."""
 
     name: str
-    format: Format
+    template: TaskTemplate
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
@@ -99,12 +92,12 @@ class Task:
 def load(config: TaskConfig) -> Task:
     """The task that `config` describes, with what it leaves open taken from the packaged set or from the rows.
 
-    Classes without a verbaliser are the sorted labels of all splits and answer with their own names.
+    Classes without a verbalizer are the sorted labels of all splits and answer with their own names.
 
     Raises DataError as `sources.read` does, and for a format that cannot be used: a template without any column,
     answers that two labels share, an unknown positive label, a column to truncate that the template does not have.
     """
-    config = packaged.resolve(config)
+    config = datasets.resolve(config)
     if config.template and config.kind != "generation" and not (fields(config.template) or fields(config.pair)):
         raise DataError(
             f"{config.title}: the template {config.template!r} has no slot for the text, so that all rows would be the "
@@ -114,14 +107,14 @@ def load(config: TaskConfig) -> Task:
     every = (*rows.train, *rows.validation, *rows.test)
     template = default_template(rows.columns, config.label) if config.template is None else config.template
     kind = config.kind or "label"
-    form = Format(
+    form = TaskTemplate(
         name=config.title,
         template=template,
         kind=kind,
         pair=config.pair,
         label=config.label,
         separator=config.separator,
-        verbaliser=dict(config.verbaliser) if config.verbaliser else _labels(every, config.label, kind),
+        verbalizer=dict(config.verbalizer) if config.verbalizer else _labels(every, config.label, kind),
         truncate=config.truncate,
         max_length=config.max_length,
         chat=config.chat,
@@ -136,7 +129,7 @@ def load(config: TaskConfig) -> Task:
     return Task(form.name, form, rows.train, rows.validation, rows.test, (*rows.notes, *notes))
 
 
-def place_of(asked: str, forms: Sequence[Format]) -> str:
+def place_of(asked: str, forms: Sequence[TaskTemplate]) -> str:
     """What `prompt.place` means for tasks of these formats: `template` where their templates have slots.
 
     Raises DataError where one has slots and another none, where `asked` says another place than the slots, where it
@@ -178,35 +171,35 @@ def _labels(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | No
     return {name: name for name in ordered}
 
 
-def _check(form: Format) -> None:
+def _check(form: TaskTemplate) -> None:
     answers: dict[str, str] = {}
-    for label, answer in (form.verbaliser or {}).items():
+    for label, answer in (form.verbalizer or {}).items():
         if not answer.strip():
-            raise DataError(f"{form.name}: the verbaliser's answer for label '{label}' is empty")
+            raise DataError(f"{form.name}: the verbalizer's answer for label '{label}' is empty")
         if answer.strip() in answers:
             raise DataError(f"{form.name}: labels '{answers[answer.strip()]}' and '{label}' have the same answer "
                             f"'{answer}'; answers must differ")  # fmt: skip
         answers[answer.strip()] = label
-    if form.positive is not None and form.verbaliser:
+    if form.positive is not None and form.verbalizer:
         need_label(form, form.positive, "positive label")
     for column in form.cuttable:
         need(column, (*form.columns, form.label), "truncation", form.name)
 
 
-def need_label(form: Format, label: str, what: str = "label") -> None:
+def need_label(form: TaskTemplate, label: str, what: str = "label") -> None:
     """Raise DataError, with the labels there are, when `label` is no class of the format."""
     if label not in classes(form):
         known = classes(form)
-        raise DataError(f"{form.name}: {what} '{label}' is not in the verbaliser{closest(label, known)} "
+        raise DataError(f"{form.name}: {what} '{label}' is not in the verbalizer{closest(label, known)} "
                         f"known labels: {', '.join(known)}")  # fmt: skip
 
 
-def classes(form: Format) -> tuple[str, ...]:
+def classes(form: TaskTemplate) -> tuple[str, ...]:
     """The classes of a format in the order of their indices; empty where answers are free."""
-    return tuple(form.verbaliser or ())
+    return tuple(form.verbalizer or ())
 
 
-def answer(form: Format, row: Row) -> str:
+def answer(form: TaskTemplate, row: Row) -> str:
     """The right answer of `row` as a language model should write it, without the separator.
 
     Several labels are joined by ", ", tags by spaces, a span is its first text. Raises DataError when the row has no
@@ -218,7 +211,7 @@ def answer(form: Format, row: Row) -> str:
         names = label_names(value, form.kind)
         for name in names:
             need_label(form, name)
-        words = [(form.verbaliser or {})[name] for name in names]
+        words = [(form.verbalizer or {})[name] for name in names]
         return " ".join(words) if form.kind == "tagging" else ", ".join(words)
     if form.kind == "regression":
         return f"{float(value):g}"
@@ -227,7 +220,7 @@ def answer(form: Format, row: Row) -> str:
     return plain(value).strip()
 
 
-def decode_answer(form: Format, text: str) -> str | None:
+def decode_answer(form: TaskTemplate, text: str) -> str | None:
     """What a generated `text` means: a label, a number, or the text itself; None when it is no legal answer.
 
     Only the space around an answer is forgiven. Several labels come back joined by ", ".
@@ -238,7 +231,7 @@ def decode_answer(form: Format, text: str) -> str | None:
             return f"{float(text):g}"
         except ValueError:
             return None
-    labels = {given.strip(): label for label, given in (form.verbaliser or {}).items()}
+    labels = {given.strip(): label for label, given in (form.verbalizer or {}).items()}
     if form.kind == "label":
         return labels.get(text)
     if form.kind in ("multilabel", "tagging"):

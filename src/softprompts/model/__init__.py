@@ -1,5 +1,5 @@
 """A stock transformers model with named prompts: the face that Trainer, pipelines and people see."""
 
-from softprompts.model.soft import SoftPromptModel as SoftPromptModel
+from softprompts.model.soft_prompt_model import SoftPromptModel as SoftPromptModel
 
 __all__ = ["SoftPromptModel"]

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 
-from softprompts import artefact, finetune, init, inject
-from softprompts.artefact import ArtefactError
+from softprompts import injection
+from softprompts.artifacts import artifact
 from softprompts.backbone import Backbone, fingerprint
-from softprompts.config import ConfigError, InitConfig
+from softprompts.config import InitConfig
+from softprompts.config.sweep import sweep
 from softprompts.data import Task, load
-from softprompts.inject import Site
-from softprompts.job import Screen, load_backbone
+from softprompts.errors import ArtifactError, ConfigError
+from softprompts.injection import Site
+from softprompts.model import initialization
 from softprompts.recipes.comparison import Cell
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
@@ -21,11 +23,12 @@ from softprompts.recipes.multitask.runs import (
     weight_targets,
     weights_run,
 )
-from softprompts.variants import variants
+from softprompts.recipes.run.run import ProgressReporter, load_backbone
+from softprompts.training import weights as finetune
 
 
-def check(plan: Plan, screen: Screen) -> None:
-    """Raise ConfigError, DataError, ArtefactError or BackboneError for a plan that would fail on its way.
+def check(plan: Plan, screen: ProgressReporter) -> None:
+    """Raise ConfigError, DataError, ArtifactError or BackboneError for a plan that would fail on its way.
 
     Tasks must be there and targets have rows to choose and to judge by; given teachers must be plain prompts of this
     model, length and site; layers, class labels and trained weights must be possible for the model.
@@ -40,9 +43,9 @@ def check(plan: Plan, screen: Screen) -> None:
                     raise ConfigError(f"target {task.title} has no rows to {role} by; set its split's fractions")
     for run in (teacher_runs(plan), source_runs(plan), probe_runs(plan)):
         if run.runs:
-            variants(run)
-    backbone = load_backbone(plan.model, say=screen.say)
-    inject.check_layers(backbone, plan.source.layers)
+            sweep(run)
+    backbone = load_backbone(plan.model, say=screen.log)
+    injection.check_layers(backbone, plan.source.layers)
     _check_labels(plan, backbone, targets)
     _check_teachers(plan, backbone)
     for shots in plan.target.shots:
@@ -58,10 +61,10 @@ def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -
         return
     site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.place)
     for name, task in targets.items():
-        words = tuple(f"{task.format.separator}{word}" for word in (task.format.verbaliser or {}).values())
-        slot = inject.slot(backbone, site, (name,), plan.prompt.length)
+        words = tuple(f"{task.template.separator}{word}" for word in (task.template.verbalizer or {}).values())
+        slot = injection.prompt_spec(backbone, site, (name,), plan.prompt.length)
         try:
-            init.start(InitConfig(kind="labels"), backbone, site, slot, labels=words)
+            initialization.initialize(InitConfig(kind="labels"), backbone, site, slot, labels=words)
         except ValueError as error:
             raise ConfigError(f"arm 'labels' is not possible for target {name}: {error}; leave the arm out") from None
 
@@ -73,19 +76,19 @@ def _check_teachers(plan: Plan, backbone: Backbone) -> None:
         "length": plan.prompt.length,
         "site": site.name,
         "mode": site.mode,
-        "place": inject.resolve_place(backbone, site),
+        "place": injection.resolve_place(backbone, site),
         "head": backbone.head,
     }
     for name, path in plan.teachers.trained.items():
-        one = artefact.load(path)
+        one = artifact.load(path)
         assert weights is not None
-        artefact.check_fingerprint(one.fingerprint, weights, False)
+        artifact.check_fingerprint(one.fingerprint, weights, False)
         one.matrix(Path(path))
         found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "place", "head")}}
         slotted = plan.prompt.place == "auto" and one.place == "template"  # as the source's own template says
         for key, value in wanted.items():
             if found[key] != value and not (key == "place" and slotted):
-                raise ArtefactError(
+                raise ArtifactError(
                     f"the teacher of {name}, {path}, has {key} {found[key]} and the plan wants {value}: change the "
                     f"plan's prompt, or leave the teacher out so that it is trained"
                 )

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import Run, SamplingConfig, TaskConfig, TrainConfig, parse
-from softprompts.recipes import stage
+from softprompts.recipes import stages
 from softprompts.recipes.comparison import TOGETHER, WEIGHTS, Cell, size_name
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
-from softprompts.results import prompt_directory
+from softprompts.recipes.run.results import prompt_directory
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def teacher_runs(plan: Plan) -> Run:
         for task in plan.sources
         if task.title not in plan.teachers.trained
     ]
-    return stage.run_of(plan, plan.sources[:1], plan.teachers.train, Path(plan.out) / "teachers", runs=entries)
+    return stages.run_of(plan, plan.sources[:1], plan.teachers.train, Path(plan.out) / "teachers", runs=entries)
 
 
 def teacher_paths(plan: Plan) -> dict[str, str]:
@@ -62,7 +62,7 @@ def source_runs(plan: Plan) -> Run:
             }
         )
     shared = {"method": "multitask-prompt-tuning"}
-    return stage.run_of(plan, plan.sources, own.train, out, prompt=shared, runs=entries, seed=own.seed)
+    return stages.run_of(plan, plan.sources, own.train, out, prompt=shared, runs=entries, seed=own.seed)
 
 
 def probe_runs(plan: Plan) -> Run:
@@ -82,7 +82,7 @@ def probe_runs(plan: Plan) -> Run:
         for seed in plan.target.seeds
     ]
     train = plan.target.few.model_copy(update={"steps": plan.target.probe_steps, "warmup": 0, "schedule": "constant"})
-    return stage.run_of(plan, plan.targets[:1], train, Path(plan.out) / "probes", runs=entries)
+    return stages.run_of(plan, plan.targets[:1], train, Path(plan.out) / "probes", runs=entries)
 
 
 def probe_name(target: str, shots: int | None, seed: int) -> str:
@@ -95,7 +95,7 @@ def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cel
     tasks = plan.targets if target == TOGETHER else tuple(t for t in plan.targets if t.title == target)
     entries = [_entry(plan, tasks, shots, origins, cell) for cell in cells]
     out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / part
-    return stage.run_of(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
+    return stages.run_of(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
 
 
 def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
@@ -103,7 +103,7 @@ def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
     task = next(task for task in plan.targets if task.title == target)
     out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
     train = parse(plan.target.weights(cell, shots), TrainConfig)
-    return stage.run_of(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
+    return stages.run_of(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
 def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False) -> list[str]:
@@ -151,14 +151,14 @@ def _init(name: str, plan: Plan, origins: Origins, nearest: Sequence[tuple[str, 
     if arm.start == "prompt":
         # With factors fixed at one every source's prompt is the shared one.
         first, count = plan.sources[0].title, len(plan.sources)
-        return {"kind": "artefact", "path": str(prompt_directory(origins.variants[arm.variant], first, count))}
+        return {"kind": "artifact", "path": str(prompt_directory(origins.variants[arm.variant], first, count))}
     if arm.start in ("first", "second"):
-        return {"kind": "artefact", "path": origins.teachers[plan.sources[arm.start == "second"].title]}
+        return {"kind": "artifact", "path": origins.teachers[plan.sources[arm.start == "second"].title]}
     if arm.start == "vectors":
         total = " + ".join(f'"{origins.teachers[task.title]}"' for task in plan.sources)
         return {"kind": "vector", "vector": total, "start": {"kind": "vocabulary"}}
     if arm.start == "nearest":
-        return {"kind": "artefact", "path": origins.teachers[nearest[0][0]]}
+        return {"kind": "artifact", "path": origins.teachers[nearest[0][0]]}
     if arm.start == "weighted":
         paths = [origins.teachers[source] for source, _ in nearest]
         return {"kind": "mean", "paths": paths, "weights": [weight for _, weight in nearest]}

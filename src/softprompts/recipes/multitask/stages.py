@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompts import artefact, report, transfer
-from softprompts.job import Screen
-from softprompts.prepare import SILENT
-from softprompts.recipes import comparison, stage
+from softprompts.artifacts import artifact
+from softprompts.artifacts.vectors import similarity
+from softprompts.evaluation import page
+from softprompts.recipes import comparison, stages
 from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found, size_name
 from softprompts.recipes.multitask.checks import check
 from softprompts.recipes.multitask.plan import Plan
@@ -28,28 +28,30 @@ from softprompts.recipes.multitask.runs import (
     weight_targets,
     weights_run,
 )
-from softprompts.recipes.multitask.summary import page_of, summarise
+from softprompts.recipes.multitask.summary import page_of, summarize
+from softprompts.recipes.run.prepare import SILENT
+from softprompts.recipes.run.run import ProgressReporter
 
 
-def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
+def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.out.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; stages whose settings
     changed, or the prompts that they start from, are done anew.
-    Raises ConfigError, DataError, ArtefactError for what is wrong with tasks or teachers, before any training, and
+    Raises ConfigError, DataError, ArtifactError for what is wrong with tasks or teachers, before any training, and
     TrainingError where a teacher or a shared prompt could not be trained.
     """
     began = time.time()
-    stage.check_place("the recipe", plan.out)
+    stages.check_place("the recipe", plan.out)
     check(plan, screen)
     teachers = teacher_paths(plan)
     run = teacher_runs(plan)
     if run.runs:
-        stage.whole("teachers", run, screen)
+        stages.whole("teachers", run, screen)
     variants = {name: Path(plan.out) / "sources" / name for name in plan.source.variants}
     run = source_runs(plan)
-    sources = stage.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
-    similar = {name: artefact.load(path).matrix(path) for name, path in teachers.items()}
+    sources = stages.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
+    similar = {name: artifact.load(path).matrix(path) for name, path in teachers.items()}
     origins = Origins(teachers, variants, _nearest(plan, similar, screen))
     filled = Comparison(plan.target, functools.partial(_runs, plan, origins, screen))
     for shots in plan.target.shots:
@@ -57,31 +59,37 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
         filled.fill(shots, arms_of(plan, shots, weights=False, together=True), [TOGETHER])
     for shots in plan.target.shots:  # the slowest, one run after the other
         filled.fill(shots, arms_of(plan, shots, weights=True), weight_targets(plan))
-    results = summarise(plan, filled, sources, origins, similar, time.time() - began)
-    report.write_results(Path(plan.out) / "results.json", results)
-    report.write_page(Path(plan.out) / "report.html", page_of(results))
+    results = summarize(plan, filled, sources, origins, similar, time.time() - began)
+    page.write_results(Path(plan.out) / "results.json", results)
+    page.write_page(Path(plan.out) / "report.html", page_of(results))
     return results
 
 
 def _nearest(
-    plan: Plan, teachers: Mapping[str, Tensor], screen: Screen
+    plan: Plan, teachers: Mapping[str, Tensor], screen: ProgressReporter
 ) -> dict[tuple[str, int | None, int], Sequence[tuple[str, float]]]:
     """For each target, size and seed the sources most like its prompt after a few steps, with their weights (SPoT)."""
     run = probe_runs(plan)
     if not run.runs:
         return {}
-    stage.whole("probes", run, screen)
+    stages.whole("probes", run, screen)
     found: dict[tuple[str, int | None, int], Sequence[tuple[str, float]]] = {}
     for task, shots, seed in product(plan.targets, plan.target.shots, plan.target.seeds):
         path = Path(run.out) / probe_name(task.title, shots, seed) / "prompt"
         if path.exists():
-            own, count = artefact.load(path).matrix(path), min(plan.target.nearest, len(teachers))
-            found[task.title, shots, seed] = [(name, w) for name, w, _ in transfer.retrieve(own, teachers, count)]
+            own, count = artifact.load(path).matrix(path), min(plan.target.nearest, len(teachers))
+            found[task.title, shots, seed] = [(name, w) for name, w, _ in similarity.retrieve(own, teachers, count)]
     return found
 
 
 def _runs(
-    plan: Plan, origins: Origins, screen: Screen, target: str, shots: int | None, cells: Sequence[Cell], part: str
+    plan: Plan,
+    origins: Origins,
+    screen: ProgressReporter,
+    target: str,
+    shots: int | None,
+    cells: Sequence[Cell],
+    part: str,
 ) -> list[Found]:
     """The runs of `cells` on a target; those that failed have no pages."""
     title = f"{target} {size_name(shots)}"

@@ -6,16 +6,16 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompts import transfer
+from softprompts.artifacts.vectors import similarity
 from softprompts.recipes import comparison
 from softprompts.recipes.comparison import Comparison, listed, size_name
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import Origins
-from softprompts.results import versions
+from softprompts.recipes.run.results import versions
 
 
-def summarise(
+def summarize(
     plan: Plan,
     filled: Comparison,
     sources: Mapping[str, Any],
@@ -36,7 +36,7 @@ def summarise(
         "curves": comparison.curves(filled.found),
         "similarity": {
             "labels": list(teachers),
-            "matrix": transfer.matrix(list(teachers.values())).tolist(),
+            "matrix": similarity.matrix(list(teachers.values())).tolist(),
         },
         "nearest": [
             {"target": target, "size": size_name(shots), "seed": seed, "sources": dict(near)}

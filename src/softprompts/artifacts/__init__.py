@@ -1,0 +1,1 @@
+"""What a trained prompt is on disk: the artifact, its files, collections, and arithmetic on prompts."""

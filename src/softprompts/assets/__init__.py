@@ -1,0 +1,7 @@
+"""The packaged default models and data: the table, the download, the conversion."""
+
+from softprompts.assets.catalog import ASSETS, Asset, Package, is_asset
+from softprompts.assets.download import cache_dir, fetch, where
+from softprompts.errors import AssetError
+
+__all__ = ["ASSETS", "Asset", "AssetError", "Package", "cache_dir", "fetch", "is_asset", "where"]

@@ -1,0 +1,157 @@
+"""What this machine can do: which device, which number format, how many threads; the only file that names a device."""
+
+import contextlib
+import ctypes
+import math
+import os
+import platform
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softprompts.errors import BackboneError
+
+
+def devices() -> list[str]:
+    """The devices that torch can use here, accelerators first."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+
+
+def choose_device(name: str | int) -> torch.device:
+    """The device called `name` (`cuda:1` or its number 1); auto is the first accelerator torch sees, else the CPU.
+
+    Raises BackboneError for a device this machine does not have.
+    """
+    try:
+        return torch.empty(0, device=devices()[0] if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise BackboneError(
+            f"device '{name}' cannot be used here ({reason}); possible: auto, {', '.join(devices())}"
+        ) from None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False  # torch cannot tell which of Apple's chips do and which only emulate it
+    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(facts.get("avx512_bf16") or facts.get("amx_bf16") or facts.get("bf16"))
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype called `name`; auto is bfloat16 where it is native on `device`, else float32."""
+    if name == "auto":
+        return torch.bfloat16 if native_bf16(device) else torch.float32
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def choose_threads(threads: int | None) -> int:
+    """Set and return torch's thread count.
+
+    None takes the cores that this process may really use, unless OMP_NUM_THREADS says otherwise, or nothing is known
+    about them; then torch's own choice stays.
+    """
+    if threads is None and "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+        allowed = os.sched_getaffinity(0)
+        threads = usable_cores(allowed, read_siblings(allowed), read_quota())
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def usable_cores(allowed: Collection[int], siblings: Mapping[int, str], quota: float | None) -> int:
+    """How many threads pay: the physical cores among the processors in `allowed`, within `quota`; at least one.
+
+    siblings: for each processor a name that the processors of one core have in common; a processor that is not there
+    counts as a core. quota: processor seconds a second; None where nothing limits them. It is rounded down, because
+    threads beyond it wait for each other while the system holds one of them back.
+    """
+    cores = len({siblings.get(number, f"processor {number}") for number in allowed})
+    if quota is not None:
+        cores = min(cores, math.floor(quota))
+    return max(1, cores)
+
+
+def read_siblings(allowed: Collection[int], root: Path = Path("/")) -> dict[int, str]:
+    """The core that each processor in `allowed` belongs to, as Linux names it; what cannot be read is left out."""
+    found = {}
+    for number in allowed:
+        topology = root / f"sys/devices/system/cpu/cpu{number}/topology"
+        for name in ("core_cpus_list", "thread_siblings_list"):  # newer and older kernels
+            with contextlib.suppress(OSError):
+                found[number] = (topology / name).read_text(encoding="ascii").strip()
+                break
+    return found
+
+
+def read_quota(root: Path = Path("/")) -> float | None:
+    """Processor seconds a second that this process's control groups (version 2 or 1) allow; None: as many as it likes.
+
+    The narrowest of the group and all groups around it counts.
+    """
+    found = [limit for folder in _groups(root) for limit in (_limit_v2(folder), _limit_v1(folder)) if limit is not None]
+    return min(found, default=None)
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The folders of the process's control groups that may hold a limit, and of all groups around them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        mounted = [controllers, "cpu", "cpu,cpuacct", "cpuacct,cpu"] if controllers else ["", "unified"]
+        for mount in dict.fromkeys(mounted):
+            group = (root / "sys/fs/cgroup" / mount / path.lstrip("/")).absolute()
+            top = (root / "sys/fs/cgroup" / mount).absolute()
+            # In a container the path may be the host's, while the mounted folder is already the container's own.
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(top))
+
+
+def _limit_v2(folder: Path) -> float | None:
+    try:
+        limit, period = (folder / "cpu.max").read_text(encoding="ascii").split()
+        return None if limit == "max" else int(limit) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
+def _limit_v1(folder: Path) -> float | None:
+    try:
+        limit = int((folder / "cpu.cfs_quota_us").read_text(encoding="ascii"))
+        return None if limit <= 0 else limit / int((folder / "cpu.cfs_period_us").read_text(encoding="ascii"))
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def return_memory() -> None:
+    """Hand memory that was freed back to the system; glibc keeps what lies between blocks in use otherwise."""
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # other C libraries
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def chip(device: torch.device) -> str:
+    """What computes on `device`, by name: measured times hold for this chip only."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    facts: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return f"{device.type} {platform.machine()} {facts.get('cpu_name', '')}".strip()
+
+
+def finish(device: torch.device) -> None:
+    """Wait until `device` has done all that it was asked to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,89 @@
+"""The kinds of transformer as rows of data, and which row a stock model belongs to."""
+
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from softprompts.errors import BackboneError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a kind of transformer can do with a prompt."""
+
+    name: str
+    auto: dict[str, str]  # head -> Auto class
+    sites: tuple[str, ...]
+    place: str  # where the prompt stands unless told otherwise
+    shifted: bool  # a position scores the next label (causal), not its own
+    caches: bool  # the prompt's keys and values can stand in a cache
+
+
+_HEADS = {
+    "sequence": "AutoModelForSequenceClassification",
+    "token": "AutoModelForTokenClassification",
+    "span": "AutoModelForQuestionAnswering",
+    "features": "AutoModel",
+}
+
+CAUSAL = Family(
+    "causal", {"lm": "AutoModelForCausalLM", **_HEADS}, ("input", "layers", "kv"), "first", shifted=True, caches=True
+)
+SEQ2SEQ = Family(
+    "seq2seq",
+    {"lm": "AutoModelForSeq2SeqLM", **_HEADS},
+    ("input", "decoder", "layers", "kv"),
+    "first",
+    shifted=False,
+    caches=True,
+)
+MASKED = Family(
+    "masked", {"lm": "AutoModelForMaskedLM", **_HEADS}, ("input", "layers"), "after_start", shifted=False, caches=False
+)
+FAMILIES: dict[str, Family] = {f.name: f for f in (CAUSAL, SEQ2SEQ, MASKED)}
+
+_HEAD_OF_SUFFIX = {
+    "ForSequenceClassification": "sequence",
+    "ForTokenClassification": "token",
+    "ForQuestionAnswering": "span",
+}
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """Which row of FAMILIES a stock model belongs to.
+
+    Raises BackboneError for models without text (vision models have no row yet).
+    """
+    config = model.config
+    if config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
+        return SEQ2SEQ
+    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    ):
+        return replace(MASKED, place="first")  # an encoder alone (T5 with a token head): no special token in front
+    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not getattr(config, "is_decoder", False):
+        return MASKED
+    if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return CAUSAL
+    raise BackboneError(
+        f"{type(model).__name__} is neither a causal, an encoder-decoder nor a masked language model; "
+        f"families: {', '.join(FAMILIES)}"
+    )
+
+
+def head_of(model: PreTrainedModel) -> str:
+    """The head a stock model carries: lm, sequence, token, span or features."""
+    name = type(model).__name__
+    for suffix, head in _HEAD_OF_SUFFIX.items():
+        if name.endswith(suffix):
+            return head
+    return "lm" if model.get_output_embeddings() is not None else "features"
+
+
+def family_of_config(config: PreTrainedConfig) -> Family:
+    """Which row of FAMILIES a model of this configuration will belong to."""
+    if config.is_encoder_decoder:
+        return SEQ2SEQ
+    return MASKED if type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING else CAUSAL

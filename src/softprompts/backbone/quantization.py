@@ -1,0 +1,213 @@
+"""Frozen matrices in fewer bits: the products inside the layers, with exact gradients for what goes through them.
+
+Only the weights are rounded. Embeddings, norms, heads and everything else outside the stacks of layers stay as they
+are, so tied heads stay tied. A product is computed with the weights put back into the model's dtype, a part at a time,
+forward and backward, so that its gradient is that of a float model with the rounded weights.
+
+int8 is ours: symmetric, one scale an output. nf4 and fp4 (Dettmers et al. 2023, QLoRA, https://arxiv.org/abs/2305.14314)
+are those of bitsandbytes, whose kernels pack and unpack them.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+from softprompts.errors import BackboneError
+
+KINDS = ("int8", "nf4", "fp4")
+BLOCK = 64
+"""Weights that share a scale in nf4 and fp4."""
+
+PART = 2**21
+"""Weights put back at a time: memory for the copy stays within a few megabytes, and the processor's cache."""
+
+FEW = 4
+"""Rows up to which torch's own int8 kernel is faster on the CPU than putting the weights back (bfloat16 only)."""
+
+
+def quantize(model: nn.Module, kind: str, device: torch.device | None = None) -> int:
+    """Replace the matrix products in the layers of `model` by quantized ones, and return how many there are.
+
+    kind: one of KINDS; device: where the quantized weights shall stand (None: where the weights are).
+    Raises BackboneError for an unknown kind, where bitsandbytes is needed and missing, and where there is no such
+    product.
+    """
+    if kind not in KINDS:
+        raise BackboneError(f"quantization '{kind}' is unknown; possible: {', '.join(KINDS)}")
+    if kind != "int8":
+        _bitsandbytes()
+    found = products(model)
+    if not found:
+        raise BackboneError(
+            f"{type(model).__name__} has no matrix products in a stack of layers that could be quantized; leave "
+            f"model.quantize out"
+        )
+    for name, module in found.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, made(module, kind, device))
+    return len(found)
+
+
+def products(model: nn.Module) -> dict[str, nn.Module]:
+    """The plain matrix products inside stacks of layers, by name."""
+    stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, Conv1D, FalconLinear) and name.startswith(stacks)
+    }
+
+
+def made(module: Any, kind: str, device: torch.device | None = None) -> nn.Module:
+    """A plain matrix product, quantized."""
+    weight = module.weight.detach().to(device or module.weight.device)
+    weight = weight.t().contiguous() if type(module) is Conv1D else weight
+    bias = None if module.bias is None else module.bias.detach().to(weight.device)
+    return Int8Linear(weight, bias) if kind == "int8" else FourBitLinear(weight, bias, kind)
+
+
+def quantized(model: nn.Module) -> str | None:
+    """How the weights of `model` are quantized, by us or by transformers; None where they are not."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear | FourBitLinear):
+            return module.kind
+        if type(module).__module__.startswith("bitsandbytes."):
+            return str(getattr(getattr(module, "weight", None), "quant_type", "llm.int8"))
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+class Int8Linear(nn.Module):
+    """A frozen product whose weight [out, in] is int8 with one scale [out] for each output."""
+
+    kind = "int8"
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        # The scale is rounded to the model's dtype first, so that what is computed with is what was rounded to.
+        scale = (weight.float().abs().amax(1) / 127).to(weight.dtype)
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", codes.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        if x.numel() <= FEW * self.in_features and x.dtype == self.scale.dtype == torch.bfloat16 and _plain_cpu(x):
+            product = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scale)
+            product = product.view(*x.shape[:-1], self.out_features)
+        else:
+            product = _Product.apply(x, self._part, self.out_features, self.in_features)
+        return product if self.bias is None else product + self.bias
+
+    def _part(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        # The scale goes to the weights, not to the product, which in float16 could be too large for the format.
+        return self.weight[rows, columns].to(dtype).mul_(self.scale[rows, None])
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that this product computes with."""
+        return self._part(slice(None), slice(None), dtype)
+
+
+class FourBitLinear(nn.Module):
+    """A frozen product whose weight is packed in nf4 or fp4, a scale for every BLOCK weights of a row."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.out_features, self.in_features = weight.shape
+        packed, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=kind)
+        # As int8, which T5 knows: it casts its states to any other dtype that it finds in a weight.
+        self.register_buffer("weight", packed.view(torch.int8))
+        self.register_buffer("scale", state.absmax)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        product: Tensor = _Product.apply(x, self._part, self.out_features, self.in_features, False)
+        return product if self.bias is None else product + self.bias
+
+    def _part(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        return self.dequantized(dtype)  # blocks run on from row to row, so the whole is put back at once
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [out, in] that this product computes with."""
+        library = _bitsandbytes()
+        made_in = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
+        shape = torch.Size((self.out_features, self.in_features))
+        state = library.QuantState(
+            absmax=self.scale.float(), shape=shape, dtype=made_in, blocksize=BLOCK, quant_type=self.kind
+        )
+        weight: Tensor = library.dequantize_4bit(self.weight.view(torch.uint8), state)
+        return weight.to(dtype)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., in] times a frozen weight [out, in] that is made in parts when it is needed, and not kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        part: Callable[[slice, slice, torch.dtype], Tensor],
+        out: int,
+        into: int,
+        split: bool = True,
+    ) -> Tensor:
+        ctx.part, ctx.out, ctx.into, ctx.split = part, out, into, split
+        every = slice(None)
+        rows = _slices(out, into, split)
+        return _joined([functional.linear(x, part(one, every, x.dtype)) for one in rows])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        gradient, every = gradients[0], slice(None)
+        columns = _slices(ctx.into, ctx.out, ctx.split)
+        back = _joined([gradient @ ctx.part(every, one, gradient.dtype) for one in columns])
+        return back, None, None, None, None
+
+
+def _slices(length: int, width: int, split: bool) -> list[slice]:
+    step = max(1, PART // width) if split else length
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def _plain_cpu(x: Tensor) -> bool:
+    """Whether torch's int8 kernel may take `x`: it has no gradient and stands on the CPU."""
+    return x.device.type == "cpu" and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _bitsandbytes() -> Any:
+    """The functions of bitsandbytes; raises BackboneError where it is not installed."""
+    # Its CPU part says on import that it would rather have a kernel from the hub, which nothing here would use.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes import functional as library
+    except ImportError:
+        raise BackboneError(
+            "nf4 and fp4 need the package bitsandbytes; install it with `pip install 'softprompts[quantize]'`, or use "
+            "int8"
+        ) from None
+    return library

@@ -1,0 +1,119 @@
+"""From YAML and `--set a.b=c` to checked sections; what cannot be is told with what is possible."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from softprompts.config.schema import Run, Section
+from softprompts.errors import ConfigError
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """What joins a complaint to the list of what is known: `; did you mean 'x'?`, or with nothing close `;`."""
+    found = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean '{found[0]}'?" if found else ";"
+
+
+def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "configuration") -> Any:
+    """`values` as a checked section.
+
+    Raises ConfigError that names each wrong key with the closest known one, and each wrong value with what is allowed.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(e, model, origin) for e in error.errors())) from None
+
+
+def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] = Run) -> Any:
+    """The run, or another `model`, written in a YAML file, with `a.b=c` overrides applied.
+
+    Raises ConfigError for a file that is missing or is not a YAML mapping, and as `parse` does.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold `key: value` pairs, found {type(values).__name__}")
+    return parse(override(values, overrides), model, str(path))
+
+
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`values` with each `a.b=c` set; values are read as YAML, numbers in a path index lists (`tasks.0.name=x`)."""
+    result = yaml.safe_load(yaml.safe_dump(dict(values)))
+    for item in overrides:
+        path, equals, text = item.partition("=")
+        if not equals or not path.strip():
+            raise ConfigError(f"--set {item}: write it as section.key=value, for example train.steps=500")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {item}: the value is not YAML: {' '.join(str(error).split())}") from None
+        assign(result, path.strip().split("."), value, f"--set {item}")
+    return typing.cast(dict[str, Any], result)
+
+
+def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
+    """Set `value` at the path `keys` of nested values, making sections on the way; `item` is how a message calls it."""
+    for here, key in enumerate(keys):
+        last = here == len(keys) - 1
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"{item}: '{key}' is no index of a list of {len(node)}")
+            if last:
+                node[int(key)] = value
+            else:
+                node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            else:
+                node = node.setdefault(key, {})
+        else:
+            raise ConfigError(f"{item}: '{'.'.join(keys[:here])}' is a value, not a section")
+
+
+def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        owner = _section_at(model, error["loc"][:-1])
+        known = list(owner.model_fields) if owner else []
+        key = str(error["loc"][-1])
+        return f"{origin}: unknown key '{where}'{closest(key, known)} known: {', '.join(known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | list) or given is None else f" (given: {given!r}{_near(given, error)})"
+    return f"{origin}: {where}: {message}{shown}" if where else f"{origin}: {message}"
+
+
+def _near(given: Any, error: Any) -> str:
+    expected = str(error.get("ctx", {}).get("expected", ""))
+    options = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
+    return closest(str(given), options).removesuffix(";") if isinstance(given, str) and expected else ""
+
+
+def _section_at(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel] | None:
+    """The section class at a pydantic error location, looking through optionals and tuples."""
+    current: Any = model
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        current = next(iter(_sections(current.model_fields[part].annotation)), None) if current else None
+    return typing.cast("type[BaseModel] | None", current)
+
+
+def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
+        for part in typing.get_args(annotation):
+            yield from _sections(part)

@@ -1,0 +1,1 @@
+"""Evaluation: scores, metrics, and the page that shows them."""

@@ -1,0 +1,334 @@
+"""Where a prompt starts: random vectors, zeros, words, class labels or other artifacts, at any site.
+
+A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
+states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import EncoderDecoderCache
+
+from softprompts import errors
+from softprompts.artifacts import artifact, collection, vectors
+from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.vectors import similarity
+from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
+from softprompts.config import InitConfig, closest
+from softprompts.errors import ArtifactError, BackboneError, ConfigError
+from softprompts.injection import Site
+from softprompts.types import Fingerprint, PromptInit, PromptSpec
+
+LABEL_POPULATION = 5000
+"""Rows that no class label fills are drawn from the 5,000 most common tokens (Lester et al. 2021, section 3.2)."""
+
+
+DRAWN = 1 << 40
+"""Added to the seed of words that a method keeps for itself."""
+
+READ = ("artifact", "mean", "multitask", "vector")
+"""The kinds that are read from artifacts."""
+
+
+def initialize(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: PromptSpec,
+    *,
+    seed: int = 0,
+    labels: Sequence[str] = (),
+    allow_other_weights: bool = False,
+) -> PromptInit:
+    """The start `[P, D]` that `config` describes, with sources `[S, P, D]` and a trained state where it names some.
+
+    labels: the task's label words, for kind labels where the configuration names none.
+    Raises BackboneError when words are needed and there is no tokenizer, when a text has no tokens, when more rows are
+    wanted than there are words, and ArtifactError when another artifact does not fit.
+    """
+    seed = seed if config.seed is None else config.seed
+    paths = {"artifact": (config.path or "",), "mean": config.paths}.get(config.kind, ())
+    state = (config.state,) if config.state else ()
+    read = _fitting(
+        [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, slot, allow_other_weights
+    )
+    sources = [one.matrix(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
+    found = [one.matrix(path).clone() for one, path in zip(read, paths, strict=False)]
+    if config.kind == "artifact":
+        made = PromptInit(found[0])
+    elif config.kind == "mean":
+        made = PromptInit(similarity.mean(found, config.weights))
+    elif config.kind == "multitask":
+        assert config.path is not None
+        parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
+        made = replace(_from_multitask(config, config.path, parts), parents=tuple(one.digest for one in parts))
+    elif config.kind == "vector":
+        made = _from_vector(config, backbone, site, slot, seed, labels, allow_other_weights)
+    else:
+        made = PromptInit(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
+    return replace(
+        made,
+        sources=torch.stack(sources) if sources else None,
+        state=dict(read[-1].state) if state else None,
+        draw=functools.partial(_draw, backbone, seed),
+        parents=tuple(dict.fromkeys([*made.parents, *(one.digest for one in read)])),
+    )
+
+
+def _draw(backbone: Backbone, seed: int, count: int, population: int | None) -> Tensor:
+    """Embeddings [count, H] of words that are drawn apart from those of the start, which has the same seed."""
+    generator = torch.Generator().manual_seed(seed + DRAWN)
+    return from_ids(backbone, Site(), sample_vocabulary(backbone, count, population, generator))
+
+
+def _made(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: PromptSpec,
+    generator: torch.Generator,
+    labels: Sequence[str],
+) -> Tensor:
+    """The start of the kinds that need no other artifact."""
+    if config.kind == "random":
+        return _random(config.distribution, backbone, site, slot, generator)
+    if config.kind == "zeros":
+        return torch.zeros(slot.length, slot.width)
+    if config.kind == "text":
+        return from_ids(backbone, site, text_ids(backbone.tokenizer, config.text or "", slot.length))
+    if config.kind == "labels":
+        words = config.labels or tuple(labels)
+        return _from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator)
+    return from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator))
+
+
+def text_ids(tokenizer: Any, text: str, length: int, special: bool = False) -> Tensor:
+    """Token ids [length] of `text`: cut where it is longer, repeated where it is shorter.
+
+    special: keep the tokens that the tokenizer adds by itself (as PEFT's TEXT does).
+    """
+    if tokenizer is None:
+        raise BackboneError("a start from words needs the model's tokenizer")
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not ids:
+        raise BackboneError(f"the start text {text!r} has no tokens; give some words")
+    return torch.tensor((ids * -(-length // len(ids)))[:length])
+
+
+def sample_vocabulary(backbone: Backbone, count: int, population: int | None, generator: torch.Generator) -> Tensor:
+    """`count` different token ids drawn from the whole table, or from its `population` most common tokens.
+
+    Vocabularies of trained tokenizers are ordered by frequency (merges, pieces), so the most common are the first.
+    Special tokens are never drawn.
+    """
+    vocabulary = min(backbone.vocabulary, backbone.config.vocab_size)
+    special = set() if backbone.tokenizer is None else set(backbone.tokenizer.all_special_ids)
+    known = vocabulary if backbone.tokenizer is None else min(vocabulary, len(backbone.tokenizer))
+    pool = torch.tensor([i for i in range(known) if i not in special])[:population]
+    if count > len(pool):
+        raise BackboneError(
+            f"{count} different words are wanted, but only {len(pool)} can be drawn; ask for fewer"
+            + ("" if population is None or population >= known else f", or set a population above {population}")
+        )
+    return pool[torch.randperm(len(pool), generator=generator)[:count]]
+
+
+def from_ids(backbone: Backbone, site: Site, ids: Tensor) -> Tensor:
+    """The prompt `[P, D]` that does at `site` what the words `ids [P]` would do, in float32 on the CPU."""
+    row = ids[None].to(backbone.device)
+    with torch.no_grad():
+        if site.name == "input":
+            return backbone.embed(row)[0].float().cpu().clone()
+        if site.name == "decoder":
+            embedded: Tensor = backbone.decoder.embed_tokens(row)[0]
+            return embedded.float().cpu().clone()
+        parts = _layer_inputs(backbone, site, row) if site.name == "layers" else _keys_and_values(backbone, row)
+        return torch.cat([part.flatten(1) for part in parts], 1).float().cpu()
+
+
+def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
+    """Each layer's input [P, H] when the model reads `ids [1, P]`; layer 0 takes the embeddings themselves."""
+    found: list[Tensor] = []
+
+    def keep(module: Any, args: Any, kwargs: Any) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"])[0])
+
+    handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in backbone.layers]
+    try:
+        backbone.encoder(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    embedded = backbone.embed(ids)[0]
+    if site.mode == "add":  # what is added at layer 0 is carried on by the model itself
+        return [embedded, *[torch.zeros_like(part) for part in found[1:]]]
+    return [embedded, *found[1:]]
+
+
+def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
+    """Each layer's keys and values [P, 2, heads, size] after reading `ids [1, P]`.
+
+    A decoder also has an encoder to look at: it reads the same words.
+    """
+    cache = backbone.new_cache()
+    if backbone.family is SEQ2SEQ:
+        state = backbone.encoder(input_ids=ids).last_hidden_state
+        pair = EncoderDecoderCache(cache, backbone.new_cache())
+        backbone.decoder(input_ids=ids, encoder_hidden_states=state, past_key_values=pair, use_cache=True)
+    else:
+        backbone.trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+    layers: list[Any] = cache.layers
+    if any(layer.keys.shape[2] != ids.shape[1] for layer in layers):
+        raise BackboneError(
+            f"a sliding window of {backbone.config.sliding_window} positions cannot hold {ids.shape[1]} prompt tokens; "
+            f"choose a shorter prompt or site 'input'"
+        )
+    return [torch.stack([layer.keys[0], layer.values[0]]).permute(2, 0, 1, 3) for layer in layers]
+
+
+def _random(distribution: str, backbone: Backbone, site: Site, slot: PromptSpec, generator: torch.Generator) -> Tensor:
+    if distribution == "uniform":  # Lester et al. 2021, section 3.2; the released code draws from [0, 0.5) instead
+        return torch.rand(slot.length, slot.width, generator=generator) - 0.5
+    noise = torch.randn(slot.length, slot.width, generator=generator)
+    if distribution == "normal":  # PEFT's start: about 50 times a Llama's embeddings
+        return noise
+    if site.name in ("input", "decoder"):
+        return noise * backbone.rms
+    words = from_ids(backbone, site, sample_vocabulary(backbone, slot.length, None, generator))
+    return noise * words.square().mean().sqrt()
+
+
+def _from_labels(
+    words: Sequence[str], backbone: Backbone, site: Site, slot: PromptSpec, population: int, generator: torch.Generator
+) -> Tensor:
+    """Row i is the mean of label i's piece embeddings; rows left over are common words (section 3.2 of the paper)."""
+    if backbone.tokenizer is None or not words:
+        raise BackboneError("a start from class labels needs label words (a verbalizer or init.labels) and a tokenizer")
+    if len(words) > slot.length:
+        raise BackboneError(
+            f"{len(words)} labels do not fit into a prompt of {slot.length} tokens; lengthen the prompt or list fewer "
+            f"words in init.labels"
+        )
+    if site.name not in ("input", "decoder"):
+        raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
+    filler = sample_vocabulary(backbone, slot.length - len(words), population, generator)
+    pieces = {word: text_pieces(backbone.tokenizer, word) for word in words}
+    empty = [word for word, ids in pieces.items() if not len(ids)]
+    if empty:
+        raise BackboneError(f"the label word {empty[0]!r} has no tokens; name words in init.labels or the verbalizer")
+    rows = [from_ids(backbone, site, pieces[word]).mean(0, keepdim=True) for word in words]
+    return torch.cat([*rows, *([from_ids(backbone, site, filler)] if len(filler) else [])])
+
+
+def text_pieces(tokenizer: Any, text: str) -> Tensor:
+    """All token ids of `text`, without special tokens."""
+    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _fitting(
+    places: Sequence[tuple[str | Path, int | None]],
+    backbone: Backbone,
+    site: Site,
+    slot: PromptSpec,
+    allow_other_weights: bool,
+) -> list[Artifact]:
+    """The artifacts in directories (and which of several there, or None).
+
+    Raises ArtifactError unless they were made for these weights, this site and this shape.
+    """
+    every = [artifact.load(path, task) for path, task in places]
+    weights = fingerprint(backbone) if places else None
+    for (path, _), found in zip(places, every, strict=True):
+        assert weights is not None
+        _check_fits(found, path, weights, site, slot, allow_other_weights)
+    return every
+
+
+def _check_fits(
+    found: Artifact, path: str | Path, weights: Fingerprint, site: Site, slot: PromptSpec, allow_other_weights: bool
+) -> None:
+    try:
+        artifact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
+    except errors.WrongBackboneError as error:
+        raise errors.WrongBackboneError(f"{path}: {error}") from None
+    if found.site != site.name or found.shape != (slot.length, slot.width):
+        raise ArtifactError(
+            f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
+            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+        )
+
+
+def _from_vector(
+    config: InitConfig,
+    backbone: Backbone,
+    site: Site,
+    slot: PromptSpec,
+    seed: int,
+    labels: Sequence[str],
+    allow_other_weights: bool,
+) -> PromptInit:
+    """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
+    assert config.vector is not None
+    total = vectors.read(config.vector)
+    _check_fits(total.like, config.vector, fingerprint(backbone), site, slot, allow_other_weights)
+    if config.start is not None:
+        began = initialize(
+            config.start, backbone, site, slot, seed=seed, labels=labels, allow_other_weights=allow_other_weights
+        )
+        return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
+    common = vectors.common_start(total)
+    if common is None and not total.parts:
+        raise ConfigError(
+            f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
+            f"such as init.start: {{kind: vocabulary}}"
+        )
+    if common is None:
+        raise ConfigError(
+            f"the prompts of '{config.vector}' did not all begin at the same start; say with init.start what to add "
+            f"their sum to, such as init.start: {{kind: vocabulary}}"
+        )
+    return PromptInit(vectors.apply(total, common), parents=total.parents)
+
+
+def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]) -> PromptInit:
+    """The shared prompt of source tasks, with their factors' average (Wang et al. 2023, section 3.2), one's, or ones.
+
+    Columns and rows are averaged on their own; the average of their products would not be of the same rank.
+    """
+    sources = {one.task: one for one in artifacts}
+    for name, one in sources.items():
+        if not {"shared", "columns.0", "rows.0"} <= set(one.state):
+            raise ArtifactError(
+                f"{path}: the prompt of {name} was trained with {one.method}, which has no shared prompt and factors; "
+                f"start from a multitask prompt, or use init kind 'artifact'"
+            )
+    first = artifacts[0].state
+    if any(not torch.equal(one.state["shared"], first["shared"]) for one in artifacts):
+        raise ArtifactError(f"{path}: {', '.join(sources)} do not share one prompt; they come from different runs")
+    if config.factors == "ones":
+        return PromptInit(first["shared"].clone())
+    if config.factors == "task":
+        if config.task not in sources:
+            raise ConfigError(
+                f"{path} has no source task '{config.task}'{closest(str(config.task), sources)} there are: "
+                f"{', '.join(sources)}"
+            )
+        sources = {config.task: sources[config.task]}
+    columns, rows = (
+        torch.stack([one.state[name].double() for one in sources.values()]).mean(0).float()
+        for name in ("columns.0", "rows.0")
+    )
+    return PromptInit(first["shared"].clone(), factors=(columns, rows))
+
+
+def _parts(path: str) -> list[tuple[str | Path, int | None]]:
+    """The prompts in a directory: what a run of several tasks or a SoftPromptModel left, PEFT's, or a single one."""
+    found = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
+    if found and not (Path(path) / collection.ORDER).is_file():
+        return [(one, None) for one in found]
+    return [(part.path, part.task) for unit in collection.units(Path(path)) for part in unit]

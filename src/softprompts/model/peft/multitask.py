@@ -1,0 +1,193 @@
+"""Multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861) under PEFT's names."""
+
+import enum
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from softprompts.artifacts.artifact import check_fingerprint
+from softprompts.backbone import Backbone, fingerprint
+from softprompts.config import InitConfig, PromptConfig
+from softprompts.errors import ConfigError
+from softprompts.methods.multitask import MultitaskPromptTuning
+from softprompts.model.peft import source
+from softprompts.model.peft.prompt_tuning import (
+    PeftType,
+    PromptTuningConfig,
+    check_width,
+    first_rows,
+    known,
+    missing,
+    positive,
+)
+from softprompts.types import PromptInit, PromptSpec
+
+
+class FactorsInit(enum.StrEnum):
+    """Where the factors of a task start."""
+
+    ONES = "ones"
+    NORMAL = "normal"
+
+
+class MultitaskPromptTuningInit(enum.StrEnum):
+    """Where a multitask prompt starts: as a plain one, its factors at `factors_init`, or from a source."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
+    CLASS_LABELS = "CLASS_LABELS"
+    ARTIFACT = "ARTIFACT"
+    RANDOM_NORMAL = "RANDOM_NORMAL"
+    RANDOM_UNIFORM = "RANDOM_UNIFORM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"  # the source's shared prompt, the mean of its columns, of its rows
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"  # the source's shared prompt and the factors of one of its tasks
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"  # the source's shared prompt
+
+
+_FACTORS = (MultitaskPromptTuningInit.AVERAGE_SOURCE_TASKS, MultitaskPromptTuningInit.EXACT_SOURCE_TASK)
+_SOURCES = (*_FACTORS, MultitaskPromptTuningInit.ONLY_SOURCE_SHARED)
+_RECORDED = dict(zip(_SOURCES, ("average", "task", "ones"), strict=True))  # as InitConfig has them
+
+
+@dataclass
+class MultitaskPromptTuningConfig(PromptTuningConfig):
+    """The configuration of a MultitaskPromptEmbedding, or of a SoftPromptModel with `num_tasks` tasks.
+
+    prompt_tuning_init_state_dict_path: PEFT's adapter_model.safetensors of a trained multitask prompt, or a directory,
+    PEFT's or ours; needed for the starts from a source. prompt_tuning_init_task: which of its tasks, by place or, where
+    a directory knows them, by name. num_ranks: the rank of the factors' product. factors_init: `ones` or PEFT's
+    `normal`, for factors that do not come from a source.
+    Raises ConfigError as PromptTuningConfig does, for a start that lacks its path, and for several tasks that are to
+    start from one.
+    """
+
+    prompt_tuning_init: MultitaskPromptTuningInit | str = MultitaskPromptTuningInit.RANDOM
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int | str | None = 0
+    num_ranks: int = 1
+    num_tasks: int = 1
+    factors_init: FactorsInit | str = FactorsInit.ONES
+
+    _type: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING
+    _starts: ClassVar[type[enum.StrEnum]] = MultitaskPromptTuningInit
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.factors_init = known("factors_init", self.factors_init, FactorsInit)
+        for field in ("num_ranks", "num_tasks"):
+            if not positive(getattr(self, field)):
+                raise ConfigError(f"{field} must be a positive number, given {getattr(self, field)!r}")
+        if not self.reads_source:
+            return
+        kind = MultitaskPromptTuningInit(self.prompt_tuning_init)
+        if self.prompt_tuning_init_state_dict_path is None:
+            raise ConfigError(missing(kind, "prompt_tuning_init_state_dict_path", None))
+        if kind in _FACTORS and self.num_tasks != 1:
+            raise ConfigError(
+                f"{kind.value} starts one task, but num_tasks is {self.num_tasks}; set it to 1, or start several with "
+                f"{MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
+            )
+
+    @property
+    def count(self) -> int:
+        """Number of tasks."""
+        return self.num_tasks
+
+    @property
+    def reads_source(self) -> bool:
+        """Whether training begins at a trained multitask prompt; in `inference_mode` nothing is read."""
+        return self.prompt_tuning_init in _SOURCES and not self.inference_mode
+
+    def describe(self, backbone: Backbone) -> tuple[PromptConfig, PromptInit | None]:
+        """As PromptTuningConfig.describe; the start also brings a source's factors.
+
+        Raises ConfigError where the source does not fit the model or this configuration.
+        """
+        plain, start = super().describe(backbone)
+        options = {"ranks": self.num_ranks, "start": str(self.factors_init)}
+        config = plain.model_copy(update={"method": "multitask-prompt-tuning", "options": options})
+        return config, self.from_source(self.length, backbone.features, backbone) if self.reads_source else start
+
+    def from_source(self, rows: int, width: int, backbone: Backbone | None = None) -> PromptInit:
+        """The start for a prompt of `rows` and `width` in the source.
+
+        Raises ConfigError where it does not fit, and ArtifactError where it was made for another `backbone`.
+        """
+        found = source.load(str(self.prompt_tuning_init_state_dict_path)).fit(rows, width)
+        if backbone is not None:
+            check_fingerprint(found.fingerprint, fingerprint(backbone))
+        if self.prompt_tuning_init not in _FACTORS:
+            return PromptInit(found.shared)
+        if found.columns.shape[-1] != self.num_ranks:
+            raise ConfigError(
+                f"{found.path} holds factors of rank {found.columns.shape[-1]}, wanted is rank {self.num_ranks}; set "
+                f"num_ranks to match, or take {MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
+            )
+        if self.prompt_tuning_init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
+            index = found.index(self.prompt_tuning_init_task)
+            return PromptInit(found.shared, factors=(found.columns[index], found.rows[index]))
+        return PromptInit(found.shared, factors=(found.columns.mean(0), found.rows.mean(0)))
+
+    def _init(self) -> InitConfig:
+        if self.prompt_tuning_init not in _SOURCES:
+            return super()._init()
+        if not self.reads_source:
+            return InitConfig(kind="random")
+        task = str(self.prompt_tuning_init_task)
+        record = {
+            "path": self.prompt_tuning_init_state_dict_path,
+            "factors": _RECORDED[MultitaskPromptTuningInit(self.prompt_tuning_init)],
+        }
+        return InitConfig.model_validate({"kind": "multitask", "task": task, **record})
+
+
+class MultitaskPromptEmbedding(nn.Module):
+    """The model that encodes virtual tokens into the prompt embeddings of several tasks.
+
+    config: a MultitaskPromptTuningConfig; word_embeddings: the base model's (its device is taken, its weights only
+    read). With R = num_virtual_tokens * num_transformer_submodules rows and r = num_ranks, all float32:
+    embedding: nn.Embedding [R, token_dim], the shared prompt; prefix_task_cols [num_tasks, R, r]; prefix_task_rows
+    [num_tasks, r, token_dim].
+    With `inference_mode` neither tokenizer nor source is read, as the tensors will be loaded.
+    Raises ConfigError as PromptEmbedding does, and for a source that does not fit.
+    """
+
+    def __init__(self, config: MultitaskPromptTuningConfig, word_embeddings: Any) -> None:
+        super().__init__()
+        with torch.no_grad():
+            start = _start(config, word_embeddings)
+        count, width = start.prompt.shape
+        kind = MultitaskPromptTuning
+        options = kind.Config(config.num_ranks, start=str(config.factors_init))  # type: ignore[arg-type]
+        made = kind(options, PromptSpec(tuple(map(str, range(config.num_tasks))), count, width, width), start)
+        device = word_embeddings.weight.device
+        self.embedding = nn.Embedding(count, width, _weight=made.shared.detach().to(device))
+        self.prefix_task_cols = nn.Parameter(torch.stack([part.detach() for part in made.columns]).to(device))
+        self.prefix_task_rows = nn.Parameter(torch.stack([part.detach() for part in made.rows]).to(device))
+
+    def forward(self, indices: Tensor, task_ids: Tensor | None) -> Tensor:
+        """indices (batch, virtual_tokens), task_ids (batch) or one for all -> (batch, virtual_tokens, token_dim).
+
+        Raises ConfigError without task_ids, and for ids of tasks that are not there.
+        """
+        if task_ids is None:
+            raise ConfigError("task_ids cannot be None")
+        tasks = task_ids.reshape(-1)
+        count = len(self.prefix_task_cols)
+        if bool(((tasks < 0) | (tasks >= count)).any()):
+            raise ConfigError(f"task_ids {tasks.tolist()} name tasks that are not there; num_tasks is {count}")
+        columns = self.prefix_task_cols[tasks[:, None], indices]
+        found: Tensor = self.embedding(indices) * (columns @ self.prefix_task_rows[tasks])
+        return found
+
+
+def _start(config: MultitaskPromptTuningConfig, embed: Any) -> PromptInit:
+    count = config.length * (config.num_transformer_submodules or 1)
+    if not config.reads_source:
+        return PromptInit(first_rows(config, embed, count))
+    width = embed(torch.zeros(1, dtype=torch.long, device=embed.weight.device)).shape[-1]
+    check_width(config.token_dim, width)
+    return config.from_source(count, width)

@@ -1,0 +1,219 @@
+"""Which kernels a model runs with on this machine: measured once, remembered in the cache.
+
+A choice changes results by rounding only, but a run must be repeatable to the bit: so what was measured is kept, and a
+run stores what it was made with.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch.nn import functional
+
+from softprompts import injection
+from softprompts.artifacts.io import read_json, write_json
+from softprompts.assets import cache_dir
+from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.backbone.devices import chip, finish
+from softprompts.backbone.kernels import Kernels, linears, running
+from softprompts.errors import ArtifactError, BackboneError
+from softprompts.injection import Site
+from softprompts.types import IGNORE, Batch, Prompt
+
+WORTH = 5_000_000
+"""Parameters from which measuring pays; smaller models take the defaults."""
+
+BETTER = 0.95
+"""A kernel is preferred to the one before it in the list when it takes at most this share of its time."""
+
+PACKED = {"packed": "math", "packed-fused": "fused"}
+"""What a user may ask for as `attention` besides transformers' own, and its core."""
+
+BUDGET = 20.0
+"""Seconds after which no further candidate is begun: where steps take that long, the first in the list is kept."""
+
+SHAPE = (8, 24, 20)  # rows, tokens a row, prompt tokens of the step that is measured
+
+
+@dataclass(frozen=True)
+class TunedKernels:
+    """The kernels, and the seconds that each candidate took (empty where nothing had to be measured)."""
+
+    kernels: Kernels
+    seconds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        kernels = self.kernels
+        own = kernels.attention or "the model's own"
+        rows = f"rows packed ({kernels.core})" if kernels.rows == "packed" else f"attention {own}"
+        parts = [
+            rows,
+            f"products by {kernels.matmul_backend}",
+            *(["norms and MLPs compiled"] if kernels.compiled else []),
+        ]
+        return ", ".join(parts)
+
+
+def autotune(
+    backbone: Backbone,
+    *,
+    attention: str | None = None,
+    products: str = "auto",
+    compiled: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> TunedKernels:
+    """The kernels for `backbone` on its device: as asked for, and what is left open by the remembered measurement.
+
+    attention: "packed", "packed-fused", or the implementation of transformers that the model was loaded with; say: is
+    told when a measurement begins.
+    Raises BackboneError when rows are to be packed and cannot be.
+    """
+    if attention in PACKED:
+        _check_packable(backbone, attention)
+    packs = backbone.family.shifted and injection.why_not_packed(backbone) is None
+    usual = Kernels() if packs else Kernels(rows="shared")
+    asked: dict[str, Any] = {"compiled": compiled}
+    if products != "auto":
+        asked["products"] = products
+    if attention is not None:
+        asked |= {"rows": "packed", "core": PACKED[attention]} if attention in PACKED else {"rows": "shared"}
+    open_ = [name for name, value in (("attention", attention), ("products", products)) if value in (None, "auto")]
+    size = sum(parameter.numel() for parameter in backbone.model.parameters())
+    if not open_ or size < WORTH:
+        return TunedKernels(replace(usual, **asked), {})
+    found = _remembered(backbone, say or (lambda line: None))
+    kept = {k: v for k, v in found["kernels"].items() if k not in asked}
+    return TunedKernels(replace(usual, **{**kept, **asked}), found["seconds"])
+
+
+def _check_packable(backbone: Backbone, attention: str) -> None:
+    tried = replace(backbone, kernels=Kernels(core=PACKED[attention]), known={})
+    reason = injection.why_not_packed(tried) if backbone.family.shifted else "an encoder's prompt sees the text"
+    if reason is not None:
+        raise BackboneError(f"attention '{attention}' is not possible: {reason}; leave model.attention out")
+
+
+def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any]:
+    """The measurement for models of this shape, on this device with these versions; made if it is not there."""
+    file = cache_dir() / "kernels.json"
+    try:
+        known = read_json(file) if file.is_file() else {}
+    except ArtifactError:
+        known = {}  # a damaged file only costs the measurement
+    known = known if isinstance(known, dict) else {}
+    key = _key(backbone)
+    entry = known.get(key)
+    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys():
+        say("measuring which kernels are fastest here, once for this model and machine")
+        kernels, seconds = measure(backbone)
+        entry = {"kernels": asdict(kernels), "seconds": seconds}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, {**known, key: entry})
+    return entry
+
+
+def _key(backbone: Backbone) -> str:
+    config, device = backbone.config, backbone.device
+    shape = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
+    facts = [type(backbone.model).__name__, *shape, str(backbone.dtype), chip(device), torch.get_num_threads()]
+    return " ".join(map(str, [*facts, torch.__version__, transformers.__version__]))
+
+
+def measure(backbone: Backbone) -> tuple[Kernels, dict[str, float]]:
+    """The fastest kernels for a training step of ordinary size, and the seconds of each candidate."""
+    products, seconds = _fastest(backbone, _products(backbone), _one_product, 9)
+    chosen, steps = _fastest(backbone, _attentions(backbone, products), _one_step, 4)
+    return chosen, {**seconds, **steps}
+
+
+def first_step(backbone: Backbone) -> float:
+    """Seconds of a step with the backbone's own kernels, in which whatever is to be compiled is."""
+    return _clock(backbone, backbone.kernels, _one_step)
+
+
+def _fastest(
+    backbone: Backbone,
+    candidates: Mapping[str, Kernels],
+    once: Callable[[Backbone, Kernels], None],
+    rounds: int,
+) -> tuple[Kernels, dict[str, float]]:
+    """The best of the candidates and the shortest time of each; they take turns, so that a busy moment hits all."""
+    seconds, began = dict.fromkeys(candidates, float("inf")), time.perf_counter()
+    for turn in range(rounds if len(candidates) > 1 else 0):
+        for name in list(seconds):
+            if time.perf_counter() - began > BUDGET:
+                break
+            try:
+                taken = _clock(backbone, candidates[name], once)
+            except (RuntimeError, ValueError, ImportError, injection.Unpackable):
+                del seconds[name]  # a kernel that does not run here is no candidate
+                continue
+            # The first turn warms up; it counts only where there is no other.
+            seconds[name] = round(taken, 6) if turn < 2 else min(seconds[name], round(taken, 6))
+    seconds = {name: taken for name, taken in seconds.items() if taken < float("inf")}
+    best = next(iter(seconds), next(iter(candidates)))
+    for name in seconds:
+        if seconds[name] < BETTER * seconds[best]:
+            best = name
+    return candidates[best], seconds if len(candidates) > 1 else {}
+
+
+def _clock(backbone: Backbone, kernels: Kernels, once: Callable[[Backbone, Kernels], None]) -> float:
+    began = time.perf_counter()
+    once(backbone, kernels)
+    finish(backbone.device)
+    return time.perf_counter() - began
+
+
+def _products(backbone: Backbone) -> dict[str, Kernels]:
+    found = {"torch products": Kernels()}
+    if linears(backbone.model) and torch.backends.mkldnn.is_available():
+        found["onednn products"] = Kernels(matmul_backend="onednn")
+    return found
+
+
+def _attentions(backbone: Backbone, kernels: Kernels) -> dict[str, Kernels]:
+    found: dict[str, Kernels] = {}
+    if backbone.family.shifted and injection.why_not_packed(backbone) is None:
+        found |= {name: replace(kernels, core=core) for name, core in PACKED.items()}
+    own = backbone.model.config._attn_implementation
+    found[own] = replace(kernels, rows="shared", attention=own)
+    if backbone.model._can_set_attn_implementation():
+        names = [name for name in ("eager", "sdpa") if name != own]
+        found |= {name: replace(kernels, rows="shared", attention=name) for name in names}
+    return found
+
+
+def _one_product(backbone: Backbone, kernels: Kernels) -> None:
+    """The widest product, forward and back, with as many tokens as an ordinary step has."""
+    products: list[Any] = linears(backbone.model)
+    widest = max(products, key=lambda m: m.weight.numel() if m.weight.shape[0] < 20_000 else 0)
+    width = widest.nx if hasattr(widest, "nx") else widest.in_features
+    x = torch.randn(512, width, dtype=widest.weight.dtype, requires_grad=True)
+    with running(backbone.model, kernels, backbone.known):
+        widest(x).sum().backward()
+
+
+def _one_step(backbone: Backbone, kernels: Kernels) -> None:
+    """A training step with these kernels."""
+    rows, length, slots = SHAPE
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, backbone.vocabulary, (rows, length), generator=random).to(backbone.device)
+    start = backbone.embed(ids[0, torch.arange(slots, device=ids.device) % length]).float()
+    labels = ids.masked_fill(torch.arange(length, device=ids.device) < length - 1, IGNORE)
+    batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids[:, 0]), labels)
+    if backbone.family is SEQ2SEQ:
+        batch = replace(batch, labels=ids[:, :4])
+    if backbone.head != "lm":
+        batch = replace(batch, labels=None)
+    values = start[None].clone().requires_grad_()
+    prompt = Prompt(values, torch.ones(1, slots, dtype=torch.bool, device=ids.device), batch.task_ids)
+    tried = replace(backbone, kernels=kernels)
+    output = injection.forward(tried, batch, prompt, Site(), hidden=batch.labels is None)
+    if output.labels is not None and output.logits is not None:
+        functional.cross_entropy(output.logits.float(), output.labels).backward()
+    elif output.hidden is not None:
+        output.hidden.float().square().mean().backward()

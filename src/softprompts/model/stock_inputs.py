@@ -1,0 +1,95 @@
+"""From the arguments of a stock model to a Batch: which row is of which task, what is text, what is a label."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.config import closest
+from softprompts.errors import ConfigError
+from softprompts.types import Batch, mask_before_labels
+
+Names = Sequence[str] | str | None
+Places = Tensor | Sequence[int] | None
+
+
+def index(name: str, loaded: Sequence[str]) -> int:
+    """The place of `name` among the loaded tasks; raises ConfigError that suggests what was meant."""
+    if name not in loaded:
+        raise ConfigError(f"no prompt '{name}'{closest(name, loaded)} loaded: {', '.join(sorted(loaded)) or 'none'}")
+    return loaded.index(name)
+
+
+def places(names: Names, ids: Places, count: int, loaded: Sequence[str], active: Callable[[], str]) -> Tensor:
+    """Each row's place among the loaded tasks, [B]: by names, by places, or the active task for all."""
+    if names is not None and ids is not None:
+        raise ConfigError("give either tasks or task_ids, not both")
+    if ids is None:
+        given = [names or active()] if names is None or isinstance(names, str) else list(names)
+        found = torch.tensor([index(str(name), loaded) for name in given])
+    else:
+        found = torch.as_tensor(ids).reshape(-1).long().cpu()
+        if bool(((found < 0) | (found >= len(loaded))).any()):
+            here = ", ".join(f"{i} {name}" for i, name in enumerate(loaded)) or "none"
+            raise ConfigError(f"task_ids {found.tolist()} name prompts that are not loaded; loaded: {here}")
+    if len(found) not in (1, count):
+        raise ConfigError(f"{len(found)} tasks are named for {count} rows; name one, or one for each row")
+    return found.expand(count)
+
+
+def batch(backbone: Backbone, given: Mapping[str, Any], place: Callable[[int], Tensor]) -> Batch:
+    """The arguments of a stock model as a batch; `place` gives the tasks of that many rows."""
+    text, embeds, mask = given["input_ids"], given["inputs_embeds"], given["attention_mask"]
+    if (text is None) == (embeds is None):
+        raise ValueError("give either input_ids or inputs_embeds")
+    shape = (text if embeds is None else embeds).shape[:2]
+    mask = torch.ones(shape, dtype=torch.long) if mask is None else mask
+    for name, value in (("attention_mask", mask), ("words", given["words"])):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must be [rows, tokens] as the text, {list(shape)}, not {list(value.shape)}")
+    decoding = backbone.family is SEQ2SEQ and backbone.head == "lm"
+    wanted = labels(given) if decoding else None
+    if decoding and "labels" in given and wanted is None and given["decoder_input_ids"] is None:
+        raise ValueError("an encoder-decoder model needs labels or decoder_input_ids")
+    return Batch(
+        torch.full(shape, -1) if text is None else text,  # -1: no token, so that whoever looks it up notices
+        mask,
+        place(shape[0]),
+        labels=wanted,
+        token_type_ids=given.get("token_type_ids"),
+        inputs_embeds=embeds,
+        prompt_offsets=given.get("prompt_places"),
+        position_ids=given.get("position_ids"),
+        decoder_input_ids=given["decoder_input_ids"],
+        decoder_attention_mask=given["decoder_attention_mask"],
+        instruction_mask=given["words"],
+    ).to(backbone.device)
+
+
+def labels(given: Mapping[str, Any]) -> Tensor | None:
+    """Labels as the stock head takes them; of spans starts and ends, [B, 2]."""
+    start, end = given.get("start_positions"), given.get("end_positions")
+    if start is None or end is None:
+        found: Tensor | None = given.get("labels")
+        return found
+    return torch.stack([start.reshape(-1), end.reshape(-1)], 1)
+
+
+def text_mask(ids: Tensor, options: Mapping[str, Any], config: Any) -> Tensor:
+    """What transformers' generate takes for text where nobody says: padding is none, unless it also ends texts."""
+
+    def setting(name: str) -> Any:
+        found = [options.get(name), getattr(options.get("generation_config"), name, None), getattr(config, name, None)]
+        return next((value for value in found if value is not None), None)
+
+    padding, end = setting("pad_token_id"), setting("eos_token_id")
+    ends = end if isinstance(end, list) else [end]
+    return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
+
+
+def readable(backbone: Backbone, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
+    """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
+    scored = backbone.head == "lm" and backbone.family.shifted
+    return mask_before_labels(mask, labels(given) if scored else None)

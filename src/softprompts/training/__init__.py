@@ -1,0 +1,1 @@
+"""Training: one loop, what it can train, objectives, checkpoints."""

@@ -1,0 +1,101 @@
+"""What is minimized: each objective is a function of a Step that gives a scalar; a run weighs and adds them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from softprompts.config import closest
+from softprompts.errors import ConfigError
+from softprompts.types import IGNORE, Objective, Step, TeacherBatch
+
+
+def task(step: Step) -> Tensor:
+    """The task's own loss over scored positions, in float32 at least.
+
+    Cross-entropy for tokens and classes (mean over the N labels that are not ignored), binary cross-entropy for
+    multi-label [B, C], squared error for values [B].
+    Raises ValueError when the batch has no label to learn from.
+    """
+    logits, labels = step.output.logits, step.output.labels
+    if step.output.nll is not None:
+        return step.output.nll.mean()
+    if logits is None or labels is None or labels.numel() == 0:
+        raise ValueError("the batch holds no label to learn from; check the task's template, label column and head")
+    logits = _wide(logits)
+    if not labels.is_floating_point():
+        return functional.cross_entropy(logits, labels, ignore_index=IGNORE)
+    if labels.dim() == 2:
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+    return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+
+
+def distil_logits(step: Step) -> Tensor:
+    """T² KL(teacher || student) of the scores at temperature T, mean over the N labeled positions.
+
+    Wang et al. 2023, section 3.1 (L_Logits): both answer teacher-forced, with softmax(z / T). The square keeps the
+    gradient's size the same for every T (Hinton et al. 2015, section 2).
+    Raises ValueError for a step without a teacher.
+    """
+    teacher, output = _teacher(step), step.output
+    assert output.logits is not None
+    assert output.scores is not None
+    with torch.no_grad():
+        target = (_wide(output.scores(teacher.states)) / teacher.temperature).log_softmax(-1)
+    given = (_wide(output.logits) / teacher.temperature).log_softmax(-1)
+    divergence = functional.kl_div(given, target, reduction="none", log_target=True).sum(-1)
+    return divergence.mean() * teacher.temperature**2
+
+
+def distil_hidden(step: Step) -> Tensor:
+    """Mean squared difference between the teacher's and the student's states of the text, over layers and elements.
+
+    Wang et al. 2023, section 3.1 (L_Hidden). The paper's sum would dwarf the other losses, so every row counts with the
+    mean over its elements, times its share of the batch's labels: accumulated batches then equal one large batch.
+    Prompt positions are no part of it.
+    Raises ValueError for a step without a teacher.
+    """
+    teacher, output = _teacher(step), step.output
+    rows = len(step.batch.input_ids)
+    labels = torch.bincount(output.row, minlength=rows)
+    parts = []
+    for key, states in output.layers.items():
+        counts = output.tokens[key[0]]
+        each = (_wide(states) - _wide(teacher.layers[key].to(states.device))).square().mean(-1)
+        share = labels.to(each.dtype) / labels.sum()
+        row = torch.arange(rows, device=each.device).repeat_interleave(counts)
+        parts.append((each * (share / counts.clamp(min=1))[row]).sum())
+    return torch.stack(parts).mean()
+
+
+def _teacher(step: Step) -> TeacherBatch:
+    if step.teacher is None:
+        raise ValueError("this objective compares with a teacher, and the step has none; name them in train.distil")
+    return step.teacher
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+OBJECTIVES: dict[str, Objective] = {"task": task, "distil-logits": distil_logits, "distil-hidden": distil_hidden}
+
+TAUGHT = ("distil-logits", "distil-hidden")
+"""The objectives that need a teacher."""
+
+
+def weigh(weights: Mapping[str, float]) -> Objective:
+    """The weighted sum of the named objectives; one of weight 0 is not computed.
+
+    Raises ConfigError for a name that is not in OBJECTIVES.
+    """
+    for name in weights:
+        if name not in OBJECTIVES:
+            raise ConfigError(f"unknown objective '{name}'{closest(name, OBJECTIVES)} known: {', '.join(OBJECTIVES)}")
+
+    def total(step: Step) -> Tensor:
+        return torch.stack([weight * OBJECTIVES[name](step) for name, weight in weights.items() if weight]).sum()
+
+    return total

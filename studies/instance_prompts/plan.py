@@ -1,0 +1,175 @@
+"""What a user writes for the study: tasks, the methods that are compared, and how; every cap is a key."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Count, Rate, check_known, distinct
+
+
+class Arm(Section):
+    """A line of the table: a method as it is used. Rates of its groups follow the rate that is being tried."""
+
+    about: str = ""
+    prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
+    rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
+    follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over train.rate
+    pretrain: bool = False  # begins at what stage `pretrain` taught the same method
+
+    @field_validator("rates")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return distinct(values)
+
+
+TABLE = {"table": "low-rank", "rank": 16}
+"""A table of 0.6 % of SmolLM2-135M's size, within the 0.5-1.5 % that the paper of IPT speaks of."""
+
+GENERATOR = {"output": 0.1, "hidden": 0.01}
+
+ARMS: dict[str, Arm] = {
+    "prompt-tuning": Arm(about="one prompt for all texts"),
+    "prefix": Arm(about="keys and values at every layer", prompt={"method": "prefix-tuning", "site": "kv"}),
+    "p-tuning": Arm(
+        about="a prompt from an LSTM", prompt={"method": "p-tuning"}, follow={"network": 0.01, "output": 0.02}
+    ),
+    "ipt-lookup": Arm(
+        about="looked up for the text's words", prompt={"method": "ipt", "options": {**TABLE, "base": "start"}}
+    ),
+    "ipt-pretrained": Arm(
+        about="the same, table taught topics",
+        prompt={"method": "ipt", "options": {**TABLE, "base": "start"}},
+        pretrain=True,
+    ),
+    "ipt-encoder": Arm(
+        about="from the text's words by a CNN",
+        prompt={"method": "ipt", "options": {**TABLE, "strategy": "cnn"}},
+        follow={"encoder": 0.01},
+    ),
+    "idpg-s": Arm(
+        about="generated, at the input",
+        prompt={"method": "idpg", "options": {"hidden": 64, "encoder": "backbone"}},
+        follow=GENERATOR,
+    ),
+    "idpg-m": Arm(
+        about="generated, at every layer",
+        prompt={"method": "idpg", "site": "layers", "mode": "add", "options": {"encoder": "backbone"}},
+        follow=GENERATOR,
+    ),
+    "spt": Arm(about="with rows of a memory (reconstruction)", prompt={"method": "spt-reconstruction"}),
+    "prefix-network": Arm(
+        about="keys and values from a network",
+        prompt={"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 128}},
+        follow={"network": 0.01},
+    ),
+    "p-tuning-v2": Arm(
+        about="keys and values, a tenth dropped",
+        prompt={"method": "p-tuning-v2", "site": "kv", "options": {"dropout": 0.1}},
+    ),
+    "residual": Arm(about="a prompt and a network of it", prompt={"method": "residual"}, follow={"network": 0.01}),
+    "dept": Arm(
+        about="a shorter prompt, and texts changed",
+        prompt={"method": "dept", "length": 12, "options": {"rank": 7, "positions": 48}},
+        follow={"matrices": 0.01},
+    ),
+    "low-rank": Arm(about="a product of two matrices", prompt={"method": "low-rank", "options": {"rank": 5}}),
+}
+"""What can be compared by name."""
+
+COMPARED = (
+    *("prompt-tuning", "prefix", "p-tuning", "ipt-lookup", "ipt-pretrained", "ipt-encoder"),
+    *("idpg-s", "idpg-m", "spt"),
+)
+"""What is compared where a plan does not say otherwise."""
+
+
+class PretrainStage(Section):
+    """What `softprompts pretrain` teaches the method of arms that ask for it, on the classes of a task."""
+
+    task: TaskConfig
+    train: TrainConfig = TrainConfig(steps=200, batch_size=32, rate=0.03, head_rate=0.01)
+
+
+class SpeedStage(Section):
+    """Steps that are timed, of each arm alone on the first task, the arms in turns; run it on a quiet machine."""
+
+    steps: Count = 6
+    repeats: Count = 2
+
+
+class Study(Section):
+    """The whole study; `prompt` says length and start, and the site where an arm does not."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    arms: tuple[str, ...] = Field(default=COMPARED, min_length=1)
+    own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or what these set otherwise
+    upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
+    compare: ComparisonStage = ComparisonStage()
+    pretrain: PretrainStage | None = None
+    speed: SpeedStage | None = SpeedStage()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: str = "runs/instance"
+
+    @property
+    def known(self) -> Mapping[str, Arm]:
+        """Every arm by its name."""
+        return {**ARMS, **self.own}
+
+    @property
+    def titles(self) -> list[str]:
+        """The names of the tasks."""
+        return [task.title for task in self.tasks]
+
+    @field_validator("own")
+    @classmethod
+    def _whole(cls, own: dict[str, Arm]) -> dict[str, Arm]:
+        """An arm of a known name is that arm with what is set."""
+        sets = {name: {key: getattr(arm, key) for key in arm.model_fields_set} for name, arm in own.items()}
+        return {name: ARMS.get(name, arm).model_copy(update=sets[name]) for name, arm in own.items()}
+
+    @field_validator("arms", "upper")
+    @classmethod
+    def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return distinct(values)
+
+    @model_validator(mode="after")
+    def _names(self) -> "Study":
+        if len(set(self.titles)) != len(self.titles):
+            raise ValueError(f"task names must differ, given {', '.join(self.titles)}; set the name of one")
+        if self.model.head != "lm":
+            raise ValueError(f"runs that train together share a language model's head, not '{self.model.head}'")
+        for key in ("method", "options"):
+            if getattr(self.prompt, key) != getattr(PromptConfig(), key):
+                raise ValueError(f"prompt.{key} is set by each arm; leave it out (see own)")
+        for name in self.own:
+            if name in (*WEIGHTS, NO_PROMPT):
+                raise ValueError(f"own: '{name}' is another line of the table; call the arm otherwise")
+        for stage in ("train", "few"):
+            for key in ("rate", "rates"):
+                if getattr(getattr(self.compare, stage), key) != getattr(TrainConfig(), key):
+                    raise ValueError(
+                        f"compare.{stage}.{key}: arms try the rates of compare.rates, or rates of their own, and those "
+                        f"of their groups follow (own: rates, follow); leave it out"
+                    )
+        lists = {
+            "arms": (self.arms, list(self.known)),
+            "upper": (self.upper, list(WEIGHTS)),
+            "compare.tune_on": (self.compare.tune_on or (), self.titles),
+            "compare.weight_targets": (self.compare.weight_targets or (), self.titles),
+            "compare.weight_rates": (self.compare.weight_rates, list(WEIGHTS)),
+        }
+        for where, (given, possible) in lists.items():
+            check_known(where, given, possible)
+        for name in self.arms:
+            if self.known[name].pretrain and self.pretrain is None:
+                raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")
+        for name in self.upper:
+            if not self.compare.weight_rates.get(name):
+                raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_rates")
+        if 0 in self.compare.shots:
+            raise ValueError("compare.shots: methods are compared by what they learn; leave 0 out")
+        return self

@@ -1,0 +1,168 @@
+"""What a user writes for the study: tasks, starts, pairs, unseen targets; every cap is a key."""
+
+from itertools import combinations
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from softprompts import assets
+from softprompts.config import EvaluateConfig, InitConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.recipes.comparison import Count, Rate, check_known
+from softprompts.recipes.multitask import Plan
+from softprompts.recipes.multitask.plan import SourceStage, TargetStage
+
+FEW_ARMS = ("random", "prompt-tuning", "spot-first", "spot-second", "spot-mixture", "attempt", "mpt", "vectors")
+
+
+class VectorStage(Section):
+    """The vectors: each task from each start, all starts of a task in one frozen batch and over the same rows."""
+
+    train: TrainConfig = TrainConfig(steps=150, batch_size=8, warmup=15)
+    starts: tuple[InitConfig, ...] = Field(
+        default=(*(InitConfig(seed=seed) for seed in range(3)), InitConfig(kind="random", seed=3)), min_length=2
+    )
+    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)  # chosen on validation rows, one for all
+    tune_on: tuple[str, ...] | None = Field(default=None, min_length=1)  # tasks on which it is chosen; None: all
+    seed: int = Field(default=0, ge=0)  # of the order of rows, the same for all
+
+
+class SumStage(Section):
+    """Sums of two vectors from the same start: judged as they are, and trained on with few rows."""
+
+    pairs: tuple[tuple[str, str], ...] | None = None  # None: all
+    starts: Count = 3  # of how many starts; also the seeds of the training with few rows
+    coefficients: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = Field(
+        default=tuple(round(0.1 * n, 1) for n in range(11)), min_length=1
+    )
+    few: TrainConfig | None = TrainConfig(steps=32, batch_size=8, warmup=3)  # None: sums are not trained on
+    shots: Count = 16  # rows of each class
+
+
+class Unseen(Section):
+    """A task that no vector was trained on, and the tasks whose vectors are to help it."""
+
+    target: TaskConfig
+    sources: tuple[str, ...] = Field(min_length=1)
+
+
+class FewStage(Section):
+    """Few examples of unseen targets, by the recipe of multitask prompt tuning; its keys `source` and `target`."""
+
+    targets: tuple[Unseen, ...] = Field(min_length=1)
+    source: SourceStage = SourceStage(variants=("mpt", "mixture"))
+    target: TargetStage = TargetStage(shots=(0, 10, 50, 100, 500), shots_per="set", arms=FEW_ARMS)
+
+
+class Study(Section):
+    """The whole study; `prompt` says length and site. A question without its section is left out."""
+
+    model: ModelConfig = ModelConfig()
+    prompt: PromptConfig = PromptConfig()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    groups: dict[str, tuple[str, ...]] = Field(default={})  # tasks that are related, by what they have in common
+    vectors: VectorStage = VectorStage()
+    sums: SumStage | None = SumStage()
+    few: FewStage | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
+    out: str = "runs/vectors"
+
+    @property
+    def titles(self) -> list[str]:
+        """The names of the tasks."""
+        return [task.title for task in self.tasks]
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """The pairs of tasks whose vectors are added."""
+        if self.sums is None:
+            return []
+        return list(self.sums.pairs or combinations(self.titles, 2))
+
+    def related(self, pair: tuple[str, str]) -> bool:
+        """Whether two tasks stand in one group."""
+        return any(set(pair) <= set(group) for group in self.groups.values())
+
+    @model_validator(mode="after")
+    def _names(self) -> "Study":
+        titles = self.titles
+        if len(set(titles)) != len(titles):
+            raise ValueError(f"task names must differ, given {', '.join(titles)}; set the name of one")
+        if self.model.head != "lm":
+            raise ValueError(f"vectors of several tasks need a language model's head, not '{self.model.head}'")
+        for key in ("method", "options", "init"):
+            if getattr(self.prompt, key) != getattr(PromptConfig(), key):
+                raise ValueError(f"prompt.{key} is set by the study itself; leave it out (see vectors.starts)")
+        check_known("vectors.tune_on", self.vectors.tune_on or (), titles)
+        check_known("groups", [name for group in self.groups.values() for name in group], titles)
+        self._check_starts()
+        if self.sums is not None:
+            if self.sums.starts > len(self.vectors.starts):
+                raise ValueError(f"sums.starts is {self.sums.starts}, and there are {len(self.vectors.starts)} starts")
+            for pair in self.sums.pairs or ():
+                check_known("sums.pairs", pair, titles)
+                if pair[0] == pair[1]:
+                    raise ValueError(f"sums.pairs: {pair[0]} stands beside itself; a pair has two tasks")
+            if len({frozenset(pair) for pair in self.pairs}) != len(self.pairs):
+                raise ValueError("sums.pairs: a pair of tasks stands there twice; the order of the two does not count")
+        self._check_unseen()
+        return self
+
+    def _check_starts(self) -> None:
+        """Raise ValueError for starts that are the same, or that a sum of two tasks would not have in common."""
+        seen: list[dict[str, Any]] = []
+        for place, init in enumerate(self.vectors.starts):
+            drawn = init.kind in ("vocabulary", "random", "labels")
+            seed = (self.vectors.seed if init.seed is None else init.seed) if drawn else None
+            told = {**init.model_dump(mode="json"), "seed": seed}
+            if told in seen:
+                advice = f"give them seeds, such as {{kind: {init.kind}, seed: {place}}}" if drawn else "leave one out"
+                raise ValueError(
+                    f"vectors.starts: number {place + 1} is number {seen.index(told) + 1} again, so a vector would be "
+                    f"put on its own start; {advice}"
+                )
+            if init.kind == "labels" and not init.labels and self.sums is not None:
+                raise ValueError(
+                    "vectors.starts: kind labels takes each task's own words, so two tasks would not begin at the same "
+                    "start; name the words in labels, or leave the sums out (sums: null)"
+                )
+            seen.append(told)
+
+    def _check_unseen(self) -> None:
+        """Raise ValueError for a target whose rows a vector was trained on, or that stands there twice."""
+        targets = self.few.targets if self.few else ()
+        if len({one.target.title for one in targets}) != len(targets):
+            raise ValueError("few.targets: target names must differ; set the name of one")
+        rows = {_rows_of(task): task.title for task in self.tasks}
+        for one in targets:
+            check_known(f"few.targets, sources of {one.target.title}", one.sources, self.titles)
+            known = one.target.title if one.target.title in self.titles else rows.get(_rows_of(one.target))
+            if known is not None:
+                raise ValueError(f"few.targets: {one.target.title} is among the tasks, as {known}, so it is not unseen")
+            self.few_plan(one)
+
+    def few_plan(self, one: Unseen) -> Plan:
+        """The recipe of an unseen target: its sources' vectors from the first start are the teachers."""
+        assert self.few is not None
+        own = {task.title: task for task in self.tasks}
+        return Plan(
+            model=self.model,
+            prompt=self.prompt,
+            sources=tuple(own[name] for name in one.sources),
+            targets=(one.target,),
+            teachers={"trained": {name: prompt_path(self, name, 0) for name in one.sources}},  # type: ignore[arg-type]
+            source=self.few.source,
+            target=self.few.target,
+            evaluate=self.evaluate,
+            out=f"{self.out}/few/{one.target.title}",
+        )
+
+
+def _rows_of(task: TaskConfig) -> Any:
+    """What two tasks have in common that are made of the same rows, such as trec and trec-fine."""
+    asset = assets.ASSETS.get(task.source)
+    return task.source if asset is None else (asset.package.name, asset.files)
+
+
+def prompt_path(study: Study, task: str, start: int) -> str:
+    """Where the prompt of a task that was trained from a start lies."""
+    return f"{study.out}/vectors/{task}/start{start}/prompt"
