@@ -1,22 +1,17 @@
-"""The configurations in tests/data/configs use every key of their time once, with a value that is not its default.
+"""Keys of configurations that were renamed are refused with the new key named; tests/data/configs has all old ones."""
 
-They show that no key is forgotten when keys are renamed: each old key must then be refused with the new one named. What
-depends on the library's API is in the functions on top.
-"""
-
-import dataclasses
-from collections.abc import Iterator
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from studies.instance_prompts.plan import Study as InstanceStudy
+from studies.task_prompt_vectors.plan import Study as VectorStudy
 
-from softprompts import methods
 from softprompts.config import Run, Section, read
+from softprompts.errors import ConfigError
 from softprompts.recipes.multitask import Plan
-from softprompts.studies.instance_prompts.plan import Study as InstanceStudy
-from softprompts.studies.task_prompt_vectors.plan import Study as VectorStudy
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 KINDS: dict[str, type[Section]] = {
@@ -30,94 +25,75 @@ KINDS: dict[str, type[Section]] = {
     "study-vectors": VectorStudy,
     "study-instance": InstanceStudy,
 }
+FILES = (*KINDS, "options")
 
-# What the library is called with --------------------------------------------------------------------------------------
-
-
-def parsed(name: str) -> Section:
-    """The configuration of a file; raises ConfigError where a key is not known."""
-    section: Section = read(CONFIGS / f"{name}.yaml", (), KINDS[name])
-    return section
-
-
-def changed(section: Section) -> Iterator[tuple[str, str]]:
-    """(section class, key) of every key that differs from its default, in the section and those inside it."""
-    for key, field in type(section).model_fields.items():
-        value = getattr(section, key)
-        if field.is_required() or value != field.get_default(call_default_factory=True):
-            yield title(type(section)), key
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-        for part in parts:
-            if isinstance(part, Section):
-                yield from changed(part)
+RENAMED = {
+    "quantise": "quantize",
+    "optimiser": "optimizer",
+    "verbaliser": "verbalizer",
+    "normalise": "normalize",
+}
+"""Old keys of sections, and what they are called now."""
 
 
-def title(kind: type[Section]) -> str:
-    """The name of a section's class; both studies call theirs Study."""
-    return {InstanceStudy: "InstanceStudy", VectorStudy: "VectorStudy"}.get(kind, kind.__name__)
+def said(name: str) -> str:
+    """What reading an old configuration says; empty where it is read as it is."""
+    try:
+        read(CONFIGS / f"{name}.yaml", (), KINDS[name])
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
-def keys(kind: type[Section]) -> set[tuple[str, str]]:
-    """(section class, key) of every key of a section."""
-    return {(title(kind), key) for key in kind.model_fields}
+def written(name: str) -> Any:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-def sections(section: Section) -> Iterator[type[Section]]:
-    """The classes of a section and of those inside it."""
-    yield type(section)
-    for key in type(section).model_fields:
-        value = getattr(section, key)
-        parts = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,)
-        for part in parts:
-            if isinstance(part, Section):
-                yield from sections(part)
+def keys_in(value: Any, path: str = "") -> dict[str, str]:
+    """The last place of every key inside nested values, by key; option names are no keys of sections."""
+    found: dict[str, str] = {}
+    if isinstance(value, dict):
+        for key, inside in value.items():
+            found[str(key)] = f"{path}.{key}".strip(".")
+            if key != "options":
+                found |= keys_in(inside, found[str(key)])
+    elif isinstance(value, list):
+        for place, inside in enumerate(value):
+            found |= keys_in(inside, f"{path}.{place}")
+    return found
 
 
-def options(entry: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of a method as it reads them, and its defaults."""
-    config = methods._configured(entry["method"], entry["options"])
-    return dataclasses.asdict(config), dataclasses.asdict(methods.find(entry["method"]).Config())
+OLD: dict[str, dict[str, list[str]]] = json.loads((CONFIGS / "keys.json").read_text(encoding="utf-8"))
 
 
-# Tests ----------------------------------------------------------------------------------------------------------------
-
-
-def test_every_configuration_has_a_test() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*KINDS, "options"}
+def test_the_old_configurations_use_every_old_key_and_option() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(FILES)
+    used: set[str] = set()
+    for name in KINDS:
+        used |= set(keys_in(written(name)))
+    every: set[str] = set()
+    for keys in OLD["sections"].values():
+        every |= set(keys)
+    assert every - used == set()
+    options: dict[str, set[str]] = {}
+    for entry in written("options"):
+        options.setdefault(entry["method"], set()).update(entry["options"])
+    assert options == {method: set(names) for method, names in OLD["options"].items()}
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_configuration_of_its_time_is_read(name: str) -> None:
-    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text(encoding="utf-8"))
-    section = parsed(name)
-    assert set(written) - {"task"} <= set(type(section).model_fields)
+def test_an_old_configuration_is_read_or_its_old_keys_are_refused_with_the_new_ones(name: str) -> None:
+    places, message = keys_in(written(name)), said(name)
+    assert "\n" not in message
+    old = set(places) & set(RENAMED)
+    assert bool(message) == bool(old)
+    for key in old:
+        assert f"unknown key '{places[key]}'; did you mean '{RENAMED[key]}'?" in message
 
 
-def test_together_the_configurations_change_every_key() -> None:
-    """Of every section that occurs in them, with the whole run among these."""
-    every: set[tuple[str, str]] = set()
-    seen: set[tuple[str, str]] = set()
+def test_every_old_key_is_known_or_renamed() -> None:
+    """No key of a section went away without a word about what it is called now."""
+    refused = " ".join(said(name) for name in KINDS)
     for name in KINDS:
-        section = parsed(name)
-        for kind in sections(section):
-            every |= keys(kind)
-        for owner, key in changed(section):
-            seen.add((owner, key))
-    assert every - seen == set()
-    run = {"Run", "ModelConfig", "PromptConfig", "InitConfig", "TaskConfig", "SplitConfig", "TrainConfig"}
-    run |= {"SamplingConfig", "DistilConfig", "LoraConfig", "EvaluateConfig"}
-    plan = {"Plan", "TeacherStage", "SourceStage", "TargetStage"}
-    vectors = {"VectorStudy", "VectorStage", "SumStage", "FewStage", "Unseen"}
-    instance = {"InstanceStudy", "Arm", "ComparisonStage", "PretrainStage", "SpeedStage"}
-    assert {owner for owner, _ in every} == run | plan | vectors | instance
-
-
-def test_together_the_options_of_every_method_are_changed() -> None:
-    entries = yaml.safe_load((CONFIGS / "options.yaml").read_text(encoding="utf-8"))
-    assert {entry["method"] for entry in entries} == set(methods.METHODS)
-    left: dict[str, set[str]] = {}
-    for entry in entries:
-        given, default = options(entry)
-        unchanged = {key for key in default if given[key] == default[key]}
-        left[entry["method"]] = left.get(entry["method"], unchanged) & unchanged
-    assert left == {name: set() for name in methods.METHODS}
+        for key, place in keys_in(written(name)).items():
+            assert (f"unknown key '{place}'" in refused) == (key in RENAMED), place
