@@ -18,7 +18,7 @@ import sys
 import tempfile
 import tomllib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,8 +31,8 @@ PACKAGE = "softprompts"
 SITES = frozenset({"input", "decoder", "layers", "kv"})
 
 CONTENT_FREE = frozenset(
-    ("found", "one", "own", "made", "held", "given", "there", "kept")
-    + ("thing", "things", "stuff", "what", "which", "who", "mine")
+    {"found", "one", "own", "made", "held", "given", "there", "kept", "thing", "things", "stuff"}
+    | {"what", "which", "who", "mine"}
 )
 """Variable names that do not name the thing."""
 
@@ -58,7 +58,9 @@ MODULE_OF_DISTRIBUTION = {"scikit-learn": "sklearn", "pyyaml": "yaml", "faiss-cp
 NEEDED_BY_TRANSFORMERS = frozenset({"sentencepiece", "protobuf"})
 """Distributions that nothing here imports: transformers reads `spiece.model` files of T5 and Gemma with them."""
 
-HEAVY = frozenset({"matplotlib", "datasets", "sklearn", "scipy", "pandas", "jinja2", "typer", "rich", "peft", "pyarrow"})
+HEAVY = frozenset(
+    {"matplotlib", "datasets", "sklearn", "scipy", "pandas", "jinja2", "typer", "rich", "peft", "pyarrow"}
+)
 """Packages that `from softprompts import SoftPromptModel` must not add to what transformers imports by itself."""
 
 NECESSARY = frozenset({"torch", "transformers", "safetensors", "pydantic"})
@@ -74,7 +76,7 @@ class Measurement(NamedTuple):
     """The value of a measure, and one line for each place in the source that counts in it."""
 
     value: float
-    places: list[str] = []
+    places: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -476,7 +478,7 @@ def measure_unused_dependencies(checkout: "Checkout") -> Measurement:
             requirements += wanted
     places = []
     for requirement in requirements:
-        distribution = re.match(r"[\w.-]+", requirement).group().lower()
+        distribution = re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
         module_name = MODULE_OF_DISTRIBUTION.get(distribution, distribution.replace("-", "_"))
         if distribution not in {PACKAGE, *NEEDED_BY_TRANSFORMERS} and module_name not in imported:
             places.append(distribution)
@@ -555,12 +557,14 @@ def training_stacks(root: Path) -> TrainingStacks:
 
     def on_step(*_: Any) -> None:
         functions = functions_on_stack(sys._getframe(), package)
-        step[:] = max(step, functions, key=len)
+        if len(functions) > len(step):
+            step[:] = functions
 
     def on_forward(module: torch.nn.Module, _: Any) -> None:
         if isinstance(module, PreTrainedModel) and torch.is_grad_enabled():
             functions = functions_on_stack(sys._getframe(), package)
-            forward[:] = max(forward, functions, key=len)
+            if len(functions) > len(forward):
+                forward[:] = functions
 
     hooks = [register_optimizer_step_pre_hook(on_step), register_module_forward_pre_hook(on_forward)]
     try:
