@@ -546,7 +546,7 @@ def encoded(ids, labels=None, **other) -> EncodedExample:
 def test_collate_has_an_inverse(rows, typed):
     batch = collate(
         [
-            encoded(ids, [IGNORE, *ids[1:]], types=[1] * len(ids) if typed else None, task=i)
+            encoded(ids, [IGNORE, *ids[1:]], token_type_ids=[1] * len(ids) if typed else None, task_id=i)
             for i, ids in enumerate(rows)
         ],
         pad=0,
@@ -573,7 +573,7 @@ def test_collate_by_kind_of_label():
     assert torch.equal(labels([5], [6, 7, 8]), torch.tensor([[5, IGNORE, IGNORE], [6, 7, 8]]))  # targets of a decoder
     assert labels(None, None) is None
     assert labels(1, 2).dtype == torch.long
-    assert collate([encoded([1, 2], place=1), encoded([3], place=0)], 0).prompt_offsets.tolist() == [1, 0]
+    assert collate([encoded([1, 2], prompt_offsets=1), encoded([3], prompt_offsets=0)], 0).prompt_offsets.tolist() == [1, 0]
     for values, message in (
         ((1, None), "1 of the 2 rows of the batch have no labels"),
         ((1, 2.0), "labels of different kinds"),
@@ -584,7 +584,7 @@ def test_collate_by_kind_of_label():
     with pytest.raises(ValueError, match="at least one row"):
         collate([], 0)
     with pytest.raises(ValueError, match="two tokenizers"):
-        collate([encoded([1], types=[0]), encoded([1])], 0)
+        collate([encoded([1], token_type_ids=[0]), encoded([1])], 0)
 
 
 @given(st.lists(st.integers(0, 50), max_size=300), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
@@ -677,7 +677,7 @@ def test_the_default_models_chat(smollm):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 9), st.integers(1, 200) | st.none())
 def test_micro_batches_are_a_function_of_their_number(lengths, size, tokens):
     """Epoch after epoch in `order`, however many batches an epoch has, and in whatever order they are asked for."""
-    rows = [encoded([0] * length, task=i) for i, length in enumerate(lengths)]
+    rows = [encoded([0] * length, task_id=i) for i, length in enumerate(lengths)]
     expected = [batch for epoch in range(3) for batch in order(lengths, size, 5, epoch, tokens)]
     for batch in expected:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= (tokens or 10**9)

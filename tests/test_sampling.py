@@ -79,7 +79,7 @@ def test_a_batch_depends_on_nothing_but_its_number(numbers, size, seed):
     straight = batches(61, size, seed=seed)
     jumping = TaskBatches(rows(), size, seed, SamplingConfig(draw="some"))
     for number in numbers:
-        assert [row.input_ids for row in jumping.at(number)] == [row.ids for row in straight[number]]
+        assert [row.input_ids for row in jumping.at(number)] == [row.input_ids for row in straight[number]]
 
 
 def test_seeds_differ_and_one_task_is_enough():
