@@ -74,7 +74,7 @@ def _rows(
     opened: Any, prompt: Path, data: str | None, split: str | None, label: str | None, renamed: dict[str, str] | None
 ) -> tuple[str, str, Any]:
     """The rows to judge, with the names of their set and split: the prompt's own test rows, or those of `data`."""
-    from softprompts.data import load
+    from softprompts.data import load_task
     from softprompts.recipes.run import run as job
 
     own, form = job.settings_of(opened.artifacts[0], "task"), opened.encoder.format
@@ -94,7 +94,7 @@ def _rows(
             split=SplitConfig(validation_fraction=0, test_fraction=0) if split is None else SplitConfig(),
         )
     )
-    loaded = load(task)
+    loaded = load_task(task)
     known = {"train": loaded.train, "validation": loaded.validation, "test": loaded.test}
     rows = known.get(split) if split else loaded.test or loaded.train
     if not rows:
@@ -128,14 +128,14 @@ def predict(
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer texts with a trained prompt; one JSON line each, in order. Takes little memory, however many there are."""
-    from softprompts.data.streams import stream
+    from softprompts.data.streams import stream_rows
     from softprompts.evaluation.evaluate import answers
     from softprompts.recipes.run import run as job
 
     quiet()
     if file is not None and text is not None:
         raise ConfigError("give either a text or --file, not both")
-    given = None if file is None else stream(file)
+    given = None if file is None else stream_rows(file)
     opened = open_prompts([prompt], model, on_machine(device, dtype, quantize), allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
@@ -171,13 +171,13 @@ def _line(row: dict[str, Any], columns: Sequence[str], found: Any) -> dict[str, 
 
 def _asked(rows: Iterator[dict[str, Any]], columns: Sequence[str], name: str) -> Iterator[dict[str, Any]]:
     """The same rows, the first of which must have all `columns`; in others what is missing is empty."""
-    from softprompts.data.templates import need
+    from softprompts.data.templates import require_column
 
     first = next(rows, None)
     if first is None:
         raise ConfigError("nothing to answer: standard input was empty")
     for column in columns:
-        need(column, first, "template", name)
+        require_column(column, first, "template", name)
     return ({**dict.fromkeys(columns), **row} for row in itertools.chain([first], rows))
 
 

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from softprompts import assets, injection
 from softprompts.backbone import Backbone, devices, loading
 from softprompts.config import ModelConfig, Run, TaskConfig, TrainConfig, closest
-from softprompts.data import ExampleTokenizer, Task, TaskTemplate, classes, load, place_of
+from softprompts.data import ExampleTokenizer, Task, TaskTemplate, classes, load_task, resolve_placement
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import metrics
@@ -188,7 +188,7 @@ def _check_run(run: Run, tasks: Sequence[Task]) -> None:
 
 def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     prompt = run.prompt
-    slotted = place_of(prompt.place, [task.template for task in tasks]) == "template"
+    slotted = resolve_placement(prompt.place, [task.template for task in tasks]) == "template"
     for task in tasks:
         if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
             raise ConfigError(
@@ -255,7 +255,7 @@ def _idle_rate(job: PreparedRun) -> str:
 
 
 def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
-    task = load(config)
+    task = load_task(config)
     screen.log(
         f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
     )
@@ -268,7 +268,7 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
     """The run on a backbone and rows that are there."""
     if run.train.train != "prompt":
         return _weights_job(run, model, tasks)
-    place = place_of(run.prompt.place, [task.template for task in tasks])
+    place = resolve_placement(run.prompt.place, [task.template for task in tasks])
     site = Site(run.prompt.site, run.prompt.mode, place)
     slot = injection.prompt_spec(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
     encoders = tuple(encoder_for(model, task.template, run.prompt.length, i, place) for i, task in enumerate(tasks))
@@ -290,7 +290,7 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
 def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
     """The run that trains weights of a copy of the backbone; no prompt takes room from its texts."""
     weights = finetune.copied(model, run.train, tuple(task.name for task in tasks), run.seed)
-    place = place_of(run.prompt.place, [task.template for task in tasks])
+    place = resolve_placement(run.prompt.place, [task.template for task in tasks])
     encoders = tuple(encoder_for(model, task.template, 0, i, place) for i, task in enumerate(tasks))
     return PreparedRun(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
 

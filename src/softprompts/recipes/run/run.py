@@ -152,7 +152,7 @@ def fixed_settings(job: PreparedRun) -> dict[str, Any]:
 def _key(job: PreparedRun, index: int) -> str:
     """What the rows of the job's task number `index` are read by: runs with the same key read them alike."""
     encoder = job.encoders[index]
-    return f"{index} {encoder.room} {encoder.slots} {job.run.tasks[index].model_dump_json()}"
+    return f"{index} {encoder.room} {encoder.segment_lengths} {job.run.tasks[index].model_dump_json()}"
 
 
 def _encode(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> dict[str, list[EncodedExample]]:
@@ -163,7 +163,7 @@ def _encode(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> dict[s
             if _key(job, i) in parts:
                 continue
             rows = parts[_key(job, i)] = [encoder.example(row) for row in task.train]
-            cut = sum(row.cut > 0 for row in rows)
+            cut = sum(row.truncated_tokens > 0 for row in rows)
             if cut:
                 screen.log(f"{task.name}: {cut} of {len(rows)} texts were cut to fit {encoder.budget} tokens")
     return {name: [row for i in range(len(job.tasks)) for row in parts[_key(job, i)]] for name, job in jobs.items()}
@@ -307,7 +307,7 @@ def pack(job: PreparedRun, index: int, scored: Evaluation | None) -> Artifact:
     assert job.start is not None
     tasks = run.tasks[index].model_dump(mode="json")
     config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
-    slots = job.encoders[index].slots
+    slots = job.encoders[index].segment_lengths
     return Artifact(
         task=task.name,
         prompt=stored.folded(learner.method, task.name),
