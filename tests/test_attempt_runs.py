@@ -13,7 +13,7 @@ import yaml
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.data import collate
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
@@ -88,7 +88,7 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     rows = list(made.tasks[0].test)
     trained = job.prepare(run)
     trained.learner.method.load_state_dict(opened.artifacts[0].state)
-    for config in (EvaluateConfig(), EvaluateConfig(by="generate", max_new_tokens=3)):
+    for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         ours = list(evaluate.answers(opened.learner, opened.encoder, rows, config))
         theirs = list(evaluate.answers(trained.learner, trained.encoders[0], rows, config))
         assert [one.text for one in ours] == [one.text for one in theirs]
@@ -96,7 +96,7 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
     # Alone, and ranked by hand from the whole sequence with the prompt that the text has.
     base, encoder = opened.learner.backbone, opened.encoder
-    (found,) = evaluate.answers(opened.learner, encoder, rows[:1], EvaluateConfig())
+    (found,) = evaluate.answers(opened.learner, encoder, rows[:1], EvaluationConfig())
     ids = encoder.encode(rows[0]).input_ids
     batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
@@ -179,7 +179,7 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     alone = []
     for folder in folders:
         opened = job.open_artifacts([folder], model=model)
-        alone.append(list(evaluate.answers(opened.learner, opened.encoder, rows, EvaluateConfig())))
+        alone.append(list(evaluate.answers(opened.learner, opened.encoder, rows, EvaluationConfig())))
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = collate(texts, 0)
     prompt = both.learner.prompt(batch)
@@ -188,7 +188,7 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
         row = batch.rows(torch.tensor([i]))
         expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
         torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
-    voted = list(evaluate.answers(both.learner, both.encoder, rows, EvaluateConfig(), votes=2))
+    voted = list(evaluate.answers(both.learner, both.encoder, rows, EvaluationConfig(), votes=2))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
 

@@ -156,10 +156,10 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     path, deep = folder / "llama", {"site": "kv", "init": {"kind": "random"}}
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(path))
     network = {"method": "prefix-tuning", "options": {"reparametrise": True, "hidden": 8, "output": "torch"}}
-    model.add_tasks(("one", "two", "three"), PromptConfig(length=4, **network, **deep))
-    model.add_task("plain", PromptConfig(length=6, **deep))
-    model.add_task("low", PromptConfig(length=2, method="low-rank", **deep))
-    model.add_task("residual", PromptConfig(length=3, method="residual", options={"output": "torch"}, **deep))
+    model.add_tasks(("one", "two", "three"), PromptConfig(num_virtual_tokens=4, **network, **deep))
+    model.add_task("plain", PromptConfig(num_virtual_tokens=6, **deep))
+    model.add_task("low", PromptConfig(num_virtual_tokens=2, method="low-rank", **deep))
+    model.add_task("residual", PromptConfig(num_virtual_tokens=3, method="residual", options={"output": "torch"}, **deep))
     tasks, ids = ["plain", "two", "low", "residual", "one"], rows.ids(3, 30).view(5, 6)
 
     def alike(one: Any, names: list[str]) -> torch.Tensor:
@@ -201,7 +201,7 @@ class Shared(torch.nn.Module):
 def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Joined, saved, loaded together and removed as those with parameters of their own are, in the model's mode."""
     monkeypatch.setitem(methods.METHODS, "shared", f"{__name__}:Shared")
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(method="shared", length=3), task="one")
+    model = SoftPromptModel(tiny.model("llama"), PromptConfig(method="shared", num_virtual_tokens=3), task="one")
     model.add_task("two")
     (method,) = model.prompts.values()
     assert len(method.parts) == 2

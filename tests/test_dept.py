@@ -16,7 +16,7 @@ import tiny
 from rows import INPUT, called
 from softprompts import SoftPromptModel, injection
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, InitConfig, PromptConfig, parse
+from softprompts.config import EvaluationConfig, InitConfig, PromptConfig, parse
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.injection.generation import generate
@@ -242,9 +242,9 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
 
 def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
     """SoftPromptModel's loss, also of rows of two methods, and what it writes; saved and loaded bit for bit."""
-    config = PromptConfig(method="dept", length=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S})
+    config = PromptConfig(method="dept", num_virtual_tokens=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S})
     model = SoftPromptModel(tiny.model("llama"), config, task="two")
-    model.add_task("plain", PromptConfig(length=2, init=InitConfig(kind="random")))
+    model.add_task("plain", PromptConfig(num_virtual_tokens=2, init=InitConfig(kind="random")))
     made = learner("llama")
     own = {k.replace(".1", ".0"): v for k, v in made.method.state_dict().items() if k.endswith(".1")}
     model.prompts["two"].load_state_dict(own)
@@ -291,7 +291,7 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     assert found.state["rows.0"].abs().max() > 0
     opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=cut.model)
     few = run.prepare(cut).tasks[0].train[:20]
-    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluateConfig()))
+    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluationConfig()))
     for row, answer in zip(few, answers, strict=True):
         text = opened.encoder.encode(row).input_ids
         for label, ids in opened.encoder.candidates().items():

@@ -14,7 +14,7 @@ import test_together as together
 import tiny
 from softprompts import injection
 from softprompts.artifacts import artifact
-from softprompts.config import DistilConfig, parse
+from softprompts.config import DistillationConfig, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
@@ -176,7 +176,7 @@ def teachers(one, prompts):
 
 
 def config(**changes):
-    return DistilConfig(**{"teachers": {}, "layers": LAYERS, **changes})
+    return DistillationConfig(**{"teachers": {}, "layers": LAYERS, **changes})
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import local
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation.metrics import vote
 from softprompts.model.initialization import from_ids
 from softprompts.recipes.run import run as job
 
-CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+CONFIG = EvaluationConfig(resamples=100, batch_size=3)
 
 
 def prepared(folder, model, **task):

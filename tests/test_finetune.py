@@ -471,9 +471,9 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
     prepared = job.prepare(run_of(values, "lora", rate=1e-1))
     encoded = [prepared.encoders[0].example(row) for row in prepared.tasks[0].train]
     run = prepared.run
-    list(finetune.fit(prepared.weights, encoded, run.train, pad=0, seed=run.seed))
+    list(finetune.fit(prepared.weights, encoded, run.training, pad=0, seed=run.seed))
     asked = prepared.tasks[0].test[:4]
-    answers = list(evaluate.answers(prepared.learner, prepared.encoders[0], asked, run.evaluate))
+    answers = list(evaluate.answers(prepared.learner, prepared.encoders[0], asked, run.evaluation))
     job.run(run)
     settings = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == values["model"]["name"]

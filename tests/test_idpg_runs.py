@@ -13,7 +13,7 @@ import tiny
 import tokenizers_tiny
 from softprompts import SoftPromptModel, assets, errors
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.model import sentence_encoders
@@ -99,7 +99,7 @@ def test_a_run_its_resumption_and_its_artifact(
     found = evaluate.evaluate(opened.learner, opened.encoder, made.tasks[0].test, run.evaluate)
     assert found.headline.value == results["summary"]["after"]["value"]
     made.learner.method.load_state_dict(one.state)
-    config = EvaluateConfig(by="generate", max_new_tokens=3)
+    config = EvaluationConfig(by="generate", max_new_tokens=3)
     rows = list(made.tasks[0].test)[:4]
     ours = evaluate.answers(opened.learner, opened.encoder, rows, config)
     theirs = evaluate.answers(made.learner, made.encoders[0], rows, config)

@@ -12,7 +12,7 @@ import yaml
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.recipes import pretrain
@@ -84,7 +84,7 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     assert torch.equal(found.initial, made.start.prompt)
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    for config in (EvaluateConfig(), EvaluateConfig(by="generate", max_new_tokens=3)):
+    for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
         trained.learner.method.load_state_dict(found.state)
         ours, theirs = (

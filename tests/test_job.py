@@ -12,7 +12,7 @@ from softprompts import SoftPromptModel, assets, backbone, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.backbone import loading
 from softprompts.backbone.kernels import Kernels
-from softprompts.config import EvaluateConfig, Run, parse
+from softprompts.config import EvaluationConfig, Run, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
@@ -133,7 +133,7 @@ def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
     assert (before == 0) == (place == "start")
     run.run(parse(values))
     opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluateConfig())
+    (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluationConfig())
     ids, model = opened.encoder.encode(row).input_ids, opened.learner.backbone.model
     for label, answer in opened.encoder.candidates().items():
         words = model.get_input_embeddings()(torch.tensor(ids + answer))
@@ -142,7 +142,7 @@ def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
         first = len(ids) + 4 - 1
         expected = sum(float(logits[first + i, token]) for i, token in enumerate(answer))
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
-    written = EvaluateConfig(by="generate", max_new_tokens=3)
+    written = EvaluationConfig(by="generate", max_new_tokens=3)
     (said,) = evaluate.answers(opened.learner, opened.encoder, [row], written)
     words = model.get_input_embeddings()(torch.tensor(ids))
     whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]

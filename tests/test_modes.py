@@ -137,7 +137,7 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
 def test_a_model_judges_until_it_is_told_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model of transformers' from_pretrained: new, loaded and joined prompts are in the model's mode."""
     monkeypatch.setitem(methods.METHODS, "watched", f"{__name__}:Watched")
-    config = PromptConfig(method="watched", length=4)
+    config = PromptConfig(method="watched", num_virtual_tokens=4)
     model = SoftPromptModel(tiny.model("llama"), config, task="one")
     ids = torch.tensor([[5, 6, 7]])
     model(input_ids=ids)
@@ -162,7 +162,7 @@ def test_a_prefix_with_dropout_answers_alike_every_time(tmp_path: Path) -> None:
     folder = local.model_directory(tmp_path / "llama")
     model = SoftPromptModel(
         transformers.AutoModelForCausalLM.from_pretrained(folder),
-        PromptConfig(method="prefix-tuning", site="kv", length=4, options={"dropout": 0.5}, init={"kind": "random"}),
+        PromptConfig(method="prefix-tuning", site="kv", num_virtual_tokens=4, options={"dropout": 0.5}, init={"kind": "random"}),
     )
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():

@@ -15,7 +15,7 @@ import tiny
 import tokenizers_tiny
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, PromptConfig, parse
+from softprompts.config import EvaluationConfig, PromptConfig, parse
 from softprompts.data import ExampleTokenizer, TaskTemplate, collate, place_of
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError
@@ -213,7 +213,7 @@ def test_runs_that_cannot_be(tmp_path: Any, prompt: dict[str, Any], task: dict[s
 
 
 def test_segments_are_the_prompt() -> None:
-    assert PromptConfig(length=5, place="template", segments=(2, 3)).segments == (2, 3)
+    assert PromptConfig(num_virtual_tokens=5, placement="template", segments=(2, 3)).segments == (2, 3)
     for given, message in (
         (
             {"length": 5, "place": "template", "segments": (2, 2)},
@@ -253,10 +253,10 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     opened = run.open_artifacts([directory], model=parse(values).model)
     made = run.prepare(parse(values))
     test = made.tasks[0].test
-    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluationConfig()))
     if name != "llama":
         ours = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluateConfig()
+            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluationConfig()
         )
         assert [one.scores for one in ours] == [one.scores for one in answers]
         return
@@ -288,10 +288,10 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     test, encoder = made.tasks[0].test, made.encoders[0]
     batch = collate([encoder.encode(row) for row in test], 0)
     assert int(opened.learner.prompt(batch).lengths.min()) < 18
-    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluationConfig()))
     for row, one in zip(test, together, strict=True):
         (alone,) = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluateConfig()
+            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluationConfig()
         )
         assert alone.scores == pytest.approx(one.scores, abs=2e-5)
 
@@ -365,7 +365,7 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
     model, words = SoftPromptModel(tiny.model(name)), {}
     for i, (task, config) in enumerate(tasks.items()):
         model.add_task(task, config)
-        words[task] = rows.ids(70 + i, config.length)
+        words[task] = rows.ids(70 + i, config.num_virtual_tokens)
         with torch.no_grad():
             next(iter(model.prompts[task].parameters())).copy_(
                 initialization.from_ids(model.backbone, Site(), words[task])
@@ -374,9 +374,9 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
 
 
 TASKS = {
-    "parted": PromptConfig(length=5, place="template", segments=(2, 3)),
-    "front": PromptConfig(length=3, place="first"),
-    "behind": PromptConfig(length=4, place="suffix"),
+    "parted": PromptConfig(num_virtual_tokens=5, placement="template", segments=(2, 3)),
+    "front": PromptConfig(num_virtual_tokens=3, placement="first"),
+    "behind": PromptConfig(num_virtual_tokens=4, placement="suffix"),
 }
 
 

@@ -449,6 +449,6 @@ def test_what_a_plan_asks_of_each_arm(done):
     entry = run.runs[0]
     assert entry["train.rates"] == {"factors": pytest.approx(0.4)}
     assert entry["tasks"][0]["split"] | {"shots": 2, "shots_seed": 7} == entry["tasks"][0]["split"]
-    assert run.train.evaluate_every == run.train.steps
+    assert run.training.eval_steps == run.training.max_steps
     both = target_run(plan, TOGETHER, 2, origins, [Cell("mpt-together", 0.3, 7)], "rates")
-    assert (both.train.sampling.draw, both.train.batch_size) == ("all", 8)
+    assert (both.training.sampling.draw, both.training.batch_size) == ("all", 8)

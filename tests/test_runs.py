@@ -43,16 +43,16 @@ def test_entries_change_the_run_they_stand_in(values):
     assert list(found) == ["a", "b", "c", "d"]
     base = parse(values)
     assert found["a"] == base.model_copy(update={"seed": 1, "out": f"{values['out']}/a"})
-    assert (found["c"].train.rate, found["c"].train.steps) == (0.1, 4)
-    assert (found["c"].prompt.length, found["c"].tasks[0].template) == (6, "{text} is")
-    assert (found["d"].train.objectives, found["d"].train.warmup) == ({"other": 0.5}, 3)
+    assert (found["c"].training.learning_rate, found["c"].training.max_steps) == (0.1, 4)
+    assert (found["c"].prompt.num_virtual_tokens, found["c"].tasks[0].template) == (6, "{text} is")
+    assert (found["d"].training.objectives, found["d"].training.warmup_steps) == ({"other": 0.5}, 3)
     assert (found["d"].tasks[0].separator, found["d"].tasks[0].template) == ("", "{text}:")
     assert sweep(base) == {"": base}
 
 
 def test_lists_are_crossed(values):
     crossed = grid(parse(values), {"seed": [0, 1], "train.rate": [0.05, 1e-5]})
-    found = {name: (run.seed, run.train.rate) for name, run in sweep(crossed).items()}
+    found = {name: (run.seed, run.training.learning_rate) for name, run in sweep(crossed).items()}
     assert found == {
         "seed0-rate0.05": (0, 0.05),
         "seed0-rate1e-05": (0, 1e-5),
@@ -262,7 +262,7 @@ def test_the_example_and_the_page_list_runs_that_can_be():
     ]
     (block,) = re.findall(r"^```yaml\n(.*?)^```", (root / "docs" / "many-prompts.md").read_text(), re.M | re.S)
     found = sweep(parse(yaml.safe_load(block)))
-    assert (found["long"].prompt.length, found["films"].tasks[0].source) == (50, "movies")
+    assert (found["long"].prompt.num_virtual_tokens, found["films"].tasks[0].source) == (50, "movies")
 
 
 def test_names_that_may_be_one_folder_are_refused(values):

@@ -13,7 +13,7 @@ import transformers
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
@@ -193,11 +193,11 @@ def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None
     assert not torch.equal(one.state["soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
         opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
-        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluateConfig()))
+        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluationConfig()))
         for row, answer in zip(task.train[:20], found, strict=True):
             for label, ids in opened.encoder.candidates().items():
                 assert answer.scores[label] == pytest.approx(alone(opened, row, ids)[1], abs=2e-5)
-        config = EvaluateConfig(by="generate", max_new_tokens=3)
+        config = EvaluationConfig(by="generate", max_new_tokens=3)
         together = list(evaluate.answers(opened.learner, opened.encoder, task.test, config))
         each = [next(iter(evaluate.answers(opened.learner, opened.encoder, [row], config))) for row in task.test]
         assert [one.text for one in together] == [one.text for one in each]

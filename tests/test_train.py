@@ -186,7 +186,7 @@ def test_nothing_to_train_on_is_said(values):
 def test_adafactor_keeps_the_whole_second_moment(values):
     made = job.prepare(parse(values))
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    config = TrainConfig(optimizer="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
+    config = TrainConfig(optimizer="adafactor", max_steps=1, lr_scheduler_type="constant", learning_rate=0.3, learning_rate_unit="absolute")
     captured = {}
     original = loop.build_optimizer
 
@@ -252,7 +252,7 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()
     with pytest.raises(errors.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
-        next(loop.fit(made.learner, rows, made.run.train, pad=0))
+        next(loop.fit(made.learner, rows, made.run.training, pad=0))
     assert torch.equal(prompt_of(made), before)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.config import EvaluationConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
 from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Count, Rate, check_known, distinct
 
 
@@ -14,7 +14,7 @@ class Arm(Section):
 
     about: str = ""
     prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
-    rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
+    learning_rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
     follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over train.rate
     pretrain: bool = False  # begins at what stage `pretrain` taught the same method
 
@@ -89,7 +89,7 @@ class PretrainStage(Section):
     """What `softprompts pretrain` teaches the method of arms that ask for it, on the classes of a task."""
 
     task: TaskConfig
-    train: TrainConfig = TrainConfig(steps=200, batch_size=32, rate=0.03, head_rate=0.01)
+    training: TrainConfig = TrainConfig(max_steps=200, batch_size=32, learning_rate=0.03, head_learning_rate=0.01)
 
 
 class SpeedStage(Section):
@@ -111,8 +111,8 @@ class Study(Section):
     compare: ComparisonStage = ComparisonStage()
     pretrain: PretrainStage | None = None
     speed: SpeedStage | None = SpeedStage()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/instance"
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = "runs/instance"
 
     @property
     def known(self) -> Mapping[str, Arm]:
@@ -160,7 +160,7 @@ class Study(Section):
             "upper": (self.upper, list(WEIGHTS)),
             "compare.tune_on": (self.compare.tune_on or (), self.titles),
             "compare.weight_targets": (self.compare.weight_targets or (), self.titles),
-            "compare.weight_rates": (self.compare.weight_rates, list(WEIGHTS)),
+            "compare.weight_rates": (self.compare.weight_learning_rates, list(WEIGHTS)),
         }
         for where, (given, possible) in lists.items():
             check_known(where, given, possible)
@@ -168,7 +168,7 @@ class Study(Section):
             if self.known[name].pretrain and self.pretrain is None:
                 raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")
         for name in self.upper:
-            if not self.compare.weight_rates.get(name):
+            if not self.compare.weight_learning_rates.get(name):
                 raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_rates")
         if 0 in self.compare.shots:
             raise ValueError("compare.shots: methods are compared by what they learn; leave 0 out")

@@ -167,13 +167,13 @@ def _run(run: Run, as_json: bool) -> None:
     from softprompts.training.loop import CHECKPOINT
 
     quiet()
-    out_dir = Path(run.out)
+    out_dir = Path(run.output_dir)
     try:
         with progress() as screen:
             results = job.run(run, screen)
     except KeyboardInterrupt:
         kept = out_dir.glob(f"*/{CHECKPOINT}") if run.runs else out_dir.glob(CHECKPOINT)
-        if run.train.train != "prompt":
+        if run.training.target != "prompt":
             say("interrupted; weights are kept when they are finished only: the same command begins anew")
         elif any(kept):
             say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
@@ -191,7 +191,7 @@ def _run(run: Run, as_json: bool) -> None:
 
 
 def _show_results(run: Run, results: dict[str, Any]) -> None:
-    out_dir = Path(run.out)
+    out_dir = Path(run.output_dir)
     if run.runs:
         show_runs(results)
         prompts = out_dir / "*" / "prompt"
@@ -200,8 +200,8 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
             show(page)
         prompts = out_dir / "prompt"
     where = sorted(str(p) for p in out_dir.glob("report*.html"))
-    kept = {"prompt": f"prompt   {prompts}\n", "lora": f"adapter  {out_dir / 'lora'}\n"}.get(run.train.train, "")
-    kept = f"model    {out_dir / 'model'}\n" if run.train.keep else kept
+    kept = {"prompt": f"prompt   {prompts}\n", "lora": f"adapter  {out_dir / 'lora'}\n"}.get(run.training.target, "")
+    kept = f"model    {out_dir / 'model'}\n" if run.training.save_model else kept
     out.print(f"\n{kept}results  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
     if results["next"]:
         out.print("\nnext:")

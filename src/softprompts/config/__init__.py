@@ -5,8 +5,8 @@ Unknown keys are refused with a suggestion. Nothing here imports torch, so that 
 
 from softprompts.config.parsing import assign, closest, override, parse, read
 from softprompts.config.schema import (
-    DistilConfig,
-    EvaluateConfig,
+    DistillationConfig,
+    EvaluationConfig,
     Head,
     InitConfig,
     Kind,
@@ -22,8 +22,8 @@ from softprompts.config.schema import (
 )
 
 __all__ = [
-    "DistilConfig",
-    "EvaluateConfig",
+    "DistillationConfig",
+    "EvaluationConfig",
     "Head",
     "InitConfig",
     "Kind",

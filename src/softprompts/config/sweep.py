@@ -29,16 +29,16 @@ def sweep(run: Run) -> dict[str, Run]:
         changes = {key: value for key, value in entry.items() if key != "name"}
         if forbidden := [key for key in changes if str(key).split(".")[0] in ("out", "runs")]:
             raise ConfigError(f"runs '{name}': '{forbidden[0]}' is set for all of them; it stands beside runs")
-        values = run.model_dump(mode="json", exclude={"runs"}) | {"out": str(Path(run.out) / name)}
+        values = run.model_dump(mode="json", exclude={"runs"}) | {"out": str(Path(run.output_dir) / name)}
         if len(run.tasks) == 1 and not any(str(key).startswith("tasks") for key in changes):
             values["task"] = values.pop("tasks")[0]
         _merge(values, changes, f"runs '{name}'")
         found[name] = parse(values, origin=f"runs '{name}'")
     first = next(iter(found))
     for name, one in found.items():
-        if one.train.train != "prompt":
+        if one.training.target != "prompt":
             raise ConfigError(
-                f"run '{name}' changes weights (train: {one.train.train}), and runs that train together share a frozen "
+                f"run '{name}' changes weights (train: {one.training.target}), and runs that train together share a frozen "
                 f"backbone; start such runs one after the other, each with an --out of its own, without --seeds, "
                 f"--rates and runs"
             )

@@ -118,7 +118,7 @@ def load(config: TaskConfig) -> Task:
         truncate=config.truncate,
         max_length=config.max_length,
         chat=config.chat,
-        chat_place=config.chat_place,
+        chat_place=config.chat_placement,
         system=config.system,
         metrics=config.metrics or (),
         positive=config.positive,

@@ -32,14 +32,14 @@ TOGETHER = "together"
 class ComparisonStage(Section):
     """How arms are compared, with all rows and with few."""
 
-    train: TrainConfig = TrainConfig(steps=200, batch_size=8, warmup=10)
-    few: TrainConfig = TrainConfig(steps=60, batch_size=8, warmup=5)
+    training: TrainConfig = TrainConfig(max_steps=200, batch_size=8, warmup_steps=10)
+    few: TrainConfig = TrainConfig(max_steps=60, batch_size=8, warmup_steps=5)
     shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows; 0: the start as it is
     shots_per: Literal["class", "set"] = "class"  # set: so many rows in all
     seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
-    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
-    weight_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
-    weight_steps: tuple[Count, Count] | None = None  # of these, with all rows and with few; None: as prompts
+    learning_rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    weight_learning_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
+    weight_max_steps: tuple[Count, Count] | None = None  # of these, with all rows and with few; None: as prompts
     tune_on: tuple[str, ...] | None = None  # tasks on which rates are chosen; None: all
     weight_targets: tuple[str, ...] | None = None  # tasks of fine-tuning and lora; None: all
 
@@ -50,25 +50,25 @@ class ComparisonStage(Section):
 
     @model_validator(mode="after")
     def _runs(self) -> "ComparisonStage":
-        for name, train in (("train", self.train), ("few", self.few)):
-            if not train.steps:
+        for name, train in (("train", self.training), ("few", self.few)):
+            if not train.max_steps:
                 raise ValueError(f"{name}.steps must be at least 1; what the start does untrained is size 0 in shots")
-        for rates in self.weight_rates.values():
+        for rates in self.weight_learning_rates.values():
             distinct(rates)
         return self
 
-    def training(self, shots: int | None, weights: bool = False) -> TrainConfig:
+    def training_for(self, shots: int | None, weights: bool = False) -> TrainConfig:
         """How a task is trained; at the latest an evaluation at the end serves to choose the rate."""
-        train = self.train if shots is None else self.few
+        train = self.training if shots is None else self.few
         if shots == 0:
             return train.model_copy(update={"steps": 0, "evaluate_every": None, "patience": None})
-        own = self.weight_steps if weights else None
-        steps = train.steps if own is None else own[shots is not None]
-        return train.model_copy(update={"steps": steps, "evaluate_every": min(train.evaluate_every or steps, steps)})
+        own = self.weight_max_steps if weights else None
+        steps = train.max_steps if own is None else own[shots is not None]
+        return train.model_copy(update={"steps": steps, "evaluate_every": min(train.eval_steps or steps, steps)})
 
-    def weights(self, cell: "Cell", shots: int | None) -> dict[str, Any]:
+    def weight_training(self, cell: "Cell", shots: int | None) -> dict[str, Any]:
         """The section `train` of a run that trains weights of the backbone."""
-        train = self.training(shots, weights=True).model_dump(mode="json")
+        train = self.training_for(shots, weights=True).model_dump(mode="json")
         return {**train, "train": WEIGHTS[cell.arm], "rate": cell.rate, "rate_unit": "absolute"}
 
     def drawn(self, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
@@ -170,7 +170,7 @@ class Comparison:
             self.found.setdefault((name, shots), []).extend([*done, *more])
 
     def _tried(self, arm: str) -> Sequence[float]:
-        return self.rates.get(arm) or self.stage.weight_rates.get(arm) or self.stage.rates
+        return self.rates.get(arm) or self.stage.weight_learning_rates.get(arm) or self.stage.learning_rates
 
     def _best(self, arm: str, tried: Sequence[Cell], runs: Mapping[str, Sequence[Found]], shots: int | None) -> Cell:
         """The rate with the best mean validation score over the tasks it was tried on; of equal ones the smaller."""
@@ -203,7 +203,7 @@ def together(
         return [Found(cell, []) for cell in cells]
     failed = {row["name"] for row in rows if row["failed"]}
     return [
-        Found(cell, [] if cell.name in failed else _pages(Path(run.out) / cell.name / "results.json")) for cell in cells
+        Found(cell, [] if cell.name in failed else _pages(Path(run.output_dir) / cell.name / "results.json")) for cell in cells
     ]
 
 

@@ -18,7 +18,7 @@ from softprompts import injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone, fingerprint
-from softprompts.config import DistilConfig, closest
+from softprompts.config import DistillationConfig, closest
 from softprompts.data import EncodedExample, collate, evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
@@ -67,7 +67,7 @@ class TeacherOutputs:
         return TeacherBatch(torch.cat([self.states[i] for i in at]).to(device), layers, self.temperature)
 
 
-def load_teachers(backbone: Backbone, config: DistilConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
+def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
     """The teacher of each of `tasks`, in their order.
 
     Raises ConfigError when one is missing or names no task, and when a teacher is no plain prompt of this model's
@@ -109,7 +109,7 @@ def targets(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
     rows: Sequence[EncodedExample],
-    config: DistilConfig,
+    config: DistillationConfig,
     file: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherOutputs:
