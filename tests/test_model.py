@@ -196,7 +196,9 @@ def test_what_a_causal_call_may_ask_for() -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_prompt_behind_the_first_token_scores_the_token_behind_it(side: str) -> None:
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=4, placement="after_start", init=RANDOM))
+    model = SoftPromptModel(
+        tiny.model("llama"), PromptConfig(num_virtual_tokens=4, placement="after_start", init=RANDOM)
+    )
     put(model, "default", initialization.from_ids(model.backbone, Site(), WORDS))
     text = rows.ids(2, 6)
     full = torch.cat([text[:1], WORDS, text[1:]])[None]
@@ -485,11 +487,15 @@ def test_any_name_will_do_and_many_tasks_come_back_in_order(tmp_path: Path) -> N
     ids = rows.ids(1, 5).expand(len(NAMES), -1)
     places = torch.arange(len(NAMES))
     assert torch.equal(model(ids, task_ids=places).logits, again(ids, task_ids=places).logits)
-    SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(tmp_path / "one")
+    SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(
+        tmp_path / "one"
+    )
     with pytest.raises(ArtifactError, match="holds a prompt of its own; give another directory for 7 of them"):
         model.save_pretrained(tmp_path / "one")
     with pytest.raises(ArtifactError, match="is not empty and is not an artifact"):
-        SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(tmp_path / "all")
+        SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(
+            tmp_path / "all"
+        )
 
 
 @pytest.mark.golden

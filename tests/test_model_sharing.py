@@ -261,7 +261,9 @@ def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
         prompt = rows.random(i, P, 32)
         made = example(prompt=prompt, initial=prompt, state={}, fingerprint=fingerprint(backbone))
         sources.append(str(artifact.save(made, tmp_path / str(i))))
-    config = PromptConfig(method="attempt", num_virtual_tokens=P, init=InitConfig(kind="random", sources=tuple(sources)))
+    config = PromptConfig(
+        method="attempt", num_virtual_tokens=P, init=InitConfig(kind="random", sources=tuple(sources))
+    )
     model = SoftPromptModel(tiny.model("llama"), config, task="first")
     model.add_task("second")
     ids = rows.ids(3, 6)[None].expand(2, -1)

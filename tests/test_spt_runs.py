@@ -147,16 +147,16 @@ def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {
             "method": "spt-reconstruction",
-            "length": 4,
+            "num_virtual_tokens": 4,
             "options": {"k": 2, "bank": 40, "population": 200},
         },
         "tasks": [
             {**task, "name": "one", "template": "Say of {text} whether:"},
             {**task, "name": "two", "template": "{text} is? human"},
         ],
-        "train": {"steps": 4, "batch_size": 8, "rate": 0.3, "checkpoint_every": 1},
-        "evaluate": {"resamples": 100},
-        "out": str(tmp_path / "out"),
+        "training": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.3, "save_steps": 1},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(tmp_path / "out"),
     }
 
 
@@ -212,7 +212,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     whole = job.run(parse(values))
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, job.ProgressReporter(on_step=stop))
     again = job.run(cut)

@@ -41,7 +41,7 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
     }  # fmt: skip
     assert str(found) == "rows packed (math), products by onednn"
     (entry,) = json.loads((tmp_path / "kernels.json").read_text()).values()
-    assert entry["kernels"]["products"] == "onednn"
+    assert entry["kernels"]["matmul_backend"] == "onednn"
     done = clock["products"]
     clock["onednn"] = 9.0
     assert setup.autotune(bb) == found  # not measured again, whatever the clock would say now

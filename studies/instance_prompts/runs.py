@@ -50,7 +50,7 @@ def speed_run(study: Study, name: str, turn: int) -> Run:
     task, out = study.tasks[0], Path(study.output_dir) / "speed" / f"{name}-{turn}"
     limit = {**task.split.limit, "validation": 1, "test": 1}
     task = task.model_copy(update={"split": task.split.model_copy(update={"limit": limit})})
-    changes = {"steps": study.speed.steps, "evaluate_every": None, "patience": None, "warmup": 0}
+    changes = {"max_steps": study.speed.steps, "eval_steps": None, "early_stopping_patience": None, "warmup_steps": 0}
     if name not in study.known:
         cell = Cell(name, study.compare.weight_learning_rates[name][0], 0)
         weights = study.compare.weight_training(cell, None)
@@ -74,4 +74,7 @@ def pretrained(study: Study, name: str) -> Path:
 
 
 def _rates(arm: Arm, rate: float) -> Mapping[str, Any]:
-    return {"train.rate": rate, "train.rates": {group: rate * share for group, share in arm.follow.items()}}
+    return {
+        "training.learning_rate": rate,
+        "training.learning_rates": {group: rate * share for group, share in arm.follow.items()},
+    }

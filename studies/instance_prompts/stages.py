@@ -22,7 +22,7 @@ from studies.instance_prompts.summary import page_of, summarize
 
 
 def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Pretrain, train every arm on every task, time steps; write results.json and report.html into study.out.
+    """Pretrain, train every arm on every task, time steps; write results.json and report.html into study.output_dir.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; runs whose settings
     changed, or the states they start from, are done anew.

@@ -21,7 +21,9 @@ class VectorStage(Section):
     starts: tuple[InitConfig, ...] = Field(
         default=(*(InitConfig(seed=seed) for seed in range(3)), InitConfig(kind="random", seed=3)), min_length=2
     )
-    learning_rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)  # chosen on validation rows, one for all
+    learning_rates: tuple[Rate, ...] = Field(
+        default=(0.03, 0.1, 0.3), min_length=1
+    )  # chosen on validation rows, one for all
     tune_on: tuple[str, ...] | None = Field(default=None, min_length=1)  # tasks on which it is chosen; None: all
     seed: int = Field(default=0, ge=0)  # of the order of rows, the same for all
 

@@ -30,7 +30,7 @@ from studies.task_prompt_vectors.summary import page_of, summarize
 
 
 def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Train the vectors, answer the questions, write results.json and report.html into study.out.
+    """Train the vectors, answer the questions, write results.json and report.html into study.output_dir.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; parts whose settings
     changed, or the prompts they start from, are done anew.
@@ -94,7 +94,7 @@ def _rate(study: Study, screen: ProgressReporter) -> tuple[float, dict[str, floa
                 scores[rate].append(max(point["value"] for point in page["validation"]))
     means = {rate: fmean(found) for rate, found in scores.items() if len(found) == len(names)}
     if not means:
-        raise TrainingError("every rate failed on some task; give lower ones in vectors.rates")
+        raise TrainingError("every rate failed on some task; give lower ones in vectors.learning_rates")
     return max(means, key=lambda rate: (means[rate], -rate)), {f"{rate:g}": mean for rate, mean in means.items()}
 
 
@@ -143,7 +143,7 @@ def _told(study: Study, titles: Sequence[str], **more: Any) -> dict[str, Any]:
         "version": __version__,
         "model": stages.set_in(study.model),
         "tasks": [stages.set_in(task_of(study, title)) for title in titles],
-        "evaluate": stages.set_in(study.evaluation),
+        "evaluation": stages.set_in(study.evaluation),
         "inputs": {title: stages.digest(f"{study.output_dir}/vectors/{title}") for title in titles},
         **more,
     }

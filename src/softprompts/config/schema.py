@@ -28,7 +28,9 @@ class ModelConfig(Section):
     attention: str | None = None  # packed, packed-fused or transformers' eager, sdpa, ...; None: the fastest, measured
     matmul_backend: Literal["auto", "torch", "onednn"] = "auto"  # who multiplies matrices on a CPU; auto: the faster
     torch_compile: bool = False  # norms and MLPs through torch.compile: some seconds once, then faster steps
-    gradient_checkpointing: bool = False  # compute layers again in the backward pass instead of keeping them: slower, smaller
+    gradient_checkpointing: bool = (
+        False  # compute layers again in the backward pass instead of keeping them: slower, smaller
+    )
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -104,11 +106,12 @@ class PromptConfig(Section):
     @model_validator(mode="after")
     def _segments_are_the_prompt(self) -> "PromptConfig":
         if self.segments and self.placement != "template":
-            raise ValueError(f"prompt.segments is for place template, not {self.placement}; leave one of them out")
+            raise ValueError(f"prompt.segments is for placement template, not {self.placement}; leave one of them out")
         shown = " + ".join(map(str, self.segments))
         if self.segments and (min(self.segments) < 1 or sum(self.segments) != self.num_virtual_tokens):
             raise ValueError(
-                f"prompt.segments {shown} must each be at least 1 and sum to prompt.length, which is {self.num_virtual_tokens}"
+                f"prompt.segments {shown} must each be at least 1 and sum to prompt.num_virtual_tokens, which is "
+                f"{self.num_virtual_tokens}"
             )
         return self
 
@@ -218,7 +221,9 @@ class TrainConfig(Section):
     batch_tokens: int | None = Field(
         default=None, ge=1
     )  # most text tokens of a batch; batch_size is then the most rows
-    equivalence: Literal["off", "check"] = "off"  # check: compare the first batch with plain concatenation before training
+    equivalence: Literal["off", "check"] = (
+        "off"  # check: compare the first batch with plain concatenation before training
+    )
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     learning_rate: float = Field(default=0.1, gt=0, le=1e9, allow_inf_nan=False)
@@ -231,7 +236,9 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(default=None, ge=1)  # validation for the best checkpoint and early stopping
     early_stopping_patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before stopping
     save_steps: int = Field(default=50, ge=1)
-    learning_rates: dict[str, float] = {}  # of the method's groups of parameters; others learn at `rate`, or at the group's own
+    learning_rates: dict[
+        str, float
+    ] = {}  # of the method's groups of parameters; others learn at `rate`, or at the group's own
     sampling: SamplingConfig = SamplingConfig()
     objectives: dict[str, float] = {"task": 1.0}
     distillation: DistillationConfig | None = None
@@ -239,7 +246,7 @@ class TrainConfig(Section):
     lora: LoraConfig = LoraConfig()
     save_model: bool = False  # train backbone: write the trained model too, as large as the backbone is in float32
 
-    @field_validator("rates")
+    @field_validator("learning_rates")
     @classmethod
     def _positive(cls, rates: dict[str, float]) -> dict[str, float]:
         for name, rate in rates.items():
@@ -250,27 +257,28 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> "TrainConfig":
         if self.early_stopping_patience is not None and self.eval_steps is None:
-            raise ValueError("patience counts evaluations: set train.evaluate_every too")
+            raise ValueError("early_stopping_patience counts evaluations: set training.eval_steps too")
         return self
 
     @model_validator(mode="after")
     def _weights_are_no_prompt(self) -> "TrainConfig":
         if self.save_model and self.target != "backbone":
-            raise ValueError("keep is for train: backbone; a prompt and LoRA's adapter are always kept")
+            raise ValueError("save_model is for target: backbone; a prompt and LoRA's adapter are always saved")
         if self.target == "prompt":
             return self
-        if self.learning_rate_unit != "absolute" or "rate" not in self.model_fields_set:
+        if self.learning_rate_unit != "absolute" or "learning_rate" not in self.model_fields_set:
             raise ValueError(
-                f"train: {self.target} needs a rate in plain numbers, as rms is the unit of a prompt: set train.rate "
-                f"and train.rate_unit: absolute; a common rate is {'2e-5' if self.target == 'backbone' else '2e-4'}"
+                f"target: {self.target} needs a learning rate in plain numbers, as rms is the unit of a prompt: set "
+                f"training.learning_rate and training.learning_rate_unit: absolute; a common rate is "
+                f"{'2e-5' if self.target == 'backbone' else '2e-4'}"
             )
         if self.optimizer != "adamw":
-            raise ValueError(f"train: {self.target} is done with train.optimizer: adamw, not {self.optimizer}")
+            raise ValueError(f"target: {self.target} is trained with training.optimizer: adamw, not {self.optimizer}")
         if set(self.objectives) != {"task"}:
-            raise ValueError(f"train: {self.target} has the objective task alone, given {', '.join(self.objectives)}")
+            raise ValueError(f"target: {self.target} has the objective task alone, given {', '.join(self.objectives)}")
         if self.equivalence != "off":
             raise ValueError(
-                f"parity compares how prompts are computed, and train: {self.target} has none; leave it off"
+                f"equivalence compares how prompts are computed, and target: {self.target} has none; leave it off"
             )
         return self
 
@@ -320,9 +328,9 @@ class Run(Section):
         kind = self.training.target
         if kind != "prompt" and self.model.quantize is not None:
             raise ValueError(
-                f"train: {kind} changes weights in float32, and model.quantize: {self.model.quantize} rounds them; "
+                f"target: {kind} changes weights in float32, and model.quantize: {self.model.quantize} rounds them; "
                 f"leave quantize out, or train a prompt"
             )
         if kind != "prompt" and self.model.device_map is not None:
-            raise ValueError(f"train: {kind} needs the model on one device; set model.device instead of device_map")
+            raise ValueError(f"target: {kind} needs the model on one device; set model.device instead of device_map")
         return self

@@ -238,7 +238,11 @@ def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: Eva
 
 
 def _continued(
-    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluationConfig
+    reader: Reader,
+    encoder: ExampleTokenizer,
+    asked: Asked,
+    candidates: Mapping[str, list[int]],
+    config: EvaluationConfig,
 ) -> Tensor:
     """The log-probability [rows, labels] of each label behind each text, of causal models: one pass for all labels."""
     learner, answers = reader.learner, list(candidates.values())
@@ -252,7 +256,11 @@ def _continued(
 
 
 def _filled(
-    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluationConfig
+    reader: Reader,
+    encoder: ExampleTokenizer,
+    asked: Asked,
+    candidates: Mapping[str, list[int]],
+    config: EvaluationConfig,
 ) -> Tensor:
     """The same of encoder-decoder and masked models: labels of one token from one pass, a pass for each longer one."""
     labels = list(candidates)

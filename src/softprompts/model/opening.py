@@ -102,5 +102,5 @@ def settings_of(one: Artifact, section: str) -> dict[str, Any]:
 def judging_of(one: Artifact, **changes: Any) -> EvaluationConfig:
     """How the run that made the artifact judged its answers, with the `changes` that are not None."""
     given = {key: value for key, value in changes.items() if value is not None}
-    config: EvaluationConfig = parse({**settings_of(one, "evaluate"), **given}, EvaluationConfig, "evaluate")
+    config: EvaluationConfig = parse({**settings_of(one, "evaluation"), **given}, EvaluationConfig, "evaluation")
     return config

@@ -77,10 +77,12 @@ def autotune(
     usual = Kernels() if packs else Kernels(rows="shared")
     asked: dict[str, Any] = {"compiled": compiled}
     if products != "auto":
-        asked["products"] = products
+        asked["matmul_backend"] = products
     if attention is not None:
         asked |= {"rows": "packed", "core": PACKED[attention]} if attention in PACKED else {"rows": "shared"}
-    open_ = [name for name, value in (("attention", attention), ("products", products)) if value in (None, "auto")]
+    open_ = [
+        name for name, value in (("attention", attention), ("matmul_backend", products)) if value in (None, "auto")
+    ]
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
     if not open_ or size < WORTH:
         return TunedKernels(replace(usual, **asked), {})
@@ -106,7 +108,8 @@ def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any
     known = known if isinstance(known, dict) else {}
     key = _key(backbone)
     entry = known.get(key)
-    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys():
+    fields = set(asdict(Kernels()))  # an entry of an earlier release has other names
+    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys() or set(entry["kernels"]) != fields:
         say("measuring which kernels are fastest here, once for this model and machine")
         kernels, seconds = measure(backbone)
         entry = {"kernels": asdict(kernels), "seconds": seconds}

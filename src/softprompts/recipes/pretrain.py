@@ -42,10 +42,11 @@ from softprompts.training.optimizer import build_optimizer, set_rates
 from softprompts.types import Batch, in_mode
 
 USED = (
-    *("steps", "batch_size", "optimizer", "rate", "rate_unit", "rates", "head_rate", "schedule", "warmup"),
-    *("weight_decay", "clip", "evaluate_every", "checkpoint_every"),
+    *("max_steps", "batch_size", "optimizer", "learning_rate", "learning_rate_unit", "learning_rates"),
+    *("head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps"),
+    "save_steps",
 )
-"""The keys of a run's section `train` that pretraining goes by; `head_rate` is the classifier's."""
+"""The keys of a run's section `training` that pretraining goes by; `head_learning_rate` is the classifier's."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Pupil:
 
 
 def execute(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Pretrain the method of `run` on its task's classes; write what `prompt.init.state` takes to `run.out`/prompt.
+    """Pretrain the method of `run` on its task's classes; write what `prompt.init.state` takes to
+    `run.output_dir`/prompt.
 
     results.json and report.html beside it tell the classifier's scores on the test rows; their content is returned. An
     interrupted run goes on from its checkpoint, bit for bit.
@@ -114,7 +116,7 @@ def _check(run: Run) -> None:
         raise ConfigError(f"pretraining has a classifier of its own; leave model.head at lm, not {run.model.head}")
     for key in sorted(run.training.model_fields_set - set(USED)):
         if getattr(run.training, key) != getattr(TrainConfig(), key):
-            raise ConfigError(f"train.{key} means nothing in pretraining; possible: {', '.join(USED)}")
+            raise ConfigError(f"training.{key} means nothing in pretraining; possible: {', '.join(USED)}")
 
 
 def _pupil(job: PreparedRun) -> Pupil:
@@ -183,8 +185,9 @@ def _step(pupil: Pupil, rows: Sequence[EncodedExample], optimizer: Any, number: 
     norm = float(nn.utils.clip_grad_norm_(list(pupil.trained.values()), config.max_grad_norm or math.inf))
     if not math.isfinite(value + norm):
         raise TrainingError(
-            f"the loss of step {number} is not a number; the state before it is kept in {pupil.job.run.output_dir}. Try a "
-            f"lower rate (train.rate was {config.learning_rate:g} {config.learning_rate_unit}) in another output directory"
+            f"the loss of step {number} is not a number; the state before it is kept in {pupil.job.run.output_dir}. "
+            f"Try a lower rate (training.learning_rate was {config.learning_rate:g} {config.learning_rate_unit}) in "
+            "another output directory"
         )
     rate = set_rates(optimizer, config, number - 1)
     optimizer.step()

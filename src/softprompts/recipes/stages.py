@@ -113,9 +113,9 @@ def run_of(
             "model": plan.model.model_dump(mode="json"),
             "prompt": {**plan.prompt.model_dump(mode="json"), **(prompt or {})},
             "tasks": [task.model_dump(mode="json") for task in tasks],
-            "train": train.model_dump(mode="json"),
-            "evaluate": plan.evaluation.model_dump(mode="json"),
-            "out": str(out),
+            "training": train.model_dump(mode="json"),
+            "evaluation": plan.evaluation.model_dump(mode="json"),
+            "output_dir": str(out),
             "seed": seed,
             "runs": list(runs),
         }

@@ -76,11 +76,13 @@ def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequenc
     for name in config.teachers:
         if name not in tasks:
             raise ConfigError(
-                f"train.distil.teachers: there is no task '{name}'{closest(name, tasks)} tasks: {', '.join(tasks)}"
+                f"training.distillation.teachers: there is no task '{name}'{closest(name, tasks)} tasks: "
+                f"{', '.join(tasks)}"
             )
     if missing := [name for name in tasks if name not in config.teachers]:
         raise ConfigError(
-            f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in train.distil.teachers"
+            f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in "
+            "training.distillation.teachers"
         )
     injection.check_layers(backbone, config.layers)
     weights = fingerprint(backbone)

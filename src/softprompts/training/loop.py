@@ -240,7 +240,7 @@ def _compared(course: _Course, step: int, pad: int) -> str:
     if not found.holds:
         raise TrainingError(
             f"the next batch does not come out as by plain concatenation: {found}. No step was made; set "
-            f"model.attention to eager and model.products to torch, and please report the model"
+            f"model.attention to eager and model.matmul_backend to torch, and please report the model"
         )
     return str(found)
 
@@ -372,6 +372,7 @@ def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile
         f"the state after step {good} is kept in {written.file}" if written else f"the state after step {good} is kept"
     )
     return (
-        f"the loss of step {step} is not a number; {kept}. Try a lower rate (train.rate was {config.learning_rate:g} "
-        f"{config.learning_rate_unit}) or gradient clipping (train.clip), in another output directory or with that file deleted"
+        f"the loss of step {step} is not a number; {kept}. Try a lower rate (training.learning_rate was "
+        f"{config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping (training.max_grad_norm), in "
+        "another output directory or with that file deleted"
     )

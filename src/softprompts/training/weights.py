@@ -124,7 +124,10 @@ def fit(
             parameter.requires_grad_(True)
         for step in range(config.max_steps):
             began = time.perf_counter()
-            parts = [batches.at(step * config.gradient_accumulation_steps + i) for i in range(config.gradient_accumulation_steps)]
+            parts = [
+                batches.at(step * config.gradient_accumulation_steps + i)
+                for i in range(config.gradient_accumulation_steps)
+            ]
             loss, path = _gradients(weights, parts, objective, pad)
             rate = _update(weights, optimizer, config, step, loss)
             score = None
@@ -209,8 +212,8 @@ def _peft() -> Any:
         import peft
     except ImportError:
         raise ConfigError(
-            "train: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the whole "
-            "backbone (train: backbone)"
+            "target: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the "
+            "whole backbone (training.target: backbone)"
         ) from None
     return peft
 
@@ -241,8 +244,8 @@ def _check_ready(rows: Sequence[EncodedExample], config: TrainConfig) -> None:
         raise ConfigError("there are no rows to train on; check the task's source and split")
     if get_cpu_distributed_information().world_size > 1:
         raise ConfigError(
-            f"train: {config.target} runs in one process; start it without a launcher, and accumulate batches "
-            f"(train.accumulate) where memory is short"
+            f"target: {config.target} runs in one process; start it without a launcher, and accumulate batches "
+            f"(training.gradient_accumulation_steps) where memory is short"
         )
 
 
@@ -284,10 +287,10 @@ def _wrong_targets(model: nn.Module, config: LoraConfig, error: ValueError) -> C
     text = given if isinstance(given, str) else ", ".join(given)
     wrong = [name for name in given if name not in names] if not isinstance(given, str) else [given]
     if not wrong:
-        return ConfigError(f"train.lora: {' '.join(str(error).split())}")
+        return ConfigError(f"training.lora: {' '.join(str(error).split())}")
     return ConfigError(
-        f"train.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} possible: "
-        f"{', '.join(names)}, all-linear"
+        f"training.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} "
+        f"possible: {', '.join(names)}, all-linear"
     )
 
 
@@ -342,8 +345,9 @@ def _update(weights: Weights, optimizer: torch.optim.AdamW, config: TrainConfig,
     norm = float(nn.utils.clip_grad_norm_(list(weights.trained.values()), config.max_grad_norm or math.inf))
     if not math.isfinite(loss + norm):
         raise TrainingError(
-            f"the loss of step {step + 1} is not a number, and nothing was written. Try a lower rate (train.rate was "
-            f"{config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping (train.clip)"
+            f"the loss of step {step + 1} is not a number, and nothing was written. Try a lower rate "
+            f"(training.learning_rate was {config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping "
+            "(training.max_grad_norm)"
         )
     rate = set_rates(optimizer, config, step)
     optimizer.step()

@@ -14,7 +14,7 @@ from softprompts.config import (
 from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_known, distinct
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
-KEPT = ("train", "distil", "objectives", "rates")
+KEPT = ("target", "distillation", "objectives", "learning_rates")
 """Keys of a stage's training that the recipe sets itself."""
 
 
@@ -28,7 +28,9 @@ class TeacherStage(Section):
 class SourceStage(Section):
     """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1); batches draw their tasks."""
 
-    training: TrainConfig = TrainConfig(max_steps=400, batch_size=16, warmup_steps=30, sampling=SamplingConfig(draw="some"))
+    training: TrainConfig = TrainConfig(
+        max_steps=400, batch_size=16, warmup_steps=30, sampling=SamplingConfig(draw="some")
+    )
     variants: tuple[str, ...] = tuple(VARIANTS)
     logits: float = Field(default=0.9, ge=0)
     hidden: float = Field(default=0.9, ge=0)
@@ -84,7 +86,7 @@ class Plan(Section):
         check_known("target.arms", (*self.target.arms, *(self.target.few_arms or ())), list(ARMS))
         check_known("target.tune_on", self.target.tune_on or (), targets)
         check_known("target.weight_targets", self.target.weight_targets or (), targets)
-        check_known("target.weight_rates", self.target.weight_learning_rates, list(WEIGHTS))
+        check_known("target.weight_learning_rates", self.target.weight_learning_rates, list(WEIGHTS))
         few = self.target.arms if self.target.few_arms is None else self.target.few_arms
         for arm in few if 0 in self.target.shots else ():
             if arm in WEIGHTS or ARMS[arm].start in ("nearest", "weighted"):
@@ -96,11 +98,11 @@ class Plan(Section):
             if variant and variant not in self.source.variants:
                 raise ValueError(f"arm '{arm}' starts from variant '{variant}'; add it to source.variants")
             if arm in WEIGHTS and not self.target.weight_learning_rates.get(arm):
-                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_rates")
+                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_learning_rates")
         for name, stage in (
-            ("teachers.train", self.teachers.training),
-            ("source.train", self.source.training),
-            ("target.train", self.target.training),
+            ("teachers.training", self.teachers.training),
+            ("source.training", self.source.training),
+            ("target.training", self.target.training),
             ("target.few", self.target.few),
         ):
             for key in KEPT:

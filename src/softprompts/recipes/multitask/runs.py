@@ -30,7 +30,9 @@ def teacher_runs(plan: Plan) -> Run:
         for task in plan.sources
         if task.title not in plan.teachers.trained
     ]
-    return stages.run_of(plan, plan.sources[:1], plan.teachers.training, Path(plan.output_dir) / "teachers", runs=entries)
+    return stages.run_of(
+        plan, plan.sources[:1], plan.teachers.training, Path(plan.output_dir) / "teachers", runs=entries
+    )
 
 
 def teacher_paths(plan: Plan) -> dict[str, str]:
@@ -57,8 +59,8 @@ def source_runs(plan: Plan) -> Run:
             {
                 "name": name,
                 "prompt.options": {"ranks": own.ranks, "factors": "trained" if variant.decompose else "fixed"},
-                "train.objectives": {"task": 1.0, **used},
-                "train.distil": distil if used else None,
+                "training.objectives": {"task": 1.0, **used},
+                "training.distillation": distil if used else None,
             }
         )
     shared = {"method": "multitask-prompt-tuning"}
@@ -81,7 +83,9 @@ def probe_runs(plan: Plan) -> Run:
         for task in plan.targets
         for seed in plan.target.seeds
     ]
-    train = plan.target.few.model_copy(update={"steps": plan.target.probe_steps, "warmup": 0, "schedule": "constant"})
+    train = plan.target.few.model_copy(
+        update={"max_steps": plan.target.probe_steps, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    )
     return stages.run_of(plan, plan.targets[:1], train, Path(plan.output_dir) / "probes", runs=entries)
 
 
@@ -138,8 +142,8 @@ def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: 
         "prompt.method": arm.method,
         "prompt.options": {"ranks": plan.source.ranks} if factors else {},
         "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots, cell.seed), ())),
-        "train.rate": cell.rate,
-        "train.rates": rates,
+        "training.learning_rate": cell.rate,
+        "training.learning_rates": rates,
     }
 
 

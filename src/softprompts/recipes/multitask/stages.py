@@ -34,7 +34,7 @@ from softprompts.recipes.run.run import ProgressReporter
 
 
 def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.out.
+    """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.output_dir.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; stages whose settings
     changed, or the prompts that they start from, are done anew.

@@ -146,22 +146,25 @@ def _check_training(train: TrainConfig, method: str) -> None:
     objectives.weigh(train.objectives)
     taught = [name for name in objectives.TAUGHT if train.objectives.get(name)]
     if taught and train.distillation is None:
-        raise ConfigError(f"objective '{taught[0]}' compares with teachers; name them in train.distil.teachers")
+        raise ConfigError(
+            f"objective '{taught[0]}' compares with teachers; name them in training.distillation.teachers"
+        )
     if train.distillation is not None and not taught:
         raise ConfigError(
-            f"train.distil names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a weight in "
-            f"train.objectives, or leave train.distil out"
+            f"training.distillation names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a "
+            f"weight in training.objectives, or leave training.distillation out"
         )
     if train.sampling.draw != "rows" and train.batch_tokens is not None:
         raise ConfigError(
-            f"train.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks first; "
-            f"leave one of them out"
+            f"training.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks "
+            f"first; leave one of them out"
         )
     known = groups(find(method))
     for name in train.learning_rates:
         if name not in known:
             raise ConfigError(
-                f"train.rates: method {method} has no group '{name}'{closest(name, known)} groups: {', '.join(known)}"
+                f"training.learning_rates: method {method} has no group '{name}'{closest(name, known)} groups: "
+                f"{', '.join(known)}"
             )
 
 
@@ -192,8 +195,8 @@ def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     for task in tasks:
         if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
             raise ConfigError(
-                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
-                f"use chat_place: start, or site input or layers"
+                f"{task.name}: chat_placement is user, but at site '{prompt.site}' nothing can stand before the "
+                f"prompt; use chat_placement: start, or site input or layers"
             )
         if not slotted or run.training.target != "prompt":
             continue
@@ -243,7 +246,7 @@ def prepare_many(runs: Mapping[str, Run], screen: ProgressReporter = SILENT) -> 
 
 
 def _idle_rate(job: PreparedRun) -> str:
-    """That `train.rate` was set and nothing learns at it; empty where something does, or it has its default."""
+    """A warning that nothing learns at the `training.learning_rate` that was set; empty where something does."""
     train, method = job.run.training, job.run.prompt.method
     if job.weights is not None or train.learning_rate == TrainConfig().learning_rate:
         return ""
@@ -251,7 +254,10 @@ def _idle_rate(job: PreparedRun) -> str:
     used = {k: g for k, g in groups(job.learner.method).items() if any(n.startswith(g.parameters) for n in names)}
     if any(group.rate is None and name not in train.learning_rates for name, group in used.items()):
         return ""
-    return f"train.rate changes nothing: all of method {method} has rates of its own, train.rates: {', '.join(used)}"
+    return (
+        f"training.learning_rate changes nothing: all of method {method} has rates of its own, "
+        f"training.learning_rates: {', '.join(used)}"
+    )
 
 
 def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
@@ -270,8 +276,12 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
         return _weights_job(run, model, tasks)
     place = place_of(run.prompt.placement, [task.template for task in tasks])
     site = Site(run.prompt.site, run.prompt.mode, place)
-    slot = injection.prompt_spec(model, site, tuple(task.name for task in tasks), run.prompt.num_virtual_tokens, sentences.widths)
-    encoders = tuple(encoder_for(model, task.template, run.prompt.num_virtual_tokens, i, place) for i, task in enumerate(tasks))
+    slot = injection.prompt_spec(
+        model, site, tuple(task.name for task in tasks), run.prompt.num_virtual_tokens, sentences.widths
+    )
+    encoders = tuple(
+        encoder_for(model, task.template, run.prompt.num_virtual_tokens, i, place) for i, task in enumerate(tasks)
+    )
     words = tuple(
         f"{task.template.separator}{word}" for task in tasks for word in (task.template.verbalizer or {}).values()
     )

@@ -168,7 +168,7 @@ def compare(
 
 def _different(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """The settings that are not the same in all runs, as dotted keys, and each run's value."""
-    flat = {name: _flat(run.model_dump(mode="json", exclude={"out", "runs"})) for name, run in runs.items()}
+    flat = {name: _flat(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
     keys = sorted({key for values in flat.values() for key in values})
     different = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
     return {name: {key: values.get(key) for key in different} for name, values in flat.items()}
@@ -213,7 +213,8 @@ def _next_of_several(jobs: Mapping[str, PreparedRun], pages: Mapping[str, Sequen
         for key, other in jobs.items()
         if key in pages
         and other.tasks[0].template == task.template
-        and (other.run.prompt.num_virtual_tokens, other.run.prompt.method) == (job.run.prompt.num_virtual_tokens, job.run.prompt.method)
+        and (other.run.prompt.num_virtual_tokens, other.run.prompt.method)
+        == (job.run.prompt.num_virtual_tokens, job.run.prompt.method)
     ]
     return [*lines, f"softprompts evaluate {' '.join(alike)}"] if len(alike) > 1 else lines
 

@@ -1,6 +1,7 @@
 """Runs from their configuration to artifact, results.json and report page; `open_artifacts` is the way back.
 
-A run that trains weights (`train.train`) goes the same way; what it keeps instead of an artifact, finetune.py writes.
+A run that trains weights (`training.target`) goes the same way; what it keeps instead of an artifact, finetune.py
+writes.
 """
 
 import functools
@@ -52,12 +53,13 @@ __all__ = [
 
 
 def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into run.out.
+    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into
+    run.output_dir.
 
     Returns what results.json holds. An interrupted run goes on from its checkpoint when called again. With a list
-    `runs` all of them train together, each is written to a folder of run.out as it would be alone, and results.json
-    and the page of run.out compare them; a run that failed is named there, the others are finished all the same.
-    Of several processes that a launcher started, all train, and the first one writes and shows.
+    `runs` all of them train together, each is written to a folder of run.output_dir as it would be alone, and
+    results.json and the page of run.output_dir compare them; a run that failed is named there, the others are finished
+    all the same. Of several processes that a launcher started, all train, and the first one writes and shows.
     """
     began, main = time.time(), is_main_process()
     screen = screen if main else SILENT
@@ -137,7 +139,12 @@ def fixed_settings(job: PreparedRun) -> dict[str, Any]:
 
     Artifacts that the run starts from, mixes or learns from may have been made anew since.
     """
-    others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
+    others: Any = {
+        "output_dir": True,
+        "evaluation": True,
+        "runs": True,
+        "training": {"save_steps", "lora", "save_model"},
+    }
     settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
     given = job.run.prompt.init
     if job.start is not None and (given.sources or given.state or given.kind in initialization.READ):
