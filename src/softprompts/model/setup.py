@@ -100,7 +100,7 @@ def _check_packable(backbone: Backbone, attention: str) -> None:
 
 def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any]:
     """The measurement for models of this shape, on this device with these versions; made if it is not there."""
-    file = cache_dir() / "kernels.json"
+    file = cache_dir() / "autotune.json"
     try:
         known = read_json(file) if file.is_file() else {}
     except ArtifactError:
