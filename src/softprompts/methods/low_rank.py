@@ -59,7 +59,8 @@ class LowRankPromptTuning(nn.Module):
 def _nearest(prompt: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Columns [P, r] of root mean square one and rows [r, D] whose product is nearest to `prompt` (Eckart and Young).
 
-    So the rows are in the prompt's own units, and both learn as fast as a prompt does at the same `train.rate`.
+    So the rows are in the prompt's own units, and both learn as fast as a prompt does at the same
+    `training.learning_rate`.
     """
     left, values, right = torch.linalg.svd(prompt.cpu().double(), full_matrices=False)
     unit, kept = math.sqrt(len(prompt)), min(rank, len(values))

@@ -75,8 +75,8 @@ class SemiParametric(nn.Module):
         super().__init__()
         if config.k >= slot.length:
             raise ValueError(
-                f"k {config.k} leaves no room for a trained prompt: prompt.length {slot.length} counts both; choose a "
-                f"smaller k or a longer prompt"
+                f"k {config.k} leaves no room for a trained prompt: prompt.num_virtual_tokens {slot.length} counts "
+                f"both; choose a smaller k or a longer prompt"
             )
         if config.k and (slot.width != slot.features or slot.layers):
             raise ValueError(

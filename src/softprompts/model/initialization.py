@@ -259,7 +259,7 @@ def _check_fits(
     if found.site != site.name or found.shape != (slot.length, slot.width):
         raise ArtifactError(
             f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
-            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.num_virtual_tokens and prompt.site to match"
         )
 
 

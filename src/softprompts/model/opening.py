@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from softprompts import backbone, errors, injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
-from softprompts.config import EvaluateConfig, ModelConfig, parse
+from softprompts.config import EvaluationConfig, ModelConfig, parse
 from softprompts.data import ExampleTokenizer, TaskTemplate
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
@@ -99,8 +99,8 @@ def settings_of(one: Artifact, section: str) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def judging_of(one: Artifact, **changes: Any) -> EvaluateConfig:
+def judging_of(one: Artifact, **changes: Any) -> EvaluationConfig:
     """How the run that made the artifact judged its answers, with the `changes` that are not None."""
     given = {key: value for key, value in changes.items() if value is not None}
-    config: EvaluateConfig = parse({**settings_of(one, "evaluate"), **given}, EvaluateConfig, "evaluate")
+    config: EvaluationConfig = parse({**settings_of(one, "evaluation"), **given}, EvaluationConfig, "evaluation")
     return config

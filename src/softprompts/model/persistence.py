@@ -69,9 +69,9 @@ def create(
         saved = config.modules_to_save if saved is None else saved
         config, start = config.describe(backbone)
     check_site(config.method, config.site)
-    site = Site(config.site, config.mode, config.place, config.segments)
+    site = Site(config.site, config.mode, config.placement, config.segments)
     sentences.fetch(sentence_encoders(config.method, config.options), backbone)
-    slot = injection.prompt_spec(backbone, site, names, config.length, sentences.widths)
+    slot = injection.prompt_spec(backbone, site, names, config.num_virtual_tokens, sentences.widths)
     if start is None:
         start = initialization.initialize(config.init, backbone, site, slot)
     method = build(config.method, config.options, slot, start).to(backbone.device)

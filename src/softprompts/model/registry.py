@@ -180,7 +180,7 @@ class Held:
             batch = replace(batch, prompt_offsets=torch.stack([each[places[name]][i] for i, name in enumerate(own)]))
         if not any(site.segments for site in sites.values()):
             return batch
-        sizes = {name: site.segments or (self.tasks[name].config.length,) for name, site in sites.items()}
+        sizes = {name: site.segments or (self.tasks[name].config.num_virtual_tokens,) for name, site in sites.items()}
         most = max(map(len, sizes.values()))
         rows_sizes = [[*sizes[name], *[0] * (most - len(sizes[name]))] for name in own]
         return replace(batch, segment_lengths=torch.tensor(rows_sizes, device=batch.task_ids.device))

@@ -108,7 +108,8 @@ def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any
     known = known if isinstance(known, dict) else {}
     key = _key(backbone)
     entry = known.get(key)
-    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys():
+    fields = set(asdict(Kernels()))  # an entry of an earlier release has other names
+    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys() or set(entry["kernels"]) != fields:
         say("measuring which kernels are fastest here, once for this model and machine")
         kernels, seconds = measure(backbone)
         entry = {"kernels": asdict(kernels), "seconds": seconds}
