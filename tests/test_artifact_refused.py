@@ -136,7 +136,7 @@ def test_wrong_tensors(saved: Path, changes: dict[str, Tensor | None], message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4, "novelty": 1}, "written by a newer softprompts, format 4 > 3; upgrade"),
+        ({"format_version": 5, "novelty": 1}, "written by a newer softprompts, format 5 > 4; upgrade"),
         ({"format_version": 0}, "there is no format 0"),
         ({"format_version": "1"}, "format_version: Input should be a valid integer (given: '1')"),
         ({"format_version": ...}, "format_version: Field required"),

@@ -28,6 +28,7 @@ from softprompts.artifacts.io import write_json as write_json
 from softprompts.artifacts.io import write_tensors as write_tensors
 from softprompts.artifacts.manifest import MANIFEST as MANIFEST
 from softprompts.artifacts.manifest import Manifest
+from softprompts.artifacts.upgrades import FORMAT, old_options, old_state_name, upgrade_state
 from softprompts.errors import ArtifactError
 from softprompts.types import SOURCES, START, Fingerprint
 
@@ -87,10 +88,11 @@ class Artifact:
         facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
         facts["shape"] = list(self.shape)
         facts["architecture"] = self.fingerprint.architecture if self.fingerprint else None
-        held = [self.state[name] for name in sorted(self.state)] if self.prompt is None else [self.prompt]
+        state = {old_state_name(self.method, name): value for name, value in self.state.items()}
+        held = [state[name] for name in sorted(state)] if self.prompt is None else [self.prompt]
         if self.prompt is None:
-            kinds = {name: [str(value.dtype), list(value.shape)] for name, value in self.state.items()}
-            facts |= {"method": self.method, "options": self.options, "state": kinds}
+            kinds = {name: [str(value.dtype), list(value.shape)] for name, value in state.items()}
+            facts |= {"method": self.method, "options": old_options(self.method, self.options), "state": kinds}
         done = hashlib.sha256(json.dumps(plain(facts, "digest"), sort_keys=True).encode() + b"\0")
         for value in held:
             done.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -188,7 +190,7 @@ def _contents(artifact: Artifact, path: Path) -> dict[str, bytes]:
         packed[peft_files.TENSORS] = pack(stored, {"format": "pt"}, path / peft_files.TENSORS)
     manifest = {
         **{key: getattr(artifact, key) for key in _COPIED},
-        "format_version": manifests.FORMAT,
+        "format_version": FORMAT,
         "fixed": artifact.prompt is not None,
         "shape": list(artifact.shape),
         "fingerprint": _weights(weights),
@@ -253,11 +255,12 @@ def _load_own(path: Path) -> Artifact:
         what = "the prompt" if manifest.fixed else "the initial prompt"
         raise ArtifactError(f"{path / TENSORS}: {what} is {stored}, but {MANIFEST} says {manifest.shape}")
     weights = manifest.fingerprint
+    state = {key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")}
     artifact = Artifact(
         **{key: getattr(manifest, key) for key in _COPIED if key not in ("fingerprint", "parents", "segments")},
         prompt=tensors.get("prompt"),
         initial=tensors.get("initial"),
-        state={key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
+        state=upgrade_state(manifest.method, state, manifest.format_version),
         heads={key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")},
         fingerprint=Fingerprint(sketch=tensors["sketch"], **weights.model_dump()) if weights else None,
         parents=tuple(manifest.parents),

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompts.config import Head, Section, parse, update_old_keys
+from softprompts.artifacts.upgrades import FORMAT, upgrade_manifest
+from softprompts.config import Head, Section, parse
 from softprompts.errors import ArtifactError, ConfigError
 
-FORMAT = 3
 MANIFEST = "softprompts.json"
 
 
@@ -52,17 +52,12 @@ def check(values: Any, path: Path) -> Manifest:
         raise ArtifactError(f"{path} must hold an object, found {type(values).__name__}")
     # asked before anything else: what a newer version adds would be reported as a wrong key
     version = values.get("format_version")
-    if isinstance(version, int) and version > FORMAT:
+    if type(version) is int and version > FORMAT:
         raise ArtifactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
-    if isinstance(version, int) and version < 1:
+    if type(version) is int and version < 1:
         raise ArtifactError(f"{path}: there is no format {version}")
-    for key, since, value in (("fixed", 2, True), ("segments", 3, [])):
-        if isinstance(version, int) and version < since:
-            if key in values:
-                raise ArtifactError(f"{path}: unknown key '{key}': format {version} has none")
-            values = {**values, key: value}
-    if isinstance(values.get("config"), dict):
-        values = {**values, "config": update_old_keys(values["config"])}
+    if type(version) is int:
+        values = upgrade_manifest(values, path)
     try:
         result: Manifest = parse(values, Manifest, str(path))
     except ConfigError as error:
