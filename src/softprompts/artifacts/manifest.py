@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompts.config import Head, Section, parse, update_old_keys
+from softprompts.config import OLD_KEYS, Head, Section, parse, update_old_keys, update_old_options
 from softprompts.errors import ArtifactError, ConfigError
 
 FORMAT = 3
@@ -61,8 +61,7 @@ def check(values: Any, path: Path) -> Manifest:
             if key in values:
                 raise ArtifactError(f"{path}: unknown key '{key}': format {version} has none")
             values = {**values, key: value}
-    if isinstance(values.get("config"), dict):
-        values = {**values, "config": update_old_keys(values["config"])}
+    values = _with_names_of_today(values)
     try:
         result: Manifest = parse(values, Manifest, str(path))
     except ConfigError as error:
@@ -70,3 +69,16 @@ def check(values: Any, path: Path) -> Manifest:
     if result.segments and (min(result.segments) < 1 or sum(result.segments) != result.shape[0]):
         raise ArtifactError(f"{path}: segments {result.segments} do not sum to the prompt's {result.shape[0]} tokens")
     return result
+
+
+def _with_names_of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """A manifest whose run, method options and template have the key names of today."""
+    updated = dict(values)
+    if isinstance(values.get("config"), dict):
+        updated["config"] = update_old_keys(values["config"])
+    if isinstance(values.get("options"), dict):
+        updated["options"] = update_old_options(str(values.get("method")), values["options"])
+    if isinstance(values.get("format"), dict):
+        names = OLD_KEYS["TaskTemplate"]
+        updated["format"] = {names.get(key, key): value for key, value in values["format"].items()}
+    return updated

@@ -172,8 +172,15 @@ def restore(
         here = {name: list(own[name].shape) for name in backbone.head_names}
         raise ArtifactError(f"{path}: its head {', '.join(wrong)} does not fit this model's, which is {here}")
     config = PromptConfig.model_validate(
-        {"method": found.method, "length": slot.length, "site": site.name, "mode": site.mode, "place": site.place}
-        | {"options": found.options, "segments": site.segments}
+        {
+            "method": found.method,
+            "num_virtual_tokens": slot.length,
+            "site": site.name,
+            "mode": site.mode,
+            "placement": site.place,
+            "segments": site.segments,
+            "options": found.options,
+        }
     )
     head = {key: found.heads[key] for key in backbone.head_names if key in found.heads}  # safetensors sorts them
     return Made([Task(name, site, config, found.initial, (name,), found)], method, [_tree(head)]), warnings
