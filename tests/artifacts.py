@@ -76,6 +76,20 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in {**values, **changes}.items() if value is not Ellipsis}))
 
 
+OLD_TEMPLATE_KEYS = {"verbalizer": "verbaliser", "chat_placement": "chat_place"}
+
+
+def write_as_format(path: Path, version: int) -> None:
+    """Rewrite a manifest as `version` 1, 2 or 3 of the format wrote it."""
+    values = json.loads(path.read_text())
+    values["format_version"] = version
+    values["format"] = {OLD_TEMPLATE_KEYS.get(key, key): value for key, value in values["format"].items()}
+    for key, since in (("fixed", 2), ("segments", 3)):
+        if version < since:
+            del values[key]
+    path.write_text(json.dumps(values))
+
+
 def refused(directory: Path) -> str:
     with pytest.raises(ArtifactError) as caught:
         a.load(directory)

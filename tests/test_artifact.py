@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from artifacts import D, P, assert_equal, bits, edit, example, fingerprint
+from artifacts import D, P, assert_equal, bits, edit, example, fingerprint, write_as_format
 from softprompts.artifacts import artifact as a
 from softprompts.artifacts.artifact import Artifact
 from softprompts.errors import ArtifactError
@@ -239,12 +239,12 @@ def test_the_digest_without_a_prompt_is_the_one_that_the_specification_describes
 
 def test_format_1_loads(saved: Path, tmp_path: Path) -> None:
     """It had no key `fixed`, and always a prompt."""
-    edit(saved / "softprompts.json", format_version=1, fixed=..., segments=...)
+    write_as_format(saved / "softprompts.json", 1)
     assert_equal(example(), a.load(saved))
     edit(saved / "softprompts.json", fixed=True)
     with pytest.raises(ArtifactError, match="unknown key 'fixed': format 1 has none"):
         a.load(saved)
-    edit(a.save(of_texts(), tmp_path / "x") / "softprompts.json", format_version=1, fixed=..., segments=...)
+    write_as_format(a.save(of_texts(), tmp_path / "x") / "softprompts.json", 1)
     with pytest.raises(ArtifactError, match="no tensor 'prompt'"):
         a.load(tmp_path / "x")
 

@@ -35,7 +35,12 @@ FIELDS = {"ids": "input_ids", "mask": "attention_mask", "place": "prompt_offsets
 FIELDS |= {"words": "instruction_mask"}
 """Fields of a Batch that had other names when the batches were stored."""
 
-RENAMED = {"verbalizer": "verbaliser", "normalize": "normalise", "reparametrize": "reparametrise"}
+RENAMED = {
+    "verbalizer": "verbaliser",
+    "chat_placement": "chat_place",
+    "normalize": "normalise",
+    "reparametrize": "reparametrise",
+}
 """Keys of a template, of a method's options and of the evaluation that had other names then."""
 
 # What the library is called with --------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_batches_of_rows_with_slots() -> None:
 
 
 def test_where_the_template_puts_the_prompt() -> None:
-    plain, chat = replace(FORM, template="{text}"), replace(FORM, template="{text}", chat=True, chat_place="user")
+    plain, chat = replace(FORM, template="{text}"), replace(FORM, template="{text}", chat=True, chat_placement="user")
     assert [place_of("auto", forms) for forms in ([FORM], [plain], [chat])] == ["template", "auto", "auto"]
     assert place_of("template", [FORM, FORM]) == "template"
     assert place_of("suffix", [plain]) == "suffix"
@@ -170,7 +170,11 @@ def test_where_the_template_puts_the_prompt() -> None:
         ("template", [plain], "prompt.placement is template, but the template '{text}' has no slot for the prompt"),
         ("first", [FORM], "the template has a slot for the prompt, and prompt.placement is first; leave one out"),
         ("suffix", [chat], "chat_placement is user, and prompt.placement is suffix: both say where the prompt stands"),
-        ("auto", [replace(FORM, chat=True, chat_place="user")], "chat_placement is user, and the template has a slot"),
+        (
+            "auto",
+            [replace(FORM, chat=True, chat_placement="user")],
+            "chat_placement is user, and the template has a slot",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             place_of(asked, forms)
@@ -339,10 +343,10 @@ def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
 
 
 def test_older_artifacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
-    from artifacts import assert_equal, edit, example
+    from artifacts import assert_equal, edit, example, write_as_format
 
     directory = artifact.save(example(), tmp_path / "a")
-    edit(directory / "softprompts.json", format_version=2, segments=...)
+    write_as_format(directory / "softprompts.json", 2)
     assert_equal(artifact.load(directory), example())
     edit(directory / "softprompts.json", segments=[])
     with pytest.raises(ArtifactError, match="unknown key 'segments': format 2 has none"):
@@ -353,7 +357,7 @@ def test_older_artifacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_pef
     edit(tmp_path / "b" / "softprompts.json", segments=[2, 2])
     with pytest.raises(ArtifactError, match=r"segments \[2, 2\] do not sum to the prompt's 5 tokens"):
         artifact.load(tmp_path / "b")
-    chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_place": "user"})
+    chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_placement": "user"})
     artifact.save(chat, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "softprompts.json").read_text())["peft"].startswith(
         "chat_placement user: PEFT puts"

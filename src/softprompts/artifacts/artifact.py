@@ -28,7 +28,8 @@ from softprompts.artifacts.io import write_json as write_json
 from softprompts.artifacts.io import write_tensors as write_tensors
 from softprompts.artifacts.manifest import MANIFEST as MANIFEST
 from softprompts.artifacts.manifest import Manifest
-from softprompts.artifacts.upgrades import FORMAT, old_options, old_state_name, upgrade_state
+from softprompts.artifacts.upgrades import FORMAT, old_state_name, upgrade_state
+from softprompts.config import original_options
 from softprompts.errors import ArtifactError
 from softprompts.types import SOURCES, START, Fingerprint
 
@@ -92,7 +93,7 @@ class Artifact:
         held = [state[name] for name in sorted(state)] if self.prompt is None else [self.prompt]
         if self.prompt is None:
             kinds = {name: [str(value.dtype), list(value.shape)] for name, value in state.items()}
-            facts |= {"method": self.method, "options": old_options(self.method, self.options), "state": kinds}
+            facts |= {"method": self.method, "options": original_options(self.method, self.options), "state": kinds}
         done = hashlib.sha256(json.dumps(plain(facts, "digest"), sort_keys=True).encode() + b"\0")
         for value in held:
             done.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -67,7 +67,7 @@ def obstacle(
         return f"site {site}: PEFT's prompt tuning enters at the input embeddings only"
     if place != "first":
         return f"place {place}: PEFT puts the prompt before {'[CLS]' if place == 'after_start' else 'the text'}"
-    if form is not None and form.get("chat") and form.get("chat_place") == "user":
+    if form is not None and form.get("chat") and form.get("chat_placement") == "user":
         return "chat_placement user: PEFT puts the prompt before the whole chat"
     if head == "lm" and family is None:
         return "family unknown: PEFT's task_type needs it"

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softprompts.config import update_old_keys, update_old_options
-from softprompts.config.old_keys import OLD_OPTIONS
+from softprompts.config import OLD_KEYS, update_old_keys, update_old_options
 from softprompts.errors import ArtifactError
 
 FORMAT = 4
@@ -19,9 +18,6 @@ FORMAT = 4
 
 OLD_MANIFEST_KEYS: Mapping[str, str] = MappingProxyType({})
 """Key of the manifest in format 3 -> key in format 4."""
-
-OLD_TEMPLATE_KEYS: Mapping[str, str] = MappingProxyType({"verbaliser": "verbalizer"})
-"""Key of a task's template in format 3 -> key in format 4."""
 
 OLD_TENSORS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
 """Method -> beginning of a tensor's name in format 3 -> beginning in format 4; the rest of the name stays."""
@@ -53,13 +49,7 @@ def upgrade_state(method: str, state: Mapping[str, Tensor], version: int) -> dic
 
 def old_state_name(method: str, name: str) -> str:
     """The name in format 3 of a tensor of the method, for the digest."""
-    return _replace_beginning(name, _inverted(OLD_TENSORS.get(method, {})))
-
-
-def old_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of the method under their names in format 3, for the digest."""
-    names = _inverted(OLD_OPTIONS.get(method, {}))
-    return {names.get(name, name): value for name, value in options.items()}
+    return _replace_beginning(name, {new: old for old, new in OLD_TENSORS.get(method, {}).items()})
 
 
 def _to_format_2(values: dict[str, Any], complaint: str, path: Path) -> dict[str, Any]:
@@ -80,8 +70,9 @@ def _to_format_4(values: dict[str, Any], complaint: str, path: Path) -> dict[str
     renamed = {OLD_MANIFEST_KEYS.get(key, key): value for key, value in values.items()}
     template, config, options = (renamed.get(key) for key in ("format", "config", "options"))
     if isinstance(template, Mapping):
-        _refuse_keys(OLD_TEMPLATE_KEYS.values(), template, complaint, path)
-        renamed["format"] = {OLD_TEMPLATE_KEYS.get(key, key): value for key, value in template.items()}
+        names = OLD_KEYS["TaskTemplate"]
+        _refuse_keys(names.values(), template, complaint, path)
+        renamed["format"] = {names.get(key, key): value for key, value in template.items()}
     if isinstance(config, Mapping):
         renamed["config"] = update_old_keys(config)
     if isinstance(options, Mapping):
@@ -110,7 +101,3 @@ def _replace_beginning(name: str, beginnings: Mapping[str, str]) -> str:
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)
     return name
-
-
-def _inverted(names: Mapping[str, str]) -> dict[str, str]:
-    return {new: old for old, new in names.items()}

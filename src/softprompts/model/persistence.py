@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from softprompts import __version__, injection
+import softprompts
+from softprompts import injection
 from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, fingerprint
@@ -173,12 +174,12 @@ def restore(
     config = PromptConfig.model_validate(
         {
             "method": found.method,
-            "options": found.options,
             "num_virtual_tokens": slot.length,
             "site": site.name,
             "mode": site.mode,
             "placement": site.place,
             "segments": site.segments,
+            "options": found.options,
         }
     )
     head = {key: found.heads[key] for key in backbone.head_names if key in found.heads}  # safetensors sorts them
@@ -284,7 +285,7 @@ def _artifact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -
         config={"prompt": task.config.model_dump(mode="json")} if found is None else found.config,
         scores={},
         parents=(),
-        version=__version__,
+        version=softprompts.__version__,
         segments=task.site.segments,
     )
     if found is None:

@@ -193,7 +193,7 @@ def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     prompt = run.prompt
     slotted = place_of(prompt.placement, [task.template for task in tasks]) == "template"
     for task in tasks:
-        if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
+        if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_placement == "user":
             raise ConfigError(
                 f"{task.name}: chat_placement is user, but at site '{prompt.site}' nothing can stand before the "
                 f"prompt; use chat_placement: start, or site input or layers"
