@@ -222,7 +222,7 @@ def test_the_command(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
     status, out, err = call("generate", prompt, "the thing is", "--max-new-tokens", "3", "--beams", "2")
     assert status == 0, err
     status, out, err = call("inspect", prompt, "--json")
-    assert json.loads(out)["fixed"] is False
+    assert json.loads(out)["plain_prompt"] is False
     status, _, err = call("inspect", prompt, "--words")
     assert status == 1
     assert "holds no plain prompt: attempt makes one from each text" in err

@@ -302,7 +302,7 @@ def test_the_command(folder: Path, tmp_path: Path, call: Callable[..., Any]) -> 
     assert json.loads(out)["scores"]["accuracy"]["value"] == saved["summary"]["after"]["value"], err
     assert json.loads(call("predict", prompt, "the thing is red")[1])["answer"] in ("warm", "cold")
     assert call("generate", prompt, "the thing is", "--max-new-tokens", "3")[0] == 0
-    assert json.loads(call("inspect", prompt, "--json")[1])["fixed"] is True
+    assert json.loads(call("inspect", prompt, "--json")[1])["plain_prompt"] is True
     assert call("fold", prompt, "--out", tmp_path / "plain")[0] == 0
     assert torch.equal(artifact.load(tmp_path / "plain").prompt, artifact.load(prompt).prompt)
     assert artifact.load(tmp_path / "plain").method == "prompt-tuning"

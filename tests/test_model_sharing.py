@@ -350,7 +350,7 @@ def test_heads_are_each_tasks_own_and_peft_has_one_for_all(tmp_path: Path, head:
 def test_what_peft_cannot_reproduce_is_not_written_for_it(tmp_path: Path) -> None:
     model = shared("bert")
     model.save_pretrained(tmp_path / "bert")
-    assert "place after_start: PEFT puts" in json.loads((tmp_path / "bert" / "tasks.json").read_text())["peft"]
+    assert "placement after_start: PEFT puts" in json.loads((tmp_path / "bert" / "tasks.json").read_text())["peft"]
     model = shared("llama")
     model.add_tasks(["a", "b"], PromptConfig(method="multitask-prompt-tuning", site="kv", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "two")

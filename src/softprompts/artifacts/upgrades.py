@@ -16,7 +16,9 @@ from softprompts.errors import ArtifactError
 FORMAT = 4
 """The format that is written."""
 
-OLD_MANIFEST_KEYS: Mapping[str, str] = MappingProxyType({})
+OLD_MANIFEST_KEYS: Mapping[str, str] = MappingProxyType(
+    {"fixed": "plain_prompt", "place": "placement", "format": "template"}
+)
 """Key of the manifest in format 3 -> key in format 4."""
 
 OLD_TENSORS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
@@ -68,11 +70,11 @@ def _to_format_4(values: dict[str, Any], complaint: str, path: Path) -> dict[str
     """Format 4 renamed keys of the manifest, of the template, of the run's configuration and of methods' options."""
     _refuse_keys(OLD_MANIFEST_KEYS.values(), values, complaint, path)
     renamed = {OLD_MANIFEST_KEYS.get(key, key): value for key, value in values.items()}
-    template, config, options = (renamed.get(key) for key in ("format", "config", "options"))
+    template, config, options = (renamed.get(key) for key in ("template", "config", "options"))
     if isinstance(template, Mapping):
         names = OLD_KEYS["TaskTemplate"]
         _refuse_keys(names.values(), template, complaint, path)
-        renamed["format"] = {names.get(key, key): value for key, value in template.items()}
+        renamed["template"] = {names.get(key, key): value for key, value in template.items()}
     if isinstance(config, Mapping):
         renamed["config"] = update_old_keys(config)
     if isinstance(options, Mapping):

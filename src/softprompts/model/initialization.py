@@ -57,12 +57,12 @@ def initialize(
     read = _fitting(
         [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, slot, allow_other_weights
     )
-    sources = [one.matrix(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
-    found = [one.matrix(path).clone() for one, path in zip(read, paths, strict=False)]
+    sources = [one.require_prompt(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
+    found = [one.require_prompt(path).clone() for one, path in zip(read, paths, strict=False)]
     if config.kind == "artifact":
         made = PromptInit(found[0])
     elif config.kind == "mean":
-        made = PromptInit(similarity.mean(found, config.weights))
+        made = PromptInit(similarity.weighted_mean(found, config.weights))
     elif config.kind == "multitask":
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
@@ -274,15 +274,15 @@ def _from_vector(
 ) -> PromptInit:
     """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
-    total = vectors.read(config.vector)
-    _check_fits(total.like, config.vector, fingerprint(backbone), site, slot, allow_other_weights)
+    total = vectors.read_expression(config.vector)
+    _check_fits(total.reference, config.vector, fingerprint(backbone), site, slot, allow_other_weights)
     if config.start is not None:
         began = initialize(
             config.start, backbone, site, slot, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
     common = vectors.common_start(total)
-    if common is None and not total.parts:
+    if common is None and not total.summands:
         raise ConfigError(
             f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
             f"such as init.start: {{kind: vocabulary}}"
@@ -329,6 +329,6 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
 def _parts(path: str) -> list[tuple[str | Path, int | None]]:
     """The prompts in a directory: what a run of several tasks or a SoftPromptModel left, PEFT's, or a single one."""
     found = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
-    if found and not (Path(path) / collection.ORDER).is_file():
+    if found and not (Path(path) / collection.INDEX).is_file():
         return [(one, None) for one in found]
-    return [(part.path, part.task) for unit in collection.units(Path(path)) for part in unit]
+    return [(part.path, part.task) for unit in collection.member_groups(Path(path)) for part in unit]

@@ -46,10 +46,10 @@ def open_artifacts(
     found = tuple(artifact.load(path) for path in paths)
     first = found[0]
     for other, path in zip(found, paths, strict=True):
-        facts = ("site", "mode", "place", "segments", "head", "method")
+        facts = ("site", "mode", "placement", "segments", "head", "method")
         differs = [f for f in facts if getattr(other, f) != getattr(first, f)]
         differs += (
-            ["task format"] if {**(other.format or {}), "name": ""} != {**(first.format or {}), "name": ""} else []
+            ["task format"] if {**(other.template or {}), "name": ""} != {**(first.template or {}), "name": ""} else []
         )
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
@@ -64,7 +64,7 @@ def open_artifacts(
     base = load_backbone(config, labels=size, say=say)
     now = backbone.fingerprint(base)
     warnings = [w for a in found for w in artifact.check_fingerprint(a.fingerprint, now, allow_other_weights)]
-    site = Site(first.site, first.mode, first.place, first.segments)
+    site = Site(first.site, first.mode, first.placement, first.segments)
     names = tuple(f"{i}:{a.task}" for i, a in enumerate(found))
     sentences = Sentences()
     made = [one for one in found if one.prompt is None]
@@ -80,15 +80,15 @@ def open_artifacts(
     if first.heads:
         learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
     encoder = None
-    if first.format is not None:
-        encoder = encoder_for(base, TaskTemplate.from_json(first.format), first.shape[0], place=first.place)
+    if first.template is not None:
+        encoder = encoder_for(base, TaskTemplate.from_json(first.template), first.shape[0], place=first.placement)
     return Opened(learner, encoder, found, tuple(dict.fromkeys(warnings)))
 
 
 def _head_rows(one: Artifact) -> int | None:
     """Classes of the artifact's head: the task's, or, where none is stored, the rows of its last weight."""
-    if one.format is not None:
-        return head_size(one.head, TaskTemplate.from_json(one.format))
+    if one.template is not None:
+        return head_size(one.head, TaskTemplate.from_json(one.template))
     sizes: list[Tensor] = [v for k, v in one.heads.items() if k.endswith("weight")]
     return sizes[-1].shape[0] if sizes and one.head in ("sequence", "token") else None
 

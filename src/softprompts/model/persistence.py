@@ -156,7 +156,7 @@ def restore(
             f"{path} holds a prompt for a {found.family or 'any'} model with head '{found.head}', but "
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
-    name, site = name or found.task, Site(found.site, found.mode, found.place, found.segments)
+    name, site = name or found.task, Site(found.site, found.mode, found.placement, found.segments)
     sentences.fetch(sentence_encoders(found.method, found.options), backbone)
     slot = injection.prompt_spec(backbone, site, (name,), found.shape[0], sentences.widths)
     if slot.width != found.shape[1]:
@@ -196,9 +196,9 @@ def restore_all(
     found: list[Made] = []
     warnings: list[str] = []
     places: list[tuple[int, str]] = []
-    for unit in collection.units(path):
+    for unit in collection.member_groups(path):
         parts = [restore(backbone, sentences, part.path, None, allow_other_weights, part.task) for part in unit]
-        places += [(part.place, made.tasks[0].name) for part, (made, _) in zip(unit, parts, strict=True)]
+        places += [(part.position, made.tasks[0].name) for part, (made, _) in zip(unit, parts, strict=True)]
         warnings += [warning for _, said in parts for warning in said]
         found.append(_together(path, [made for made, _ in parts]))
     return found, tuple(name for _, name in sorted(places)), warnings
@@ -231,14 +231,16 @@ def save(backbone: Backbone, held: Held, directory: Path) -> None:
     if len(made) == 1:
         artifact.save(next(iter(made.values())), directory)
         return
-    if collection.holds_one(directory):
+    if collection.is_artifact(directory):
         raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(made)} of them")
     for name, one in made.items():
-        artifact.save(one, directory / collection.folder(name))
+        artifact.save(one, directory / collection.folder_name(name))
     groups = [group for group in dict.fromkeys(task.group for task in held.tasks.values()) if len(group) > 1]
-    folders = tuple(tuple(map(collection.folder, group)) for group in groups)
+    folders = tuple(tuple(map(collection.folder_name, group)) for group in groups)
     peft = _peft([[made[name] for name in group] for group in groups]) if groups else None
-    collection.write(directory, collection.CollectionIndex(tuple(map(collection.folder, made)), folders), peft)
+    collection.write_index(
+        directory, collection.CollectionIndex(tuple(map(collection.folder_name, made)), folders), peft
+    )
 
 
 def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
@@ -248,7 +250,9 @@ def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
         return f"{len(groups)} groups: PEFT's files hold one"
     if first.method != peft_files.MULTITASK:
         return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
-    reason = peft_files.obstacle(first.site, first.place, first.family, first.head, first.heads, first.format)
+    reason = peft_files.why_peft_cannot_load(
+        first.site, first.placement, first.family, first.head, first.heads, first.template
+    )
     if reason is not None:
         return reason
     if any(not torch.equal(value, one.heads[key]) for one in groups[0] for key, value in first.heads.items()):
@@ -257,9 +261,9 @@ def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
     shape = (first.shape[0], first.shape[1])
     place = (first.family, first.head, first.heads, first.backbone, first.revision, facts)
     states = [one.state for one in groups[0]]
-    ranks = states[0][peft_files.STATE[1]].shape[1]
-    config = peft_files.shared_config(peft_files.config(shape, *place), len(states), ranks)
-    return collection.PeftFiles(config, peft_files.shared_tensors(states, first.heads))
+    ranks = states[0][peft_files.MULTITASK_STATE[1]].shape[1]
+    config = peft_files.multitask_config(peft_files.adapter_config(shape, *place), len(states), ranks)
+    return collection.PeftFiles(config, peft_files.multitask_tensors(states, first.heads))
 
 
 def _artifact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -> Artifact:
@@ -275,13 +279,13 @@ def _artifact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -
         heads={key: value.detach().cpu().clone() for key, value in head.items()},
         site=task.site.name,
         mode=task.site.mode,
-        place=task.site.place,
+        placement=task.site.place,
         family=backbone.family.name,
         head=backbone.head,
         backbone=backbone.name,
         revision=backbone.revision,
         fingerprint=weights,
-        format=None if found is None else found.format,
+        template=None if found is None else found.template,
         config={"prompt": task.config.model_dump(mode="json")} if found is None else found.config,
         scores={},
         parents=(),

@@ -33,7 +33,7 @@ def plain(found: Artifact, origin: str | Path) -> Artifact:
 
     Raises ArtifactError where the prompt depends on the text.
     """
-    prompt = found.matrix(origin)
+    prompt = found.require_prompt(origin)
     held = {"prompts.0": prompt.clone()}
     return replace(found, method="prompt-tuning", options={}, state=held, parents=(found.digest,))
 
@@ -53,7 +53,7 @@ def rebuilt(found: Artifact, slot: PromptSpec, origin: str | Path) -> Any:
 
     Raises ConfigError for a method or options that are not known here, ArtifactError where the state does not fit.
     """
-    start = found.initial if found.state and found.initial is not None else found.matrix(origin)
+    start = found.initial if found.state and found.initial is not None else found.require_prompt(origin)
     method = build(found.method, found.options, slot, PromptInit(start, found.state.get(SOURCES)))
     if found.state:
         try:

@@ -205,7 +205,7 @@ def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artifact:
     """What was trained of the method, as `prompt.init.state` takes it: it makes no prompts, and answers no task."""
     made = pack(pupil.job, 0, None)
     state = {name: value for name, value in made.state.items() if f"method.{name}" in pupil.trained}
-    return replace(made, prompt=None, state=state, format=None, scores=scores)
+    return replace(made, prompt=None, state=state, template=None, scores=scores)
 
 
 def _page(pupil: Pupil, history: Sequence[Progress], began: float) -> dict[str, Any]:
