@@ -77,7 +77,7 @@ def _rows(
     from softprompts.data import load
     from softprompts.recipes.run import run as job
 
-    own, form = job.settings_of(opened.artifacts[0], "task"), opened.encoder.format
+    own, form = job.settings_of(opened.artifacts[0], "task"), opened.encoder.template
     if data is None and not own:
         raise ConfigError(f"{prompt} does not say which rows it was made for; give --data")
     task: TaskConfig = (
@@ -139,7 +139,7 @@ def predict(
     opened = open_prompts([prompt], model, on_machine(device, dtype, quantize), allow_other_weights)
     if opened.encoder is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
-    columns = opened.encoder.format.columns
+    columns = opened.encoder.template.columns
     if file is None and len(columns) > 1:
         raise ConfigError(f"the task reads columns {', '.join(columns)}: give them as a file with --file")
     if given is None:
