@@ -469,7 +469,7 @@ def judged(prepared, model, index=0):
     """Log-probabilities of the labels of some test rows, by a stock model that is read by hand."""
     encoder, found = prepared.encoders[index], []
     for row in prepared.tasks[index].test[:4]:
-        ids, scores = encoder.encode(row).ids, {}
+        ids, scores = encoder.encode(row).input_ids, {}
         for label, answer in encoder.candidates().items():
             logits = model(input_ids=torch.tensor([ids + answer])).logits[0].float().log_softmax(-1)
             scores[label] = sum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(answer))

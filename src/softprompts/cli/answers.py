@@ -57,7 +57,7 @@ def evaluate(
             job.judging_of(opened.artifacts[0], by=by, normalize=normalize, max_new_tokens=max_new_tokens),
             mapping=renamed,
             votes=len(prompts),
-            progress=lambda done: screen.judged(name, done, total),
+            progress=lambda done: screen.on_eval(name, done, total),
         )
     scores = {metric: vars(score) for metric, score in found.scores.items()}
     if as_json:
