@@ -9,7 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from softprompts.methods.base import MethodConfig, PromptMethod
-from softprompts.types import Context, ParamGroup, PromptInit, PromptOutput, PromptSpec, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, PromptInit, PromptOutput, PromptSpec
 
 
 class SharedAttention(nn.Module):

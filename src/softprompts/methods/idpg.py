@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from softprompts.methods.base import MethodConfig, PromptMethod
-from softprompts.types import Context, ParamGroup, PromptInit, PromptSpec, pool_states, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, PromptInit, PromptSpec, pool_states
 
 
 class Idpg(PromptMethod):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from softprompts.errors import PromptError
 from softprompts.methods.base import MethodConfig, PromptMethod
-from softprompts.types import Context, ParamGroup, PromptInit, PromptOutput, PromptSpec, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, PromptInit, PromptOutput, PromptSpec
 
 
 class InstancePromptTuning(PromptMethod):

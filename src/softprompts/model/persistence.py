@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import softprompts
-from softprompts import injection
+from softprompts import __version__, injection
 from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, fingerprint
@@ -361,7 +360,7 @@ def pack(
         config=config if source is None or record.run else source.config,
         scores=dict(scores or {}),
         parents=record.parents,
-        version=softprompts.__version__,
+        version=__version__,
         segments=record.site.segments,
     )
     if source is None:
