@@ -11,7 +11,7 @@ from benchmarks import models
 from benchmarks.workload import Row
 from softprompts import backbone, injection
 from softprompts.backbone import loading
-from softprompts.config import EvaluateConfig
+from softprompts.config import EvaluationConfig
 from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
@@ -71,7 +71,7 @@ class Ours:
     def score(self, texts: Sequence[str], labels: dict[str, list[int]], size: int) -> Tensor:
         """See `workload.Side`; the texts are encoded on the way, as a user's file is."""
         rows = [{"text": text} for text in texts]
-        config = EvaluateConfig(by="rank", batch_size=size)
+        config = EvaluationConfig(by="rank", batch_size=size)
         found = evaluate.answers(self.learner, self._encoder(tuple(labels)), rows, config)
         return torch.tensor([[answer.scores[label] for label in labels] for answer in found])
 

@@ -495,7 +495,7 @@ def test_training_drops_and_judging_does_not() -> None:
 def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = learner("llama", table=table)
-    config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.1, max_steps=4)
     adamw = optimizer.build_optimizer(made, made.parameters(), config)
     held = made.method.table.rows if table == "full" else made.method.table.codes
     moved = []

@@ -121,7 +121,9 @@ def test_groups_learn_at_their_own_rates() -> None:
     one = Learner(
         bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
-    optimizer = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms"))
+    optimizer = loop.build_optimizer(
+        one, one.parameters(), together.config(learning_rate=0.2, learning_rate_unit="rms")
+    )
     found = {tuple(g["params"][0].shape): g["rate"] for g in optimizer.param_groups}
     assert found == pytest.approx({(10, 32): 0.2 * bb.rms, (P, 10): 0.2})
 

@@ -32,7 +32,7 @@ P = 4
 TASKS = ("mnli", "qqp", "sst2")
 GROUP = "mnli,qqp,sst2"
 KEYS = {"shared", *(f"{part}.{i}" for part in ("columns", "rows") for i in range(3))}
-PLAIN = PromptConfig(length=6, init=InitConfig(kind="random"))
+PLAIN = PromptConfig(num_virtual_tokens=6, init=InitConfig(kind="random"))
 
 
 def shared(name: str, head: str = "lm", ranks: int = 1, **more: Any) -> Any:
@@ -110,7 +110,7 @@ def test_mixed_batches_equal_each_task_alone(name: str) -> None:
     for i, text in enumerate(texts):
         alone = model(text[None], labels=text[None], tasks=names[i]).logits
         torch.testing.assert_close(found[i, : len(text)], alone[0], **CLOSE)
-        plain = SoftPromptModel(tiny.model(name), PromptConfig(length=P, init=InitConfig(kind="random")))
+        plain = SoftPromptModel(tiny.model(name), PromptConfig(num_virtual_tokens=P, init=InitConfig(kind="random")))
         if names[i] in TASKS:
             with torch.no_grad():
                 plain.prompts["default"].prompts[0].copy_(model.prompts[GROUP].fold(names[i]))
@@ -261,7 +261,9 @@ def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
         prompt = rows.random(i, P, 32)
         made = example(prompt=prompt, initial=prompt, state={}, fingerprint=fingerprint(backbone))
         sources.append(str(artifact.save(made, tmp_path / str(i))))
-    config = PromptConfig(method="attempt", length=P, init=InitConfig(kind="random", sources=tuple(sources)))
+    config = PromptConfig(
+        method="attempt", num_virtual_tokens=P, init=InitConfig(kind="random", sources=tuple(sources))
+    )
     model = SoftPromptModel(tiny.model("llama"), config, task="first")
     model.add_task("second")
     ids = rows.ids(3, 6)[None].expand(2, -1)
@@ -350,7 +352,7 @@ def test_what_peft_cannot_reproduce_is_not_written_for_it(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "bert")
     assert "place after_start: PEFT puts" in json.loads((tmp_path / "bert" / "tasks.json").read_text())["peft"]
     model = shared("llama")
-    model.add_tasks(["a", "b"], PromptConfig(method="multitask-prompt-tuning", site="kv", length=3))
+    model.add_tasks(["a", "b"], PromptConfig(method="multitask-prompt-tuning", site="kv", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "tasks.json").read_text())["peft"] == "2 groups: PEFT's files hold one"
     again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path / "two")

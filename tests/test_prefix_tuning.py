@@ -254,7 +254,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     ):
         method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(P, slot.width)))
         one = Learner(bb, KV, slot, method)
-        config = together.config(rate=0.2, rate_unit="rms", rates=rates)
+        config = together.config(learning_rate=0.2, learning_rate_unit="rms", learning_rates=rates)
         groups = loop.build_optimizer(one, one.parameters(), config).param_groups
         assert {group["rate"]: len(group["params"]) for group in groups} == pytest.approx(expected)
 

@@ -333,7 +333,7 @@ def test_start_tasks_and_names() -> None:
 @pytest.mark.parametrize(
     ("options", "sources", "message"),
     [
-        ({}, None, f"method {NAME}: .*k 5 leaves no room .* prompt.length 5 counts both"),
+        ({}, None, f"method {NAME}: .*k 5 leaves no room .* prompt.num_virtual_tokens 5 counts both"),
         ({"k": 3}, None, "its memory needs words of a model or, in prompt.init.sources, trained prompts"),
         ({"k": 3}, torch.zeros(1, 2, D), "a memory of 2 rows cannot give k = 3; enlarge prompt.init.sources"),
         ({"k": -1}, None, f"options of method {NAME}: k must be a whole number from 0 on, given -1"),

@@ -75,8 +75,9 @@ class ParamGroup:
     """Parameters of a method that learn at a rate of their own: those whose names begin with one of `parameters`.
 
     unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
-    right for factors around one and for weights. rate: what it is unless `train.rates` says otherwise; None: the run's.
-    decay: whether `train.weight_decay` counts: it would shrink rows of a table in every step, used or not.
+    right for factors around one and for weights. rate: what it is unless `training.learning_rates` says otherwise;
+    None: the run's. decay: whether `training.weight_decay` counts: it would shrink rows of a table in every step, used
+    or not.
     """
 
     parameters: tuple[str, ...]

@@ -68,7 +68,7 @@ def obstacle(
     if place != "first":
         return f"place {place}: PEFT puts the prompt before {'[CLS]' if place == 'after_start' else 'the text'}"
     if form is not None and form.get("chat") and form.get("chat_place") == "user":
-        return "chat_place user: PEFT puts the prompt before the whole chat"
+        return "chat_placement user: PEFT puts the prompt before the whole chat"
     if head == "lm" and family is None:
         return "family unknown: PEFT's task_type needs it"
     if family == "seq2seq" and head in ("sequence", "span"):

@@ -150,7 +150,7 @@ def predict(
     made_by = {
         "prompt": digest(prompt),
         "model": [base.name, str(base.dtype), base.quantized],
-        "evaluate": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
+        "evaluation": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
     }
     shown = file is not None or text is None
     with writing(out_file, rows, columns, made_by) as (done, write), counting(shown, done, out_file) as count:

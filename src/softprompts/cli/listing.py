@@ -121,7 +121,7 @@ def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
     from softprompts.recipes.run import run
 
     quiet()
-    backbone = run.load_backbone(ModelConfig(name=model, attention="eager", products="torch"))
+    backbone = run.load_backbone(ModelConfig(name=model, attention="eager", matmul_backend="torch"))
     injection.prompt_spec(backbone, injection.Site(), ("task",), length)
 
     def slot(site: str, length: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts import injection
-from softprompts.config import EvaluateConfig
+from softprompts.config import EvaluationConfig
 from softprompts.data import (
     EncodedExample,
     ExampleTokenizer,
@@ -71,7 +71,7 @@ def evaluate(
     learner: Learner,
     encoder: ExampleTokenizer,
     rows: Sequence[Row],
-    config: EvaluateConfig,
+    config: EvaluationConfig,
     *,
     seed: int = 0,
     mapping: Mapping[str, str] | None = None,
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def answers(
-    learner: Learner, encoder: ExampleTokenizer, rows: Iterable[Row], config: EvaluateConfig, *, votes: int = 1
+    learner: Learner, encoder: ExampleTokenizer, rows: Iterable[Row], config: EvaluationConfig, *, votes: int = 1
 ) -> Iterator[Answer]:
     """The answer to each of `rows`, in order, with memory for a few batches only.
 
@@ -155,7 +155,7 @@ def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | 
     return names[0] if form.kind == "label" else list(names)
 
 
-def by_generation(encoder: ExampleTokenizer, config: EvaluateConfig) -> bool:
+def by_generation(encoder: ExampleTokenizer, config: EvaluationConfig) -> bool:
     """Whether answers are generated: asked for, or because there are no label words to rank."""
     if encoder.head != "lm":
         return False
@@ -163,7 +163,7 @@ def by_generation(encoder: ExampleTokenizer, config: EvaluateConfig) -> bool:
 
 
 def _answers(
-    reader: Reader, encoder: ExampleTokenizer, rows: Sequence[Row], config: EvaluateConfig, votes: int
+    reader: Reader, encoder: ExampleTokenizer, rows: Sequence[Row], config: EvaluationConfig, votes: int
 ) -> list[Answer]:
     if by_generation(encoder, config):
         ask: Callable[..., list[Answer]] = _generated
@@ -189,7 +189,7 @@ def _batches(
     encoded: Sequence[EncodedExample],
     reader: Reader,
     encoder: ExampleTokenizer,
-    config: EvaluateConfig,
+    config: EvaluationConfig,
     more: int = 0,
     most: int = CHUNK,
 ) -> Iterator[tuple[list[int], Batch]]:
@@ -222,7 +222,7 @@ def _leading(reader: Reader, encoded: list[EncodedExample]) -> tuple[tuple[int, 
     return tuple(low[:count]), [replace(row, input_ids=row.input_ids[count:], instruction_mask=None) for row in encoded]
 
 
-def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
     """The label whose words are most probable as a whole (rank classification)."""
     candidates = encoder.candidates()
     labels = list(candidates)
@@ -238,7 +238,11 @@ def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: Eva
 
 
 def _continued(
-    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+    reader: Reader,
+    encoder: ExampleTokenizer,
+    asked: Asked,
+    candidates: Mapping[str, list[int]],
+    config: EvaluationConfig,
 ) -> Tensor:
     """The log-probability [rows, labels] of each label behind each text, of causal models: one pass for all labels."""
     learner, answers = reader.learner, list(candidates.values())
@@ -252,7 +256,11 @@ def _continued(
 
 
 def _filled(
-    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+    reader: Reader,
+    encoder: ExampleTokenizer,
+    asked: Asked,
+    candidates: Mapping[str, list[int]],
+    config: EvaluationConfig,
 ) -> Tensor:
     """The same of encoder-decoder and masked models: labels of one token from one pass, a pass for each longer one."""
     labels = list(candidates)
@@ -285,7 +293,7 @@ def _filled(
     return total
 
 
-def _generated(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _generated(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
     """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
     found: list[Answer] = [Answer(None)] * len(asked)
     new_tokens = config.max_new_tokens
@@ -332,7 +340,7 @@ def _parsed(encoder: ExampleTokenizer, text: str) -> Any:
     return [part for part in value.split(", " if kind == "multilabel" else " ") if part]
 
 
-def _from_head(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _from_head(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
     """What a classification head says."""
     found: list[Answer] = [Answer(None)] * len(asked)
     read = {"sequence": _classes, "token": _tags, "span": _span}[encoder.head]

@@ -126,8 +126,8 @@ class Memory(nn.Module):
         super().__init__()
         if config.k >= spec.length:
             raise ValueError(
-                f"k {config.k} leaves no room for a trained prompt: prompt.length {spec.length} counts both; choose a "
-                f"smaller k or a longer prompt"
+                f"k {config.k} leaves no room for a trained prompt: prompt.num_virtual_tokens {spec.length} counts "
+                f"both; choose a smaller k or a longer prompt"
             )
         if config.k and (spec.width != spec.features or spec.layers):
             raise ValueError(

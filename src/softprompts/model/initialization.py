@@ -260,7 +260,7 @@ def _check_fits(
     if found.site != site.name or found.shape != (spec.length, spec.width):
         raise ArtifactError(
             f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
-            f"[{spec.length}, {spec.width}] at site {site.name}; set prompt.length and prompt.site to match"
+            f"[{spec.length}, {spec.width}] at site {site.name}; set prompt.num_virtual_tokens and prompt.site to match"
         )
 
 

@@ -101,9 +101,9 @@ def create(
         config, described = config.describe(backbone)
         init = described if init is None else init
     check_site(config.method, config.site)
-    site = Site(config.site, config.mode, config.place, config.segments)
+    site = Site(config.site, config.mode, config.placement, config.segments)
     encoders.fetch(sentence_encoders(config.method, config.options), backbone)
-    spec = injection.prompt_spec(backbone, site, config.length, encoders.widths)
+    spec = injection.prompt_spec(backbone, site, config.num_virtual_tokens, encoders.widths)
     if init is None:
         init = initialization.initialize(config.init, backbone, site, spec, seed=start.seed or 0, labels=start.labels)
     if start.seed is not None:
@@ -224,8 +224,8 @@ def open_artifact(
         if head is not None:
             head.requires_grad_(False)
     config = PromptConfig.model_validate(
-        {"method": name_of_method, "length": spec.length, "site": site.name, "mode": site.mode, "place": site.place}
-        | {"options": options, "segments": site.segments}
+        {"method": name_of_method, "num_virtual_tokens": spec.length, "site": site.name, "mode": site.mode}
+        | {"placement": site.place, "options": options, "segments": site.segments}
     )
     record = PromptRecord(site, config, opened.initial, artifact=opened)
     return NewPrompt(name or opened.task, method, record, head), warnings

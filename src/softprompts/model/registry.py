@@ -190,7 +190,7 @@ class PromptRegistry:
             batch = replace(batch, prompt_offsets=offsets)
         if batch.segment_lengths is not None or not any(site.segments for site in sites.values()):
             return batch
-        sizes = {i: site.segments or (self.records[used[i]].config.length,) for i, site in sites.items()}
+        sizes = {i: site.segments or (self.records[used[i]].config.num_virtual_tokens,) for i, site in sites.items()}
         most = max(map(len, sizes.values()))
         lengths = [[*sizes[index], *[0] * (most - len(sizes[index]))] for index in rows]
         return replace(batch, segment_lengths=torch.tensor(lengths, device=batch.task_ids.device))

@@ -92,12 +92,12 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, log: Callab
 
 def _with_kernels(loaded: Backbone, config: ModelConfig, log: Callable[[str], None]) -> Backbone:
     """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
-    if config.compiled:
+    if config.torch_compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
-    choice = autotune(loaded, attention=config.attention, products=config.products, compiled=config.compiled, say=log)
-    ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.checkpointing))
+    choice = autotune(loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log)
+    ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
     log(f"running with {choice}")
-    if config.compiled:
+    if config.torch_compile:
         log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
     return ready
 
@@ -225,7 +225,8 @@ def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any
     known = known if isinstance(known, dict) else {}
     key = _key(backbone)
     entry = known.get(key)
-    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys():
+    fields = set(asdict(Kernels()))  # an entry of an earlier release has other names
+    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys() or set(entry["kernels"]) != fields:
         say("measuring which kernels are fastest here, once for this model and machine")
         kernels, seconds = measure(backbone)
         entry = {"kernels": asdict(kernels), "seconds": seconds}

@@ -310,7 +310,7 @@ class SoftPromptModel(nn.Module):
         template = record.task_template
         if template is None:
             raise ConfigError(f"prompt '{name}' has no template; give one to add_prompt")
-        return setup.example_tokenizer(self.backbone, template, record.config.length, place, record.site.place)
+        return setup.example_tokenizer(self.backbone, template, record.config.num_virtual_tokens, place, record.site.place)
 
     @contextlib.contextmanager
     def no_prompt(self) -> Iterator[None]:

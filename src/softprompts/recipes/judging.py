@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softprompts import injection
 from softprompts.backbone import Backbone
-from softprompts.config import EvaluateConfig, TaskConfig
+from softprompts.config import EvaluationConfig, TaskConfig
 from softprompts.data import ExampleTokenizer, Row, Task, load, place_of
 from softprompts.errors import BackboneError
 from softprompts.evaluation import evaluate, metrics
@@ -31,7 +31,7 @@ class Evaluator:
     length: int
     task: Task
     encoder: ExampleTokenizer
-    config: EvaluateConfig
+    config: EvaluationConfig
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Row]) -> Evaluation:
         """Answers to `rows` behind the prompt `[P, D]`, or by the stock model, with their scores."""
@@ -56,7 +56,7 @@ class Evaluator:
         return names[0]
 
 
-def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluateConfig) -> Evaluator:
+def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluationConfig) -> Evaluator:
     """The judge of a task, its rows loaded.
 
     Raises DataError for rows that cannot be read; BackboneError for a backbone with a classification head.

@@ -153,7 +153,7 @@ class _State:
     good: Checkpoint
 
     def due(self, course: "_Course") -> bool:
-        return self.now.step % course.trainee.config.checkpoint_every == 0
+        return self.now.step % course.trainee.config.save_steps == 0
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _Course:
 
     def goes_on(self, states: Mapping[str, _State]) -> bool:
         now, config = states[self.trainee.name].now, self.trainee.config
-        return not now.failed and now.step < config.steps and not _patience_spent(now, config)
+        return not now.failed and now.step < config.max_steps and not _patience_spent(now, config)
 
     def keep_best(self, states: Mapping[str, _State]) -> None:
         """Leave the best parameters in place; those of a run that failed are its last good ones."""
@@ -232,15 +232,15 @@ def _compared(course: _Course, step: int, pad: int) -> str:
     Raises TrainingError when the two differ by more than rounding.
     """
     one = course.trainee
-    if one.config.parity == "off":
+    if one.config.equivalence == "off":
         return ""
-    rows, device = course.batches.at(step * one.config.accumulate), one.learner.backbone.device
+    rows, device = course.batches.at(step * one.config.gradient_accumulation_steps), one.learner.backbone.device
     batch, teacher = collate(rows, pad).to(device), None if one.targets is None else one.targets.of(rows, device)
     found = equivalence.compare(one.learner, batch, course.objective, teacher)
     if not found.holds:
         raise TrainingError(
             f"the next batch does not come out as by plain concatenation: {found}. No step was made; set "
-            f"model.attention to eager and model.products to torch, and please report the model"
+            f"model.attention to eager and model.matmul_backend to torch, and please report the model"
         )
     return str(found)
 
@@ -256,7 +256,7 @@ def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, acceler
     measures: list[dict[str, float]] = [{}] * len(going)
     for course, step in zip(going, steps, strict=True):
         course.optimizer.zero_grad(set_to_none=True)
-        count = course.trainee.config.accumulate
+        count = course.trainee.config.gradient_accumulation_steps
         parts.append([course.batches.at(step * count + i) for i in range(count)])
         totals.append(sum(label_count(row, course.trainee.learner) for part in parts[-1] for row in part))
     for number in range(max(map(len, parts))):
@@ -326,7 +326,7 @@ def _update(
     """The run's state after one optimizer step, or its last good one, put back, where the loss was not a number."""
     began, one, now = time.perf_counter(), course.trainee, state.now
     config, parameters, optimizer = one.config, course.parameters, course.optimizer
-    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.clip or math.inf))
+    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.max_grad_norm or math.inf))
     if measured.failed or not math.isfinite(measured.loss + norm):
         checkpoint.restore(state.good, parameters, optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -336,12 +336,12 @@ def _update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     score = None
-    if one.validate is not None and config.evaluate_every and (now.step + 1) % config.evaluate_every == 0:
+    if one.validate is not None and config.eval_steps and (now.step + 1) % config.eval_steps == 0:
         score = _agreed(one.validate(), accelerator)
     ratio, seconds = one.learner.rms_ratio(), spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
     machine = _machine_if_new(one.learner, now)
-    done, own = (now.step + 1, config.steps, loss, rate, ratio, tokens, seconds), measured.measures
+    done, own = (now.step + 1, config.max_steps, loss, rate, ratio, tokens, seconds), measured.measures
     report = Progress(*done, score, path, compared, machine, own)
     # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
     return _State(checkpoint.capture(now, parameters, optimizer, report), now)
@@ -362,9 +362,9 @@ def _agreed(score: float, accelerator: Accelerator) -> float:
 
 
 def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:
-    if config.patience is None or config.evaluate_every is None or now.best is None:
+    if config.early_stopping_patience is None or config.eval_steps is None or now.best is None:
         return False
-    return now.step - now.best_step >= config.patience * config.evaluate_every
+    return now.step - now.best_step >= config.early_stopping_patience * config.eval_steps
 
 
 def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile | None) -> str:
@@ -372,6 +372,7 @@ def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile
         f"the state after step {good} is kept in {written.file}" if written else f"the state after step {good} is kept"
     )
     return (
-        f"the loss of step {step} is not a number; {kept}. Try a lower rate (train.rate was {config.rate:g} "
-        f"{config.rate_unit}) or gradient clipping (train.clip), in another output directory or with that file deleted"
+        f"the loss of step {step} is not a number; {kept}. Try a lower rate (training.learning_rate was "
+        f"{config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping (training.max_grad_norm), in "
+        "another output directory or with that file deleted"
     )

@@ -28,30 +28,30 @@ def build_optimizer(learner: Learner, parameters: Mapping[str, nn.Parameter], co
     """
     found = []
     for name, group in groups(learner.method).items():
-        unit = learner.backbone.rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
-        rate = config.rates.get(name, config.rate if group.rate is None else group.rate)
+        unit = learner.backbone.rms if config.learning_rate_unit == "rms" and group.unit == "rms" else 1.0
+        rate = config.learning_rates.get(name, config.learning_rate if group.rate is None else group.rate)
         decay = config.weight_decay if group.decay else 0.0
         found.append((tuple(f"method.{prefix}" for prefix in group.parameters), rate * unit, decay))
     parts = []
-    for prefixes, rate, decay in (*found, (("head.",), config.head_rate, config.weight_decay)):
+    for prefixes, rate, decay in (*found, (("head.",), config.head_learning_rate, config.weight_decay)):
         chosen = [p for name, p in parameters.items() if name.startswith(prefixes)]
         if chosen:
             parts.append({"params": chosen, "lr": rate, "rate": rate, "weight_decay": decay})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parts, weight_decay=config.weight_decay)
     return _UnfactoredAdafactor(
-        parts, lr=config.rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+        parts, lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
     )
 
 
 def set_rates(optimizer: Any, config: TrainConfig, step: int) -> float:
     """Set every group's rate for `step` (counted from 0) and return the first, the prompt's."""
     factor = 1.0
-    if step < config.warmup:
-        factor = (step + 1) / config.warmup
-    elif config.schedule != "constant":
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        factor = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    if step < config.warmup_steps:
+        factor = (step + 1) / config.warmup_steps
+    elif config.lr_scheduler_type != "constant":
+        done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        factor = 1 - done if config.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
     return float(optimizer.param_groups[0]["lr"])

@@ -68,7 +68,7 @@ class Weights:
 
 def check_installed(config: TrainConfig) -> None:
     """Raise ConfigError where `config` asks for LoRA and PEFT is not here."""
-    if config.train == "lora":
+    if config.target == "lora":
         _peft()
 
 
@@ -87,7 +87,7 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
     own = replace(backbone, model=model, kernels=plain, known={})
     heads = tuple(dict.fromkeys(name.split(".")[0] for name in own.head_names))
     adapter = None
-    if config.train == "lora":
+    if config.target == "lora":
         adapter = _with_lora(own, config.lora, heads, seed)
     else:
         model.requires_grad_(True)
@@ -122,20 +122,23 @@ def fit(
     try:
         for parameter in weights.trained.values():
             parameter.requires_grad_(True)
-        for step in range(config.steps):
+        for step in range(config.max_steps):
             began = time.perf_counter()
-            parts = [batches.at(step * config.accumulate + i) for i in range(config.accumulate)]
+            parts = [
+                batches.at(step * config.gradient_accumulation_steps + i)
+                for i in range(config.gradient_accumulation_steps)
+            ]
             loss, path = _gradients(weights, parts, objective, pad)
             rate = _update(weights, optimizer, config, step, loss)
             score = None
-            if validate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
+            if validate is not None and config.eval_steps and (step + 1) % config.eval_steps == 0:
                 score = validate()
                 best = best.after(step + 1, score, weights)
             tokens = sum(len(row.input_ids) for part in parts for row in part)
             machine = machine_line(weights.learner.backbone) if step == 0 else ""
             spent = time.perf_counter() - began
             yield Progress(
-                step + 1, config.steps, loss, rate, None, tokens, spent, score=score, path=path, machine=machine
+                step + 1, config.max_steps, loss, rate, None, tokens, spent, score=score, path=path, machine=machine
             )
             if best.patience_spent(step + 1, config):
                 break
@@ -150,7 +153,7 @@ def kept_at(config: TrainConfig, out: str | Path) -> Path | None:
 
     Raises ConfigError where something else bears that name.
     """
-    name = "lora" if config.train == "lora" else "model" if config.keep else None
+    name = "lora" if config.target == "lora" else "model" if config.save_model else None
     if name is None:
         return None
     place = Path(out) / name
@@ -193,9 +196,9 @@ class _Best:
         return _Best(step, score, {name: value.detach().clone() for name, value in weights.trained.items()})
 
     def patience_spent(self, step: int, config: TrainConfig) -> bool:
-        if config.patience is None or config.evaluate_every is None or self.score is None:
+        if config.early_stopping_patience is None or config.eval_steps is None or self.score is None:
             return False
-        return step - self.step >= config.patience * config.evaluate_every
+        return step - self.step >= config.early_stopping_patience * config.eval_steps
 
     def put_back(self, weights: Weights) -> None:
         with torch.no_grad():
@@ -209,8 +212,8 @@ def _peft() -> Any:
         import peft
     except ImportError:
         raise ConfigError(
-            "train: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the whole "
-            "backbone (train: backbone)"
+            "target: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the "
+            "whole backbone (training.target: backbone)"
         ) from None
     return peft
 
@@ -241,8 +244,8 @@ def _check_ready(rows: Sequence[EncodedExample], config: TrainConfig) -> None:
         raise ConfigError("there are no rows to train on; check the task's source and split")
     if get_cpu_distributed_information().world_size > 1:
         raise ConfigError(
-            f"train: {config.train} runs in one process; start it without a launcher, and accumulate batches "
-            f"(train.accumulate) where memory is short"
+            f"target: {config.target} runs in one process; start it without a launcher, and accumulate batches "
+            f"(training.gradient_accumulation_steps) where memory is short"
         )
 
 
@@ -284,17 +287,17 @@ def _wrong_targets(model: nn.Module, config: LoraConfig, error: ValueError) -> C
     text = given if isinstance(given, str) else ", ".join(given)
     wrong = [name for name in given if name not in names] if not isinstance(given, str) else [given]
     if not wrong:
-        return ConfigError(f"train.lora: {' '.join(str(error).split())}")
+        return ConfigError(f"training.lora: {' '.join(str(error).split())}")
     return ConfigError(
-        f"train.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} possible: "
-        f"{', '.join(names)}, all-linear"
+        f"training.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} "
+        f"possible: {', '.join(names)}, all-linear"
     )
 
 
 def _optimizer(weights: Weights, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a group for the weights and, where there is one, a group for the head."""
     groups: list[dict[str, Any]] = []
-    for of_head, rate in ((False, config.rate), (True, config.head_rate)):
+    for of_head, rate in ((False, config.learning_rate), (True, config.head_learning_rate)):
         chosen = [value for name, value in weights.trained.items() if (name.split(".")[0] in weights.heads) == of_head]
         if chosen:
             groups.append({"params": chosen, "lr": rate, "rate": rate})
@@ -339,11 +342,12 @@ def _update(weights: Weights, optimizer: torch.optim.AdamW, config: TrainConfig,
 
     Raises TrainingError where loss or gradient are not numbers.
     """
-    norm = float(nn.utils.clip_grad_norm_(list(weights.trained.values()), config.clip or math.inf))
+    norm = float(nn.utils.clip_grad_norm_(list(weights.trained.values()), config.max_grad_norm or math.inf))
     if not math.isfinite(loss + norm):
         raise TrainingError(
-            f"the loss of step {step + 1} is not a number, and nothing was written. Try a lower rate (train.rate was "
-            f"{config.rate:g} {config.rate_unit}) or gradient clipping (train.clip)"
+            f"the loss of step {step + 1} is not a number, and nothing was written. Try a lower rate "
+            f"(training.learning_rate was {config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping "
+            "(training.max_grad_norm)"
         )
     rate = set_rates(optimizer, config, step)
     optimizer.step()

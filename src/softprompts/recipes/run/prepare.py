@@ -105,14 +105,14 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callab
 
 def _with_kernels(loaded: Backbone, config: ModelConfig, say: Callable[[str], None]) -> Backbone:
     """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
-    if config.compiled:
+    if config.torch_compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
     choice = setup.autotune(
-        loaded, attention=config.attention, products=config.products, compiled=config.compiled, say=say
+        loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=say
     )
-    ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.checkpointing))
+    ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
     say(f"running with {choice}")
-    if config.compiled:
+    if config.torch_compile:
         say(f"compiled in {setup.first_step(ready):.0f} s; the next process finds most of it done")
     return ready
 
@@ -145,36 +145,39 @@ def _check_training(train: TrainConfig, method: str) -> None:
     """Raise ConfigError for settings of the training that contradict each other or the method."""
     objectives.weigh(train.objectives)
     taught = [name for name in objectives.TAUGHT if train.objectives.get(name)]
-    if taught and train.distil is None:
-        raise ConfigError(f"objective '{taught[0]}' compares with teachers; name them in train.distil.teachers")
-    if train.distil is not None and not taught:
+    if taught and train.distillation is None:
         raise ConfigError(
-            f"train.distil names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a weight in "
-            f"train.objectives, or leave train.distil out"
+            f"objective '{taught[0]}' compares with teachers; name them in training.distillation.teachers"
+        )
+    if train.distillation is not None and not taught:
+        raise ConfigError(
+            f"training.distillation names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a "
+            f"weight in training.objectives, or leave training.distillation out"
         )
     if train.sampling.draw != "rows" and train.batch_tokens is not None:
         raise ConfigError(
-            f"train.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks first; "
-            f"leave one of them out"
+            f"training.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks "
+            f"first; leave one of them out"
         )
     known = groups(find(method))
-    for name in train.rates:
+    for name in train.learning_rates:
         if name not in known:
             raise ConfigError(
-                f"train.rates: method {method} has no group '{name}'{closest(name, known)} groups: {', '.join(known)}"
+                f"training.learning_rates: method {method} has no group '{name}'{closest(name, known)} groups: "
+                f"{', '.join(known)}"
             )
 
 
 def _check_run(run: Run, tasks: Sequence[Task]) -> None:
     """Raise ConfigError for what would only be noticed after hours of work."""
-    _check_training(run.train, run.prompt.method)
+    _check_training(run.training, run.prompt.method)
     if run.model.head == "features":
         raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
     if run.model.head != "lm" and len(tasks) > 1:
         raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
     _check_place(run, tasks)
     for task in tasks:
-        if run.train.evaluate_every is not None and not task.validation:
+        if run.training.eval_steps is not None and not task.validation:
             raise ConfigError(f"{task.name} has no validation rows to choose by; set task.split.validation_fraction")
         for name in task.template.metrics:
             metric = metrics.METRICS.get(name)
@@ -188,16 +191,16 @@ def _check_run(run: Run, tasks: Sequence[Task]) -> None:
 
 def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     prompt = run.prompt
-    slotted = place_of(prompt.place, [task.template for task in tasks]) == "template"
+    slotted = place_of(prompt.placement, [task.template for task in tasks]) == "template"
     for task in tasks:
         if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
             raise ConfigError(
-                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
-                f"use chat_place: start, or site input or layers"
+                f"{task.name}: chat_placement is user, but at site '{prompt.site}' nothing can stand before the "
+                f"prompt; use chat_placement: start, or site input or layers"
             )
-        if not slotted or run.train.train != "prompt":
+        if not slotted or run.training.target != "prompt":
             continue
-        sizes = slot_sizes(task.template.templates, prompt.length, task.name)
+        sizes = slot_sizes(task.template.templates, prompt.num_virtual_tokens, task.name)
         if prompt.segments and sizes != prompt.segments:
             raise ConfigError(
                 f"{task.name}: the template's slots have {' + '.join(map(str, sizes))} prompt tokens, prompt.segments "
@@ -220,7 +223,7 @@ def prepare_many(runs: Mapping[str, Run], screen: ProgressReporter = SILENT) -> 
         if run.model.device_map is None:
             devices.choose_device(run.model.device)  # refused before rows are read, where it is not here
         check_site(run.prompt.method, run.prompt.site)
-        finetune.check_installed(run.train)
+        finetune.check_installed(run.training)
         for config in run.tasks:
             key = config.model_dump_json()
             if key not in loaded:
@@ -229,7 +232,7 @@ def prepare_many(runs: Mapping[str, Run], screen: ProgressReporter = SILENT) -> 
     for name, run in runs.items():
         _check_run(run, tasks[name])
     first = next(iter(runs))
-    prompts = [run.prompt for run in runs.values() if run.train.train == "prompt"]
+    prompts = [run.prompt for run in runs.values() if run.training.target == "prompt"]
     asked = {one for prompt in prompts for one in sentence_encoders(prompt.method, prompt.options)}
     head = head_size(runs[first].model.head, tasks[first][0].template)
     model = load_backbone(runs[first].model, labels=head, say=screen.log)
@@ -243,15 +246,18 @@ def prepare_many(runs: Mapping[str, Run], screen: ProgressReporter = SILENT) -> 
 
 
 def _idle_rate(job: PreparedRun) -> str:
-    """That `train.rate` was set and nothing learns at it; empty where something does, or it has its default."""
-    train, method = job.run.train, job.run.prompt.method
-    if job.weights is not None or train.rate == TrainConfig().rate:
+    """A warning that nothing learns at the `training.learning_rate` that was set; empty where something does."""
+    train, method = job.run.training, job.run.prompt.method
+    if job.weights is not None or train.learning_rate == TrainConfig().learning_rate:
         return ""
     names = [name.removeprefix("method.") for name in job.learner.parameters()]
     used = {k: g for k, g in groups(job.learner.method).items() if any(n.startswith(g.parameters) for n in names)}
-    if any(group.rate is None and name not in train.rates for name, group in used.items()):
+    if any(group.rate is None and name not in train.learning_rates for name, group in used.items()):
         return ""
-    return f"train.rate changes nothing: all of method {method} has rates of its own, train.rates: {', '.join(used)}"
+    return (
+        f"training.learning_rate changes nothing: all of method {method} has rates of its own, "
+        f"training.learning_rates: {', '.join(used)}"
+    )
 
 
 def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
@@ -266,12 +272,16 @@ def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
 
 def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentences) -> PreparedRun:
     """The run on a backbone and rows that are there."""
-    if run.train.train != "prompt":
+    if run.training.target != "prompt":
         return _weights_job(run, model, tasks)
-    place = place_of(run.prompt.place, [task.template for task in tasks])
+    place = place_of(run.prompt.placement, [task.template for task in tasks])
     site = Site(run.prompt.site, run.prompt.mode, place)
-    slot = injection.prompt_spec(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
-    encoders = tuple(encoder_for(model, task.template, run.prompt.length, i, place) for i, task in enumerate(tasks))
+    slot = injection.prompt_spec(
+        model, site, tuple(task.name for task in tasks), run.prompt.num_virtual_tokens, sentences.widths
+    )
+    encoders = tuple(
+        encoder_for(model, task.template, run.prompt.num_virtual_tokens, i, place) for i, task in enumerate(tasks)
+    )
     words = tuple(
         f"{task.template.separator}{word}" for task in tasks for word in (task.template.verbalizer or {}).values()
     )
@@ -281,7 +291,7 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
     first = [stored.folded(method, task) for task in slot.tasks]
     initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
     learner = Learner(model, site, slot, method, copy_head(model), sentences)
-    distil = run.train.distil
+    distil = run.training.distillation
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
     begin = {name: value.detach().clone() for name, value in learner.parameters().items()}
     return PreparedRun(run, learner, start, tasks, encoders, initial, teachers, begin=begin)
@@ -289,8 +299,8 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
 
 def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
     """The run that trains weights of a copy of the backbone; no prompt takes room from its texts."""
-    weights = finetune.copied(model, run.train, tuple(task.name for task in tasks), run.seed)
-    place = place_of(run.prompt.place, [task.template for task in tasks])
+    weights = finetune.copied(model, run.training, tuple(task.name for task in tasks), run.seed)
+    place = place_of(run.prompt.placement, [task.template for task in tasks])
     encoders = tuple(encoder_for(model, task.template, 0, i, place) for i, task in enumerate(tasks))
     return PreparedRun(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
 

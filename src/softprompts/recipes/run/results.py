@@ -66,7 +66,7 @@ def page_of(
     metric = next(iter(after.scores)) if after else None
     page: dict[str, Any] = {
         "format": 1,
-        "title": f"{task.name} with {learner.backbone.name}{TRAINED[run.train.train]}",
+        "title": f"{task.name} with {learner.backbone.name}{TRAINED[run.training.target]}",
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": {
@@ -87,7 +87,7 @@ def page_of(
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
-        "versions": {**versions(), **({"peft": version("peft")} if run.train.train == "lora" else {})},
+        "versions": {**versions(), **({"peft": version("peft")} if run.training.target == "lora" else {})},
         "machine": {
             **machine_of((job.weights or job).learner.backbone),
             "paths": dict(Counter(r.path for r in history)),
@@ -144,7 +144,7 @@ def compare(
             "loss": histories[name][-1].loss if histories[name] else None,
             **{key: pages[name][i]["summary"][key] if name in pages else None for key in ("metric", "before", "after")},
             "failed": failed.get(name),
-            "directory": job.run.out,
+            "directory": job.run.output_dir,
         }
         for name, job in jobs.items()
         for i, task in enumerate(job.tasks)
@@ -168,7 +168,7 @@ def compare(
 
 def _different(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """The settings that are not the same in all runs, as dotted keys, and each run's value."""
-    flat = {name: _flat(run.model_dump(mode="json", exclude={"out", "runs"})) for name, run in runs.items()}
+    flat = {name: _flat(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
     keys = sorted({key for values in flat.values() for key in values})
     different = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
     return {name: {key: values.get(key) for key in different} for name, values in flat.items()}
@@ -209,11 +209,12 @@ def _next_of_several(jobs: Mapping[str, PreparedRun], pages: Mapping[str, Sequen
     lines: list[str] = list(pages[name][0]["next"])
     job, task = jobs[name], jobs[name].tasks[0]
     alike = [
-        shlex.quote(str(prompt_directory(Path(other.run.out), task.name, len(other.tasks))))
+        shlex.quote(str(prompt_directory(Path(other.run.output_dir), task.name, len(other.tasks))))
         for key, other in jobs.items()
         if key in pages
         and other.tasks[0].template == task.template
-        and (other.run.prompt.length, other.run.prompt.method) == (job.run.prompt.length, job.run.prompt.method)
+        and (other.run.prompt.num_virtual_tokens, other.run.prompt.method)
+        == (job.run.prompt.num_virtual_tokens, job.run.prompt.method)
     ]
     return [*lines, f"softprompts evaluate {' '.join(alike)}"] if len(alike) > 1 else lines
 
@@ -278,7 +279,7 @@ def _plain(value: Any) -> str | None:
 
 def next_commands(run: Run, task: Task) -> list[str]:
     """What a user may want to type after a run."""
-    where = shlex.quote(str(prompt_directory(Path(run.out), task.name, len(run.tasks))))
+    where = shlex.quote(str(prompt_directory(Path(run.output_dir), task.name, len(run.tasks))))
     lines = [f"softprompts evaluate {where}", f"softprompts inspect {where}"]
     if not task.template.columns:  # the prompt alone makes the answer
         return lines

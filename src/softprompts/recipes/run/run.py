@@ -1,6 +1,7 @@
 """Runs from their configuration to artifact, results.json and report page; `open_artifacts` is the way back.
 
-A run that trains weights (`train.train`) goes the same way; what it keeps instead of an artifact, finetune.py writes.
+A run that trains weights (`training.target`) goes the same way; what it keeps instead of an artifact, finetune.py
+writes.
 """
 
 import functools
@@ -52,23 +53,24 @@ __all__ = [
 
 
 def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into run.out.
+    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into
+    run.output_dir.
 
     Returns what results.json holds. An interrupted run goes on from its checkpoint when called again. With a list
-    `runs` all of them train together, each is written to a folder of run.out as it would be alone, and results.json
-    and the page of run.out compare them; a run that failed is named there, the others are finished all the same.
-    Of several processes that a launcher started, all train, and the first one writes and shows.
+    `runs` all of them train together, each is written to a folder of run.output_dir as it would be alone, and
+    results.json and the page of run.output_dir compare them; a run that failed is named there, the others are finished
+    all the same. Of several processes that a launcher started, all train, and the first one writes and shows.
     """
     began, main = time.time(), is_main_process()
     screen = screen if main else SILENT
     runs = sweep(run)
     for one in runs.values() if main else ():
-        check_writable(Path(one.out))
-        weights.kept_at(one.train, one.out)
+        check_writable(Path(one.output_dir))
+        weights.kept_at(one.training, one.output_dir)
     jobs = prepare_many(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
-        check_checkpoint(one.out, rows[name], one.seed, fixed_settings(jobs[name]))
+        check_checkpoint(one.output_dir, rows[name], one.seed, fixed_settings(jobs[name]))
     before = _judge_stock(jobs, screen)
     histories, failed = _train(jobs, rows, screen)
     pages = {}
@@ -79,8 +81,8 @@ def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
         return _results(pages[""])
     results = compare(run, jobs, pages, histories, failed, time.time() - began)
     if main:
-        report.write_results(Path(run.out) / "results.json", results)
-        report.write_page(Path(run.out) / "report.html", results)
+        report.write_results(Path(run.output_dir) / "results.json", results)
+        report.write_page(Path(run.output_dir) / "report.html", results)
     return results
 
 
@@ -93,7 +95,7 @@ def _finish(
     screen: ProgressReporter,
 ) -> list[dict[str, Any]]:
     """Judge a trained run, and write what it trained, results.json and pages; gives the page of each task."""
-    out, count = Path(job.run.out), len(job.tasks)
+    out, count = Path(job.run.output_dir), len(job.tasks)
     after = [_judge(name, job, i, screen, "after") for i in range(count)]
     pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(count)]
     if not is_main_process():
@@ -111,8 +113,8 @@ def _keep(job: PreparedRun, after: list[Evaluation | None]) -> None:
     if job.weights is None:
         for i, scored in enumerate(after):
             one = pack(job, i, scored)
-            artifact.save(one, prompt_directory(Path(job.run.out), one.task, len(job.tasks)))
-    elif place := weights.kept_at(job.run.train, job.run.out):
+            artifact.save(one, prompt_directory(Path(job.run.output_dir), one.task, len(job.tasks)))
+    elif place := weights.kept_at(job.run.training, job.run.output_dir):
         weights.save(job.weights, place)
 
 
@@ -137,7 +139,12 @@ def fixed_settings(job: PreparedRun) -> dict[str, Any]:
 
     Artifacts that the run starts from, mixes or learns from may have been made anew since.
     """
-    others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
+    others: Any = {
+        "output_dir": True,
+        "evaluation": True,
+        "runs": True,
+        "training": {"save_steps", "lora", "save_model"},
+    }
     settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
     given = job.run.prompt.init
     if job.start is not None and (given.sources or given.state or given.kind in initialization.READ):
@@ -206,14 +213,14 @@ def _targets(
     found: dict[str, TeacherOutputs | None] = {}
     known: dict[tuple[Any, ...], TeacherOutputs] = {}
     for name, job in jobs.items():
-        config = job.run.train.distil
+        config = job.run.training.distillation
         if config is None:
             found[name] = None
             continue
         own, digests = rows[name], tuple(teacher.digest for teacher in job.teachers)
         key = (digests, config.layers, config.temperature, tuple(_key(job, i) for i in range(len(job.tasks))))
         if key not in known:
-            file = Path(job.run.out) / distillation.FILE if config.cache is None else Path(config.cache)
+            file = Path(job.run.output_dir) / distillation.FILE if config.cache is None else Path(config.cache)
             title = f"{name}: teachers" if name else "teachers"
             show, kept = functools.partial(screen.on_eval, title), file if is_main_process() else None
             known[key] = distillation.targets(job.learner.backbone, job.teachers, own, config, kept, show)
@@ -238,7 +245,7 @@ def _steps(
     for name, job in jobs.items():
         if job.weights is not None:
             run, validate = job.run, _validate(job)
-            fitting = weights.fit(job.weights, rows[name], run.train, pad=pad, seed=run.seed, validate=validate)
+            fitting = weights.fit(job.weights, rows[name], run.training, pad=pad, seed=run.seed, validate=validate)
             with closing(fitting) as steps:
                 yield from ((name, step) for step in steps)
             return
@@ -248,19 +255,19 @@ def _steps(
 def _trainee(name: str, job: PreparedRun, rows: list[EncodedExample], targets: TeacherOutputs | None) -> TrainingRun:
     run = job.run
     return TrainingRun(
-        name, job.learner, rows, run.train, run.seed, _validate(job), run.out, fixed_settings(job), targets
+        name, job.learner, rows, run.training, run.seed, _validate(job), run.output_dir, fixed_settings(job), targets
     )
 
 
 def _validate(job: PreparedRun) -> Callable[[], float] | None:
     """What scores the validation rows, where the run asks for that."""
-    return (lambda: _validation(job)) if job.run.train.evaluate_every is not None else None
+    return (lambda: _validation(job)) if job.run.training.eval_steps is not None else None
 
 
 def _validation(job: PreparedRun) -> float:
     """The mean headline score over the tasks' validation rows."""
     values = []
-    config = job.run.evaluate.model_copy(update={"resamples": 100})
+    config = job.run.evaluation.model_copy(update={"resamples": 100})
     for encoder, task in zip(job.encoders, job.tasks, strict=True):
         values.append(evaluate.evaluate(job.learner, encoder, task.validation, config).headline.value)
     return sum(values) / len(values)
@@ -271,11 +278,11 @@ def _judge_stock(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> d
     found: dict[str, Evaluation | None] = {}
     for job in jobs.values():
         for i in range(len(job.tasks)):
-            key = _key(job, i) + job.run.evaluate.model_dump_json()
+            key = _key(job, i) + job.run.evaluation.model_dump_json()
             if key not in found:
                 found[key] = _judge("", job, i, screen, "before", stock=True)
     return {
-        name: [found[_key(job, i) + job.run.evaluate.model_dump_json()] for i in range(len(job.tasks))]
+        name: [found[_key(job, i) + job.run.evaluation.model_dump_json()] for i in range(len(job.tasks))]
         for name, job in jobs.items()
     }
 
@@ -296,7 +303,7 @@ def _judge(
 
     chosen = learner.stock() if stock else learner
     encoder, run = job.encoders[index], job.run
-    found = evaluate.evaluate(chosen, encoder, rows, run.evaluate, seed=run.seed, progress=progress)
+    found = evaluate.evaluate(chosen, encoder, rows, run.evaluation, seed=run.seed, progress=progress)
     screen.log(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
     return found
 
