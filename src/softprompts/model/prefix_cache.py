@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from softprompts import injection
-from softprompts.injection import Prefix
+from softprompts.injection import Prefix, Site
 from softprompts.types import Batch, Output, Prompt
 
 if TYPE_CHECKING:
@@ -34,12 +34,16 @@ class PrefixCache:
         self._entry: tuple[tuple[int, ...], Prompt, Prefix | None] | None = None
 
     @property
+    def site(self) -> Site:
+        """Where the prompts enter; without prompts it does not matter."""
+        return self.model.registry.site_of(self.names) if self.names else Site()
+
+    @property
     def reads_leading(self) -> bool:
         """Whether tokens that all texts begin with can be read together with the prompts, once."""
         if self._fixed is None:
             return False
-        site = self.model.registry.site_of(self.names)
-        return site.at_embeddings and injection.can_read_prompts(self.model.backbone, site)
+        return self.site.at_embeddings and injection.can_read_prompts(self.model.backbone, self.site)
 
     def prompts(self, batch: Batch, leading: tuple[int, ...] = ()) -> tuple[Prompt | None, Prefix | None]:
         """The prompts of the rows of `batch` and, where they were read before, what was read.
@@ -55,7 +59,7 @@ class PrefixCache:
         if self._entry is None or self._entry[0] != leading:  # one entry serves many batches, and then none
             self._entry = None
             prompt = self._followed(self._fixed, leading)
-            prefix = injection.read_prompts(self.model.backbone, prompt, self.model.registry.site_of(self.names))
+            prefix = injection.read_prompts(self.model.backbone, prompt, self.site)
             self._entry = (leading, prompt, prefix)
         _, prompt, prefix = self._entry
         return prompt.rows(self._local[batch.task_ids]), prefix

@@ -142,6 +142,11 @@ class PromptRegistry:
         for name in names:
             self.records[name] = self.records.pop(name)
 
+    def describe(self, name: str, segments: tuple[int, ...], run: Mapping[str, Any]) -> None:
+        """Note the segments that its template gives a prompt, and the configuration of the run that trains it."""
+        record = self.records[name]
+        self.records[name] = replace(record, site=replace(record.site, segments=segments), run=run)
+
     def used(self, task_ids: Tensor) -> dict[int, str]:
         """The prompts of a batch by their places; task_ids [B]."""
         names = self.names

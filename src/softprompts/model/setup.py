@@ -94,7 +94,9 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, log: Callable[[str], No
     """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
     if config.torch_compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
-    choice = autotune(loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log)
+    choice = autotune(
+        loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log
+    )
     ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
     log(f"running with {choice}")
     if config.torch_compile:

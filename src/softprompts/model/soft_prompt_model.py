@@ -310,7 +310,9 @@ class SoftPromptModel(nn.Module):
         template = record.task_template
         if template is None:
             raise ConfigError(f"prompt '{name}' has no template; give one to add_prompt")
-        return setup.example_tokenizer(self.backbone, template, record.config.num_virtual_tokens, place, record.site.place)
+        return setup.example_tokenizer(
+            self.backbone, template, record.config.num_virtual_tokens, place, record.site.place
+        )
 
     @contextlib.contextmanager
     def no_prompt(self) -> Iterator[None]:
@@ -387,24 +389,25 @@ class SoftPromptModel(nn.Module):
         """What a method may look at of `batch`: of a causal text nothing from its first label on."""
         return self.registry.encoders.context(self.backbone, batch, self._readable(batch))
 
-    def trainable(self, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-        """What is trained of the prompts called `names`, each parameter once, by its name in `state_dict`.
+    def trainable(self, names: Sequence[str] | Mapping[str, str] | None = None) -> dict[str, nn.Parameter]:
+        """What is trained of some prompts, each parameter once, by its name in `state_dict`.
 
         Args:
-            names: The prompts; None: all.
+            names: The prompts, or the prompts with what each is called in the result; None: all.
         """
-        found: dict[str, nn.Parameter] = {}
+        trainable: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
         names = self.tasks if names is None else names
+        labels = names if isinstance(names, Mapping) else {name: name for name in names}
         for part, modules in (("prompts", self.prompts), ("heads", self.heads)):
-            for name in names:
+            for name, label in labels.items():
                 if key(name) not in modules:
                     continue
                 for tensor, parameter in modules[key(name)].named_parameters():
                     if parameter.requires_grad and id(parameter) not in seen:
                         seen.add(id(parameter))
-                        found[f"{part}.{key(name)}.{tensor}"] = parameter
-        return found
+                        trainable[f"{part}.{key(label)}.{tensor}"] = parameter
+        return trainable
 
     def rms_ratio(self, names: Sequence[str]) -> float | None:
         """rms(P)/rms(E) over the prompts called `names`; None where only the prompts of a batch say how large they are.
