@@ -144,6 +144,7 @@ class Context:
             `PromptSpec.encoders`; the backbone's name says how its states are pooled ("backbone-last"). Each text is
             read alone, by what `attention_mask` leaves of it, and its vector is kept.
         instruction_mask: 1 for a template's own words, [B, T]; None where nobody said which these are.
+        batch_mask: `attention_mask` of the whole batch, of which this holds the rows of one task; None: it holds all.
     """
 
     input_ids: Tensor
@@ -152,6 +153,7 @@ class Context:
     encode: Callable[[], Tensor]
     sentence_embedding: Callable[[str], Tensor] = _no_encoder
     instruction_mask: Tensor | None = None
+    batch_mask: Tensor | None = None
 
     def rows(self, index: Tensor) -> "Context":
         """The same of the rows named by `index [R]`, in that order."""
@@ -162,6 +164,7 @@ class Context:
             encode=lambda: self.encode()[index],
             sentence_embedding=lambda name: self.sentence_embedding(name)[index],
             instruction_mask=None if self.instruction_mask is None else self.instruction_mask[index],
+            batch_mask=self.attention_mask if self.batch_mask is None else self.batch_mask,
         )
 
     @staticmethod
