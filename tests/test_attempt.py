@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -15,7 +16,6 @@ from softprompts import injection
 from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.attempt import Attempt
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 
@@ -72,7 +72,7 @@ def test_formula(side: str, extra: int) -> None:
     method, seen = made(), context(side, extra)
     prompt = method(seen)
     assert prompt.values.shape == (B, P, D)
-    assert prompt.row.tolist() == list(range(B))
+    assert prompt.prompt_index.tolist() == list(range(B))
     for i, task in enumerate(seen.task_ids.tolist()):
         values, attention = by_hand(method, seen.inputs_embeds[i][seen.attention_mask[i].bool()], task)
         np.testing.assert_allclose(prompt.values[i].numpy(), values, atol=1e-12)

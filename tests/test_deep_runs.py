@@ -29,7 +29,7 @@ from softprompts.types import Prompt, PromptInit, for_tasks
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
-    "network": {"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 8}},
+    "network": {"method": "prefix-tuning", "site": "kv", "options": {"reparametrize": True, "hidden": 8}},
     "states": {"method": "p-tuning-v2", "site": "layers", "options": {"dropout": 0.1}},
     "lstm": {"method": "p-tuning"},
     "mlp": {"method": "p-tuning", "options": {"network": "mlp"}, "init": {"kind": "zeros"}},
@@ -118,7 +118,7 @@ def test_peft_loads_the_folded_prompt(folder: Path, tmp_path: Path, case: str) -
 @pytest.mark.parametrize(("name", "site"), [("t5", "kv"), ("bert", "layers"), ("t5", "layers")])
 def test_other_families(tmp_path: Path, name: str, site: str) -> None:
     run = local.run_values(tmp_path, name, max_steps=2)
-    run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrise": True, "hidden": 8}}
+    run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrize": True, "hidden": 8}}
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
     results = job.run(parse(run))
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(run).model)
@@ -146,7 +146,7 @@ def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path
     for name in ("one", "two"):
         assert torch.equal(method.fold(name), two.prompt)
     assert method.networks[0].inputs is not method.networks[1].inputs
-    both["prompt"]["options"] = {"reparametrise": True, "hidden": 7}
+    both["prompt"]["options"] = {"reparametrize": True, "hidden": 7}
     with pytest.raises(ConfigError, match=r"a tensor 'networks.0.hidden.bias' of \[8\] .* one of \[7\]"):
         job.prepare(parse(both))
 
@@ -155,7 +155,7 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     """Rows with prefixes of several methods and lengths are the rows alone; groups are saved, loaded, made smaller."""
     path, deep = folder / "llama", {"site": "kv", "init": {"kind": "random"}}
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(path))
-    network = {"method": "prefix-tuning", "options": {"reparametrise": True, "hidden": 8, "output": "torch"}}
+    network = {"method": "prefix-tuning", "options": {"reparametrize": True, "hidden": 8, "output": "torch"}}
     model.add_tasks(("one", "two", "three"), PromptConfig(num_virtual_tokens=4, **network, **deep))
     model.add_task("plain", PromptConfig(num_virtual_tokens=6, **deep))
     model.add_task("low", PromptConfig(num_virtual_tokens=2, method="low-rank", **deep))

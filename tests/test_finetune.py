@@ -56,7 +56,7 @@ def examples(name, head="lm", count=8):
 
 def stock_loss(model, name, part):
     """The mean loss over the labels of `part`, by the stock model alone, in its own number format."""
-    ids, mask = rows.pad([torch.tensor(row.ids) for row in part], value=3)
+    ids, mask = rows.pad([torch.tensor(row.input_ids) for row in part], value=3)
     more = {}
     if isinstance(part[0].labels, int):
         labels = torch.tensor([row.labels for row in part])
@@ -76,15 +76,15 @@ def stock_loss(model, name, part):
 def by_hand(model, parameters, name, found, chosen):
     """The losses of a plain loop."""
     batches, losses = ExampleBatches(found, chosen.batch_size, 0), []
-    optimizer = torch.optim.AdamW(parameters, lr=chosen.rate, weight_decay=chosen.weight_decay)
-    for step in range(chosen.steps):
+    optimizer = torch.optim.AdamW(parameters, lr=chosen.learning_rate, weight_decay=chosen.weight_decay)
+    for step in range(chosen.max_steps):
         optimizer.zero_grad()
         loss = stock_loss(model, name, batches.at(step))
         loss.backward()
-        if chosen.clip is not None:
-            clip_grad_norm_(parameters, chosen.clip)
+        if chosen.max_grad_norm is not None:
+            clip_grad_norm_(parameters, chosen.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = chosen.rate * (1 - step / chosen.steps)
+            group["lr"] = chosen.learning_rate * (1 - step / chosen.max_steps)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -164,7 +164,7 @@ def test_gradients_of_all_weights_are_those_of_the_stock_model(name):
 def test_gradients_with_a_classification_head(name):
     backbone, found = double(name, "sequence"), examples(name, "sequence")
     for row in found if name == "bart" else ():
-        row.ids[-1] = 2  # its head reads the end token, of which each row has one
+        row.input_ids[-1] = 2  # its head reads the end token, of which each row has one
     if name != "llama":  # the stock head refuses batches when nothing says what padding is
         expect(gradients(finetune.copied(backbone, config(**ALL)), found), backbone, name, found)
         return
@@ -202,7 +202,7 @@ def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     found = examples("llama")
     plain = fitted(b.wrap(tiny.model("llama")), found, config(**chosen))
     other = fitted(replace(b.wrap(tiny.model("llama")), kernels=kernels), found, config(**chosen))
-    assert "rows shared, core math, attention None, products torch, compiled False" in other[1][0].machine
+    assert "rows shared, core math, attention None, matmul_backend torch, compiled False" in other[1][0].machine
     assert [r.loss for r in plain[1]] == [r.loss for r in other[1]]
     for key, value in plain[0].trained.items():
         assert torch.equal(other[0].trained[key], value), key
@@ -469,7 +469,7 @@ def judged(prepared, model, index=0):
     """Log-probabilities of the labels of some test rows, by a stock model that is read by hand."""
     encoder, found = prepared.encoders[index], []
     for row in prepared.tasks[index].test[:4]:
-        ids, scores = encoder.encode(row).ids, {}
+        ids, scores = encoder.encode(row).input_ids, {}
         for label, answer in encoder.candidates().items():
             logits = model(input_ids=torch.tensor([ids + answer])).logits[0].float().log_softmax(-1)
             scores[label] = sum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(answer))

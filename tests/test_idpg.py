@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -16,7 +17,6 @@ from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.idpg import Idpg, phm
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, pool_states
 
@@ -111,7 +111,7 @@ def test_formula(kind: str, given: dict[str, Any]) -> None:
         prompt = method(seen)
         assert prompt.values.shape == (B, P, 12)
         assert prompt.mask.all()
-        assert prompt.row.tolist() == list(range(B))
+        assert prompt.prompt_index.tolist() == list(range(B))
         for i, task in enumerate(seen.task_ids.tolist()):
             expected = by_hand(method, seen.inputs_embeds[i][seen.attention_mask[i].bool()], task)
             np.testing.assert_allclose(prompt.values[i].numpy(), expected, atol=1e-12)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -18,7 +19,6 @@ from softprompts.injection import generation
 from softprompts.methods import build, state_of
 from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives, optimizer
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 
@@ -142,7 +142,7 @@ def test_lookup(options: dict[str, Any], side: str, extra: int) -> None:
     method, seen = made(options), context(side, extra)
     prompt = method(seen)
     assert prompt.values.shape == (len(LENGTHS), P, D)
-    assert prompt.row.tolist() == list(range(len(LENGTHS)))
+    assert prompt.prompt_index.tolist() == list(range(len(LENGTHS)))
     for i in range(len(LENGTHS)):
         own = vectors(method, first(seen, i, P))
         if "base" in options:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -15,7 +16,6 @@ from softprompts import injection
 from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.low_rank import LowRankPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
 
@@ -33,7 +33,7 @@ def prompts(method: LowRankPromptTuning, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 @torch.no_grad()

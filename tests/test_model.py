@@ -50,7 +50,7 @@ def prompted(name: str, head: str = "lm", site: str = "input", words: Tensor | N
 
 def put(model: Any, task: str, values: Tensor) -> None:
     with torch.no_grad():
-        model.prompts[task].prompts[0].copy_(values)
+        model.prompts[task].prompt.copy_(values)
 
 
 def with_words(name: str, row: Tensor, words: Tensor = WORDS) -> tuple[Tensor, Tensor]:
@@ -247,9 +247,9 @@ def test_heads_of_encoder_decoders_do_not_depend_on_the_batch(name: str, head: s
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert"])
 def test_only_prompts_need_a_gradient_and_only_they_are_in_the_state(name: str) -> None:
     model = prompted(name)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompts.default.prompts.0"]
-    assert list(model.state_dict()) == ["prompts.default.prompts.0"]
-    assert list(model.state_dict(prefix="wrapped.")) == ["wrapped.prompts.default.prompts.0"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompts.default.prompt"]
+    assert list(model.state_dict()) == ["prompts.default.prompt"]
+    assert list(model.state_dict(prefix="wrapped.")) == ["wrapped.prompts.default.prompt"]
     before = copy.deepcopy(model.model.state_dict())
     text = rows.texts(name, (6,))[0][None]
     model.train()
@@ -270,7 +270,7 @@ def test_heads_are_copies_for_each_task_and_the_models_own_stays() -> None:
     assert trained == {
         f"{part}.{task}.{name}"
         for task in ("sst2", "mnli")
-        for part, name in (("prompts", "prompts.0"), ("heads", "classifier.weight"), ("heads", "classifier.bias"))
+        for part, name in (("prompts", "prompt"), ("heads", "classifier.weight"), ("heads", "classifier.bias"))
     }
     assert set(model.state_dict()) == trained
     own: Any = model.model
@@ -454,7 +454,7 @@ def test_it_passes_for_the_stock_model() -> None:
     assert not prompted("bert", "sequence").can_generate()
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert model.prompts["default"].prompts[0].dtype == torch.float32
+    assert model.prompts["default"].prompt.dtype == torch.float32
     assert model(rows.ids(1, 5)[None]).logits.dtype == torch.bfloat16
     classifier = prompted("bert", "sequence").to(torch.bfloat16)
     assert classifier(rows.texts("bert", (5,))[0][None]).logits.dtype == torch.bfloat16
@@ -536,7 +536,7 @@ def test_peers_training_on(tmp_path: Path) -> None:
     steps(straight, sgd, 3)
     again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
     steps(again, torch.optim.SGD(again.prompts.parameters(), lr=0.5), 3)
-    assert torch.equal(straight.prompts["default"].prompts[0], again.prompts["default"].prompts[0])
+    assert torch.equal(straight.prompts["default"].prompt, again.prompts["default"].prompt)
     again.save_pretrained(tmp_path / "more")
     first, second = (json.loads((path / "softprompts.json").read_text()) for path in (tmp_path, tmp_path / "more"))
     assert (first["parents"], second["parents"]) == ([], [first["digest"]])
@@ -577,7 +577,7 @@ def test_a_directory_of_peft_is_used_and_trained_on(tmp_path: Path) -> None:
     found = ours(ids, labels=ids)
     torch.testing.assert_close(found.logits, expected.logits[:, 5:], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
-    assert ours.prompts[tmp_path.name].prompts[0].requires_grad
+    assert ours.prompts[tmp_path.name].prompt.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -603,7 +603,7 @@ def test_a_configuration_in_pefts_words(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(copy.deepcopy(model), same)
     ours = SoftPromptModel(model, config)
     weight = theirs.prompt_encoder["default"].embedding.weight
-    assert torch.equal(ours.prompts["default"].prompts[0], weight)
+    assert torch.equal(ours.prompts["default"].prompt, weight)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from softprompts.model.learner import Learner
 
 import rows
 import test_together as together
@@ -11,7 +12,6 @@ import tiny
 from softprompts import injection, methods
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import loop, objectives
 from softprompts.types import Context, PromptInit, PromptSpec
 
@@ -41,7 +41,7 @@ def put(method, seed, ranks=1):
 def prompts(method, task):
     ids = torch.zeros(len(task), 1, dtype=torch.long)
     found = method(Context(torch.tensor(task), ids, torch.zeros(len(task), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 # The decomposition

@@ -12,7 +12,7 @@ from studies.task_prompt_vectors.plan import Study as VectorStudy
 from softprompts.config import OLD_KEYS, Run, Section, find_old_keys, parse, read, update_old_keys, update_old_options
 from softprompts.config.old_keys import section_in
 from softprompts.errors import ConfigError
-from softprompts.methods.registry import _configured as build_options
+from softprompts.methods.registry import parse_options
 from softprompts.recipes.multitask import Plan
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
@@ -91,7 +91,7 @@ def test_each_old_key_of_a_configuration_is_refused_with_its_new_name(name: str)
 def test_each_old_option_of_a_method_is_known_or_refused_with_its_new_name() -> None:
     for entry in written("options"):
         options = update_old_options(entry["method"], entry["options"])
-        build_options(entry["method"], options)
+        parse_options(entry["method"], options)
         for old, new in find_old_keys({"prompt": entry}):
             with pytest.raises(ConfigError, match=f"unknown key '{old}'; it is called '{new}' now"):
                 parse({"prompt": entry})

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.p_tuning import PromptEncoder
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -16,7 +17,6 @@ from softprompts import injection
 from softprompts.errors import ConfigError
 from softprompts.methods import build, check_site, state_of
 from softprompts.methods.p_tuning import PTuning
-from softprompts.model.learner import Learner
 from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
 
@@ -34,7 +34,7 @@ def prompts(method: PTuning, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 def pairs(theirs: PromptEncoder, network: str) -> dict[str, Tensor]:

@@ -227,7 +227,7 @@ def test_segments_are_the_prompt() -> None:
             {"num_virtual_tokens": 5, "placement": "template", "segments": (5, 0)},
             r"prompt.segments 5 \+ 0 must each be at least 1",
         ),
-        ({"num_virtual_tokens": 5, "segments": (2, 3)}, "prompt.segments is for place template, not auto"),
+        ({"num_virtual_tokens": 5, "segments": (2, 3)}, "prompt.segments is for placement template, not auto"),
     ):
         with pytest.raises(ValueError, match=message):
             PromptConfig(**given)

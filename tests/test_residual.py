@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor, nn
 
 import rows
@@ -16,7 +17,6 @@ from softprompts.injection import Site
 from softprompts.methods import build, state_of
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.residual import ResidualPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
 
@@ -42,7 +42,7 @@ def prompts(method: Any, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 def stock(method: ResidualPromptTuning, task: int, token: int) -> nn.Sequential:

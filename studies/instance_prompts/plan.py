@@ -61,7 +61,7 @@ ARMS: dict[str, Arm] = {
     "spt": Arm(about="with rows of a memory (reconstruction)", prompt={"method": "spt-reconstruction"}),
     "prefix-network": Arm(
         about="keys and values from a network",
-        prompt={"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 128}},
+        prompt={"method": "prefix-tuning", "site": "kv", "options": {"reparametrize": True, "hidden": 128}},
         follow={"network": 0.01},
     ),
     "p-tuning-v2": Arm(

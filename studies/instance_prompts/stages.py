@@ -72,7 +72,7 @@ def _check(study: Study, screen: ProgressReporter) -> None:
     for name in study.upper:
         run = weights_run(study, study.tasks[0], None, Cell(name, study.compare.weight_learning_rates[name][0], first))
         weights.check_installed(run.training)
-        weights.check_trainable(job.learner.backbone)
+        weights.check_trainable(job.model.backbone)
 
 
 def _check_rows(tasks: Sequence[Task]) -> None:

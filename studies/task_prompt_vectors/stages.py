@@ -19,10 +19,11 @@ from softprompts.data import load
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import page as report
 from softprompts.injection import Site
+from softprompts.model.setup import load_backbone
 from softprompts.recipes import multitask, stages
 from softprompts.recipes.judging import Evaluator, judge
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import ProgressReporter, load_backbone
+from softprompts.recipes.run.run import ProgressReporter
 from studies.task_prompt_vectors import independence, sums
 from studies.task_prompt_vectors.plan import Study, prompt_path
 from studies.task_prompt_vectors.runs import again_run, rate_run, task_of, vector_run
@@ -108,7 +109,7 @@ class _AtHand:
 
     @functools.cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.study.model, say=self.screen.log)
+        return load_backbone(self.study.model, log=self.screen.log)
 
     def judge(self, title: str) -> Evaluator:
         if title not in self.judges:

@@ -134,6 +134,11 @@ class Artifact:
         vector = self.config.get("vector")
         return str(vector["sum"]) if isinstance(vector, Mapping) and "sum" in vector else None
 
+    def settings(self, section: str) -> dict[str, Any]:
+        """A section of the run's configuration, as it was resolved; empty where nothing usable is stored."""
+        values = self.config.get(section)
+        return dict(values) if isinstance(values, Mapping) else {}
+
     def require_prompt(self, origin: str | Path) -> Tensor:
         """The plain prompt, [P, D].
 

@@ -19,7 +19,7 @@ PEFT_VERSION = "0.21.2"
 
 MULTITASK = "multitask-prompt-tuning"
 
-MULTITASK_STATE = ("shared", "columns.0", "rows.0")
+MULTITASK_STATE = ("shared.prompt", "columns", "rows")
 """The names of that method's tensors for one task: the shared prompt, the task's columns and its rows."""
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"

@@ -21,8 +21,45 @@ OLD_MANIFEST_KEYS: Mapping[str, str] = MappingProxyType(
 )
 """Key of the manifest in format 3 -> key in format 4."""
 
-OLD_TENSORS: Mapping[str, Mapping[str, str]] = MappingProxyType({})
-"""Method -> beginning of a tensor's name in format 3 -> beginning in format 4; the rest of the name stays."""
+OLD_TENSORS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "prompt-tuning": {"prompts.0": "prompt"},
+        "multitask-prompt-tuning": {"shared": "shared.prompt", "columns.0": "columns", "rows.0": "rows"},
+        "attempt": {
+            "prompts.0": "prompt",
+            "sources": "shared.sources",
+            "down": "shared.down",
+            "up": "shared.up",
+            "norm": "shared.norm",
+        },
+        "ipt": {
+            "prompts.0": "prompt",
+            "table": "shared.table",
+            "encoder": "shared.encoder",
+            "linear": "shared.linear",
+        },
+        "idpg": {
+            "bias.0": "bias",
+            "up.0": "up",
+            "down.0": "down",
+            "hidden.0": "hidden",
+            "rules.0": "rules",
+            "down_rules.0": "rules_down",
+            "up_rules.0": "rules_up",
+        },
+        "prefix-tuning": {"prompts.0": "prompt", "networks.0": "network"},
+        "p-tuning-v2": {"prompts.0": "prompt", "networks.0": "network"},
+        "p-tuning": {"networks.0": "network", "outputs.0": "output"},
+        "residual": {"prompts.0": "prompt", "scales.0": "scale", "shifts.0": "shift", "networks.0": "network"},
+        "low-rank": {"columns.0": "columns", "rows.0": "rows"},
+        "dept": {"prompts.0": "prompt", "columns.0": "columns", "rows.0": "rows"},
+        "spt-reconstruction": {"soft": "shared.soft", "sources": "shared.sources"},
+    }
+)
+"""Method -> beginning of a tensor's name in format 3 -> beginning in format 4; the rest of the name stays.
+
+In format 3 a method held a list with one entry for each task, and an artifact the first entry.
+"""
 
 
 def upgrade_manifest(values: Mapping[str, Any], path: Path) -> dict[str, Any]:

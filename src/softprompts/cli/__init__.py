@@ -231,7 +231,7 @@ def inspect(
     if words:
         quiet()
         opened = open_prompts([prompt], model, {}, True)
-        near = nearest_tokens(opened.learner.backbone, opened.artifacts[0].require_prompt(prompt))
+        near = nearest_tokens(opened.backbone, artifact.load(prompt).require_prompt(prompt))
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)
@@ -252,9 +252,9 @@ def fold(
 ) -> None:
     """Write a prompt that a method made, such as multitask prompt tuning, as an ordinary one: a single matrix."""
     from softprompts.artifacts import artifact
-    from softprompts.model import stored
+    from softprompts.model.persistence import plain
 
-    made = stored.plain(artifact.load(prompt), prompt)
+    made = plain(artifact.load(prompt), prompt)
     artifact.save(made, out_dir)
     length, width = made.shape
     out.print(f"{out_dir}: {length} vectors of width {width}, as prompt-tuning", markup=False, soft_wrap=True)

@@ -60,7 +60,11 @@ OLD_KEYS: dict[str, dict[str, str]] = {
 OLD_VALUES: dict[str, dict[str, dict[str, str]]] = {"InitConfig": {"kind": {"artefact": "artifact"}}}
 """Class of a section -> key -> value of an earlier release -> value of today."""
 
-OLD_OPTIONS: dict[str, dict[str, str]] = {"idpg": {"normalise": "normalize"}}
+OLD_OPTIONS: dict[str, dict[str, str]] = {
+    "idpg": {"normalise": "normalize"},
+    "prefix-tuning": {"reparametrise": "reparametrize"},
+    "p-tuning-v2": {"reparametrise": "reparametrize"},
+}
 """Method -> option of an earlier release -> option of today. The digest of an artifact has the old names."""
 
 _UNTYPED = {("Run", "runs"): tuple[Run, ...], ("Arm", "prompt"): PromptConfig}

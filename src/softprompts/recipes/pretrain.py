@@ -25,7 +25,7 @@ from softprompts.data import EncodedExample, ExampleBatches, classes, collate, e
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate, metrics
 from softprompts.evaluation import page as report
-from softprompts.methods import find, names
+from softprompts.methods import PromptMethod, find, names
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import (
     PreparedRun,
@@ -65,14 +65,13 @@ class Pupil:
 
     def scores(self, rows: Sequence[EncodedExample]) -> Tensor:
         """The classifier's scores of texts, [B, C]."""
-        learner = self.job.learner
-        found: Tensor = self.head(learner.method.features(learner.context(_batch(self.job, rows))))
-        return found
+        scores: Tensor = self.head(_features(self.job, rows))
+        return scores
 
     def answers(self, rows: Sequence[EncodedExample]) -> list[int]:
         """The class of each text."""
         found = [0] * len(rows)
-        with torch.no_grad(), in_mode(self.job.learner.method, False):
+        with torch.no_grad(), in_mode(_method(self.job), False):
             for index in evaluation_order([len(row.input_ids) for row in rows], self.job.run.training.batch_size):
                 best = self.scores([rows[i] for i in index]).argmax(1).tolist()
                 for i, one in zip(index, best, strict=True):
@@ -107,8 +106,8 @@ def execute(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
 
 def _check(run: Run) -> None:
     """Raise ConfigError for what pretraining could not use."""
-    if not getattr(find(run.prompt.method), "pretrained", ()):
-        possible = ", ".join(name for name in names() if getattr(find(name), "pretrained", ()))
+    if not find(run.prompt.method).pretrained:
+        possible = ", ".join(name for name in names() if find(name).pretrained)
         raise ConfigError(f"method {run.prompt.method} has nothing to pretrain; possible: {possible}")
     if len(run.tasks) > 1 or run.runs:
         raise ConfigError("pretraining takes one task and no list of runs; give each a command of its own")
@@ -120,11 +119,13 @@ def _check(run: Run) -> None:
 
 
 def _pupil(job: PreparedRun) -> Pupil:
-    method, encoder, task = job.learner.method, job.encoders[0], job.tasks[0]
+    encoder, task = job.encoders[0], job.tasks[0]
     if task.template.kind != "label":
         raise ConfigError(f"pretraining tells classes apart, and {task.name} is of kind {task.template.kind}")
-    parts = tuple(f"{part}." for part in method.pretrained)
-    trained = {f"method.{name}": value for name, value in method.named_parameters() if name.startswith(parts)}
+    parts = _method(job).pretrained
+    trained = {
+        name: value for name, value in job.model.trainable(job.prompts).items() if _tensor(name).startswith(parts)
+    }
     number = {label: i for i, label in enumerate(classes(task.template))}
     train, validation, test = (
         [replace(encoder.encode(row), labels=number[evaluate.reference(encoder, row)]) for row in rows]
@@ -132,16 +133,30 @@ def _pupil(job: PreparedRun) -> Pupil:
     )
     torch.manual_seed(job.run.seed)
     with torch.no_grad():
-        width = method.features(job.learner.context(_batch(job, train[:1]))).shape[1]
-    head = nn.Linear(width, len(number)).to(job.learner.backbone.device)
-    trained |= {f"head.{name}": value for name, value in head.named_parameters()}
+        width = _features(job, train[:1]).shape[1]
+    head = nn.Linear(width, len(number)).to(job.model.backbone.device)
+    trained |= {f"heads.classifier.{name}": value for name, value in head.named_parameters()}
     return Pupil(job, head, trained, train, validation, test)
+
+
+def _method(job: PreparedRun) -> PromptMethod:
+    return job.model.registry.method(job.prompts[0])
+
+
+def _features(job: PreparedRun, rows: Sequence[EncodedExample]) -> Tensor:
+    """What the method's encoder makes of texts, [B, F]."""
+    return _method(job).features(job.model.context(_batch(job, rows)))
+
+
+def _tensor(name: str) -> str:
+    """The tensor of `prompts.TASK.TENSOR`."""
+    return name.split(".", 2)[2]
 
 
 def _batch(job: PreparedRun, rows: Sequence[EncodedExample]) -> Batch:
     """Texts alone: their classes are no labels of the language model."""
-    pad = job.learner.backbone.tokenizer.pad_token_id or 0
-    return replace(collate(rows, pad), labels=None).to(job.learner.backbone.device)
+    pad = job.model.backbone.tokenizer.pad_token_id or 0
+    return replace(collate(rows, pad), labels=None).to(job.model.backbone.device)
 
 
 def _gold(rows: Sequence[EncodedExample]) -> list[int]:
@@ -151,7 +166,7 @@ def _gold(rows: Sequence[EncodedExample]) -> list[int]:
 def _fit(pupil: Pupil) -> Generator[Progress, None, None]:
     """Train in place, one Report a step, those of steps before a resume first; afterwards the best stand in place."""
     job, run = pupil.job, pupil.job.run
-    optimizer = build_optimizer(job.learner, pupil.trained, run.training)
+    optimizer = build_optimizer(_method(job).groups, pupil.trained, run.training, job.model.backbone.rms)
     batches = ExampleBatches(pupil.train, run.training.batch_size, run.seed)
     written = checkpoint.place(run.output_dir, pupil.train, run.seed, {**fixed_settings(job), "pretraining": True})
     assert written is not None
@@ -177,8 +192,8 @@ def _fit(pupil: Pupil) -> Generator[Progress, None, None]:
 
 def _step(pupil: Pupil, rows: Sequence[EncodedExample], optimizer: Any, number: int) -> Progress:
     """Make step `number`, counted from 1, on `rows`, and score the validation rows where that is due."""
-    config, backbone, began = pupil.job.run.training, pupil.job.learner.backbone, time.perf_counter()
-    with in_mode(pupil.job.learner.method, True):
+    config, backbone, began = pupil.job.run.training, pupil.job.model.backbone, time.perf_counter()
+    with in_mode(_method(pupil.job), True):
         loss = nn.functional.cross_entropy(pupil.scores(rows), torch.tensor(_gold(rows), device=backbone.device))
     loss.backward()
     value = float(loss.detach())
@@ -204,7 +219,8 @@ def _step(pupil: Pupil, rows: Sequence[EncodedExample], optimizer: Any, number: 
 def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artifact:
     """What was trained of the method, as `prompt.init.state` takes it: it makes no prompts, and answers no task."""
     made = pack(pupil.job, 0, None)
-    state = {name: value for name, value in made.state.items() if f"method.{name}" in pupil.trained}
+    taught = {_tensor(name) for name in pupil.trained if name.startswith("prompts.")}
+    state = {name: value for name, value in made.state.items() if name in taught}
     return replace(made, prompt=None, state=state, template=None, scores=scores)
 
 
@@ -235,7 +251,7 @@ def _page(pupil: Pupil, history: Sequence[Progress], began: float) -> dict[str, 
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "versions": versions(),
-        "machine": checkpoint.machine_of(pupil.job.learner.backbone),
+        "machine": checkpoint.machine_of(pupil.job.model.backbone),
         "warnings": list(task.notes),
         "next": [f"softprompts train --config RUN.yaml --set prompt.init.state={run.output_dir}/prompt"],
     }

@@ -28,13 +28,12 @@ from softprompts.backbone.kernels import Kernels
 from softprompts.config import LoraConfig, TrainConfig, closest
 from softprompts.data import EncodedExample, ExampleBatches, collate
 from softprompts.errors import BackboneError, ConfigError, TrainingError
-from softprompts.injection import Site
-from softprompts.model.learner import Learner
+from softprompts.model import SoftPromptModel
 from softprompts.training import objectives
 from softprompts.training.checkpoint import Progress, machine_line
 from softprompts.training.optimizer import set_rates
 from softprompts.training.shared_batch import label_count
-from softprompts.types import Batch, Objective, Output, Prompt, PromptSpec, Step
+from softprompts.types import Batch, Objective, Output, Prompt, Step
 
 MARKS = {"lora": "adapter_config.json", "model": "config.json"}
 """The folders that a run keeps weights in, and the file by which each is known as one."""
@@ -47,11 +46,11 @@ KINDS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 class Weights:
     """A copy of a backbone whose weights are trained, read without a prompt.
 
-    learner: the copy, run with the stock model's own modules; trained: the parameters that are trained, by their names
+    model: the copy, run with the stock model's own modules; trained: the parameters that are trained, by their names
     in the copy; heads: its modules that make up a classification head; adapter: PEFT's model around it, for LoRA.
     """
 
-    learner: Learner
+    model: SoftPromptModel
     trained: dict[str, nn.Parameter]
     heads: tuple[str, ...] = ()
     adapter: Any = None
@@ -61,9 +60,9 @@ class Weights:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
-    def judged_with(self, kernels: Kernels) -> Learner:
+    def judged_with(self, kernels: Kernels) -> SoftPromptModel:
         """The same weights to be judged with `kernels`, which are faster and equal up to rounding."""
-        return replace(self.learner, backbone=replace(self.learner.backbone, kernels=kernels, known={}))
+        return SoftPromptModel(replace(self.model.backbone, kernels=kernels, known={}))
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -72,7 +71,7 @@ def check_installed(config: TrainConfig) -> None:
         _peft()
 
 
-def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("task",), seed: int = 0) -> Weights:
+def copied(backbone: Backbone, config: TrainConfig, seed: int = 0) -> Weights:
     """A copy of `backbone`, in float32 (float64 where it is), that `fit` can train as `config.train` says.
 
     seed: of the start of LoRA's matrices; at the start the copy answers as the backbone does.
@@ -93,8 +92,7 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
         model.requires_grad_(True)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     freeze(model)
-    slot = PromptSpec(tasks, 0, own.features, own.features)
-    return Weights(Learner(own, Site(), slot), trained, heads, adapter)
+    return Weights(SoftPromptModel(own), trained, heads, adapter)
 
 
 def fit(
@@ -135,7 +133,7 @@ def fit(
                 score = validate()
                 best = best.after(step + 1, score, weights)
             tokens = sum(len(row.input_ids) for part in parts for row in part)
-            machine = machine_line(weights.learner.backbone) if step == 0 else ""
+            machine = machine_line(weights.model.backbone) if step == 0 else ""
             spent = time.perf_counter() - began
             yield Progress(
                 step + 1, config.max_steps, loss, rate, None, tokens, spent, score=score, path=path, machine=machine
@@ -144,7 +142,7 @@ def fit(
                 break
     finally:
         optimizer.zero_grad(set_to_none=True)
-        freeze(weights.learner.backbone.model)
+        freeze(weights.model.backbone.model)
     best.put_back(weights)
 
 
@@ -167,7 +165,7 @@ def save(weights: Weights, directory: str | Path) -> None:
 
     It is written under another name and renamed when complete; an older one in its place is removed.
     """
-    target, backbone = Path(directory), weights.learner.backbone
+    target, backbone = Path(directory), weights.model.backbone
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         if weights.adapter is not None:
@@ -311,28 +309,29 @@ def _gradients(
 
     Each part counts with its share of the labels, so accumulation equals one large batch.
     """
-    learner, loss, path = weights.learner, 0.0, ""
-    counts = [sum(label_count(row, learner) for row in part) for part in parts]
+    model, loss, path = weights.model, 0.0, ""
+    counts = [sum(label_count(row, model.backbone, None) for row in part) for part in parts]
     if not sum(counts):
         raise TrainingError("a batch holds no label to learn from; check the template and the label column")
     for part, count in zip(parts, counts, strict=True):
         if count:
-            made = _step(learner, collate(part, pad).to(learner.backbone.device))
+            made = _step(model, collate(part, pad).to(model.device))
             value = objective(made) * (count / sum(counts))
             value.backward()
             loss, path = loss + float(value.detach()), made.output.path
     return loss, path
 
 
-def _step(learner: Learner, batch: Batch) -> Step:
+def _step(model: SoftPromptModel, batch: Batch) -> Step:
     """What the objective looks at; no prompt is one of no tokens."""
 
     def run(prompt: Prompt | None) -> Output:
         # Labels' scores made in parts, as large vocabularies have them, give the head's weights no gradient.
-        return learner.forward(batch, prompt, logits=True)
+        with model.no_prompt():
+            return model.score(batch, logits=True)
 
     row = torch.zeros_like(batch.task_ids)
-    values = torch.zeros(1, 0, learner.slot.width, device=row.device)
+    values = torch.zeros(1, 0, model.backbone.features, device=row.device)
     none = Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
     return Step(batch, none, run(None), run)
 

@@ -13,6 +13,7 @@ from softprompts.data import Task, load
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
 from softprompts.model import initialization
+from softprompts.model.setup import load_backbone
 from softprompts.recipes.comparison import Cell
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
@@ -23,7 +24,7 @@ from softprompts.recipes.multitask.runs import (
     weight_targets,
     weights_run,
 )
-from softprompts.recipes.run.run import ProgressReporter, load_backbone
+from softprompts.recipes.run.run import ProgressReporter
 from softprompts.training import weights as finetune
 
 
@@ -44,7 +45,7 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     for run in (teacher_runs(plan), source_runs(plan), probe_runs(plan)):
         if run.runs:
             sweep(run)
-    backbone = load_backbone(plan.model, say=screen.log)
+    backbone = load_backbone(plan.model, log=screen.log)
     injection.check_layers(backbone, plan.source.layers)
     _check_labels(plan, backbone, targets)
     _check_teachers(plan, backbone)
@@ -62,7 +63,7 @@ def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -
     site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.placement)
     for name, task in targets.items():
         words = tuple(f"{task.template.separator}{word}" for word in (task.template.verbalizer or {}).values())
-        slot = injection.prompt_spec(backbone, site, (name,), plan.prompt.num_virtual_tokens)
+        slot = injection.prompt_spec(backbone, site, plan.prompt.num_virtual_tokens)
         try:
             initialization.initialize(InitConfig(kind="labels"), backbone, site, slot, labels=words)
         except ValueError as error:

@@ -18,7 +18,7 @@ from softprompts.config import Run
 from softprompts.data import ExampleTokenizer, Row, Task, classes
 from softprompts.evaluation import metrics
 from softprompts.evaluation.evaluate import Answer, Evaluation
-from softprompts.model import stored
+from softprompts.methods import fold
 from softprompts.model.nearest_tokens import nearest_tokens
 from softprompts.recipes.run.prepare import PreparedRun
 from softprompts.training.checkpoint import Progress, machine_of
@@ -60,13 +60,13 @@ def page_of(
     seconds: float,
 ) -> dict[str, Any]:
     """What results.json and the page hold of the job's task number `index`."""
-    run, learner, task = job.run, job.learner, job.tasks[index]
+    run, backbone, task = job.run, job.model.backbone, job.tasks[index]
     tokens, spent = sum(r.tokens for r in history), sum(r.seconds for r in history)
     rate = tokens / spent if spent else None
     metric = next(iter(after.scores)) if after else None
     page: dict[str, Any] = {
         "format": 1,
-        "title": f"{task.name} with {learner.backbone.name}{TRAINED[run.training.target]}",
+        "title": f"{task.name} with {backbone.name}{TRAINED[run.training.target]}",
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": {
@@ -89,7 +89,7 @@ def page_of(
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
         "versions": {**versions(), **({"peft": version("peft")} if run.training.target == "lora" else {})},
         "machine": {
-            **machine_of((job.weights or job).learner.backbone),
+            **machine_of((job.weights or job).model.backbone),
             "paths": dict(Counter(r.path for r in history)),
         },
         "warnings": [*task.notes, *machine_changes(history)],
@@ -97,26 +97,27 @@ def page_of(
     }
     if after is not None:
         page |= _details(job, index, before, after)
-    prompt = None if job.weights is not None else stored.folded(learner.method, task.name)
-    if prompt is not None and learner.site.name in ("input", "decoder"):
-        words = nearest_tokens(learner.backbone, prompt)
+    name, registry = job.prompt(index), job.model.registry
+    prompt = None if name is None else fold(registry.method(name))
+    if name is not None and prompt is not None and registry.records[name].site.at_embeddings:
+        words = nearest_tokens(backbone, prompt)
         page["nearest_words"] = [asdict(row) for row in words]
     return page
 
 
 def _prompt_size(job: PreparedRun) -> int:
     """Trained numbers a task."""
-    return sum(parameter.numel() for parameter in job.learner.parameters().values()) // len(job.tasks)
+    return sum(parameter.numel() for parameter in job.model.trainable(job.prompts).values()) // len(job.tasks)
 
 
 def _size(job: PreparedRun) -> int:
     """Numbers of the backbone, however they are stored."""
-    return int(job.learner.backbone.model.num_parameters())
+    return int(job.model.backbone.model.num_parameters())
 
 
 def _moved(job: PreparedRun) -> int:
     """Trained numbers a task that training moved: of a table these are the rows of tokens that it met."""
-    now = job.learner.parameters()
+    now = job.model.trainable(job.prompts)
     return sum(int((now[name] != began).sum()) for name, began in job.begin.items()) // len(job.tasks)
 
 
@@ -149,7 +150,7 @@ def compare(
         for name, job in jobs.items()
         for i, task in enumerate(job.tasks)
     ]
-    backbone = next(iter(jobs.values())).learner.backbone
+    backbone = next(iter(jobs.values())).model.backbone
     return {
         "format": 1,
         "title": f"{len(jobs)} runs with {backbone.name}",

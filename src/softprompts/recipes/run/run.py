@@ -1,4 +1,4 @@
-"""Runs from their configuration to artifact, results.json and report page; `open_artifacts` is the way back.
+"""Runs from their configuration to artifact, results.json and report page.
 
 A run that trains weights (`training.target`) goes the same way; what it keeps instead of an artifact, finetune.py
 writes.
@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, backbone, injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run
@@ -25,9 +24,9 @@ from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation import page as report
 from softprompts.evaluation.evaluate import Evaluation
-from softprompts.model import initialization, stored
-from softprompts.model.opening import Opened, judging_of, open_artifacts, settings_of
-from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, load_backbone, prepare, prepare_many
+from softprompts.model import initialization
+from softprompts.model.setup import load_backbone
+from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, prepare, prepare_many
 from softprompts.recipes.run.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
 from softprompts.training import distillation, weights
 from softprompts.training.distillation import TeacherOutputs
@@ -35,19 +34,15 @@ from softprompts.training.loop import Progress, TrainingRun, check_checkpoint, i
 from softprompts.training.shared_batch import label_count
 
 __all__ = [
-    "Opened",
     "PreparedRun",
     "ProgressReporter",
     "fixed_settings",
     "is_main_process",
-    "judging_of",
     "load_backbone",
     "next_commands",
-    "open_artifacts",
     "pack",
     "prepare",
     "run",
-    "settings_of",
     "versions",
 ]
 
@@ -217,15 +212,16 @@ def _targets(
         if config is None:
             found[name] = None
             continue
+        site = job.model.registry.site_of(job.prompts)
         own, digests = rows[name], tuple(teacher.digest for teacher in job.teachers)
         key = (digests, config.layers, config.temperature, tuple(_key(job, i) for i in range(len(job.tasks))))
         if key not in known:
             file = Path(job.run.output_dir) / distillation.FILE if config.cache is None else Path(config.cache)
             title = f"{name}: teachers" if name else "teachers"
             show, kept = functools.partial(screen.on_eval, title), file if is_main_process() else None
-            known[key] = distillation.targets(job.learner.backbone, job.teachers, own, config, kept, show)
+            known[key] = distillation.targets(job.model.backbone, job.teachers, own, config, kept, show)
         for row, states in zip(own, known[key].states, strict=True):
-            if len(states) != (count := label_count(row, job.learner)):
+            if len(states) != (count := label_count(row, job.model.backbone, site)):
                 task = job.tasks[row.task_id].name
                 raise ConfigError(
                     f"{task}: its teacher scores {len(states)} tokens of a row and the student {count}, because one of "
@@ -241,7 +237,7 @@ def _steps(
     targets: Mapping[str, TeacherOutputs | None],
 ) -> Generator[tuple[str, Progress], None, None]:
     """The steps of all runs; one that trains weights is always alone."""
-    pad = next(iter(jobs.values())).learner.backbone.tokenizer.pad_token_id or 0
+    pad = next(iter(jobs.values())).model.backbone.tokenizer.pad_token_id or 0
     for name, job in jobs.items():
         if job.weights is not None:
             run, validate = job.run, _validate(job)
@@ -255,7 +251,16 @@ def _steps(
 def _trainee(name: str, job: PreparedRun, rows: list[EncodedExample], targets: TeacherOutputs | None) -> TrainingRun:
     run = job.run
     return TrainingRun(
-        name, job.learner, rows, run.training, run.seed, _validate(job), run.output_dir, fixed_settings(job), targets
+        name,
+        job.model,
+        job.prompts,
+        rows,
+        run.training,
+        run.seed,
+        _validate(job),
+        run.output_dir,
+        fixed_settings(job),
+        targets,
     )
 
 
@@ -268,8 +273,9 @@ def _validation(job: PreparedRun) -> float:
     """The mean headline score over the tasks' validation rows."""
     values = []
     config = job.run.evaluation.model_copy(update={"resamples": 100})
-    for encoder, task in zip(job.encoders, job.tasks, strict=True):
-        values.append(evaluate.evaluate(job.learner, encoder, task.validation, config).headline.value)
+    for i, (encoder, task) in enumerate(zip(job.encoders, job.tasks, strict=True)):
+        scored = evaluate.evaluate(job.model, task.validation, prompt=job.prompt(i), encoder=encoder, config=config)
+        values.append(scored.headline.value)
     return sum(values) / len(values)
 
 
@@ -291,50 +297,25 @@ def _judge(
     name: str, job: PreparedRun, index: int, screen: ProgressReporter, when: str, stock: bool = False
 ) -> Evaluation | None:
     """Scores on the test rows; None for the stock model where its head has not been trained either."""
-    learner, rows = job.learner, job.tasks[index].test
+    model, rows = job.model, job.tasks[index].test
     title = f"{name}: {job.tasks[index].name}" if name else job.tasks[index].name
     if not rows and not stock:
         screen.log(f"{title} has no test rows: nothing is judged")
-    if not rows or (stock and learner.backbone.head_names):
+    if not rows or (stock and model.backbone.head_names):
         return None
 
     def progress(done: int) -> None:
         screen.on_eval(f"{title} {when}", done, len(rows))
 
-    chosen = learner.stock() if stock else learner
-    encoder, run = job.encoders[index], job.run
-    found = evaluate.evaluate(chosen, encoder, rows, run.evaluation, seed=run.seed, progress=progress)
+    encoder, run, prompt = job.encoders[index], job.run, None if stock else job.prompt(index)
+    found = evaluate.evaluate(
+        model, rows, prompt=prompt, encoder=encoder, config=run.evaluation, seed=run.seed, progress=progress
+    )
     screen.log(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
     return found
 
 
 def pack(job: PreparedRun, index: int, scored: Evaluation | None) -> Artifact:
-    """The artifact of the job's task number `index`: what was trained, where it began, and all that belongs to it."""
-    learner, run, task = job.learner, job.run, job.tasks[index]
-    assert job.start is not None
-    tasks = run.tasks[index].model_dump(mode="json")
-    config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
-    slots = job.encoders[index].slots
-    return Artifact(
-        task=task.name,
-        prompt=stored.folded(learner.method, task.name),
-        initial=job.initial[index],
-        method=run.prompt.method,
-        options=dict(run.prompt.options),
-        state=stored.state(learner.method, task.name),
-        heads={k: v.detach().cpu() for k, v in (learner.head or {}).items()},
-        site=learner.site.name,
-        mode=learner.site.mode,
-        placement=injection.resolve_place(learner.backbone, learner.site),
-        family=learner.backbone.family.name,
-        head=learner.backbone.head,
-        backbone=learner.backbone.name,
-        revision=learner.backbone.revision,
-        fingerprint=backbone.fingerprint(learner.backbone),
-        template=task.template.to_json(),
-        config=config,
-        scores={} if scored is None else {k: asdict(v) for k, v in scored.scores.items()},
-        parents=job.start.parents,
-        version=__version__,
-        segments=slots if len(slots) > 1 else (),
-    )
+    """The artifact of the run's task number `index`: what was trained, where it began, and all that belongs to it."""
+    scores = {} if scored is None else {name: asdict(score) for name, score in scored.scores.items()}
+    return job.model.pack(job.prompts[index], task=job.tasks[index].name, scores=scores)
