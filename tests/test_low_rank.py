@@ -25,7 +25,7 @@ TASKS = ("one", "two")
 
 def made(start: Tensor | None = None, rank: int = 3, tasks: tuple[str, ...] = TASKS) -> LowRankPromptTuning:
     start = rows.random(0, P, D) if start is None else start
-    slot = PromptSpec(tasks, len(start), start.shape[1], start.shape[1])
+    slot = PromptSpec(len(start), start.shape[1], start.shape[1])
     return LowRankPromptTuning(LowRankPromptTuning.Config(rank=rank), slot, PromptInit(start))
 
 
@@ -117,7 +117,7 @@ def test_numbers_of_trained_parameters() -> None:
 def test_groups_learn_at_their_own_rates() -> None:
     """Rows are in the prompt's units, columns about one: both learn as fast as a prompt does."""
     bb = tiny.backbone("llama")
-    slot = injection.prompt_spec(bb, INPUT, TASKS, P)
+    slot = injection.prompt_spec(bb, INPUT, P)
     one = Learner(
         bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
@@ -134,4 +134,4 @@ def test_groups_learn_at_their_own_rates() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method low-rank: .*{words}"):
-        build("low-rank", options, PromptSpec(TASKS, P, D, D), PromptInit(torch.zeros(P, D)))
+        build("low-rank", options, PromptSpec(P, D, D), PromptInit(torch.zeros(P, D)))
