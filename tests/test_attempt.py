@@ -28,7 +28,7 @@ def made(temperature: float | None = 0.7, rank: int = 8, spread: float = 1.0) ->
     """A method for two tasks whose every parameter is random, in float64."""
     config = Attempt.Config(rank=rank, temperature=temperature)
     start = PromptInit(rows.random(0, P, D), torch.stack([rows.random(10 + i, P, D) for i in range(S)]))
-    method = Attempt(config, PromptSpec(TASKS, P, D, H), start).double()
+    method = Attempt(config, PromptSpec(P, D, H), start).double()
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.copy_(rows.random(20 + i, *parameter.shape).double() * spread + (parameter.dim() == 1))
@@ -131,9 +131,7 @@ def test_limits_of_the_temperature() -> None:
     pool = torch.stack([*method.sources, method.prompts[1]])
     assert min(float((found - p).abs().max()) for p in pool) < 1e-9
     assert made(temperature=None).temperature == pytest.approx(math.e * D)
-    wide = Attempt(
-        Attempt.Config(), PromptSpec(("a",), 2, 768, 768), PromptInit(torch.zeros(2, 768), torch.zeros(1, 2, 768))
-    )
+    wide = Attempt(Attempt.Config(), PromptSpec(2, 768, 768), PromptInit(torch.zeros(2, 768), torch.zeros(1, 2, 768)))
     assert wide.temperature == pytest.approx(2087.6, abs=0.1)
 
 
@@ -150,7 +148,7 @@ def test_a_wide_site_reads_a_narrow_text() -> None:
     found = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        method = Attempt(Attempt.Config(rank=64), PromptSpec(TASKS, P, D, H), start)
+        method = Attempt(Attempt.Config(rank=64), PromptSpec(P, D, H), start)
         found.append(method.state_dict())
         assert method.down.weight.shape == (64, H)
         assert method.up.weight.shape == (D, 64)
@@ -178,13 +176,13 @@ def test_a_wide_site_reads_a_narrow_text() -> None:
 )
 def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build("attempt", options, PromptSpec(TASKS, P, D, H), PromptInit(torch.zeros(P, D), sources))
+        build("attempt", options, PromptSpec(P, D, H), PromptInit(torch.zeros(P, D), sources))
 
 
 def learner(name: str, site: injection.Site = INPUT) -> Learner:
     """The method for two tasks on a tiny model, with a temperature that lets texts differ."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, P)
     start = PromptInit(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(S)]))
     torch.manual_seed(0)
     return Learner(bb, site, slot, Attempt(Attempt.Config(rank=16, temperature=1.0), slot, start))
@@ -219,7 +217,7 @@ def test_a_task_alone_answers_as_among_others() -> None:
     prompts = method(seen).values.detach()
     for i, task in enumerate(TASKS):
         start = PromptInit(torch.zeros(P, D), torch.zeros(S, P, D))
-        single = Attempt(Attempt.Config(rank=8, temperature=0.7), PromptSpec((task,), P, D, H), start).double()
+        single = Attempt(Attempt.Config(rank=8, temperature=0.7), PromptSpec(P, D, H), start).double()
         single.load_state_dict(state_of(method, task))
         index = (seen.task_ids == i).nonzero()[:, 0]
         part = Context(

@@ -24,6 +24,7 @@ from softprompts.methods import build, groups
 from softprompts.methods.dept import DePT
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, EmbeddingDelta, PromptInit, PromptSpec, mix_prompts
@@ -38,7 +39,7 @@ GIVEN = (2, 5, 0, 6)
 def learner(name: str, site: injection.Site = INPUT, zero: bool = False) -> Learner:
     """The method for two tasks on a tiny model; `zero`: as it begins, else with random rows too."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, P)
     torch.manual_seed(0)
     method = DePT(DePT.Config(rank=R, positions=S), slot, PromptInit(rows.random(5, P, slot.width)))
     with torch.no_grad():
@@ -202,7 +203,7 @@ def test_writing_agrees_with_training(name: str, site: injection.Site) -> None:
 
 def test_start_and_size() -> None:
     """Columns as torch's Kaiming start, by the run's seed; rows zero; the scale of the code; the paper's budget."""
-    slot = PromptSpec(TASKS, 60, 768, 768)
+    slot = PromptSpec(60, 768, 768)
     torch.manual_seed(3)
     method = DePT(DePT.Config(rank=30), slot, PromptInit(torch.zeros(60, 768)))
     torch.manual_seed(3)
@@ -220,7 +221,7 @@ def test_start_and_size() -> None:
 
 @pytest.mark.parametrize(("length", "rank"), [(40, 45), (60, 30)])
 def test_budget_is_the_papers(length: int, rank: int) -> None:
-    method = DePT(DePT.Config(rank=rank), PromptSpec(("a",), length, 768, 768), PromptInit(torch.zeros(length, 768)))
+    method = DePT(DePT.Config(rank=rank), PromptSpec(length, 768, 768), PromptInit(torch.zeros(length, 768)))
     assert sum(p.numel() for p in method.parameters()) == 76_800 == 100 * 768
 
 
@@ -237,7 +238,7 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build("dept", options, PromptSpec(TASKS, P, 6, 6), PromptInit(torch.zeros(P, 6)))
+        build("dept", options, PromptSpec(P, 6, 6), PromptInit(torch.zeros(P, 6)))
 
 
 def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
@@ -291,18 +292,18 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     assert found.prompt is None
     assert all(torch.equal(found.state[key], other.state[key]) for key in found.state)
     assert found.state["rows.0"].abs().max() > 0
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=cut.model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=cut.model)[0]
     few = run.prepare(cut).tasks[0].train[:20]
-    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluationConfig()))
+    answers = list(evaluate.answers(opened, few, prompt=opened.task, config=EvaluationConfig()))
     for row, answer in zip(few, answers, strict=True):
-        text = opened.encoder.encode(row).input_ids
-        for label, ids in opened.encoder.candidates().items():
+        text = opened.example_tokenizer(opened.task).encode(row).input_ids
+        for label, ids in opened.example_tokenizer(opened.task).candidates().items():
             whole = torch.tensor([text + ids])
             labels = whole.masked_fill(torch.arange(whole.shape[1]) < len(text), IGNORE)
             batch = Batch(whole, torch.ones_like(whole), torch.tensor([0]), labels)
             with torch.no_grad():
                 output = injection.forward(
-                    opened.learner.backbone, batch, opened.learner.prompt(batch), INPUT, path="concatenation"
+                    opened.backbone, batch, opened.make_prompts(batch), INPUT, path="concatenation"
                 )
             chance = output.logits.log_softmax(-1).gather(1, output.labels[:, None]).sum()
             assert answer.scores[label] == pytest.approx(float(chance), abs=2e-5)

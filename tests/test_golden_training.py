@@ -34,7 +34,7 @@ def batches(generator):
 def test_twenty_steps_equal_pefts(name):
     start = torch.randn(P, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.3
     base = b.wrap(tiny.model(name).double())
-    slot = injection.prompt_spec(base, Site(), ("a",), P)
+    slot = injection.prompt_spec(base, Site(), P)
     method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.prompts[0].copy_(start)

@@ -154,7 +154,7 @@ def test_options_that_cannot_be(options, words):
 
 def learner(name, site, tasks, seed=1, **options):
     base = together.double(name)
-    slot = injection.prompt_spec(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(**options), slot, PromptInit(start)).double()
     with torch.no_grad():
@@ -183,7 +183,7 @@ def test_one_task_with_fixed_factors_is_prompt_tuning_curve_for_curve(name, site
 def test_folded_and_decomposed_answer_alike(name, site):
     """In every family and at every site; and a batch of several tasks answers as each task alone."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, P)
     torch.manual_seed(0)
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(rows.random(2, P, slot.width)))
     with torch.no_grad():

@@ -35,7 +35,7 @@ NETWORK = {"reparametrize": True, "hidden": 8}
 def made(start: Tensor | None = None, tasks: tuple[str, ...] = TASKS, **options: Any) -> PrefixTuning:
     torch.manual_seed(1)
     start = rows.random(0, P, D) if start is None else start
-    return PrefixTuning(PrefixTuning.Config(**options), PromptSpec(tasks, P, D, H, layers=(8, 8, 8)), PromptInit(start))
+    return PrefixTuning(PrefixTuning.Config(**options), PromptSpec(P, D, H, layers=(8, 8, 8)), PromptInit(start))
 
 
 def prompts(method: PrefixTuning, tasks: list[int]) -> Tensor:
@@ -96,7 +96,7 @@ def test_it_begins_at_the_start_bit_for_bit_or_where_the_papers_do() -> None:
 
 def test_numbers_of_trained_parameters() -> None:
     def count(**options: Any) -> int:
-        slot = PromptSpec(("a",), 20, 11_520, 576, layers=(384,) * 30)
+        slot = PromptSpec(20, 11_520, 576, layers=(384,) * 30)
         method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(20, 11_520)))
         return sum(p.numel() for p in method.parameters())
 
@@ -117,7 +117,7 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
     bb = b.wrap(tiny.model(name, tokenizer=tokenizer), tokenizer, name=name)
     text = "Review: a warm film."
     words = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    slot = injection.prompt_spec(bb, site, ("a",), len(words))
+    slot = injection.prompt_spec(bb, site, len(words))
     start = initialization.initialize(InitConfig(kind="text", text=text), bb, site, slot)
     learner = Learner(bb, site, slot, PrefixTuning(PrefixTuning.Config(**options), slot, start))
     texts = rows.texts(name)
@@ -170,7 +170,7 @@ def test_pefts_scores() -> None:
             tiny.model("gpt2"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
         ).eval()
     bb = b.wrap(model, name="gpt2")
-    slot = injection.prompt_spec(bb, KV, ("a",), P)
+    slot = injection.prompt_spec(bb, KV, P)
     values = rows.random(2, P, slot.width)
     theirs.prompt_encoder.default.embedding.weight.copy_(values)
     learner = Learner(bb, KV, slot, PrefixTuning(PrefixTuning.Config(), slot, PromptInit(values)))
@@ -186,7 +186,7 @@ def test_pefts_scores() -> None:
 
 def test_dropout_is_of_training_alone() -> None:
     start = rows.random(0, 50, D) + 3
-    slot = PromptSpec(TASKS, 50, D, H, layers=(8, 8, 8))
+    slot = PromptSpec(50, D, H, layers=(8, 8, 8))
     for options in ({}, NETWORK):
         method = PrefixTuning(PrefixTuning.Config(dropout=0.25, **options), slot, PromptInit(start))
         torch.manual_seed(0)
@@ -203,7 +203,7 @@ def test_dropout_is_of_training_alone() -> None:
 def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
     """Three steps on rows of two tasks equal three steps of each task's own method on its rows."""
     base = together.double("llama")
-    slot = injection.prompt_spec(base, KV, TASKS, P)
+    slot = injection.prompt_spec(base, KV, P)
     data = together.encoded("llama", 8, 3, tasks=2)
 
     def learner(names: tuple[str, ...]) -> Learner:
@@ -246,7 +246,7 @@ def b_of(batch: Any, shift: int) -> Any:
 
 def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
-    slot = injection.prompt_spec(bb, KV, TASKS, P)
+    slot = injection.prompt_spec(bb, KV, P)
     for options, rates, expected in (
         ({}, {}, {0.2 * bb.rms: 2}),
         (NETWORK, {}, {1e-3: 10}),
@@ -276,7 +276,7 @@ def test_groups_learn_at_their_own_rates() -> None:
 @pytest.mark.parametrize("name", ["prefix-tuning", "p-tuning-v2"])
 def test_options_that_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method {name}: .*{words}"):
-        build(name, options, PromptSpec(TASKS, P, D, H), PromptInit(torch.zeros(P, D)))
+        build(name, options, PromptSpec(P, D, H), PromptInit(torch.zeros(P, D)))
 
 
 def test_sites() -> None:
