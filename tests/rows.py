@@ -18,8 +18,9 @@ from softprompts.types import IGNORE, Batch, Output, Prompt
 INPUT, DECODER, KV = injection.Site(), injection.Site("decoder"), injection.Site("kv")
 REPLACE, ADD = injection.Site("layers", "replace"), injection.Site("layers", "add")
 LENGTHS = (5, 9, 1, 7)
+AT_LEAST_5_24 = Version(transformers.__version__) >= Version("5.24")
 UNPACKED = ("bloom", "falcon", "falcon_alibi", "mpt")  # their attention is not one that can be switched
-UNPACKED += ("gptj",) if Version(transformers.__version__) < Version("5.24") else ()
+UNPACKED += () if AT_LEAST_5_24 else ("gptj",)
 UNLAYERED = ("albert", "opt_projected")  # one shared layer; embeds in another width
 
 

@@ -67,7 +67,7 @@ def positions_read(bb: b.Backbone, site: injection.Site) -> tuple[str, int]:
     handle = bb.encoder.register_forward_pre_hook(count, with_kwargs=True)
     try:
         with torch.no_grad():
-            path = injection.read(bb, batch, prompt, site).path
+            path = injection.run_trunk(bb, batch, prompt, site).path
     finally:
         handle.remove()
     return path, positions

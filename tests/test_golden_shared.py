@@ -116,7 +116,9 @@ def test_reasons() -> None:
     """The path says why a prompt is not shared."""
     values = rows.random(0, 3, 32)
     batch = rows.batch("llama", rows.texts("llama", (4, 5)))
-    after = Batch(batch.ids, batch.mask, batch.task, batch.labels, place=torch.tensor([0, 1]))
+    after = Batch(
+        batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor([0, 1])
+    )
     for name, given, prompt, reason in (
         ("llama", batch, None, "no prompt"),
         ("llama", after, rows.single(values, 2), "text stands before the prompt"),
@@ -136,9 +138,9 @@ def test_reasons() -> None:
     with pytest.raises(BackboneError, match="path 'pack' is unknown; possible: packed, shared, concatenation"):
         injection.forward(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
     with pytest.raises(
-        BackboneError, match="path 'packed' is not possible: GPTJForCausalLM has an attention of its own"
+        BackboneError, match="path 'packed' is not possible: BloomForCausalLM has an attention of its own"
     ):
-        injection.forward(tiny.backbone("gptj"), batch, prompt, INPUT, path="packed")
+        injection.forward(tiny.backbone("bloom"), batch, prompt, INPUT, path="packed")
     shared = replace(tiny.backbone("llama"), kernels=Kernels(rows="shared"))
     assert injection.forward(shared, batch, prompt, INPUT).path == "shared"
 
