@@ -10,6 +10,7 @@ from torch import Tensor
 import rows
 import test_together as together
 import tiny
+from closeness import assert_close
 from rows import INPUT
 from softprompts import injection
 from softprompts.errors import ConfigError
@@ -45,7 +46,7 @@ def test_it_begins_at_the_nearest_matrix_of_its_rank(rank: int) -> None:
     assert torch.linalg.matrix_rank(found, rtol=1e-5) == rank
     left, values, right = np.linalg.svd(start.double().numpy())
     expected = (left[:, :rank] * values[:rank]) @ right[:rank]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert_close(found, torch.from_numpy(expected).float())
     distance = float((found - start).norm())
     assert distance == pytest.approx(float(np.sqrt((values[rank:] ** 2).sum())), rel=1e-5)
     for seed in range(5):
@@ -72,7 +73,7 @@ def test_it_begins_at_a_start_of_no_higher_rank(start: Tensor, rank: int) -> Non
     method = made(start, rank)
     assert method.columns[0].shape == (len(start), rank)
     assert method.rows[0].shape == (rank, start.shape[1])
-    torch.testing.assert_close(method.fold("one"), start, atol=1e-6, rtol=1e-5)
+    assert_close(method.fold("one"), start)
     torch.testing.assert_close(method.columns[0].square().mean(0), torch.ones(rank), atol=1e-5, rtol=0)
     assert method.columns[0].isfinite().all()
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import rows
 import test_together as together
 import tiny
+from closeness import assert_close
 from softprompts import injection, methods
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
@@ -59,7 +60,7 @@ def test_the_product_is_a_scaling_of_rows_and_columns():
     method = made()
     for task, (u, v) in zip(TASKS, put(method, 3), strict=True):
         expected = torch.diag(u[:, 0]) @ method.shared @ torch.diag(v[0])
-        torch.testing.assert_close(method.fold(task), expected, rtol=1e-6, atol=1e-6)
+        assert_close(method.fold(task), expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,7 +72,7 @@ def test_the_gauge_is_free(scale, seed):
     with torch.no_grad():
         method.columns[0].copy_(pair[0] * scale)
         method.rows[0].copy_(pair[1] / scale)
-    torch.testing.assert_close(method.fold("a"), before, rtol=1e-5, atol=1e-6)
+    assert_close(method.fold("a"), before)
 
 
 def test_ranks():
@@ -201,7 +202,7 @@ def test_folded_and_decomposed_answer_alike(name, site):
             alone = one.forward(part, one.prompt(part))
             folded = injection.forward(bb, part, rows.single(method.fold(TASKS[task[i]])), site)
             torch.testing.assert_close(rows.of_row(mixed, i), alone.logits, rtol=1e-5, atol=2e-5)
-            torch.testing.assert_close(folded.logits, alone.logits, rtol=1e-6, atol=1e-6)
+            assert_close(folded.logits, alone.logits)
 
 
 def test_absent_tasks_keep_factors_and_optimizer_state():

@@ -11,6 +11,7 @@ from torch import Tensor
 import rows
 import test_together as together
 import tiny
+from closeness import GRADIENT_ROUNDINGS, assert_close
 from rows import INPUT
 from softprompts import injection
 from softprompts.errors import ConfigError
@@ -64,17 +65,17 @@ def test_pefts_encoder(network: str, hidden: int | None) -> None:
             own[key].copy_(value)
     expected, found = theirs(torch.arange(P)[None])[0], prompts(method, [0])[0]
     assert float(expected.detach().std()) > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert_close(found, expected)
     weights = rows.random(9, P, D)
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
     for key, value in same.items():
-        torch.testing.assert_close(own[key].grad, value.grad, atol=1e-6, rtol=1e-5)
+        assert_close(own[key].grad, value.grad, GRADIENT_ROUNDINGS)
         assert float(value.grad.abs().max()) > 0
     start = rows.random(3, P, D)
     with torch.no_grad():
         method.networks[0].start.copy_(start)
-        torch.testing.assert_close(prompts(method, [0])[0], start + expected, atol=1e-6, rtol=1e-6)
+        assert_close(prompts(method, [0])[0], start + expected)
 
 
 @torch.no_grad()

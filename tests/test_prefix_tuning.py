@@ -14,6 +14,7 @@ import rows
 import test_together as together
 import tiny
 import tokenizers_tiny
+from closeness import GRADIENT_ROUNDINGS, assert_close
 from rows import INPUT, KV, REPLACE, called
 from softprompts import backbone as b
 from softprompts import injection
@@ -152,12 +153,12 @@ def test_pefts_encoder(projection: bool) -> None:
         for key, value in pairs.items():
             value.copy_(own[key])
     expected, found = theirs(torch.arange(P)), prompts(method, [0])[0]
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert_close(found, expected)
     weights = rows.random(9, P, D)
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
     for key, value in pairs.items():
-        torch.testing.assert_close(own[key].grad, value.grad, atol=1e-6, rtol=1e-5)
+        assert_close(own[key].grad, value.grad, GRADIENT_ROUNDINGS)
 
 
 @torch.no_grad()
