@@ -11,7 +11,7 @@ ROUNDINGS = 32
 """Units in the last place of the largest number; scores of a tiny model differ by about 10 from CPU to CPU."""
 
 GRADIENT_ROUNDINGS = 256
-"""The same for gradients, which pass every layer twice; docs/design.md allows 1e-4 of a gradient's norm, 840 in float32."""
+"""The same for gradients, which pass every layer twice: 3e-5 of the largest number in float32."""
 
 
 def tolerance(expected: Tensor | float, roundings: float = ROUNDINGS, size: float | None = None) -> float:
