@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 from torch import Tensor, nn
 
 import rows
