@@ -12,7 +12,7 @@ from benchmarks.workload import Row
 from softprompts import backbone, injection
 from softprompts.backbone import loading
 from softprompts.config import EvaluateConfig
-from softprompts.data import Encoded, Encoder, Format, collate
+from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
@@ -20,7 +20,7 @@ from softprompts.model import setup
 from softprompts.model.initialization import from_ids
 from softprompts.model.learner import Learner, copy_head
 from softprompts.training import objectives
-from softprompts.types import Batch, Start
+from softprompts.types import Batch, PromptInit
 
 RATE = 1e-3
 
@@ -30,7 +30,7 @@ class Ours:
 
     def __init__(self, model: str, dtype: str, device: str, prompt: int) -> None:
         loaded = _load(model, dtype, device)
-        choice = setup.choose(loaded)
+        choice = setup.autotune(loaded)
         self.backbone, self.kernels = replace(loaded, kernels=choice.kernels), str(choice)
         self.prompt, self.loss, self.path = prompt, float("nan"), ""
         # PEFT puts the prompt of an encoder first, so here it stands there too.
@@ -39,15 +39,15 @@ class Ours:
 
     def start(self, ids: Sequence[int]) -> None:
         """See `workload.Side`."""
-        slot = injection.slot(self.backbone, self.site, ("benchmark",), self.prompt)
+        slot = injection.prompt_spec(self.backbone, self.site, ("benchmark",), self.prompt)
         values = from_ids(self.backbone, self.site, torch.tensor(ids)).to(self.backbone.device)
-        method = PromptTuning(PromptTuning.Config(), slot, Start(values))
+        method = PromptTuning(PromptTuning.Config(), slot, PromptInit(values))
         self.learner = Learner(self.backbone, self.site, slot, method, copy_head(self.backbone))
         self.optimizer = torch.optim.AdamW(self.learner.parameters().values(), lr=RATE)
 
     def prepare(self, rows: Sequence[Row]) -> Batch:
         """See `workload.Side`."""
-        return collate([Encoded(row.ids, row.labels) for row in rows], 0).to(self.backbone.device)
+        return collate([EncodedExample(row.ids, row.labels) for row in rows], 0).to(self.backbone.device)
 
     def step(self, batch: Batch) -> None:
         """See `workload.Side`."""
@@ -79,10 +79,10 @@ class Ours:
         """The tokens of each answer, as both sides score them."""
         return self._encoder(tuple(answers)).candidates()
 
-    def _encoder(self, answers: tuple[str, ...]) -> Encoder:
-        form = Format("benchmark", "{text}", verbalizer={answer: answer for answer in answers})
+    def _encoder(self, answers: tuple[str, ...]) -> ExampleTokenizer:
+        form = TaskTemplate("benchmark", "{text}", verbalizer={answer: answer for answer in answers})
         room = (self.backbone.context or 4096) - self.prompt
-        return Encoder(form, self.backbone.tokenizer, "causal", "lm", room)
+        return ExampleTokenizer(form, self.backbone.tokenizer, "causal", "lm", room)
 
 
 def _load(model: str, dtype: str, device: str) -> Any:

@@ -17,7 +17,7 @@ from softprompts.methods import build, state_of
 from softprompts.methods.attempt import Attempt
 from softprompts.model.learner import Learner
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Context, Slot, Start
+from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 
 P, D, H, S, B, T = 4, 10, 6, 3, 5, 7
 TASKS = ("one", "two")
@@ -27,8 +27,8 @@ LENGTHS = (7, 3, 1, 5, 0)
 def made(temperature: float | None = 0.7, rank: int = 8, spread: float = 1.0) -> Attempt:
     """A method for two tasks whose every parameter is random, in float64."""
     config = Attempt.Config(rank=rank, temperature=temperature)
-    start = Start(rows.random(0, P, D), torch.stack([rows.random(10 + i, P, D) for i in range(S)]))
-    method = Attempt(config, Slot(TASKS, P, D, H), start).double()
+    start = PromptInit(rows.random(0, P, D), torch.stack([rows.random(10 + i, P, D) for i in range(S)]))
+    method = Attempt(config, PromptSpec(TASKS, P, D, H), start).double()
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.copy_(rows.random(20 + i, *parameter.shape).double() * spread + (parameter.dim() == 1))
@@ -73,8 +73,8 @@ def test_formula(side: str, extra: int) -> None:
     prompt = method(seen)
     assert prompt.values.shape == (B, P, D)
     assert prompt.row.tolist() == list(range(B))
-    for i, task in enumerate(seen.task.tolist()):
-        values, attention = by_hand(method, seen.embeds[i][seen.mask[i].bool()], task)
+    for i, task in enumerate(seen.task_ids.tolist()):
+        values, attention = by_hand(method, seen.inputs_embeds[i][seen.attention_mask[i].bool()], task)
         np.testing.assert_allclose(prompt.values[i].numpy(), values, atol=1e-12)
         np.testing.assert_allclose(prompt.aux["attention"][i].numpy(), attention, atol=1e-12)
     weights = prompt.aux["attention"]
@@ -87,7 +87,13 @@ def test_rows_neither_depend_on_their_order_nor_on_each_other() -> None:
     whole = method(seen).values
     for order in ([4, 2, 0, 1, 3], [2], [0, 0, 3]):
         index = torch.tensor(order)
-        part = Context(seen.task[index], seen.ids[index], seen.embeds[index], seen.mask[index], seen.encode)
+        part = Context(
+            seen.task_ids[index],
+            seen.input_ids[index],
+            seen.inputs_embeds[index],
+            seen.attention_mask[index],
+            seen.encode,
+        )
         torch.testing.assert_close(method(part).values, whole[index], atol=1e-12, rtol=0)
 
 
@@ -125,24 +131,26 @@ def test_limits_of_the_temperature() -> None:
     pool = torch.stack([*method.sources, method.prompts[1]])
     assert min(float((found - p).abs().max()) for p in pool) < 1e-9
     assert made(temperature=None).temperature == pytest.approx(math.e * D)
-    wide = Attempt(Attempt.Config(), Slot(("a",), 2, 768, 768), Start(torch.zeros(2, 768), torch.zeros(1, 2, 768)))
+    wide = Attempt(
+        Attempt.Config(), PromptSpec(("a",), 2, 768, 768), PromptInit(torch.zeros(2, 768), torch.zeros(1, 2, 768))
+    )
     assert wide.temperature == pytest.approx(2087.6, abs=0.1)
 
 
 @pytest.mark.parametrize(("tasks", "each"), [(1, 231_936), (8, 96_192)])
 def test_size_is_the_papers(tasks: int, each: int) -> None:
-    slot = Slot(tuple(map(str, range(tasks))), 100, 768, 768)
-    method = Attempt(Attempt.Config(), slot, Start(torch.zeros(100, 768), torch.zeros(6, 100, 768)))
+    slot = PromptSpec(tuple(map(str, range(tasks))), 100, 768, 768)
+    method = Attempt(Attempt.Config(), slot, PromptInit(torch.zeros(100, 768), torch.zeros(6, 100, 768)))
     assert sum(p.numel() for p in method.parameters()) == tasks * each
 
 
 def test_a_wide_site_reads_a_narrow_text() -> None:
     """The text has the width of the embeddings, whatever the site's; torch's own start, as its seed says."""
-    start = Start(torch.zeros(P, D), torch.zeros(1, P, D))
+    start = PromptInit(torch.zeros(P, D), torch.zeros(1, P, D))
     found = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        method = Attempt(Attempt.Config(rank=64), Slot(TASKS, P, D, H), start)
+        method = Attempt(Attempt.Config(rank=64), PromptSpec(TASKS, P, D, H), start)
         found.append(method.state_dict())
         assert method.down.weight.shape == (64, H)
         assert method.up.weight.shape == (D, 64)
@@ -170,14 +178,14 @@ def test_a_wide_site_reads_a_narrow_text() -> None:
 )
 def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build("attempt", options, Slot(TASKS, P, D, H), Start(torch.zeros(P, D), sources))
+        build("attempt", options, PromptSpec(TASKS, P, D, H), PromptInit(torch.zeros(P, D), sources))
 
 
 def learner(name: str, site: injection.Site = INPUT) -> Learner:
     """The method for two tasks on a tiny model, with a temperature that lets texts differ."""
     bb = tiny.backbone(name)
-    slot = injection.slot(bb, site, TASKS, P)
-    start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(S)]))
+    slot = injection.prompt_spec(bb, site, TASKS, P)
+    start = PromptInit(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(S)]))
     torch.manual_seed(0)
     return Learner(bb, site, slot, Attempt(Attempt.Config(rank=16, temperature=1.0), slot, start))
 
@@ -187,8 +195,8 @@ def batch_of(name: str, tasks: list[int], side: str = "left") -> Batch:
     found = rows.batch(name, rows.texts(name, [4 + (3 * i) % 7 for i in range(len(tasks))]), side)
     labels = found.labels
     if name in tiny.CAUSAL:
-        labels = labels.masked_fill(found.mask.cumsum(1) <= 2, IGNORE)
-    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
+        labels = labels.masked_fill(found.attention_mask.cumsum(1) <= 2, IGNORE)
+    return Batch(found.input_ids, found.attention_mask, torch.tensor(tasks), labels)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -210,12 +218,16 @@ def test_a_task_alone_answers_as_among_others() -> None:
     method, seen = made(), context()
     prompts = method(seen).values.detach()
     for i, task in enumerate(TASKS):
-        start = Start(torch.zeros(P, D), torch.zeros(S, P, D))
-        single = Attempt(Attempt.Config(rank=8, temperature=0.7), Slot((task,), P, D, H), start).double()
+        start = PromptInit(torch.zeros(P, D), torch.zeros(S, P, D))
+        single = Attempt(Attempt.Config(rank=8, temperature=0.7), PromptSpec((task,), P, D, H), start).double()
         single.load_state_dict(state_of(method, task))
-        index = (seen.task == i).nonzero()[:, 0]
+        index = (seen.task_ids == i).nonzero()[:, 0]
         part = Context(
-            torch.zeros(len(index), dtype=torch.long), seen.ids, seen.embeds[index], seen.mask[index], seen.encode
+            torch.zeros(len(index), dtype=torch.long),
+            seen.input_ids,
+            seen.inputs_embeds[index],
+            seen.attention_mask[index],
+            seen.encode,
         )
         torch.testing.assert_close(single(part).values, prompts[index], atol=1e-12, rtol=0)
     size = torch.stack([p.detach() for p in method.prompts]).square().mean().sqrt()

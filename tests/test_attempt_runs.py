@@ -27,7 +27,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sources")
     values = local.run_values(folder, steps=2)
     for seed, name in enumerate(("one", "two")):
-        job.execute(parse({**values, "seed": seed, "out": str(folder / name)}))
+        job.run(parse({**values, "seed": seed, "out": str(folder / name)}))
     return folder
 
 
@@ -63,7 +63,7 @@ def two_tasks(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_run_and_its_artifact(values: dict[str, Any], sources: Path, tmp_path: Path) -> None:
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["trainable"] == 4 * 32 + 2 * 8 * 32 + 2 * 32
     assert "nearest_words" not in results
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
@@ -83,7 +83,7 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     """The sources may be gone: the artifact holds them. Answers by rank and by writing, each text its own prompt."""
     run = parse(values)
     made = job.prepare(run)
-    job.execute(run)
+    job.run(run)
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     rows = list(made.tasks[0].test)
     trained = job.prepare(run)
@@ -97,7 +97,7 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     # Alone, and ranked by hand from the whole sequence with the prompt that the text has.
     base, encoder = opened.learner.backbone, opened.encoder
     (found,) = evaluate.answers(opened.learner, encoder, rows[:1], EvaluateConfig())
-    ids = encoder.encode(rows[0]).ids
+    ids = encoder.encode(rows[0]).input_ids
     batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
         prompt = opened.learner.prompt(batch).values[0]
@@ -113,11 +113,11 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
         if report.step == 3:
             raise KeyboardInterrupt
 
-    job.execute(parse(values))
+    job.run(parse(values))
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stop))
-    job.execute(cut)
+        job.run(cut, job.ProgressReporter(on_step=stop))
+    job.run(cut)
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
@@ -131,17 +131,17 @@ def test_it_does_not_go_on_with_other_sources(values: dict[str, Any], sources: P
     paths = values["prompt"]["init"]["sources"]
     copy = artifact.save(artifact.load(paths[0]), tmp_path / "copy")
     values["prompt"]["init"]["sources"] = [str(copy), paths[1]]
-    job.execute(parse(values))
+    job.run(parse(values))
     found = artifact.load(copy)
     artifact.save(dataclasses.replace(found, prompt=found.prompt + 1), copy)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
-        job.execute(parse(values))
+        job.run(parse(values))
 
 
 def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: Path) -> None:
     """Each task's artifact holds what they share and its own prompt, and answers alone as in the run."""
     run = parse(two_tasks(values))
-    results = job.execute(run)
+    results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == 4 * 32 + (2 * 8 * 32 + 2 * 32) // 2
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert sorted(one.state) == ["down.weight", "norm.bias", "norm.weight", "prompts.0", "sources", "up.weight"]
@@ -158,7 +158,7 @@ def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: P
 def test_a_task_of_several_loads_into_a_model(values: dict[str, Any], tmp_path: Path, method: str) -> None:
     if method == "prompt-tuning":
         values["prompt"] = {"length": 4}
-    job.execute(parse(two_tasks(values)))
+    job.run(parse(two_tasks(values)))
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     for name in ("one", "two"):
         model.load_prompt(tmp_path / "out" / "prompt" / name)
@@ -169,7 +169,7 @@ def test_a_task_of_several_loads_into_a_model(values: dict[str, Any], tmp_path: 
 def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     """Two of them in one batch, each row twice: what each says is what it says alone."""
     values["runs"] = [{"name": "a", "seed": 0}, {"name": "b", "seed": 1}]
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     folders = [Path(row["directory"]) / "prompt" for row in results["runs"]]
     assert results["next"][-1] == f"softprompts evaluate {folders[0]} {folders[1]}"
     model = parse(values).model
@@ -186,8 +186,8 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     single = [job.open_artifacts([folder], model=model).learner for folder in folders]
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
-        expected = single[i % 2].prompt(dataclasses.replace(row, task=torch.zeros(1, dtype=torch.long)))
-        torch.testing.assert_close(prompt.values[prompt.row[i]], expected.values[0], atol=1e-6, rtol=1e-5)
+        expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
+        torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
     voted = list(evaluate.answers(both.learner, both.encoder, rows, EvaluateConfig(), votes=2))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
@@ -197,10 +197,10 @@ def test_runs_of_several_methods_share_their_batches(values: dict[str, Any], tmp
     values["train"] |= {"steps": 3, "rate": 0.1}
     del values["train"]["evaluate_every"]
     plain = {"name": "plain", "prompt": {"method": "prompt-tuning", "options": {}, "init": {"sources": []}}}
-    job.execute(parse({**values, "runs": [{"name": "mixed"}, plain], "out": str(tmp_path / "all")}))
-    job.execute(parse({**values, "out": str(tmp_path / "mixed")}))
+    job.run(parse({**values, "runs": [{"name": "mixed"}, plain], "out": str(tmp_path / "all")}))
+    job.run(parse({**values, "out": str(tmp_path / "mixed")}))
     prompt = {"length": 4, "init": {"kind": "vocabulary"}}
-    job.execute(parse({**values, "prompt": prompt, "out": str(tmp_path / "plain")}))
+    job.run(parse({**values, "prompt": prompt, "out": str(tmp_path / "plain")}))
     for name in ("mixed", "plain"):
         one, two = (artifact.load(tmp_path / where / "prompt").state for where in (Path("all") / name, Path(name)))
         for key in one:
@@ -251,7 +251,7 @@ def test_a_start_from_the_mean(values: dict[str, Any], sources: Path, tmp_path: 
     """SPoT: the weighted mean of two prompts is where prompt tuning begins, and what its artifact remembers."""
     paths = values["prompt"]["init"]["sources"]
     values["prompt"] = {"length": 4, "init": {"kind": "mean", "paths": paths, "weights": [3, 1]}}
-    job.execute(parse(values))
+    job.run(parse(values))
     one, two = (artifact.load(path).prompt.double() for path in paths)
     expected = (0.75 * one + 0.25 * two).float()
     assert torch.equal(artifact.load(tmp_path / "out" / "prompt").initial, expected)
@@ -344,9 +344,9 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
     values = local.run_values(tmp_path, name, steps=2)
     values["model"]["dtype"] = dtype
     values["task"]["template"] = template
-    job.execute(parse({**values, "out": str(tmp_path / "source")}))
+    job.run(parse({**values, "out": str(tmp_path / "source")}))
     values["prompt"] |= {"method": "attempt", "init": {"sources": [str(tmp_path / "source" / "prompt")]}}
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     assert opened.artifacts[0].state["prompts.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
     values = local.run_values(folder, steps=30, rate=0.1)
     local.teach(folder / "llama")
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    run.execute(cli.parse(values))
+    run.run(cli.parse(values))
     return folder
 
 
@@ -167,7 +167,7 @@ def test_fold_writes_a_plain_prompt(tmp_path, call):
     """The same matrix, as prompt tuning, with where it came from; PEFT's files beside it."""
     values = local.run_values(tmp_path, steps=2)
     values["prompt"] |= {"method": "multitask-prompt-tuning"}
-    run.execute(cli.parse(values))
+    run.run(cli.parse(values))
     made, plain = tmp_path / "out" / "prompt", tmp_path / "plain"
     assert "4 vectors of width 32" in call("fold", made, "--out", plain)[1]
     before, after = artifact.load(made), artifact.load(plain)

@@ -12,7 +12,7 @@ import yaml
 import local
 from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
-from softprompts.recipes.judging import Judge
+from softprompts.recipes.judging import Evaluator
 from softprompts.recipes.run import run as job
 from test_study_vectors import study_values
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
             "evaluate": {"resamples": 100},
             "out": str(where / "runs" / out),
         }
-        job.execute(parse(run))
+        job.run(parse(run))
     return where
 
 
@@ -234,14 +234,14 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
 def test_search_reads_test_rows_once_and_last(call, here, tmp_path, monkeypatch):
     """The default grid on validation rows, a task after the other; then each task's test rows, with what was chosen."""
     read = []
-    original = Judge.evaluate
+    original = Evaluator.evaluate
 
     def watched(judge, prompt, rows):
         (role,) = [role for role in ("train", "validation", "test") if rows is getattr(judge.task, role)]
         read.append((judge.task.name, role, prompt))
         return original(judge, prompt, rows)
 
-    monkeypatch.setattr(Judge, "evaluate", watched)
+    monkeypatch.setattr(Evaluator, "evaluate", watched)
     status, _, err = call("vector", "search", "alpha + beta", "--out", tmp_path / "s")
     assert status == 0, err
     grid = [step / 20 for step in range(21)]

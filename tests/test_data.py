@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from softprompts.config import TaskConfig
 from softprompts.data import (
     PACKAGED,
-    Batches,
-    Encoded,
-    Encoder,
-    Format,
+    EncodedExample,
+    ExampleBatches,
+    ExampleTokenizer,
+    TaskTemplate,
     answer,
     classes,
     collate,
@@ -26,23 +26,23 @@ from softprompts.data import (
     order,
 )
 from softprompts.data.templates import fields, parts, render
-from softprompts.data.tokenization import Speller
+from softprompts.data.tokenization import TextTokenizer
 from softprompts.errors import DataError
 from softprompts.types import IGNORE
 from tokenizers_tiny import byte_bpe, unigram, wordpiece
 
-QUESTION = Format(
+QUESTION = TaskTemplate(
     name="questions",
     template="Question: {text}\nType:",
     verbalizer={"HUM": "human", "LOC": "location", "NUM": "number"},
 )
 ROW = {"text": "Who wrote the play?", "label": "HUM"}
-NLI = Format(name="nli", template="{a}", pair="{b}", verbalizer={"y": "yes", "n": "no"})
+NLI = TaskTemplate(name="nli", template="{a}", pair="{b}", verbalizer={"y": "yes", "n": "no"})
 BPE, BOS, WORDS, PIECES = byte_bpe(), byte_bpe(bos=True), wordpiece(), unigram()
 
 
-def causal(form=QUESTION, tokenizer=BPE, room=200, **other) -> Encoder:
-    return Encoder(form, tokenizer, "causal", "lm", room, **other)
+def causal(form=QUESTION, tokenizer=BPE, room=200, **other) -> ExampleTokenizer:
+    return ExampleTokenizer(form, tokenizer, "causal", "lm", room, **other)
 
 
 # Templates
@@ -75,8 +75,8 @@ def test_a_template_that_is_none(template):
 
 def test_a_format_goes_through_json():
     form = replace(QUESTION, truncate=("text",), metrics=("accuracy",), max_length=40, chat=True, chat_place="user")
-    assert Format.from_json(json.loads(json.dumps(form.to_json()))) == form
-    assert list(Format.from_json(form.to_json()).verbalizer) == ["HUM", "LOC", "NUM"]
+    assert TaskTemplate.from_json(json.loads(json.dumps(form.to_json()))) == form
+    assert list(TaskTemplate.from_json(form.to_json()).verbalizer) == ["HUM", "LOC", "NUM"]
 
 
 @pytest.mark.parametrize(
@@ -89,16 +89,16 @@ def test_a_format_goes_through_json():
 )
 def test_a_format_that_is_none(values, message):
     with pytest.raises(DataError) as error:
-        Format.from_json(values)
+        TaskTemplate.from_json(values)
     assert message in str(error.value)
 
 
 def test_answers_and_back():
     many = replace(QUESTION, kind="multilabel")
     tags = replace(QUESTION, kind="tagging")
-    number = Format("n", "{text}", kind="regression")
-    free = Format("f", "{text}", kind="generation")
-    span = Format("s", "{q}", pair="{c}", kind="span")
+    number = TaskTemplate("n", "{text}", kind="regression")
+    free = TaskTemplate("f", "{text}", kind="generation")
+    span = TaskTemplate("s", "{q}", pair="{c}", kind="span")
     assert classes(QUESTION) == ("HUM", "LOC", "NUM")
     assert classes(free) == ()
     assert answer(QUESTION, {"label": "LOC"}) == "location"
@@ -127,9 +127,9 @@ def test_labels_that_are_no_text(tmp_path):
     rows = [{"text": f"t{i}", "label": [True, False][i % 2]} for i in range(30)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
     task = load(TaskConfig(source=str(tmp_path / "d.json"), verbalizer={"false": "no", "true": "yes"}))
-    assert {answer(task.format, row) for row in task.train} == {"yes", "no"}
+    assert {answer(task.template, row) for row in task.train} == {"yes", "no"}
     (tmp_path / "e.csv").write_text("text,label\n" + "".join(f"t{i},{i % 11}\n" for i in range(60)))
-    assert classes(load(TaskConfig(source=str(tmp_path / "e.csv"))).format) == tuple(map(str, range(11)))
+    assert classes(load(TaskConfig(source=str(tmp_path / "e.csv"))).template) == tuple(map(str, range(11)))
 
 
 def test_a_missing_cell_is_empty_text_with_a_note(tmp_path):
@@ -137,7 +137,10 @@ def test_a_missing_cell_is_empty_text_with_a_note(tmp_path):
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     task = load(TaskConfig(source=str(tmp_path / "d.jsonl"), template="{a}|{b}|", name="t"))
     assert task.notes == ("5 rows have no b: read as empty text",)
-    assert BPE.decode(Encoder(task.format, BPE, "causal", "lm", 50).encode({"a": "1", "b": None}).ids) == "1||"
+    assert (
+        BPE.decode(ExampleTokenizer(task.template, BPE, "causal", "lm", 50).encode({"a": "1", "b": None}).input_ids)
+        == "1||"
+    )
 
 
 # Language models
@@ -148,38 +151,38 @@ def test_causal_rows_value_by_value():
     row = encoder.example(ROW)
     text = BPE("Question: Who wrote the play?\nType:")["input_ids"]
     word = BPE(" human")["input_ids"]
-    assert row.ids == [*text, *word, BPE.eos_token_id]
+    assert row.input_ids == [*text, *word, BPE.eos_token_id]
     assert row.labels == [IGNORE] * len(text) + [*word, BPE.eos_token_id]
-    assert (row.text_tokens, row.cut, row.place, row.types, row.task) == (len(text), 0, 0, None, 0)
+    assert (row.text_tokens, row.cut, row.prompt_offsets, row.token_type_ids, row.task_id) == (len(text), 0, 0, None, 0)
     bare = encoder.encode(ROW)
-    assert (bare.ids, bare.labels, bare.text_tokens) == (text, None, len(text))
-    assert causal(task=3).encode(ROW).task == 3
+    assert (bare.input_ids, bare.labels, bare.text_tokens) == (text, None, len(text))
+    assert causal(task=3).encode(ROW).task_id == 3
 
 
 def test_a_begin_token_stays_and_nothing_else_is_added():
-    assert causal(tokenizer=BOS).example(ROW).ids == [BOS.bos_token_id, *causal().example(ROW).ids]
+    assert causal(tokenizer=BOS).example(ROW).input_ids == [BOS.bos_token_id, *causal().example(ROW).input_ids]
     row = causal(tokenizer=WORDS).encode(ROW)  # an encoder used as a decoder: [CLS] in front, no [SEP] inside
-    assert row.ids[0] == WORDS.cls_token_id
-    assert WORDS.sep_token_id not in row.ids
-    assert causal(tokenizer=WORDS).example(ROW).ids[-1] == WORDS.sep_token_id
-    assert PIECES.eos_token_id not in causal(tokenizer=PIECES).encode(ROW).ids
+    assert row.input_ids[0] == WORDS.cls_token_id
+    assert WORDS.sep_token_id not in row.input_ids
+    assert causal(tokenizer=WORDS).example(ROW).input_ids[-1] == WORDS.sep_token_id
+    assert PIECES.eos_token_id not in causal(tokenizer=PIECES).encode(ROW).input_ids
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BOS, WORDS, PIECES], ids=["bpe", "bos", "wordpiece", "unigram"])
 @pytest.mark.parametrize("name", [n for n, p in PACKAGED.items() if p.verbalizer])
 def test_answer_tokens_are_the_same_in_training_scoring_and_generation(name, tokenizer):
     found = PACKAGED[name]
-    form = Format(name, found.template, verbalizer=dict(found.verbalizer))
+    form = TaskTemplate(name, found.template, verbalizer=dict(found.verbalizer))
     encoder = causal(form, tokenizer)
     candidates = encoder.candidates()
     assert tuple(candidates) == classes(form)
     for label, word in form.verbalizer.items():
         row = {**dict.fromkeys(form.columns, "Who is it?"), "label": label}
-        text, example = encoder.encode(row).ids, encoder.example(row)
+        text, example = encoder.encode(row).input_ids, encoder.example(row)
         whole = tokenizer(render(form.template, row) + " " + word, add_special_tokens=False)["input_ids"]
-        assert example.ids == text + encoder.answer_ids(word)
-        assert example.ids[len(text) :][: len(candidates[label])] == candidates[label]
-        assert example.ids[-len(whole) - 1 : -1] == whole  # as in context
+        assert example.input_ids == text + encoder.answer_ids(word)
+        assert example.input_ids[len(text) :][: len(candidates[label])] == candidates[label]
+        assert example.input_ids[-len(whole) - 1 : -1] == whole  # as in context
         assert tokenizer.decode(candidates[label], skip_special_tokens=True).strip() == word
 
 
@@ -189,7 +192,7 @@ def test_answer_tokens_depend_on_the_answer_alone(word, separator, tokenizer):
     encoder = causal(replace(QUESTION, kind="generation", separator=separator, verbalizer=None), tokenizer)
     for text in ("", "x", "Who? ", "12"):
         row = {"text": text}
-        assert encoder.encode(row, word).ids == encoder.encode(row).ids + encoder.answer_ids(word)
+        assert encoder.encode(row, word).input_ids == encoder.encode(row).input_ids + encoder.answer_ids(word)
         assert [i for i in encoder.encode(row, word).labels if i != IGNORE] == encoder.answer_ids(word)
     if tokenizer is BPE:
         assert BPE.decode(encoder.answer_ids(word)[:-1]) == separator + word
@@ -212,12 +215,12 @@ def test_a_tokenizer_without_offsets():
     from transformers import ByT5Tokenizer
 
     tokenizer = ByT5Tokenizer()
-    encoder = Encoder(QUESTION, tokenizer, "seq2seq", "lm", 30)
+    encoder = ExampleTokenizer(QUESTION, tokenizer, "seq2seq", "lm", 30)
     row = encoder.example({"text": "Who wrote the play? né", "label": "HUM"})
-    assert tokenizer.decode(row.ids) == "Question: Who wrote th\nType:</s>"
-    assert (len(row.ids), row.cut, tokenizer.decode(row.labels)) == (29, 11, "human</s>")
+    assert tokenizer.decode(row.input_ids) == "Question: Who wrote th\nType:</s>"
+    assert (len(row.input_ids), row.cut, tokenizer.decode(row.labels)) == (29, 11, "human</s>")
     with pytest.raises(DataError, match="head 'token' needs a fast tokenizer"):
-        Encoder(TAGS, tokenizer, "seq2seq", "token", 30)
+        ExampleTokenizer(TAGS, tokenizer, "seq2seq", "token", 30)
 
 
 def test_candidates_get_the_end_token_only_where_one_begins_another():
@@ -237,58 +240,62 @@ def test_candidates_get_the_end_token_only_where_one_begins_another():
 
 
 def test_encoder_decoder_rows():
-    encoder = Encoder(QUESTION, PIECES, "seq2seq", "lm", 100)
+    encoder = ExampleTokenizer(QUESTION, PIECES, "seq2seq", "lm", 100)
     row = encoder.example(ROW)
-    assert row.ids == PIECES("Question: Who wrote the play?\nType:")["input_ids"]
+    assert row.input_ids == PIECES("Question: Who wrote the play?\nType:")["input_ids"]
     assert row.labels == PIECES("human")["input_ids"]
     assert row.labels[-1] == PIECES.eos_token_id
-    assert row.place is None
+    assert row.prompt_offsets is None
     assert encoder.candidates()["HUM"] == row.labels[:-1]
-    assert Encoder(QUESTION, BPE, "seq2seq", "lm", 100).answer_ids("human") == [
+    assert ExampleTokenizer(QUESTION, BPE, "seq2seq", "lm", 100).answer_ids("human") == [
         *BPE("human")["input_ids"],
         BPE.eos_token_id,
     ]
-    pair = Encoder(NLI, PIECES, "seq2seq", "lm", 100).encode({"a": "Who", "b": "is"})
-    assert pair.ids == PIECES("Who", "is")["input_ids"]
+    pair = ExampleTokenizer(NLI, PIECES, "seq2seq", "lm", 100).encode({"a": "Who", "b": "is"})
+    assert pair.input_ids == PIECES("Who", "is")["input_ids"]
 
 
 def test_masked_rows():
     form = replace(QUESTION, template="{text} It is a {mask}.")
-    encoder = Encoder(form, WORDS, "masked", "lm", 100)
+    encoder = ExampleTokenizer(form, WORDS, "masked", "lm", 100)
     for word in form.verbalizer.values():
         pieces = encoder.answer_ids(word)
         row = encoder.encode(ROW, word)
-        places = [i for i, token in enumerate(row.ids) if token == WORDS.mask_token_id]
+        places = [i for i, token in enumerate(row.input_ids) if token == WORDS.mask_token_id]
         assert len(places) == len(pieces)
         assert [row.labels[i] for i in places] == pieces
         assert [label for i, label in enumerate(row.labels) if i not in places] == [IGNORE] * (
-            len(row.ids) - len(pieces)
+            len(row.input_ids) - len(pieces)
         )
         assert WORDS.decode(
-            [p if t == WORDS.mask_token_id else t for t, p in zip(row.ids, row.labels, strict=True)][1:-1]
+            [p if t == WORDS.mask_token_id else t for t, p in zip(row.input_ids, row.labels, strict=True)][1:-1]
         ) == (f"who wrote the play? it is a {word}.")
-    assert row.types == [0] * len(row.ids)
-    assert encoder.encode(ROW).ids.count(WORDS.mask_token_id) == max(map(len, encoder.candidates().values()))
+    assert row.token_type_ids == [0] * len(row.input_ids)
+    assert encoder.encode(ROW).input_ids.count(WORDS.mask_token_id) == max(map(len, encoder.candidates().values()))
     assert WORDS.sep_token_id not in encoder.answer_ids("human")
 
 
 def test_a_masked_template_without_a_place_ends_with_it_and_text_cannot_forge_one():
-    row = Encoder(QUESTION, WORDS, "masked", "lm", 100).encode({"text": "a [MASK] b"}, "human")
-    assert row.ids.count(WORDS.mask_token_id) == len(WORDS("human", add_special_tokens=False)["input_ids"])
-    assert row.ids[-2] == WORDS.mask_token_id
-    sentence = Encoder(QUESTION, PIECES, "masked", "lm", 100).encode({"text": "a <mask> b"}, "no")
+    row = ExampleTokenizer(QUESTION, WORDS, "masked", "lm", 100).encode({"text": "a [MASK] b"}, "human")
+    assert row.input_ids.count(WORDS.mask_token_id) == len(WORDS("human", add_special_tokens=False)["input_ids"])
+    assert row.input_ids[-2] == WORDS.mask_token_id
+    sentence = ExampleTokenizer(QUESTION, PIECES, "masked", "lm", 100).encode({"text": "a <mask> b"}, "no")
     assert [label for label in sentence.labels if label != IGNORE] == PIECES("no", add_special_tokens=False)[
         "input_ids"
     ]
 
 
 def test_plain_text_has_an_empty_template_and_may_be_cut():
-    form = Format("text", "", kind="generation", label="text", truncate=("text",))
+    form = TaskTemplate("text", "", kind="generation", label="text", truncate=("text",))
     text = "The people live in the city near the river."
     whole = causal(form).example({"text": text})
-    assert whole.ids == whole.labels == [*BPE(text)["input_ids"], BPE.eos_token_id]
+    assert whole.input_ids == whole.labels == [*BPE(text)["input_ids"], BPE.eos_token_id]
     short = causal(form, room=8).example({"text": text})
-    assert (short.ids, short.labels, short.cut) == (whole.ids[:8], whole.ids[:8], len(whole.ids) - 8)
+    assert (short.input_ids, short.labels, short.cut) == (
+        whole.input_ids[:8],
+        whole.input_ids[:8],
+        len(whole.input_ids) - 8,
+    )
 
 
 # Cutting
@@ -297,19 +304,21 @@ def test_plain_text_has_an_empty_template_and_may_be_cut():
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=60), st.text(max_size=60), st.integers(30, 70), st.sampled_from([BPE, BOS, PIECES, WORDS]))
 def test_cutting_touches_neither_template_nor_answer(a, b, room, tokenizer):
-    form = Format("t", "a: {a}\nb: {b}\nc:", verbalizer={"x": "yes", "y": "no"})
+    form = TaskTemplate("t", "a: {a}\nb: {b}\nc:", verbalizer={"x": "yes", "y": "no"})
     encoder, whole = causal(form, tokenizer, room), causal(form, tokenizer, 10_000)
     row = {"a": a, "b": b, "label": "x"}
     found, full = encoder.example(row), whole.example(row)
-    assert len(found.ids) <= room
-    assert found.cut == len(full.ids) - len(found.ids)
+    assert len(found.input_ids) <= room
+    assert found.cut == len(full.input_ids) - len(found.input_ids)
     longest = max(len(encoder.answer_ids(word)) for word in ("yes", "no"))
     assert (found.cut > 0) == (full.text_tokens + longest > room)
     assert found.cut or found == full
-    assert found.ids[found.text_tokens :] == encoder.answer_ids("yes")
-    assert found.ids[: found.text_tokens] == encoder.encode(row, "no").ids[: found.text_tokens]  # the same text for all
+    assert found.input_ids[found.text_tokens :] == encoder.answer_ids("yes")
+    assert (
+        found.input_ids[: found.text_tokens] == encoder.encode(row, "no").input_ids[: found.text_tokens]
+    )  # the same text for all
     if tokenizer in (BPE, BOS):
-        text = tokenizer.decode(found.ids[: found.text_tokens]).removeprefix("<s>")
+        text = tokenizer.decode(found.input_ids[: found.text_tokens]).removeprefix("<s>")
         left = text.removeprefix("a: ").removesuffix("\nc:")
         assert text == f"a: {left}\nc:"
         assert any(
@@ -320,12 +329,12 @@ def test_cutting_touches_neither_template_nor_answer(a, b, room, tokenizer):
 
 
 def test_the_longest_column_is_cut_first_and_only_those_that_may_be():
-    form = Format("t", "{a}|{b}|", kind="generation")
+    form = TaskTemplate("t", "{a}|{b}|", kind="generation")
     row = {"a": "x" * 40, "b": "y" * 10, "label": ""}
-    assert BPE.decode(causal(form, room=30).encode(row).ids) == "x" * 18 + "|" + "y" * 10 + "|"
-    assert BPE.decode(causal(form, room=12).encode(row).ids) == "x" * 5 + "|" + "y" * 5 + "|"
+    assert BPE.decode(causal(form, room=30).encode(row).input_ids) == "x" * 18 + "|" + "y" * 10 + "|"
+    assert BPE.decode(causal(form, room=12).encode(row).input_ids) == "x" * 5 + "|" + "y" * 5 + "|"
     only = replace(form, truncate=("b",))
-    assert BPE.decode(causal(only, room=45).encode(row).ids) == "x" * 40 + "|" + "y" * 3 + "|"
+    assert BPE.decode(causal(only, room=45).encode(row).input_ids) == "x" * 40 + "|" + "y" * 3 + "|"
     with pytest.raises(
         DataError, match="t: template and answer alone take 42 tokens, but the prompt leaves room for 41; use"
     ):
@@ -340,10 +349,10 @@ def test_room_for_the_longest_answer_is_kept_whatever_the_answer():
     form = replace(QUESTION, template="{text}:", verbalizer={"a": "no", "b": "a rather long answer"})
     encoder = causal(form, room=40)
     rows = [encoder.encode({"text": "x" * 90}, word) for word in (None, *form.verbalizer.values())]
-    assert len({tuple(row.ids[: row.text_tokens]) for row in rows}) == 1
-    assert max(len(row.ids) for row in rows) == 40
-    masked = Encoder(form, WORDS, "masked", "lm", 40)
-    texts = [masked.encode({"text": "x" * 90}, word).ids for word in form.verbalizer.values()]
+    assert len({tuple(row.input_ids[: row.text_tokens]) for row in rows}) == 1
+    assert max(len(row.input_ids) for row in rows) == 40
+    masked = ExampleTokenizer(form, WORDS, "masked", "lm", 40)
+    texts = [masked.encode({"text": "x" * 90}, word).input_ids for word in form.verbalizer.values()]
     assert len({tuple(i for i in ids if i != WORDS.mask_token_id) for ids in texts}) == 1
 
 
@@ -355,31 +364,31 @@ def test_chat_rows():
     form = replace(QUESTION, template="Question: {text}", chat=True, system="Be short.")
     start = causal(form, tokenizer).example(ROW)
     text = "<s>system\nBe short.</s>\n<s>user\nQuestion: Who wrote the play?</s>\n<s>assistant\n"
-    assert tokenizer.decode(start.ids[: start.text_tokens]) == text
-    assert tokenizer.decode(start.ids[start.text_tokens :]) == "human</s>"
-    assert start.place == 0
+    assert tokenizer.decode(start.input_ids[: start.text_tokens]) == text
+    assert tokenizer.decode(start.input_ids[start.text_tokens :]) == "human</s>"
+    assert start.prompt_offsets == 0
     user = causal(replace(form, chat_place="user"), tokenizer).example(ROW)
-    assert user.ids == start.ids
-    assert tokenizer.decode(user.ids[: user.place]) == "<s>system\nBe short.</s>\n<s>user\n"
+    assert user.input_ids == start.input_ids
+    assert tokenizer.decode(user.input_ids[: user.prompt_offsets]) == "<s>system\nBe short.</s>\n<s>user\n"
 
 
 @settings(deadline=None)
 @given(st.text(max_size=20))
 def test_the_place_in_a_chat_is_exact(text):
     tokenizer = byte_bpe(chat=True)
-    row = causal(Format("t", "{text}", kind="generation", chat=True, chat_place="user"), tokenizer).encode(
+    row = causal(TaskTemplate("t", "{text}", kind="generation", chat=True, chat_place="user"), tokenizer).encode(
         {"text": text}
     )
-    assert tokenizer.decode(row.ids[: row.place]) == "<s>user\n"
-    assert tokenizer.decode(row.ids[row.place :]) == f"{text}</s>\n<s>assistant\n"
+    assert tokenizer.decode(row.input_ids[: row.prompt_offsets]) == "<s>user\n"
+    assert tokenizer.decode(row.input_ids[row.prompt_offsets :]) == f"{text}</s>\n<s>assistant\n"
 
 
 def test_a_token_across_the_place_is_split():
     tokenizer = byte_bpe(chat=True)
     tokenizer.add_tokens(["\nWho"])
     row = causal(replace(QUESTION, template="{text}", chat=True, chat_place="user"), tokenizer).encode(ROW)
-    assert tokenizer.decode(row.ids[: row.place]) == "<s>user\n"
-    assert tokenizer.decode(row.ids[row.place :]).startswith("Who wrote")
+    assert tokenizer.decode(row.input_ids[: row.prompt_offsets]) == "<s>user\n"
+    assert tokenizer.decode(row.input_ids[row.prompt_offsets :]).startswith("Who wrote")
 
 
 # Heads
@@ -387,28 +396,31 @@ def test_a_token_across_the_place_is_split():
 
 def test_sequence_heads():
     row = {"a": "Who is it", "b": "the king", "label": "n"}
-    found = Encoder(NLI, WORDS, "masked", "sequence", 50).encode(row)
+    found = ExampleTokenizer(NLI, WORDS, "masked", "sequence", 50).encode(row)
     both = WORDS("Who is it", "the king")
-    assert (found.ids, found.types, found.labels) == (both["input_ids"], both["token_type_ids"], 1)
+    assert (found.input_ids, found.token_type_ids, found.labels) == (both["input_ids"], both["token_type_ids"], 1)
     many = replace(NLI, kind="multilabel")
-    assert Encoder(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ["n", "y"]}).labels == [1.0, 1.0]
-    assert Encoder(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ""}).labels == [0.0, 0.0]
+    assert ExampleTokenizer(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ["n", "y"]}).labels == [
+        1.0,
+        1.0,
+    ]
+    assert ExampleTokenizer(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ""}).labels == [0.0, 0.0]
     number = replace(NLI, kind="regression", verbalizer=None)
-    assert Encoder(number, WORDS, "masked", "sequence", 50).encode({**row, "label": "2.5"}).labels == 2.5
-    assert Encoder(NLI, WORDS, "masked", "sequence", 50).encode({"a": "x", "b": "y"}).labels is None
-    assert Encoder(NLI, WORDS, "masked", "features", 50).encode(row).labels is None
-    one_line = Encoder(NLI, BPE, "causal", "sequence", 50).example(row)
-    assert BPE.decode(one_line.ids) == "Who is it\nthe king"
+    assert ExampleTokenizer(number, WORDS, "masked", "sequence", 50).encode({**row, "label": "2.5"}).labels == 2.5
+    assert ExampleTokenizer(NLI, WORDS, "masked", "sequence", 50).encode({"a": "x", "b": "y"}).labels is None
+    assert ExampleTokenizer(NLI, WORDS, "masked", "features", 50).encode(row).labels is None
+    one_line = ExampleTokenizer(NLI, BPE, "causal", "sequence", 50).example(row)
+    assert BPE.decode(one_line.input_ids) == "Who is it\nthe king"
     assert one_line.labels == 1
-    cut = Encoder(NLI, WORDS, "masked", "sequence", 9).encode(
+    cut = ExampleTokenizer(NLI, WORDS, "masked", "sequence", 9).encode(
         {"a": "the king " * 5, "b": "the city " * 3, "label": "y"}
     )
-    assert (len(cut.ids), cut.types.count(1), cut.ids[-1]) == (9, 4, WORDS.sep_token_id)
+    assert (len(cut.input_ids), cut.token_type_ids.count(1), cut.input_ids[-1]) == (9, 4, WORDS.sep_token_id)
     with pytest.raises(DataError, match="nli: label 'z' is not in the verbalizer; known labels: y, n"):
-        Encoder(NLI, WORDS, "masked", "sequence", 50).encode({**row, "label": "z"})
+        ExampleTokenizer(NLI, WORDS, "masked", "sequence", 50).encode({**row, "label": "z"})
 
 
-TAGS = Format("tags", "{words}", kind="tagging", verbalizer={"O": "O", "P": "P"})
+TAGS = TaskTemplate("tags", "{words}", kind="tagging", verbalizer={"O": "O", "P": "P"})
 
 
 @pytest.mark.parametrize(
@@ -417,7 +429,7 @@ TAGS = Format("tags", "{words}", kind="tagging", verbalizer={"O": "O", "P": "P"}
 def test_token_heads(tokenizer, family):
     words = ["Who", "wrote", "the", "abbreviations", "?", "Xylophone-players", "né"]
     row = {"words": words, "label": ["O", "O", "O", "P", "O", "P", "O"]}
-    encoder = Encoder(TAGS, tokenizer, family, "token", 200)
+    encoder = ExampleTokenizer(TAGS, tokenizer, family, "token", 200)
     found, firsts = encoder.encode(row), encoder.first_tokens(row)
     assert [found.labels[at] for at in firsts] == [0, 0, 0, 1, 0, 1, 0]
     assert sum(label != IGNORE for label in found.labels) == len(words)
@@ -425,18 +437,18 @@ def test_token_heads(tokenizer, family):
     if tokenizer is WORDS:
         assert firsts == [split.index(i) for i in range(len(words))]
     assert encoder.encode({**row, "words": " ".join(words), "label": "O O O P O P O"}) == found
-    for room in range(6, len(found.ids)):
-        short = Encoder(TAGS, tokenizer, family, "token", room).encode(row)
-        kept = Encoder(TAGS, tokenizer, family, "token", room).first_tokens(row)
-        assert len(short.ids) <= room
-        assert short.cut == len(found.ids) - len(short.ids)
+    for room in range(6, len(found.input_ids)):
+        short = ExampleTokenizer(TAGS, tokenizer, family, "token", room).encode(row)
+        kept = ExampleTokenizer(TAGS, tokenizer, family, "token", room).first_tokens(row)
+        assert len(short.input_ids) <= room
+        assert short.cut == len(found.input_ids) - len(short.input_ids)
         assert [short.labels[at] for at in kept] == [0, 0, 0, 1, 0, 1, 0][: len(kept)]
     assert encoder.encode({"words": words}).labels is None
     with pytest.raises(DataError, match="tags: a row has 2 words but 1 tags: 'a b'"):
         encoder.encode({"words": ["a", "b"], "label": ["O"]})
 
 
-SPAN = Format("spans", "{question}", pair="{context}", kind="span", label="answers")
+SPAN = TaskTemplate("spans", "{question}", pair="{context}", kind="span", label="answers")
 CONTEXT = "The play was written near the river in 1605 by a warm and funny human."
 
 
@@ -445,7 +457,7 @@ CONTEXT = "The play was written near the river in 1605 by a warm and funny human
 def test_span_heads(tokenizer, family, words):
     row = {"question": "Where was it written?", "context": CONTEXT}
     at = CONTEXT.index(f" {words}") + 1 if words != "The play" else 0
-    encoder = Encoder(SPAN, tokenizer, family, "span", 300)
+    encoder = ExampleTokenizer(SPAN, tokenizer, family, "span", 300)
     found = encoder.encode({**row, "answers": {"text": [words], "answer_start": [at]}})
     start, end = found.labels
     assert encoder.decode_span(row, start, end) == words
@@ -458,10 +470,10 @@ def test_span_heads(tokenizer, family, words):
 
 def test_spans_that_are_not_there():
     row = {"question": "Where?", "context": CONTEXT}
-    encoder = Encoder(SPAN, WORDS, "masked", "span", 300)
+    encoder = ExampleTokenizer(SPAN, WORDS, "masked", "span", 300)
     assert encoder.encode({**row, "answers": {"text": [], "answer_start": []}}).labels == [0, 0]
     assert encoder.encode(row).labels is None
-    short = Encoder(SPAN, WORDS, "masked", "span", 20)
+    short = ExampleTokenizer(SPAN, WORDS, "masked", "span", 20)
     last = {**row, "answers": [CONTEXT.index("human"), len(CONTEXT) - 1]}
     assert short.encode(last).labels == [IGNORE, IGNORE]
     assert short.encode(last).cut > 0
@@ -502,13 +514,13 @@ def test_spans_that_are_not_there():
 )
 def test_formats_that_a_head_cannot_use(form, family, head, message):
     with pytest.raises(DataError) as error:
-        Encoder(form, WORDS, family, head, 50)
+        ExampleTokenizer(form, WORDS, family, head, 50)
     assert message in str(error.value)
 
 
 def test_other_messages():
     with pytest.raises(DataError, match="the tokenizer has no mask token"):
-        Encoder(QUESTION, BPE, "masked", "lm", 50)
+        ExampleTokenizer(QUESTION, BPE, "masked", "lm", 50)
     with pytest.raises(
         DataError, match="questions: no column 'text' for the template; did you mean 'texts'\\? columns: texts"
     ):
@@ -526,8 +538,8 @@ def test_other_messages():
 # Batches
 
 
-def encoded(ids, labels=None, **other) -> Encoded:
-    return Encoded(list(ids), labels, **other)
+def encoded(ids, labels=None, **other) -> EncodedExample:
+    return EncodedExample(list(ids), labels, **other)
 
 
 @given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=5), st.booleans())
@@ -539,15 +551,15 @@ def test_collate_has_an_inverse(rows, typed):
         ],
         pad=0,
     )
-    assert batch.ids.shape == batch.mask.shape == batch.labels.shape == (len(rows), max(map(len, rows)))
-    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch.ids, batch.mask, strict=True)] == rows
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.labels.shape == (len(rows), max(map(len, rows)))
+    assert [ids[mask.bool()].tolist() for ids, mask in zip(batch.input_ids, batch.attention_mask, strict=True)] == rows
     assert [label[label != IGNORE].tolist() for label in batch.labels] == [row[1:] for row in rows]
-    assert batch.task.tolist() == list(range(len(rows)))
-    assert (batch.types is not None) == typed
-    assert batch.place is None
-    assert batch.ids[batch.mask == 0].tolist() == [0] * int((batch.mask == 0).sum())
+    assert batch.task_ids.tolist() == list(range(len(rows)))
+    assert (batch.token_type_ids is not None) == typed
+    assert batch.prompt_offsets is None
+    assert batch.input_ids[batch.attention_mask == 0].tolist() == [0] * int((batch.attention_mask == 0).sum())
     if typed:
-        assert torch.equal(batch.types, batch.mask)
+        assert torch.equal(batch.token_type_ids, batch.attention_mask)
 
 
 def test_collate_by_kind_of_label():
@@ -561,7 +573,7 @@ def test_collate_by_kind_of_label():
     assert torch.equal(labels([5], [6, 7, 8]), torch.tensor([[5, IGNORE, IGNORE], [6, 7, 8]]))  # targets of a decoder
     assert labels(None, None) is None
     assert labels(1, 2).dtype == torch.long
-    assert collate([encoded([1, 2], place=1), encoded([3], place=0)], 0).place.tolist() == [1, 0]
+    assert collate([encoded([1, 2], place=1), encoded([3], place=0)], 0).prompt_offsets.tolist() == [1, 0]
     for values, message in (
         ((1, None), "1 of the 2 rows of the batch have no labels"),
         ((1, 2.0), "labels of different kinds"),
@@ -630,30 +642,35 @@ BIG = ("vitaminc", "presuppositions", "intents", "fever", "strategyqa")  # a pac
 @pytest.mark.parametrize("name", [name for name in PACKAGED if name not in BIG])
 def test_packaged_rows_have_the_tokens_of_their_plain_text(name, smollm):
     task = load(TaskConfig(source=name))
-    encoder = causal(replace(task.format, max_length=None), smollm, 100_000)
+    encoder = causal(replace(task.template, max_length=None), smollm, 100_000)
     for row in task.test[:150]:
-        text = render(task.format.template, row) + (" " if task.format.template else "") + answer(task.format, row)
-        assert encoder.example(row).ids == [*smollm(text)["input_ids"], smollm.eos_token_id]
-    if task.format.kind == "label":
+        text = (
+            render(task.template.template, row) + (" " if task.template.template else "") + answer(task.template, row)
+        )
+        assert encoder.example(row).input_ids == [*smollm(text)["input_ids"], smollm.eos_token_id]
+    if task.template.kind == "label":
         found = encoder.candidates()
-        assert {k: smollm.decode(v).strip() for k, v in found.items()} == task.format.verbalizer
+        assert {k: smollm.decode(v).strip() for k, v in found.items()} == task.template.verbalizer
 
 
 @pytest.mark.assets
 def test_the_default_models_chat(smollm):
     form = replace(QUESTION, template="{text}", chat=True, system="Be short.", chat_place="user")
-    speller = Speller(form, smollm, "causal", "lm")
+    speller = TextTokenizer(form, smollm, "causal", "lm")
     for text in ("Who is it?", "  two spaces", "\n\nlines", " one", "123", ""):
         row = causal(form, smollm).example({"text": text, "label": "LOC"})
-        assert smollm.decode(row.ids[: row.place]).endswith("<|im_start|>user\n")
-        assert smollm.decode(row.ids[row.place : row.text_tokens]) == f"{text}<|im_end|>\n<|im_start|>assistant\n"
-        assert smollm.decode(row.ids[row.text_tokens :]) == "location<|im_end|>"
+        assert smollm.decode(row.input_ids[: row.prompt_offsets]).endswith("<|im_start|>user\n")
+        assert (
+            smollm.decode(row.input_ids[row.prompt_offsets : row.text_tokens])
+            == f"{text}<|im_end|>\n<|im_start|>assistant\n"
+        )
+        assert smollm.decode(row.input_ids[row.text_tokens :]) == "location<|im_end|>"
         messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": text}]
         stock = smollm.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if not text.startswith((" ", "\n")):
-            assert row.ids[: row.text_tokens] == stock
+            assert row.input_ids[: row.text_tokens] == stock
         start = causal(replace(form, chat_place="start"), smollm).encode({"text": text})
-        assert (start.ids, start.place) == (stock, 0)
+        assert (start.input_ids, start.prompt_offsets) == (stock, 0)
     assert speller.answer("location")[-1] == smollm.eos_token_id
 
 
@@ -664,7 +681,7 @@ def test_micro_batches_are_a_function_of_their_number(lengths, size, tokens):
     expected = [batch for epoch in range(3) for batch in order(lengths, size, 5, epoch, tokens)]
     for batch in expected:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= (tokens or 10**9)
-    forward, backward = Batches(rows, size, 5, tokens), Batches(rows, size, 5, tokens)
-    assert [[row.task for row in forward.at(i)] for i in range(len(expected))] == expected
+    forward, backward = ExampleBatches(rows, size, 5, tokens), ExampleBatches(rows, size, 5, tokens)
+    assert [[row.task_id for row in forward.at(i)] for i in range(len(expected))] == expected
     last = range(len(expected))[::-1]
-    assert [[row.task for row in backward.at(i)] for i in last] == [expected[i] for i in last]
+    assert [[row.task_id for row in backward.at(i)] for i in last] == [expected[i] for i in last]

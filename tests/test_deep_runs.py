@@ -19,13 +19,13 @@ from softprompts import SoftPromptModel, assets, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.cli import listing
 from softprompts.config import PromptConfig, parse
-from softprompts.config.sweep import cross, variants
+from softprompts.config.sweep import grid, sweep
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
 from softprompts.recipes.run import run as job
-from softprompts.recipes.run.prepare import prepare_together
-from softprompts.types import Prompt, Start, for_tasks
+from softprompts.recipes.run.prepare import prepare_many
+from softprompts.types import Prompt, PromptInit, for_tasks
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
@@ -77,7 +77,7 @@ def stopped(_: str, report: Any) -> None:
 def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, case: str) -> None:
     """What is kept is a plain prompt that answers as the run did; a cut run goes on to the very same."""
     run = parse(values(folder, tmp_path / "out", PROMPTS[case]))
-    results = job.execute(run)
+    results = job.run(run)
     made = artifact.load(tmp_path / "out" / "prompt")
     ready = job.prepare(run)
     assert made.method == run.prompt.method
@@ -95,8 +95,8 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
     assert torch.equal(stored.folded(ready.learner.method, "colors"), made.prompt)
     cut = parse(values(folder, tmp_path / "cut", PROMPTS[case]))
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stopped))
-    job.execute(cut)
+        job.run(cut, job.ProgressReporter(on_step=stopped))
+    job.run(cut)
     again = artifact.load(tmp_path / "cut" / "prompt")
     assert made.state.keys() == again.state.keys()
     assert all(torch.equal(made.state[key], again.state[key]) for key in made.state)
@@ -105,7 +105,7 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", ["lstm", "residual", "low"])
 def test_peft_loads_the_folded_prompt(folder: Path, tmp_path: Path, case: str) -> None:
-    job.execute(parse(values(folder, tmp_path / "out", PROMPTS[case], steps=2)))
+    job.run(parse(values(folder, tmp_path / "out", PROMPTS[case], steps=2)))
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
     theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "out" / "prompt").eval()
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"))
@@ -120,7 +120,7 @@ def test_other_families(tmp_path: Path, name: str, site: str) -> None:
     run = local.run_values(tmp_path, name, steps=2)
     run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrise": True, "hidden": 8}}
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
-    results = job.execute(parse(run))
+    results = job.run(parse(run))
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(run).model)
     found = evaluate.evaluate(
         opened.learner, opened.encoder, job.prepare(parse(run)).tasks[0].test, parse(run).evaluate
@@ -133,7 +133,7 @@ def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path
     both = values(folder, tmp_path / "out", PROMPTS["network"], steps=2)
     task = both.pop("task")
     both["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
-    job.execute(parse(both))
+    job.run(parse(both))
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     names = ("start", "inputs", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
     assert sorted(one.state) == sorted(f"networks.0.{name}" for name in names)
@@ -188,7 +188,7 @@ class Shared(torch.nn.Module):
     class Config:
         pass
 
-    def __init__(self, config: Config, slot: Any, start: Start) -> None:
+    def __init__(self, config: Config, slot: Any, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         self.shared = torch.nn.Parameter(start.prompt.clone())
@@ -266,7 +266,7 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         if changes is None:
             del run["train"]["rate"]
         lines: list[str] = []
-        job.prepare(parse(run), job.Screen(say=lines.append))
+        job.prepare(parse(run), job.ProgressReporter(log=lines.append))
         said[name] = [line for line in lines if line.startswith("train.rate")]
     every = "train.rate changes nothing: all of method {} has rates of its own, train.rates: {}"
     assert said == {
@@ -279,8 +279,8 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
     }
     lines.clear()
     for seeds in ({}, {"train.rate": [0.2]}):
-        together = variants(cross(parse(run), {"seed": [0, 1], **seeds}))
-        prepare_together(together, job.Screen(say=lines.append))
+        together = sweep(grid(parse(run), {"seed": [0, 1], **seeds}))
+        prepare_many(together, job.ProgressReporter(log=lines.append))
         told = [line.partition(": ")[2] for line in lines if "train.rate" in line]
         assert told == [every.format("prefix-tuning", "network")] * (2 if seeds else 0)
 
@@ -409,7 +409,7 @@ def test_slots_are_those_of_models() -> None:
     bb = tiny.backbone("llama")
     facts = (listing.WIDTH, listing.LAYERS, listing.KEYS)
     for site in ("input", "layers", "kv"):
-        slot, own = injection.slot(bb, injection.Site(site), ("a",), 5), listing._default_slot(site, 5)
+        slot, own = injection.prompt_spec(bb, injection.Site(site), ("a",), 5), listing._default_slot(site, 5)
         parts = {"input": (facts[0], 32), "layers": (facts[1] * facts[0], 96), "kv": (facts[1] * facts[2], 96)}[site]
         assert (own.width, slot.width) == parts
         assert len(own.layers) == (0 if site == "input" else facts[1])

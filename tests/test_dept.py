@@ -26,7 +26,7 @@ from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Added, Batch, Slot, Start, mix
+from softprompts.types import IGNORE, Batch, EmbeddingDelta, PromptInit, PromptSpec, mix_prompts
 
 P, S, R = 3, 4, 2
 TASKS = ("one", "two")
@@ -38,9 +38,9 @@ GIVEN = (2, 5, 0, 6)
 def learner(name: str, site: injection.Site = INPUT, zero: bool = False) -> Learner:
     """The method for two tasks on a tiny model; `zero`: as it begins, else with random rows too."""
     bb = tiny.backbone(name)
-    slot = injection.slot(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, TASKS, P)
     torch.manual_seed(0)
-    method = DePT(DePT.Config(rank=R, positions=S), slot, Start(rows.random(5, P, slot.width)))
+    method = DePT(DePT.Config(rank=R, positions=S), slot, PromptInit(rows.random(5, P, slot.width)))
     with torch.no_grad():
         for i, (prompt, matrix) in enumerate(zip(method.prompts, method.rows, strict=True)):
             prompt.add_(rows.random(40 + i, *prompt.shape))
@@ -54,8 +54,8 @@ def batch_of(name: str, side: str = "right", extra: int = 0) -> Batch:
     found = rows.batch(name, rows.texts(name), side, extra)
     labels = found.labels
     if name in tiny.CAUSAL:
-        labels = labels.masked_fill(found.mask.cumsum(1) <= torch.tensor(GIVEN)[:, None], IGNORE)
-    return Batch(found.ids, found.mask, torch.tensor(TASK), labels)
+        labels = labels.masked_fill(found.attention_mask.cumsum(1) <= torch.tensor(GIVEN)[:, None], IGNORE)
+    return Batch(found.input_ids, found.attention_mask, torch.tensor(TASK), labels)
 
 
 def changed(made: Learner, ids: Tensor, task: int, reach: int) -> Tensor:
@@ -113,7 +113,7 @@ def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, ex
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
 def test_with_rows_at_zero_it_is_prompt_tuning_bit_for_bit(name: str, site: injection.Site) -> None:
     made, batch = learner(name, site, zero=True), batch_of(name)
-    plain = PromptTuning(PromptTuning.Config(), made.slot, Start(torch.zeros(P, made.slot.width)))
+    plain = PromptTuning(PromptTuning.Config(), made.slot, PromptInit(torch.zeros(P, made.slot.width)))
     plain.load_state_dict({k: v for k, v in made.method.state_dict().items() if k.startswith("prompts")})
     one, two = made.step(batch), replace(made, method=plain).step(batch)
     assert torch.equal(one.output.logits, two.output.logits)
@@ -130,32 +130,34 @@ def test_mixed_prompts_add_what_each_adds() -> None:
     """Zeros for those that add nothing, short ones lengthened; rows keep their reach wherever they go."""
     none = rows.single(torch.zeros(2, 6), 1)
     one = rows.single(torch.zeros(3, 6), 2)
-    short = replace(one, added=Added(rows.random(0, 1, 2, 5), torch.tensor([4, 1])))
-    long = replace(none, added=Added(rows.random(1, 1, 3, 5), torch.tensor([2])))
-    found = mix([none, short, long], [torch.tensor([1]), torch.tensor([3, 0]), torch.tensor([2])])
-    assert found.added.values.shape == (3, 3, 5)
-    assert found.added.reach.tolist() == [1, 0, 2, 4]
-    assert found.row.tolist() == [1, 0, 2, 1]
-    assert torch.equal(found.added.values[0], torch.zeros(3, 5))
-    assert torch.equal(found.added.values[1], torch.cat([short.added.values[0], torch.zeros(1, 5)]))
-    assert torch.equal(found.added.values[2], long.added.values[0])
+    short = replace(one, embedding_delta=EmbeddingDelta(rows.random(0, 1, 2, 5), torch.tensor([4, 1])))
+    long = replace(none, embedding_delta=EmbeddingDelta(rows.random(1, 1, 3, 5), torch.tensor([2])))
+    found = mix_prompts([none, short, long], [torch.tensor([1]), torch.tensor([3, 0]), torch.tensor([2])])
+    assert found.embedding_delta.values.shape == (3, 3, 5)
+    assert found.embedding_delta.reach.tolist() == [1, 0, 2, 4]
+    assert found.prompt_index.tolist() == [1, 0, 2, 1]
+    assert torch.equal(found.embedding_delta.values[0], torch.zeros(3, 5))
+    assert torch.equal(found.embedding_delta.values[1], torch.cat([short.embedding_delta.values[0], torch.zeros(1, 5)]))
+    assert torch.equal(found.embedding_delta.values[2], long.embedding_delta.values[0])
     part = found.rows(torch.tensor([3, 0, 3]))
-    assert (part.row.tolist(), part.added.reach.tolist()) == ([1, 1, 1], [4, 1, 4])
-    assert mix([none, none], [torch.tensor([0]), torch.tensor([1])]).added is None
+    assert (part.prompt_index.tolist(), part.embedding_delta.reach.tolist()) == ([1, 1, 1], [4, 1, 4])
+    assert mix_prompts([none, none], [torch.tensor([0]), torch.tensor([1])]).embedding_delta is None
 
 
 @torch.no_grad()
 def test_nothing_but_the_text_is_changed() -> None:
     """Padding and what lies beyond stays as it is to the bit, in a model of half precision too."""
     text, mask = rows.random(0, 2, 6, 8).bfloat16(), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
-    prompt = replace(rows.single(torch.zeros(1, 8), 2), added=Added(rows.random(1, 1, 4, 8), torch.tensor([2, 9])))
-    found = injection.with_added(text, mask, prompt)
+    prompt = replace(
+        rows.single(torch.zeros(1, 8), 2), embedding_delta=EmbeddingDelta(rows.random(1, 1, 4, 8), torch.tensor([2, 9]))
+    )
+    found = injection.add_delta(text, mask, prompt)
     assert found.dtype == torch.bfloat16
     expected = text.clone()
-    expected[0, :2] = (text[0, :2].float() + prompt.added.values[0, :2]).bfloat16()
-    expected[1, :3] = (text[1, :3].float() + prompt.added.values[0, :3]).bfloat16()
+    expected[0, :2] = (text[0, :2].float() + prompt.embedding_delta.values[0, :2]).bfloat16()
+    expected[1, :3] = (text[1, :3].float() + prompt.embedding_delta.values[0, :3]).bfloat16()
     assert torch.equal(found, expected)
-    assert injection.with_added(text, mask, None) is text
+    assert injection.add_delta(text, mask, None) is text
 
 
 @torch.no_grad()
@@ -200,16 +202,16 @@ def test_writing_agrees_with_training(name: str, site: injection.Site) -> None:
 
 def test_start_and_size() -> None:
     """Columns as torch's Kaiming start, by the run's seed; rows zero; the scale of the code; the paper's budget."""
-    slot = Slot(TASKS, 60, 768, 768)
+    slot = PromptSpec(TASKS, 60, 768, 768)
     torch.manual_seed(3)
-    method = DePT(DePT.Config(rank=30), slot, Start(torch.zeros(60, 768)))
+    method = DePT(DePT.Config(rank=30), slot, PromptInit(torch.zeros(60, 768)))
     torch.manual_seed(3)
     expected = torch.nn.init.kaiming_uniform_(torch.empty(256, 30), a=math.sqrt(5))
     assert all(torch.equal(columns, expected) for columns in method.columns)
     assert 0.99 / math.sqrt(30) < float(method.columns[0].detach().abs().max()) <= 1 / math.sqrt(30)
     assert not any(matrix.any() for matrix in method.rows)
     assert method.scale == 8 / math.sqrt(30)
-    assert DePT(DePT.Config(scale=1), slot, Start(torch.zeros(60, 768))).scale == 1
+    assert DePT(DePT.Config(scale=1), slot, PromptInit(torch.zeros(60, 768))).scale == 1
     assert {name: (g.unit, g.rate) for name, g in groups(method).items()} == {
         "prompt": ("rms", None),
         "matrices": ("one", 5e-4),
@@ -218,7 +220,7 @@ def test_start_and_size() -> None:
 
 @pytest.mark.parametrize(("length", "rank"), [(40, 45), (60, 30)])
 def test_budget_is_the_papers(length: int, rank: int) -> None:
-    method = DePT(DePT.Config(rank=rank), Slot(("a",), length, 768, 768), Start(torch.zeros(length, 768)))
+    method = DePT(DePT.Config(rank=rank), PromptSpec(("a",), length, 768, 768), PromptInit(torch.zeros(length, 768)))
     assert sum(p.numel() for p in method.parameters()) == 76_800 == 100 * 768
 
 
@@ -235,7 +237,7 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build("dept", options, Slot(TASKS, P, 6, 6), Start(torch.zeros(P, 6)))
+        build("dept", options, PromptSpec(TASKS, P, 6, 6), PromptInit(torch.zeros(P, 6)))
 
 
 def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
@@ -247,11 +249,11 @@ def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
     own = {k.replace(".1", ".0"): v for k, v in made.method.state_dict().items() if k.endswith(".1")}
     model.prompts["two"].load_state_dict(own)
     batch = batch_of("llama", "left")
-    given = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         loss = model(**given, labels=batch.labels).loss
         assert float(loss) == pytest.approx(
-            float(objectives.task(made.step(replace(batch, task=torch.ones(4).long())))), abs=1e-5
+            float(objectives.task(made.step(replace(batch, task_ids=torch.ones(4).long())))), abs=1e-5
         )
         # Without labels all of a text is given, and all is changed.
         text = rows.texts("llama")[1]
@@ -277,12 +279,12 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
         if report.step == 2:
             raise KeyboardInterrupt
 
-    results = run.execute(parse(values))
+    results = run.run(parse(values))
     assert results["summary"]["trainable"] == 4 * 32 + (6 + 32) * R
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        run.execute(cut, run.Screen(step=stop))
-    run.execute(cut)
+        run.run(cut, run.ProgressReporter(on_step=stop))
+    run.run(cut)
     found, other = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert found.prompt is None
     assert all(torch.equal(found.state[key], other.state[key]) for key in found.state)
@@ -291,7 +293,7 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     few = run.prepare(cut).tasks[0].train[:20]
     answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluateConfig()))
     for row, answer in zip(few, answers, strict=True):
-        text = opened.encoder.encode(row).ids
+        text = opened.encoder.encode(row).input_ids
         for label, ids in opened.encoder.candidates().items():
             whole = torch.tensor([text + ids])
             labels = whole.masked_fill(torch.arange(whole.shape[1]) < len(text), IGNORE)

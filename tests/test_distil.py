@@ -22,7 +22,7 @@ from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import distillation, loop, objectives
 from softprompts.training.shared_batch import joint_steps
-from softprompts.types import Output, Start, Step, Teacher
+from softprompts.types import Output, PromptInit, Step, TeacherBatch
 
 TASKS = ("a", "b")
 LAYERS = (-1, 1, 2)
@@ -104,7 +104,7 @@ def step_of(student, teacher, temperature=1.0, row=None):
     row = torch.arange(len(student)) if row is None else row
     output = Output(student, torch.zeros(len(student), dtype=torch.long), row, states=student, scores=lambda s: s)
     batch = rows.batch("llama", rows.texts("llama")[: int(row.max()) + 1])
-    return Step(batch, None, output, None, Teacher(teacher, {}, temperature))
+    return Step(batch, None, output, None, TeacherBatch(teacher, {}, temperature))
 
 
 def divergence(p, q, temperature):
@@ -134,14 +134,14 @@ def test_hidden_by_the_mean_of_rows():
         None, None, torch.tensor([0, 1, 1, 1]), layers={key: student}, tokens={"text": torch.tensor([2, 3])}
     )
     step = Step(
-        rows.batch("llama", rows.texts("llama")[:2]), None, output, None, Teacher(torch.zeros(0), {key: teacher})
+        rows.batch("llama", rows.texts("llama")[:2]), None, output, None, TeacherBatch(torch.zeros(0), {key: teacher})
     )
     square = (student - teacher).square()
     expected = 0.25 * square[:2].mean() + 0.75 * square[2:].mean()
     torch.testing.assert_close(objectives.distil_hidden(step), expected)
     two = {key: student, ("text", 1): student * 0}
     both = replace(
-        step, output=replace(output, layers=two), teacher=Teacher(torch.zeros(0), dict.fromkeys(two, teacher))
+        step, output=replace(output, layers=two), teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher))
     )
     zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
     torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)
@@ -160,9 +160,9 @@ def test_a_step_without_a_teacher_says_so():
 def student(name, seed=1, tasks=TASKS, site=None):
     base = together.double(name)
     site = site or Site()
-    slot = injection.slot(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, tasks, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, Start(start)).double()
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.shared.copy_(start)
     return Learner(base, site, slot, method)
@@ -274,15 +274,15 @@ def test_distilled_runs_train_alone_and_together_alike():
                 base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0)
             )
             settings = together.config(steps=8, objectives=weights, **changes)
-            made.append(loop.Trainee(name, learner, data, settings, targets=targets))
+            made.append(loop.TrainingRun(name, learner, data, settings, targets=targets))
         plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
-        return [*made, loop.Trainee("plain", plain, data, together.config(steps=8))]
+        return [*made, loop.TrainingRun("plain", plain, data, together.config(steps=8))]
 
     alone = {}
     for one in runs():
-        alone[one.name] = [report.loss for _, report in loop.fit_together([one], pad=0)]
+        alone[one.name] = [report.loss for _, report in loop.train_many([one], pad=0)]
     both = {name: [] for name in alone}
-    for name, report in loop.fit_together(runs(), pad=0):
+    for name, report in loop.train_many(runs(), pad=0):
         both[name].append(report.loss)
     for name, losses in alone.items():
         assert both[name] == pytest.approx(losses, rel=1e-9)
@@ -353,7 +353,7 @@ def values(tmp_path):
     task = made.pop("task")
     made["tasks"] = [{**task, "name": name} for name in TASKS]
     for name in TASKS:
-        run.execute(parse({**made, "tasks": [{**task, "name": name}], "out": str(tmp_path / name)}))
+        run.run(parse({**made, "tasks": [{**task, "name": name}], "out": str(tmp_path / name)}))
     made["prompt"] |= {"method": "multitask-prompt-tuning"}
     made["train"] |= {
         "objectives": {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.9},
@@ -364,7 +364,7 @@ def values(tmp_path):
 
 
 def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
-    results = run.execute(parse(values))
+    results = run.run(parse(values))
     assert len(results["tasks"]) == 2
     assert (tmp_path / "out" / distillation.FILE).exists()
     one = artifact.load(tmp_path / "out" / "prompt" / "a")
@@ -401,7 +401,7 @@ def test_what_does_not_fit_is_refused_before_any_training(values, tmp_path, chan
     del values["other"]
     values["out"] = str(tmp_path / "refused")
     with pytest.raises(kind, match=words):
-        run.execute(parse(values))
+        run.run(parse(values))
     assert not list((tmp_path / "refused").glob("*"))
 
 
@@ -411,11 +411,11 @@ def test_a_teacher_that_scores_other_tokens_is_refused(values, tmp_path):
     bare = [{**task, "template": "", "kind": "generation", "label": "text", "split": split} for task in values["tasks"]]
     for name, task in zip(TASKS, bare, strict=True):
         alone = {**values, "tasks": [task], "out": str(tmp_path / "bare" / name), "prompt": {"length": 4}}
-        run.execute(parse({**alone, "train": {"steps": 1, "batch_size": 4}}))
+        run.run(parse({**alone, "train": {"steps": 1, "batch_size": 4}}))
         values["train"]["distil"]["teachers"][name] = str(tmp_path / "bare" / name / "prompt")
     values["prompt"]["site"] = "kv"
     with pytest.raises(ConfigError, match=r"its teacher scores .* give them the same site"):
-        run.execute(parse({**values, "tasks": bare}))
+        run.run(parse({**values, "tasks": bare}))
 
 
 def test_divergence_equals_torchs_own():

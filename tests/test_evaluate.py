@@ -56,7 +56,7 @@ def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbalizer, nor
     for row, one in zip(rows, found, strict=True):
         expected = {}
         for label, ids in encoder.candidates().items():
-            text = WORDS + encoder.encode(row).ids
+            text = WORDS + encoder.encode(row).input_ids
             logits = model(input_ids=torch.tensor([text + ids])).logits[0].log_softmax(-1)
             parts = [float(logits[len(text) - 1 + i, token]) for i, token in enumerate(ids)]
             expected[label] = sum(parts) / (len(ids) if normalize else 1)
@@ -70,7 +70,7 @@ def test_ranking_with_an_encoder_decoder(tmp_path):
     row = made.tasks[0].test[0]
     (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
     for label, ids in encoder.candidates().items():
-        text = torch.tensor([WORDS + encoder.encode(row).ids])
+        text = torch.tensor([WORDS + encoder.encode(row).input_ids])
         logits = learner.backbone.model(input_ids=text, labels=torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = sum(float(logits[i, token]) for i, token in enumerate(ids))
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
@@ -81,9 +81,9 @@ def test_ranking_with_a_masked_model(tmp_path):
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
     (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
-    for label, answer in encoder.format.verbalizer.items():
+    for label, answer in encoder.template.verbalizer.items():
         one = encoder.encode(row, answer)
-        first, rest = one.ids[:1], one.ids[1:]
+        first, rest = one.input_ids[:1], one.input_ids[1:]
         ids = torch.tensor([first + WORDS + rest])
         logits = learner.backbone.model(input_ids=ids).logits[0].log_softmax(-1)
         places = [i for i, wanted in enumerate(one.labels) if wanted != -100]
@@ -181,7 +181,7 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
     values = local.run_values(tmp_path, "llama", steps=200, rate=0.1, head_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "rows.csv"), "template": "{text}", "kind": kind, "name": "t"}
     values["model"]["head"] = "sequence"
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     score = results["summary"]["after"]["value"]
     assert score > 0.9, results["scores"]
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
@@ -208,7 +208,7 @@ def test_token_heads_train_and_answer(tmp_path):
     values["task"] |= {"source": str(tmp_path / "tags.jsonl"), "template": "{tokens}", "label": "tags"}
     values["task"] |= {"kind": "tagging", "name": "tags"}
     values["model"]["head"] = "token"
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["after"]["value"] > 0.9
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     (found,) = evaluate.answers(opened.learner, opened.encoder, [{"tokens": ["the", "red", "thing", "7"]}], CONFIG)
@@ -226,7 +226,7 @@ def test_span_heads_train_and_answer(tmp_path):
     values["task"] |= {"source": str(tmp_path / "qa.jsonl"), "template": "{q}", "pair": "{context}"}
     values["task"] |= {"label": "answers", "kind": "span", "name": "qa"}
     values["model"]["head"] = "span"
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["metric"].startswith("squad")
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     asked = [{"q": "which color", "context": "thing 5 is red today"}]
@@ -239,7 +239,7 @@ def test_an_opened_artifact_scores_bit_for_bit_as_in_its_run(tmp_path):
     values = local.run_values(tmp_path)
     run = parse(values)
     made = job.prepare(run)
-    job.execute(run)
+    job.run(run)
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     again = replace(made.learner, method=opened.learner.method)
     rows = made.tasks[0].test

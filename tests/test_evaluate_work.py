@@ -77,10 +77,10 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
     handle.remove()
     for one, scores in zip(found, expected, strict=True):
         assert one.scores == pytest.approx(scores, abs=2e-5)
-    texts = [encoder.encode(row).ids for row in rows]
+    texts = [encoder.encode(row).input_ids for row in rows]
     common = alike(texts) if site == "input" else 0
     assert common > 3 or site != "input"
-    beside = len(injection.branches(list(encoder.candidates().values())).ids)
+    beside = len(injection.candidate_tree(list(encoder.candidates().values())).ids)
     first, *others = read if site != "kv" else [0, *read]
     assert first == (0 if site == "kv" else 4 + common)
     assert len(others) == 4
@@ -98,7 +98,7 @@ def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     for one, other in zip(found, packed, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=2e-5)
     assert sum(read[1:]) < len(rows) * 40  # no row read the prompt's 4 and the common tokens again
-    assert read[0] == 4 + alike([made.encoders[0].encode(row).ids for row in rows])
+    assert read[0] == 4 + alike([made.encoders[0].encode(row).input_ids for row in rows])
 
 
 def test_each_task_is_judged_with_its_own_prompt(tmp_path):

@@ -265,7 +265,7 @@ def test_a_run_of_several_tasks_is_no_one_prompt(here: Path) -> None:
     """The message says how to name one of them."""
     for seed, task in enumerate(("mnli", "sst2")):
         artifact.save(PROMPTS[seed], here / "runs/joint/prompt" / task)
-    collection.write(here / "runs/joint/prompt", collection.Order(("mnli", "sst2")), None)
+    collection.write(here / "runs/joint/prompt", collection.CollectionIndex(("mnli", "sst2")), None)
     with pytest.raises(
         VectorError, match="joint holds 2 prompts; name one: runs/joint/prompt/mnli, runs/joint/prompt/sst2"
     ):

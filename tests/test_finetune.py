@@ -21,7 +21,7 @@ from softprompts.backbone import loading
 from softprompts.backbone.kernels import Kernels
 from softprompts.backbone.quantization import quantize
 from softprompts.config import TrainConfig, parse
-from softprompts.data import Batches, Encoded
+from softprompts.data import EncodedExample, ExampleBatches
 from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.injection import scoring
@@ -50,7 +50,7 @@ def examples(name, head="lm", count=8):
     found = []
     for i, text in enumerate(rows.texts(name, [3 + (i * 5) % 7 for i in range(count)])):
         labels = rows.targets([text])[0].tolist() if name in tiny.SEQ2SEQ else text.tolist()
-        found.append(Encoded(text.tolist(), labels if head == "lm" else i % 3))
+        found.append(EncodedExample(text.tolist(), labels if head == "lm" else i % 3))
     return found
 
 
@@ -75,7 +75,7 @@ def stock_loss(model, name, part):
 
 def by_hand(model, parameters, name, found, chosen):
     """The losses of a plain loop."""
-    batches, losses = Batches(found, chosen.batch_size, 0), []
+    batches, losses = ExampleBatches(found, chosen.batch_size, 0), []
     optimizer = torch.optim.AdamW(parameters, lr=chosen.rate, weight_decay=chosen.weight_decay)
     for step in range(chosen.steps):
         optimizer.zero_grad()
@@ -194,7 +194,9 @@ def test_parts_count_with_their_share_of_the_labels():
 
 
 @pytest.mark.parametrize("chosen", [ALL, LORA], ids=["backbone", "lora"])
-@pytest.mark.parametrize("kernels", [Kernels(products="onednn", core="fused"), Kernels(checkpoint=True)])
+@pytest.mark.parametrize(
+    "kernels", [Kernels(matmul_backend="onednn", core="fused"), Kernels(gradient_checkpointing=True)]
+)
 def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     """Products by oneDNN give weights no gradient, so they are not taken: the steps are the same to the bit."""
     found = examples("llama")
@@ -235,7 +237,7 @@ def raw(value):
 @pytest.mark.parametrize("chosen", [ALL, LORA], ids=["backbone", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backbone_stays_as_it_was(chosen, dtype):
-    backbone = replace(b.wrap(tiny.model("gpt2").to(dtype)), kernels=Kernels(products="onednn"))
+    backbone = replace(b.wrap(tiny.model("gpt2").to(dtype)), kernels=Kernels(matmul_backend="onednn"))
     before = state(backbone.model)
     weights, reports = fitted(backbone, examples("gpt2"), config(**chosen))
     assert len(reports) == 3
@@ -401,7 +403,7 @@ def test_nothing_to_train_on(monkeypatch):
     with pytest.raises(ConfigError, match="no rows to train on"):
         next(finetune.fit(weights, [], config(**ALL), pad=0))
     with pytest.raises(TrainingError, match="no label to learn from"):
-        next(finetune.fit(weights, [Encoded([5, 6], [-100, -100])] * 4, config(**ALL), pad=0))
+        next(finetune.fit(weights, [EncodedExample([5, 6], [-100, -100])] * 4, config(**ALL), pad=0))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="start it without a launcher"):
         next(finetune.fit(weights, examples("llama"), config(**ALL), pad=0))
@@ -424,10 +426,10 @@ def run_of(values, kind, out=None, **train):
 @pytest.mark.parametrize("train", ["backbone", "lora"])
 def test_a_run_from_configuration_to_page(values, tmp_path, train):
     said = []
-    results = job.execute(run_of(values, train), job.Screen(say=said.append))
+    results = job.run(run_of(values, train), job.ProgressReporter(log=said.append))
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["summary"] == results["summary"]
-    stock = job.execute(parse({**values, "out": str(tmp_path / "prompt")}))
+    stock = job.run(parse({**values, "out": str(tmp_path / "prompt")}))
     assert saved["scores_before"] == stock["scores_before"]
     prepared = job.prepare(run_of(values, train))
     assert saved["summary"]["trainable"] == prepared.weights.count
@@ -445,7 +447,7 @@ def test_a_run_from_configuration_to_page(values, tmp_path, train):
     there = {path.name for path in (tmp_path / "out").iterdir()}
     assert there == {"results.json", "report.html", *(("lora",) if train == "lora" else ())}
     assert ("peft" in saved["versions"]) == (train == "lora")
-    again = job.execute(run_of(values, train))
+    again = job.run(run_of(values, train))
     assert [row["loss"] for row in again["curve"]] == [row["loss"] for row in saved["curve"]]
     assert again["scores"] == results["scores"]
 
@@ -472,12 +474,12 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
     list(finetune.fit(prepared.weights, encoded, run.train, pad=0, seed=run.seed))
     asked = prepared.tasks[0].test[:4]
     answers = list(evaluate.answers(prepared.learner, prepared.encoders[0], asked, run.evaluate))
-    job.execute(run)
+    job.run(run)
     settings = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == values["model"]["name"]
     assert settings["task_type"] == "CAUSAL_LM"
     stock = transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"])
-    ids = torch.tensor([prepared.encoders[0].encode(asked[0]).ids])
+    ids = torch.tensor([prepared.encoders[0].encode(asked[0]).input_ids])
     with torch.no_grad():
         before = stock(ids).logits
         loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "out" / "lora").eval()
@@ -490,21 +492,19 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
 
 def test_a_model_is_kept_where_asked_for(values, tmp_path):
     run = run_of(values, "backbone", keep=True)
-    results = job.execute(run)
+    results = job.run(run)
     kept = loading.load(str(tmp_path / "out" / "model"), dtype="float32", device="cpu")
     prepared = job.prepare(run)
     with torch.no_grad():
         found = judged(prepared, kept.model)
     for scores, example in zip(found[:1], results["examples"], strict=False):
         assert max(scores, key=scores.get) == example["after"]
-    again = job.execute(
-        parse({**values, "model": {**values["model"], "name": kept.name}, "out": str(tmp_path / "two")})
-    )
+    again = job.run(parse({**values, "model": {**values["model"], "name": kept.name}, "out": str(tmp_path / "two")}))
     assert again["scores_before"] == results["scores"]
     (tmp_path / "mine" / "model").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is none of ours"):
-        job.execute(run_of(values, "backbone", keep=True, out=tmp_path / "mine"))
-    job.execute(run)  # its own is replaced
+        job.run(run_of(values, "backbone", keep=True, out=tmp_path / "mine"))
+    job.run(run)  # its own is replaced
     assert not list((tmp_path / "out").glob(".*"))
 
 
@@ -512,7 +512,7 @@ def test_a_run_with_a_head(values, tmp_path):
     bert = local.model_directory(tmp_path / "bert", "bert")
     values["model"] |= {"name": str(bert), "head": "sequence"}
     run = run_of(values, "lora", head_rate=1e-2, evaluate_every=1)
-    results = job.execute(run)
+    results = job.run(run)
     assert results["summary"]["before"] is None  # a head that nobody has trained
     assert len(results["validation"]) == 3
     prepared = job.prepare(run)
@@ -521,7 +521,7 @@ def test_a_run_with_a_head(values, tmp_path):
     stock = loading.load(str(bert), head="sequence", labels=2, dtype="float32", device="cpu").model  # the same start
     finetune.save(prepared.weights, tmp_path / "kept")
     loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "kept").eval()
-    ids = torch.tensor([encoded[0].ids])
+    ids = torch.tensor([encoded[0].input_ids])
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, prepared.weights.learner.backbone.model(ids).logits)
 
@@ -529,7 +529,7 @@ def test_a_run_with_a_head(values, tmp_path):
 def test_several_tasks_train_the_same_weights(values, tmp_path):
     task = values.pop("task")
     values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
-    results = job.execute(run_of(values, "lora"))
+    results = job.run(run_of(values, "lora"))
     assert [page["task"] for page in results["tasks"]] == ["one", "two"]
     assert len({page["summary"]["trainable"] for page in results["tasks"]}) == 1
     assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").is_file()
@@ -539,7 +539,7 @@ def test_several_tasks_train_the_same_weights(values, tmp_path):
 def test_runs_with_weights_go_one_after_the_other(values):
     for runs in ([{"name": "a"}, {"name": "b", "train.train": "lora"}], [{"name": "a", "train.train": "backbone"}]):
         with pytest.raises(ConfigError, match=r"changes weights.*one after the other, each with an --out of its own"):
-            job.execute(parse({**values, "runs": runs}))
+            job.run(parse({**values, "runs": runs}))
 
 
 def test_a_run_that_is_broken_off_leaves_nothing(values, tmp_path):
@@ -548,16 +548,16 @@ def test_a_run_that_is_broken_off_leaves_nothing(values, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        job.execute(run_of(values, "lora"), job.Screen(step=stop))
+        job.run(run_of(values, "lora"), job.ProgressReporter(on_step=stop))
     with pytest.raises(TrainingError):
-        job.execute(run_of(values, "backbone", rate=1e9, clip=None, steps=20))
+        job.run(run_of(values, "backbone", rate=1e9, clip=None, steps=20))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_directory_of_a_prompt_is_left_alone(values):
-    job.execute(parse(values))
+    job.run(parse(values))
     with pytest.raises(TrainingError, match=r"other settings \(train.train was prompt, is now lora\)"):
-        job.execute(run_of(values, "lora"))
+        job.run(run_of(values, "lora"))
 
 
 def test_the_command(values, tmp_path, call):

@@ -85,8 +85,8 @@ def test_words_continue_as_the_stock_model_continues_them(name: str, site: injec
         given = batch(name, texts, side, extra)
         found = generate(bb, given, prompt, site, **NEW)
         if bb.family.name == "causal":
-            assert torch.equal(found[:, : given.ids.shape[1]], given.ids)
-        assert torch.equal(new(bb, found, given.ids.shape[1]), expected), side
+            assert torch.equal(found[:, : given.input_ids.shape[1]], given.input_ids)
+        assert torch.equal(new(bb, found, given.input_ids.shape[1]), expected), side
 
 
 @pytest.mark.golden
@@ -97,7 +97,7 @@ def test_rows_with_prompts_of_their_own_equal_the_row_alone(name: str, site: inj
     prompts = [rows.random(i, length, width) for i, length in enumerate((3, 6, 1))]
     texts, row = rows.texts("t5", (4, 8, 2, 5)), [1, 0, 2, 0]
     given = batch(name, texts, "right", 1)
-    found = new(bb, generate(bb, given, rows.several(prompts, row), site, **NEW), given.ids.shape[1])
+    found = new(bb, generate(bb, given, rows.several(prompts, row), site, **NEW), given.input_ids.shape[1])
     for i, text in enumerate(texts):
         alone = rows.single(prompts[row[i]])
         single = generate(bb, batch(name, [text]), alone, site, **NEW)
@@ -245,7 +245,7 @@ def test_without_a_prompt_it_is_the_stock_model(name: str) -> None:
     bb = tiny.backbone(name)
     model: Any = bb.model
     given = batch(name, [rows.ids(1, 4), rows.ids(2, 6)])
-    expected = model.generate(given.ids, attention_mask=given.mask, **NEW)
+    expected = model.generate(given.input_ids, attention_mask=given.attention_mask, **NEW)
     assert torch.equal(generate(bb, given, None, INPUT, **NEW), expected)
 
 
@@ -255,7 +255,7 @@ def test_embeddings_take_the_place_of_ids(site: injection.Site) -> None:
     prompt = rows.single(rows.random(1, 5, injection.width(bb, site)), 2)
     given = batch("llama", [rows.ids(1, 4), rows.ids(2, 6)])
     expected = generate(bb, given, prompt, site, **NEW)[:, 6:]
-    bare = Batch(given.ids[:, :0], given.mask, given.task, embeds=bb.embed(given.ids))
+    bare = Batch(given.input_ids[:, :0], given.attention_mask, given.task_ids, inputs_embeds=bb.embed(given.input_ids))
     assert torch.equal(generate(bb, bare, prompt, site, **NEW), expected)
 
 
@@ -267,9 +267,9 @@ def test_a_decoder_goes_on_from_given_ids() -> None:
             prompt = rows.single(rows.random(1, 4, injection.width(bb, site)))
             given = batch(name, [rows.ids(1, 4)])
             found = generate(bb, given, prompt, site, **NEW)
-            again = Batch(given.ids, given.mask, given.task, decoder_ids=found[:, :4])
+            again = Batch(given.input_ids, given.attention_mask, given.task_ids, decoder_input_ids=found[:, :4])
             assert torch.equal(generate(bb, again, prompt, site, **{**NEW, "max_new_tokens": 3}), found)
-            bare = Batch(given.ids, given.mask, given.task, decoder_ids=ids[None])
+            bare = Batch(given.input_ids, given.attention_mask, given.task_ids, decoder_input_ids=ids[None])
             assert generate(bb, bare, prompt, site, **NEW)[0, :4].tolist() == [start, *ids.tolist()]
 
 
@@ -289,7 +289,7 @@ def test_prompts_of_unequal_length_in_a_decoder_that_counts_itself() -> None:
 def test_what_would_bypass_the_prompt_is_refused() -> None:
     bb = tiny.backbone("llama")
     one, prompt = batch("llama", [rows.ids(1, 4)]), rows.single(rows.random(1, 3, 32))
-    for options in ({"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 2}, {"position_ids": one.ids}):
+    for options in ({"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 2}, {"position_ids": one.input_ids}):
         with pytest.raises(BackboneError, match=f"{next(iter(options))} cannot be combined with a prompt"):
             generate(bb, one, prompt, INPUT, **options)
     deep = rows.single(rows.random(1, 3, injection.width(bb, KV)))

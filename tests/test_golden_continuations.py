@@ -14,10 +14,10 @@ from rows import INPUT, KV, called
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.errors import BackboneError
-from softprompts.injection.continuations import branches
+from softprompts.injection.continuations import candidate_tree
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
-from softprompts.types import Start
+from softprompts.types import PromptInit
 
 scoring_module = sys.modules["softprompts.injection.continuations"]  # the name in inject is the function
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("no_gradient")]
@@ -133,18 +133,22 @@ def test_given_positions_and_embeddings(name: str) -> None:
     """Positions with a gap go on behind the text's last one, whichever way the candidates are read."""
     bb, texts = tiny.backbone(name), rows.texts(name, TEXTS)
     batch, prompt = rows.batch(name, texts, "left", 1), rows.several(prompts(name, INPUT), USED)
-    batch = replace(batch, positions=(batch.mask.cumsum(1) - 1).clamp(min=0) * 2, embeds=bb.embed(batch.ids))
+    batch = replace(
+        batch,
+        position_ids=(batch.attention_mask.cumsum(1) - 1).clamp(min=0) * 2,
+        inputs_embeds=bb.embed(batch.input_ids),
+    )
     found = [
-        injection.continuations(bb, replace(batch, ids=batch.ids * 0), prompt, INPUT, CANDIDATES, path=path)
+        injection.continuations(bb, replace(batch, input_ids=batch.input_ids * 0), prompt, INPUT, CANDIDATES, path=path)
         for path in ("packed", "shared")
     ]
     torch.testing.assert_close(found[0], found[1], **CLOSE)
-    plain = injection.continuations(bb, replace(batch, positions=None), prompt, INPUT, CANDIDATES)
+    plain = injection.continuations(bb, replace(batch, position_ids=None), prompt, INPUT, CANDIDATES)
     assert not torch.allclose(found[0], plain, atol=1e-3)
     candidate = torch.tensor(CANDIDATES[4])
     row = torch.cat([texts[1], candidate])
     own = torch.cat([torch.arange(9) * 2, 17 + torch.arange(len(candidate))])  # the ninth stands at 16
-    one = replace(rows.batch(name, [row]), positions=own[None])
+    one = replace(rows.batch(name, [row]), position_ids=own[None])
     one = replace(one, labels=one.labels.index_fill(1, torch.arange(9), -100))
     output = injection.forward(bb, one, rows.single(prompts(name, INPUT)[USED[1]]), INPUT, path="concatenation")
     chances = output.logits.log_softmax(-1).double().gather(1, candidate[:, None])
@@ -154,8 +158,8 @@ def test_given_positions_and_embeddings(name: str) -> None:
 def judged(name: str, site: injection.Site, head: str = "lm") -> Learner:
     """A learner with two tasks of different prompts."""
     bb = tiny.backbone(name, head)
-    slot = injection.slot(bb, site, ("a", "b"), 5)
-    method = PromptTuning(PromptTuning.Config(), slot, Start(rows.random(0, 5, slot.width)))
+    slot = injection.prompt_spec(bb, site, ("a", "b"), 5)
+    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, slot.width)))
     method.prompts[1].add_(rows.random(1, 5, slot.width))
     return Learner(bb, site, slot, method)
 
@@ -166,8 +170,8 @@ def test_what_all_texts_begin_with_is_read_with_the_prompts(name: str) -> None:
     learner, common = judged(name, INPUT), rows.ids(50, 4)
     texts = [torch.cat([common, text]) for text in (*rows.texts(name, TEXTS), rows.ids(1, 0))]
     tasks = torch.tensor([1, 0, 0, 1, 1])
-    whole = replace(rows.batch(name, texts), task=tasks)
-    rest = replace(rows.batch(name, [text[4:] for text in texts]), task=tasks)
+    whole = replace(rows.batch(name, texts), task_ids=tasks)
+    rest = replace(rows.batch(name, [text[4:] for text in texts]), task_ids=tasks)
     bb, reader = learner.backbone, learner.reader([0, 1])
     assert reader.leads
     plain = injection.continuations(bb, whole, learner.prompt(whole), INPUT, CANDIDATES)
@@ -185,7 +189,7 @@ def test_what_all_texts_begin_with_is_read_with_the_prompts(name: str) -> None:
 def test_sequence_heads_with_prompts_that_were_read_before(name: str) -> None:
     for site in rows.sites(name):
         learner, texts = judged(name, site, "sequence"), rows.texts(name, TEXTS)
-        whole = replace(rows.batch(name, texts), task=torch.tensor([1, 0, 0, 1]), labels=None)
+        whole = replace(rows.batch(name, texts), task_ids=torch.tensor([1, 0, 0, 1]), labels=None)
         reader = learner.reader([0, 1])
         plain = learner.forward(whole, learner.prompt(whole)).logits
         torch.testing.assert_close(reader.forward(whole).logits, plain, atol=1e-5, rtol=1e-5)
@@ -268,7 +272,7 @@ def test_work_is_that_of_the_text_and_distinct_beginnings(monkeypatch: pytest.Mo
         handle.remove()
     # Chains 7 9, 7 10 12, 20 22 and, as no other goes on from it, none for 20 alone.
     assert read == [sum(TEXTS), sum(TEXTS) + len(TEXTS) * 7, sum(TEXTS) + 16]
-    assert branches(CANDIDATES).ids.tolist() == [7, 9, 7, 10, 12, 20, 22]
+    assert candidate_tree(CANDIDATES).ids.tolist() == [7, 9, 7, 10, 12, 20, 22]
 
 
 def test_refusals() -> None:

@@ -19,7 +19,7 @@ from softprompts.methods import METHODS, find, groups
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Prompt, Start, Step, mix
+from softprompts.types import IGNORE, Batch, Prompt, PromptInit, Step, mix_prompts
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -69,10 +69,10 @@ def learner(name: str, method: str = "prompt-tuning", site: injection.Site | Non
     """A method for three tasks on a shared tiny backbone, at the first of its sites if none is given."""
     bb = tiny.backbone(name, head)
     site = site or sites(name, method)[0]
-    slot = injection.slot(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, TASKS, P)
     kind, options = CASES[method]
     made: Any = find(kind)
-    start = Start(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
+    start = PromptInit(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
     torch.manual_seed(0)
     return Learner(bb, site, slot, made(made.Config(**options), slot, start).to(bb.device).eval())
 
@@ -86,14 +86,14 @@ def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
     found = rows.batch(name, rows.texts(name, lengths, seed), "left")
     labels = found.labels
     if name in tiny.CAUSAL:
-        labels = labels.masked_fill(found.mask.cumsum(1) <= 2, IGNORE)
-    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
+        labels = labels.masked_fill(found.attention_mask.cumsum(1) <= 2, IGNORE)
+    return Batch(found.input_ids, found.attention_mask, torch.tensor(tasks), labels)
 
 
 def looked_up(made: Learner, batch: Batch) -> list[list[int]]:
     """The tokens of each row that a prompt may be made from, at most as many as the prompt is long."""
-    mask = made.context(batch).mask.bool()
-    return [row[there][: made.slot.length].tolist() for row, there in zip(batch.ids, mask, strict=True)]
+    mask = made.context(batch).attention_mask.bool()
+    return [row[there][: made.slot.length].tolist() for row, there in zip(batch.input_ids, mask, strict=True)]
 
 
 def rated(made: Learner, prompt: float) -> list[dict[str, Any]]:
@@ -122,14 +122,14 @@ def test_fills_its_slot_and_starts_there(name: str, site: injection.Site, method
     assert prompt.values.dtype == torch.float32
     assert prompt.mask.shape == prompt.values.shape[:2]
     if method in LOOKS_UP and not made.slot.layers:
-        assert prompt.lengths[prompt.row].tolist() == [len(read) for read in looked_up(made, batch)]
+        assert prompt.lengths[prompt.prompt_index].tolist() == [len(read) for read in looked_up(made, batch)]
         assert prompt.values.abs().max() <= 3**0.5 * rows.random(5, P, made.slot.width).square().mean().sqrt() + 1e-6
         return
     assert prompt.mask.all()
-    assert prompt.row.shape == (4,)
+    assert prompt.prompt_index.shape == (4,)
     assert len(prompt.values) <= 4
     start = rows.random(5, P, made.slot.width)
-    for values in prompt.values[prompt.row]:
+    for values in prompt.values[prompt.prompt_index]:
         if method in MIXES:
             mixed = torch.stack([start, *(rows.random(i, P, made.slot.width) for i in range(3))])
             rest = values - start
@@ -154,13 +154,18 @@ def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
     prompt = made.prompt(batch)
     scored = batch.labels != IGNORE
     labels = batch.labels.masked_fill(scored, 7)
-    same = [Batch(batch.ids, batch.mask, batch.task, labels)]
+    same = [Batch(batch.input_ids, batch.attention_mask, batch.task_ids, labels)]
     if name in tiny.CAUSAL:  # whose labels are part of the text
-        ids = batch.ids.masked_fill(scored, 7)
-        same = [Batch(ids, batch.mask, batch.task, labels), Batch(batch.ids, batch.mask * ~scored, batch.task)]
+        ids = batch.input_ids.masked_fill(scored, 7)
+        same = [
+            Batch(ids, batch.attention_mask, batch.task_ids, labels),
+            Batch(batch.input_ids, batch.attention_mask * ~scored, batch.task_ids),
+        ]
     for other in same:
         found = made.prompt(other)
-        torch.testing.assert_close(found.values[found.row], prompt.values[prompt.row], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            found.values[found.prompt_index], prompt.values[prompt.prompt_index], atol=1e-6, rtol=1e-5
+        )
 
 
 @torch.no_grad()
@@ -173,7 +178,7 @@ def test_ignores_neighbors(method: str) -> None:
     together = made.prompt(batch)
     for i in range(4):
         alone = made.prompt(batch.rows(torch.tensor([i])))
-        found, expected = together.values[together.row[i]], alone.values[alone.row[0]]
+        found, expected = together.values[together.prompt_index[i]], alone.values[alone.prompt_index[0]]
         size = max(1.0, float(expected.abs().max()))  # what a generator makes of such parameters may be large
         torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
 
@@ -183,15 +188,15 @@ def test_nothing_is_learned_from_batches_without_text(method: str) -> None:
     """What a text decides cannot be learned where there is none: the prompt that answers would be another."""
     made = learner("llama", method)
     batch = batch_of("llama", [2, 0, 1, 2])
-    every = batch.mask.bool()
-    batch = replace(batch, labels=batch.ids.where(every, IGNORE))
+    every = batch.attention_mask.bool()
+    batch = replace(batch, labels=batch.input_ids.where(every, IGNORE))
     if not made.method.sees_input:
         assert made.prompt(batch, training=True).values.requires_grad
         return
     with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
         made.prompt(batch, training=True)
     with torch.no_grad():
-        assert len(made.prompt(batch).row) == 4
+        assert len(made.prompt(batch).prompt_index) == 4
     some = replace(batch, labels=batch.labels.masked_fill(torch.arange(4)[:, None] == 1, IGNORE))
     assert made.prompt(some, training=True).values.requires_grad
 
@@ -203,14 +208,14 @@ def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: injection.
     one = learner(name, method, site)
     for i, parameter in enumerate(one.method.parameters()):
         parameter.add_(rows.random(70 + i, *parameter.shape) / 4)
-    slot = injection.slot(one.backbone, site, ("x",), 2)
-    start = Start(rows.random(7, 2, slot.width))
+    slot = injection.prompt_spec(one.backbone, site, ("x",), 2)
+    start = PromptInit(rows.random(7, 2, slot.width))
     plain = Learner(one.backbone, site, slot, PromptTuning(PromptTuning.Config(), slot, start).to(one.backbone.device))
     batch = batch_of(name, [0, 0, 1, 0, 2])
     mine, theirs = torch.tensor([4, 0, 2]), torch.tensor([1, 3])
 
     def together(whole: Batch) -> Prompt:
-        return mix([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
+        return mix_prompts([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
 
     def alone(i: int) -> Learner:
         return one if i in mine.tolist() else plain
@@ -223,7 +228,7 @@ def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: injection.
             torch.testing.assert_close(rows.of_row(output, i), expected, atol=5e-5, rtol=1e-4)
     if name not in tiny.GENERATING:
         return
-    texts = Batch(batch.ids, batch.mask, batch.task)
+    texts = Batch(batch.input_ids, batch.attention_mask, batch.task_ids)
     given: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     written = generate(one.backbone, texts, together(texts), site, **given)
     for i in range(5):
@@ -273,7 +278,7 @@ def test_folds_exactly(name: str, site: injection.Site, method: str) -> None:
     assert plain.shape == (3, P, made.slot.width)
     assert not torch.equal(plain[0], plain[2])
     prompt = made.prompt(batch)
-    folded = Prompt(plain, torch.ones(3, P, dtype=torch.bool), batch.task)
+    folded = Prompt(plain, torch.ones(3, P, dtype=torch.bool), batch.task_ids)
     assert torch.equal(made.forward(batch, prompt).logits, made.forward(batch, folded).logits)
 
 
@@ -342,8 +347,8 @@ def test_frozen(name: str, site: injection.Site, head: str, method: str) -> None
     optimizer = torch.optim.Adam(made.parameters().values(), lr=0.1)
     batch = batch_of(name, [0, 1, 2, 0])
     if head != "lm":
-        labels = torch.tensor([0, 1, 2, 0]) if head == "sequence" else torch.full((4, 2), batch.ids.shape[1] - 1)
-        batch = Batch(batch.ids, batch.mask, batch.task, labels)
+        labels = torch.tensor([0, 1, 2, 0]) if head == "sequence" else torch.full((4, 2), batch.input_ids.shape[1] - 1)
+        batch = Batch(batch.input_ids, batch.attention_mask, batch.task_ids, labels)
     for _ in range(3):
         optimizer.zero_grad()
         loss(made, batch).backward()
@@ -361,7 +366,11 @@ def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site
     for i, parameter in enumerate(made.method.parameters()):  # away from starts at zero, behind which nothing reacts
         parameter.add_(rows.random(60 + i, *parameter.shape) / 4)
     batch = batch_of(name, [0, 1, 2])
-    texts = Batch(batch.ids, batch.mask * (batch.mask.cumsum(1) <= 2 if name == "llama" else 1), batch.task)
+    texts = Batch(
+        batch.input_ids,
+        batch.attention_mask * (batch.attention_mask.cumsum(1) <= 2 if name == "llama" else 1),
+        batch.task_ids,
+    )
 
     def both() -> tuple[Tensor, Tensor]:
         prompt = made.prompt(batch)

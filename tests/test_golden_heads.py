@@ -68,19 +68,21 @@ def ours(output: Output, head: str, index: int, batch: Batch) -> Tensor:
     if head == "token":
         return rows.of_row(output, index)
     if head == "features":
-        return output.hidden[index][batch.mask[index].bool()]
-    both = output.logits.view(2, len(batch.ids), -1)[:, index]
-    assert (both[:, batch.mask[index] == 0] == torch.finfo(both.dtype).min).all(), "padding must never be chosen"
-    return both[:, batch.mask[index].bool()].T
+        return output.hidden[index][batch.attention_mask[index].bool()]
+    both = output.logits.view(2, len(batch.input_ids), -1)[:, index]
+    assert (both[:, batch.attention_mask[index] == 0] == torch.finfo(both.dtype).min).all(), (
+        "padding must never be chosen"
+    )
+    return both[:, batch.attention_mask[index].bool()].T
 
 
 def with_labels(batch: Batch, head: str) -> Batch:
     """Labels that fit the head."""
-    count = len(batch.ids)
+    count = len(batch.input_ids)
     labels = {
         "sequence": torch.arange(count) % 3,
-        "token": (batch.ids % 3).masked_fill(batch.mask == 0, IGNORE),
-        "span": torch.stack([batch.mask.argmax(1), batch.mask.argmax(1)], 1),
+        "token": (batch.input_ids % 3).masked_fill(batch.attention_mask == 0, IGNORE),
+        "span": torch.stack([batch.attention_mask.argmax(1), batch.attention_mask.argmax(1)], 1),
     }
     return replace(batch, labels=labels.get(head))
 
@@ -136,7 +138,7 @@ def test_sequence_head_reads_a_prompt_behind_the_text(name: str) -> None:
     texts = rows.texts(name, (5, 3))
     values = rows.random(0, 4, 32)
     text, mask = rows.pad(texts, "left", 1, value=3)
-    batch = Batch(text, mask, torch.zeros(2), place=torch.tensor([5, 3]))
+    batch = Batch(text, mask, torch.zeros(2), prompt_offsets=torch.tensor([5, 3]))
     output = injection.forward(bb, batch, rows.single(values, 2), INPUT)
     for i, row in enumerate(texts):
         state = bb.trunk(inputs_embeds=torch.cat([bb.embedding(row), values])[None]).last_hidden_state[0, -1]
@@ -226,7 +228,7 @@ def test_labels_are_optional() -> None:
             for path in rows.paths("llama", site)
         )
         assert one.shape == (4, 10, 32)
-        assert (one[batch.mask == 0] == 0).all()
+        assert (one[batch.attention_mask == 0] == 0).all()
         for other in others:
             torch.testing.assert_close(one, other, **CLOSE)
 
@@ -242,4 +244,4 @@ def test_hidden_of_encoder_decoder_models(name: str) -> None:
         for i, row in enumerate(texts):
             full = torch.cat([values, bb.embedding(row)])[None]
             expected = bb.encoder(inputs_embeds=full).last_hidden_state[0, 3:]
-            torch.testing.assert_close(hidden[i][batch.mask[i].bool()], expected, **CLOSE)
+            torch.testing.assert_close(hidden[i][batch.attention_mask[i].bool()], expected, **CLOSE)

@@ -65,10 +65,10 @@ def loss(output: Output) -> Tensor:
 def same_loss_and_gradient(name: str, batch: Batch, path: str) -> None:
     """Our loss and prompt gradient are PEFT's."""
     made = wrapped(name, values=values_for(name))
-    theirs = made(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss
+    theirs = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     (gradient,) = torch.autograd.grad(theirs, prompt_of(made))
     values = values_for(name).requires_grad_()
-    output = injection.forward(tiny.backbone(name), batch, rows.single(values, len(batch.ids)), INPUT, path=path)
+    output = injection.forward(tiny.backbone(name), batch, rows.single(values, len(batch.input_ids)), INPUT, path=path)
     ours = loss(output)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     (own,) = torch.autograd.grad(ours, values)
@@ -113,7 +113,7 @@ def test_peers_left_padding(name: str) -> None:
         batch = rows.batch(name, texts, "left", extra)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            seen = made(input_ids=batch.ids, attention_mask=batch.mask).logits[0, P + extra :]
+            seen = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0, P + extra :]
         theirs.append(seen)
         ours.append(injection.forward(tiny.backbone(name), batch, rows.single(values_for(name)), INPUT).logits)
     assert (theirs[0] - theirs[1]).abs().max() > 1e-2
@@ -125,7 +125,7 @@ def test_peers_left_padding(name: str) -> None:
 def test_peers_extra_positions(name: str) -> None:
     """PEFT's logits are P longer than the labels; ours line up with them, one by one."""
     batch = rows.batch(name, rows.texts(name), "left")
-    theirs = wrapped(name)(input_ids=batch.ids, attention_mask=batch.mask).logits
+    theirs = wrapped(name)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert theirs.shape[1] == batch.labels.shape[1] + P
     output = injection.forward(tiny.backbone(name), batch, rows.single(values_for(name), 4), INPUT)
     assert len(output.logits) == len(output.labels) == int((batch.labels != IGNORE).sum())
@@ -210,11 +210,11 @@ def test_peers_seq2seq_unused_rows(name: str) -> None:
     """PEFT allocates 2P rows and trains P of them; our slot has P rows and all get a gradient."""
     made, batch = wrapped(name, values=values_for(name)), rows.batch(name, rows.texts(name))
     assert prompt_of(made).shape[0] == 2 * P
-    made(input_ids=batch.ids, attention_mask=batch.mask, labels=batch.labels).loss.backward()
+    made(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss.backward()
     assert prompt_of(made).grad[:P].abs().sum(1).gt(0).all()
     assert prompt_of(made).grad[P:].abs().sum() == 0
     values = values_for(name).requires_grad_()
-    assert injection.slot(tiny.backbone(name), INPUT, ("a",), P).length == P
+    assert injection.prompt_spec(tiny.backbone(name), INPUT, ("a",), P).length == P
     loss(injection.forward(tiny.backbone(name), batch, rows.single(values, 4), INPUT)).backward()
     assert values.grad.abs().sum(1).gt(0).all()
 
@@ -228,7 +228,7 @@ def test_peers_factorized_embeddings(name: str, head: str) -> None:
     assert prompt_of(made).shape[1] == 32
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         made(input_ids=text, attention_mask=mask)
-    assert injection.slot(bb, INPUT, ("a",), P).width == 24
+    assert injection.prompt_spec(bb, INPUT, ("a",), P).width == 24
     labels = text if head == "lm" else torch.tensor([0, 1])
     output = injection.forward(bb, Batch(text, mask, torch.zeros(2), labels), rows.single(values_for(name), 2), INPUT)
     assert output.logits.isfinite().all()
@@ -241,13 +241,15 @@ def test_peers_mixed_tasks() -> None:
     other = rows.random(2, P, 32)
     made.add_adapter("other", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     made.prompt_encoder.other.embedding.weight[:] = other
-    asked = made(input_ids=batch.ids, attention_mask=batch.mask, adapter_names=["default", "other"]).logits
-    ignored = made(input_ids=batch.ids, attention_mask=batch.mask).logits
+    asked = made(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, adapter_names=["default", "other"]
+    ).logits
+    ignored = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(asked, ignored)
     mixed = rows.several([values_for("llama"), other], [0, 1])
     ours = injection.forward(tiny.backbone("llama"), batch, mixed, INPUT)
     made.set_adapter("other")
-    theirs = made(input_ids=batch.ids, attention_mask=batch.mask).logits
+    theirs = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(rows.of_row(ours, 0), ignored[0, P - 1 : -1], **CLOSE)
     torch.testing.assert_close(rows.of_row(ours, 1), theirs[1, P - 1 : -1], **CLOSE)
 
@@ -269,9 +271,9 @@ def test_peers_default_start() -> None:
     """PEFT starts at N(0, 1), far from any word; our default start is words of the table, random ones have its rms."""
     bb = b.wrap(tiny.model("llama"), name="llama")
     bb.embedding.weight.data.mul_(0.1)
-    slot = injection.slot(bb, INPUT, ("a",), 32)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), 32)
     assert float(prompt_of(wrapped("llama")).detach().square().mean().sqrt()) == pytest.approx(1, abs=0.3)
-    words = initialization.start(InitConfig(), bb, INPUT, slot).prompt
+    words = initialization.initialize(InitConfig(), bb, INPUT, slot).prompt
     assert all((bb.embedding.weight == word).all(1).any() for word in words)
-    noise = initialization.start(InitConfig(kind="random"), bb, INPUT, slot).prompt
+    noise = initialization.initialize(InitConfig(kind="random"), bb, INPUT, slot).prompt
     assert float(noise.square().mean().sqrt()) == pytest.approx(bb.rms, rel=0.1)

@@ -91,7 +91,7 @@ def by_hand(
 
 def slotted(batch: Batch, places: Sequence[Sequence[int]] = PLACES, sizes: Sequence[int] = SIZES) -> Batch:
     """The batch with the places of its rows' segments."""
-    return replace(batch, place=torch.tensor(places), segments=torch.tensor([sizes] * len(places)))
+    return replace(batch, prompt_offsets=torch.tensor(places), segment_lengths=torch.tensor([sizes] * len(places)))
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def test_deep_prompts_in_segments(name: str, site: injection.Site) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
     values = rows.random(3, sum(SIZES), injection.width(bb, site))
     parted = replace(site, place="template", segments=SIZES)  # the site says the sizes, the batch the places
-    batch = replace(rows.batch(name, texts, "left", 1), place=torch.tensor(PLACES))
+    batch = replace(rows.batch(name, texts, "left", 1), prompt_offsets=torch.tensor(PLACES))
     output = injection.forward(bb, batch, rows.single(values, len(texts)), parted)
     for i, (row, place) in enumerate(zip(texts, PLACES, strict=True)):
         torch.testing.assert_close(rows.of_row(output, i), by_hand(bb, site, values, row, place, SIZES), **CLOSE)
@@ -136,7 +136,9 @@ def test_rows_of_other_prompts_and_segments(name: str) -> None:
     padded = [[*place, *[place[-1]] * (3 - len(place))] for place in places]
     parts = torch.tensor([[*size, *[0] * (3 - len(size))] for size in sizes])
     for side, extra in PADDINGS:
-        batch = replace(rows.batch(name, texts, side, extra), place=torch.tensor(padded), segments=parts)
+        batch = replace(
+            rows.batch(name, texts, side, extra), prompt_offsets=torch.tensor(padded), segment_lengths=parts
+        )
         output = injection.forward(bb, batch, rows.several(values, used), INPUT)
         found = [rows.of_row(output, i) for i in range(4)]
         for one, other in zip(found, expected, strict=True):
@@ -157,17 +159,19 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
     for i, parameter in enumerate(made.method.parameters()):
         parameter.add_(rows.random(40 + i, *parameter.shape) / 4)
     places = ((0, 2), (1, 2), (2, 2), (0, 1))
-    batch = replace(contract.batch_of(name, [2, 0, 1, 2]), place=torch.tensor(places))
+    batch = replace(contract.batch_of(name, [2, 0, 1, 2]), prompt_offsets=torch.tensor(places))
     prompt = made.prompt(batch)
-    every = batch.ids.masked_fill(batch.mask == 0, -100)  # all of the text is scored, whatever made the prompt
+    every = batch.input_ids.masked_fill(
+        batch.attention_mask == 0, -100
+    )  # all of the text is scored, whatever made the prompt
     seen = batch if made.backbone.family.name == "seq2seq" else replace(batch, labels=every)
     output = injection.forward(made.backbone, seen, prompt, parted)
     for i, place in enumerate(places):
-        row, own = batch.ids[i][batch.mask[i].bool()], prompt.row[i]
+        row, own = batch.input_ids[i][batch.attention_mask[i].bool()], prompt.prompt_index[i]
         values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.slot.features)
-        if prompt.added is not None:
-            reach = min(int(prompt.added.reach[i]), prompt.added.values.shape[1])
-            added[:reach] = prompt.added.values[own, :reach]
+        if prompt.embedding_delta is not None:
+            reach = min(int(prompt.embedding_delta.reach[i]), prompt.embedding_delta.values.shape[1])
+            added[:reach] = prompt.embedding_delta.values[own, :reach]
             assert added.any()
         first = min(SIZES[0], len(values))
         expected = by_hand(made.backbone, site, values, row, place, (first, len(values) - first), added)
@@ -256,7 +260,7 @@ def test_suffix(name: str) -> None:
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
         if bb.family.shifted:
-            begins = (batch.mask.cumsum(1) - 1 >= torch.tensor(known)[:, None]) & batch.mask.bool()
+            begins = (batch.attention_mask.cumsum(1) - 1 >= torch.tensor(known)[:, None]) & batch.attention_mask.bool()
             batch = replace(batch, labels=batch.labels.where(begins, -100))
         output = injection.forward(bb, batch, prompt, site)
         for i, row in enumerate(texts):
@@ -272,7 +276,7 @@ def test_types_and_positions_go_on_where_the_prompt_stands() -> None:
     """A prompt in the second text of a pair has that text's type; given positions go on behind the text before it."""
     bb, row = tiny.backbone("bert"), rows.texts("bert", (6,))[0]
     types, values = torch.tensor([0, 0, 0, 1, 1, 1]), rows.random(3, 3, 32)
-    batch = replace(rows.batch("bert", [row], "left", 2), types=torch.nn.functional.pad(types[None], (2, 0)))
+    batch = replace(rows.batch("bert", [row], "left", 2), token_type_ids=torch.nn.functional.pad(types[None], (2, 0)))
     output = injection.forward(bb, slotted(batch, [(2, 5)], (1, 2)), rows.single(values), INPUT)
     full = order((2, 5), (1, 2), 6)
     both = torch.cat([values, bb.embedding(row)])[full][None]
@@ -280,7 +284,7 @@ def test_types_and_positions_go_on_where_the_prompt_stands() -> None:
     torch.testing.assert_close(output.logits, seen[[at for at, token in enumerate(full) if token >= 3]], **CLOSE)
     bb, row = tiny.backbone("llama"), rows.texts("llama", (6,))[0]
     own = torch.tensor([[0, 0, 0, 1, 2, 7, 8, 9]])
-    batch = replace(rows.batch("llama", [row], "left", 2), positions=own)
+    batch = replace(rows.batch("llama", [row], "left", 2), position_ids=own)
     output = injection.forward(bb, slotted(batch, [(0, 3)], (1, 2)), rows.single(values), INPUT)
     full = order((0, 3), (1, 2), 6)
     both = torch.cat([values, bb.embedding(row)])[full][None]
@@ -305,7 +309,11 @@ def test_what_is_refused() -> None:
     prompt = rows.single(rows.random(0, 5, 32), 2)
     two = torch.tensor([[2, 3], [1, 4]])
     for one, site, message in (
-        (replace(batch, place=two), INPUT, "2 places are given, and nothing says how many prompt tokens each has"),
+        (
+            replace(batch, prompt_offsets=two),
+            INPUT,
+            "2 places are given, and nothing says how many prompt tokens each has",
+        ),
         (slotted(batch, [(3, 2), (0, 0)]), INPUT, r"places \[\[3, 2\], \[0, 0\]\] must not fall"),
         (slotted(batch, [(3, 6), (0, 0)]), INPUT, r"do not all lie within texts of \[5, 9\] tokens"),
         (
@@ -314,7 +322,11 @@ def test_what_is_refused() -> None:
             r"segments of \[2, 2\] prompt tokens do not sum to the prompt's 5",
         ),
         (slotted(batch, two.tolist(), (6, -1)), INPUT, r"segments of \[6, -1\] prompt tokens do not sum"),
-        (replace(batch, place=two[:, 0]), injection.Site(segments=SIZES), "2 segments of the prompt, but 1 places"),
+        (
+            replace(batch, prompt_offsets=two[:, 0]),
+            injection.Site(segments=SIZES),
+            "2 segments of the prompt, but 1 places",
+        ),
         (
             batch,
             injection.Site(place="template"),

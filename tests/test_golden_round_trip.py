@@ -37,7 +37,7 @@ def ours(model, head, values):
     base = b.wrap(model)
     labels = {"lm": IDS, "sequence": torch.tensor([0, 1])}[head]
     prompt = Prompt(values[None], torch.ones(1, P, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
-    batch = Batch(IDS, torch.ones_like(IDS), prompt.row, labels)
+    batch = Batch(IDS, torch.ones_like(IDS), prompt.prompt_index, labels)
     with torch.no_grad():
         return injection.forward(base, batch, prompt, Site(place="first")).logits
 

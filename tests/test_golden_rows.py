@@ -13,7 +13,7 @@ import tiny
 from rows import INPUT, KV, called
 from softprompts import injection
 from softprompts.errors import BackboneError
-from softprompts.types import Batch, Prompt, mix
+from softprompts.types import Batch, Prompt, mix_prompts
 
 pytestmark = pytest.mark.golden
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -56,13 +56,15 @@ def test_mixed_prompts_of_tasks(name: str, site: injection.Site) -> None:
     """`mix` lays prompts of several tasks and lengths together as the test does by hand."""
     bb = tiny.backbone(name)
     values = prompts(name, site)
-    mixed = mix(
+    mixed = mix_prompts(
         [rows.several(values[:1], [0, 0]), rows.several(values[1:], [1, 0])],
         [torch.tensor([1, 3]), torch.tensor([2, 0])],
     )
     expected = rows.several(values, WHO)
     for field in ("values", "mask"):
-        torch.testing.assert_close(getattr(mixed, field)[mixed.row].float(), getattr(expected, field)[WHO].float())
+        torch.testing.assert_close(
+            getattr(mixed, field)[mixed.prompt_index].float(), getattr(expected, field)[WHO].float()
+        )
     batch = rows.batch(name, rows.texts(name), "left")
     ours = injection.forward(bb, batch, mixed, site)
     torch.testing.assert_close(ours.logits, injection.forward(bb, batch, expected, site).logits, **CLOSE)
@@ -71,9 +73,9 @@ def test_mixed_prompts_of_tasks(name: str, site: injection.Site) -> None:
 def test_mix_refuses() -> None:
     one, other = rows.single(torch.zeros(2, 8)), rows.single(torch.zeros(2, 9))
     with pytest.raises(ValueError, match=r"prompts of widths \[8, 9\] cannot share a batch"):
-        mix([one, other], [torch.tensor([0]), torch.tensor([1])])
+        mix_prompts([one, other], [torch.tensor([0]), torch.tensor([1])])
     with pytest.raises(ValueError, match=r"rows \[0, 2\] must name each of the 2 batch rows exactly once"):
-        mix([one, one], [torch.tensor([0]), torch.tensor([2])])
+        mix_prompts([one, one], [torch.tensor([0]), torch.tensor([2])])
 
 
 def test_bart_kv_refuses_mixed_lengths() -> None:
@@ -144,10 +146,10 @@ def test_rows_without_labels(name: str) -> None:
     assert values.grad.isfinite().all()
     if name in tiny.SEQ2SEQ:
         return
-    mask = batch.mask.clone()
+    mask = batch.attention_mask.clone()
     mask[0] = 0
     values.grad = None
-    output = injection.forward(bb, replace(batch, mask=mask, labels=labels), rows.single(values, 2), INPUT)
+    output = injection.forward(bb, replace(batch, attention_mask=mask, labels=labels), rows.single(values, 2), INPUT)
     torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
     output.logits.sum().backward()
     assert values.grad.isfinite().all()
@@ -158,7 +160,7 @@ def test_batch_without_any_text(name: str) -> None:
     """Prompts alone score the first token, on every path the same."""
     bb, found = tiny.backbone(name), []
     empty = rows.batch(name, rows.texts(name, (2, 3)))
-    empty = replace(empty, mask=torch.zeros_like(empty.mask), labels=None)
+    empty = replace(empty, attention_mask=torch.zeros_like(empty.attention_mask), labels=None)
     for path in rows.paths(name, INPUT):
         values = [rows.random(i, n, bb.features).requires_grad_() for i, n in enumerate((3, 8))]
         last = injection.forward(bb, empty, rows.several(values, [1, 0]), INPUT, path=path).last
@@ -177,7 +179,7 @@ def test_labels_on_padding_do_not_count(name: str) -> None:
     bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name), "left", 2)
     values = rows.single(rows.random(0, 3, bb.features), 4)
     for path in rows.paths(name, INPUT):
-        ours = injection.forward(bb, replace(batch, labels=batch.ids), values, INPUT, path=path)
+        ours = injection.forward(bb, replace(batch, labels=batch.input_ids), values, INPUT, path=path)
         assert ours.labels.equal(injection.forward(bb, batch, values, INPUT, path=path).labels)
 
 
@@ -230,5 +232,5 @@ def test_assemble() -> None:
 
 def test_batch_rows_and_device() -> None:
     batch = Batch(torch.arange(6).view(3, 2), torch.ones(3, 2), torch.arange(3))
-    assert batch.rows(torch.tensor([2, 0])).ids.tolist() == [[4, 5], [0, 1]]
+    assert batch.rows(torch.tensor([2, 0])).input_ids.tolist() == [[4, 5], [0, 1]]
     assert batch.to(torch.device("cpu")).labels is None

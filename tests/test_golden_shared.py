@@ -115,7 +115,9 @@ def test_reasons() -> None:
     """The path says why a prompt is not shared."""
     values = rows.random(0, 3, 32)
     batch = rows.batch("llama", rows.texts("llama", (4, 5)))
-    after = Batch(batch.ids, batch.mask, batch.task, batch.labels, place=torch.tensor([0, 1]))
+    after = Batch(
+        batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor([0, 1])
+    )
     for name, given, prompt, reason in (
         ("llama", batch, None, "no prompt"),
         ("llama", after, rows.single(values, 2), "text stands before the prompt"),

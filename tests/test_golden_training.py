@@ -11,7 +11,7 @@ from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Start
+from softprompts.types import IGNORE, Batch, PromptInit
 
 P, STEPS = 4, 20
 pytestmark = [
@@ -34,8 +34,8 @@ def batches(generator):
 def test_twenty_steps_equal_pefts(name):
     start = torch.randn(P, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.3
     base = b.wrap(tiny.model(name).double())
-    slot = injection.slot(base, Site(), ("a",), P)
-    method = PromptTuning(PromptTuning.Config(), slot, Start(start)).double()
+    slot = injection.prompt_spec(base, Site(), ("a",), P)
+    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.prompts[0].copy_(start)
     learner = Learner(base, Site(), slot, method)

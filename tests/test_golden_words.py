@@ -25,7 +25,7 @@ WORDS = [(n, s) for n, s in rows.cases(tiny.ALL) if not (n in BIDIRECTIONAL and 
 
 def places(name: str, batch: Batch) -> list[int]:
     """Where the prompt stands by default."""
-    return [1 if name in tiny.MASKED else 0] * len(batch.ids)
+    return [1 if name in tiny.MASKED else 0] * len(batch.input_ids)
 
 
 def check(
@@ -81,7 +81,9 @@ def test_place_of_each_row(name: str, site: injection.Site) -> None:
     values = rows.random(3, 5, injection.width(bb, site))
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
-        batch = Batch(batch.ids, batch.mask, batch.task, batch.labels, place=torch.tensor(where))
+        batch = Batch(
+            batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor(where)
+        )
         output = injection.forward(bb, batch, rows.single(values, len(texts)), site)
         assert output.path.startswith("concatenation")
         for i, row in enumerate(texts):
@@ -90,7 +92,7 @@ def test_place_of_each_row(name: str, site: injection.Site) -> None:
 
 def test_place_outside_the_text() -> None:
     batch = rows.batch("llama", rows.texts("llama", (3, 4)))
-    batch = Batch(batch.ids, batch.mask, batch.task, place=torch.tensor([4, 0]))
+    batch = Batch(batch.input_ids, batch.attention_mask, batch.task_ids, prompt_offsets=torch.tensor([4, 0]))
     with pytest.raises(BackboneError, match=r"places \[4, 0\] do not all lie within texts of \[3, 4\] tokens"):
         injection.forward(tiny.backbone("llama"), batch, rows.single(torch.zeros(2, 32), 2), INPUT)
 
@@ -104,7 +106,9 @@ def test_last_scores_the_next_token(name: str) -> None:
     values = rows.random(3, 4, injection.width(bb, INPUT))
     for where in ([0, 0, 0, 0], [2, 9, 1, 3]):
         batch = rows.batch(name, texts, "left")
-        batch = Batch(batch.ids, batch.mask, batch.task, batch.labels, place=torch.tensor(where))
+        batch = Batch(
+            batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor(where)
+        )
         output = injection.forward(bb, batch, rows.single(values, 4), INPUT)
         for row, place, last in zip(texts, where, output.last, strict=True):
             text = bb.embedding(row)
@@ -120,7 +124,7 @@ def test_given_positions(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     row = rows.texts(name, (6,))[0]
     batch = rows.batch(name, [row], "left", 2)
-    batch = replace(batch, positions=torch.tensor([[0, 0, 3, 4, 5, 6, 7, 8]]))
+    batch = replace(batch, position_ids=torch.tensor([[0, 0, 3, 4, 5, 6, 7, 8]]))
     values = rows.random(3, 4, injection.width(bb, site))
     if "position_ids" not in bb.trunk_arguments:
         with pytest.raises(BackboneError, match="counts positions itself"):
@@ -147,7 +151,7 @@ def test_token_types() -> None:
     values = rows.random(3, 2, 32)
     text, mask = rows.pad([row], "left", 2)
     padded = torch.nn.functional.pad(types[None], (2, 0))
-    batch = Batch(text, mask, torch.zeros(1), text.masked_fill(mask == 0, -100), types=padded)
+    batch = Batch(text, mask, torch.zeros(1), text.masked_fill(mask == 0, -100), token_type_ids=padded)
     full = torch.cat([bb.embedding(row[:1]), values, bb.embedding(row[1:])])[None]
     seen = bb.model(inputs_embeds=full, token_type_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])).logits[0]
     output = injection.forward(bb, batch, rows.single(values), INPUT)

@@ -134,7 +134,7 @@ def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("folder")
     run = local.run_values(made, steps=2)
     run["model"]["device"] = DEVICE
-    job.execute(parse(run))
+    job.run(parse(run))
     return made
 
 
@@ -151,7 +151,7 @@ def test_a_run_on_it_is_one_on_the_cpu(method, folder, tmp_path):
         run["prompt"] |= {"method": kind, "options": options, "site": sites[0]}
         sources = [str(folder / "out" / "prompt")] if sites[0] == "input" else []
         run["prompt"]["init"] = {"kind": "vocabulary", "sources": sources}
-        results = job.execute(parse(run))
+        results = job.run(parse(run))
         assert results["machine"]["device"].startswith(device)
         losses.append([step["loss"] for step in results["curve"]])
         found.append(artifact.load(Path(run["out"]) / "prompt"))

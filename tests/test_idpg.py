@@ -18,7 +18,7 @@ from softprompts.methods.idpg import Idpg, phm
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Context, Slot, Start, pooled
+from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, pool_states
 
 P, E, B, T = 3, 8, 5, 7
 WIDTHS = {"S": (12, ()), "M": (12, (4, 4, 4)), "L": (12, (4, 4, 4))}
@@ -40,8 +40,10 @@ def options(**given: Any) -> dict[str, Any]:
 def made(kind: str = "S", tasks: tuple[str, ...] = TASKS, **given: Any) -> Idpg:
     """A method whose every parameter is random, in float64 and eval mode."""
     width, layers = WIDTHS[kind]
-    slot = Slot(tasks, P, width, E, layers=layers, encoders={"backbone": 6, "minilm": 10})
-    method = Idpg(Idpg.Config(**options(kind=kind, **given)), slot, Start(rows.random(0, P, width))).double().eval()
+    slot = PromptSpec(tasks, P, width, E, layers=layers, encoders={"backbone": 6, "minilm": 10})
+    method = (
+        Idpg(Idpg.Config(**options(kind=kind, **given)), slot, PromptInit(rows.random(0, P, width))).double().eval()
+    )
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.copy_(rows.random(20 + i, *parameter.shape).double())
@@ -110,10 +112,10 @@ def test_formula(kind: str, given: dict[str, Any]) -> None:
         assert prompt.values.shape == (B, P, 12)
         assert prompt.mask.all()
         assert prompt.row.tolist() == list(range(B))
-        for i, task in enumerate(seen.task.tolist()):
-            expected = by_hand(method, seen.embeds[i][seen.mask[i].bool()], task)
+        for i, task in enumerate(seen.task_ids.tolist()):
+            expected = by_hand(method, seen.inputs_embeds[i][seen.attention_mask[i].bool()], task)
             np.testing.assert_allclose(prompt.values[i].numpy(), expected, atol=1e-12)
-        own = prompt.values - torch.stack([method.bias[task] for task in seen.task.tolist()])
+        own = prompt.values - torch.stack([method.bias[task] for task in seen.task_ids.tolist()])
         assert float(own[[0, 2, 3]].std(0).max()) > 1e-2, "texts must differ, or nothing is tested"
 
 
@@ -164,8 +166,8 @@ def test_phm_of_one_is_the_dnn() -> None:
 def test_sizes_are_the_papers(kind: str, count: int, given: dict[str, Any]) -> None:
     """RoBERTa-large, 5 prompt tokens; the hidden bias, which the paper's table leaves out, comes on top."""
     layers = (1024,) * 24 if kind == "M" else ()
-    slot = Slot(("a",), 5, 1024 * (24 if kind == "M" else 1), 1024, layers=layers, encoders={"minilm": 300})
-    method = build("idpg", options(kind=kind, **given), slot, Start(torch.zeros(5, slot.width)))
+    slot = PromptSpec(("a",), 5, 1024 * (24 if kind == "M" else 1), 1024, layers=layers, encoders={"minilm": 300})
+    method = build("idpg", options(kind=kind, **given), slot, PromptInit(torch.zeros(5, slot.width)))
     sizes = {name: parameter.numel() for name, parameter in method.named_parameters()}
     hidden = sizes.pop("hidden.0")
     assert hidden == given["hidden"]
@@ -179,8 +181,8 @@ def test_a_generator_for_each_layer_and_task() -> None:
         for name, value in one.named_parameters():
             times = 1 if name.startswith("bias") else 3
             assert getattr(each, name.partition(".")[0])[1].numel() == times * value.numel(), name
-    assert {kind: build("idpg", {}, Slot(("a",), 16, 48, 32, layers=layers, encoders={"backbone": 32}),
-                        Start(torch.zeros(16, 48))).kind
+    assert {kind: build("idpg", {}, PromptSpec(("a",), 16, 48, 32, layers=layers, encoders={"backbone": 32}),
+                        PromptInit(torch.zeros(16, 48))).kind
             for kind, layers in (("none", ()), ("alike", (16,) * 3), ("mixed", (16, 32)))
             } == {"none": "S", "alike": "M", "mixed": "S"}  # fmt: skip
 
@@ -204,13 +206,13 @@ def test_gradients_are_those_of_finite_differences(kind: str, given: dict[str, A
 def test_starts() -> None:
     """Zero: at the start itself, with all else drawn. Normal: everything is drawn with the spread asked for."""
     start = rows.random(4, 8, 512)
-    slot = Slot(("a",), 8, 512, 256)
+    slot = PromptSpec(("a",), 8, 512, 256)
     for given in ({"generator": "linear"}, {"generator": "dnn"}, {"generator": "phm"}):
         torch.manual_seed(0)
-        zero = build("idpg", options(**given), slot, Start(start))
+        zero = build("idpg", options(**given), slot, PromptInit(start))
         seen = Context(torch.zeros(2).long(), torch.ones(2, 3), rows.random(5, 2, 3, 256), torch.ones(2, 3), lambda: 1)
         assert torch.equal(zero(seen).values, start.expand(2, -1, -1))
-        drawn = build("idpg", options(**given, start="normal", spread=0.2), slot, Start(start))
+        drawn = build("idpg", options(**given, start="normal", spread=0.2), slot, PromptInit(start))
         assert float((drawn(seen).values - start).abs().max()) > 0.1
         assert torch.equal(drawn.bias[0], start)
         assert not zero.up[0].any()
@@ -235,7 +237,9 @@ def test_dropout_is_for_training_alone() -> None:
     assert torch.equal(made(generator="dnn", hidden=6, dropout=0.0).train()(seen).values, expected)
     # On M(x): a linear generator without bias, over rows of ones, shows each unit's draw.
     linear = Idpg(
-        Idpg.Config(**options(generator="linear", dropout=0.25)), Slot(("a",), 1, E, E), Start(torch.zeros(1, E))
+        Idpg.Config(**options(generator="linear", dropout=0.25)),
+        PromptSpec(("a",), 1, E, E),
+        PromptInit(torch.zeros(1, E)),
     )
     with torch.no_grad():
         linear.up[0].copy_(torch.eye(E)[None])
@@ -256,24 +260,24 @@ def test_dropout_is_for_training_alone() -> None:
 def test_no_gradient_reaches_what_is_read() -> None:
     method = made(generator="dnn", hidden=6)
     seen = context()
-    seen.embeds.requires_grad_()
+    seen.inputs_embeds.requires_grad_()
     method(seen).values.sum().backward()
-    assert seen.embeds.grad is None
+    assert seen.inputs_embeds.grad is None
 
 
 @torch.no_grad()
 def test_ways_of_pooling() -> None:
     seen = context("left", 2)
     for how, place in (("first", 0), ("last", -1)):
-        found = pooled(seen.embeds, seen.mask, how)
+        found = pool_states(seen.inputs_embeds, seen.attention_mask, how)
         for i, length in enumerate(LENGTHS):
-            text = seen.embeds[i][seen.mask[i].bool()]
+            text = seen.inputs_embeds[i][seen.attention_mask[i].bool()]
             assert torch.equal(found[i], text[place] if length else torch.zeros(E, dtype=torch.float64))
-    found = pooled(seen.embeds, seen.mask, "mean")
-    torch.testing.assert_close(found[1], seen.embeds[1, -3:].mean(0))
+    found = pool_states(seen.inputs_embeds, seen.attention_mask, "mean")
+    torch.testing.assert_close(found[1], seen.inputs_embeds[1, -3:].mean(0))
     assert not found[4].any()
     with pytest.raises(ValueError, match="first, last or mean, not 'max'"):
-        pooled(seen.embeds, seen.mask, "max")
+        pool_states(seen.inputs_embeds, seen.attention_mask, "max")
 
 
 @torch.no_grad()
@@ -285,15 +289,15 @@ def test_what_is_read_is_what_was_asked_for() -> None:
         asked.append(name)
         return rows.random(len(name), B, 10 if name == "minilm" else 6).double()
 
-    seen = Context(seen.task, seen.ids, seen.embeds, seen.mask, seen.encode, sentence)
+    seen = Context(seen.task_ids, seen.input_ids, seen.inputs_embeds, seen.attention_mask, seen.encode, sentence)
     for given, expected in (
-        ({"encoder": "backbone", "pool": "last"}, pooled(seen.encode(), seen.mask, "last")),
-        ({"encoder": "backbone"}, pooled(seen.encode(), seen.mask, "mean")),  # what this slot says
+        ({"encoder": "backbone", "pool": "last"}, pool_states(seen.encode(), seen.attention_mask, "last")),
+        ({"encoder": "backbone"}, pool_states(seen.encode(), seen.attention_mask, "mean")),  # what this slot says
         ({"encoder": "backbone", "cache": True, "pool": "first"}, rows.random(14, B, 6).double()),
         ({"encoder": "minilm"}, rows.random(6, B, 10).double()),
     ):
         method = made(generator="linear", **given)
-        for i, task in enumerate(seen.task.tolist()):
+        for i, task in enumerate(seen.task_ids.tolist()):
             value = method.bias[task] + (method.up[task][0] @ expected[i]).view(P, 12)
             torch.testing.assert_close(method(seen).values[i], value, atol=1e-12, rtol=0)
     assert set(asked) == {"backbone-first", "minilm"}
@@ -321,17 +325,17 @@ def test_what_is_read_is_what_was_asked_for() -> None:
     ],
 )
 def test_what_is_refused(given: dict[str, Any], slot: dict[str, Any], message: str) -> None:
-    one = Slot(TASKS, 4, 48, 40, encoders={"backbone": 40}, **slot)
+    one = PromptSpec(TASKS, 4, 48, 40, encoders={"backbone": 40}, **slot)
     with pytest.raises(ConfigError, match=message):
-        build("idpg", given, one, Start(torch.zeros(4, 48)))
+        build("idpg", given, one, PromptInit(torch.zeros(4, 48)))
 
 
 def learner(name: str, site: injection.Site = INPUT, method: Any = Idpg, spread: float = 0.0, **given: Any) -> Learner:
     """A method for two tasks on a tiny model; with `spread` its parameters are no longer those of the start."""
     bb = tiny.backbone(name)
-    slot = injection.slot(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, TASKS, P)
     torch.manual_seed(0)
-    made = method(method.Config(**given), slot, Start(rows.random(5, P, slot.width))).eval()
+    made = method(method.Config(**given), slot, PromptInit(rows.random(5, P, slot.width))).eval()
     with torch.no_grad():
         for i, parameter in enumerate(made.parameters() if spread else ()):
             parameter.add_(rows.random(70 + i, *parameter.shape) * spread)
@@ -343,8 +347,8 @@ def batch_of(name: str, tasks: list[int], side: str = "left", extra: int = 0) ->
     found = rows.batch(name, rows.texts(name, [4 + (3 * i) % 7 for i in range(len(tasks))]), side, extra)
     labels = found.labels
     if name in tiny.CAUSAL:
-        labels = labels.masked_fill(found.mask.cumsum(1) <= 2, IGNORE)
-    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
+        labels = labels.masked_fill(found.attention_mask.cumsum(1) <= 2, IGNORE)
+    return Batch(found.input_ids, found.attention_mask, torch.tensor(tasks), labels)
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
@@ -429,7 +433,7 @@ def test_layer_prompts_touch_the_prompts_positions_alone(name: str) -> None:
         there = torch.zeros(moved.shape[1], dtype=torch.bool)
         there[place : place + P] = True
         assert float(moved[:, ~there].abs().max()) == 0
-        torch.testing.assert_close(moved[:, there], parts[layer][prompt.row], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(moved[:, there], parts[layer][prompt.prompt_index], atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -462,8 +466,8 @@ def test_the_backbone_reads_the_text_alone(name: str, pool: str) -> None:
         part.copy_(rows.random(3, *part.shape))
     batch = batch_of(name, [0, 1, 1, 0])
     prompt = one.prompt(batch)
-    for i, task in enumerate(batch.task.tolist()):
-        ids = batch.ids[i][batch.mask[i].bool()]
+    for i, task in enumerate(batch.task_ids.tolist()):
+        ids = batch.input_ids[i][batch.attention_mask[i].bool()]
         ids = ids[:2] if name in tiny.CAUSAL else ids
         states = one.backbone.encoder(input_ids=ids[None]).last_hidden_state[0]
         state = {"last": states[-1], "first": states[0], "mean": states.mean(0)}[pool]
@@ -476,8 +480,10 @@ def test_the_backbone_reads_the_text_alone(name: str, pool: str) -> None:
 def test_the_slot_tells_the_width_of_states(name: str) -> None:
     bb = tiny.backbone(name)
     batch = rows.batch(name, rows.texts(name, (3,)))
-    states = injection.forward(bb, Batch(batch.ids, batch.mask, batch.task), None, INPUT, hidden=True).hidden
-    assert injection.slot(bb, INPUT, TASKS, P, {"minilm": 384}).encoders == {
+    states = injection.forward(
+        bb, Batch(batch.input_ids, batch.attention_mask, batch.task_ids), None, INPUT, hidden=True
+    ).hidden
+    assert injection.prompt_spec(bb, INPUT, TASKS, P, {"minilm": 384}).encoders == {
         "backbone": states.shape[-1],
         "minilm": 384,
     }
@@ -490,8 +496,14 @@ def test_a_task_alone_answers_as_among_others() -> None:
     for i, task in enumerate(TASKS):
         single = made("M", (task,), generator="phm", hidden=4, phm=2)
         single.load_state_dict(state_of(method, task))
-        index = (seen.task == i).nonzero()[:, 0]
-        part = Context(torch.zeros(len(index)).long(), seen.ids, seen.embeds[index], seen.mask[index], seen.encode)
+        index = (seen.task_ids == i).nonzero()[:, 0]
+        part = Context(
+            torch.zeros(len(index)).long(),
+            seen.input_ids,
+            seen.inputs_embeds[index],
+            seen.attention_mask[index],
+            seen.encode,
+        )
         torch.testing.assert_close(single(part).values, prompts[index], atol=1e-12, rtol=0)
     assert float(method.size()) == pytest.approx(float(torch.stack(list(method.bias)).square().mean().sqrt()))
 

@@ -60,12 +60,12 @@ def values_of(folder: Path, out: Path, options: dict[str, Any], **prompt: Any) -
     }
 
 
-def stop_after(step: int) -> job.Screen:
+def stop_after(step: int) -> job.ProgressReporter:
     def stop(_: str, report: Any) -> None:
         if report.step == step:
             raise KeyboardInterrupt
 
-    return job.Screen(step=stop)
+    return job.ProgressReporter(on_step=stop)
 
 
 ENCODERS: tuple[dict[str, Any], ...] = (
@@ -82,11 +82,11 @@ def test_a_run_its_resumption_and_its_artifact(
 ) -> None:
     """Cut short and gone on with it is the same bit for bit; what is saved answers as the run did."""
     run = parse(values_of(folder, tmp_path / "out", options))
-    results = job.execute(run)
+    results = job.run(run)
     cut = parse(values_of(folder, tmp_path / "cut", options))
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, stop_after(3))
-    job.execute(cut)
+        job.run(cut, stop_after(3))
+    job.run(cut)
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
@@ -112,7 +112,7 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     for dropout in (0.0, 0.5):
         options = {"generator": "dnn", "encoder": "static", "start": "normal", "dropout": dropout}
         values = values_of(folder, tmp_path / str(dropout), options)
-        results = job.execute(parse(values))
+        results = job.run(parse(values))
         finals.append(results["curve"][-1]["loss"])
     assert abs(finals[0] - finals[1]) > 1e-6
     run = parse(values)
@@ -129,7 +129,7 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     seen.clear()
     again.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
     examples = [again.encoders[0].example(row) for row in again.tasks[0].train]
-    for _ in job.fit_together([job.Trainee("", again.learner, examples, training.train, 0, lambda: 0.0)], pad=0):
+    for _ in job.train_many([job.TrainingRun("", again.learner, examples, training.train, 0, lambda: 0.0)], pad=0):
         assert not again.learner.method.training
     assert seen == [True, True]
 
@@ -137,7 +137,7 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
 def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None:
     """Supplementary training: what was learned of one task is where others begin, several in one run too."""
     source = parse(values_of(folder, tmp_path / "source", {"encoder": "static"}))
-    job.execute(source)
+    job.run(source)
     trained = artifact.load(tmp_path / "source" / "prompt").state
     values = values_of(folder, tmp_path / "target", {"encoder": "static"})
     values["prompt"]["init"] = {"state": str(tmp_path / "source" / "prompt")}
@@ -146,17 +146,17 @@ def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None
     made = job.prepare(parse(values))
     for key, value in made.learner.method.state_dict().items():
         assert torch.equal(value, trained[f"{key.partition('.')[0]}.0"]), key
-    job.execute(parse(values))
+    job.run(parse(values))
     one, two = (artifact.load(tmp_path / "target" / "prompt" / name).state for name in ("one", "two"))
     assert set(one) == set(trained)
     for key in trained:
         assert not torch.equal(one[key], trained[key]), key
         assert not torch.equal(one[key], two[key]), key
-    job.execute(parse({**values_of(folder, tmp_path / "source", {"encoder": "static"}), "seed": 1,
+    job.run(parse({**values_of(folder, tmp_path / "source", {"encoder": "static"}), "seed": 1,
                        "out": str(tmp_path / "anew")}))  # fmt: skip
     artifact.save(artifact.load(tmp_path / "anew" / "prompt"), tmp_path / "source" / "prompt")
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
-        job.execute(parse(values))
+        job.run(parse(values))
     values["prompt"]["options"] = {**SMALL, "encoder": "static", "generator": "dnn"}
     with pytest.raises(ConfigError, match=r"init.state: the trained prompt has a tensor 'down.*' of "):
         job.prepare(parse({**values, "out": str(tmp_path / "other")}))
@@ -247,7 +247,7 @@ def test_artifacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp
     paths = []
     for name, options in (("words", {"encoder": "minilm"}), ("states", {"cache": True})):
         run = parse(values_of(folder, tmp_path / name, {**options, "start": "normal", "spread": 0.5}))
-        job.execute(run)
+        job.run(run)
         paths.append(tmp_path / name / "prompt")
     both = job.open_artifacts(paths, model=run.model)
     rows = job.prepare(run).tasks[0].test[:3]
@@ -258,7 +258,7 @@ def test_artifacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp
     for i in range(len(texts)):
         row = dataclasses.replace(batch.rows(torch.tensor([i])), task=torch.zeros(1, dtype=torch.long))
         expected = single[i % 2].prompt(row)
-        torch.testing.assert_close(found.values[found.row[i]], expected.values[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.values[found.prompt_index[i]], expected.values[0], atol=1e-5, rtol=1e-4)
 
 
 def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> None:
@@ -271,8 +271,8 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
     beside = Sentences()
     beside.fetch(["minilm"], bb)
     assert beside.widths == {"minilm": 32}
-    context = beside.context(bb, rows_, rows_.task, rows_.mask)
-    found = context.sentence("minilm")
+    context = beside.context(bb, rows_, rows_.task_ids, rows_.attention_mask)
+    found = context.sentence_embedding("minilm")
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     model = transformers.AutoModel.from_pretrained(encoder).eval()
     encoded = tokenizer(texts, return_tensors="pt", padding=True)
@@ -284,9 +284,9 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
     assert float(expected[0] @ expected[1]) < 0.9999
     assert not found.requires_grad
     # The answer is not part of what is read.
-    hidden = rows_.mask.clone()
+    hidden = rows_.attention_mask.clone()
     hidden[0, 3:] = 0
-    short = beside.context(bb, rows_, rows_.task, hidden).sentence("minilm")[0]
+    short = beside.context(bb, rows_, rows_.task_ids, hidden).sentence_embedding("minilm")[0]
     text = bb.tokenizer.decode(ids[0][:3])
     torch.testing.assert_close(short, beside.encoders["minilm"].encode(text))
     assert not torch.allclose(short, found[0], atol=1e-3)
@@ -302,9 +302,9 @@ def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkey
         return encode(self, text)
 
     def passed(backbone: Any, batch: Batch) -> Any:
-        assert len(batch.ids) == 1
-        assert batch.mask.all()
-        read.append(tuple(batch.ids[0].tolist()))
+        assert len(batch.input_ids) == 1
+        assert batch.attention_mask.all()
+        read.append(tuple(batch.input_ids[0].tolist()))
         return states(backbone, batch)
 
     monkeypatch.setattr(sentence_encoders.SentenceEncoder, "encode", counted)
@@ -313,14 +313,14 @@ def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkey
         values = values_of(folder, tmp_path / str(len(options)) / options.get("encoder", "own"), options)
         values["train"] |= {"steps": 14}  # more than two epochs
         read.clear()
-        job.execute(parse(values))
+        job.run(parse(values))
         assert len(read) == len(set(read)) > 48, "each of the training and the other rows"
     read.clear()
     monkeypatch.setattr(sentence_encoders, "KEPT", 2)
     bb = tiny.backbone("llama")
     beside, ids = Sentences(), torch.tensor([[5, 6], [7, 8], [9, 5], [5, 6]])
     batch = Batch(ids, torch.ones_like(ids), torch.zeros(4).long())
-    found = beside.context(bb, batch, batch.task, batch.mask).sentence("backbone-last")
+    found = beside.context(bb, batch, batch.task_ids, batch.attention_mask).sentence_embedding("backbone-last")
     assert torch.equal(found[0], found[3])
     assert read == [(5, 6), (7, 8), (9, 5), (5, 6)]
     assert len(beside.kept) == 2
@@ -367,7 +367,7 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
     values["task"]["template"] = template
     values["prompt"] |= {"method": "idpg", "site": site, "options": SMALL}
     values["prompt"] |= {"mode": "add"} if site == "layers" else {}
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     assert opened.artifacts[0].state["up.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test

@@ -35,11 +35,11 @@ def made(name: str) -> b.Backbone:
 
 def start(bb: b.Backbone, site: injection.Site = INPUT, length: int = P, seed: int = 0, **values: Any) -> Tensor:
     """The start that a configuration describes; `seed` is the run's, `seed_of_init` the configuration's own."""
-    slot = injection.slot(bb, site, ("a",), length)
+    slot = injection.prompt_spec(bb, site, ("a",), length)
     labels = values.pop("words", ())
     own = values.pop("seed_of_init", None)
     config = InitConfig(**values, seed=own)
-    return initialization.start(config, bb, site, slot, seed=seed, labels=labels).prompt
+    return initialization.initialize(config, bb, site, slot, seed=seed, labels=labels).prompt
 
 
 def ids_of(bb: b.Backbone, prompt: Tensor) -> list[int]:
@@ -237,10 +237,10 @@ def test_sources(tmp_path: Path) -> None:
     """In the order they are named, beside any kind of start."""
     bb = made("llama")
     paths = tuple(saved(bb, tmp_path / str(i), i) for i in range(3))
-    slot = injection.slot(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
     for kind in ({"kind": "vocabulary"}, {"kind": "artifact", "path": paths[2]}, {"kind": "mean", "paths": paths[1:]}):
-        plain = initialization.start(InitConfig(**kind), bb, INPUT, slot)
-        found = initialization.start(InitConfig(**kind, sources=(paths[1], paths[0])), bb, INPUT, slot)
+        plain = initialization.initialize(InitConfig(**kind), bb, INPUT, slot)
+        found = initialization.initialize(InitConfig(**kind, sources=(paths[1], paths[0])), bb, INPUT, slot)
         assert plain.sources is None
         assert found.prompt.equal(plain.prompt)
         assert found.sources.equal(torch.stack([rows.random(i, P, 32) for i in (1, 0)]))
@@ -262,10 +262,10 @@ def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp
 def test_multitask_sources(tmp_path: Path) -> None:
     """Columns and rows averaged on their own, those of one task, or ones."""
     bb = made("llama")
-    folder, slot = multitask(bb, tmp_path / "prompt"), injection.slot(bb, INPUT, ("a",), P)
+    folder, slot = multitask(bb, tmp_path / "prompt"), injection.prompt_spec(bb, INPUT, ("a",), P)
 
     def found(path: Path = folder, **values: Any) -> Any:
-        return initialization.start(InitConfig(kind="multitask", path=str(path), **values), bb, INPUT, slot)
+        return initialization.initialize(InitConfig(kind="multitask", path=str(path), **values), bb, INPUT, slot)
 
     columns = (rows.random(20, P, 1) + rows.random(21, P, 1)) / 2 + 1
     vectors = (rows.random(30, 1, 32) + rows.random(31, 1, 32)) / 2 + 1
@@ -291,11 +291,11 @@ def test_multitask_sources_that_a_model_saved(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "ours" / name, tmp_path / "theirs")
-    slot = injection.slot(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
     state = model.state_dict()
     columns = torch.stack([value for key, value in state.items() if ".columns." in key]).mean(0)
     for folder in ("ours", "theirs"):
-        found = initialization.start(InitConfig(kind="multitask", path=str(tmp_path / folder)), bb, INPUT, slot)
+        found = initialization.initialize(InitConfig(kind="multitask", path=str(tmp_path / folder)), bb, INPUT, slot)
         assert found.prompt.equal(next(value for key, value in state.items() if key.endswith("shared")))
         assert found.factors is not None
         torch.testing.assert_close(found.factors[0], columns)
@@ -412,13 +412,13 @@ def test_vector_on_its_own_start_by_name(trained: dict[str, artifact.Artifact]) 
 def test_vector_keeps_sources(trained: dict[str, artifact.Artifact]) -> None:
     """Beside the sum, as beside any kind; and the words of class labels reach a start that wants them."""
     bb = made("llama")
-    slot = injection.slot(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
     config = InitConfig(vector="movies", start={"kind": "labels"}, sources=("runs/sms/prompt",))
-    found = initialization.start(config, bb, INPUT, slot, labels=("good", "bad"))
+    found = initialization.initialize(config, bb, INPUT, slot, labels=("good", "bad"))
     assert found.sources is not None
     assert found.sources.equal(trained["sms"].prompt[None])
     assert found.parents == (trained["movies"].digest, trained["sms"].digest)
-    assert initialization.start(InitConfig(), bb, INPUT, slot).parents == ()
+    assert initialization.initialize(InitConfig(), bb, INPUT, slot).parents == ()
     began = start(bb, kind="labels", labels=("good", "bad"))
     torch.testing.assert_close(found.prompt, (began.double() + difference(trained["movies"])).float())
 
@@ -454,8 +454,8 @@ def test_vectors_that_do_not_fit(trained: dict[str, artifact.Artifact]) -> None:
     for values in ({}, {"start": {"kind": "vocabulary"}}):
         with pytest.raises(ArtifactError, match=r"movies: .*other weights"):
             start(other, vector="movies", **values)
-    slot = injection.slot(other, INPUT, ("a",), P)
-    allowed = initialization.start(InitConfig(vector="movies"), other, INPUT, slot, allow_other_weights=True)
+    slot = injection.prompt_spec(other, INPUT, ("a",), P)
+    allowed = initialization.initialize(InitConfig(vector="movies"), other, INPUT, slot, allow_other_weights=True)
     assert allowed.prompt.equal(trained["movies"].prompt)
 
 

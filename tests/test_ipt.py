@@ -20,7 +20,7 @@ from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import objectives, optimizer
-from softprompts.types import IGNORE, Batch, Context, Slot, Start
+from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 
 P, D, V, T = 4, 6, 20, 9
 TASKS = ("one", "two")
@@ -31,8 +31,8 @@ ENCODING = STRATEGIES[1:]
 
 def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocabulary: int = V) -> Any:
     """A method for two tasks whose every parameter is random, in float64 and as in answering (without dropout)."""
-    slot = Slot(TASKS, length, sum(layers) or D, D, vocabulary, layers)
-    method: Any = build("ipt", options, slot, Start(rows.random(0, length, slot.width)))
+    slot = PromptSpec(TASKS, length, sum(layers) or D, D, vocabulary, layers)
+    method: Any = build("ipt", options, slot, PromptInit(rows.random(0, length, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.copy_(rows.random(20 + i, *parameter.shape))
@@ -53,7 +53,9 @@ def context(side: str = "right", extra: int = 0, lengths: tuple[int, ...] = LENG
 
 def first(seen: Context, row: int, count: int) -> list[int]:
     """The first tokens of a row, by hand."""
-    return [int(token) for token, there in zip(seen.ids[row], seen.mask[row], strict=True) if there][:count]
+    return [int(token) for token, there in zip(seen.input_ids[row], seen.attention_mask[row], strict=True) if there][
+        :count
+    ]
 
 
 def vectors(method: Any, tokens: list[int]) -> list[Any]:
@@ -192,7 +194,13 @@ def test_rows_depend_neither_on_their_order_nor_on_each_other(strategy: str) -> 
     whole = method(seen)
     for order in ([4, 2, 0, 1, 3], [2], [0, 0, 3]):
         index = torch.tensor(order)
-        part = Context(seen.task[index], seen.ids[index], seen.embeds[index], seen.mask[index], seen.encode)
+        part = Context(
+            seen.task_ids[index],
+            seen.input_ids[index],
+            seen.inputs_embeds[index],
+            seen.attention_mask[index],
+            seen.encode,
+        )
         found = method(part)
         torch.testing.assert_close(found.values, whole.values[index], atol=1e-12, rtol=0)
         assert torch.equal(found.mask, whole.mask[index])
@@ -211,11 +219,13 @@ def test_as_many_prompts_as_rows(strategy: str, count: int) -> None:
 def test_what_of_a_text_counts(strategy: str) -> None:
     """Equal first tokens, equal prompts; other orders permute what is looked up and leave a mean as it is."""
     method, seen = made({"strategy": strategy}), context(lengths=(6, 6, 6))
-    ids = seen.ids.clone()
+    ids = seen.input_ids.clone()
     ids[:, :P] = torch.tensor([3, 8, 12, 5])
     ids[2, :P] = torch.tensor([12, 5, 3, 8])
     ids[:, P:6] = torch.tensor([[1, 2], [9, 4], [1, 2]])
-    values = method(Context(torch.zeros(3, dtype=torch.long), ids, seen.embeds, seen.mask, seen.encode)).values
+    values = method(
+        Context(torch.zeros(3, dtype=torch.long), ids, seen.inputs_embeds, seen.attention_mask, seen.encode)
+    ).values
     torch.testing.assert_close(values[0], values[1], atol=1e-12, rtol=0)
     other = {"lookup": values[0][[2, 3, 0, 1]], "mlp": values[0]}.get(strategy)
     if other is None:
@@ -285,9 +295,9 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
 def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: int, count: int) -> None:
     """Trained numbers by the formulas, at the sizes of RoBERTa-large and of SmolLM2-135M."""
     with torch.device("meta"):
-        slot = Slot(("one",), length, width, width, vocabulary)
+        slot = PromptSpec(("one",), length, width, width, vocabulary)
         method = InstancePromptTuning(
-            InstancePromptTuning.Config(**options), slot, Start(torch.ones(length, width, device="cpu"))
+            InstancePromptTuning.Config(**options), slot, PromptInit(torch.ones(length, width, device="cpu"))
         )
     assert sum(parameter.numel() for parameter in method.parameters()) == count
     if "table" in options:
@@ -297,8 +307,8 @@ def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: in
 @torch.no_grad()
 def test_starts() -> None:
     """Where training begins: at the start for encoders, and for a table that is added to a base."""
-    start, seen = Start(rows.random(0, P, D)), context()
-    slot, embeds = Slot(TASKS, P, D, D, 4000), seen.embeds
+    start, seen = PromptInit(rows.random(0, P, D)), context()
+    slot, embeds = PromptSpec(TASKS, P, D, D, 4000), seen.inputs_embeds
 
     def begun(**options: Any) -> Any:
         return build("ipt", options, slot, start)(seen)
@@ -361,22 +371,26 @@ def test_size_is_that_of_the_last_prompts() -> None:
 def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
     given = {"vocabulary": V, **slot}
     with pytest.raises(ConfigError, match=message):
-        build("ipt", options, Slot(TASKS, P, D, D, **given), Start(torch.zeros(P, D)))
+        build("ipt", options, PromptSpec(TASKS, P, D, D, **given), PromptInit(torch.zeros(P, D)))
 
 
 def test_numbers_that_yaml_takes_for_words() -> None:
     """5e-2 is a word to YAML; a word that is no number stays one."""
-    given = Slot(TASKS, P, D, D, vocabulary=V)
-    assert build("ipt", {"spread": "5e-2"}, given, Start(torch.zeros(P, D))).config.spread == 0.05
+    given = PromptSpec(TASKS, P, D, D, vocabulary=V)
+    assert build("ipt", {"spread": "5e-2"}, given, PromptInit(torch.zeros(P, D))).config.spread == 0.05
 
 
 def test_texts_that_cannot_be_looked_up() -> None:
     """Embeddings without their ids, and a batch to learn from in which no text stands before the labels."""
     method, seen = made({}), context()
-    nameless = Context(seen.task, torch.full_like(seen.ids, -1), seen.embeds, seen.mask, seen.encode)
+    nameless = Context(
+        seen.task_ids, torch.full_like(seen.input_ids, -1), seen.inputs_embeds, seen.attention_mask, seen.encode
+    )
     with pytest.raises(PromptError, match="the text was given as embeddings; give input_ids"):
         method(nameless)
-    empty = Context(seen.task, seen.ids, seen.embeds, torch.zeros_like(seen.mask), seen.encode)
+    empty = Context(
+        seen.task_ids, seen.input_ids, seen.inputs_embeds, torch.zeros_like(seen.attention_mask), seen.encode
+    )
     with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
         method(empty)
     with torch.no_grad():
@@ -389,8 +403,8 @@ def test_texts_that_cannot_be_looked_up() -> None:
 def learner(name: str, site: injection.Site = INPUT, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, every parameter random."""
     bb = tiny.backbone(name)
-    slot = injection.slot(bb, site, TASKS, P)
-    method: Any = build("ipt", options, slot, Start(rows.random(5, P, slot.width)))
+    slot = injection.prompt_spec(bb, site, TASKS, P)
+    method: Any = build("ipt", options, slot, PromptInit(rows.random(5, P, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.copy_(rows.random(40 + i, *parameter.shape))
@@ -402,8 +416,8 @@ def batch_of(name: str, tasks: list[int], seen: int = 2, side: str = "left") -> 
     found = rows.batch(name, rows.texts(name, [6 + (3 * i) % 5 for i in range(len(tasks))]), side)
     labels = found.labels
     if name in tiny.CAUSAL:
-        labels = labels.masked_fill(found.mask.cumsum(1) <= seen, IGNORE)
-    return Batch(found.ids, found.mask, torch.tensor(tasks), labels)
+        labels = labels.masked_fill(found.attention_mask.cumsum(1) <= seen, IGNORE)
+    return Batch(found.input_ids, found.attention_mask, torch.tensor(tasks), labels)
 
 
 @torch.no_grad()
@@ -413,7 +427,7 @@ def test_a_table_of_equal_rows_is_prompt_tuning(name: str) -> None:
     made, batch = learner(name), batch_of(name, [0, 1, 0], seen=P)
     row = rows.random(9, made.slot.width)
     made.method.table.rows.copy_(row.expand_as(made.method.table.rows))
-    plain = PromptTuning(PromptTuning.Config(), made.slot, Start(row.expand(P, -1)))
+    plain = PromptTuning(PromptTuning.Config(), made.slot, PromptInit(row.expand(P, -1)))
     other = Learner(made.backbone, INPUT, made.slot, plain)
     torch.testing.assert_close(made.step(batch).output.logits, other.step(batch).output.logits, atol=1e-6, rtol=1e-5)
 
@@ -424,7 +438,7 @@ def test_a_table_of_equal_rows_is_prompt_tuning(name: str) -> None:
 def test_scale_zero_is_prefix_tuning(name: str, site: injection.Site, strategy: str) -> None:
     """And any other scale is not."""
     made, batch = learner(name, site, scale=0.0, strategy=strategy), batch_of(name, [1, 1])
-    plain = PromptTuning(PromptTuning.Config(), made.slot, Start(made.method.prompts[1]))
+    plain = PromptTuning(PromptTuning.Config(), made.slot, PromptInit(made.method.prompts[1]))
     expected = Learner(made.backbone, site, made.slot, plain).step(batch).output.logits
     torch.testing.assert_close(made.step(batch).output.logits, expected, atol=1e-6, rtol=1e-5)
     made.method.scale = 0.5
@@ -462,10 +476,10 @@ def test_a_text_of_no_words_has_no_prompt() -> None:
 def test_a_causal_prompt_does_not_see_the_answer(strategy: str) -> None:
     made, batch = learner("llama", strategy=strategy), batch_of("llama", [0, 1, 0])
     prompt = made.prompt(batch)
-    ids = batch.ids.masked_fill(batch.labels != IGNORE, 11)
-    other = made.prompt(Batch(ids, batch.mask, batch.task, batch.labels))
+    ids = batch.input_ids.masked_fill(batch.labels != IGNORE, 11)
+    other = made.prompt(Batch(ids, batch.attention_mask, batch.task_ids, batch.labels))
     assert torch.equal(prompt.values, other.values)
-    assert not torch.equal(prompt.values, made.prompt(Batch(ids, batch.mask, batch.task)).values)
+    assert not torch.equal(prompt.values, made.prompt(Batch(ids, batch.attention_mask, batch.task_ids)).values)
 
 
 def test_training_drops_and_judging_does_not() -> None:
@@ -482,20 +496,20 @@ def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = learner("llama", table=table)
     config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
-    adamw = optimizer.optimizer_of(made, made.parameters(), config)
+    adamw = optimizer.build_optimizer(made, made.parameters(), config)
     held = made.method.table.rows if table == "full" else made.method.table.codes
     moved = []
     for seed in (0, 1):
         before = held.detach().clone()
         found = rows.batch("llama", rows.texts("llama", [4, 5], 50 * seed))
-        labels = found.labels.masked_fill(found.mask.cumsum(1) <= 3, IGNORE)
-        batch = Batch(found.ids, found.mask, torch.tensor([0, 1]), labels)
+        labels = found.labels.masked_fill(found.attention_mask.cumsum(1) <= 3, IGNORE)
+        batch = Batch(found.input_ids, found.attention_mask, torch.tensor([0, 1]), labels)
         adamw.zero_grad()
         objectives.task(made.step(batch)).backward()
         optimizer.set_rates(adamw, config, seed)
         adamw.step()
         moved.append(set((held != before).any(1).nonzero()[:, 0].tolist()))
-        read = set(found.ids[:, :3].flatten().tolist())
+        read = set(found.input_ids[:, :3].flatten().tolist())
         assert moved[-1] == read | (moved[0] if seed else set())
     assert moved[0] < moved[1]
 
@@ -504,12 +518,12 @@ def test_a_task_alone_answers_as_among_others() -> None:
     method, seen = made({"base": "start"}), context()
     prompts = method(seen).values.detach()
     for i, task in enumerate(TASKS):
-        start = Start(torch.zeros(P, D))
-        single: Any = build("ipt", {"base": "start"}, Slot((task,), P, D, D, V), start)
+        start = PromptInit(torch.zeros(P, D))
+        single: Any = build("ipt", {"base": "start"}, PromptSpec((task,), P, D, D, V), start)
         single.double().load_state_dict(state_of(method, task))
-        index = (seen.task == i).nonzero()[:, 0]
+        index = (seen.task_ids == i).nonzero()[:, 0]
         none = torch.zeros(len(index), dtype=torch.long)
-        part = Context(none, seen.ids[index], seen.embeds[index], seen.mask[index], seen.encode)
+        part = Context(none, seen.input_ids[index], seen.inputs_embeds[index], seen.attention_mask[index], seen.encode)
         torch.testing.assert_close(single(part).values, prompts[index], atol=1e-12, rtol=0)
 
 

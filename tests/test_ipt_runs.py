@@ -54,26 +54,26 @@ def options(values: dict[str, Any], **given: Any) -> dict[str, Any]:
     return values
 
 
-def stopping(at: int) -> job.Screen:
+def stopping(at: int) -> job.ProgressReporter:
     """A screen that breaks off after a step."""
 
     def stop(_: str, report: Any) -> None:
         if report.step == at:
             raise KeyboardInterrupt
 
-    return job.Screen(step=stop)
+    return job.ProgressReporter(on_step=stop)
 
 
 def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     """What is trained and what the data moved is told, and the artifact answers as the run did."""
     run = parse(values)
     made = job.prepare(run)
-    results = job.execute(run)
+    results = job.run(run)
     table = made.learner.method.table.rows
     assert results["summary"]["trainable"] == table.numel()
     size = sum(p.numel() for p in made.learner.backbone.model.parameters())
     assert results["summary"]["share"] == pytest.approx(table.numel() / size)
-    rows = [made.encoders[0].encode(row).ids[:LENGTH] for row in made.tasks[0].train]
+    rows = [made.encoders[0].encode(row).input_ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
     found = artifact.load(tmp_path / "out" / "prompt")
     changed = (found.state["table.rows"] != made.begin["method.table.rows"]).any(1)
@@ -100,11 +100,11 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
 def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
     """With dropout: each step draws from a random stream of its own."""
     options(values, strategy="mlp", table="low-rank", rank=4)
-    job.execute(parse(values))
+    job.run(parse(values))
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, stopping(3))
-    job.execute(cut)
+        job.run(cut, stopping(3))
+    job.run(cut)
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
@@ -114,7 +114,7 @@ def test_tasks_share_the_table_and_may_have_bases(values: dict[str, Any], tmp_pa
     task = options(values, base="start", table="hashed", rows=50).pop("task")
     values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
     run = parse(values)
-    results = job.execute(run)
+    results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == LENGTH * 32 + 50 * 32 // 2
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert sorted(one.state) == ["prompts.0", "table.rows"]
@@ -213,7 +213,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     begun = job.prepare(parse(options(values, **given)))
     for name, value in begun.learner.method.state_dict().items():
         assert torch.equal(value, found.state.get(name, before[name])), name
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     assert results["summary"]["steps"] == 6
 
 
@@ -254,13 +254,13 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
         pretrain.execute(run.model_copy(update={"train": short}))
     values["prompt"]["init"] = {"state": str(tmp_path / "state")}
     (tmp_path / "topics0" / "prompt").rename(tmp_path / "state")
-    job.execute(parse(values))
+    job.run(parse(values))
     for _ in range(8):  # the same state is the same start however often it is read
-        job.execute(parse(values))
+        job.run(parse(values))
     (tmp_path / "state").rename(tmp_path / "old")
     (tmp_path / "topics1" / "prompt").rename(tmp_path / "state")
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
-        job.execute(parse(values))
+        job.run(parse(values))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model import setup
 from softprompts.recipes.run import run
-from softprompts.types import Batch, Prompt, Start
+from softprompts.types import Batch, Prompt, PromptInit
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def values(tmp_path):
 def test_two_tasks_train_in_the_same_batches(values, tmp_path):
     task = values.pop("task")
     values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
-    results = run.execute(parse(values))
+    results = run.run(parse(values))
     assert [page["task"] for page in results["tasks"]] == ["one", "two"]
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert not torch.equal(one.prompt, two.prompt)
@@ -41,7 +41,7 @@ def test_two_tasks_train_in_the_same_batches(values, tmp_path):
 
 
 def test_the_artifact_tells_where_it_came_from(values, tmp_path):
-    results = run.execute(parse(values))
+    results = run.run(parse(values))
     made = artifact.load(tmp_path / "out" / "prompt")
     again = run.prepare(parse(values))
     assert torch.equal(made.initial, again.start.prompt)
@@ -54,14 +54,14 @@ class Halved(PromptTuning):
     """Prompt tuning that begins at half of its start."""
 
     def __init__(self, config, slot, start):
-        super().__init__(config, slot, Start(start.prompt / 2))
+        super().__init__(config, slot, PromptInit(start.prompt / 2))
 
 
 def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch):
     """Not every method begins at the start that it is given; a task vector is counted from where it did."""
     monkeypatch.setitem(methods.METHODS, "halved", f"{__name__}:Halved")
     values["prompt"] |= {"method": "halved"}
-    run.execute(parse(values))
+    run.run(parse(values))
     start = run.prepare(parse(values)).start.prompt
     assert torch.equal(artifact.load(tmp_path / "out" / "prompt").initial, start / 2)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
@@ -72,7 +72,7 @@ def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch
 
 
 def test_results_hold_the_resolved_run(values, tmp_path):
-    results = run.execute(parse(values))
+    results = run.run(parse(values))
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["summary"] == results["summary"]
     assert parse(saved["config"]) == parse(values)
@@ -86,15 +86,15 @@ def test_results_hold_the_resolved_run(values, tmp_path):
 
 
 def test_a_finished_run_is_not_trained_again(values, tmp_path):
-    first = run.execute(parse(values))
+    first = run.run(parse(values))
     steps = []
-    second = run.execute(parse(values), run.Screen(step=lambda _, r: steps.append(r.seconds)))
+    second = run.run(parse(values), run.ProgressReporter(on_step=lambda _, r: steps.append(r.seconds)))
     assert steps == [row["seconds"] for row in first["curve"]]
     assert second["scores"] == first["scores"]
 
 
 def test_a_run_starts_from_another_artifact(values, tmp_path):
-    run.execute(parse(values))
+    run.run(parse(values))
     init = {"kind": "artifact", "path": str(tmp_path / "out" / "prompt")}
     made = run.prepare(parse({**values, "prompt": {"length": 4, "init": init}}))
     assert torch.equal(made.start.prompt, artifact.load(init["path"]).prompt)
@@ -116,7 +116,7 @@ def test_label_words_are_a_start(values):
 
 @pytest.mark.parametrize("site", ["layers", "kv"])
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
-    run.execute(parse({**values, "prompt": {"length": 4, "site": site}}))
+    run.run(parse({**values, "prompt": {"length": 4, "site": site}}))
     opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     assert opened.learner.site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
@@ -129,12 +129,12 @@ def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
     values["task"] |= {"chat": True, "chat_place": place, "template": "{text}"}
     made = run.prepare(parse(values))
     row = made.tasks[0].test[0]
-    before = made.encoders[0].encode(row).place
+    before = made.encoders[0].encode(row).prompt_offsets
     assert (before == 0) == (place == "start")
-    run.execute(parse(values))
+    run.run(parse(values))
     opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
     (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluateConfig())
-    ids, model = opened.encoder.encode(row).ids, opened.learner.backbone.model
+    ids, model = opened.encoder.encode(row).input_ids, opened.learner.backbone.model
     for label, answer in opened.encoder.candidates().items():
         words = model.get_input_embeddings()(torch.tensor(ids + answer))
         whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
@@ -159,8 +159,8 @@ def test_heads_and_several_tasks_are_refused(values):
 
 
 def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
-    run.execute(parse(values))
-    run.execute(parse({**values, "seed": 1, "out": str(tmp_path / "second")}))
+    run.run(parse(values))
+    run.run(parse({**values, "seed": 1, "out": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
     opened = run.open_artifacts(paths, model=parse(values).model)
     found = [parameter.detach() for parameter in opened.learner.method.prompts]
@@ -170,8 +170,8 @@ def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
 
 
 def test_artifacts_of_different_sites_cannot_stand_together(values, tmp_path):
-    run.execute(parse(values))
-    run.execute(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))
+    run.run(parse(values))
+    run.run(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "kv" / "prompt"]
     with pytest.raises(ConfigError, match="differ in site"):
         run.open_artifacts(paths, model=parse(values).model)
@@ -190,7 +190,7 @@ def test_the_default_model_shares_its_prefix_exactly():
     for path in ("packed", "shared", "concatenation"):
         values = start.clone().requires_grad_()
         prompt = Prompt(values, torch.ones(2, 20, dtype=torch.bool), torch.tensor([0, 1, 1, 0]))
-        batch = Batch(ids, mask.long(), prompt.row, ids.masked_fill(~mask, -100))
+        batch = Batch(ids, mask.long(), prompt.prompt_index, ids.masked_fill(~mask, -100))
         out = injection.forward(base, batch, prompt, Site(), path=path)
         loss = torch.nn.functional.cross_entropy(out.logits, out.labels)
         loss.backward()
@@ -204,7 +204,7 @@ def test_the_default_model_shares_its_prefix_exactly():
 def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     products = "onednn" if torch.backends.mkldnn.is_available() else "torch"
     values["model"] |= {"products": products, "attention": "packed-fused", "checkpointing": True}
-    machine = run.execute(parse(values))["machine"]
+    machine = run.run(parse(values))["machine"]
     chosen = {"rows": "packed", "core": "fused", "products": products, "checkpoint": True, "compiled": False}
     assert {key: machine["kernels"][key] for key in chosen} == chosen
     assert (machine["device"], machine["dtype"], machine["threads"]) == ("cpu", "float32", 1)
@@ -223,16 +223,16 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.execute(parse(values), run.Screen(step=stop))
-    choice = setup.Choice(Kernels(core="fused"), {})
-    monkeypatch.setattr(setup, "choose", lambda *_, **__: choice)
+        run.run(parse(values), run.ProgressReporter(on_step=stop))
+    choice = setup.TunedKernels(Kernels(core="fused"), {})
+    monkeypatch.setattr(setup, "autotune", lambda *_, **__: choice)
     said = []
-    results = run.execute(parse(values), run.Screen(say=said.append))
+    results = run.run(parse(values), run.ProgressReporter(log=said.append))
     line = "from step 3 on computed with core fused, before with core math: the same up to rounding, not to the bit"
     assert line in said
     assert line in results["warnings"]
     assert [bool(row["machine"]) for row in results["curve"]] == [True, False, True]
-    assert run.execute(parse(values))["warnings"] == results["warnings"]
+    assert run.run(parse(values))["warnings"] == results["warnings"]
 
 
 @pytest.mark.parametrize(

@@ -23,13 +23,13 @@ pytestmark = pytest.mark.golden
 LENGTHS = (9, 7, 12, 3, 10, 8, 9, 5, 6, 11)  # 80 tokens: enough for oneDNN's product
 USED = [2, 0, 0, 1, 2, 0, 1, 1, 0, 2]
 MANY = {
-    "onednn": Kernels(products="onednn"),
+    "onednn": Kernels(matmul_backend="onednn"),
     "fused": Kernels(core="fused"),
     "whole last layer": Kernels(trim=False),
-    "again": Kernels(checkpoint=True),
-    "again, onednn": Kernels(checkpoint=True, products="onednn"),
-    "again, cache": Kernels(rows="shared", checkpoint=True),
-    "again, cache, other attention": Kernels(rows="shared", checkpoint=True, attention="eager"),
+    "again": Kernels(gradient_checkpointing=True),
+    "again, onednn": Kernels(gradient_checkpointing=True, matmul_backend="onednn"),
+    "again, cache": Kernels(rows="shared", gradient_checkpointing=True),
+    "again, cache, other attention": Kernels(rows="shared", gradient_checkpointing=True, attention="eager"),
 }
 
 
@@ -54,7 +54,7 @@ def one_label(batch: Batch) -> Batch:
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.ALL), ids=called)
 def test_kernels(name: str, site: injection.Site, kind: str) -> None:
     plain, changed = tiny.backbone(name), replace(tiny.backbone(name), kernels=MANY[kind])
-    if MANY[kind].checkpoint and (name == "albert" or (name in tiny.SEQ2SEQ and site == KV)):
+    if MANY[kind].gradient_checkpointing and (name == "albert" or (name in tiny.SEQ2SEQ and site == KV)):
         with pytest.raises(BackboneError, match=r"(Albert|T5|Bart).*gradient checkpointing"):
             step(changed, name, site)
         return
@@ -79,7 +79,7 @@ def state(bb: b.Backbone) -> list[Any]:
 
 
 def test_the_model_is_as_before_after_an_error() -> None:
-    bb = replace(tiny.backbone("llama"), kernels=Kernels(products="onednn", checkpoint=True))
+    bb = replace(tiny.backbone("llama"), kernels=Kernels(matmul_backend="onednn", gradient_checkpointing=True))
     before = state(bb)
 
     def broken(*_: Any) -> Tensor:
@@ -146,7 +146,7 @@ def test_checkpointing_keeps_less() -> None:
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        bb = replace(tiny.backbone("llama"), kernels=Kernels(checkpoint=again))
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(gradient_checkpointing=again))
         values = rows.random(0, 5, 32).requires_grad_()
         batch = one_label(rows.batch("llama", rows.texts("llama", LENGTHS)))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -166,7 +166,7 @@ def test_products_fit_the_weights() -> None:
             width = module.nx if hasattr(module, "nx") else module.in_features
             x = rows.random(0, 2, 40, width).requires_grad_()
             plain = module(x)
-            with kernels.running(bb.model, Kernels(products="onednn"), {}):
+            with kernels.running(bb.model, Kernels(matmul_backend="onednn"), {}):
                 fast, none = module(x), module(x[:, :0])
             torch.testing.assert_close(fast, plain)
             assert type(fast.grad_fn).__name__ == "_OneDNNBackward"
@@ -182,7 +182,7 @@ def test_products_fit_the_weights() -> None:
 def test_compiled_parts() -> None:
     """Norms and MLPs are compiled once for all layers, and give the same loss and gradient at any length."""
     for products in ("torch", "onednn"):
-        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, products=products), known={})
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, matmul_backend=products), known={})
         parts = kernels.compile_parts(bb.model, bb.kernels)
         assert {type(m).__name__ for m in parts} == (
             {"LlamaRMSNorm", "LlamaMLP"} if products == "torch" else {"LlamaRMSNorm"}

@@ -111,7 +111,7 @@ def test_a_run_on_a_spread_model_equals_one_on_a_whole_model(tmp_path):
     values = local.run_values(tmp_path, steps=3)
     made = []
     for out, more in (("a", {}), ("b", {"device_map": LAYERS_ON_DISK["llama"]})):
-        run.execute(parse(values | {"model": values["model"] | more, "out": str(tmp_path / out)}))
+        run.run(parse(values | {"model": values["model"] | more, "out": str(tmp_path / out)}))
         made.append(artifact.load(tmp_path / out / "prompt"))
     torch.testing.assert_close(made[0].prompt, made[1].prompt, atol=1e-4, rtol=1e-3)
     assert float((made[0].prompt - made[0].initial).abs().max()) > 0.01

@@ -17,7 +17,7 @@ from softprompts.methods import build, state_of
 from softprompts.methods.low_rank import LowRankPromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import loop
-from softprompts.types import Context, Slot, Start
+from softprompts.types import Context, PromptInit, PromptSpec
 
 P, D = 8, 20
 TASKS = ("one", "two")
@@ -25,8 +25,8 @@ TASKS = ("one", "two")
 
 def made(start: Tensor | None = None, rank: int = 3, tasks: tuple[str, ...] = TASKS) -> LowRankPromptTuning:
     start = rows.random(0, P, D) if start is None else start
-    slot = Slot(tasks, len(start), start.shape[1], start.shape[1])
-    return LowRankPromptTuning(LowRankPromptTuning.Config(rank=rank), slot, Start(start))
+    slot = PromptSpec(tasks, len(start), start.shape[1], start.shape[1])
+    return LowRankPromptTuning(LowRankPromptTuning.Config(rank=rank), slot, PromptInit(start))
 
 
 def prompts(method: LowRankPromptTuning, tasks: list[int]) -> Tensor:
@@ -117,9 +117,11 @@ def test_numbers_of_trained_parameters() -> None:
 def test_groups_learn_at_their_own_rates() -> None:
     """Rows are in the prompt's units, columns about one: both learn as fast as a prompt does."""
     bb = tiny.backbone("llama")
-    slot = injection.slot(bb, INPUT, TASKS, P)
-    one = Learner(bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, Start(torch.zeros(P, 32))))
-    optimizer = loop.optimizer_of(one, one.parameters(), together.config(rate=0.2, rate_unit="rms"))
+    slot = injection.prompt_spec(bb, INPUT, TASKS, P)
+    one = Learner(
+        bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
+    )
+    optimizer = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms"))
     found = {tuple(g["params"][0].shape): g["rate"] for g in optimizer.param_groups}
     assert found == pytest.approx({(10, 32): 0.2 * bb.rms, (P, 10): 0.2})
 
@@ -130,4 +132,4 @@ def test_groups_learn_at_their_own_rates() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method low-rank: .*{words}"):
-        build("low-rank", options, Slot(TASKS, P, D, D), Start(torch.zeros(P, D)))
+        build("low-rank", options, PromptSpec(TASKS, P, D, D), PromptInit(torch.zeros(P, D)))

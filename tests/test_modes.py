@@ -22,7 +22,7 @@ from softprompts.model import stored
 from softprompts.model.learner import Learner
 from softprompts.recipes.run import run as job
 from softprompts.training import equivalence, loop, objectives
-from softprompts.types import Prompt, Start, in_mode
+from softprompts.types import Prompt, PromptInit, in_mode
 
 
 class Watched(torch.nn.Module):
@@ -34,7 +34,7 @@ class Watched(torch.nn.Module):
     class Config:
         """Nothing to choose."""
 
-    def __init__(self, config: Config, slot: Any, start: Start) -> None:
+    def __init__(self, config: Config, slot: Any, start: PromptInit) -> None:
         super().__init__()
         self.slot, self.asked, self.folded = slot, [], []
         self.prompts = torch.nn.ParameterList(start.prompt.clone() for _ in slot.tasks)
@@ -53,8 +53,8 @@ class Watched(torch.nn.Module):
 
 def learner(name: str = "llama") -> Learner:
     base = together.double(name)
-    slot = injection.slot(base, INPUT, ("a",), 4)
-    return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, Start(rows.random(1, 4, slot.width) + 1)))
+    slot = injection.prompt_spec(base, INPUT, ("a",), 4)
+    return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, PromptInit(rows.random(1, 4, slot.width) + 1)))
 
 
 def test_a_step_trains_and_all_else_judges() -> None:
@@ -112,7 +112,7 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
     values = local.run_values(tmp_path, steps=4, checkpoint_every=2, evaluate_every=2)
     values["prompt"] |= {"method": "prefix-tuning", "site": "kv", "options": {"dropout": 0.5}}
     values["train"]["rate"] = 0.1
-    results = job.execute(parse(values))
+    results = job.run(parse(values))
     run = parse(values)
     opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
     found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluate)
@@ -124,13 +124,13 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
 
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stop))
-    job.execute(cut)
+        job.run(cut, job.ProgressReporter(on_step=stop))
+    job.run(cut)
     whole, again = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert torch.equal(whole.prompt, again.prompt)
     assert torch.equal(whole.prompt, whole.state["prompts.0"]), "nothing is left out of what is saved"
     values["prompt"]["options"] = {}
-    job.execute(parse({**values, "out": str(tmp_path / "plain")}))
+    job.run(parse({**values, "out": str(tmp_path / "plain")}))
     assert not torch.allclose(artifact.load(tmp_path / "plain" / "prompt").prompt, whole.prompt, atol=1e-4)
 
 

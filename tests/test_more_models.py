@@ -129,13 +129,13 @@ def test_other_architectures(name: str) -> None:
         bb.model(inputs_embeds=x, use_cache=False).logits[0, -len(y) - 1 : -1]
         for x, y in zip(whole, texts, strict=True)
     ]
-    columns = torch.arange(batch.ids.shape[1]).expand_as(batch.ids)
+    columns = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids)
     one = replace(batch, labels=batch.labels.masked_fill(columns != columns[0, -1], IGNORE))
     for given, expected in ((batch, torch.cat(stock)), (one, torch.stack([scores[-1] for scores in stock]))):
         weights = rows.random(3, *expected.shape)
         wanted = torch.autograd.grad((expected * weights).sum(), values, retain_graph=True)
         for again in (False, True):
-            run = replace(bb, kernels=Kernels(checkpoint=again))
+            run = replace(bb, kernels=Kernels(gradient_checkpointing=again))
             output = injection.forward(run, given, rows.several(values, USED), INPUT)
             assert output.path == OTHERWISE.get(name, "packed")
             assert apart(output.logits, expected) < 1e-5

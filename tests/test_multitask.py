@@ -13,7 +13,7 @@ from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import loop, objectives
-from softprompts.types import Context, Slot, Start
+from softprompts.types import Context, PromptInit, PromptSpec
 
 P, D = 6, 32
 TASKS = ("mnli", "qqp", "sst2")
@@ -22,8 +22,8 @@ pytestmark = pytest.mark.golden
 
 def made(tasks=TASKS, prompt=None, factors=None, length=P, width=D, **options):
     prompt = rows.random(1, length, width) if prompt is None else prompt
-    slot = Slot(tuple(tasks), length, width, width)
-    return MultitaskPromptTuning(MultitaskPromptTuning.Config(**options), slot, Start(prompt, factors=factors))
+    slot = PromptSpec(tuple(tasks), length, width, width)
+    return MultitaskPromptTuning(MultitaskPromptTuning.Config(**options), slot, PromptInit(prompt, factors=factors))
 
 
 def put(method, seed, ranks=1):
@@ -154,9 +154,9 @@ def test_options_that_cannot_be(options, words):
 
 def learner(name, site, tasks, seed=1, **options):
     base = together.double(name)
-    slot = injection.slot(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, tasks, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(**options), slot, Start(start)).double()
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(**options), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.shared.copy_(start)
     return Learner(base, site, slot, method)
@@ -183,9 +183,9 @@ def test_one_task_with_fixed_factors_is_prompt_tuning_curve_for_curve(name, site
 def test_folded_and_decomposed_answer_alike(name, site):
     """In every family and at every site; and a batch of several tasks answers as each task alone."""
     bb = tiny.backbone(name)
-    slot = injection.slot(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, TASKS, P)
     torch.manual_seed(0)
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, Start(rows.random(2, P, slot.width)))
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(rows.random(2, P, slot.width)))
     with torch.no_grad():
         for i in range(len(TASKS)):
             method.columns[i].add_(rows.random(i, P, 1))
@@ -193,7 +193,7 @@ def test_folded_and_decomposed_answer_alike(name, site):
     one = Learner(bb, site, slot, method)
     found = rows.batch(name, rows.texts(name), "right")
     task = torch.tensor([2, 0, 1, 2])
-    batch = type(found)(found.ids, found.mask, task, found.labels)
+    batch = type(found)(found.input_ids, found.attention_mask, task, found.labels)
     with torch.no_grad():
         mixed = one.forward(batch, one.prompt(batch))
         for i in range(4):
@@ -230,10 +230,10 @@ def test_absent_tasks_keep_factors_and_optimizer_state():
 def test_groups_learn_at_their_own_rates():
     one = learner("llama", Site(), ("a",))
     config = together.config(rate=0.3, rate_unit="rms", rates={"factors": 0.4})
-    optimizer = loop.optimizer_of(one, one.parameters(), config)
+    optimizer = loop.build_optimizer(one, one.parameters(), config)
     found = {tuple(group["params"][0].shape): (len(group["params"]), group["rate"]) for group in optimizer.param_groups}
     rms = one.backbone.rms
     assert found[4, 32] == (1, pytest.approx(0.3 * rms))  # the shared prompt in rms of the words
     assert found[4, 1] == (2, pytest.approx(0.4))  # factors as it stands
-    plain = loop.optimizer_of(one, one.parameters(), together.config(rate=0.3, rate_unit="rms"))
+    plain = loop.build_optimizer(one, one.parameters(), together.config(rate=0.3, rate_unit="rms"))
     assert sorted(group["rate"] for group in plain.param_groups) == pytest.approx(sorted([0.3, 0.3 * rms]))

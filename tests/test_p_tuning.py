@@ -18,7 +18,7 @@ from softprompts.methods import build, check_site, state_of
 from softprompts.methods.p_tuning import PTuning
 from softprompts.model.learner import Learner
 from softprompts.training import loop
-from softprompts.types import Context, Slot, Start
+from softprompts.types import Context, PromptInit, PromptSpec
 
 P, D = 5, 12
 TASKS = ("one", "two")
@@ -27,7 +27,7 @@ TASKS = ("one", "two")
 def made(start: Tensor | None = None, tasks: tuple[str, ...] = TASKS, **options: Any) -> PTuning:
     torch.manual_seed(1)
     start = rows.random(0, P, D) if start is None else start
-    return PTuning(PTuning.Config(**options), Slot(tasks, P, D, D), Start(start))
+    return PTuning(PTuning.Config(**options), PromptSpec(tasks, P, D, D), PromptInit(start))
 
 
 def prompts(method: PTuning, tasks: list[int]) -> Tensor:
@@ -106,7 +106,7 @@ def test_whether_tokens_depend_on_each_other(network: str, depends: bool) -> Non
 def test_numbers_of_trained_parameters() -> None:
     def count(width: int, length: int, **options: Any) -> int:
         method = PTuning(
-            PTuning.Config(**options), Slot(("a",), length, width, width), Start(torch.zeros(length, width))
+            PTuning.Config(**options), PromptSpec(("a",), length, width, width), PromptInit(torch.zeros(length, width))
         )
         return sum(p.numel() for p in method.parameters())
 
@@ -133,9 +133,9 @@ def test_a_task_alone_is_as_among_others() -> None:
 def test_groups_learn_at_their_own_rates() -> None:
     """The last layer in units of the embeddings' rms, as it makes prompts; the rest as it stands."""
     bb = tiny.backbone("llama")
-    slot = injection.slot(bb, INPUT, TASKS, P)
-    one = Learner(bb, INPUT, slot, PTuning(PTuning.Config(), slot, Start(torch.zeros(P, 32))))
-    groups = loop.optimizer_of(one, one.parameters(), together.config(rate=0.2, rate_unit="rms")).param_groups
+    slot = injection.prompt_spec(bb, INPUT, TASKS, P)
+    one = Learner(bb, INPUT, slot, PTuning(PTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
+    groups = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms")).param_groups
     found = {group["rate"]: len(group["params"]) for group in groups}
     assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.rms: 4})
     assert sum(found.values()) == len(one.parameters())
@@ -151,7 +151,7 @@ def test_groups_learn_at_their_own_rates() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method p-tuning: {words}"):
-        build("p-tuning", options, Slot(TASKS, P, D, D), Start(torch.zeros(P, D)))
+        build("p-tuning", options, PromptSpec(TASKS, P, D, D), PromptInit(torch.zeros(P, D)))
 
 
 def test_it_is_no_deep_prompt() -> None:

@@ -17,15 +17,15 @@ from softprompts.injection import packed_attention
 from softprompts.methods import find
 from softprompts.model.learner import Learner
 from softprompts.training import equivalence, objectives
-from softprompts.types import Start
+from softprompts.types import PromptInit
 
 
 def learner(name: str, site: injection.Site = INPUT, kernels: Kernels | None = None) -> Learner:
     """Prompt tuning with three tokens on a tiny model."""
     bb = tiny.backbone(name) if kernels is None else replace(tiny.backbone(name), kernels=kernels)
-    slot = injection.slot(bb, site, ("a",), 3)
+    slot = injection.prompt_spec(bb, site, ("a",), 3)
     method = find("prompt-tuning")
-    return Learner(bb, site, slot, method(method.Config(), slot, Start(rows.random(0, 3, slot.width))))
+    return Learner(bb, site, slot, method(method.Config(), slot, PromptInit(rows.random(0, 3, slot.width))))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bert"])

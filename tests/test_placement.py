@@ -16,7 +16,7 @@ import tokenizers_tiny
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluateConfig, PromptConfig, parse
-from softprompts.data import Encoder, Format, collate, place_of
+from softprompts.data import ExampleTokenizer, TaskTemplate, collate, place_of
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError
 from softprompts.evaluation import evaluate
@@ -32,14 +32,16 @@ BPE, BOS, WORDS, PIECES = (
     tokenizers_tiny.wordpiece(),
     tokenizers_tiny.unigram(),
 )
-FORM = Format("t", "<prompt:2>Review: {text} <prompt:3>Sentiment:", verbalizer={"p": "positive", "n": "negative"})
+FORM = TaskTemplate("t", "<prompt:2>Review: {text} <prompt:3>Sentiment:", verbalizer={"p": "positive", "n": "negative"})
 ROW = {"text": "a warm <prompt:9> film", "label": "p"}
 CLOSE = {"atol": 2e-5, "rtol": 1e-5}
 
 
-def encoder(form: Format, tokenizer: Any, family: str = "causal", length: int = 5, **other: Any) -> Encoder:
+def encoder(
+    form: TaskTemplate, tokenizer: Any, family: str = "causal", length: int = 5, **other: Any
+) -> ExampleTokenizer:
     slots = slot_sizes(form.templates, length, form.name)
-    return Encoder(form, tokenizer, family, other.pop("head", "lm"), 200, slots=slots, **other)  # type: ignore[arg-type]
+    return ExampleTokenizer(form, tokenizer, family, other.pop("head", "lm"), 200, slots=slots, **other)  # type: ignore[arg-type]
 
 
 def bare(tokenizer: Any, text: str) -> list[int]:
@@ -85,13 +87,13 @@ def test_pieces_are_what_the_tokenizer_makes_of_them(tokenizer: Any, begin: list
     found = encoder(FORM, tokenizer).example(ROW)
     first, second = bare(tokenizer, "Review: a warm <prompt:9> film "), bare(tokenizer, "Sentiment:")
     answer = encoder(FORM, tokenizer).answer_ids("positive")
-    assert found.ids == [*begin, *first, *second, *answer]
-    assert found.place == (len(begin), len(begin) + len(first))
-    assert found.segments == (2, 3)
+    assert found.input_ids == [*begin, *first, *second, *answer]
+    assert found.prompt_offsets == (len(begin), len(begin) + len(first))
+    assert found.segment_lengths == (2, 3)
     assert found.labels == [IGNORE] * found.text_tokens + answer
     # A slot may stand where a token would reach across: here inside a word.
     inside = encoder(replace(FORM, template="{text} positi<prompt>ve"), tokenizer).encode({"text": "x"})
-    assert inside.ids == [*begin, *bare(tokenizer, "x positi"), *bare(tokenizer, "ve")]
+    assert inside.input_ids == [*begin, *bare(tokenizer, "x positi"), *bare(tokenizer, "ve")]
     assert bare(tokenizer, " positive") != [*bare(tokenizer, " positi"), *bare(tokenizer, "ve")]
 
 
@@ -100,22 +102,22 @@ def test_pieces_of_encoders_keep_their_special_tokens_and_types() -> None:
     found = encoder(form, WORDS, "masked", head="sequence").encode({"text": "good film"})
     cls, sep = WORDS.cls_token_id, WORDS.sep_token_id
     first, rest, second = (bare(WORDS, text) for text in ("good film", "so", "a good film"))
-    assert found.ids == [cls, *first, *rest, sep, *second, sep]
+    assert found.input_ids == [cls, *first, *rest, sep, *second, sep]
     plain = WORDS("good film so", "a good film")
-    assert (found.ids, found.types) == (plain["input_ids"], plain["token_type_ids"])
-    assert found.place == (1, 1 + len(first), len(found.ids) - 1)
+    assert (found.input_ids, found.token_type_ids) == (plain["input_ids"], plain["token_type_ids"])
+    assert found.prompt_offsets == (1, 1 + len(first), len(found.input_ids) - 1)
     masked = encoder(replace(FORM, template="{text}<prompt> so {mask}."), WORDS, "masked").example(ROW)
-    assert WORDS.mask_token_id in masked.ids
-    assert masked.ids[0] == cls
-    assert WORDS.decode(masked.ids[: masked.place[0]]) == WORDS.decode([cls, *bare(WORDS, ROW["text"])])
+    assert WORDS.mask_token_id in masked.input_ids
+    assert masked.input_ids[0] == cls
+    assert WORDS.decode(masked.input_ids[: masked.prompt_offsets[0]]) == WORDS.decode([cls, *bare(WORDS, ROW["text"])])
     # SentencePiece pieces: the first begins a text, the second goes on as written, with one space.
     with pytest.raises(DataError, match="the template has a slot for the prompt, but none for the text; write the col"):
         encoder(replace(FORM, template="good<prompt> film"), PIECES, "seq2seq")
     found = encoder(replace(FORM, template="{text}<prompt> film"), PIECES, "seq2seq").encode({"text": "good"})
-    assert found.ids == PIECES("good film")["input_ids"]
-    assert found.place == (len(bare(PIECES, "good")),)
+    assert found.input_ids == PIECES("good film")["input_ids"]
+    assert found.prompt_offsets == (len(bare(PIECES, "good")),)
     inside = encoder(replace(FORM, template="{text}<prompt>ish"), PIECES, "seq2seq").encode({"text": "good"})
-    assert PIECES.decode(inside.ids, skip_special_tokens=True) == "goodish"
+    assert PIECES.decode(inside.input_ids, skip_special_tokens=True) == "goodish"
 
 
 def test_slots_inside_chat_turns() -> None:
@@ -125,8 +127,8 @@ def test_slots_inside_chat_turns() -> None:
     pieces = ["<s>system\nBe short.", "</s>\n<s>user\n", "how \ue000 so", "</s>\n<s>assistant\n"]
     tokens = [bare(tokenizer, piece) for piece in pieces]
     before = [0, *itertools.accumulate(map(len, tokens))]
-    assert found.ids == list(itertools.chain(*tokens))
-    assert found.place == tuple(before[1:4])
+    assert found.input_ids == list(itertools.chain(*tokens))
+    assert found.prompt_offsets == tuple(before[1:4])
     hiding = tokenizers_tiny.byte_bpe(chat=True)
     hiding.chat_template = "{{ messages[-1]['content'] }}"
     with pytest.raises(DataError, match="the chat template leaves a slot for the prompt out or repeats it"):
@@ -139,17 +141,17 @@ def test_texts_are_cut_around_slots() -> None:
     found = encoder(form, BPE).encode({"text": "warm film " * 30})
     assert found.cut > 0
     assert found.text_tokens <= 20
-    assert BPE.decode(found.ids[found.place[1] :]) == "Sentiment:"
+    assert BPE.decode(found.input_ids[found.prompt_offsets[1] :]) == "Sentiment:"
 
 
 def test_batches_of_rows_with_slots() -> None:
     one = encoder(FORM, BPE).encode(ROW)
     two = encoder(replace(FORM, template="{text}<prompt>"), BPE).encode(ROW)
     batch = collate([one, two], 0)
-    assert batch.place.tolist() == [list(one.place), [two.place[0]] * 2]
-    assert batch.segments.tolist() == [[2, 3], [5, 0]]
+    assert batch.prompt_offsets.tolist() == [list(one.prompt_offsets), [two.prompt_offsets[0]] * 2]
+    assert batch.segment_lengths.tolist() == [[2, 3], [5, 0]]
     with pytest.raises(ValueError, match="some rows of the batch have slots for the prompt and some have none"):
-        collate([one, Encoder(replace(FORM, template="{text}"), BPE, "causal", "lm", 200).encode(ROW)], 0)
+        collate([one, ExampleTokenizer(replace(FORM, template="{text}"), BPE, "causal", "lm", 200).encode(ROW)], 0)
 
 
 # Configuration
@@ -176,7 +178,7 @@ def test_where_the_template_puts_the_prompt() -> None:
 
 @pytest.mark.parametrize("head", ["token", "span"])
 def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
-    form = Format("t", "{text}<prompt>", pair="{text}", kind="tagging" if head == "token" else "span")
+    form = TaskTemplate("t", "{text}<prompt>", pair="{text}", kind="tagging" if head == "token" else "span")
     with pytest.raises(DataError, match=f"head '{head}' cannot have a slot for the prompt in its template"):
         encoder(form, WORDS, "masked", head=head)
 
@@ -241,7 +243,7 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     values = local.run_values(tmp_path, name, steps=3)
     values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
     values["prompt"] |= {"place": "suffix"} if place == "suffix" else {}
-    run.execute(parse(values))
+    run.run(parse(values))
     directory = tmp_path / "out" / "prompt"
     found = artifact.load(directory)
     assert (found.place, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
@@ -261,12 +263,14 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     model = opened.learner.backbone.model
     for row, found_answer in zip(test, answers, strict=True):
         text = opened.encoder.encode(row)
-        places, sizes = (text.place, text.segments) if place == "template" else ((len(text.ids),), (4,))
+        places, sizes = (
+            (text.prompt_offsets, text.segment_lengths) if place == "template" else ((len(text.input_ids),), (4,))
+        )
         for label, answer in opened.encoder.candidates().items():
-            words = model.get_input_embeddings()(torch.tensor(text.ids + answer))
-            full = order(places, sizes, len(text.ids) + len(answer))
+            words = model.get_input_embeddings()(torch.tensor(text.input_ids + answer))
+            full = order(places, sizes, len(text.input_ids) + len(answer))
             logits = model(inputs_embeds=torch.cat([found.prompt, words])[full][None]).logits[0].log_softmax(-1)
-            begin = len(text.ids) + 4 - 1
+            begin = len(text.input_ids) + 4 - 1
             own = sum(float(logits[begin + i, token]) for i, token in enumerate(answer))
             assert found_answer.scores[label] == pytest.approx(own, abs=2e-5)
 
@@ -276,7 +280,7 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     values = local.run_values(tmp_path, steps=2)
     values["task"] |= {"template": "<prompt:9>{text}<prompt:9>:", "split": {"test_fraction": 0.2, "limit": {"test": 4}}}
     values["prompt"] = {"method": "ipt", "length": 18}
-    run.execute(parse(values))
+    run.run(parse(values))
     made, opened = (
         run.prepare(parse(values)),
         run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model),
@@ -299,7 +303,7 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
         {**task, "name": "one", "template": "{text}<prompt>:"},
         {**task, "name": "two", "template": "<prompt:2>{text}<prompt:2>:"},
     ]
-    run.execute(parse(values))
+    run.run(parse(values))
     whole = {name: artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
     assert [whole[name].segments for name in whole] == [(), (2, 2)]
     assert [whole[name].place for name in whole] == ["template"] * 2
@@ -311,8 +315,8 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
             raise KeyboardInterrupt from stop
 
     with pytest.raises(KeyboardInterrupt):
-        run.execute(parse(values), run.Screen(step=step))
-    run.execute(parse(values))
+        run.run(parse(values), run.ProgressReporter(on_step=step))
+    run.run(parse(values))
     for name, one in whole.items():
         assert torch.equal(artifact.load(tmp_path / "again" / "prompt" / name).prompt, one.prompt)
 
@@ -325,7 +329,7 @@ def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
         "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}},
     }
     values["runs"] = [{"name": "a", "prompt.length": 3}, {"name": "b", "prompt.length": 5}]
-    run.execute(parse(values))
+    run.run(parse(values))
     for name, length in (("a", 3), ("b", 5)):
         found = artifact.load(tmp_path / "out" / name / "prompt")
         assert (found.place, found.shape[0]) == ("template", length)

@@ -25,7 +25,7 @@ from softprompts.methods.prefix_tuning import PrefixTuning
 from softprompts.model import initialization
 from softprompts.model.learner import Learner
 from softprompts.training import loop
-from softprompts.types import Context, Slot, Start
+from softprompts.types import Context, PromptInit, PromptSpec
 
 P, D, H = 4, 24, 6
 TASKS = ("one", "two")
@@ -35,7 +35,7 @@ NETWORK = {"reparametrise": True, "hidden": 8}
 def made(start: Tensor | None = None, tasks: tuple[str, ...] = TASKS, **options: Any) -> PrefixTuning:
     torch.manual_seed(1)
     start = rows.random(0, P, D) if start is None else start
-    return PrefixTuning(PrefixTuning.Config(**options), Slot(tasks, P, D, H, layers=(8, 8, 8)), Start(start))
+    return PrefixTuning(PrefixTuning.Config(**options), PromptSpec(tasks, P, D, H, layers=(8, 8, 8)), PromptInit(start))
 
 
 def prompts(method: PrefixTuning, tasks: list[int]) -> Tensor:
@@ -96,8 +96,8 @@ def test_it_begins_at_the_start_bit_for_bit_or_where_the_papers_do() -> None:
 
 def test_numbers_of_trained_parameters() -> None:
     def count(**options: Any) -> int:
-        slot = Slot(("a",), 20, 11_520, 576, layers=(384,) * 30)
-        method = PrefixTuning(PrefixTuning.Config(**options), slot, Start(torch.zeros(20, 11_520)))
+        slot = PromptSpec(("a",), 20, 11_520, 576, layers=(384,) * 30)
+        method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(20, 11_520)))
         return sum(p.numel() for p in method.parameters())
 
     assert count() == 230_400  # 20 tokens of 30 layers with keys and values of 3 heads of 64
@@ -117,8 +117,8 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
     bb = b.wrap(tiny.model(name, tokenizer=tokenizer), tokenizer, name=name)
     text = "Review: a warm film."
     words = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    slot = injection.slot(bb, site, ("a",), len(words))
-    start = initialization.start(InitConfig(kind="text", text=text), bb, site, slot)
+    slot = injection.prompt_spec(bb, site, ("a",), len(words))
+    start = initialization.initialize(InitConfig(kind="text", text=text), bb, site, slot)
     learner = Learner(bb, site, slot, PrefixTuning(PrefixTuning.Config(**options), slot, start))
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
@@ -170,10 +170,10 @@ def test_pefts_scores() -> None:
             tiny.model("gpt2"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
         ).eval()
     bb = b.wrap(model, name="gpt2")
-    slot = injection.slot(bb, KV, ("a",), P)
+    slot = injection.prompt_spec(bb, KV, ("a",), P)
     values = rows.random(2, P, slot.width)
     theirs.prompt_encoder.default.embedding.weight.copy_(values)
-    learner = Learner(bb, KV, slot, PrefixTuning(PrefixTuning.Config(), slot, Start(values)))
+    learner = Learner(bb, KV, slot, PrefixTuning(PrefixTuning.Config(), slot, PromptInit(values)))
     for row in rows.texts("gpt2")[:2]:
         batch = rows.batch("gpt2", [row])
         expected = theirs(input_ids=row[None], attention_mask=torch.ones(1, len(row))).logits[0, :-1]
@@ -186,9 +186,9 @@ def test_pefts_scores() -> None:
 
 def test_dropout_is_of_training_alone() -> None:
     start = rows.random(0, 50, D) + 3
-    slot = Slot(TASKS, 50, D, H, layers=(8, 8, 8))
+    slot = PromptSpec(TASKS, 50, D, H, layers=(8, 8, 8))
     for options in ({}, NETWORK):
-        method = PrefixTuning(PrefixTuning.Config(dropout=0.25, **options), slot, Start(start))
+        method = PrefixTuning(PrefixTuning.Config(dropout=0.25, **options), slot, PromptInit(start))
         torch.manual_seed(0)
         found = prompts(method.train(), [0, 1, 0])
         kept = found != 0
@@ -203,12 +203,12 @@ def test_dropout_is_of_training_alone() -> None:
 def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
     """Three steps on rows of two tasks equal three steps of each task's own method on its rows."""
     base = together.double("llama")
-    slot = injection.slot(base, KV, TASKS, P)
+    slot = injection.prompt_spec(base, KV, TASKS, P)
     data = together.encoded("llama", 8, 3, tasks=2)
 
     def learner(names: tuple[str, ...]) -> Learner:
         torch.manual_seed(3)
-        one = PrefixTuning(PrefixTuning.Config(**NETWORK), slot, Start(rows.random(4, P, slot.width)))
+        one = PrefixTuning(PrefixTuning.Config(**NETWORK), slot, PromptInit(rows.random(4, P, slot.width)))
         with torch.no_grad():
             for parameter in one.networks[1].parameters():
                 parameter.add_(0.01)
@@ -223,7 +223,9 @@ def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
             batch = batch if task < 0 else b_of(batch, shift)
             step = one.step(batch)
             scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
-            each = [scores[batch.task[step.output.row] == i - shift].sum() for i in ((0, 1) if task < 0 else (task,))]
+            each = [
+                scores[batch.task_ids[step.output.row] == i - shift].sum() for i in ((0, 1) if task < 0 else (task,))
+            ]
             found.append(torch.stack(each).detach())
             optimizer.zero_grad()
             torch.stack(each).sum().backward()
@@ -244,16 +246,16 @@ def b_of(batch: Any, shift: int) -> Any:
 
 def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
-    slot = injection.slot(bb, KV, TASKS, P)
+    slot = injection.prompt_spec(bb, KV, TASKS, P)
     for options, rates, expected in (
         ({}, {}, {0.2 * bb.rms: 2}),
         (NETWORK, {}, {1e-3: 10}),
         (NETWORK, {"network": 0.03}, {0.03: 10}),
     ):
-        method = PrefixTuning(PrefixTuning.Config(**options), slot, Start(torch.zeros(P, slot.width)))
+        method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(P, slot.width)))
         one = Learner(bb, KV, slot, method)
         config = together.config(rate=0.2, rate_unit="rms", rates=rates)
-        groups = loop.optimizer_of(one, one.parameters(), config).param_groups
+        groups = loop.build_optimizer(one, one.parameters(), config).param_groups
         assert {group["rate"]: len(group["params"]) for group in groups} == pytest.approx(expected)
 
 
@@ -274,7 +276,7 @@ def test_groups_learn_at_their_own_rates() -> None:
 @pytest.mark.parametrize("name", ["prefix-tuning", "p-tuning-v2"])
 def test_options_that_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method {name}: .*{words}"):
-        build(name, options, Slot(TASKS, P, D, H), Start(torch.zeros(P, D)))
+        build(name, options, PromptSpec(TASKS, P, D, H), PromptInit(torch.zeros(P, D)))
 
 
 def test_sites() -> None:

@@ -15,7 +15,7 @@ import yaml
 import local
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors, write_tensors
-from softprompts.data import Encoded
+from softprompts.data import EncodedExample
 from softprompts.injection import Site
 from softprompts.training import loop
 from test_together import config, encoded, learner, trainees, values
@@ -28,13 +28,13 @@ def cases(folder):
     """Three runs together and three alone; batches of 3 and 1 make uneven shards, and a process without rows."""
     joint = trainees("llama", Site(), folder / "joint")
     base = backbone("gpt2")
-    rows = [*encoded("gpt2", 6, 5), Encoded([5, 6, 7], [-100, -100, -100])]  # one row has no label at all
-    alone = loop.Trainee("alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, accumulate=2))
+    rows = [*encoded("gpt2", 6, 5), EncodedExample([5, 6, 7], [-100, -100, -100])]  # one row has no label at all
+    alone = loop.TrainingRun("alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, accumulate=2))
     # Most batches hold one task only, whose prompt alone may move.
     two = learner(base, Site(), 3, 8, ("a", "b"))
-    sparse = loop.Trainee("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
+    sparse = loop.TrainingRun("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
-    watched = loop.Trainee(
+    watched = loop.TrainingRun(
         "watched",
         learner(base, Site(), 3, 4),
         encoded("gpt2", 5, 6),
@@ -55,7 +55,7 @@ def work(folder, out):
     losses, prompts = {}, {}
     for runs in cases(folder):
         runs = [replace(one, config=one.config.model_copy(update={"steps": 6})) for one in runs]
-        with closing(loop.fit_together(runs, pad=0)) as steps:
+        with closing(loop.train_many(runs, pad=0)) as steps:
             for name, report in steps:
                 losses.setdefault(name, []).append(report.loss)
         prompts |= {one.name: values(one) for one in runs}

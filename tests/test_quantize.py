@@ -21,7 +21,7 @@ from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import objectives
-from softprompts.types import Start
+from softprompts.types import PromptInit
 from test_golden_contract import snapshot
 
 HERE = importlib.util.find_spec("bitsandbytes") is not None
@@ -146,8 +146,10 @@ def test_memory():
 def test_frozen(name, kind):
     """Training leaves every byte as it was, and scoring does."""
     bb, _ = quantized(name, kind)
-    slot = injection.slot(bb, rows.INPUT, ("a",), 5)
-    learner = Learner(bb, rows.INPUT, slot, PromptTuning(PromptTuning.Config(), slot, Start(rows.random(0, 5, 32))))
+    slot = injection.prompt_spec(bb, rows.INPUT, ("a",), 5)
+    learner = Learner(
+        bb, rows.INPUT, slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, 32)))
+    )
     batch = rows.batch(name, rows.texts(name))
     before = snapshot(bb.model)
     optimizer = torch.optim.Adam(learner.parameters().values(), lr=0.1)
@@ -203,7 +205,7 @@ def test_a_model_that_transformers_quantized_is_named():
 def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     values = local.run_values(tmp_path, steps=3)
     made = values["model"] | {"quantize": trained}
-    results = run.execute(parse(values | {"model": made}))
+    results = run.run(parse(values | {"model": made}))
     stored = artifact.load(tmp_path / "out" / "prompt")
     assert stored.fingerprint.dtype == (trained or "float32")
     assert stored.config["model"]["quantize"] == trained

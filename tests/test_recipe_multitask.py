@@ -19,7 +19,7 @@ from softprompts.recipes.multitask import Plan, execute
 from softprompts.recipes.multitask.runs import Origins, arms_of, source_runs, target_run, teacher_runs
 from softprompts.recipes.multitask.summary import summarize
 from softprompts.recipes.run import run as job
-from softprompts.recipes.run.prepare import Screen
+from softprompts.recipes.run.prepare import ProgressReporter
 from softprompts.training import distillation, weights
 from softprompts.training import loop as train
 
@@ -62,7 +62,7 @@ def done(tmp_path_factory):
     """A plan that was carried out, with what it said."""
     values = plan_values(tmp_path_factory.mktemp("recipe"))
     said: list[str] = []
-    results = execute(parse(values, Plan), Screen(say=said.append))
+    results = execute(parse(values, Plan), ProgressReporter(log=said.append))
     return values, results, said
 
 
@@ -177,15 +177,15 @@ def test_teachers_read_each_row_once_for_all_variants(done, tmp_path, monkeypatc
     original = distillation._compute
     monkeypatch.setattr(distillation, "_compute", lambda *given: calls.append(1) or original(*given))
     run = source_runs(parse({**values, "out": str(tmp_path / "new"), "teachers": trained(values)}, Plan))
-    job.execute(run)
+    job.run(run)
     assert calls == [1]
 
 
 def test_a_second_call_trains_nothing(done, monkeypatch):
     values, results, _ = done
-    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("a stage was done again"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("a stage was done again"))
     said: list[str] = []
-    again = execute(parse(values, Plan), Screen(say=said.append))
+    again = execute(parse(values, Plan), ProgressReporter(log=said.append))
     assert {key: again[key] for key in ("arms", "rates", "similarity", "nearest", "sources")} == {
         key: results[key] for key in ("arms", "rates", "similarity", "nearest", "sources")
     }
@@ -222,8 +222,8 @@ def test_a_changed_plan_does_anew_what_changed_and_what_came_from_it(done, tmp_p
     values, _, _ = done
     plan = small(values, tmp_path / "out")
     ran: list[str] = []
-    original = job.execute
-    monkeypatch.setattr(job, "execute", lambda run, screen: ran.append(Path(run.out).name) or original(run, screen))
+    original = job.run
+    monkeypatch.setattr(job, "run", lambda run, screen: ran.append(Path(run.out).name) or original(run, screen))
     first = execute(parse(plan, Plan))
     assert ran == ["sources", "rates", "rates"]
     ran.clear()
@@ -293,7 +293,7 @@ def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeyp
     values, results, _ = done
     cut = {**values, "out": str(tmp_path / "cut")}
     calls = 0
-    original = job.execute
+    original = job.run
 
     def interrupted(run, screen):
         nonlocal calls
@@ -302,10 +302,10 @@ def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeyp
             raise KeyboardInterrupt
         return original(run, screen)
 
-    monkeypatch.setattr(job, "execute", interrupted)
+    monkeypatch.setattr(job, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(parse(cut, Plan))
-    monkeypatch.setattr(job, "execute", original)
+    monkeypatch.setattr(job, "run", original)
     assert execute(parse(cut, Plan))["arms"] == results["arms"]
 
 
@@ -397,7 +397,7 @@ def test_plans_that_cannot_be(tmp_path, change, words):
 
 def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monkeypatch):
     values, _, _ = done
-    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("trained"))
     given = trained(values)
 
     def tried(**changes):

@@ -18,7 +18,7 @@ from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.residual import ResidualPromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import loop
-from softprompts.types import Context, Slot, Start
+from softprompts.types import Context, PromptInit, PromptSpec
 
 P, D, B = 4, 10, 6
 TASKS = ("one", "two")
@@ -28,7 +28,7 @@ def made(tasks: tuple[str, ...] = TASKS, **options: Any) -> ResidualPromptTuning
     """A method for two tasks in float64, as it begins."""
     torch.manual_seed(1)
     config = ResidualPromptTuning.Config(**{"bottleneck": B, **options})
-    return ResidualPromptTuning(config, Slot(tasks, P, D, D), Start(rows.random(0, P, D))).double()
+    return ResidualPromptTuning(config, PromptSpec(tasks, P, D, D), PromptInit(rows.random(0, P, D))).double()
 
 
 def moved(method: ResidualPromptTuning) -> ResidualPromptTuning:
@@ -84,7 +84,7 @@ def test_the_papers_start() -> None:
     torch.testing.assert_close(added.mean(1), torch.zeros(P).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(added.square().mean(1), torch.ones(P).double(), atol=1e-2, rtol=0)
     wide = ResidualPromptTuning(
-        ResidualPromptTuning.Config(bottleneck=100), Slot(("a",), P, 400, 8), Start(torch.zeros(P, 400))
+        ResidualPromptTuning.Config(bottleneck=100), PromptSpec(("a",), P, 400, 8), PromptInit(torch.zeros(P, 400))
     )
     for name, bound in (("down", 0.05), ("down_bias", 0.05), ("up", 0.1), ("up_bias", 0.1)):
         top = float(getattr(wide.networks[0], name).abs().max())
@@ -111,10 +111,10 @@ def test_gradients(per_token: bool) -> None:
 def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     """Values and the prompt's gradient to the bit; and, where the output stays zero, the whole curve of training."""
     base = together.double(name)
-    slot = injection.slot(base, site, ("a",), P)
+    slot = injection.prompt_spec(base, site, ("a",), P)
     start = torch.randn(P, slot.width, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 0.3
     plain = together.learner(base, site, P, 3)
-    method = ResidualPromptTuning(ResidualPromptTuning.Config(bottleneck=B), slot, Start(start)).double()
+    method = ResidualPromptTuning(ResidualPromptTuning.Config(bottleneck=B), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.prompts[0].copy_(start)
     one = Learner(base, site, slot, method)
@@ -146,8 +146,8 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     ],
 )
 def test_numbers_of_trained_parameters(length: int, width: int, options: dict[str, Any], expected: int) -> None:
-    slot = Slot(("a",), length, width, width)
-    method = ResidualPromptTuning(ResidualPromptTuning.Config(**options), slot, Start(torch.zeros(length, width)))
+    slot = PromptSpec(("a",), length, width, width)
+    method = ResidualPromptTuning(ResidualPromptTuning.Config(**options), slot, PromptInit(torch.zeros(length, width)))
     count = options.get("per_token", False) * (length - 1) + 1
     b = options.get("bottleneck", 800)
     assert sum(p.numel() for p in method.parameters()) == expected
@@ -165,15 +165,15 @@ def test_a_task_alone_is_as_among_others() -> None:
 
 def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
-    slot = injection.slot(bb, Site(), TASKS, P)
+    slot = injection.prompt_spec(bb, Site(), TASKS, P)
     one = Learner(
-        bb, Site(), slot, ResidualPromptTuning(ResidualPromptTuning.Config(), slot, Start(torch.zeros(P, 32)))
+        bb, Site(), slot, ResidualPromptTuning(ResidualPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
     config = together.config(rate=0.2, rate_unit="rms")
-    groups = loop.optimizer_of(one, one.parameters(), config).param_groups
+    groups = loop.build_optimizer(one, one.parameters(), config).param_groups
     assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
-    plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, Start(torch.zeros(P, 32))))
-    usual = loop.optimizer_of(plain, plain.parameters(), config).param_groups[0]["rate"]
+    plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
+    usual = loop.build_optimizer(plain, plain.parameters(), config).param_groups[0]["rate"]
     assert groups[0]["rate"] == usual, "the prompt learns as it does in prompt tuning"
 
 
@@ -187,4 +187,4 @@ def test_groups_learn_at_their_own_rates() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method residual: {words}"):
-        build("residual", options, Slot(TASKS, P, D, D), Start(torch.zeros(P, D)))
+        build("residual", options, PromptSpec(TASKS, P, D, D), PromptInit(torch.zeros(P, D)))

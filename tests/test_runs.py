@@ -14,7 +14,7 @@ from softprompts import cli
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors
 from softprompts.config import parse
-from softprompts.config.sweep import cross, variants
+from softprompts.config.sweep import grid, sweep
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.recipes.run import run as job
@@ -39,7 +39,7 @@ RUNS = [
 
 def test_entries_change_the_run_they_stand_in(values):
     options = {"name": "d", "train": {"objectives": {"other": 0.5}, "warmup": 3}, "task": {"separator": ""}}
-    found = variants(parse({**values, "runs": [*RUNS, options]}))
+    found = sweep(parse({**values, "runs": [*RUNS, options]}))
     assert list(found) == ["a", "b", "c", "d"]
     base = parse(values)
     assert found["a"] == base.model_copy(update={"seed": 1, "out": f"{values['out']}/a"})
@@ -47,20 +47,20 @@ def test_entries_change_the_run_they_stand_in(values):
     assert (found["c"].prompt.length, found["c"].tasks[0].template) == (6, "{text} is")
     assert (found["d"].train.objectives, found["d"].train.warmup) == ({"other": 0.5}, 3)
     assert (found["d"].tasks[0].separator, found["d"].tasks[0].template) == ("", "{text}:")
-    assert variants(base) == {"": base}
+    assert sweep(base) == {"": base}
 
 
 def test_lists_are_crossed(values):
-    crossed = cross(parse(values), {"seed": [0, 1], "train.rate": [0.05, 1e-5]})
-    found = {name: (run.seed, run.train.rate) for name, run in variants(crossed).items()}
+    crossed = grid(parse(values), {"seed": [0, 1], "train.rate": [0.05, 1e-5]})
+    found = {name: (run.seed, run.train.rate) for name, run in sweep(crossed).items()}
     assert found == {
         "seed0-rate0.05": (0, 0.05),
         "seed0-rate1e-05": (0, 1e-5),
         "seed1-rate0.05": (1, 0.05),
         "seed1-rate1e-05": (1, 1e-5),
     }
-    both = cross(parse({**values, "runs": RUNS[1:]}), {"seed": [7]})
-    assert {name: run.seed for name, run in variants(both).items()} == {"b-seed7": 7, "c-seed7": 7}
+    both = grid(parse({**values, "runs": RUNS[1:]}), {"seed": [7]})
+    assert {name: run.seed for name, run in sweep(both).items()} == {"b-seed7": 7, "c-seed7": 7}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_lists_are_crossed(values):
 )
 def test_entries_that_cannot_be(values, runs, words):
     with pytest.raises(ConfigError, match=words):
-        job.execute(parse({**values, "runs": runs}))
+        job.run(parse({**values, "runs": runs}))
 
 
 # What is written
@@ -94,10 +94,10 @@ def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch
         return original(learner, *arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
-    results = job.execute(parse({**values, "runs": RUNS}))
+    results = job.run(parse({**values, "runs": RUNS}))
     assert judged == [True, True, False, False, False]  # the stock model once for a and b, and once for c's template
-    for name, run in variants(parse({**values, "runs": RUNS})).items():
-        alone = job.execute(run.model_copy(update={"out": str(tmp_path / "alone" / name)}))
+    for name, run in sweep(parse({**values, "runs": RUNS})).items():
+        alone = job.run(run.model_copy(update={"out": str(tmp_path / "alone" / name)}))
         here, there = tmp_path / "out" / name, tmp_path / "alone" / name
         assert sorted(p.name for p in here.iterdir()) == sorted(p.name for p in there.iterdir())
         found = json.loads((here / "results.json").read_text())
@@ -113,7 +113,7 @@ def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch
 
 
 def test_runs_are_compared(values, tmp_path):
-    results = job.execute(parse({**values, "runs": RUNS}))
+    results = job.run(parse({**values, "runs": RUNS}))
     rows = {row["name"]: row for row in results["runs"]}
     assert rows["c"]["differs"] == {
         "prompt.length": 6,
@@ -148,7 +148,7 @@ def test_tasks_of_their_own_train_together(values, tmp_path):
         {"name": "one", "task": task},
         {"name": "two", "tasks": [{**task, "name": "x"}, {**task, "name": "y", "source": str(other)}]},
     ]
-    results = job.execute(parse({**values, "runs": runs}))
+    results = job.run(parse({**values, "runs": runs}))
     assert [(row["name"], row["task"]) for row in results["runs"]] == [("one", "colors"), ("two", "x"), ("two", "y")]
     assert artifact.load(tmp_path / "out" / "two" / "prompt" / "y").task == "y"
 
@@ -234,7 +234,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
 
     interrupted.calls = 0
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    whole = job.execute(parse({**values, "runs": RUNS[:2], "out": str(tmp_path / "whole")}))
+    whole = job.run(parse({**values, "runs": RUNS[:2], "out": str(tmp_path / "whole")}))
     monkeypatch.setattr(loop, "_gradients", interrupted)
     command = ("train", "--config", tmp_path / "run.yaml", "--set", f"runs={json.dumps(RUNS[:2])}")
     status, _, err = call(*command)
@@ -254,27 +254,27 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
 
 def test_the_example_and_the_page_list_runs_that_can_be():
     root = Path(__file__).parents[1]
-    assert list(variants(cli.read_config(root / "examples" / "many-prompts.yaml"))) == [
+    assert list(sweep(cli.read_config(root / "examples" / "many-prompts.yaml"))) == [
         "words-0",
         "words-1",
         "labels-0",
         "labels-1",
     ]
     (block,) = re.findall(r"^```yaml\n(.*?)^```", (root / "docs" / "many-prompts.md").read_text(), re.M | re.S)
-    found = variants(parse(yaml.safe_load(block)))
+    found = sweep(parse(yaml.safe_load(block)))
     assert (found["long"].prompt.length, found["films"].tasks[0].source) == (50, "movies")
 
 
 def test_names_that_may_be_one_folder_are_refused(values):
     with pytest.raises(ConfigError, match="'a' and 'A', which may be one folder; their names must differ"):
-        variants(parse({**values, "runs": [{"name": "a"}, {"name": "A"}]}))
+        sweep(parse({**values, "runs": [{"name": "a"}, {"name": "A"}]}))
     with pytest.raises(ConfigError, match="entry 1 needs a name that can be a folder, given ' '"):
-        variants(parse({**values, "runs": [{"name": " "}]}))
+        sweep(parse({**values, "runs": [{"name": " "}]}))
 
 
 def test_next_commands_can_be_pasted_where_a_folder_has_a_space(values, tmp_path):
     values |= {"out": str(tmp_path / "my runs"), "runs": [{"name": "a"}, {"name": "b c", "seed": 1}]}
-    lines = [shlex.split(line) for line in job.execute(parse(values))["next"]]
+    lines = [shlex.split(line) for line in job.run(parse(values))["next"]]
     prompts = [str(tmp_path / "my runs" / name / "prompt") for name in ("a", "b c")]
     assert [line[2] for line in lines[:3]] == prompts[:1] * 3
     assert lines[3] == ["softprompts", "evaluate", *prompts]
@@ -284,12 +284,12 @@ def test_a_rate_that_the_optimizer_cannot_hold_is_refused(values):
     """Adam's step would not fit a float32, and its error would take the other runs along."""
     runs = [{"name": "a"}, {"name": "b", "train.rate": 1e38, "train.rate_unit": "absolute"}]
     with pytest.raises(ConfigError, match=r"runs 'b': train.rate: .* less than or equal to 1000000000 \(given: 1e\+38"):
-        variants(parse({**values, "runs": runs}))
+        sweep(parse({**values, "runs": runs}))
 
 
 def test_the_largest_rate_that_is_allowed_does_not_break_the_optimizer(values):
     wild = {"name": "b", "train": {"rate": 1e9, "rate_unit": "absolute", "schedule": "constant"}}
-    found = job.execute(parse({**values, "runs": [{"name": "a"}, wild]}))
-    alone = job.execute(parse({**values, "out": f"{values['out']}-alone"}))
+    found = job.run(parse({**values, "runs": [{"name": "a"}, wild]}))
+    alone = job.run(parse({**values, "out": f"{values['out']}-alone"}))
     assert found["runs"][0]["steps"] == 4
     assert found["runs"][0]["loss"] == pytest.approx(alone["curve"][-1]["loss"], abs=1e-4)

@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from softprompts.config import SamplingConfig
-from softprompts.data import Encoded, TaskBatches
+from softprompts.data import EncodedExample, TaskBatches
 from softprompts.data.sampling import weights
 
 SIZES = (40, 400, 7, 90)
 
 
 def rows(sizes=SIZES):
-    return [Encoded([task, number], task=task) for task, size in enumerate(sizes) for number in range(size)]
+    return [EncodedExample([task, number], task_id=task) for task, size in enumerate(sizes) for number in range(size)]
 
 
 def batches(count, size=12, sizes=SIZES, seed=0, **sampling):
@@ -25,7 +25,7 @@ def batches(count, size=12, sizes=SIZES, seed=0, **sampling):
 
 
 def test_the_number_of_tasks_is_uniform_from_two_to_all():
-    counts = Counter(len({row.task for row in batch}) for batch in batches(6000))
+    counts = Counter(len({row.task_id for row in batch}) for batch in batches(6000))
     assert sorted(counts) == [2, 3, 4]
     assert stats.chisquare(list(counts.values())).pvalue > 1e-3
 
@@ -33,7 +33,7 @@ def test_the_number_of_tasks_is_uniform_from_two_to_all():
 @pytest.mark.parametrize("mixing", ["proportional", "capped", "log", "equal"])
 def test_first_tasks_are_drawn_by_their_weights(mixing):
     """With rows for one task only, which task it is follows the weights."""
-    found = Counter(batch[0].task for batch in batches(6000, size=1, mixing=mixing, cap=60))
+    found = Counter(batch[0].task_id for batch in batches(6000, size=1, mixing=mixing, cap=60))
     raw = {
         "proportional": SIZES,
         "capped": [min(size, 60) for size in SIZES],
@@ -46,7 +46,7 @@ def test_first_tasks_are_drawn_by_their_weights(mixing):
 
 def test_a_batch_is_full_and_split_evenly():
     for batch in batches(500, size=13):
-        counts = Counter(row.task for row in batch)
+        counts = Counter(row.task_id for row in batch)
         assert len(batch) == 13
         assert max(counts.values()) - min(counts.values()) <= 1
 
@@ -54,22 +54,22 @@ def test_a_batch_is_full_and_split_evenly():
 def test_rows_left_over_go_to_any_task():
     """Of 13 rows for two tasks, the seventh goes to either of them alike, whichever was drawn first."""
     more = Counter(
-        Counter(row.task for row in batch).most_common(1)[0][0] for batch in batches(3000, size=13, sizes=(50, 50))
+        Counter(row.task_id for row in batch).most_common(1)[0][0] for batch in batches(3000, size=13, sizes=(50, 50))
     )
     assert stats.chisquare([more[0], more[1]]).pvalue > 1e-3
 
 
 def test_each_task_gives_all_its_rows_before_any_twice():
-    seen = Counter(row.ids[1] for batch in batches(300, size=8) for row in batch if row.task == 0)
+    seen = Counter(row.input_ids[1] for batch in batches(300, size=8) for row in batch if row.task_id == 0)
     assert len(seen) == 40
     assert max(seen.values()) - min(seen.values()) <= 1
-    orders = [row.ids[1] for batch in batches(300, size=8) for row in batch if row.task == 0]
+    orders = [row.input_ids[1] for batch in batches(300, size=8) for row in batch if row.task_id == 0]
     assert orders[:40] != orders[40:80]
     assert sorted(orders[:40]) == sorted(orders[40:80]) == list(range(40))
 
 
 def test_every_batch_has_every_task_where_all_are_drawn():
-    assert all({row.task for row in batch} == {0, 1, 2, 3} for batch in batches(50, draw="all"))
+    assert all({row.task_id for row in batch} == {0, 1, 2, 3} for batch in batches(50, draw="all"))
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,11 +79,11 @@ def test_a_batch_depends_on_nothing_but_its_number(numbers, size, seed):
     straight = batches(61, size, seed=seed)
     jumping = TaskBatches(rows(), size, seed, SamplingConfig(draw="some"))
     for number in numbers:
-        assert [row.ids for row in jumping.at(number)] == [row.ids for row in straight[number]]
+        assert [row.input_ids for row in jumping.at(number)] == [row.ids for row in straight[number]]
 
 
 def test_seeds_differ_and_one_task_is_enough():
-    assert [r.ids for r in batches(1, seed=1)[0]] != [r.ids for r in batches(1, seed=2)[0]]
+    assert [r.input_ids for r in batches(1, seed=1)[0]] != [r.input_ids for r in batches(1, seed=2)[0]]
     assert len(batches(3, size=5, sizes=(3,))[2]) == 5
 
 

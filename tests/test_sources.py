@@ -369,7 +369,7 @@ def test_a_template_is_asked_for_where_columns_leave_a_choice(tmp_path):
     source = write(tmp_path / "d.csv", "a,b,label\n1,2,x\n3,4,y\n")
     with pytest.raises(DataError, match=r"give the task a template, such as '\{a\}'; columns: a, b"):
         load(TaskConfig(source=source))
-    assert load(TaskConfig(source=write(tmp_path / "e.csv", "q,label\n1,x\n3,y\n5,x\n"))).format.template == "{q}"
+    assert load(TaskConfig(source=write(tmp_path / "e.csv", "q,label\n1,x\n3,y\n5,x\n"))).template.template == "{q}"
 
 
 def test_splits_that_do_not_exist_are_said(tmp_path):
@@ -524,5 +524,5 @@ def test_packaged_official_splits():
 def test_packaged_trec():
     task = load(TaskConfig(source="trec", split=SplitConfig(shots=8)))
     assert (len(task.train), len(task.validation), len(task.test)) == (48, 48, 538)
-    assert task.format.verbalizer["human"] == "human"
+    assert task.template.verbalizer["human"] == "human"
     assert task.notes[0] == "train: 10071 exact duplicates left out"

@@ -22,7 +22,7 @@ from softprompts.methods.spt import SemiParametric, best, products
 from softprompts.model import initialization
 from softprompts.model.learner import Learner
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Context, Slot, Start, mix
+from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, mix_prompts
 
 P, K, D, N = 5, 3, 8, 40
 NAME = "spt-reconstruction"
@@ -33,8 +33,8 @@ def made(memory: Tensor | None = None, tasks: tuple[str, ...] = ("one",), **opti
     """A method whose memory is `memory [N, D]`, by default random; one long trained prompt of which all is."""
     memory = rows.random(1, N, D) if memory is None else memory
     config = SemiParametric.Config(**{"k": K, **options})
-    slot = Slot(tasks, P, memory.shape[1], memory.shape[1])
-    return SemiParametric(config, slot, Start(rows.random(2, P, memory.shape[1]), memory[None]))
+    slot = PromptSpec(tasks, P, memory.shape[1], memory.shape[1])
+    return SemiParametric(config, slot, PromptInit(rows.random(2, P, memory.shape[1]), memory[None]))
 
 
 def context(words: list[list[int]], text: int = 6, width: int = D, seed: int = 5) -> Context:
@@ -43,7 +43,9 @@ def context(words: list[list[int]], text: int = 6, width: int = D, seed: int = 5
     for i, places in enumerate(words):
         mark[i, places] = 1
     there = torch.ones_like(mark)
-    return Context(torch.zeros(len(words), dtype=torch.long), there, embeds, there, lambda: embeds, words=mark)
+    return Context(
+        torch.zeros(len(words), dtype=torch.long), there, embeds, there, lambda: embeds, instruction_mask=mark
+    )
 
 
 def by_hand(memory: Tensor, queries: list[list[float]], k: int) -> list[int]:
@@ -65,10 +67,10 @@ def test_retrieval_is_the_largest_products_in_order(query: str, whole: bool) -> 
     memory = numbers(1, 3, N, 4) if whole else rows.random(1, N, 4)
     method, seen = made(memory, query=query), context([[0, 3], [5], [1, 2, 4, 5]], width=4)
     if whole:
-        seen = replace(seen, embeds=numbers(2, 4, 3, 6, 4))
+        seen = replace(seen, inputs_embeds=numbers(2, 4, 3, 6, 4))
     prompt = method(seen)
     for i in range(3):
-        words = seen.embeds[i][seen.words[i].bool()].tolist()
+        words = seen.inputs_embeds[i][seen.instruction_mask[i].bool()].tolist()
         if query == "mean":
             words = [[sum(column) / len(words) for column in zip(*words, strict=True)]]
         values = prompt.values[prompt.row[i]]
@@ -88,7 +90,7 @@ def test_an_index_finds_what_brute_force_finds(query: str, length: int) -> None:
         memory[100:120] = memory[7]
         plain, fast = (made(memory, query=query, index=index) for index in ("torch", "faiss"))
         seen = context([[0], [1, 2], [3, 4, 5]], width=5, seed=seed)
-        seen = replace(seen, embeds=numbers(2, seed, 3, 6, 5)) if seed % 2 else seen
+        seen = replace(seen, inputs_embeds=numbers(2, seed, 3, 6, 5)) if seed % 2 else seen
         one, two = plain(seen), fast(seen)
         assert torch.equal(one.values[one.row], two.values[two.row])
     assert torch.equal(pickle.loads(pickle.dumps(fast))(seen).values, two.values), "an index stays behind"
@@ -115,7 +117,7 @@ def test_it_is_a_nearest_neighbor_among_rows_made_equally_long() -> None:
 def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
     """Products are not normalized: with long rows few answer for all. All alike: log k; spread: more."""
     seen = context([[i % 6] for i in range(8)])
-    seen = replace(seen, embeds=seen.embeds.abs())  # so that a long positive row wins with every query
+    seen = replace(seen, inputs_embeds=seen.inputs_embeds.abs())  # so that a long positive row wins with every query
     memory = rows.random(1, N, D)
     spread = made(memory)(seen).aux["retrieval_entropy"]
     memory[17] = memory[17].abs() * 1000
@@ -131,7 +133,11 @@ def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
     by_hand = -sum(c / (8 * K) * math.log(c / (8 * K)) for c in counts.values())
     assert float(prompt.aux["retrieval_entropy"]) == pytest.approx(by_hand, abs=1e-5)
     assert float(spread) > by_hand
-    alike = replace(seen, embeds=seen.embeds[:1].expand(8, -1, -1), words=seen.words[:1].expand(8, -1))
+    alike = replace(
+        seen,
+        inputs_embeds=seen.inputs_embeds[:1].expand(8, -1, -1),
+        instruction_mask=seen.instruction_mask[:1].expand(8, -1),
+    )
     assert float(method(alike).aux["retrieval_entropy"]) == pytest.approx(math.log(K), abs=1e-5)
 
 
@@ -147,7 +153,7 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
     for i, (words, places) in enumerate(cases):
         embeds[i, places], mark[i, places] = words, 1
     task, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, 7, dtype=torch.long)
-    prompt = method(Context(task, mask, embeds, mask, lambda: embeds, words=mark))
+    prompt = method(Context(task, mask, embeds, mask, lambda: embeds, instruction_mask=mark))
     assert len(prompt.values) == 4
     assert prompt.row[0] == prompt.row[1] == prompt.row[3]
     assert len(set(prompt.row.tolist())) == 4
@@ -157,7 +163,7 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
         pad = torch.full((1, 5, D), 9.0)
         one = torch.cat([pad, embeds[i : i + 1]], 1)
         there, marked = (torch.nn.functional.pad(x[i : i + 1], (5, 0)) for x in (mask, mark))
-        alone = method(Context(task[:1], there, one, there, lambda: one, words=marked))  # noqa: B023
+        alone = method(Context(task[:1], there, one, there, lambda: one, instruction_mask=marked))  # noqa: B023
         assert torch.equal(alone.values[0], prompt.values[prompt.row[i]])
     # Nothing retrieved by no words: all products are equal, so the first rows answer.
     if retrieval == "hard":
@@ -167,10 +173,10 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
 @torch.no_grad()
 def test_where_nobody_says_which_words_all_count_but_answers_and_padding() -> None:
     method, seen = made(), context([[0, 1, 2, 3], [0, 1]])
-    mask = seen.words
-    without = Context(seen.task, seen.ids, seen.embeds, mask, seen.encode)
-    assert torch.equal(method(without).values, method(replace(seen, mask=torch.ones_like(mask))).values)
-    both = method(replace(seen, words=torch.ones_like(mask), mask=mask))
+    mask = seen.instruction_mask
+    without = Context(seen.task_ids, seen.input_ids, seen.inputs_embeds, mask, seen.encode)
+    assert torch.equal(method(without).values, method(replace(seen, attention_mask=torch.ones_like(mask))).values)
+    both = method(replace(seen, instruction_mask=torch.ones_like(mask), attention_mask=mask))
     assert torch.equal(both.values, method(without).values)
 
 
@@ -188,7 +194,7 @@ def test_cold_soft_retrieval_is_hard_retrieval(k: int) -> None:
 def test_warm_soft_retrieval_is_the_formula() -> None:
     """The i-th mixture, by loops: all rows but the i - 1 best, by softmax of product with the mean over temperature."""
     memory, seen = rows.random(1, N, D), context([[1, 2, 4]])
-    mean = (seen.embeds[0, 1] + seen.embeds[0, 2] + seen.embeds[0, 4]) / 3
+    mean = (seen.inputs_embeds[0, 1] + seen.inputs_embeds[0, 2] + seen.inputs_embeds[0, 4]) / 3
     prompt = made(memory, retrieval="soft", temperature=0.5)(seen)
     scores = [sum(a * b for a, b in zip(row, mean.tolist(), strict=True)) / 0.5 for row in memory.tolist()]
     ranked, spread = sorted(range(N), key=lambda j: -scores[j]), [0.0] * N
@@ -220,10 +226,12 @@ def test_soft_retrieval_teaches_the_memory_by_values_and_by_products() -> None:
 def learner(name: str = "llama", bank: int = 30, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, whose memory is its vocabulary's first words."""
     bb = tiny.backbone(name)
-    slot = injection.slot(bb, INPUT, ("one", "two"), P)
+    slot = injection.prompt_spec(bb, INPUT, ("one", "two"), P)
     memory = bb.embed(torch.arange(5, 5 + bank)).float()
     config = SemiParametric.Config(**{"k": K, **options})
-    return Learner(bb, INPUT, slot, SemiParametric(config, slot, Start(rows.random(5, P, slot.width), memory[None])))
+    return Learner(
+        bb, INPUT, slot, SemiParametric(config, slot, PromptInit(rows.random(5, P, slot.width), memory[None]))
+    )
 
 
 def batch_of(name: str = "llama", count: int = 4, side: str = "left") -> Batch:
@@ -231,9 +239,9 @@ def batch_of(name: str = "llama", count: int = 4, side: str = "left") -> Batch:
     texts = rows.texts(name, [5 + (3 * i) % 4 for i in range(count)])
     texts[-1][:2] = texts[0][:2]
     found = rows.batch(name, texts, side)
-    first = (found.mask.cumsum(1) <= 2) & found.mask.bool()
+    first = (found.attention_mask.cumsum(1) <= 2) & found.attention_mask.bool()
     labels = found.labels if name in tiny.SEQ2SEQ else found.labels.masked_fill(first, IGNORE)
-    return replace(found, labels=labels, words=first.long(), task=torch.arange(count) % 2)
+    return replace(found, labels=labels, instruction_mask=first.long(), task_ids=torch.arange(count) % 2)
 
 
 @pytest.mark.parametrize("retrieval", ["hard", "soft"])
@@ -261,8 +269,8 @@ def test_what_learns(retrieval: str, trained: bool) -> None:
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_without_memory_it_is_prompt_tuning_bit_for_bit(name: str) -> None:
     one = learner(name, k=0)
-    plain = PromptTuning(PromptTuning.Config(), replace(one.slot, tasks=("one",)), Start(rows.random(5, P, 32)))
-    batch = replace(batch_of(name), task=torch.zeros(4, dtype=torch.long))
+    plain = PromptTuning(PromptTuning.Config(), replace(one.slot, tasks=("one",)), PromptInit(rows.random(5, P, 32)))
+    batch = replace(batch_of(name), task_ids=torch.zeros(4, dtype=torch.long))
     mine, theirs = one.step(batch), replace(one, method=plain).step(batch)
     assert torch.equal(mine.output.logits, theirs.output.logits)
     objectives.task(mine).backward()
@@ -276,17 +284,19 @@ def test_without_memory_it_is_prompt_tuning_bit_for_bit(name: str) -> None:
 def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
     """On every path, the memory's rows between S and the text by hand."""
     one, batch = learner(name), batch_of(name)
-    other = PromptTuning(PromptTuning.Config(), replace(one.slot, tasks=("x",), length=2), Start(rows.random(7, 2, 32)))
+    other = PromptTuning(
+        PromptTuning.Config(), replace(one.slot, tasks=("x",), length=2), PromptInit(rows.random(7, 2, 32))
+    )
     plain, mine, theirs = replace(one, method=other), torch.tensor([3, 0]), torch.tensor([1, 2])
-    batch = replace(batch, task=torch.zeros(4, dtype=torch.long))
-    made = mix([plain.prompt(batch.rows(theirs)), one.prompt(batch.rows(mine))], [theirs, mine])
+    batch = replace(batch, task_ids=torch.zeros(4, dtype=torch.long))
+    made = mix_prompts([plain.prompt(batch.rows(theirs)), one.prompt(batch.rows(mine))], [theirs, mine])
     for path in (None, *rows.paths(name, INPUT)):
         output = injection.forward(one.backbone, batch, made, INPUT, path=path)
         for i in range(4):
             row = batch.rows(torch.tensor([i]))
             values = other.prompts[0]
             if i in (0, 3):
-                words = one.backbone.embed(row.ids)[0][row.words[0].bool()]
+                words = one.backbone.embed(row.input_ids)[0][row.instruction_mask[0].bool()]
                 chosen = by_hand(one.method.memory, words.mean(0, keepdim=True).tolist(), K)
                 values = torch.cat([one.method.soft, one.method.memory[chosen]])
             alone = injection.forward(one.backbone, row, rows.single(values, 1), INPUT).logits
@@ -302,7 +312,7 @@ def test_start_tasks_and_names() -> None:
     assert shares(method)
     assert {name: group.unit for name, group in groups(method).items()} == {"prompt": "rms", "memory": "rms"}
     sources = rows.random(3, 2, P, D)
-    found = build(NAME, {"k": 2}, Slot(("a",), P, D, D), Start(torch.zeros(P, D), sources))
+    found = build(NAME, {"k": 2}, PromptSpec(("a",), P, D, D), PromptInit(torch.zeros(P, D), sources))
     assert torch.equal(found.memory, torch.cat([sources[0], sources[1]]))
     calls = []
 
@@ -311,7 +321,10 @@ def test_start_tasks_and_names() -> None:
         return rows.random(4, count, D)
 
     found = build(
-        NAME, {"k": 2, "bank": 9, "population": 50}, Slot(("a",), P, D, D), Start(torch.zeros(P, D), draw=draw)
+        NAME,
+        {"k": 2, "bank": 9, "population": 50},
+        PromptSpec(("a",), P, D, D),
+        PromptInit(torch.zeros(P, D), draw=draw),
     )
     assert calls == [(9, 50)]
     assert torch.equal(found.memory, rows.random(4, 9, D))
@@ -338,26 +351,26 @@ def test_start_tasks_and_names() -> None:
 )
 def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(NAME, options, Slot(("a",), P, D, D), Start(torch.zeros(P, D), sources))
+        build(NAME, options, PromptSpec(("a",), P, D, D), PromptInit(torch.zeros(P, D), sources))
 
 
 def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words too few for the memory, sites of another width, faiss where it is not."""
-    start = Start(torch.zeros(P, D), draw=lambda count, population: torch.zeros(count, D))
+    start = PromptInit(torch.zeros(P, D), draw=lambda count, population: torch.zeros(count, D))
     with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge prompt.options.bank"):
-        build(NAME, {"k": 3, "bank": 2}, Slot(("a",), P, D, D), start)
+        build(NAME, {"k": 3, "bank": 2}, PromptSpec(("a",), P, D, D), start)
     few = functools.partial(initialization.sample_vocabulary, tiny.backbone("llama"), generator=torch.Generator())
-    start = Start(torch.zeros(P, D), draw=lambda count, population: few(count, population).float())
+    start = PromptInit(torch.zeros(P, D), draw=lambda count, population: few(count, population).float())
     message = "its memory, prompt.options.bank: 40 different words are wanted, but only 20 can be drawn; ask for fewer"
     with pytest.raises(ConfigError, match=message + ", or set a population above 20$"):
-        build(NAME, {"k": 2, "bank": 40, "population": 20}, Slot(("a",), P, D, D), start)
+        build(NAME, {"k": 2, "bank": 40, "population": 20}, PromptSpec(("a",), P, D, D), start)
     with pytest.raises(ConfigError, match=r"1000 different words are wanted, but only .* can be drawn; ask for fewer$"):
-        build(NAME, {"k": 2}, Slot(("a",), P, D, D), start)
-    for slot in (Slot(("a",), P, D, D - 1), Slot(("a",), P, D, D, 0, (D,))):
+        build(NAME, {"k": 2}, PromptSpec(("a",), P, D, D), start)
+    for slot in (PromptSpec(("a",), P, D, D - 1), PromptSpec(("a",), P, D, D, 0, (D,))):
         with pytest.raises(
             ConfigError, match=r"its memory has the width of the embeddings, ., and .* use site input or"
         ):
             build(NAME, {"k": 3}, slot, start)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"faiss, which is not installed: pip install 'softprompts\[retrieval\]'"):
-        build(NAME, {"k": 3, "index": "faiss"}, Slot(("a",), P, D, D), start)
+        build(NAME, {"k": 3, "index": "faiss"}, PromptSpec(("a",), P, D, D), start)

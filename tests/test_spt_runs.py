@@ -14,7 +14,7 @@ import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluateConfig, parse
-from softprompts.data import Encoded, Encoder, Format, collate
+from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.model.initialization import from_ids
@@ -23,22 +23,22 @@ from softprompts.training import objectives
 from softprompts.types import Batch
 from tokenizers_tiny import byte_bpe, unigram, wordpiece
 
-QUESTION = Format(
+QUESTION = TaskTemplate(
     name="questions",
     template="Question: {text}\nType:",
     verbalizer={"HUM": "human", "LOC": "location"},
 )
-PAIR = Format(name="nli", template="Premise: {a}", pair="So: {b} ?", verbalizer={"y": "yes", "n": "no"})
+PAIR = TaskTemplate(name="nli", template="Premise: {a}", pair="So: {b} ?", verbalizer={"y": "yes", "n": "no"})
 TEXTS = ("Who wrote the play?", "Question: What Type: is it", "", "a warm, funny and human film. " * 4)
 
 
-def own(encoder: Encoder, row: dict[str, str], label: str | None = None) -> tuple[list[int], str]:
+def own(encoder: ExampleTokenizer, row: dict[str, str], label: str | None = None) -> tuple[list[int], str]:
     """The ids that are marked as the template's words, and their text without spaces."""
     found = encoder.encode({"label": "HUM", **row}, label)
-    assert found.words is not None
-    assert len(found.words) == len(found.ids)
-    assert not any(found.words[found.text_tokens :])
-    ids = [token for token, mark in zip(found.ids, found.words, strict=True) if mark]
+    assert found.instruction_mask is not None
+    assert len(found.instruction_mask) == len(found.input_ids)
+    assert not any(found.instruction_mask[found.text_tokens :])
+    ids = [token for token, mark in zip(found.input_ids, found.instruction_mask, strict=True) if mark]
     return ids, "".join(encoder.tokenizer.decode(ids).split()).lower()
 
 
@@ -47,7 +47,7 @@ def own(encoder: Encoder, row: dict[str, str], label: str | None = None) -> tupl
 )
 def test_the_templates_words_are_marked(tokenizer: Any, family: Any) -> None:
     """The same tokens whatever the text says, the template's words included, cut or not; no token of an answer."""
-    encoder = Encoder(QUESTION, tokenizer, family, "lm", 60)
+    encoder = ExampleTokenizer(QUESTION, tokenizer, family, "lm", 60)
     found = {tuple(own(encoder, {"text": text}, label)[0]) for text in TEXTS[:2] for label in (None, "human")}
     assert len(found) == 1
     for text in TEXTS:
@@ -57,11 +57,13 @@ def test_the_templates_words_are_marked(tokenizer: Any, family: Any) -> None:
 
 def test_in_masked_models_and_pairs() -> None:
     """The mask token is the answer's, special tokens are the tokenizer's, and each text of a pair has its own words."""
-    encoder = Encoder(replace(QUESTION, template="Question: {text} It is {mask} ."), wordpiece(), "masked", "lm", 60)
+    encoder = ExampleTokenizer(
+        replace(QUESTION, template="Question: {text} It is {mask} ."), wordpiece(), "masked", "lm", 60
+    )
     assert own(encoder, {"text": TEXTS[0]}, "human")[1] == "question:itis."
     row = {"a": "the king", "b": "So: who"}
     for tokenizer, family in ((wordpiece(), "masked"), (byte_bpe(), "causal")):
-        encoder = Encoder(replace(PAIR, kind="label", label="label"), tokenizer, family, "sequence", 60)
+        encoder = ExampleTokenizer(replace(PAIR, kind="label", label="label"), tokenizer, family, "sequence", 60)
         assert own(encoder, {**row, "label": "y"})[1] == "premise:so:?"
 
 
@@ -69,7 +71,7 @@ def test_in_masked_models_and_pairs() -> None:
 def test_in_chats(place: Any) -> None:
     """Neither the chat template's words nor the system's."""
     form = replace(QUESTION, chat=True, system="Be short: Type:", chat_place=place)
-    encoder = Encoder(form, byte_bpe(chat=True), "causal", "lm", 200)
+    encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200)
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 
 
@@ -79,7 +81,7 @@ def test_in_chats(place: Any) -> None:
 def test_with_slots(tokenizer: Any, family: Any) -> None:
     """The template's words are the same with slots for the prompt between them; special tokens are none of them."""
     form = replace(QUESTION, template="<prompt:1>Question: <prompt:2>{text} Type:" + " {mask}" * (family == "masked"))
-    encoder = Encoder(form, tokenizer, family, "lm", 30, slots=(1, 2))
+    encoder = ExampleTokenizer(form, tokenizer, family, "lm", 30, slots=(1, 2))
     for text in TEXTS:
         assert own(encoder, {"text": text}, "human")[1] == "question:type:"
     assert encoder.encode({"text": TEXTS[3]}).cut > 0
@@ -88,41 +90,41 @@ def test_with_slots(tokenizer: Any, family: Any) -> None:
 def test_with_slots_in_chats() -> None:
     """The user's own words, not the same ones of the system, which stand before them in the first turn's piece."""
     form = replace(QUESTION, chat=True, system="The Question: is below", template="Question: <prompt>{text}\nType:")
-    encoder = Encoder(form, byte_bpe(chat=True), "causal", "lm", 200, slots=(3,))
+    encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200, slots=(3,))
     for text in TEXTS[:2]:
         found = encoder.encode({"text": text})
         assert own(encoder, {"text": text})[1] == "question:type:"
-        first = found.words.index(1)
-        assert "below" in encoder.tokenizer.decode(found.ids[:first])
+        first = found.instruction_mask.index(1)
+        assert "below" in encoder.tokenizer.decode(found.input_ids[:first])
     both = replace(form, system="Be <prompt:1> short: Question:")
-    encoder = Encoder(both, byte_bpe(chat=True), "causal", "lm", 200, slots=(1, 3))
+    encoder = ExampleTokenizer(both, byte_bpe(chat=True), "causal", "lm", 200, slots=(1, 3))
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 
 
 def test_where_nobody_can_say() -> None:
     """A template without words of its own, and a tokenizer that knows no places."""
-    encoder = Encoder(replace(QUESTION, template="{text}"), byte_bpe(), "causal", "lm", 60)
-    assert encoder.encode({"text": "Who"}).words is None
+    encoder = ExampleTokenizer(replace(QUESTION, template="{text}"), byte_bpe(), "causal", "lm", 60)
+    assert encoder.encode({"text": "Who"}).instruction_mask is None
 
     class Slow(transformers.PreTrainedTokenizerFast):
         is_fast = property(lambda self: False)
 
     slow = copy.deepcopy(byte_bpe())
     slow.__class__ = Slow
-    encoder = Encoder(QUESTION, slow, "causal", "lm", 60)
-    assert encoder.encode({"text": "Who"}).words is None
+    encoder = ExampleTokenizer(QUESTION, slow, "causal", "lm", 60)
+    assert encoder.encode({"text": "Who"}).instruction_mask is None
     assert (
-        encoder.encode({"text": "Who"}).ids
-        == Encoder(QUESTION, byte_bpe(), "causal", "lm", 60).encode({"text": "Who"}).ids
+        encoder.encode({"text": "Who"}).input_ids
+        == ExampleTokenizer(QUESTION, byte_bpe(), "causal", "lm", 60).encode({"text": "Who"}).input_ids
     )
 
 
 def test_rows_that_say_beside_rows_that_do_not() -> None:
-    one, two = Encoded([5, 6, 7], words=[1, 0, 1]), Encoded([8, 9])
-    assert collate([two], 0).words is None
+    one, two = EncodedExample([5, 6, 7], instruction_mask=[1, 0, 1]), EncodedExample([8, 9])
+    assert collate([two], 0).instruction_mask is None
     batch = collate([one, two], 0)
-    assert batch.words.tolist() == [[1, 0, 1], [1, 1, 0]]
-    assert batch.rows(torch.tensor([1])).words.tolist() == [[1, 1, 0]]
+    assert batch.instruction_mask.tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert batch.rows(torch.tensor([1])).instruction_mask.tolist() == [[1, 1, 0]]
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +176,7 @@ def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
 def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None:
     """Two tasks share S and the memory; what they retrieve is in the history; each artifact answers alone."""
     run = parse(values)
-    results = job.execute(run)
+    results = job.run(run)
     entropy = [row["measures"]["retrieval_entropy"] for row in results["tasks"][0]["curve"]]
     assert len(entropy) == 4
     assert all(math.log(2) - 1e-5 <= value <= math.log(4) + 1e-5 for value in entropy)
@@ -209,11 +211,11 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
         if report.step == 2:
             raise KeyboardInterrupt
 
-    whole = job.execute(parse(values))
+    whole = job.run(parse(values))
     cut = parse({**values, "out": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
-        job.execute(cut, job.Screen(step=stop))
-    again = job.execute(cut)
+        job.run(cut, job.ProgressReporter(on_step=stop))
+    again = job.run(cut)
     one, two = (artifact.load(tmp_path / name / "prompt" / "one").state for name in ("out", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not torch.equal(one["sources"][0], job.prepare(cut).start.draw(40, 200))
@@ -237,21 +239,21 @@ def test_the_memory_follows_the_seed(values: dict[str, Any]) -> None:
 def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
     """Told which words are the template's it answers as the run does; a new task shares S; a row alone is the same."""
     run = parse(values)
-    job.execute(run)
+    job.run(run)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.load_prompt(tmp_path / "out" / "prompt" / "one")
     opened = job.open_artifacts([tmp_path / "out" / "prompt" / "one"], model=run.model)
     rows = [opened.encoder.example(row) for row in job.prepare(run).tasks[0].test[:5]]
     batch = collate(rows, 0)
-    given = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": batch.labels}
+    given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
     with torch.no_grad():
-        loss = model(**given, words=batch.words).loss
+        loss = model(**given, words=batch.instruction_mask).loss
         assert float(loss) == pytest.approx(float(objectives.task(opened.learner.step(batch))), abs=1e-5)
         assert abs(float(model(**given).loss - loss)) > 1e-6, "without them all words count"
         with pytest.raises(ValueError, match=r"words must be \[rows, tokens\] as the text"):
-            model(**given, words=batch.words[:, 1:])
+            model(**given, words=batch.instruction_mask[:, 1:])
         with model.no_prompt():
-            model(**given, words=batch.words)
+            model(**given, words=batch.instruction_mask)
     model.add_task("new")
     assert model._held.method("new") is model._held.method("one")
     model.save_pretrained(tmp_path / "both")
@@ -259,6 +261,6 @@ def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]), tmp_path / "both"
     )
     with torch.no_grad():
-        assert torch.equal(again(**given, words=batch.words, tasks="new").loss, loss)
+        assert torch.equal(again(**given, words=batch.instruction_mask, tasks="new").loss, loss)
     model.remove_task("one")
     assert model.tasks == ("new",)

@@ -16,7 +16,7 @@ import local
 from softprompts.config import parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.recipes import comparison, pretrain
-from softprompts.recipes.run.prepare import Screen
+from softprompts.recipes.run.prepare import ProgressReporter
 from softprompts.training import loop as train
 
 TRAINED = [
@@ -198,13 +198,13 @@ def test_what_moved_is_counted_for_each_size():
 def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
     values, results = done
     said: list[str] = []
-    again = execute(parse(values, Study), Screen(say=said.append))
+    again = execute(parse(values, Study), ProgressReporter(log=said.append))
     assert again["arms"] == results["arms"]
     assert again["speed"] == results["speed"]
     assert not [line for line in said if "steps" in line and "runs" in line]
     said.clear()
     values = {**values, "pretrain": {**values["pretrain"], "train": {"steps": 3, "batch_size": 8, "rate": 0.1}}}
-    execute(parse(values, Study), Screen(say=said.append))
+    execute(parse(values, Study), ProgressReporter(log=said.append))
     anew = {line.partition(":")[0] for line in said if line.endswith("done anew")}
     assert anew == {
         "pretraining of ipt-pretrained",
@@ -214,7 +214,7 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
     }
     said.clear()
     values = {**values, "pretrain": {**values["pretrain"], "train": results["config"]["pretrain"]["train"]}}
-    back = execute(parse(values, Study), Screen(say=said.append))
+    back = execute(parse(values, Study), ProgressReporter(log=said.append))
     assert not [line for line in said if line.endswith("done anew") or " steps" in line], "what was finished is kept"
     assert back["arms"] == results["arms"]
 

@@ -17,9 +17,9 @@ from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes import coefficient_search as coefficient
-from softprompts.recipes.judging import Judge
+from softprompts.recipes.judging import Evaluator
 from softprompts.recipes.run import run as job
-from softprompts.recipes.run.prepare import Screen
+from softprompts.recipes.run.prepare import ProgressReporter
 from softprompts.training import loop as train
 from softprompts.training import objectives
 
@@ -70,7 +70,7 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.fits: list[tuple[list[str], set[int]]] = []  # the directories of the runs, and their backbones
         self.steps = 0
-        fit, joint = job.fit_together, train.joint_steps
+        fit, joint = job.train_many, train.joint_steps
 
         def fitted(trainees, **given):
             where = [str(one.directory) for one in trainees]
@@ -81,7 +81,7 @@ class Watch:
             self.steps += 1
             return joint(*given)
 
-        patch.setattr(job, "fit_together", fitted)
+        patch.setattr(job, "train_many", fitted)
         patch.setattr(train, "joint_steps", stepped)
 
 
@@ -92,7 +92,7 @@ def watched(tmp_path_factory):
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         watch = Watch(patch)
-        results = execute(parse(values, Study), Screen(say=said.append))
+        results = execute(parse(values, Study), ProgressReporter(log=said.append))
     return values, results, said, watch
 
 
@@ -226,9 +226,9 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
         assert rows is judge.task.test
         return [number(judge.task.name, prompt) for prompt in prompts]
 
-    monkeypatch.setattr(Judge, "scores", scores)
+    monkeypatch.setattr(Evaluator, "scores", scores)
     study = parse({**values, "out": str(tmp_path)}, Study)
-    found = stages._pair(stages._AtHand(study, Screen()), pair)
+    found = stages._pair(stages._AtHand(study, ProgressReporter()), pair)
     assert found["tasks"] == list(pair)
     assert found["coefficients"] == list(grid)
     for task, other in (pair, pair[::-1]):
@@ -283,7 +283,7 @@ def test_unseen_targets_start_from_their_sources(done):
 
 def test_a_second_call_measures_nothing(done, monkeypatch):
     values, results, _ = done
-    monkeypatch.setattr(job, "execute", lambda *_: pytest.fail("runs were done again"))
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("runs were done again"))
     monkeypatch.setattr(independence, "measure", lambda *_: pytest.fail("measured again"))
     monkeypatch.setattr(sums, "measure", lambda *_: pytest.fail("measured again"))
     again = execute(parse(values, Study))
@@ -316,8 +316,8 @@ class Cut:
     def __init__(self, line: str, at: str) -> None:
         self.line, self.at, self.under = line, at, ""
 
-    def screen(self) -> Screen:
-        return Screen(say=self.say, step=self.step, judged=self.judged)
+    def screen(self) -> ProgressReporter:
+        return ProgressReporter(log=self.say, on_step=self.step, on_eval=self.judged)
 
     def say(self, line: str) -> None:
         if line.endswith((" steps", " crossed", " coefficients")):
@@ -554,9 +554,9 @@ def test_a_rate_that_failed_anywhere_is_not_chosen(tmp_path, monkeypatch, scores
     monkeypatch.setattr(stages.stage, "read_results", read_results)
     if rate is None:
         with pytest.raises(TrainingError, match=r"every rate failed on some task; give lower ones in vectors\.rates"):
-            stages._rate(parse(values, Study), Screen())
+            stages._rate(parse(values, Study), ProgressReporter())
         return
-    chosen, tried = stages._rate(parse(values, Study), Screen())
+    chosen, tried = stages._rate(parse(values, Study), ProgressReporter())
     means = {at: (scores["alpha"][at] + scores["beta"][at]) / 2 for at in ("0.1", "0.3", "1")
              if None not in (scores["alpha"][at], scores["beta"][at])}  # fmt: skip
     assert chosen == rate
@@ -573,11 +573,11 @@ def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
     monkeypatch.setitem(objectives.OBJECTIVES, "near", near)
     values = study_values(tmp_path)
     values["vectors"] |= {"rates": [0.1, 1e6], "train": {**values["vectors"]["train"], "objectives": {"near": 1.0}}}
-    rate, tried = stages._rate(parse(values, Study), Screen())
+    rate, tried = stages._rate(parse(values, Study), ProgressReporter())
     assert (rate, list(tried)) == (0.1, ["0.1"])
     values["vectors"] |= {"rates": [1e6, 1e7]}
     with pytest.raises(TrainingError, match="not a number"):
-        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), Screen())
+        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), ProgressReporter())
 
 
 @pytest.mark.parametrize("model", ["gpt2", "t5"])
@@ -630,13 +630,13 @@ def test_the_search_never_reads_test_rows(done):
     from dataclasses import replace
 
     values, results, _ = done
-    at_hand = stages._AtHand(parse(values, Study), Screen())
+    at_hand = stages._AtHand(parse(values, Study), ProgressReporter())
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
     start = one.like.initial
-    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), Screen())
+    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
-    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), Screen())
+    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.means == [pytest.approx((a + b) / 2) for a, b in zip(*found.scores.values(), strict=True)]
     assert found.means[found.grid.index(found.best)] == max(found.means)

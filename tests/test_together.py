@@ -17,14 +17,14 @@ from softprompts import backbone as b
 from softprompts import errors, injection
 from softprompts.artifacts.io import read_tensors
 from softprompts.config import TrainConfig
-from softprompts.data import Encoded
+from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner, copy_head
 from softprompts.training import checkpoint, loop, objectives, shared_batch
-from softprompts.training.loop import Trainee
-from softprompts.types import IGNORE, Output, Start
+from softprompts.training.loop import TrainingRun
+from softprompts.types import IGNORE, Output, PromptInit
 
 STEPS = 20
 DEEP = Site("layers")
@@ -40,15 +40,15 @@ def encoded(name, count, seed, tasks=1):
         labels = [IGNORE] * (len(ids) - scored) + ids[-scored:]
         if name in tiny.SEQ2SEQ:
             labels = [chance.randrange(5, tiny.VOCABULARY) for _ in range(scored + 1)]
-        found.append(Encoded(ids, labels, task=number % tasks))
+        found.append(EncodedExample(ids, labels, task_id=number % tasks))
     return found
 
 
 def learner(base, site, length, seed, tasks=("a",)):
     """Prompt tuning in float64 from a random start."""
-    slot = injection.slot(base, site, tasks, length)
+    slot = injection.prompt_spec(base, site, tasks, length)
     start = torch.randn(length, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = PromptTuning(PromptTuning.Config(), slot, Start(start)).double()
+    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         for parameter in method.prompts:
             parameter.copy_(start)
@@ -64,15 +64,15 @@ def trainees(name, site, folder=None, length=True):
     base = double(name)
     same = 4 if not length else None
     made = [
-        Trainee("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
-        Trainee(
+        TrainingRun("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
+        TrainingRun(
             "factored",
             learner(base, site, same or 6, 2, ("a", "b")),
             encoded(name, 9, 2, tasks=2),
             config(optimizer="adafactor", schedule="constant", rate=0.02, batch_size=3, weight_decay=0.01),
             seed=7,
         ),
-        Trainee(
+        TrainingRun(
             "accumulated",
             learner(base, site, same or 3, 3),
             encoded(name, 17, 3),
@@ -117,7 +117,7 @@ def together(runs, stop=None):
     """By name: the losses and the prompts after every step; stopped after `stop` reports."""
     losses, prompts, seen = {one.name: [] for one in runs}, {one.name: [] for one in runs}, 0
     named = {one.name: one for one in runs}
-    with closing(loop.fit_together(runs, pad=0)) as steps:
+    with closing(loop.train_many(runs, pad=0)) as steps:
         for name, report in steps:
             losses[name].append(report.loss)
             prompts[name].append(values(named[name]))
@@ -209,7 +209,7 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
 
 def snapshots(folder, runs, after):
     """The checkpoint folders as they lie on the disk after so many reports: what a kill at that moment leaves."""
-    with closing(loop.fit_together(runs, pad=0)) as steps:
+    with closing(loop.train_many(runs, pad=0)) as steps:
         for number, _ in enumerate(steps, 1):
             if number in after:
                 shutil.copytree(folder, folder.with_name(f"killed-{number}"))
@@ -282,13 +282,13 @@ def test_a_joint_write_that_is_cut_is_undone_or_finished(tmp_path, monkeypatch, 
         with pytest.raises(RuntimeError, match="killed"):
             together(runs)
     files = [one.directory / loop.CHECKPOINT for one in runs]
-    checkpoint.settle(files)
+    checkpoint.recover(files)
     assert [json.loads(read_tensors(file)[1]["facts"])["step"] for file in files] == [step] * 3
     assert not list(tmp_path.rglob(checkpoint.STAGED))
 
 
 def collect(runs, losses):
-    for name, report in loop.fit_together(runs, pad=0):
+    for name, report in loop.train_many(runs, pad=0):
         losses.setdefault(name, []).append(report.loss)
 
 
@@ -332,7 +332,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
         torch.testing.assert_close(values(two), values(one), rtol=1e-9, atol=1e-10)
     # Called again, it is not tried again: what was is said again, and nothing is trained.
     with pytest.raises(errors.TrainingError, match="run 'factored': the loss of step 5 is not a number"):
-        list(loop.fit_together(made(tmp_path), pad=0))
+        list(loop.train_many(made(tmp_path), pad=0))
 
 
 def test_inf_in_one_prompt_stays_there():
@@ -349,21 +349,21 @@ def test_inf_in_one_prompt_stays_there():
 
 def test_what_cannot_share_a_batch_is_refused():
     plain, factored, _ = trainees("llama", Site())
-    other = Trainee("other", learner(double("gpt2"), Site(), 4, 1), plain.rows, config())
+    other = TrainingRun("other", learner(double("gpt2"), Site(), 4, 1), plain.rows, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'other' have backbones of their own \(llama, gpt2\)"):
-        next(loop.fit_together([plain, other], pad=0))
-    deep = Trainee("deep", learner(double("llama"), DEEP, 4, 1), plain.rows, config())
+        next(loop.train_many([plain, other], pad=0))
+    deep = TrainingRun("deep", learner(double("llama"), DEEP, 4, 1), plain.rows, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'deep' differ in the name of their site \(input, layers\)"):
-        next(loop.fit_together([plain, deep], pad=0))
+        next(loop.train_many([plain, deep], pad=0))
     with pytest.raises(ConfigError, match="names that differ, given plain, plain"):
-        next(loop.fit_together([plain, replace(factored, name="plain")], pad=0))
+        next(loop.train_many([plain, replace(factored, name="plain")], pad=0))
     with pytest.raises(ConfigError, match="run 'empty' has no rows"):
-        next(loop.fit_together([plain, replace(factored, name="empty", rows=[])], pad=0))
+        next(loop.train_many([plain, replace(factored, name="empty", rows=[])], pad=0))
     base = b.wrap(tiny.model("bert", "sequence"))
     heads = [replace(learner(base, Site(), 4, seed), head=copy_head(base)) for seed in (1, 2)]
-    runs = [Trainee(str(i), one, [Encoded([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
+    runs = [TrainingRun(str(i), one, [EncodedExample([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
     with pytest.raises(ConfigError, match=r"classification head of its own.*one after the other"):
-        next(loop.fit_together(runs, pad=0))
+        next(loop.train_many(runs, pad=0))
 
 
 def test_scores_find_their_run_in_any_order():
@@ -380,13 +380,13 @@ def test_scores_find_their_run_in_any_order():
 
 def test_only_labels_that_are_scored_count():
     """At site kv no state scores a causal text's first token, so parts would otherwise get a wrong share."""
-    row = Encoded([5, 6, 7], [5, 6, IGNORE])
+    row = EncodedExample([5, 6, 7], [5, 6, IGNORE])
     counts = {
         site: shared_batch.label_count(row, learner(double("llama"), Site(site), 4, 1)) for site in ("input", "kv")
     }
     assert counts == {"input": 2, "kv": 1}
-    assert shared_batch.label_count(replace(row, place=1), learner(double("llama"), Site(), 4, 1)) == 1
-    assert shared_batch.label_count(Encoded([5], 2), learner(double("llama"), Site(), 4, 1)) == 1
+    assert shared_batch.label_count(replace(row, prompt_offsets=1), learner(double("llama"), Site(), 4, 1)) == 1
+    assert shared_batch.label_count(EncodedExample([5], 2), learner(double("llama"), Site(), 4, 1)) == 1
 
 
 @pytest.mark.golden
@@ -394,9 +394,9 @@ def test_only_labels_that_are_scored_count():
 def test_accumulated_halves_equal_one_batch(site):
     """An epoch of eight rows in one batch, and in two halves with unequal numbers of labels."""
     rows = encoded("llama", 8, 4)
-    rows[0] = Encoded(rows[0].ids, rows[0].ids)
+    rows[0] = EncodedExample(rows[0].ids, rows[0].ids)
     runs = [
-        Trainee(
+        TrainingRun(
             f"{size}", learner(double("llama"), site, 4, 1), rows, config(10, batch_size=size, accumulate=8 // size)
         )
         for size in (8, 4, 2)

@@ -188,17 +188,17 @@ def test_adafactor_keeps_the_whole_second_moment(values):
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     config = TrainConfig(optimizer="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
     captured = {}
-    original = loop.optimizer_of
+    original = loop.build_optimizer
 
     def keep(learner, parameters, config):
         captured["optimizer"] = original(learner, parameters, config)
         return captured["optimizer"]
 
-    loop.optimizer_of = keep
+    loop.build_optimizer = keep
     try:
         list(loop.fit(made.learner, rows, config, pad=0))
     finally:
-        loop.optimizer_of = original
+        loop.build_optimizer = original
     (state,) = captured["optimizer"].state.values()
     assert state["exp_avg_sq"].shape == prompt_of(made).shape
     assert "exp_avg_sq_row" not in state
@@ -225,7 +225,7 @@ def test_a_batch_of_tokens(values, tmp_path):
     changes = {"batch_tokens": 90, "batch_size": 8}
     whole, reports = fitted(values, **changes)
     rows = [whole.encoders[0].example(row) for row in whole.tasks[0].train]
-    assert sum(r.tokens for r in reports) > sum(len(row.ids) for row in rows)  # more than one epoch
+    assert sum(r.tokens for r in reports) > sum(len(row.input_ids) for row in rows)  # more than one epoch
     assert 60 < max(r.tokens for r in reports) <= 90
     fitted(values, tmp_path / "run", steps=25, **changes)
     resumed, again = fitted(values, tmp_path / "run", **changes)
@@ -259,6 +259,6 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
 def test_checkpointed_layers_train_the_same_prompt(values):
     plain, reports = fitted(values)
     again, others = fitted({**values, "model": {**values["model"], "checkpointing": True}})
-    assert again.learner.backbone.kernels.checkpoint
+    assert again.learner.backbone.kernels.gradient_checkpointing
     assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=1e-6)
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))

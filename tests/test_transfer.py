@@ -43,7 +43,7 @@ def prompts(draw: st.DrawFn, count: int = 2) -> list[Tensor]:
 
 @settings(deadline=None, max_examples=60)
 @given(pair=prompts(), how=st.sampled_from(HOWS), scale=st.floats(1e-6, 1e6))
-def test_properties(pair: list[Tensor], how: similarity.How, scale: float) -> None:
+def test_properties(pair: list[Tensor], how: similarity.SimilarityMeasure, scale: float) -> None:
     """As in the loops; symmetric; from -1 to 1; the size of a prompt and the order of its tokens do not count."""
     one, other = pair
     found = similarity.similarity(one, other, how)
@@ -66,7 +66,7 @@ def test_the_two_ways_differ() -> None:
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_matrix(how: similarity.How) -> None:
+def test_matrix(how: similarity.SimilarityMeasure) -> None:
     every = [rows.random(i, 2 + i, 6) for i in range(4)]
     found = similarity.matrix(every, how)
     assert found.dtype == torch.float64
@@ -78,7 +78,7 @@ def test_matrix(how: similarity.How) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(found=prompts(5), k=st.integers(1, 4), how=st.sampled_from(HOWS))
-def test_retrieve_properties(found: list[Tensor], k: int, how: similarity.How) -> None:
+def test_retrieve_properties(found: list[Tensor], k: int, how: similarity.SimilarityMeasure) -> None:
     """The k most similar, best first, whatever the order they are given in; weights are their shares and sum to one."""
     target, sources = found[0], dict(zip("dbca", found[1:], strict=True))
     best = similarity.retrieve(target, sources, k, how)

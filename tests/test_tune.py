@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
     def timed(backbone: Backbone, kernels: Kernels, once: Any) -> float:
         if once is setup._one_product:
             times["products"] = times.get("products", 0) + 1
-            return times[kernels.products]
+            return times[kernels.matmul_backend]
         return times[kernels.core if kernels.rows == "packed" else kernels.attention]
 
     monkeypatch.setattr(setup, "_clock", timed)
@@ -34,8 +34,8 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
 
 def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: Path) -> None:
     bb = tiny.backbone("llama")
-    found = setup.choose(bb)
-    assert found.kernels == Kernels(products="onednn")
+    found = setup.autotune(bb)
+    assert found.kernels == Kernels(matmul_backend="onednn")
     assert found.seconds == {
         "torch products": 2, "onednn products": 1, "packed": 1, "packed-fused": 2, "sdpa": 4, "eager": 3,
     }  # fmt: skip
@@ -44,46 +44,46 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
     assert entry["kernels"]["products"] == "onednn"
     done = clock["products"]
     clock["onednn"] = 9.0
-    assert setup.choose(bb) == found  # not measured again, whatever the clock would say now
+    assert setup.autotune(bb) == found  # not measured again, whatever the clock would say now
     assert clock["products"] == done
-    setup.choose(tiny.backbone("qwen3"))  # another model is
+    setup.autotune(tiny.backbone("qwen3"))  # another model is
     assert clock["products"] > done
     assert len(json.loads((tmp_path / "kernels.json").read_text())) == 2
 
 
 def test_a_little_faster_is_not_enough(clock: dict[str, float]) -> None:
     clock |= {"onednn": 1.95, "eager": 0.97, "fused": 0.96}
-    assert setup.choose(tiny.backbone("llama")).kernels == Kernels()
+    assert setup.autotune(tiny.backbone("llama")).kernels == Kernels()
     clock["eager"] = 0.5
-    found = setup.choose(tiny.backbone("qwen2")).kernels
+    found = setup.autotune(tiny.backbone("qwen2")).kernels
     assert found == Kernels(rows="shared", attention="eager")
 
 
 def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
     bb = tiny.backbone("llama")
-    assert setup.choose(bb, attention="packed-fused").kernels == Kernels(core="fused", products="onednn")
-    assert setup.choose(bb, attention="sdpa", products="torch").kernels == Kernels(rows="shared")
-    assert setup.choose(bb, products="torch", compiled=True).kernels == Kernels(compiled=True)
+    assert setup.autotune(bb, attention="packed-fused").kernels == Kernels(core="fused", matmul_backend="onednn")
+    assert setup.autotune(bb, attention="sdpa", products="torch").kernels == Kernels(rows="shared")
+    assert setup.autotune(bb, products="torch", compiled=True).kernels == Kernels(compiled=True)
     with pytest.raises(BackboneError, match=r"attention 'packed-fused' is not possible: .*caps scores"):
-        setup.choose(tiny.backbone("gemma2"), attention="packed-fused")
+        setup.autotune(tiny.backbone("gemma2"), attention="packed-fused")
     for name, reason in (("bloom", "has an attention of its own kind"), ("t5", "an encoder's prompt sees the text")):
         with pytest.raises(BackboneError, match=f"attention 'packed' is not possible: .*{reason}; leave"):
-            setup.choose(tiny.backbone(name), attention="packed")
+            setup.autotune(tiny.backbone(name), attention="packed")
 
 
 def test_a_damaged_memory_only_costs_the_measurement(clock: dict[str, float], tmp_path: Path) -> None:
     for text in ("{", "[]", '{"other": 1}'):
         (tmp_path / "kernels.json").write_text(text)
-        assert setup.choose(tiny.backbone("llama")).kernels.products == "onednn"
+        assert setup.autotune(tiny.backbone("llama")).kernels.matmul_backend == "onednn"
     assert json.loads((tmp_path / "kernels.json").read_text())["other"] == 1
 
 
 def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
-    assert setup.choose(tiny.backbone("llama")) == setup.Choice(Kernels(), {})
+    assert setup.autotune(tiny.backbone("llama")) == setup.TunedKernels(Kernels(), {})
     for name in ("bloom", "bert", "t5"):  # nothing is packed, and what is said is true
-        found = setup.choose(tiny.backbone(name))
-        assert found == setup.Choice(Kernels(rows="shared"), {})
+        found = setup.autotune(tiny.backbone(name))
+        assert found == setup.TunedKernels(Kernels(rows="shared"), {})
         assert str(found) == "attention the model's own, products by torch"
     assert not (tmp_path / "kernels.json").exists()
 
@@ -111,10 +111,10 @@ def test_a_kernel_that_fails_is_no_candidate(clock: dict[str, float], monkeypatc
         return given(backbone, kernels, once)
 
     monkeypatch.setattr(setup, "_clock", timed)
-    assert "packed-fused" not in setup.choose(tiny.backbone("llama")).seconds
+    assert "packed-fused" not in setup.autotune(tiny.backbone("llama")).seconds
 
     def none(*_: Any) -> float:
         raise RuntimeError("nothing runs")
 
     monkeypatch.setattr(setup, "_clock", none)
-    assert setup.choose(tiny.backbone("qwen2")) == setup.Choice(Kernels(), {})
+    assert setup.autotune(tiny.backbone("qwen2")) == setup.TunedKernels(Kernels(), {})

@@ -43,7 +43,7 @@ from softprompts.errors import ArtifactError, WrongBackboneError
 from softprompts.methods.multitask import MultitaskPromptTuning
 from softprompts.model import stored
 from softprompts.recipes.run import run as job
-from softprompts.types import Slot, Start
+from softprompts.types import PromptInit, PromptSpec
 
 START = rows.random(0, P, D)
 
@@ -641,8 +641,8 @@ def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
 
 def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
     """Its vector is of the product of shared prompt and factors, and what is made of it is plain prompt tuning."""
-    slot = Slot(("mnli",), P, D, D)
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, Start(START))
+    slot = PromptSpec(("mnli",), P, D, D)
+    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(START))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.add_(rows.random(i + 1, *parameter.shape))
@@ -672,7 +672,7 @@ def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None
     local.run_values(tmp_path)
     run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], steps=2))
     begun = job.prepare(run).learner.method
-    job.execute(run)
+    job.run(run)
     found = artifact.load(tmp_path / "out" / "prompt")
     start = stored.folded(begun, "colors")
     assert start is not None

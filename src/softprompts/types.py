@@ -28,7 +28,7 @@ SOURCES = "sources"
 
 
 @dataclass(frozen=True)
-class Slot:
+class PromptSpec:
     """What a method must fill: one prompt of `[length, width]` for each of `tasks`.
 
     `features` is the width of the backbone's input embeddings (what a method that reads the text sees), `vocabulary`
@@ -49,7 +49,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Start:
+class PromptInit:
     """Where training begins: `prompt [P, D]` and, for methods that mix other artifacts, `sources [S, P, D]`.
 
     factors: of a multitask prompt that was trained before, columns [P, r] and rows [r, D], for every task; state:
@@ -68,7 +68,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Group:
+class ParamGroup:
     """Parameters of a method that learn at a rate of their own: those whose names begin with one of `parameters`.
 
     unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
@@ -101,18 +101,18 @@ class Batch:
     words   [B, T] 1 for tokens of the instructions that a person wrote, such as a template's own words; None: not known
     """
 
-    ids: Tensor
-    mask: Tensor
-    task: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    task_ids: Tensor
     labels: Tensor | None = None
-    types: Tensor | None = None
-    embeds: Tensor | None = None
-    place: Tensor | None = None
-    segments: Tensor | None = None
-    positions: Tensor | None = None
-    decoder_ids: Tensor | None = None
-    decoder_mask: Tensor | None = None
-    words: Tensor | None = None
+    token_type_ids: Tensor | None = None
+    inputs_embeds: Tensor | None = None
+    prompt_offsets: Tensor | None = None
+    segment_lengths: Tensor | None = None
+    position_ids: Tensor | None = None
+    decoder_input_ids: Tensor | None = None
+    decoder_attention_mask: Tensor | None = None
+    instruction_mask: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -139,21 +139,21 @@ class Context:
     words [B, T], 1 for a template's own words, is None where nobody said which these are.
     """
 
-    task: Tensor
-    ids: Tensor
-    embeds: Tensor
-    mask: Tensor
+    task_ids: Tensor
+    input_ids: Tensor
+    inputs_embeds: Tensor
+    attention_mask: Tensor
     encode: Callable[[], Tensor]
-    sentence: Callable[[str], Tensor] = _no_encoder
-    words: Tensor | None = None
+    sentence_embedding: Callable[[str], Tensor] = _no_encoder
+    instruction_mask: Tensor | None = None
 
 
-def need_text(context: Context) -> None:
+def require_text(context: Context) -> None:
     """Raise PromptError where prompts are learned, not used, and no row of the batch has text to make one from.
 
     What would be learned then has nothing to do with the prompts that answer, before which there is text.
     """
-    if torch.is_grad_enabled() and not bool(context.mask.any()):
+    if torch.is_grad_enabled() and not bool(context.attention_mask.any()):
         raise PromptError(
             "no row of the batch has text in front of what is to be learned, and this method makes prompts from text; "
             "give a template with text before the answer, or use a method that does not look at the text"
@@ -161,7 +161,7 @@ def need_text(context: Context) -> None:
 
 
 @dataclass(frozen=True)
-class Added:
+class EmbeddingDelta:
     """What a prompt adds to the embeddings of the text behind it, token by token from each row's first text token on.
 
     values [U, S, H]: of each distinct prompt; text tokens beyond S stay as they are; reach [B]: the number of tokens
@@ -185,9 +185,9 @@ class Prompt:
 
     values: Tensor
     mask: Tensor
-    row: Tensor
+    prompt_index: Tensor
     aux: dict[str, Tensor] = field(default_factory=dict)
-    added: Added | None = None
+    embedding_delta: EmbeddingDelta | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -196,8 +196,12 @@ class Prompt:
 
     def rows(self, index: Tensor) -> "Prompt":
         """The prompt for the batch rows named by `index [R]`; the distinct prompts stay as they are."""
-        added = None if self.added is None else replace(self.added, reach=self.added.reach[index])
-        return replace(self, row=self.row[index], added=added)
+        added = (
+            None
+            if self.embedding_delta is None
+            else replace(self.embedding_delta, reach=self.embedding_delta.reach[index])
+        )
+        return replace(self, prompt_index=self.prompt_index[index], embedding_delta=added)
 
 
 @dataclass(frozen=True)
@@ -237,7 +241,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherBatch:
     """What the frozen backbone makes of a batch behind the prompts of its rows' teachers; lines up with the Output.
 
     states [N, H], from which the head makes the teachers' scores; layers: (side, layer) -> [M, H]; temperature: of both
@@ -257,7 +261,7 @@ class Step:
     prompt: Prompt
     output: Output
     again: Callable[[Prompt | None], Output]
-    teacher: Teacher | None = None
+    teacher: TeacherBatch | None = None
 
 
 Objective = Callable[[Step], Tensor]
@@ -290,7 +294,7 @@ class Method(Protocol):
 
     Config: type
 
-    def __init__(self, config: Any, slot: Slot, start: Start) -> None: ...
+    def __init__(self, config: Any, slot: PromptSpec, start: PromptInit) -> None: ...
 
     def __call__(self, context: Context) -> Prompt: ...
 
@@ -312,7 +316,7 @@ def distinct(task: Tensor) -> tuple[Tensor, Tensor]:
     return found, row
 
 
-def pooled(states: Tensor, mask: Tensor, how: str) -> Tensor:
+def pool_states(states: Tensor, mask: Tensor, how: str) -> Tensor:
     """One state [B, H] for each text: the first or last of `states [B, T, H]` that `mask [B, T]` has, or their mean.
 
     It is 0 where the mask has none. Raises ValueError for another way.
@@ -335,7 +339,7 @@ def for_tasks(task: Tensor, made: Callable[[int], Tensor]) -> Prompt:
     return Prompt(values, torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), row)
 
 
-def unscored(mask: Tensor, labels: Tensor | None) -> Tensor:
+def mask_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
     """`mask [B, T]` of a text without its first label `[B, T]` and all that follows; without labels as it is.
 
     Where a model scores tokens of the text it reads, a prompt made from these would tell it what it is to predict: it
@@ -346,7 +350,7 @@ def unscored(mask: Tensor, labels: Tensor | None) -> Tensor:
     return mask * (labels.to(mask.device).ne(IGNORE).cumsum(1) == 0)
 
 
-def mix(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
+def mix_prompts(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
     """One prompt for a batch whose rows come from several prompts of any length.
 
     `rows[i] [B_i]` are the batch rows that `prompts[i]` serves; together they must name each row once. Short prompts
@@ -367,24 +371,24 @@ def mix(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
         pad = length - prompt.values.shape[1]
         values.append(torch.nn.functional.pad(prompt.values, (0, 0, pad, 0)))
         mask.append(torch.nn.functional.pad(prompt.mask, (pad, 0)))
-        row[index] = prompt.row + before
+        row[index] = prompt.prompt_index + before
         before += len(prompt.values)
-    return Prompt(torch.cat(values), torch.cat(mask), row, added=_mix_added(prompts, rows))
+    return Prompt(torch.cat(values), torch.cat(mask), row, embedding_delta=_mix_embedding_deltas(prompts, rows))
 
 
-def _mix_added(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Added | None:
+def _mix_embedding_deltas(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> EmbeddingDelta | None:
     """What the prompts of a mixed batch add to their texts; None where none adds anything."""
-    there = [prompt.added for prompt in prompts if prompt.added is not None]
+    there = [prompt.embedding_delta for prompt in prompts if prompt.embedding_delta is not None]
     if not there:
         return None
     size = max(one.values.shape[1] for one in there)
     nothing = there[0].values.new_zeros(1, size, there[0].values.shape[2])
     values, reach = [], rows[0].new_zeros(sum(map(len, rows)))
     for prompt, index in zip(prompts, rows, strict=True):
-        if prompt.added is None:
+        if prompt.embedding_delta is None:
             values.append(nothing.expand(len(prompt.values), -1, -1))
         else:
-            own = prompt.added.values
+            own = prompt.embedding_delta.values
             values.append(torch.nn.functional.pad(own, (0, 0, 0, size - own.shape[1])))
-            reach[index] = prompt.added.reach.to(reach.dtype)
-    return Added(torch.cat(values), reach)
+            reach[index] = prompt.embedding_delta.reach.to(reach.dtype)
+    return EmbeddingDelta(torch.cat(values), reach)

@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from softprompts.config.sweep import variants
+from softprompts.config.sweep import sweep
 from softprompts.data import Task
 from softprompts.errors import ConfigError
 from softprompts.evaluation import page as report
 from softprompts.recipes import comparison, pretrain, stages
 from softprompts.recipes.comparison import Cell, Comparison, Found, size_name
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import Screen, prepare
+from softprompts.recipes.run.run import ProgressReporter, prepare
 from softprompts.training import weights
 from studies.instance_prompts.plan import Study
 from studies.instance_prompts.runs import arm_run, pretrain_run, pretrained, speed_run, weights_run
 from studies.instance_prompts.summary import page_of, summarize
 
 
-def execute(study: Study, screen: Screen = SILENT) -> dict[str, Any]:
+def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     """Pretrain, train every arm on every task, time steps; write results.json and report.html into study.out.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; runs whose settings
@@ -56,7 +56,7 @@ def execute(study: Study, screen: Screen = SILENT) -> dict[str, Any]:
     return results
 
 
-def _check(study: Study, screen: Screen) -> None:
+def _check(study: Study, screen: ProgressReporter) -> None:
     """Make every arm ready once, and every task, so that nothing is found wrong after hours.
 
     What pretraining needs it finds out itself: it comes first.
@@ -65,8 +65,8 @@ def _check(study: Study, screen: Screen) -> None:
     for name in study.arms:
         cells = [Cell(name, study.compare.rates[0], first)]
         for task in study.tasks if name == study.arms[0] else study.tasks[:1]:
-            (run,) = variants(arm_run(study, task, None, cells, "rates", begun=False)).values()
-            screen.say(f"checking {name}, {task.title}")
+            (run,) = sweep(arm_run(study, task, None, cells, "rates", begun=False)).values()
+            screen.log(f"checking {name}, {task.title}")
             job = prepare(run)
             _check_rows(job.tasks)
     for name in study.upper:
@@ -83,7 +83,9 @@ def _check_rows(tasks: Sequence[Task]) -> None:
                                   f"set split.{part}_fraction")  # fmt: skip
 
 
-def _runs(study: Study, screen: Screen, title: str, shots: int | None, cells: Sequence[Cell], part: str) -> list[Found]:
+def _runs(
+    study: Study, screen: ProgressReporter, title: str, shots: int | None, cells: Sequence[Cell], part: str
+) -> list[Found]:
     """The runs of `cells` on a task, those of an arm in one frozen batch; those that failed have no pages."""
     task = next(task for task in study.tasks if task.title == title)
     found = []
@@ -100,7 +102,7 @@ def _runs(study: Study, screen: Screen, title: str, shots: int | None, cells: Se
     return found
 
 
-def _speed(study: Study, screen: Screen) -> dict[str, dict[str, float]]:
+def _speed(study: Study, screen: ProgressReporter) -> dict[str, dict[str, float]]:
     """Milliseconds of a training step of each arm, the median over all timed steps but each run's first."""
     if study.speed is None:
         return {}

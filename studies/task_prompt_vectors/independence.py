@@ -10,8 +10,8 @@ from torch import Tensor
 
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
-from softprompts.recipes.judging import Judge
-from softprompts.recipes.run.run import Screen
+from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.run.run import ProgressReporter
 
 CONDITIONS = {
     "own": "each vector on the start it was trained from",
@@ -32,7 +32,9 @@ Where the vectors alone keep more than that too, a start hardly matters, and not
 """
 
 
-def measure(judge: Judge, found: Sequence[Vector], starts: Sequence[Tensor], screen: Screen) -> dict[str, Any]:
+def measure(
+    judge: Evaluator, found: Sequence[Vector], starts: Sequence[Tensor], screen: ProgressReporter
+) -> dict[str, Any]:
     """Test scores of every condition, of the stock model, and how the vectors `found` of one task lie to each other.
 
     starts: where each vector was trained from, [P, D]; beside one of zeros a vector has no relative length (None).
@@ -43,7 +45,7 @@ def measure(judge: Judge, found: Sequence[Vector], starts: Sequence[Tensor], scr
     return {
         "metric": judge.metric,
         "stock": judge.evaluate(None, rows).headline.value,
-        "scores": {name: judge.scores(made[name], rows, f"{title} {name}", screen.judged) for name in CONDITIONS},
+        "scores": {name: judge.scores(made[name], rows, f"{title} {name}", screen.on_eval) for name in CONDITIONS},
         "ratios": [vectors.norm_ratio(value, start) for value, start in zip(values, starts, strict=True)],
         "cosines": {how: vectors.cosines(values, how).tolist() for how in vectors.COSINES},
         "dead": int(sum((~value.any(1)).sum() for value in values)),

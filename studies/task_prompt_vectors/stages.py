@@ -14,22 +14,22 @@ from softprompts import __version__
 from softprompts.artifacts import artifact, vectors
 from softprompts.artifacts.vectors import Vector
 from softprompts.backbone import Backbone
-from softprompts.config.sweep import variants
+from softprompts.config.sweep import sweep
 from softprompts.data import load
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import page as report
 from softprompts.injection import Site
 from softprompts.recipes import multitask, stages
-from softprompts.recipes.judging import Judge, judge
+from softprompts.recipes.judging import Evaluator, judge
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import Screen, load_backbone
+from softprompts.recipes.run.run import ProgressReporter, load_backbone
 from studies.task_prompt_vectors import independence, sums
 from studies.task_prompt_vectors.plan import Study, prompt_path
 from studies.task_prompt_vectors.runs import again_run, rate_run, task_of, vector_run
 from studies.task_prompt_vectors.summary import page_of, summarize
 
 
-def execute(study: Study, screen: Screen = SILENT) -> dict[str, Any]:
+def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     """Train the vectors, answer the questions, write results.json and report.html into study.out.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; parts whose settings
@@ -69,8 +69,8 @@ def _check(study: Study) -> None:
         for role, rows in (("choose by", loaded.validation), ("judge by", loaded.test)):
             if not rows:
                 raise ConfigError(f"task {title} has no rows to {role}; set its split's fractions")
-        variants(vector_run(study, title, study.vectors.rates[0]))
-        variants(rate_run(study, title))
+        sweep(vector_run(study, title, study.vectors.rates[0]))
+        sweep(rate_run(study, title))
     for one in study.few.targets if study.few else ():
         loaded = load(one.target)
         if not loaded.validation or not loaded.test:
@@ -79,7 +79,7 @@ def _check(study: Study) -> None:
             )
 
 
-def _rate(study: Study, screen: Screen) -> tuple[float, dict[str, float]]:
+def _rate(study: Study, screen: ProgressReporter) -> tuple[float, dict[str, float]]:
     """The rate with the best mean validation score over the tasks that choose, of equal ones the smaller; and all."""
     if len(study.vectors.rates) == 1:
         return study.vectors.rates[0], {}
@@ -103,14 +103,14 @@ class _AtHand:
     """The study's backbone, judges and vectors, each loaded when first asked for."""
 
     study: Study
-    screen: Screen
-    judges: dict[str, Judge] = field(default_factory=dict)
+    screen: ProgressReporter
+    judges: dict[str, Evaluator] = field(default_factory=dict)
 
     @functools.cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.study.model, say=self.screen.say)
+        return load_backbone(self.study.model, say=self.screen.log)
 
-    def judge(self, title: str) -> Judge:
+    def judge(self, title: str) -> Evaluator:
         if title not in self.judges:
             prompt = self.study.prompt
             site = Site(prompt.site, prompt.mode, prompt.place)
@@ -154,7 +154,7 @@ def _independence(at_hand: _AtHand, title: str) -> Mapping[str, Any]:
     starts = [stages.set_in(init) for init in study.vectors.starts]
 
     def make() -> dict[str, Any]:
-        screen.say(f"independence of {title}: {len(starts)} starts, crossed")
+        screen.log(f"independence of {title}: {len(starts)} starts, crossed")
         found = at_hand.vectors(title)
         return independence.measure(at_hand.judge(title), found, _starts(found), screen)
 
@@ -168,7 +168,7 @@ def _pair(at_hand: _AtHand, pair: tuple[str, str]) -> Mapping[str, Any]:
     assert stage_of is not None
 
     def make() -> dict[str, Any]:
-        screen.say(f"{name}: {stage_of.starts} starts, {len(stage_of.coefficients)} coefficients")
+        screen.log(f"{name}: {stage_of.starts} starts, {len(stage_of.coefficients)} coefficients")
         one, other = (at_hand.vectors(title)[: stage_of.starts] for title in pair)
         judges = at_hand.judge(pair[0]), at_hand.judge(pair[1])
         found = list(zip(one, other, strict=True))

@@ -9,19 +9,19 @@ from torch import Tensor
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
 from softprompts.recipes.coefficient_search import choose
-from softprompts.recipes.judging import Judge
-from softprompts.recipes.run.run import Screen
+from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.run.run import ProgressReporter
 
 KEPT = 0.9
 """The claim holds where a sum keeps at least this part of what the two vectors gain on their own tasks."""
 
 
 def measure(
-    judges: tuple[Judge, Judge],
+    judges: tuple[Evaluator, Evaluator],
     found: Sequence[tuple[Vector, Vector]],
     starts: Sequence[Tensor],
     grid: Sequence[float],
-    screen: Screen,
+    screen: ProgressReporter,
 ) -> dict[str, Any]:
     """Test scores of the sum of two tasks' vectors, from each of `starts`, with the coefficient that validation chose.
 
@@ -38,7 +38,7 @@ def measure(
         added = vectors.apply(total, start, coefficients[-1])
         own = [vectors.apply(one, start) for one in pair]
         for at, judge in enumerate(judges):
-            judged = judge.scores([added, own[at], own[1 - at], start], judge.task.test, names[at], screen.judged)
+            judged = judge.scores([added, own[at], own[1 - at], start], judge.task.test, names[at], screen.on_eval)
             for kind, value in zip(scores, judged, strict=True):
                 scores[kind][names[at]].append(value)
     return {

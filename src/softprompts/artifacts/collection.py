@@ -23,7 +23,7 @@ from softprompts.errors import ArtifactError
 ORDER = "tasks.json"
 
 
-class Part(NamedTuple):
+class CollectionMember(NamedTuple):
     """Where one prompt is: a directory, and which of those in it; `place` counts all that were found."""
 
     place: int
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Peft:
+class PeftFiles:
     """PEFT's two files for a group."""
 
     config: Mapping[str, Any]
@@ -40,14 +40,14 @@ class Peft:
 
 
 @dataclass(frozen=True)
-class Order:
+class CollectionIndex:
     """Sub-directories in the order that task_ids count; groups: those of them that one method holds together."""
 
     tasks: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
 
 
-def write(path: Path, order: Order, peft: Peft | str | None) -> None:
+def write(path: Path, order: CollectionIndex, peft: PeftFiles | str | None) -> None:
     """Write `tasks.json`, and PEFT's files for the group beside it, or why there are none.
 
     Raises ArtifactError for a disk that does not take them.
@@ -55,19 +55,19 @@ def write(path: Path, order: Order, peft: Peft | str | None) -> None:
     values: dict[str, Any] = {"tasks": list(order.tasks)}
     if order.groups:
         values["groups"] = [list(group) for group in order.groups]
-    if isinstance(peft, Peft):
+    if isinstance(peft, PeftFiles):
         write_tensors(path / peft_files.TENSORS, peft.tensors, {"format": "pt"})
         write_json(path / peft_files.CONFIG, peft.config)
         values |= {"peft": True, "sha256": {peft_files.TENSORS: _sum(path / peft_files.TENSORS)}}
     elif peft is not None:
         values["peft"] = peft
-    if not isinstance(peft, Peft) and (path / ORDER).is_file():  # a group may have been saved here before
+    if not isinstance(peft, PeftFiles) and (path / ORDER).is_file():  # a group may have been saved here before
         for name in (peft_files.TENSORS, peft_files.CONFIG):
             (path / name).unlink(missing_ok=True)
     write_json(path / ORDER, values)
 
 
-def read(path: Path) -> Order | None:
+def read(path: Path) -> CollectionIndex | None:
     """What `tasks.json` says; None where there is none, or the directory is one artifact itself.
 
     Raises ArtifactError for what `write` did not write, and where PEFT saved over its tensor file later.
@@ -88,23 +88,23 @@ def read(path: Path) -> Order | None:
             f"{theirs} was not written by softprompts: PEFT saved here later; delete {ORDER} to load PEFT's prompts, "
             f"or {peft_files.CONFIG} and {theirs.name} to load ours"
         )
-    return Order(tuple(tasks), tuple(map(tuple, groups)))
+    return CollectionIndex(tuple(tasks), tuple(map(tuple, groups)))
 
 
-def units(path: Path) -> list[list[Part]]:
+def units(path: Path) -> list[list[CollectionMember]]:
     """The prompts in a directory, ours or PEFT's, those together that one method holds.
 
     Raises ArtifactError as `read` does.
     """
     order = read(path)
     if order is not None:
-        parts = {name: Part(place, path / name, None) for place, name in enumerate(order.tasks)}
+        parts = {name: CollectionMember(place, path / name, None) for place, name in enumerate(order.tasks)}
         group_of = {name: group for group in order.groups for name in group}
         return [[parts[n] for n in group] for group in dict.fromkeys(group_of.get(n, (n,)) for n in order.tasks)]
     count = 1
     if not (path / MANIFEST).is_file() and (path / peft_files.CONFIG).is_file():
         count = peft_files.count(read_json(path / peft_files.CONFIG))
-    return [[Part(place, path, place if count > 1 else None) for place in range(count)]]
+    return [[CollectionMember(place, path, place if count > 1 else None) for place in range(count)]]
 
 
 def find(path: Path, task: int | str | None) -> tuple[Path, int | str | None]:

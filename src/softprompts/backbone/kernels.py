@@ -38,10 +38,10 @@ class Kernels:
     rows: str = "packed"
     core: str = "math"
     attention: str | None = None
-    products: str = "torch"
+    matmul_backend: str = "torch"
     compiled: bool = False
     trim: bool = True
-    checkpoint: bool = False
+    gradient_checkpointing: bool = False
 
 
 Scene = Callable[[], contextlib.AbstractContextManager[None]]
@@ -57,13 +57,13 @@ def running(model: Any, kernels: Kernels, known: dict[str, Any]) -> Iterator[Non
     Raises BackboneError for a model whose layers cannot be computed again, where that is asked for.
     """
     swaps: dict[nn.Module, Forward] = {}
-    if kernels.products == "onednn":
+    if kernels.matmul_backend == "onednn":
         swaps |= {module: functools.partial(_product, module) for module in linears(model)}
     if kernels.compiled:
         if "compiled" not in known:
             known["compiled"] = compile_parts(model, kernels)
         swaps |= known["compiled"]
-    if kernels.checkpoint and torch.is_grad_enabled():
+    if kernels.gradient_checkpointing and torch.is_grad_enabled():
         own = [layer for layer in _layers(model) if not isinstance(layer.__dict__.get("forward"), _Again)]
         swaps |= {layer: _Again(layer, swaps) for layer in own}
     with swapped(swaps), _attention(model, kernels.attention):
@@ -149,7 +149,7 @@ def compile_parts(model: nn.Module, kernels: Kernels) -> dict[nn.Module, Forward
         for part in layer.children():
             is_norm = not any(part.children()) and not isinstance(part, nn.Linear | Conv1D | nn.Dropout)
             is_mlp = any(part.children()) and not any(hasattr(m, "layer_idx") for m in part.modules())
-            if any(True for _ in part.parameters()) and (is_norm or (is_mlp and kernels.products == "torch")):
+            if any(True for _ in part.parameters()) and (is_norm or (is_mlp and kernels.matmul_backend == "torch")):
                 found[part] = torch.compile(part.forward, dynamic=True)
     return found
 

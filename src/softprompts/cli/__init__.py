@@ -34,7 +34,7 @@ from softprompts.cli.studies import multitask, pretrain
 from softprompts.cli.vectors import app as vector_app
 from softprompts.config import Run, TaskConfig, override, parse
 from softprompts.config import read as read_config
-from softprompts.config.sweep import cross
+from softprompts.config.sweep import grid
 from softprompts.errors import ConfigError
 
 app = typer.Typer(
@@ -145,7 +145,7 @@ def train(
         run = read_config(config, [*changes, *sets])
     lists = {"seed": _listed("--seeds", seeds, seed, int), "train.rate": _listed("--rates", rates, rate, float)}
     given_lists = {key: values for key, values in lists.items() if values}
-    _run(cross(run, given_lists) if given_lists else run, as_json)
+    _run(grid(run, given_lists) if given_lists else run, as_json)
 
 
 def _listed(option: str, text: str | None, single: float | None, kind: type[int] | type[float]) -> list[Any]:
@@ -170,7 +170,7 @@ def _run(run: Run, as_json: bool) -> None:
     out_dir = Path(run.out)
     try:
         with progress() as screen:
-            results = job.execute(run, screen)
+            results = job.run(run, screen)
     except KeyboardInterrupt:
         kept = out_dir.glob(f"*/{CHECKPOINT}") if run.runs else out_dir.glob(CHECKPOINT)
         if run.train.train != "prompt":
@@ -222,13 +222,13 @@ def inspect(
 ) -> None:
     """What a trained prompt is, where it came from and what it scored."""
     from softprompts.artifacts import artifact
-    from softprompts.model.nearest_tokens import nearest_words
+    from softprompts.model.nearest_tokens import nearest_tokens
 
     facts = artifact.inspect(prompt)
     if words:
         quiet()
         opened = open_prompts([prompt], model, {}, True)
-        near = nearest_words(opened.learner.backbone, opened.artifacts[0].matrix(prompt))
+        near = nearest_tokens(opened.learner.backbone, opened.artifacts[0].matrix(prompt))
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)

@@ -81,7 +81,7 @@ def _trained(
 
     from softprompts.errors import ConfigError
     from softprompts.methods import build
-    from softprompts.types import Start
+    from softprompts.types import PromptInit
 
     why = None
     for site in sites:
@@ -92,7 +92,7 @@ def _trained(
         for device in ("meta", "cpu"):  # without memory for weights that are only counted, where the method lets us
             try:
                 with torch.device(device):
-                    made = build(name, {}, found, Start(zeros, zeros[None]))
+                    made = build(name, {}, found, PromptInit(zeros, zeros[None]))
             except ConfigError as error:
                 why = str(error).removeprefix(f"method {name}: ")
                 continue
@@ -105,12 +105,12 @@ def _trained(
 
 def _default_slot(site: str, length: int) -> Any:
     """What a method must fill at a site of the packaged default model, None where it has no such site."""
-    from softprompts.types import Slot
+    from softprompts.types import PromptSpec
 
     parts = {"input": (), "layers": (WIDTH,) * LAYERS, "kv": (KEYS,) * LAYERS}.get(site)
     if parts is None:
         return None
-    return Slot(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
+    return PromptSpec(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
 
 
 def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
@@ -122,11 +122,11 @@ def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
 
     quiet()
     backbone = run.load_backbone(ModelConfig(name=model, attention="eager", products="torch"))
-    injection.slot(backbone, injection.Site(), ("task",), length)
+    injection.prompt_spec(backbone, injection.Site(), ("task",), length)
 
     def slot(site: str, length: int) -> Any:
         try:
-            return injection.slot(backbone, injection.Site(site), ("task",), length)
+            return injection.prompt_spec(backbone, injection.Site(site), ("task",), length)
         except BackboneError:
             return None
 

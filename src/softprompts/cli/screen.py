@@ -45,7 +45,7 @@ def progress() -> Iterator[Any]:
     """A Screen for jobs: a live bar on a terminal, plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from softprompts.recipes.run.run import Screen
+    from softprompts.recipes.run.run import ProgressReporter
 
     terminal = err.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
@@ -72,7 +72,7 @@ def progress() -> Iterator[Any]:
             if terminal or done == total:
                 advance(f"judging {name}", done, total, "rows", total)
 
-        yield Screen(say, step, judged)
+        yield ProgressReporter(say, step, judged)
 
 
 @contextmanager

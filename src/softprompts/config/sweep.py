@@ -14,7 +14,7 @@ SHARED = (*(f"model.{name}" for name in ModelConfig.model_fields), "prompt.site"
 """What runs that train together have in common: they are read by the same frozen model in the same batch."""
 
 
-def variants(run: Run) -> dict[str, Run]:
+def sweep(run: Run) -> dict[str, Run]:
     """The runs that `run` stands for, by name: those of its list `runs`, each written to a folder of `run.out`.
 
     A run without a list stands for itself, under the name "".
@@ -58,7 +58,7 @@ def variants(run: Run) -> dict[str, Run]:
     return found
 
 
-def cross(run: Run, lists: Mapping[str, Iterable[Any]]) -> Run:
+def grid(run: Run, lists: Mapping[str, Iterable[Any]]) -> Run:
     """`run` with one run for every combination of the values of `lists` (key -> values), named as in seed0-rate0.1.
 
     Runs that it lists already are combined with all of them.

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from softprompts.data.encoding import Encoded
+from softprompts.data.encoding import EncodedExample
 from softprompts.types import IGNORE, Batch
 
 POOL = 50
 """Batches that are sorted by length together: enough to pad little, few enough that an epoch stays random."""
 
 
-def collate(rows: Sequence[Encoded], pad: int) -> Batch:
+def collate(rows: Sequence[EncodedExample], pad: int) -> Batch:
     """One batch of `rows`, padded on the right to the longest: ids with `pad`, mask with 0, labels with IGNORE.
 
     Labels per token are padded, to their own longest row where an encoder-decoder has targets; classes and values are
@@ -26,31 +26,33 @@ def collate(rows: Sequence[Encoded], pad: int) -> Batch:
     if not rows:
         raise ValueError("a batch needs at least one row")
     place, segments = _places(rows)
-    types = [row.types for row in rows if row.types is not None]
+    types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
     if types and len(types) != len(rows):
         raise ValueError("some rows of the batch have token types and some have none: they come from two tokenizers")
     return Batch(
-        ids=_pad([row.ids for row in rows], pad),
-        mask=_pad([[1] * len(row.ids) for row in rows], 0),
-        task=torch.tensor([row.task for row in rows]),
+        input_ids=_pad([row.input_ids for row in rows], pad),
+        attention_mask=_pad([[1] * len(row.input_ids) for row in rows], 0),
+        task_ids=torch.tensor([row.task_id for row in rows]),
         labels=_labels(rows),
-        types=_pad(types, 0) if types else None,
-        place=place,
-        segments=segments,
-        words=_words(rows),
+        token_type_ids=_pad(types, 0) if types else None,
+        prompt_offsets=place,
+        segment_lengths=segments,
+        instruction_mask=_words(rows),
     )
 
 
-def _words(rows: Sequence[Encoded]) -> Tensor | None:
-    if all(row.words is None for row in rows):
+def _words(rows: Sequence[EncodedExample]) -> Tensor | None:
+    if all(row.instruction_mask is None for row in rows):
         return None
-    return _pad([[1] * len(row.ids) if row.words is None else row.words for row in rows], 0)
+    return _pad([[1] * len(row.input_ids) if row.instruction_mask is None else row.instruction_mask for row in rows], 0)
 
 
-def _places(rows: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:
+def _places(rows: Sequence[EncodedExample]) -> tuple[Tensor | None, Tensor | None]:
     """Batch.place and Batch.segments; a row of fewer segments than others has empty ones where its last stands."""
-    places = [row.place if isinstance(row.place, tuple) else (row.place or 0,) for row in rows]
-    slotted = [bool(row.segments) for row in rows]
+    places = [
+        row.prompt_offsets if isinstance(row.prompt_offsets, tuple) else (row.prompt_offsets or 0,) for row in rows
+    ]
+    slotted = [bool(row.segment_lengths) for row in rows]
     if not any(slotted):
         return torch.tensor([place for place, *_ in places]) if any(map(any, places)) else None, None
     if not all(slotted):
@@ -58,7 +60,7 @@ def _places(rows: Sequence[Encoded]) -> tuple[Tensor | None, Tensor | None]:
                          "cannot share a batch")  # fmt: skip
     most = max(map(len, places))
     padded = [[*place, *[place[-1]] * (most - len(place))] for place in places]
-    return torch.tensor(padded), _pad([row.segments for row in rows], 0)
+    return torch.tensor(padded), _pad([row.segment_lengths for row in rows], 0)
 
 
 def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -66,7 +68,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.long)
 
 
-def _labels(rows: Sequence[Encoded]) -> Tensor | None:
+def _labels(rows: Sequence[EncodedExample]) -> Tensor | None:
     labels = [row.labels for row in rows if row.labels is not None]
     if not labels:
         return None
@@ -130,15 +132,15 @@ def _cut(indices: Sequence[int], lengths: Sequence[int], batch_size: int, tokens
     return batches
 
 
-class Batches:
+class ExampleBatches:
     """The rows of every micro-batch of a run, as a pure function of its number; epoch after epoch in `order`."""
 
-    def __init__(self, rows: Sequence[Encoded], size: int, seed: int, tokens: int | None = None) -> None:
+    def __init__(self, rows: Sequence[EncodedExample], size: int, seed: int, tokens: int | None = None) -> None:
         self.rows, self.size, self.seed, self.tokens = rows, size, seed, tokens
-        self.lengths = [len(row.ids) for row in rows]
+        self.lengths = [len(row.input_ids) for row in rows]
         self.epoch, self.first, self.batches = 0, 0, self._order(0)
 
-    def at(self, number: int) -> list[Encoded]:
+    def at(self, number: int) -> list[EncodedExample]:
         """The rows of micro-batch `number`, counted from 0 over all epochs."""
         if number < self.first:
             self.epoch, self.first, self.batches = 0, 0, self._order(0)

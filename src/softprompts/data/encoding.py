@@ -7,9 +7,9 @@ from typing import Any
 
 from softprompts.config import Head
 from softprompts.data.spans import answer_offsets, split_words
-from softprompts.data.task import Format, answer, classes, need_label
+from softprompts.data.task import TaskTemplate, answer, classes, need_label
 from softprompts.data.templates import MASK, fields, label_names, mask_count, missing, need, plain
-from softprompts.data.tokenization import Family, Speller, Tokens
+from softprompts.data.tokenization import Family, TextTokenizer, Tokens
 from softprompts.errors import DataError
 from softprompts.types import IGNORE, Row
 
@@ -20,7 +20,7 @@ KINDS = {"sequence": ("label", "multilabel", "regression"), "token": ("tagging",
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExample:
     """One row as tokens, not padded.
 
     ids     the text, and for causal models the answer behind it
@@ -36,19 +36,19 @@ class Encoded:
     segments  how many prompt tokens each segment has, where the template has slots for them
     """
 
-    ids: list[int]
+    input_ids: list[int]
     labels: Labels = None
-    types: list[int] | None = None
-    place: int | tuple[int, ...] | None = None
-    task: int = 0
+    token_type_ids: list[int] | None = None
+    prompt_offsets: int | tuple[int, ...] | None = None
+    task_id: int = 0
     text_tokens: int = 0
     cut: int = 0
-    words: list[int] | None = None
-    segments: tuple[int, ...] = ()
+    instruction_mask: list[int] | None = None
+    segment_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
-class Encoder:
+class ExampleTokenizer:
     """Encodes rows of one task for one tokenizer, family of model and head.
 
     `room` is the number of tokens that a row may have: the model's context less the prompt. The answer's tokens depend
@@ -58,7 +58,7 @@ class Encoder:
     Raises DataError for a format that the family or the head cannot use.
     """
 
-    format: Format
+    template: TaskTemplate
     tokenizer: Any
     family: Family
     head: Head
@@ -67,7 +67,7 @@ class Encoder:
     slots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        form, name = self.format, self.format.name
+        form, name = self.template, self.template.name
         if self.head in KINDS and form.kind not in KINDS[self.head]:
             raise DataError(
                 f"{name}: head '{self.head}' is for kind {' or '.join(KINDS[self.head])}, not '{form.kind}'"
@@ -96,7 +96,7 @@ class Encoder:
         if self.head in ("token", "span") and not self.tokenizer.is_fast:
             raise DataError(f"{name}: head '{self.head}' needs a fast tokenizer, one that knows character offsets")
 
-    def encode(self, row: Row, answer: str | None = None) -> Encoded:
+    def encode(self, row: Row, answer: str | None = None) -> EncodedExample:
         """`row` as tokens; a language model is also given `answer`, which is then what is scored.
 
         With `answer=None` a language model gets the text alone, to continue it; the other heads take their label from
@@ -114,9 +114,9 @@ class Encoder:
         tokens, cut = self._fit(row, 0)
         return self._encoded(tokens, self._class(row) if self.head == "sequence" else None, cut)
 
-    def example(self, row: Row) -> Encoded:
+    def example(self, row: Row) -> EncodedExample:
         """`row` with its own answer, as it is trained on."""
-        return self.encode(row, answer(self.format, row) if self.head == "lm" else None)
+        return self.encode(row, answer(self.template, row) if self.head == "lm" else None)
 
     def candidates(self) -> dict[str, list[int]]:
         """The answer's token ids for each label, to be scored behind the text.
@@ -144,21 +144,21 @@ class Encoder:
         spans = tokens.spans or []
         if not (0 <= start <= end < len(spans)) or spans[start][0] != 1 or spans[end][0] != 1:
             return ""
-        context = plain(row[fields(self.format.pair)[0]])
+        context = plain(row[fields(self.template.pair)[0]])
         return context[spans[start][1] : spans[end][2]].strip()
 
     @property
     def budget(self) -> int:
         """How many tokens a row may have: `room`, or `max_length` where that is less."""
-        return min(self.room, self.format.max_length or self.room)
+        return min(self.room, self.template.max_length or self.room)
 
     @cached_property
-    def _speller(self) -> Speller:
-        return Speller(self.format, self.tokenizer, self.family, self.head, bool(self.slots))
+    def _speller(self) -> TextTokenizer:
+        return TextTokenizer(self.template, self.tokenizer, self.family, self.head, bool(self.slots))
 
     @cached_property
     def _candidates(self) -> dict[str, list[int]]:
-        form = self.format
+        form = self.template
         if not form.verbalizer or form.kind != "label":
             raise DataError(
                 f"{form.name}: kind '{form.kind}' has no candidate answers to compare; evaluate by generating"
@@ -176,16 +176,16 @@ class Encoder:
     @cached_property
     def _longest(self) -> int:
         """Room kept for the answer, the same whichever answer follows, so that all are scored behind the same text."""
-        if not self.format.verbalizer or self.format.kind != "label":
+        if not self.template.verbalizer or self.template.kind != "label":
             return 0
-        return max(len(self.answer_ids(word)) for word in self.format.verbalizer.values())
+        return max(len(self.answer_ids(word)) for word in self.template.verbalizer.values())
 
     # How a row is cut to fit
 
     def _values(self, row: Row) -> dict[str, str]:
-        for column in self.format.columns:
-            need(column, row, "template", self.format.name)
-        values = {column: plain(row[column]) for column in self.format.columns}
+        for column in self.template.columns:
+            need(column, row, "template", self.template.name)
+        values = {column: plain(row[column]) for column in self.template.columns}
         if self.head == "lm" and self.family == "masked":  # a mask token in the text would be taken for the answer
             values = {column: text.replace(self.tokenizer.mask_token, " ") for column, text in values.items()}
         return values
@@ -205,12 +205,12 @@ class Encoder:
 
     def _no_room(self, needed: int) -> DataError:
         why = "max_length is" if self.budget < self.room else "the prompt leaves room for"
-        return DataError(f"{self.format.name}: template and answer alone take {needed} tokens, but {why} "
+        return DataError(f"{self.template.name}: template and answer alone take {needed} tokens, but {why} "
                          f"{self.budget}; use a shorter prompt, a larger max_length or a shorter template")  # fmt: skip
 
     def _shorten(self, values: dict[str, str], over: int) -> dict[str, str]:
         """`values` with `over` tokens less, taken from the end of whichever column is longest."""
-        pieces = {c: self._speller.starts(text) for c, text in values.items() if c in self.format.cuttable and text}
+        pieces = {c: self._speller.starts(text) for c, text in values.items() if c in self.template.cuttable and text}
         keep = {column: len(starts) for column, starts in pieces.items()}
         for _ in range(min(over, sum(keep.values()))):
             keep[max(keep, key=keep.__getitem__)] -= 1
@@ -224,13 +224,21 @@ class Encoder:
 
     # The heads
 
-    def _encoded(self, tokens: Tokens, labels: Labels, cut: int) -> Encoded:
+    def _encoded(self, tokens: Tokens, labels: Labels, cut: int) -> EncodedExample:
         text = len(tokens.ids)
-        return Encoded(
-            tokens.ids, labels, tokens.types, tokens.place, self.task, text, cut, tokens.words, segments=self.slots
+        return EncodedExample(
+            tokens.ids,
+            labels,
+            tokens.types,
+            tokens.place,
+            self.task,
+            text,
+            cut,
+            tokens.words,
+            segment_lengths=self.slots,
         )
 
-    def _language(self, row: Row, answer: str | None) -> Encoded:
+    def _language(self, row: Row, answer: str | None) -> EncodedExample:
         ids = [] if answer is None else self.answer_ids(answer)
         if self.family == "seq2seq":
             tokens, cut = self._fit(row, 0)
@@ -238,15 +246,15 @@ class Encoder:
         if self.family == "masked":
             return self._masked(row, ids)
         lost = 0
-        if self.format.label in self.format.cuttable:
-            free = max(1, self.budget - len(self._speller.text(dict.fromkeys(self.format.columns, ""), 0).ids))
+        if self.template.label in self.template.cuttable:
+            free = max(1, self.budget - len(self._speller.text(dict.fromkeys(self.template.columns, ""), 0).ids))
             ids, lost = ids[:free], max(0, len(ids) - free)
         tokens, cut = self._fit(row, max(len(ids), self._longest))
         labels: Labels = None if answer is None else [IGNORE] * len(tokens.ids) + ids
         words = None if tokens.words is None else tokens.words + [0] * len(ids)
-        return replace(self._encoded(tokens, labels, cut + lost), ids=tokens.ids + ids, words=words)
+        return replace(self._encoded(tokens, labels, cut + lost), input_ids=tokens.ids + ids, instruction_mask=words)
 
-    def _masked(self, row: Row, ids: list[int]) -> Encoded:
+    def _masked(self, row: Row, ids: list[int]) -> EncodedExample:
         masks = len(ids) or self._longest or 1
         tokens, cut = self._fit(row, max(0, self._longest - masks), masks)
         if not ids:
@@ -257,7 +265,7 @@ class Encoder:
         return self._encoded(tokens, labels, cut)
 
     def _class(self, row: Row) -> Labels:
-        form = self.format
+        form = self.template
         if form.label not in row or missing(row[form.label]):
             return None
         if form.kind == "regression":
@@ -271,8 +279,8 @@ class Encoder:
 
     def _words(self, row: Row) -> tuple[Tokens, list[int], int]:
         """The words of a row that fit, where each begins, and how many tokens were cut away."""
-        column = fields(self.format.template)[0]
-        need(column, row, "template", self.format.name)
+        column = fields(self.template.template)[0]
+        need(column, row, "template", self.template.name)
         words = split_words(row[column])
         tokens = self._speller.text({column: " ".join(words)}, 0)
         whole = len(tokens.ids)
@@ -287,9 +295,9 @@ class Encoder:
             words = words[: max(0, min(len(words) - 1, sum(at <= self.budget - added for at in firsts)))]
             tokens = self._speller.text({column: " ".join(words)}, 0)
 
-    def _tagged(self, row: Row) -> Encoded:
+    def _tagged(self, row: Row) -> EncodedExample:
         tokens, firsts, cut = self._words(row)
-        form = self.format
+        form = self.template
         if form.label not in row or missing(row[form.label]):
             return self._encoded(tokens, None, cut)
         words = split_words(row[fields(form.template)[0]])
@@ -303,9 +311,9 @@ class Encoder:
                 labels[at] = classes(form).index(tag)
         return self._encoded(tokens, labels, cut)
 
-    def _span(self, row: Row) -> Encoded:
+    def _span(self, row: Row) -> EncodedExample:
         tokens, cut = self._fit(row, 0)
-        found = answer_offsets(row.get(self.format.label), self.format.name)
+        found = answer_offsets(row.get(self.template.label), self.template.name)
         if found is None:
             return self._encoded(tokens, None, cut)
         start, end = found

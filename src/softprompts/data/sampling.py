@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from softprompts.config import SamplingConfig
-from softprompts.data.encoding import Encoded
+from softprompts.data.encoding import EncodedExample
 
 
 class TaskBatches:
@@ -17,15 +17,15 @@ class TaskBatches:
     them once before any twice.
     """
 
-    def __init__(self, rows: Sequence[Encoded], size: int, seed: int, sampling: SamplingConfig) -> None:
+    def __init__(self, rows: Sequence[EncodedExample], size: int, seed: int, sampling: SamplingConfig) -> None:
         self.size, self.seed, self.sampling = size, seed, sampling
-        self.tasks = sorted({row.task for row in rows})
-        self.rows = [[row for row in rows if row.task == task] for task in self.tasks]
+        self.tasks = sorted({row.task_id for row in rows})
+        self.rows = [[row for row in rows if row.task_id == task] for task in self.tasks]
         self.weights = weights([len(own) for own in self.rows], sampling)
         self.orders: dict[int, tuple[int, list[int]]] = {}
         self.next, self.taken = 0, [0] * len(self.tasks)
 
-    def at(self, number: int) -> list[Encoded]:
+    def at(self, number: int) -> list[EncodedExample]:
         """The rows of micro-batch `number`, counted from 0; those of one task stand together."""
         if number < self.next:
             self.next, self.taken = 0, [0] * len(self.tasks)
@@ -51,7 +51,7 @@ class TaskBatches:
             self.taken[task] += count
         self.next += 1
 
-    def _row(self, task: int, place: int) -> Encoded:
+    def _row(self, task: int, place: int) -> EncodedExample:
         epoch, within = divmod(place, len(self.rows[task]))
         if self.orders.get(task, (-1, []))[0] != epoch:
             random = np.random.default_rng([self.seed, 2, task, epoch])

@@ -15,7 +15,7 @@ from softprompts.types import Row
 
 
 @dataclass(frozen=True)
-class Format:
+class TaskTemplate:
     """All that is needed to encode a row of a task, at training and years later at prediction time; JSON both ways.
 
     The fields are those of `TaskConfig`, settled: `verbalizer` maps each class to its answer, in the order of the
@@ -62,9 +62,9 @@ class Format:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @staticmethod
-    def from_json(values: Mapping[str, Any]) -> "Format":
+    def from_json(values: Mapping[str, Any]) -> "TaskTemplate":
         """The format that `to_json` wrote. Raises DataError for unknown or missing keys and wrong kinds."""
-        known = {field.name: field for field in dataclasses.fields(Format)}
+        known = {field.name: field for field in dataclasses.fields(TaskTemplate)}
         for name in values:
             if name not in known:
                 raise DataError(f"format: unknown key '{name}'{closest(name, known)} known: {', '.join(known)}")
@@ -74,7 +74,7 @@ class Format:
         if values.get("kind", "label") not in typing.get_args(Kind):
             raise DataError(f"format: unknown kind '{values['kind']}', known: {', '.join(typing.get_args(Kind))}")
         settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return Format(**settled)
+        return TaskTemplate(**settled)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Task:
     """A named task with its rows; `notes` says in plain words what was left out or assumed on the way."""
 
     name: str
-    format: Format
+    template: TaskTemplate
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
     test: tuple[Row, ...]
@@ -107,7 +107,7 @@ def load(config: TaskConfig) -> Task:
     every = (*rows.train, *rows.validation, *rows.test)
     template = default_template(rows.columns, config.label) if config.template is None else config.template
     kind = config.kind or "label"
-    form = Format(
+    form = TaskTemplate(
         name=config.title,
         template=template,
         kind=kind,
@@ -129,7 +129,7 @@ def load(config: TaskConfig) -> Task:
     return Task(form.name, form, rows.train, rows.validation, rows.test, (*rows.notes, *notes))
 
 
-def place_of(asked: str, forms: Sequence[Format]) -> str:
+def place_of(asked: str, forms: Sequence[TaskTemplate]) -> str:
     """What `prompt.place` means for tasks of these formats: `template` where their templates have slots.
 
     Raises DataError where one has slots and another none, where `asked` says another place than the slots, where it
@@ -171,7 +171,7 @@ def _labels(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | No
     return {name: name for name in ordered}
 
 
-def _check(form: Format) -> None:
+def _check(form: TaskTemplate) -> None:
     answers: dict[str, str] = {}
     for label, answer in (form.verbalizer or {}).items():
         if not answer.strip():
@@ -186,7 +186,7 @@ def _check(form: Format) -> None:
         need(column, (*form.columns, form.label), "truncation", form.name)
 
 
-def need_label(form: Format, label: str, what: str = "label") -> None:
+def need_label(form: TaskTemplate, label: str, what: str = "label") -> None:
     """Raise DataError, with the labels there are, when `label` is no class of the format."""
     if label not in classes(form):
         known = classes(form)
@@ -194,12 +194,12 @@ def need_label(form: Format, label: str, what: str = "label") -> None:
                         f"known labels: {', '.join(known)}")  # fmt: skip
 
 
-def classes(form: Format) -> tuple[str, ...]:
+def classes(form: TaskTemplate) -> tuple[str, ...]:
     """The classes of a format in the order of their indices; empty where answers are free."""
     return tuple(form.verbalizer or ())
 
 
-def answer(form: Format, row: Row) -> str:
+def answer(form: TaskTemplate, row: Row) -> str:
     """The right answer of `row` as a language model should write it, without the separator.
 
     Several labels are joined by ", ", tags by spaces, a span is its first text. Raises DataError when the row has no
@@ -220,7 +220,7 @@ def answer(form: Format, row: Row) -> str:
     return plain(value).strip()
 
 
-def decode_answer(form: Format, text: str) -> str | None:
+def decode_answer(form: TaskTemplate, text: str) -> str | None:
     """What a generated `text` means: a label, a number, or the text itself; None when it is no legal answer.
 
     Only the space around an answer is forgiven. Several labels come back joined by ", ".

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from softprompts.config import Head
-from softprompts.data.task import Format
+from softprompts.data.task import TaskTemplate
 from softprompts.data.templates import MASK, filled, has_words, mask_count, split_slots
 from softprompts.errors import DataError
 
@@ -41,13 +41,13 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Speller:
+class TextTokenizer:
     """Spells texts and answers of one format in the tokens of one tokenizer, as a family of models reads them.
 
     slotted: whether `<prompt>` in the format's templates is a slot for the prompt; else it is text like other.
     """
 
-    format: Format
+    format: TaskTemplate
     tokenizer: Any
     family: Family
     head: Head

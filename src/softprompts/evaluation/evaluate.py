@@ -11,7 +11,16 @@ from torch.nn import functional
 
 from softprompts import injection
 from softprompts.config import EvaluateConfig
-from softprompts.data import Encoded, Encoder, Row, answer, classes, collate, decode_answer, evaluation_order
+from softprompts.data import (
+    EncodedExample,
+    ExampleTokenizer,
+    Row,
+    answer,
+    classes,
+    collate,
+    decode_answer,
+    evaluation_order,
+)
 from softprompts.data.spans import split_words
 from softprompts.data.task import need_label
 from softprompts.data.templates import label_names, need
@@ -60,7 +69,7 @@ class Evaluation:
 
 def evaluate(
     learner: Learner,
-    encoder: Encoder,
+    encoder: ExampleTokenizer,
     rows: Sequence[Row],
     config: EvaluateConfig,
     *,
@@ -77,7 +86,7 @@ def evaluate(
     """
     mapping = mapping or {}
     for label in mapping:
-        need_label(encoder.format, label, "the mapped label")
+        need_label(encoder.template, label, "the mapped label")
     found = []
     for one in answers(learner, encoder, rows, config, votes=votes):
         found.append(one)
@@ -85,7 +94,7 @@ def evaluate(
             progress(len(found))
     predictions = [mapping.get(a.value, a.value) if isinstance(a.value, str) else a.value for a in found]
     golds = [reference(encoder, row, mapping) for row in rows]
-    form = encoder.format
+    form = encoder.template
     names = form.metrics or metrics.default_metrics(form.kind)
     positive = mapping.get(form.positive, form.positive) if form.positive is not None else None
     scores = {
@@ -98,7 +107,7 @@ def evaluate(
 
 
 def answers(
-    learner: Learner, encoder: Encoder, rows: Iterable[Row], config: EvaluateConfig, *, votes: int = 1
+    learner: Learner, encoder: ExampleTokenizer, rows: Iterable[Row], config: EvaluateConfig, *, votes: int = 1
 ) -> Iterator[Answer]:
     """The answer to each of `rows`, in order, with memory for a few batches only.
 
@@ -129,9 +138,9 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield part
 
 
-def reference(encoder: Encoder, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
+def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
     """What `row` should be answered with, in the form the metrics want it."""
-    form = encoder.format
+    form = encoder.template
     need(form.label, row, "label", form.name)
     value = row[form.label]
     if form.kind == "regression":
@@ -146,14 +155,16 @@ def reference(encoder: Encoder, row: Row, mapping: Mapping[str, str] | None = No
     return names[0] if form.kind == "label" else list(names)
 
 
-def by_generation(encoder: Encoder, config: EvaluateConfig) -> bool:
+def by_generation(encoder: ExampleTokenizer, config: EvaluateConfig) -> bool:
     """Whether answers are generated: asked for, or because there are no label words to rank."""
     if encoder.head != "lm":
         return False
-    return config.by == "generate" or (config.by == "auto" and encoder.format.kind != "label")
+    return config.by == "generate" or (config.by == "auto" and encoder.template.kind != "label")
 
 
-def _answers(reader: Reader, encoder: Encoder, rows: Sequence[Row], config: EvaluateConfig, votes: int) -> list[Answer]:
+def _answers(
+    reader: Reader, encoder: ExampleTokenizer, rows: Sequence[Row], config: EvaluateConfig, votes: int
+) -> list[Answer]:
     if by_generation(encoder, config):
         ask: Callable[..., list[Answer]] = _generated
     else:
@@ -175,9 +186,9 @@ Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each
 
 
 def _batches(
-    encoded: Sequence[Encoded],
+    encoded: Sequence[EncodedExample],
     reader: Reader,
-    encoder: Encoder,
+    encoder: ExampleTokenizer,
     config: EvaluateConfig,
     more: int = 0,
     most: int = CHUNK,
@@ -188,30 +199,30 @@ def _batches(
     """
     pad, device = encoder.tokenizer.pad_token_id or 0, reader.learner.backbone.device
     usual = TOKENS_WRITTEN if by_generation(encoder, config) else TOKENS if device.type == "cpu" else TOKENS_THERE
-    lengths = [len(row.ids) + more for row in encoded]
+    lengths = [len(row.input_ids) + more for row in encoded]
     for index in evaluation_order(lengths, max(1, min(config.batch_size, most)), config.batch_tokens or usual):
         yield index, collate([encoded[i] for i in index], pad).to(device)
 
 
-def _texts(encoder: Encoder, asked: Asked) -> list[Encoded]:
+def _texts(encoder: ExampleTokenizer, asked: Asked) -> list[EncodedExample]:
     """The rows without answers or labels; a row that several prompts answer is encoded once."""
-    found: list[Encoded] = []
+    found: list[EncodedExample] = []
     for i, (row, task) in enumerate(asked):
         one = found[-1] if i and asked[i - 1][0] is row else replace(encoder.encode(row), labels=None)
-        found.append(replace(one, task=task))
+        found.append(replace(one, task_id=task))
     return found
 
 
-def _leading(reader: Reader, encoded: list[Encoded]) -> tuple[tuple[int, ...], list[Encoded]]:
+def _leading(reader: Reader, encoded: list[EncodedExample]) -> tuple[tuple[int, ...], list[EncodedExample]]:
     """The tokens that all rows begin with, such as a template's words, where they can be read once; and the rest."""
-    if not reader.leads or len(encoded) < FEW or any(row.place for row in encoded):
+    if not reader.leads or len(encoded) < FEW or any(row.prompt_offsets for row in encoded):
         return (), encoded
-    low, high = min(row.ids for row in encoded), max(row.ids for row in encoded)
+    low, high = min(row.input_ids for row in encoded), max(row.input_ids for row in encoded)
     count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return tuple(low[:count]), [replace(row, ids=row.ids[count:], words=None) for row in encoded]
+    return tuple(low[:count]), [replace(row, input_ids=row.input_ids[count:], instruction_mask=None) for row in encoded]
 
 
-def _ranked(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
     """The label whose words are most probable as a whole (rank classification)."""
     candidates = encoder.candidates()
     labels = list(candidates)
@@ -227,13 +238,13 @@ def _ranked(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConf
 
 
 def _continued(
-    reader: Reader, encoder: Encoder, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
 ) -> Tensor:
     """The log-probability [rows, labels] of each label behind each text, of causal models: one pass for all labels."""
     learner, answers = reader.learner, list(candidates.values())
     total = torch.empty(len(asked), len(answers), dtype=torch.float64)
     leading, encoded = _leading(reader, _texts(encoder, asked))
-    for index, batch in _batches(encoded, reader, encoder, config, more=len(injection.branches(answers).ids)):
+    for index, batch in _batches(encoded, reader, encoder, config, more=len(injection.candidate_tree(answers).ids)):
         prompt, prefix = reader.prompts(batch, leading)
         found = injection.continuations(learner.backbone, batch, prompt, learner.site, answers, prefix=prefix)
         total[torch.tensor(index)] = found.cpu()
@@ -241,7 +252,7 @@ def _continued(
 
 
 def _filled(
-    reader: Reader, encoder: Encoder, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
 ) -> Tensor:
     """The same of encoder-decoder and masked models: labels of one token from one pass, a pass for each longer one."""
     labels = list(candidates)
@@ -255,8 +266,8 @@ def _filled(
         if encoder.family == "seq2seq":
             encoded = [replace(text, labels=list(candidates[label])) for text in texts]
         else:  # in place of the mask tokens, whose number is the answer's
-            word = (encoder.format.verbalizer or {})[label]
-            encoded = [replace(encoder.encode(row, word), task=task) for row, task in asked]
+            word = (encoder.template.verbalizer or {})[label]
+            encoded = [replace(encoder.encode(row, word), task_id=task) for row, task in asked]
         for index, batch in _batches(encoded, reader, encoder, config, most=most):
             output = reader.forward(batch, logits=group is single)
             assert output.labels is not None
@@ -274,7 +285,7 @@ def _filled(
     return total
 
 
-def _generated(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _generated(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
     """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
     found: list[Answer] = [Answer(None)] * len(asked)
     new_tokens = config.max_new_tokens
@@ -284,9 +295,14 @@ def _generated(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateC
     learner, tokenizer = reader.learner, encoder.tokenizer
     for index, batch in _batches(_texts(encoder, asked), reader, encoder, config, more=new_tokens):
         if encoder.family == "causal":  # the stock model (no prompt) continues only what is padded on the left
-            left = batch.mask.argsort(dim=1, stable=True)
-            words = None if batch.words is None else batch.words.gather(1, left)
-            batch = replace(batch, ids=batch.ids.gather(1, left), mask=batch.mask.gather(1, left), words=words)
+            left = batch.attention_mask.argsort(dim=1, stable=True)
+            words = None if batch.instruction_mask is None else batch.instruction_mask.gather(1, left)
+            batch = replace(
+                batch,
+                input_ids=batch.input_ids.gather(1, left),
+                attention_mask=batch.attention_mask.gather(1, left),
+                instruction_mask=words,
+            )
         ids = generation.generate(
             learner.backbone,
             batch,
@@ -297,16 +313,16 @@ def _generated(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateC
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        new = ids[:, batch.ids.shape[1] :] if encoder.family == "causal" else ids
+        new = ids[:, batch.input_ids.shape[1] :] if encoder.family == "causal" else ids
         for i, text in zip(index, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             found[i] = Answer(_parsed(encoder, text), text.strip())
     return found
 
 
-def _parsed(encoder: Encoder, text: str) -> Any:
+def _parsed(encoder: ExampleTokenizer, text: str) -> Any:
     """A generated text in the form the metrics want it; None where it is no legal answer."""
-    value = decode_answer(encoder.format, text)
-    kind = encoder.format.kind
+    value = decode_answer(encoder.template, text)
+    kind = encoder.template.kind
     if value is None:
         return None
     if kind == "regression":
@@ -316,7 +332,7 @@ def _parsed(encoder: Encoder, text: str) -> Any:
     return [part for part in value.split(", " if kind == "multilabel" else " ") if part]
 
 
-def _from_head(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _from_head(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
     """What a classification head says."""
     found: list[Answer] = [Answer(None)] * len(asked)
     read = {"sequence": _classes, "token": _tags, "span": _span}[encoder.head]
@@ -326,7 +342,9 @@ def _from_head(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateC
     for index, batch in _batches(encoded, reader, encoder, config):
         if encoder.head == "token":
             # Every text position is asked for by giving it a label; which one does not matter.
-            batch = replace(batch, labels=torch.zeros_like(batch.ids).masked_fill(batch.mask == 0, IGNORE))
+            batch = replace(
+                batch, labels=torch.zeros_like(batch.input_ids).masked_fill(batch.attention_mask == 0, IGNORE)
+            )
         output = reader.forward(batch, leading)
         assert output.logits is not None
         rows = [asked[i][0] for i in index]
@@ -335,8 +353,8 @@ def _from_head(reader: Reader, encoder: Encoder, asked: Asked, config: EvaluateC
     return found
 
 
-def _classes(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
-    kind, names = encoder.format.kind, classes(encoder.format)
+def _classes(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+    kind, names = encoder.template.kind, classes(encoder.template)
     if kind == "regression":
         return [Answer(value) for value in logits[:, 0].tolist()]
     chances = functional.logsigmoid(logits) if kind == "multilabel" else logits.log_softmax(-1)
@@ -347,20 +365,20 @@ def _classes(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor)
     return [Answer(names[best], scores=s) for best, s in zip(logits.argmax(1).tolist(), scores, strict=True)]
 
 
-def _tags(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
-    names, by_row = classes(encoder.format), defaultdict(list)
+def _tags(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+    names, by_row = classes(encoder.template), defaultdict(list)
     for r, tag in zip(row.tolist(), logits.argmax(1).tolist(), strict=True):
         by_row[r].append(names[tag])
     found = []
     for i, one in enumerate(rows):
         # A word is what its first token says; words that were cut off, or that have no token, are illegal.
         tags = [by_row[i][at] if at >= 0 else None for at in encoder.first_tokens(one)]
-        missing = len(split_words(one[encoder.format.columns[0]])) - len(tags)
+        missing = len(split_words(one[encoder.template.columns[0]])) - len(tags)
         found.append(Answer([*tags, *[None] * missing]))
     return found
 
 
-def _span(encoder: Encoder, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+def _span(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
     starts, ends = logits.log_softmax(-1).view(2, len(rows), -1)
     both = starts[:, :, None] + ends[:, None, :]
     allowed = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).triu().tril(LONGEST_SPAN - 1)

@@ -10,29 +10,30 @@ A site only fixes the prompt's width D; everything a method or an objective sees
 | kv      | sum of 2 * heads * head_dim  | keys and values in front of each layer's own, as a cache has them |
 """
 
-from softprompts.injection.continuations import branches, continuations
-from softprompts.injection.forward import Reading, can_read_prompts, choose_path, prefill, read, read_prompts
+from softprompts.injection.continuations import candidate_tree, continuations
+from softprompts.injection.forward import TrunkOutput, can_read_prompts, choose_path, prefill, read_prompts, run_trunk
 from softprompts.injection.hidden_states import LAST, check_layers
-from softprompts.injection.layout import Layout, assemble, layout, with_added
+from softprompts.injection.layout import Layout, add_delta, assemble, layout
 from softprompts.injection.packed import Prefix, read_prefix, why_not_packed
 from softprompts.injection.packed_attention import Unpackable
-from softprompts.injection.placement import placed, stand
+from softprompts.injection.placement import place_prompts, prompt_offsets
 from softprompts.injection.scoring import LOGITS, forward, head, pooled, span_scores
-from softprompts.injection.sites import Site, at_layers, by_layer, check_site, fill, resolve_place, slot, width
+from softprompts.injection.sites import Site, at_layers, by_layer, check_site, fill, prompt_spec, resolve_place, width
 
 __all__ = [
     "LAST",
     "LOGITS",
     "Layout",
     "Prefix",
-    "Reading",
     "Site",
+    "TrunkOutput",
     "Unpackable",
+    "add_delta",
     "assemble",
     "at_layers",
-    "branches",
     "by_layer",
     "can_read_prompts",
+    "candidate_tree",
     "check_layers",
     "check_site",
     "choose_path",
@@ -41,17 +42,16 @@ __all__ = [
     "forward",
     "head",
     "layout",
-    "placed",
+    "place_prompts",
     "pooled",
     "prefill",
-    "read",
+    "prompt_offsets",
+    "prompt_spec",
     "read_prefix",
     "read_prompts",
     "resolve_place",
-    "slot",
+    "run_trunk",
     "span_scores",
-    "stand",
     "why_not_packed",
     "width",
-    "with_added",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from softprompts.backbone import CAUSAL, Backbone
 from softprompts.errors import BackboneError
-from softprompts.injection.forward import Reading, choose_path, read
+from softprompts.injection.forward import TrunkOutput, choose_path, run_trunk
 from softprompts.injection.packed import Prefix, why_not_packed
-from softprompts.injection.placement import placed
+from softprompts.injection.placement import place_prompts
 from softprompts.injection.scoring import LOGITS, forward, head
 from softprompts.injection.sites import Site, width
 from softprompts.types import IGNORE, Batch, Prompt
@@ -24,7 +24,7 @@ Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Branches:
+class CandidateTree:
     """Candidates as chains of tokens to read, and what is scored where.
 
     ids, branch [K]: the tokens to read and the number of their chain, from 1; depth [K] of each within its chain;
@@ -39,7 +39,7 @@ class Branches:
     parts: tuple[tuple[int, ...], ...]
 
 
-def branches(candidates: Sequence[Sequence[int]]) -> Branches:
+def candidate_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
     """Lay `candidates` out as chains. Raises ValueError for none, and for one without tokens."""
     if not candidates or not all(candidates):
         raise ValueError(f"candidates must be lists of at least one token, given {[list(c) for c in candidates]}")
@@ -65,7 +65,7 @@ def branches(candidates: Sequence[Sequence[int]]) -> Branches:
     ids, branch, depth = torch.tensor(read_ids, dtype=torch.long).reshape(-1, 3).T
     scored = torch.tensor([[*row, *[0] * (size - len(row))] for row in wanted])
     parts = tuple(tuple(at * size + m for at, m in row) for row in places)
-    return Branches(ids, branch, depth, scored, parts)
+    return CandidateTree(ids, branch, depth, scored, parts)
 
 
 def continuations(
@@ -89,13 +89,13 @@ def continuations(
         raise BackboneError(
             f"continuations need a causal language model, not head '{backbone.head}' of a {backbone.family.name} model"
         )
-    tree = branches(candidates)
+    tree = candidate_tree(candidates)
     batch = replace(batch, labels=None)
     if prompt is None:
-        batch = replace(batch, place=None, segments=None)
+        batch = replace(batch, prompt_offsets=None, segment_lengths=None)
     if prompt is None and path is None and backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
         site, prompt = _nothing(backbone, batch)
-    batch = placed(backbone, batch, site, prompt)  # by the text alone, before candidates stand behind it
+    batch = place_prompts(backbone, batch, site, prompt)  # by the text alone, before candidates stand behind it
     chosen, _ = choose_path(backbone, batch, prompt, site, path, prefix)
     with backbone.running():  # the head too
         if chosen == "packed":
@@ -106,7 +106,7 @@ def continuations(
 
 def _nothing(backbone: Backbone, batch: Batch) -> tuple[Site, Prompt]:
     """No prompt as one of no tokens, behind which rows can be packed as behind others."""
-    site, row = Site("kv"), torch.zeros(len(batch.ids), dtype=torch.long, device=batch.ids.device)
+    site, row = Site("kv"), torch.zeros(len(batch.input_ids), dtype=torch.long, device=batch.input_ids.device)
     values = torch.zeros(1, 0, width(backbone, site), device=row.device)
     return site, Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
 
@@ -116,34 +116,34 @@ def _branched(
     batch: Batch,
     prompt: Prompt,
     site: Site,
-    tree: Branches,
+    tree: CandidateTree,
     path: str | None,
     prefix: Prefix | None,
 ) -> Tensor:
     """All candidates of all rows in one pass of packed rows."""
-    size = batch.ids.shape[1]
-    if not len(tree.ids) and not bool(batch.mask.any()):
+    size = batch.input_ids.shape[1]
+    if not len(tree.ids) and not bool(batch.attention_mask.any()):
         # A pass needs a token: one that nobody looks at.
         one = torch.zeros(1, dtype=torch.long)
         tree = replace(tree, ids=one, branch=one + 1, depth=one, scored=tree.scored.repeat(2, 1))
     whole = _extended(backbone, batch, tree.ids, tree.depth)
-    chain = tree.branch.to(batch.ids.device).expand(len(batch.ids), -1)
-    branch = torch.cat([torch.zeros_like(batch.ids), chain], 1)
+    chain = tree.branch.to(batch.input_ids.device).expand(len(batch.input_ids), -1)
+    branch = torch.cat([torch.zeros_like(batch.input_ids), chain], 1)
 
     def wanted(order: Tensor, mask: Tensor) -> Tensor:
         texts = ((order < size) & mask).sum(1, keepdim=True)
         columns = torch.arange(order.shape[1], device=order.device)
         return mask & (columns >= texts - 1)
 
-    reading = read(backbone, whole, prompt, site, path=path, prefix=prefix, wanted=wanted, branch=branch)
-    texts = batch.mask.bool().sum(1, keepdim=True)
+    reading = run_trunk(backbone, whole, prompt, site, path=path, prefix=prefix, wanted=wanted, branch=branch)
+    texts = batch.attention_mask.bool().sum(1, keepdim=True)
     columns = texts + torch.arange(len(tree.ids), device=texts.device)
     places = torch.cat([reading.end[:, None], reading.position.gather(1, columns)], 1)
     states = reading.hidden.gather(1, places[..., None].expand(-1, -1, reading.hidden.shape[-1]))
     scored = tree.scored.to(states.device)
-    chances = _chances(backbone, reading, states.flatten(0, 1), scored.repeat(len(states), 1))
+    chances = _log_probs(backbone, reading, states.flatten(0, 1), scored.repeat(len(states), 1))
     chances = chances.view(len(states), *scored.shape)
-    chances[:, 0] = chances[:, 0].where(_preceded(batch, prompt, site)[:, None], 0)
+    chances[:, 0] = chances[:, 0].where(_has_context(batch, prompt, site)[:, None], 0)
     flat = chances.flatten(1)
     return torch.stack([flat[:, list(part)].sum(1) for part in tree.parts], 1)
 
@@ -158,24 +158,24 @@ def _one_by_one(
     prefix: Prefix | None,
 ) -> Tensor:
     """All candidates of one token in one pass, each longer one in a pass of its own."""
-    device, count = batch.ids.device, len(batch.ids)
+    device, count = batch.input_ids.device, len(batch.input_ids)
     found = torch.zeros(count, len(candidates), dtype=torch.float64, device=device)
     single = [i for i, candidate in enumerate(candidates) if len(candidate) == 1]
-    preceded = _preceded(batch, prompt, site)
+    preceded = _has_context(batch, prompt, site)
     if single and bool(preceded.any()):
-        empty = not bool(batch.mask.any())
+        empty = not bool(batch.attention_mask.any())
         # A pass needs a token: one that nobody looks at.
         asked = _extended(backbone, batch, torch.zeros(1, dtype=torch.long)) if empty else batch
-        reading = read(backbone, asked, prompt, site, path=path, prefix=prefix)
+        reading = run_trunk(backbone, asked, prompt, site, path=path, prefix=prefix)
         states = reading.hidden[torch.arange(count, device=device), (reading.end - int(empty)).clamp(min=0)]
         tokens = torch.tensor([candidates[i][0] for i in single], device=states.device)
-        chances = _chances(backbone, reading, states, tokens.expand(count, -1))
+        chances = _log_probs(backbone, reading, states, tokens.expand(count, -1))
         found[:, single] = chances.where(preceded[:, None], 0)
     for i, candidate in enumerate(candidates):
         if len(candidate) > 1:
             whole = _extended(backbone, batch, torch.tensor(candidate))
-            labels = whole.ids.clone()
-            labels[:, : batch.ids.shape[1]] = IGNORE
+            labels = whole.input_ids.clone()
+            labels[:, : batch.input_ids.shape[1]] = IGNORE
             output = forward(
                 backbone, replace(whole, labels=labels), prompt, site, path=path, prefix=prefix, logits=False
             )
@@ -184,34 +184,37 @@ def _one_by_one(
     return found
 
 
-def _preceded(batch: Batch, prompt: Prompt | None, site: Site) -> Tensor:
+def _has_context(batch: Batch, prompt: Prompt | None, site: Site) -> Tensor:
     """Whether something stands before each row's candidates, so that their first token has a score: [B]."""
-    texts = batch.mask.bool().any(1)
-    return texts if prompt is None or site.name == "kv" else texts | (prompt.lengths[prompt.row] > 0)
+    texts = batch.attention_mask.bool().any(1)
+    return texts if prompt is None or site.name == "kv" else texts | (prompt.lengths[prompt.prompt_index] > 0)
 
 
 def _extended(backbone: Backbone, batch: Batch, tokens: Tensor, depth: Tensor | None = None) -> Batch:
     """`batch` with `tokens` [K] behind the columns of each row; depth [K]: how far behind the text, None: counted."""
-    tokens = tokens.to(batch.ids.device).expand(len(batch.ids), -1)
-    there = batch.mask.bool()
+    tokens = tokens.to(batch.input_ids.device).expand(len(batch.input_ids), -1)
+    there = batch.attention_mask.bool()
     whole = replace(
         batch,
-        ids=torch.cat([batch.ids, tokens], 1),
-        mask=torch.cat([there, torch.ones_like(tokens, dtype=torch.bool)], 1),
-        types=None,
+        input_ids=torch.cat([batch.input_ids, tokens], 1),
+        attention_mask=torch.cat([there, torch.ones_like(tokens, dtype=torch.bool)], 1),
+        token_type_ids=None,
     )
-    if batch.embeds is not None:
-        whole = replace(whole, embeds=torch.cat([batch.embeds, backbone.embed(tokens).to(batch.embeds.dtype)], 1))
-    if batch.positions is not None:
+    if batch.inputs_embeds is not None:
+        whole = replace(
+            whole,
+            inputs_embeds=torch.cat([batch.inputs_embeds, backbone.embed(tokens).to(batch.inputs_embeds.dtype)], 1),
+        )
+    if batch.position_ids is not None:
         depth = torch.arange(tokens.shape[1]) if depth is None else depth
         columns = torch.arange(there.shape[1], device=there.device)
         last = columns.where(there, -1).max(1, keepdim=True).values
-        before = batch.positions.gather(1, last.clamp(min=0)).where(last >= 0, -1)
-        whole = replace(whole, positions=torch.cat([batch.positions, before + 1 + depth.to(there.device)], 1))
+        before = batch.position_ids.gather(1, last.clamp(min=0)).where(last >= 0, -1)
+        whole = replace(whole, position_ids=torch.cat([batch.position_ids, before + 1 + depth.to(there.device)], 1))
     return whole
 
 
-def _chances(backbone: Backbone, reading: Reading, states: Tensor, tokens: Tensor) -> Tensor:
+def _log_probs(backbone: Backbone, reading: TrunkOutput, states: Tensor, tokens: Tensor) -> Tensor:
     """The log-probability of `tokens` [N, M] at `states` [N, H], in float64, some rows of scores at a time."""
     size = max(1, LOGITS // backbone.vocabulary)
     found = []

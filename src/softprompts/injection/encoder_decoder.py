@@ -15,22 +15,26 @@ from softprompts.types import IGNORE, Batch, Prompt
 
 def decoder_ids(backbone: Backbone, batch: Batch, packed: Batch, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decoder input [B, S], its mask and the original column of each: given, labels shifted, or the text shifted."""
-    if batch.decoder_ids is not None:
-        ids = batch.decoder_ids
-        mask = torch.ones_like(ids, dtype=torch.bool) if batch.decoder_mask is None else batch.decoder_mask.bool()
+    if batch.decoder_input_ids is not None:
+        ids = batch.decoder_input_ids
+        mask = (
+            torch.ones_like(ids, dtype=torch.bool)
+            if batch.decoder_attention_mask is None
+            else batch.decoder_attention_mask.bool()
+        )
         moved = mask.long().argsort(dim=1, descending=True, stable=True)
         return ids.gather(1, moved), mask.gather(1, moved), moved
     if backbone.head == "lm":
         if batch.labels is None:
-            start = torch.full((len(batch.ids), 1), start_id(backbone), device=batch.ids.device)
+            start = torch.full((len(batch.input_ids), 1), start_id(backbone), device=batch.input_ids.device)
             return start, torch.ones_like(start, dtype=torch.bool), torch.zeros_like(start)
         target, mask = batch.labels, batch.labels != IGNORE
         # A label in the middle may be ignored; only what stands behind the last scored one is padding.
         mask = mask.flip(1).cumsum(1).flip(1) > 0
         columns = torch.arange(target.shape[1], device=target.device).expand_as(target)
         return shift_right(backbone, target), mask, columns
-    ids = batch.ids.gather(1, order)
-    return shift_right(backbone, ids), packed.mask, order
+    ids = batch.input_ids.gather(1, order)
+    return shift_right(backbone, ids), packed.attention_mask, order
 
 
 def decode(
@@ -46,14 +50,14 @@ def decode(
     check_room(backbone, mask, prompt)
     common: dict[str, Any] = {"encoder_hidden_states": encoded, "encoder_attention_mask": encoded_mask.long()}
     columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    if backbone.kernels.checkpoint and (prompt is None or site.name != "kv"):
+    if backbone.kernels.gradient_checkpointing and (prompt is None or site.name != "kv"):
         common["use_cache"] = False  # nothing goes on from here, and a layer computed again would find its own keys
     if prompt is None:
         output = backbone.decoder(input_ids=ids, attention_mask=mask.long(), **common)
         return output, columns, mask.sum(1) - 1
     if site.name == "kv":
         prompt = tight(prompt)
-        lengths = prompt.lengths[prompt.row]
+        lengths = prompt.lengths[prompt.prompt_index]
         if bool((lengths != lengths[0]).any()) and backbone.context is not None:
             raise BackboneError(
                 f"prompts of {sorted(set(lengths.tolist()))} tokens cannot share a batch at site 'kv' of "
@@ -61,8 +65,8 @@ def decode(
             )
         own = backbone.new_cache()
         fill(own, backbone, prompt)
-        own.batch_select_indices(prompt.row)
-        full = torch.cat([prompt.mask[prompt.row].bool(), mask], 1).long()
+        own.batch_select_indices(prompt.prompt_index)
+        full = torch.cat([prompt.mask[prompt.prompt_index].bool(), mask], 1).long()
         cache = EncoderDecoderCache(own, backbone.new_cache())
         output = backbone.decoder(input_ids=ids, attention_mask=full, past_key_values=cache, use_cache=True, **common)
         return output, columns, mask.sum(1) - 1
@@ -79,7 +83,7 @@ def check_room(backbone: Backbone, mask: Tensor, prompt: Prompt | None) -> None:
     slots = 0 if prompt is None else prompt.values.shape[1]
     if mask.shape[1] + slots <= backbone.context:
         return
-    longest = int((mask.sum(1) + (0 if prompt is None else prompt.lengths[prompt.row])).max())
+    longest = int((mask.sum(1) + (0 if prompt is None else prompt.lengths[prompt.prompt_index])).max())
     if longest > backbone.context:
         raise BackboneError(
             f"prompt and text need {longest} positions, {backbone.name or 'the model'} takes {backbone.context}; "

@@ -13,10 +13,10 @@ from transformers.cache_utils import Cache
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.errors import BackboneError
 from softprompts.injection.encoder_decoder import check_room, decode, decoder_ids
-from softprompts.injection.hidden_states import Caught, catching, check_layers
-from softprompts.injection.layout import Layout, assemble, layout, with_added
+from softprompts.injection.hidden_states import CapturedStates, capture, check_layers
+from softprompts.injection.layout import Layout, add_delta, assemble, layout
 from softprompts.injection.packed import Prefix, check_depth, read_prefix, run, why_not_packed
-from softprompts.injection.placement import placed
+from softprompts.injection.placement import place_prompts
 from softprompts.injection.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
 from softprompts.types import Batch, Prompt
 
@@ -25,7 +25,7 @@ PATHS = ("packed", "shared", "concatenation")
 
 
 @dataclass(frozen=True)
-class Reading:
+class TrunkOutput:
     """What the trunk made of a batch, in a layout where nothing but `position` knows about the prompt.
 
     hidden [B, S, H] the states of the full sequences; position [B, T] where each packed text token stands in them;
@@ -44,11 +44,11 @@ class Reading:
     encoded: tuple[Any, Tensor] | None = None
     cache: Any = None
     path: str = ""
-    text: "Reading | None" = None
+    text: "TrunkOutput | None" = None
     inner: dict[int, Tensor] = field(default_factory=dict)
 
 
-def read(
+def run_trunk(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt | None,
@@ -59,14 +59,14 @@ def read(
     wanted: Callable[[Tensor, Tensor], Tensor] | None = None,
     branch: Tensor | None = None,
     layers: Collection[int] = (),
-) -> Reading:
+) -> TrunkOutput:
     """Run the trunk on `batch` with `prompt` at `site`; see Reading. Arguments as for `forward`.
 
     wanted: which packed text tokens' last states are needed, given their order and mask [B, T]; None: all;
     branch [B, T]: on path "packed", 0 for text and c for the c-th continuation, whose tokens stand behind all text.
     """
     check_layers(backbone, layers)
-    with backbone.running(), catching(backbone, layers) as caught:
+    with backbone.running(), capture(backbone, layers) as caught:
         return _read(backbone, batch, prompt, site, path, prefix, wanted, branch, caught)
 
 
@@ -79,14 +79,14 @@ def _read(
     prefix: Prefix | None,
     wanted: Callable[[Tensor, Tensor], Tensor] | None,
     branch: Tensor | None,
-    caught: Caught,
-) -> Reading:
+    caught: CapturedStates,
+) -> TrunkOutput:
     check_site(backbone, site)
-    order = batch.mask.argsort(dim=1, descending=True, stable=True)
-    mask = batch.mask.gather(1, order).bool()
-    text = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
-    text = with_added(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
-    stands = placed(backbone, batch, site, prompt)
+    order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
+    mask = batch.attention_mask.gather(1, order).bool()
+    text = backbone.embed(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
+    text = add_delta(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
+    stands = place_prompts(backbone, batch, site, prompt)
     encoder_side = None if backbone.family is SEQ2SEQ and site.name in ("decoder", "kv") else prompt
     if branch is None:
         check_room(backbone, mask, encoder_side)
@@ -94,11 +94,11 @@ def _read(
         branch = branch.gather(1, order)
         check_depth(backbone, mask, branch, encoder_side)
     _check_positions(backbone, batch)
-    packed = replace(stands, mask=mask, embeds=text)
-    if batch.types is not None:
-        packed = replace(packed, types=batch.types.gather(1, order))
-    if batch.positions is not None:
-        packed = replace(packed, positions=batch.positions.gather(1, order))
+    packed = replace(stands, attention_mask=mask, inputs_embeds=text)
+    if batch.token_type_ids is not None:
+        packed = replace(packed, token_type_ids=batch.token_type_ids.gather(1, order))
+    if batch.position_ids is not None:
+        packed = replace(packed, position_ids=batch.position_ids.gather(1, order))
     if backbone.family is SEQ2SEQ:
         _check_path(path)
         if path in ("packed", "shared"):
@@ -127,7 +127,7 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
     mask = prompt.mask.bool()
     if site.name == "layers":
         slots = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).where(mask, -1)
-        distinct = replace(prompt, row=torch.arange(len(values), device=values.device))
+        distinct = replace(prompt, prompt_index=torch.arange(len(values), device=values.device))
         values, deep = by_layer(values, backbone)[0], at_layers(backbone, distinct, slots, site.mode)  # type: ignore[assignment]
     with deep:
         output = backbone.trunk(
@@ -170,7 +170,7 @@ def _positions(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _check_positions(backbone: Backbone, batch: Batch) -> None:
-    if batch.positions is not None and not (backbone.family.shifted and "position_ids" in backbone.trunk_arguments):
+    if batch.position_ids is not None and not (backbone.family.shifted and "position_ids" in backbone.trunk_arguments):
         raise BackboneError(
             f"{type(backbone.model).__name__} counts positions itself, so positions cannot be given; leave them out"
         )
@@ -201,7 +201,7 @@ def choose_path(
         return "packed", ""
     if path == "packed":
         raise BackboneError(f"path 'packed' is not possible: {unpackable}; leave the path out")
-    if path is None and site.name != "kv" and prompt is not None and len(prompt.values) >= len(prompt.row):
+    if path is None and site.name != "kv" and prompt is not None and len(prompt.values) >= len(prompt.prompt_index):
         return "concatenation", "every row has a prompt of its own"
     return "shared", ""
 
@@ -219,10 +219,10 @@ def _why_concatenated(backbone: Backbone, batch: Batch, prompt: Prompt | None, s
         return None
     if backbone.no_cache_because:
         return backbone.no_cache_because
-    assert batch.place is not None
-    if bool((batch.place > 0).any()):
+    assert batch.prompt_offsets is not None
+    if bool((batch.prompt_offsets > 0).any()):
         return "text stands before the prompt"
-    return "a row has a prompt of no tokens" if bool((prompt.lengths[prompt.row] == 0).any()) else None
+    return "a row has a prompt of no tokens" if bool((prompt.lengths[prompt.prompt_index] == 0).any()) else None
 
 
 def _read_packed(
@@ -234,20 +234,23 @@ def _read_packed(
     prefix: Prefix | None,
     wanted: Tensor | None,
     branch: Tensor | None,
-    caught: Caught,
-) -> Reading:
+    caught: CapturedStates,
+) -> TrunkOutput:
     if prefix is not None and prefix.cache is not None:
         prefix = None
     found = run(backbone, batch, prompt, site, prefix=prefix, wanted=wanted, branch=branch)
-    states, position = found.texts, torch.arange(batch.mask.shape[1], device=batch.mask.device).expand_as(batch.mask)
+    states, position = (
+        found.texts,
+        torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device).expand_as(batch.attention_mask),
+    )
     assert states is not None
     inner = {number: found.spread(value) for (_, number), value in caught.items()}
     if found.last is not None:
-        states, position = torch.cat([found.last[prompt.row][:, None], states], 1), position + 1
+        states, position = torch.cat([found.last[prompt.prompt_index][:, None], states], 1), position + 1
         inner = {number: _behind_one(value) for number, value in inner.items()}
-    text = batch.mask if branch is None else batch.mask & (branch == 0)
+    text = batch.attention_mask if branch is None else batch.attention_mask & (branch == 0)
     end = (text.sum(1) - 1 + int(found.last is not None)).clamp(min=0)
-    return Reading(states, position, order, batch.mask, end, found.output, path="packed", inner=inner)
+    return TrunkOutput(states, position, order, batch.attention_mask, end, found.output, path="packed", inner=inner)
 
 
 def _behind_one(states: Tensor) -> Tensor:
@@ -262,37 +265,37 @@ def _read_shared(
     prompt: Prompt,
     site: Site,
     prefix: Prefix | None,
-    caught: Caught,
-) -> Reading:
-    assert batch.embeds is not None
+    caught: CapturedStates,
+) -> TrunkOutput:
+    assert batch.inputs_embeds is not None
     if prefix is None or prefix.cache is None:
         cache, last = prefill(backbone, prompt, site)
     else:
         cache, last = _copied(prefix.cache), prefix.last
-    cache.batch_select_indices(prompt.row)
-    before = prompt.mask[prompt.row]
-    column = torch.arange(batch.mask.shape[1], device=batch.mask.device)
-    own = column[None] if batch.positions is None else batch.positions
+    cache.batch_select_indices(prompt.prompt_index)
+    before = prompt.mask[prompt.prompt_index]
+    column = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
+    own = column[None] if batch.position_ids is None else batch.position_ids
     # Padding may reach past the last position the model has.
-    ids = (own + prompt.lengths[prompt.row][:, None]).where(batch.mask, 0)
+    ids = (own + prompt.lengths[prompt.prompt_index][:, None]).where(batch.attention_mask, 0)
     output = backbone.trunk(
-        inputs_embeds=batch.embeds,
-        attention_mask=torch.cat([before.bool(), batch.mask], 1).long(),
+        inputs_embeds=batch.inputs_embeds,
+        attention_mask=torch.cat([before.bool(), batch.attention_mask], 1).long(),
         past_key_values=cache,
         use_cache=True,
         **_positions(backbone, ids),
     )
-    states, position = output.last_hidden_state, column.expand_as(batch.mask)
+    states, position = output.last_hidden_state, column.expand_as(batch.attention_mask)
     inner = {number: value for (_, number), value in caught.items()}
     if last is not None:
-        states, position = torch.cat([last[prompt.row][:, None], states], 1), position + 1
+        states, position = torch.cat([last[prompt.prompt_index][:, None], states], 1), position + 1
         inner = {number: _behind_one(value) for number, value in inner.items()}
-    return Reading(
+    return TrunkOutput(
         states,
         position,
         order,
-        batch.mask,
-        (batch.mask.sum(1) - 1 + int(last is not None)).clamp(min=0),
+        batch.attention_mask,
+        (batch.attention_mask.sum(1) - 1 + int(last is not None)).clamp(min=0),
         output,
         cache=cache,
         path="shared",
@@ -301,17 +304,23 @@ def _read_shared(
 
 
 def _read_concatenated(
-    backbone: Backbone, batch: Batch, order: Tensor, prompt: Prompt | None, site: Site, reason: str, caught: Caught
-) -> Reading:
-    assert batch.embeds is not None
-    assert batch.place is not None
-    where = layout(batch.mask, batch.place, prompt, segments=batch.segments)
+    backbone: Backbone,
+    batch: Batch,
+    order: Tensor,
+    prompt: Prompt | None,
+    site: Site,
+    reason: str,
+    caught: CapturedStates,
+) -> TrunkOutput:
+    assert batch.inputs_embeds is not None
+    assert batch.prompt_offsets is not None
+    where = layout(batch.attention_mask, batch.prompt_offsets, prompt, segments=batch.segment_lengths)
     output = _run_encoder(backbone, batch, prompt, site, where)
-    return Reading(
+    return TrunkOutput(
         output.last_hidden_state,
         where.position,
         order,
-        batch.mask,
+        batch.attention_mask,
         (where.mask.sum(1) - 1).clamp(min=0),
         output,
         path=f"concatenation: {reason}",
@@ -321,7 +330,7 @@ def _read_concatenated(
 
 def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site, where: Layout) -> Any:
     """The encoder's (or only trunk's) output for full rows, deep prompts included."""
-    assert batch.embeds is not None
+    assert batch.inputs_embeds is not None
     deep = prompt is not None and site.name == "layers"
     front = prompt if prompt is not None and site.name in ("input", "layers") else None
     first = None
@@ -334,12 +343,14 @@ def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: 
             arguments["use_cache"] = False
         if backbone.family.shifted and "position_ids" in names:
             arguments["position_ids"] = _given_positions(batch, where)
-        if batch.types is not None and "token_type_ids" in names and not backbone.family.shifted:
-            arguments["token_type_ids"] = _token_types(batch.types, where)
+        if batch.token_type_ids is not None and "token_type_ids" in names and not backbone.family.shifted:
+            arguments["token_type_ids"] = _token_types(batch.token_type_ids, where)
     context = at_layers(backbone, prompt, where.slot, site.mode) if deep and prompt else contextlib.nullcontext()
     with context:
         return backbone.encoder(
-            inputs_embeds=assemble(batch.embeds, front, where, first), attention_mask=where.mask.long(), **arguments
+            inputs_embeds=assemble(batch.inputs_embeds, front, where, first),
+            attention_mask=where.mask.long(),
+            **arguments,
         )
 
 
@@ -351,29 +362,37 @@ def _token_types(types: Tensor, where: Layout) -> Tensor:
 
 def _given_positions(batch: Batch, where: Layout) -> Tensor:
     """Positions of full rows: counted from the run's beginning, or the caller's own with the prompt between."""
-    if batch.positions is None:
+    if batch.position_ids is None:
         return where.ids
     # A prompt token goes on from the text token before it; all prompt tokens so far have taken a position.
-    last = torch.nn.functional.pad(batch.positions, (1, 0), value=-1).gather(1, where.before)
+    last = torch.nn.functional.pad(batch.position_ids, (1, 0), value=-1).gather(1, where.before)
     count = (where.slot >= 0).long().cumsum(1)
-    own = torch.cat([last, batch.positions], 1).gather(1, where.source) + count
+    own = torch.cat([last, batch.position_ids], 1).gather(1, where.source) + count
     return own.where(where.mask, 0)
 
 
 def _read_seq2seq(
-    backbone: Backbone, batch: Batch, packed: Batch, order: Tensor, prompt: Prompt | None, site: Site, caught: Caught
-) -> Reading:
-    assert packed.place is not None
+    backbone: Backbone,
+    batch: Batch,
+    packed: Batch,
+    order: Tensor,
+    prompt: Prompt | None,
+    site: Site,
+    caught: CapturedStates,
+) -> TrunkOutput:
+    assert packed.prompt_offsets is not None
     encoder_side = prompt if site.name in ("input", "layers") else None
-    where = layout(packed.mask, packed.place, encoder_side, segments=packed.segments)
+    where = layout(packed.attention_mask, packed.prompt_offsets, encoder_side, segments=packed.segment_lengths)
     encoded = _run_encoder(backbone, packed, encoder_side, site, where)
     states = encoded.last_hidden_state
     ids, mask, target_order = decoder_ids(backbone, batch, packed, order)
     decoder_side = prompt if site.name not in ("input", "layers") else None
     output, position, end = decode(backbone, ids, mask, states, where.mask, decoder_side, site)
     inner = {side: {n: v for (own, n), v in caught.items() if own == side} for side in ("text", "target")}
-    text = Reading(states, where.position, order, packed.mask, where.mask.sum(1) - 1, encoded, inner=inner["text"])
-    return Reading(
+    text = TrunkOutput(
+        states, where.position, order, packed.attention_mask, where.mask.sum(1) - 1, encoded, inner=inner["text"]
+    )
+    return TrunkOutput(
         output.last_hidden_state,
         position,
         target_order,

@@ -47,18 +47,18 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
             f"classification head (model.head: sequence, token or span)"
         )
     if prompt is None:
-        if backbone.family is not SEQ2SEQ and batch.embeds is None and not bool(batch.mask.any()):
+        if backbone.family is not SEQ2SEQ and batch.inputs_embeds is None and not bool(batch.attention_mask.any()):
             raise BackboneError("without a prompt a text of no tokens cannot be continued; give the template words")
         return _call(backbone, _stock(batch, backbone), options)
     injection.check_site(backbone, site)
     settings = _Settings(backbone, options)
     settings.refuse(site)
-    empty = batch.mask.sum(1) == 0
+    empty = batch.attention_mask.sum(1) == 0
     if bool(empty.any()) and site.name != "input":
         raise BackboneError(f"a row without text cannot be continued at site '{site.name}'; use site 'input'")
-    if backbone.family is not SEQ2SEQ and bool((empty & (prompt.lengths[prompt.row] == 0)).any()):
+    if backbone.family is not SEQ2SEQ and bool((empty & (prompt.lengths[prompt.prompt_index] == 0)).any()):
         raise BackboneError("a row has neither text nor, as its prompt is made from the text, a prompt; give it words")
-    batch = injection.placed(backbone, batch, site, prompt)
+    batch = injection.place_prompts(backbone, batch, site, prompt)
     with torch.no_grad():
         if backbone.family is SEQ2SEQ:
             return _encoder_decoder(backbone, batch, prompt, site, settings)
@@ -148,34 +148,34 @@ def _call(backbone: Backbone, arguments: Mapping[str, Any], options: Mapping[str
 
 def _stock(batch: Batch, backbone: Backbone) -> dict[str, Tensor]:
     """The arguments of the stock model's generate."""
-    found = {"input_ids": batch.ids} if batch.embeds is None else {"inputs_embeds": batch.embeds}
-    found["attention_mask"] = batch.mask.long()
-    if backbone.family is SEQ2SEQ and batch.decoder_ids is not None:
-        found["decoder_input_ids"] = batch.decoder_ids
-        if batch.decoder_mask is not None:
-            found["decoder_attention_mask"] = batch.decoder_mask.long()
+    found = {"input_ids": batch.input_ids} if batch.inputs_embeds is None else {"inputs_embeds": batch.inputs_embeds}
+    found["attention_mask"] = batch.attention_mask.long()
+    if backbone.family is SEQ2SEQ and batch.decoder_input_ids is not None:
+        found["decoder_input_ids"] = batch.decoder_input_ids
+        if batch.decoder_attention_mask is not None:
+            found["decoder_attention_mask"] = batch.decoder_attention_mask.long()
     return found
 
 
 def _pack(backbone: Backbone, batch: Batch, prompt: Prompt) -> tuple[Tensor, Tensor]:
     """The mask [B, T] and embeddings [B, T, features] of the texts, moved to the left edge, as the prompt has them."""
-    order = batch.mask.argsort(dim=1, descending=True, stable=True)
-    text = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
-    mask = batch.mask.gather(1, order).bool()
-    return mask, injection.with_added(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
+    order = batch.attention_mask.argsort(dim=1, descending=True, stable=True)
+    text = backbone.embed(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
+    mask = batch.attention_mask.gather(1, order).bool()
+    return mask, injection.add_delta(text.gather(1, order[..., None].expand_as(text)), mask, prompt)
 
 
 def _causal(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settings: _Settings) -> Any:
     mask, text = _pack(backbone, batch, prompt)
     check_room(backbone, mask, prompt)
-    longest = int((mask.sum(1) + prompt.lengths[prompt.row]).max())
+    longest = int((mask.sum(1) + prompt.lengths[prompt.prompt_index]).max())
     room = None if backbone.context is None else backbone.context - longest
     new = settings.count_text(mask.shape[1], room)
     if site.name == "kv":
         arguments = _cached(backbone, mask, text, prompt, settings, new)
-        return _call(backbone, {"input_ids": batch.ids, **arguments}, settings.options)
-    assert batch.place is not None
-    where = injection.layout(mask, batch.place, prompt, left=True, segments=batch.segments)
+        return _call(backbone, {"input_ids": batch.input_ids, **arguments}, settings.options)
+    assert batch.prompt_offsets is not None
+    where = injection.layout(mask, batch.prompt_offsets, prompt, left=True, segments=batch.segment_lengths)
     first: Tensor | None = None
     deep: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if site.name == "layers":
@@ -183,7 +183,7 @@ def _causal(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settin
         deep = injection.at_layers(backbone, prompt, where.slot, site.mode)
     embeds = injection.assemble(text, prompt, where, first)
     with deep:
-        arguments = {"input_ids": batch.ids, "inputs_embeds": embeds, "attention_mask": where.mask.long()}
+        arguments = {"input_ids": batch.input_ids, "inputs_embeds": embeds, "attention_mask": where.mask.long()}
         return _call(backbone, arguments, settings.options)
 
 
@@ -197,13 +197,13 @@ def _cached(
     """
     long = DynamicCache()  # keeps everything: windows are cut off after the rows have moved
     injection.fill(long, backbone, prompt)
-    long.batch_select_indices(prompt.row)
-    lengths, texts = prompt.lengths[prompt.row], mask.sum(1)
+    long.batch_select_indices(prompt.prompt_index)
+    lengths, texts = prompt.lengths[prompt.prompt_index], mask.sum(1)
     ids = torch.arange(mask.shape[1], device=mask.device) + lengths[:, None]
     positions = {"position_ids": ids.where(mask, 0)} if "position_ids" in backbone.trunk_arguments else {}
     backbone.trunk(
         inputs_embeds=text,
-        attention_mask=torch.cat([prompt.mask[prompt.row].bool(), mask], 1).long(),
+        attention_mask=torch.cat([prompt.mask[prompt.prompt_index].bool(), mask], 1).long(),
         past_key_values=long,
         use_cache=True,
         **positions,
@@ -234,12 +234,14 @@ def _append(cache: Cache, index: int, layer: Any, source: Tensor | None, copies:
 
 def _encoder_decoder(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settings: _Settings) -> Any:
     in_decoder = site.name in ("decoder", "kv")
-    lengths = prompt.lengths[prompt.row]
+    lengths = prompt.lengths[prompt.prompt_index]
     if in_decoder and backbone.context is not None and bool((lengths != lengths[0]).any()):
         return _by_length(backbone, batch, prompt, site, settings)
-    plain = replace(batch, labels=None, decoder_ids=None, decoder_mask=None)
+    plain = replace(batch, labels=None, decoder_input_ids=None, decoder_attention_mask=None)
     # The encoder does not see a prompt of the decoder's, but it may read another text with it.
-    encoded = injection.read(backbone, plain, None if in_decoder and prompt.added is None else prompt, site).encoded
+    encoded = injection.run_trunk(
+        backbone, plain, None if in_decoder and prompt.embedding_delta is None else prompt, site
+    ).encoded
     assert encoded is not None
     arguments: dict[str, Any] = _stock(batch, backbone)
     arguments.pop("inputs_embeds", None)
@@ -254,11 +256,15 @@ def _decoder_arguments(
 ) -> dict[str, Any]:
     """Arguments of generate that let the decoder begin behind the prompt."""
     # The longest slot may belong to a row of another group; the decoder counts positions from the cache's beginning.
-    spare = prompt.values.shape[1] - int(prompt.lengths[prompt.row].max())
+    spare = prompt.values.shape[1] - int(prompt.lengths[prompt.prompt_index].max())
     prompt = replace(prompt, values=prompt.values[:, spare:], mask=prompt.mask[:, spare:])
-    before = prompt.mask[prompt.row].long()
-    ids = batch.decoder_ids
-    if ids is not None and batch.decoder_mask is not None and not bool(batch.decoder_mask.bool().all()):
+    before = prompt.mask[prompt.prompt_index].long()
+    ids = batch.decoder_input_ids
+    if (
+        ids is not None
+        and batch.decoder_attention_mask is not None
+        and not bool(batch.decoder_attention_mask.bool().all())
+    ):
         raise BackboneError(
             f"decoder inputs of unequal lengths would leave padding behind a prompt at site '{site.name}'; "
             f"generate them apart"
@@ -290,12 +296,12 @@ def _decoder_cache(backbone: Backbone, prompt: Prompt, site: Site, encoded: tupl
     own = backbone.new_cache()
     if site.name == "kv":
         injection.fill(own, backbone, prompt)
-        own.batch_select_indices(prompt.row)
+        own.batch_select_indices(prompt.prompt_index)
         return EncoderDecoderCache(own, backbone.new_cache())
     cache = EncoderDecoderCache(own, backbone.new_cache())
     backbone.decoder(
-        inputs_embeds=prompt.values.to(backbone.dtype)[prompt.row],
-        attention_mask=prompt.mask[prompt.row].long(),
+        inputs_embeds=prompt.values.to(backbone.dtype)[prompt.prompt_index],
+        attention_mask=prompt.mask[prompt.prompt_index].long(),
         encoder_hidden_states=encoded[0].last_hidden_state,
         encoder_attention_mask=encoded[1].long(),
         past_key_values=cache,
@@ -320,11 +326,11 @@ def _by_length(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, set
     """Rows grouped by prompt length, for decoders that count positions from the cache's beginning."""
     if settings.get("return_dict_in_generate"):
         raise BackboneError(
-            f"prompts of {sorted(set(prompt.lengths[prompt.row].tolist()))} tokens are generated in groups for "
-            f"{type(backbone.model).__name__}, whose decoder counts positions itself; batch them by length to use "
+            f"prompts of {sorted(set(prompt.lengths[prompt.prompt_index].tolist()))} tokens are generated in groups "
+            f"for {type(backbone.model).__name__}, whose decoder counts positions itself; batch them by length to use "
             f"return_dict_in_generate"
         )
-    lengths, found = prompt.lengths[prompt.row], {}
+    lengths, found = prompt.lengths[prompt.prompt_index], {}
     each = settings.get("num_return_sequences") or 1
     for length in lengths.unique().tolist():
         index = (lengths == length).nonzero()[:, 0]

@@ -12,7 +12,7 @@ from softprompts.errors import BackboneError
 LAST = -1
 """The number of the states that the head reads, behind the trunk's last norm; layer 1 is the first."""
 
-Caught = dict[tuple[str, int], Tensor]
+CapturedStates = dict[tuple[str, int], Tensor]
 """(side, layer) -> the layer's output as the trunk lays it out; side "text", or "target" for a decoder's own."""
 
 
@@ -31,9 +31,9 @@ def check_layers(backbone: Backbone, layers: Collection[int]) -> None:
 
 
 @contextlib.contextmanager
-def catching(backbone: Backbone, layers: Collection[int]) -> Iterator[Caught]:
+def capture(backbone: Backbone, layers: Collection[int]) -> Iterator[CapturedStates]:
     """Inside, the outputs of `layers` are kept, of each the last; -1 is the trunk's own output and not kept here."""
-    found: Caught = {}
+    found: CapturedStates = {}
 
     def keep(side: str, number: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -39,7 +39,7 @@ def layout(
     place has all).
     """
     rows, columns = mask.shape
-    there = mask.new_zeros(rows, 0, dtype=torch.bool) if prompt is None else prompt.mask[prompt.row].bool()
+    there = mask.new_zeros(rows, 0, dtype=torch.bool) if prompt is None else prompt.mask[prompt.prompt_index].bool()
     slots = there.shape[1]
     rank = there.long().cumsum(1) - 1
     before = _before(place.reshape(rows, -1), segments, rank)
@@ -76,24 +76,26 @@ def assemble(text: Tensor, prompt: Prompt | None, where: Layout, first: Tensor |
         both = text
     else:
         values = prompt.values if first is None else first
-        both = torch.cat([values.to(text.dtype)[prompt.row], text], 1)
+        both = torch.cat([values.to(text.dtype)[prompt.prompt_index], text], 1)
     return both.gather(1, where.source[..., None].expand(-1, -1, both.shape[2]))
 
 
-def with_added(text: Tensor, mask: Tensor, prompt: Prompt | None) -> Tensor:
+def add_delta(text: Tensor, mask: Tensor, prompt: Prompt | None) -> Tensor:
     """Embeddings `text [B, T, H]` of packed texts, mask [B, T], with what `prompt` adds to the first tokens of each.
 
     Padding and what lies beyond the reach stay as they are to the bit.
     """
-    if prompt is None or prompt.added is None:
+    if prompt is None or prompt.embedding_delta is None:
         return text
     size = text.shape[1]
-    values = torch.nn.functional.pad(prompt.added.values, (0, 0, 0, size - prompt.added.values.shape[1]))
-    here = mask.bool() & (torch.arange(size, device=mask.device) < prompt.added.reach[:, None])
-    return torch.where(here[..., None], text + values[prompt.row], text).to(text.dtype)
+    values = torch.nn.functional.pad(
+        prompt.embedding_delta.values, (0, 0, 0, size - prompt.embedding_delta.values.shape[1])
+    )
+    here = mask.bool() & (torch.arange(size, device=mask.device) < prompt.embedding_delta.reach[:, None])
+    return torch.where(here[..., None], text + values[prompt.prompt_index], text).to(text.dtype)
 
 
 def tight(prompt: Prompt) -> Prompt:
     """The same prompt without slots that no row of the batch fills."""
-    spare = prompt.values.shape[1] - int(prompt.lengths[prompt.row].max())
+    spare = prompt.values.shape[1] - int(prompt.lengths[prompt.prompt_index].max())
     return replace(prompt, values=prompt.values[:, spare:], mask=prompt.mask[:, spare:])

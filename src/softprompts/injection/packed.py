@@ -15,7 +15,15 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from softprompts.backbone import Backbone
 from softprompts.injection.encoder_decoder import check_room
-from softprompts.injection.packed_attention import FAR, Group, Packing, Places, Unpackable, last_layer, packed_attention
+from softprompts.injection.packed_attention import (
+    FAR,
+    Packing,
+    Places,
+    TokenGroup,
+    Unpackable,
+    last_layer,
+    packed_attention,
+)
 from softprompts.injection.sites import Site, at_layers, by_layer, split_layers
 from softprompts.types import Batch, Prompt
 
@@ -73,17 +81,17 @@ def _find_out(backbone: Backbone) -> str | None:
     mask[1, 2:] = 0
     with torch.no_grad():
         values = backbone.embed(ids[8:])[None].float()
-        batch = Batch(ids[:8].view(2, 4), mask.bool(), mask[:, 0], embeds=backbone.embed(ids[:8].view(2, 4)))
+        batch = Batch(ids[:8].view(2, 4), mask.bool(), mask[:, 0], inputs_embeds=backbone.embed(ids[:8].view(2, 4)))
         prompt = Prompt(values, mask[:1].bool() | True, torch.zeros_like(mask[:, 0]))
         stock = []
         for i, length in enumerate((4, 2)):
-            row = torch.cat([prompt.values[0].to(backbone.dtype), backbone.embed(batch.ids[i, :length])])
+            row = torch.cat([prompt.values[0].to(backbone.dtype), backbone.embed(batch.input_ids[i, :length])])
             stock.append(backbone.trunk(inputs_embeds=row[None], use_cache=False).last_hidden_state[0, 4:])
         reason = _differs(backbone, batch, prompt, torch.cat(stock), None)
         if reason is not None:
             return f"{name} {reason}"
         # Where the last layer cannot be run for some tokens only, it is run for all.
-        ends = batch.mask & ~torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
+        ends = batch.attention_mask & ~torch.nn.functional.pad(batch.attention_mask[:, 1:], (0, 1))
         short = _differs(backbone, batch, prompt, torch.stack([states[-1] for states in stock]), ends)
         backbone.known["trimmed"] = short is None
     return None
@@ -100,7 +108,7 @@ def _differs(backbone: Backbone, batch: Batch, prompt: Prompt, stock: Tensor, wa
     except Exception as error:  # whatever a model of its own kind makes of it: the other paths are there
         return f"fails with packed rows ({type(error).__name__}: {error})"
     assert texts is not None
-    found = texts[batch.mask if wanted is None else wanted]
+    found = texts[batch.attention_mask if wanted is None else wanted]
     far = (found - stock).float().norm() / stock.float().norm()
     return (
         None if far < min(20 * torch.finfo(backbone.dtype).eps ** 0.75, 0.15) else "gives other states with packed rows"
@@ -123,22 +131,22 @@ def run(
     branch [B, T]: 0 for text, c for the c-th continuation behind it (see Places).
     Raises Unpackable where the model's attention cannot do it.
     """
-    assert batch.embeds is not None
+    assert batch.inputs_embeds is not None
     if prefix is None and site.name == "kv":
         layers = tuple((k, v) for k, v in split_layers(prompt.values, backbone))
         prefix = Prefix(layers, prompt.mask.bool(), None)
     inside = prompt if prefix is None else None
-    texts = _texts(batch.mask, branch)
+    texts = _texts(batch.attention_mask, branch)
     front = None if inside is None else _prompts(inside)
     packing = Packing(
         front,
         texts,
-        prompt.row,
+        prompt.prompt_index,
         _prompt_places(prompt.mask),
         sliding(backbone),
         given=None if prefix is None else prefix.layers,
     )
-    text = batch.embeds.flatten(0, 1)[texts.inverse]
+    text = batch.inputs_embeds.flatten(0, 1)[texts.inverse]
     ids = _positions(batch, prompt, branch)[texts.inverse]
     output = _pass(backbone, packing, inside, site, text, ids, wanted)
     states = output.last_hidden_state[0]
@@ -158,10 +166,10 @@ def read_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
     if site.name == "kv":
         return Prefix(tuple(split_layers(prompt.values, backbone)), prompt.mask.bool(), None)
     front = _prompts(prompt)
-    packing = Packing(front, None, prompt.row, _prompt_places(prompt.mask), sliding(backbone), keep=True)
+    packing = Packing(front, None, prompt.prompt_index, _prompt_places(prompt.mask), sliding(backbone), keep=True)
     text = prompt.values.new_zeros(0, backbone.features).to(backbone.dtype)
     with backbone.running():
-        output = _pass(backbone, packing, prompt, site, text, prompt.row.new_zeros(0), None)
+        output = _pass(backbone, packing, prompt, site, text, prompt.prompt_index.new_zeros(0), None)
     layers = tuple(packing.kept[i] for i in range(len(packing.sliding)))
     return Prefix(layers, prompt.mask.bool(), output.last_hidden_state[0].index_select(0, front.index[:, -1]))
 
@@ -216,11 +224,11 @@ def _trim(backbone: Backbone, packing: Packing, wanted: Tensor | None) -> Iterat
     if front is not None:
         own = len(front.inverse)
         last = front.places
-        ends = _group(torch.ones_like(front.mask[:, -1:]), Places(last.at[:, -1:], last.branch[:, -1:]))
+        ends = _token_group(torch.ones_like(front.mask[:, -1:]), Places(last.at[:, -1:], last.branch[:, -1:]))
         keep = torch.cat([front.index[:, -1], keep + own])
     columns = wanted.long().argsort(dim=1, descending=True, stable=True)[:, : int(wanted.sum(1).max())]
     chosen = Places(texts.places.at.gather(1, columns), texts.places.branch.gather(1, columns))
-    asked = _group(wanted.gather(1, columns), chosen)
+    asked = _token_group(wanted.gather(1, columns), chosen)
     with last_layer(backbone.layers[-1], packing, (ends, asked), keep):
         yield
 
@@ -230,12 +238,12 @@ def _flat(mask: Tensor) -> Tensor:
     return mask.flatten().nonzero()[:, 0]
 
 
-def _group(mask: Tensor, places: Places) -> Group:
+def _token_group(mask: Tensor, places: Places) -> TokenGroup:
     """The group of tokens where `mask [N, K]` is true, packed row by row."""
     inverse = _flat(mask)
     index = mask.new_zeros(mask.numel(), dtype=torch.long)
     index[inverse] = torch.arange(len(inverse), device=mask.device)
-    return Group(index.view(mask.shape), inverse, mask.bool(), places, len(inverse) == mask.numel())
+    return TokenGroup(index.view(mask.shape), inverse, mask.bool(), places, len(inverse) == mask.numel())
 
 
 def _prompt_places(mask: Tensor) -> Places:
@@ -244,14 +252,14 @@ def _prompt_places(mask: Tensor) -> Places:
     return Places(at.where(mask.bool(), FAR), torch.zeros_like(at))
 
 
-def _prompts(prompt: Prompt) -> Group:
-    return _group(prompt.mask.bool(), _prompt_places(prompt.mask))
+def _prompts(prompt: Prompt) -> TokenGroup:
+    return _token_group(prompt.mask.bool(), _prompt_places(prompt.mask))
 
 
-def _texts(mask: Tensor, branch: Tensor | None) -> Group:
+def _texts(mask: Tensor, branch: Tensor | None) -> TokenGroup:
     mask = mask.bool()
     at = _depth(mask, branch)
-    return _group(mask, Places(at.where(mask, FAR), torch.zeros_like(at) if branch is None else branch))
+    return _token_group(mask, Places(at.where(mask, FAR), torch.zeros_like(at) if branch is None else branch))
 
 
 def _depth(mask: Tensor, branch: Tensor | None) -> Tensor:
@@ -274,5 +282,5 @@ def check_depth(backbone: Backbone, mask: Tensor, branch: Tensor, prompt: Prompt
 
 def _positions(batch: Batch, prompt: Prompt, branch: Tensor | None) -> Tensor:
     """Positions [B * T] of the text: behind the prompt, counted or as the caller gives them."""
-    own = _depth(batch.mask.bool(), branch) if batch.positions is None else batch.positions
-    return (own + prompt.lengths[prompt.row][:, None]).flatten()
+    own = _depth(batch.attention_mask.bool(), branch) if batch.position_ids is None else batch.position_ids
+    return (own + prompt.lengths[prompt.prompt_index][:, None]).flatten()

@@ -49,7 +49,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Group:
+class TokenGroup:
     """Rows of equal standing (all prompts, or all texts): how they are cut out of the packed sequence and put back.
 
     index [N, K] place of each token in the packed part, 0 for padding; inverse [tokens] flat place in [N, K] of each
@@ -117,8 +117,8 @@ class Packing:
     `asked`: the queries are these groups' tokens alone, and keys and values those `captured` (see `last_layer`).
     """
 
-    prompts: Group | None
-    texts: Group | None
+    prompts: TokenGroup | None
+    texts: TokenGroup | None
     row: Tensor
     prompt_places: Places
     sliding: tuple[int | None, ...]
@@ -126,7 +126,7 @@ class Packing:
     keep: bool = False
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     called: list[int] = field(default_factory=list)
-    asked: tuple[Group | None, Group | None] | None = None
+    asked: tuple[TokenGroup | None, TokenGroup | None] | None = None
     captured: tuple[Tensor, Tensor] | None = None
     masks: "dict[tuple[str, int | None, bool], Seen]" = field(default_factory=dict)
 
@@ -182,7 +182,7 @@ def packed_attention(model: PreTrainedModel, packing: Packing, core: str) -> Ite
 
 @contextlib.contextmanager
 def last_layer(
-    layer: nn.Module, packing: Packing, asked: tuple[Group | None, Group | None], keep: Tensor
+    layer: nn.Module, packing: Packing, asked: tuple[TokenGroup | None, TokenGroup | None], keep: Tensor
 ) -> Iterator[None]:
     """Inside, `layer` computes queries and MLP for the tokens `keep` [K] of the packed sequence alone.
 

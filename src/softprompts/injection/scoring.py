@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts.backbone import SEQ2SEQ, Backbone
-from softprompts.injection.forward import Reading, read
+from softprompts.injection.forward import TrunkOutput, run_trunk
 from softprompts.injection.hidden_states import LAST
 from softprompts.injection.packed import Prefix
 from softprompts.injection.sites import Site
@@ -44,8 +44,8 @@ def forward(
     """
     every = hidden or layers or backbone.head in ("span", "features")
     wanted = None if every else functools.partial(_wanted, backbone, batch)
-    reading = read(backbone, batch, prompt, site, path=path, prefix=prefix, wanted=wanted, layers=layers)
-    rows = torch.arange(len(batch.ids), device=reading.hidden.device)
+    reading = run_trunk(backbone, batch, prompt, site, path=path, prefix=prefix, wanted=wanted, layers=layers)
+    rows = torch.arange(len(batch.input_ids), device=reading.hidden.device)
     states = _unpack(reading) if backbone.head in ("span", "features") else None
     seen = _unpack(reading.text or reading) if hidden and backbone.head != "features" else states
     result = Output(None, None, rows, hidden=seen, cache=reading.cache, path=reading.path)
@@ -59,7 +59,7 @@ def forward(
         return replace(result, logits=pooled(backbone, reading), labels=batch.labels)
     if backbone.head == "span":
         assert states is not None
-        scores = span_scores(backbone, reading, states, batch.mask)
+        scores = span_scores(backbone, reading, states, batch.attention_mask)
         flat = scores.permute(2, 0, 1).reshape(-1, scores.shape[1])
         labels = None if batch.labels is None else batch.labels.T.reshape(-1)
         return replace(result, logits=flat, labels=labels, row=rows.repeat(2))
@@ -72,11 +72,11 @@ def forward(
     result = replace(result, labels=labels, row=row, column=column, states=state, scores=read_off)
 
     if backbone.head == "lm" and (len(labels) * backbone.vocabulary > LOGITS if logits is None else not logits):
-        return replace(result, nll=surprise(state, labels, read_off, max(1, LOGITS // backbone.vocabulary)))
+        return replace(result, nll=chunked_nll(state, labels, read_off, max(1, LOGITS // backbone.vocabulary)))
     return replace(result, logits=read_off(state))
 
 
-def _text_states(reading: Reading, layers: Collection[int]) -> dict[str, Any]:
+def _text_states(reading: TrunkOutput, layers: Collection[int]) -> dict[str, Any]:
     """`layers` and `tokens` of an Output."""
     sides = {"text": reading} if reading.text is None else {"text": reading.text, "target": reading}
     found = {}
@@ -88,14 +88,14 @@ def _text_states(reading: Reading, layers: Collection[int]) -> dict[str, Any]:
     return {"layers": found, "tokens": {side: own.mask.sum(1) for side, own in sides.items()}}
 
 
-def surprise(states: Tensor, labels: Tensor, scores: Callable[[Tensor], Tensor], size: int) -> Tensor:
+def chunked_nll(states: Tensor, labels: Tensor, scores: Callable[[Tensor], Tensor], size: int) -> Tensor:
     """Minus the log-probability of each label [N] at states [N, H], in float32, `size` rows of scores at a time.
 
     Neither the scores nor their gradient ever stand in memory as a whole.
     """
     if not torch.is_grad_enabled() or not states.requires_grad:
         return torch.cat([_nll(scores(s), y) for s, y in zip(states.split(size), labels.split(size), strict=True)])
-    return _Surprise.apply(states, labels, scores, size)
+    return _ChunkedNll.apply(states, labels, scores, size)
 
 
 def _nll(scores: Tensor, labels: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _nll(scores: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-class _Surprise(torch.autograd.Function):
+class _ChunkedNll(torch.autograd.Function):
     """A position's scores depend on its own state alone, so the gradient is made together with the value."""
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Surprise(torch.autograd.Function):
         return own * gradients[0][:, None].to(own.dtype), None, None, None
 
 
-def head(backbone: Backbone, reading: Reading, states: Tensor, mask: Tensor | None = None) -> Tensor:
+def head(backbone: Backbone, reading: TrunkOutput, states: Tensor, mask: Tensor | None = None) -> Tensor:
     """The stock head's scores for `states [R, K, H]`: the trunk is replayed, the head is the model's own.
 
     mask [R, K]: which states there are, for heads that average over them (default: all).
@@ -140,7 +140,7 @@ def head(backbone: Backbone, reading: Reading, states: Tensor, mask: Tensor | No
         return backbone.model(encoder_outputs=encoded, **_decoder_input(backbone, ids), return_dict=True).logits
 
 
-def pooled(backbone: Backbone, reading: Reading) -> Tensor:
+def pooled(backbone: Backbone, reading: TrunkOutput) -> Tensor:
     """Scores [B, C] of a sequence head: encoders pool as the stock model does, others the last position of the run."""
     if not backbone.family.shifted and backbone.family is not SEQ2SEQ:
         columns = torch.arange(reading.hidden.shape[1], device=reading.end.device)
@@ -152,7 +152,7 @@ def pooled(backbone: Backbone, reading: Reading) -> Tensor:
     return head(backbone, reading, states)
 
 
-def span_scores(backbone: Backbone, reading: Reading, states: Tensor, mask: Tensor) -> Tensor:
+def span_scores(backbone: Backbone, reading: TrunkOutput, states: Tensor, mask: Tensor) -> Tensor:
     """Start and end scores [B, T, 2] in the text's own layout; padding can never be chosen."""
     ids = torch.full(states.shape[:2], _end_id(backbone), device=states.device)
     output = type(reading.output)(**{**reading.output, "last_hidden_state": states})
@@ -186,7 +186,7 @@ def _wanted(backbone: Backbone, batch: Batch, order: Tensor, mask: Tensor) -> Te
     return ends & mask
 
 
-def _labeled(backbone: Backbone, reading: Reading, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _labeled(backbone: Backbone, reading: TrunkOutput, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States [N, H] that score the labeled positions, with their labels, rows and original columns [N]."""
     packed = labels.gather(1, reading.order)
     wanted = (packed != IGNORE) & reading.mask
@@ -198,12 +198,12 @@ def _labeled(backbone: Backbone, reading: Reading, labels: Tensor) -> tuple[Tens
     return reading.hidden[row, place[row, column]], packed[row, column], row, reading.order[row, column]
 
 
-def _last(reading: Reading) -> Tensor:
+def _last(reading: TrunkOutput) -> Tensor:
     """The state [B, H] at the end of each row's run, which scores the first new token."""
     return reading.hidden[torch.arange(len(reading.end), device=reading.end.device), reading.end]
 
 
-def _unpack(reading: Reading) -> Tensor:
+def _unpack(reading: TrunkOutput) -> Tensor:
     """The text's states [B, T, H] in the text's own layout, zero on padding."""
     states = reading.hidden.gather(1, reading.position[..., None].expand(-1, -1, reading.hidden.shape[-1]))
     states = states * reading.mask[..., None]

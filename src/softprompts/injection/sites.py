@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.errors import BackboneError
-from softprompts.types import Prompt, Slot
+from softprompts.types import Prompt, PromptSpec
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ def _parts(backbone: Backbone, site: Site) -> tuple[int, ...]:
     return tuple(2 * heads * size for heads, size in backbone.kv_shape) if site.name == "kv" else ()
 
 
-def slot(
+def prompt_spec(
     backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int, encoders: Mapping[str, int] | None = None
-) -> Slot:
+) -> PromptSpec:
     """What a method must fill at `site`; `encoders`: widths of what encoders beside the backbone make of whole texts.
 
     Raises BackboneError as `width` does, and when `length` leaves no room for text.
@@ -63,7 +63,9 @@ def slot(
     family = backbone.family
     pool = "last" if family.shifted else "first" if family.place == "after_start" else "mean"
     readers = {"backbone": backbone.state_width, **(encoders or {})}
-    return Slot(tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site), readers, pool)
+    return PromptSpec(
+        tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site), readers, pool
+    )
 
 
 def check_site(backbone: Backbone, site: Site) -> None:
@@ -115,7 +117,7 @@ def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> I
     to the embeddings. Runs of another length (decoding steps) pass untouched; rows repeated for beams are repeated
     here too.
     """
-    parts = by_layer(prompt.values, backbone)[:, prompt.row]  # [L, B, P, H]
+    parts = by_layer(prompt.values, backbone)[:, prompt.prompt_index]  # [L, B, P, H]
     here = slots >= 0
     index = slots.clamp(min=0)[..., None].expand(-1, -1, parts.shape[-1])
 

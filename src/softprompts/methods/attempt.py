@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Context, Group, Prompt, Slot, Start, distinct, need_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct, require_text
 
 
 class Attempt(nn.Module):
@@ -27,9 +27,9 @@ class Attempt(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = True
     per_task: ClassVar[tuple[str, ...]] = ("prompts",)
-    groups: ClassVar[Mapping[str, Group]] = {
-        "prompt": Group(("prompts",)),
-        "attention": Group(("down", "up", "norm"), unit="one", rate=1e-3),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "prompt": ParamGroup(("prompts",)),
+        "attention": ParamGroup(("down", "up", "norm"), unit="one", rate=1e-3),
     }
 
     @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Attempt(nn.Module):
             if self.temperature is not None and not (number and 0 < self.temperature < math.inf):
                 raise ValueError(f"temperature must be a number above 0, given {self.temperature!r}")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         if start.sources is None or not len(start.sources):
             raise ValueError("it mixes trained prompts: set prompt.init.sources to the directories of some")
@@ -64,8 +64,8 @@ class Attempt(nn.Module):
 
         Raises PromptError where no row of a batch to learn from has text.
         """
-        need_text(context)
-        used, row = distinct(context.task)
+        require_text(context)
+        used, row = distinct(context.task_ids)
         own = torch.stack([self.prompts[i] for i in used.tolist()])
         query = self._query(context)
         scores = torch.cat([query @ self.sources.amax(1).T, (query * own.amax(1)[row]).sum(1, keepdim=True)], 1)
@@ -77,9 +77,9 @@ class Attempt(nn.Module):
 
     def _query(self, context: Context) -> Tensor:
         """h of each row, [B, D]."""
-        text = context.mask.bool()[:, :, None]
+        text = context.attention_mask.bool()[:, :, None]
         # A last column that is no text, so that the largest value of no text at all is there too.
-        embeds = nn.functional.pad(context.embeds.masked_fill(~text, -math.inf), (0, 0, 0, 1), value=-math.inf)
+        embeds = nn.functional.pad(context.inputs_embeds.masked_fill(~text, -math.inf), (0, 0, 0, 1), value=-math.inf)
         pooled = embeds.amax(1)
         seen = pooled.masked_fill(~text.any(1), 0).to(self.down.weight.dtype)
         found: Tensor = self.norm(self.up(nn.functional.silu(self.down(seen))))

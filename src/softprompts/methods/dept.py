@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Added, Context, Group, Prompt, Slot, Start, distinct
+from softprompts.types import Context, EmbeddingDelta, ParamGroup, Prompt, PromptInit, PromptSpec, distinct
 
 
 class DePT(nn.Module):
@@ -24,9 +24,9 @@ class DePT(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("prompts", "columns", "rows")
-    groups: ClassVar[Mapping[str, Group]] = {
-        "prompt": Group(("prompts",)),
-        "matrices": Group(("columns", "rows"), unit="one", rate=5e-4),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "prompt": ParamGroup(("prompts",)),
+        "matrices": ParamGroup(("columns", "rows"), unit="one", rate=5e-4),
     }
 
     @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DePT(nn.Module):
             if self.scale is not None and not (isinstance(self.scale, int | float) and 0 < self.scale < math.inf):
                 raise ValueError(f"scale must be a number above 0, given {self.scale!r}")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         self.scale = 8 / math.sqrt(config.rank) if config.scale is None else config.scale
@@ -58,11 +58,11 @@ class DePT(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks, with what each adds to its texts, `[U, s, H]`."""
-        used, row = distinct(context.task)
+        used, row = distinct(context.task_ids)
         values = torch.stack([self.prompts[i] for i in used.tolist()])
         mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
         added = torch.stack([self.scale * (self.columns[i] @ self.rows[i]) for i in used.tolist()])
-        return Prompt(values, mask, row, added=Added(added, context.mask.bool().sum(1)))
+        return Prompt(values, mask, row, embedding_delta=EmbeddingDelta(added, context.attention_mask.bool().sum(1)))
 
     def size(self) -> Tensor:
         """The root mean square of the tasks' prompts; what is added to texts is not counted."""

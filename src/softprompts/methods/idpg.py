@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.types import Context, Group, Prompt, Slot, Start, need_text, pooled
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, pool_states, require_text
 
 POSSIBLE = {
     "kind": ("auto", "S", "M", "L"),
@@ -35,11 +35,11 @@ class Idpg(nn.Module):
     paper: ClassVar[str] = "Wu et al. 2022, arXiv 2204.04497"
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = True
-    groups: ClassVar[Mapping[str, Group]] = {
-        "prompt": Group(("bias.",)),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "prompt": ParamGroup(("bias.",)),
         # What W2 makes is added to prompts, so its numbers grow with the embeddings; the others are numbers around one.
-        "output": Group(("up.",), rate=1e-2),
-        "hidden": Group(("down.", "hidden.", "rules.", "down_rules.", "up_rules."), unit="one", rate=1e-3),
+        "output": ParamGroup(("up.",), rate=1e-2),
+        "hidden": ParamGroup(("down.", "hidden.", "rules.", "down_rules.", "up_rules."), unit="one", rate=1e-3),
     }
 
     bias: nn.ParameterList
@@ -90,7 +90,7 @@ class Idpg(nn.Module):
         """The encoders that must be loaded beside the backbone."""
         return ("minilm",) if config.encoder == "minilm" else ()
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot, self.config = slot, config
         self.kind = _kind(config.kind, slot)
@@ -104,10 +104,10 @@ class Idpg(nn.Module):
 
         Raises PromptError where no row of a batch to learn from has text.
         """
-        need_text(context)
+        require_text(context)
         read = self._read(context)
-        used = context.task.unique().tolist()
-        rows = [(context.task == task).nonzero()[:, 0] for task in used]
+        used = context.task_ids.unique().tolist()
+        rows = [(context.task_ids == task).nonzero()[:, 0] for task in used]
         made = torch.cat([self._prompts(task, read[index]) for task, index in zip(used, rows, strict=True)])
         values = made[torch.cat(rows).argsort()]
         mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
@@ -122,12 +122,12 @@ class Idpg(nn.Module):
         config, dtype = self.config, self.bias[0].dtype
         pool = self.slot.pool if config.pool == "auto" else config.pool
         if config.encoder == "static":
-            found = pooled(context.embeds.to(dtype), context.mask, "mean")
+            found = pool_states(context.inputs_embeds.to(dtype), context.attention_mask, "mean")
         elif config.encoder == "backbone" and not config.cache:
-            found = pooled(context.encode().to(dtype), context.mask, pool)
+            found = pool_states(context.encode().to(dtype), context.attention_mask, pool)
         else:
             name = config.encoder if config.encoder != "backbone" else f"backbone-{pool}"
-            found = context.sentence(name).to(dtype)
+            found = context.sentence_embedding(name).to(dtype)
         found = found.detach()
         return found / found.square().mean(1, keepdim=True).sqrt().clamp(min=1e-12) if config.normalize else found
 
@@ -175,7 +175,7 @@ def phm(values: Tensor, rules: Tensor, blocks: Tensor) -> Tensor:
     return found.flatten(2)
 
 
-def _kind(kind: str, slot: Slot) -> str:
+def _kind(kind: str, slot: PromptSpec) -> str:
     """S, M or L; raises ValueError for one that the site does not have."""
     if kind == "auto":
         return "M" if len(set(slot.layers)) == 1 else "S"
@@ -190,7 +190,7 @@ def _kind(kind: str, slot: Slot) -> str:
     return kind
 
 
-def _begin(config: Idpg.Config, slot: Slot, kind: str, prompt: Tensor) -> dict[str, nn.Parameter]:
+def _begin(config: Idpg.Config, slot: PromptSpec, kind: str, prompt: Tensor) -> dict[str, nn.Parameter]:
     """Where a task's generator begins: its parameters by name, with G generators, in kind L one for each layer."""
     known = {"static": slot.features, **slot.encoders}
     if config.encoder not in known:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from softprompts.errors import PromptError
-from softprompts.types import Context, Group, Prompt, Slot, Start, distinct, need_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct, require_text
 
 
 class InstancePromptTuning(nn.Module):
@@ -30,11 +30,11 @@ class InstancePromptTuning(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = True
     pretrained: ClassVar[tuple[str, ...]] = ("table", "encoder")
-    groups: ClassVar[Mapping[str, Group]] = {
-        "prompt": Group(("prompts", "linear.bias")),
-        "table": Group(("table.rows", "table.directions"), decay=False),
-        "codes": Group(("table.codes",), unit="one", decay=False),
-        "encoder": Group(("encoder", "linear.weight"), unit="one", rate=1e-3),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "prompt": ParamGroup(("prompts", "linear.bias")),
+        "table": ParamGroup(("table.rows", "table.directions"), decay=False),
+        "codes": ParamGroup(("table.codes",), unit="one", decay=False),
+        "encoder": ParamGroup(("encoder", "linear.weight"), unit="one", rate=1e-3),
     }
 
     @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class InstancePromptTuning(nn.Module):
                     f"strategy {self.strategy} would learn nothing from a table of zeros; use uniform or words"
                 )
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         lookup, deep = config.strategy == "lookup", bool(slot.layers)
         based = (config.base or ("start" if deep else "none")) == "start"
@@ -131,11 +131,11 @@ class InstancePromptTuning(nn.Module):
 
         Raises PromptError where the text was given as embeddings, and where no row of a batch to learn from has text.
         """
-        need_text(context)
+        require_text(context)
         own, there = self._instances(context)
         own = own * self.scale
         if self.per_task:
-            used, row = distinct(context.task)
+            used, row = distinct(context.task_ids)
             base = torch.stack([self.prompts[i] for i in used.tolist()])[row]
             values = base + nn.functional.pad(own, (0, self.slot.width - own.shape[2]))
             there = torch.ones_like(there)
@@ -169,16 +169,16 @@ class InstancePromptTuning(nn.Module):
     def _read(self, context: Context) -> tuple[Tensor, Tensor]:
         """T's vectors of the first n tokens that may be seen, [B, n, d], and where there are such, [B, n]."""
         count = self.config.tokens or self.slot.length
-        visible = context.mask.bool()
+        visible = context.attention_mask.bool()
         order = (~visible).long().argsort(dim=1, stable=True)[:, :count]
         spare = count - order.shape[1]
         there = nn.functional.pad(visible.gather(1, order), (0, spare))
-        ids = nn.functional.pad(context.ids.gather(1, order), (0, spare)).masked_fill(~there, 0)
+        ids = nn.functional.pad(context.input_ids.gather(1, order), (0, spare)).masked_fill(~there, 0)
         if bool((ids < 0).any()):
             raise PromptError("the method looks tokens up, and the text was given as embeddings; give input_ids")
         seen: Tensor = self.table(ids)
         if self.words:
-            embeds = context.embeds.gather(1, order[:, :, None].expand(-1, -1, context.embeds.shape[2]))
+            embeds = context.inputs_embeds.gather(1, order[:, :, None].expand(-1, -1, context.inputs_embeds.shape[2]))
             seen = seen + nn.functional.pad(embeds, (0, 0, 0, spare)).to(seen.dtype)
         return seen.masked_fill(~there[:, :, None], 0), there
 

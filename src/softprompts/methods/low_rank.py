@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, for_tasks
 
 
 class LowRankPromptTuning(nn.Module):
@@ -22,7 +22,10 @@ class LowRankPromptTuning(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("columns", "rows")
-    groups: ClassVar[Mapping[str, Group]] = {"rows": Group(("rows",)), "columns": Group(("columns",), unit="one")}
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "rows": ParamGroup(("rows",)),
+        "columns": ParamGroup(("columns",), unit="one"),
+    }
 
     @dataclass(frozen=True)
     class Config:
@@ -34,7 +37,7 @@ class LowRankPromptTuning(nn.Module):
             if not isinstance(self.rank, int) or self.rank < 1:
                 raise ValueError(f"rank must be a whole number from 1 on, given {self.rank!r}")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         columns, rows = _nearest(start.prompt.detach(), config.rank)
@@ -43,7 +46,7 @@ class LowRankPromptTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`; tasks that are not in it get no gradient."""
-        return for_tasks(context.task, self._prompt)
+        return for_tasks(context.task_ids, self._prompt)
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`: the product, in float32, as training uses it."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, for_tasks
 
 
 class MultitaskPromptTuning(nn.Module):
@@ -22,9 +22,9 @@ class MultitaskPromptTuning(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("columns", "rows")
-    groups: ClassVar[Mapping[str, Group]] = {
-        "shared": Group(("shared",)),
-        "factors": Group(("columns", "rows"), unit="one"),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "shared": ParamGroup(("shared",)),
+        "factors": ParamGroup(("columns", "rows"), unit="one"),
     }
 
     @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class MultitaskPromptTuning(nn.Module):
             if not isinstance(self.ranks, int) or self.ranks < 1:
                 raise ValueError(f"ranks must be a positive number, given {self.ranks!r}")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         self.shared = nn.Parameter(start.prompt.detach().clone().float())
@@ -64,7 +64,7 @@ class MultitaskPromptTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`; tasks that are not in it get no gradient."""
-        return for_tasks(context.task, self._prompt)
+        return for_tasks(context.task_ids, self._prompt)
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`: the product, in float32, as training uses it."""
@@ -74,7 +74,7 @@ class MultitaskPromptTuning(nn.Module):
         return self.shared * (self.columns[index] @ self.rows[index])
 
 
-def _factors(config: MultitaskPromptTuning.Config, slot: Slot, start: Start) -> tuple[Tensor, Tensor]:
+def _factors(config: MultitaskPromptTuning.Config, slot: PromptSpec, start: PromptInit) -> tuple[Tensor, Tensor]:
     """Where a task's factors begin: columns [P, r] and rows [r, D]."""
     shapes = (slot.length, config.ranks), (config.ranks, slot.width)
     if start.factors is not None:

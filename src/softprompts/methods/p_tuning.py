@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import START, Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import START, Context, ParamGroup, Prompt, PromptInit, PromptSpec, for_tasks
 
 
 class PTuning(nn.Module):
@@ -24,10 +24,10 @@ class PTuning(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder")
     sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("networks", "outputs")
-    groups: ClassVar[Mapping[str, Group]] = {
-        "network": Group(("networks",), unit="one", rate=1e-3),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "network": ParamGroup(("networks",), unit="one", rate=1e-3),
         # The last layer's weights are as large as the prompt they make, whatever the model's embeddings are.
-        "output": Group(("outputs",), rate=2e-3),
+        "output": ParamGroup(("outputs",), rate=2e-3),
     }
 
     @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PTuning(nn.Module):
             if self.output not in ("zero", "torch"):
                 raise ValueError(f"output '{self.output}' is unknown; possible: zero, torch")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         networks = [_Network(config, slot, start.prompt) for _ in slot.tasks]
@@ -61,7 +61,7 @@ class PTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`; tasks that are not in it get no gradient."""
-        return for_tasks(context.task, self._prompt)
+        return for_tasks(context.task_ids, self._prompt)
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`."""
@@ -76,7 +76,7 @@ class PTuning(nn.Module):
 class _Network(nn.Module):
     """Pseudo tokens and all of one task's encoder but its last layer: gives `[P, width]`; keeps the task's start."""
 
-    def __init__(self, config: PTuning.Config, slot: Slot, start: Tensor) -> None:
+    def __init__(self, config: PTuning.Config, slot: PromptSpec, start: Tensor) -> None:
         super().__init__()
         self.start: Tensor
         self.register_buffer(START, start.detach().clone().float())

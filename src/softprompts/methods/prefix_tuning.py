@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.types import START, Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import START, Context, ParamGroup, Prompt, PromptInit, PromptSpec, for_tasks
 
 
 class PrefixTuning(nn.Module):
@@ -23,9 +23,9 @@ class PrefixTuning(nn.Module):
     paper: ClassVar[str] = "Li & Liang 2021, arXiv 2101.00190; as P-tuning v2 Liu et al. 2021, arXiv 2110.07602"
     sites: ClassVar[tuple[str, ...]] = ("kv", "layers")
     sees_input: ClassVar[bool] = False
-    groups: ClassVar[Mapping[str, Group]] = {
-        "prompt": Group(("prompts",)),
-        "network": Group(("networks",), unit="one", rate=1e-3),
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "prompt": ParamGroup(("prompts",)),
+        "network": ParamGroup(("networks",), unit="one", rate=1e-3),
     }
 
     @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class PrefixTuning(nn.Module):
             if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
                 raise ValueError(f"dropout must be a number from 0 to less than 1, given {self.dropout!r}")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         self.dropout = config.dropout
@@ -61,7 +61,7 @@ class PrefixTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`; rows of a task share what dropout leaves out."""
-        return for_tasks(context.task, lambda i: functional.dropout(self._prompt(i), self.dropout, self.training))
+        return for_tasks(context.task_ids, lambda i: functional.dropout(self._prompt(i), self.dropout, self.training))
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`, nothing left out."""
@@ -75,7 +75,7 @@ class PrefixTuning(nn.Module):
 class _Network(nn.Module):
     """What makes one task's prompt `[P, D]`; its start is kept, as folding needs it."""
 
-    def __init__(self, config: PrefixTuning.Config, slot: Slot, start: Tensor) -> None:
+    def __init__(self, config: PrefixTuning.Config, slot: PromptSpec, start: Tensor) -> None:
         super().__init__()
         self.start: Tensor
         self.register_buffer(START, start.detach().clone().float())

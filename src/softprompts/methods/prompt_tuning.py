@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from softprompts.types import Context, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, Prompt, PromptInit, PromptSpec, for_tasks
 
 
 class PromptTuning(nn.Module):
@@ -20,14 +20,14 @@ class PromptTuning(nn.Module):
     class Config:
         """Prompt tuning has nothing to choose beyond length, place and start."""
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         self.prompts = nn.ParameterList(start.prompt.detach().clone().float() for _ in slot.tasks)
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`."""
-        return for_tasks(context.task, lambda i: self.prompts[i])
+        return for_tasks(context.task_ids, lambda i: self.prompts[i])
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from softprompts.config import closest
 from softprompts.errors import ConfigError
-from softprompts.types import Group, Method, Slot, Start
+from softprompts.types import Method, ParamGroup, PromptInit, PromptSpec
 
 METHODS: dict[str, str] = {
     "prompt-tuning": "softprompts.methods.prompt_tuning:PromptTuning",
@@ -61,7 +61,7 @@ def check_site(name: str, site: str) -> None:
         )
 
 
-def build(name: str, options: Mapping[str, Any], slot: Slot, start: Start) -> Any:
+def build(name: str, options: Mapping[str, Any], slot: PromptSpec, start: PromptInit) -> Any:
     """The method called `name` at its start, as its `options` say, in eval mode: training switches dropout on.
 
     Raises ConfigError for a name or options that are not known, and for what the method says against its start.
@@ -140,9 +140,9 @@ def _take_up(name: str, method: Any, state: Mapping[str, Any]) -> None:
     method.load_state_dict(own)
 
 
-def groups(method: Any) -> Mapping[str, Group]:
+def groups(method: Any) -> Mapping[str, ParamGroup]:
     """The method's parameters by groups that may have learning rates of their own; one of all where it names none."""
-    return getattr(method, "groups", {"prompt": Group(("",))})
+    return getattr(method, "groups", {"prompt": ParamGroup(("",))})
 
 
 def state_of(method: Any, task: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.types import Context, Group, Prompt, Slot, Start, for_tasks
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, for_tasks
 
 
 class ResidualPromptTuning(nn.Module):
@@ -24,10 +24,10 @@ class ResidualPromptTuning(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
     sees_input: ClassVar[bool] = False
     per_task: ClassVar[tuple[str, ...]] = ("prompts", "scales", "shifts", "networks")
-    groups: ClassVar[Mapping[str, Group]] = {
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
         # What is normed is about one, so that scales and shifts are as large as the prompt they make.
-        "prompt": Group(("prompts", "scales", "shifts")),
-        "network": Group(("networks",), unit="one", rate=1e-3),
+        "prompt": ParamGroup(("prompts", "scales", "shifts")),
+        "network": ParamGroup(("networks",), unit="one", rate=1e-3),
     }
 
     @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ResidualPromptTuning(nn.Module):
             if self.output not in ("zero", "torch"):
                 raise ValueError(f"output '{self.output}' is unknown; possible: zero, torch")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         self.slot = slot
         count, first = slot.length if config.per_token else 1, 0.0 if config.output == "zero" else 1.0
@@ -58,7 +58,7 @@ class ResidualPromptTuning(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The distinct prompts `[U, P, D]` of the batch's tasks `[B]`; tasks that are not in it get no gradient."""
-        return for_tasks(context.task, self._prompt)
+        return for_tasks(context.task_ids, self._prompt)
 
     def fold(self, task: str) -> Tensor:
         """The plain prompt `[P, D]` of `task`."""

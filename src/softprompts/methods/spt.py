@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Context, Group, Prompt, Slot, Start, need_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, require_text
 
 
 class SemiParametric(nn.Module):
@@ -33,7 +33,7 @@ class SemiParametric(nn.Module):
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder")
     sees_input: ClassVar[bool] = True
     per_task: ClassVar[tuple[str, ...]] = ()
-    groups: ClassVar[Mapping[str, Group]] = {"prompt": Group(("soft",)), "memory": Group(("sources",))}
+    groups: ClassVar[Mapping[str, ParamGroup]] = {"prompt": ParamGroup(("soft",)), "memory": ParamGroup(("sources",))}
 
     @dataclass(frozen=True)
     class Config:
@@ -70,7 +70,7 @@ class SemiParametric(nn.Module):
             if self.index == "faiss" and (self.trained or self.retrieval == "soft"):
                 raise ValueError("index 'faiss' finds rows of a frozen memory by hard retrieval; use index 'torch'")
 
-    def __init__(self, config: Config, slot: Slot, start: Start) -> None:
+    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
         super().__init__()
         if config.k >= slot.length:
             raise ValueError(
@@ -106,10 +106,10 @@ class SemiParametric(nn.Module):
         Raises PromptError where no row of a batch to learn from has text and there is a memory to ask.
         """
         if not self.config.k:
-            row = torch.zeros_like(context.task)
+            row = torch.zeros_like(context.task_ids)
             mask = torch.ones(1, self.slot.length, dtype=torch.bool, device=row.device)
             return Prompt(self.soft[None], mask, row)
-        need_text(context)
+        require_text(context)
         words, counts, row = _instructions(context)
         share = torch.bincount(row, minlength=len(words)) / len(row)
         weigh = self._mixed if self.config.retrieval == "soft" else self._retrieved
@@ -150,7 +150,7 @@ class SemiParametric(nn.Module):
         return {**self.__dict__, "_index": None}  # it cannot be copied, and is made again where it is needed
 
 
-def _memory(config: SemiParametric.Config, start: Start) -> Tensor:
+def _memory(config: SemiParametric.Config, start: PromptInit) -> Tensor:
     """The memory as sources, [S, n, D]: trained prompts that were named, or one set of words."""
     if start.sources is None and start.draw is None:
         raise ValueError("its memory needs words of a model or, in prompt.init.sources, trained prompts")
@@ -173,11 +173,19 @@ def _instructions(context: Context) -> tuple[Tensor, Tensor, Tensor]:
 
     Rows have the same h where its words are the same in the same order, wherever they stand in the text.
     """
-    there = context.mask.bool() if context.words is None else context.mask.bool() & context.words.bool()
+    there = (
+        context.attention_mask.bool()
+        if context.instruction_mask is None
+        else context.attention_mask.bool() & context.instruction_mask.bool()
+    )
     counts = there.sum(1)
     size = int(counts.max())
     order = there.long().argsort(dim=1, descending=True, stable=True)[:, :size]
-    words = context.embeds.detach().float().gather(1, order[..., None].expand(-1, -1, context.embeds.shape[2]))
+    words = (
+        context.inputs_embeds.detach()
+        .float()
+        .gather(1, order[..., None].expand(-1, -1, context.inputs_embeds.shape[2]))
+    )
     words = words.masked_fill((torch.arange(size, device=there.device) >= counts[:, None])[..., None], 0)
     flat = torch.cat([counts[:, None].float(), words.flatten(1)], 1)
     found, row = flat.unique(dim=0, return_inverse=True)

@@ -22,7 +22,7 @@ from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
 from softprompts.config import InitConfig, closest
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
-from softprompts.types import Fingerprint, Slot, Start
+from softprompts.types import Fingerprint, PromptInit, PromptSpec
 
 LABEL_POPULATION = 5000
 """Rows that no class label fills are drawn from the 5,000 most common tokens (Lester et al. 2021, section 3.2)."""
@@ -35,16 +35,16 @@ READ = ("artifact", "mean", "multitask", "vector")
 """The kinds that are read from artifacts."""
 
 
-def start(
+def initialize(
     config: InitConfig,
     backbone: Backbone,
     site: Site,
-    slot: Slot,
+    slot: PromptSpec,
     *,
     seed: int = 0,
     labels: Sequence[str] = (),
     allow_other_weights: bool = False,
-) -> Start:
+) -> PromptInit:
     """The start `[P, D]` that `config` describes, with sources `[S, P, D]` and a trained state where it names some.
 
     labels: the task's label words, for kind labels where the configuration names none.
@@ -60,9 +60,9 @@ def start(
     sources = [one.matrix(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
     found = [one.matrix(path).clone() for one, path in zip(read, paths, strict=False)]
     if config.kind == "artifact":
-        made = Start(found[0])
+        made = PromptInit(found[0])
     elif config.kind == "mean":
-        made = Start(similarity.mean(found, config.weights))
+        made = PromptInit(similarity.mean(found, config.weights))
     elif config.kind == "multitask":
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
@@ -70,7 +70,7 @@ def start(
     elif config.kind == "vector":
         made = _from_vector(config, backbone, site, slot, seed, labels, allow_other_weights)
     else:
-        made = Start(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
+        made = PromptInit(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
     return replace(
         made,
         sources=torch.stack(sources) if sources else None,
@@ -90,7 +90,7 @@ def _made(
     config: InitConfig,
     backbone: Backbone,
     site: Site,
-    slot: Slot,
+    slot: PromptSpec,
     generator: torch.Generator,
     labels: Sequence[str],
 ) -> Tensor:
@@ -191,7 +191,7 @@ def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
     return [torch.stack([layer.keys[0], layer.values[0]]).permute(2, 0, 1, 3) for layer in layers]
 
 
-def _random(distribution: str, backbone: Backbone, site: Site, slot: Slot, generator: torch.Generator) -> Tensor:
+def _random(distribution: str, backbone: Backbone, site: Site, slot: PromptSpec, generator: torch.Generator) -> Tensor:
     if distribution == "uniform":  # Lester et al. 2021, section 3.2; the released code draws from [0, 0.5) instead
         return torch.rand(slot.length, slot.width, generator=generator) - 0.5
     noise = torch.randn(slot.length, slot.width, generator=generator)
@@ -204,7 +204,7 @@ def _random(distribution: str, backbone: Backbone, site: Site, slot: Slot, gener
 
 
 def _from_labels(
-    words: Sequence[str], backbone: Backbone, site: Site, slot: Slot, population: int, generator: torch.Generator
+    words: Sequence[str], backbone: Backbone, site: Site, slot: PromptSpec, population: int, generator: torch.Generator
 ) -> Tensor:
     """Row i is the mean of label i's piece embeddings; rows left over are common words (section 3.2 of the paper)."""
     if backbone.tokenizer is None or not words:
@@ -234,7 +234,7 @@ def _fitting(
     places: Sequence[tuple[str | Path, int | None]],
     backbone: Backbone,
     site: Site,
-    slot: Slot,
+    slot: PromptSpec,
     allow_other_weights: bool,
 ) -> list[Artifact]:
     """The artifacts in directories (and which of several there, or None).
@@ -250,7 +250,7 @@ def _fitting(
 
 
 def _check_fits(
-    found: Artifact, path: str | Path, weights: Fingerprint, site: Site, slot: Slot, allow_other_weights: bool
+    found: Artifact, path: str | Path, weights: Fingerprint, site: Site, slot: PromptSpec, allow_other_weights: bool
 ) -> None:
     try:
         artifact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
@@ -267,20 +267,20 @@ def _from_vector(
     config: InitConfig,
     backbone: Backbone,
     site: Site,
-    slot: Slot,
+    slot: PromptSpec,
     seed: int,
     labels: Sequence[str],
     allow_other_weights: bool,
-) -> Start:
+) -> PromptInit:
     """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
     total = vectors.read(config.vector)
     _check_fits(total.like, config.vector, fingerprint(backbone), site, slot, allow_other_weights)
     if config.start is not None:
-        began = start(
+        began = initialize(
             config.start, backbone, site, slot, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
-        return Start(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
+        return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
     common = vectors.common_start(total)
     if common is None and not total.parts:
         raise ConfigError(
@@ -292,10 +292,10 @@ def _from_vector(
             f"the prompts of '{config.vector}' did not all begin at the same start; say with init.start what to add "
             f"their sum to, such as init.start: {{kind: vocabulary}}"
         )
-    return Start(vectors.apply(total, common), parents=total.parents)
+    return PromptInit(vectors.apply(total, common), parents=total.parents)
 
 
-def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]) -> Start:
+def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]) -> PromptInit:
     """The shared prompt of source tasks, with their factors' average (Wang et al. 2023, section 3.2), one's, or ones.
 
     Columns and rows are averaged on their own; the average of their products would not be of the same rank.
@@ -311,7 +311,7 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
     if any(not torch.equal(one.state["shared"], first["shared"]) for one in artifacts):
         raise ArtifactError(f"{path}: {', '.join(sources)} do not share one prompt; they come from different runs")
     if config.factors == "ones":
-        return Start(first["shared"].clone())
+        return PromptInit(first["shared"].clone())
     if config.factors == "task":
         if config.task not in sources:
             raise ConfigError(
@@ -323,7 +323,7 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
         torch.stack([one.state[name].double() for one in sources.values()]).mean(0).float()
         for name in ("columns.0", "rows.0")
     )
-    return Start(first["shared"].clone(), factors=(columns, rows))
+    return PromptInit(first["shared"].clone(), factors=(columns, rows))
 
 
 def _parts(path: str) -> list[tuple[str | Path, int | None]]:

@@ -12,7 +12,7 @@ from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.injection import Prefix, Site
 from softprompts.model.sentence_encoders import Sentences
-from softprompts.types import Batch, Context, Output, Prompt, Slot, Step, in_mode, unscored
+from softprompts.types import Batch, Context, Output, Prompt, PromptSpec, Step, in_mode, mask_before_labels
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Learner:
 
     backbone: Backbone
     site: Site
-    slot: Slot
+    slot: PromptSpec
     method: Any = None
     head: dict[str, nn.Parameter] | None = None
     sentences: Sentences = field(default_factory=Sentences)
@@ -48,13 +48,15 @@ class Learner:
     def context(self, batch: Batch) -> Context:
         """What a method may look at of `batch`: of a causal text nothing from its first label on."""
         backbone = self.backbone
-        mask = unscored(batch.mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None)
-        return self.sentences.context(backbone, batch, batch.task, mask)
+        mask = mask_before_labels(
+            batch.attention_mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None
+        )
+        return self.sentences.context(backbone, batch, batch.task_ids, mask)
 
     def step(self, batch: Batch) -> Step:
         """Run `batch` in training mode and give what objectives look at; its text is embedded once."""
-        if batch.embeds is None:
-            batch = replace(batch, embeds=self.backbone.embed(batch.ids))
+        if batch.inputs_embeds is None:
+            batch = replace(batch, inputs_embeds=self.backbone.embed(batch.input_ids))
         prompt = self.prompt(batch, training=True)
 
         def again(other: Prompt | None) -> Output:
@@ -148,7 +150,7 @@ class Reader:
             prompt = self._followed(leading)
             self.known[leading] = prompt, injection.read_prompts(self.learner.backbone, prompt, self.learner.site)
         prompt, prefix = self.known[leading]
-        return prompt.rows(batch.task - self.first), prefix
+        return prompt.rows(batch.task_ids - self.first), prefix
 
     def forward(self, batch: Batch, leading: tuple[int, ...] = (), logits: bool | None = None) -> Output:
         """Scores that line up with the labels of `batch`; arguments as for `prompts` and `inject.forward`."""

@@ -10,7 +10,7 @@ from softprompts.backbone import Backbone
 
 
 @dataclass(frozen=True)
-class Nearest:
+class NearestTokens:
     """The words nearest to prompt row `row` by cosine, nearest first, and the row's norm."""
 
     row: int
@@ -18,7 +18,7 @@ class Nearest:
     words: tuple[tuple[str, float], ...]
 
 
-def nearest_words(backbone: Backbone, prompt: Tensor, count: int = 5) -> list[Nearest]:
+def nearest_tokens(backbone: Backbone, prompt: Tensor, count: int = 5) -> list[NearestTokens]:
     """The `count` words of the embedding table with the highest cosine to each row of `prompt [P, features]`.
 
     Raises ValueError for prompts of another width, such as those of sites layers and kv.
@@ -41,7 +41,7 @@ def nearest_words(backbone: Backbone, prompt: Tensor, count: int = 5) -> list[Ne
         )
         best = cosines.topk(min(count, known), dim=1)
     return [
-        Nearest(
+        NearestTokens(
             i,
             float(prompt[i].float().norm()),
             tuple(

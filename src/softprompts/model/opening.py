@@ -11,7 +11,7 @@ from softprompts import backbone, errors, injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import EvaluateConfig, ModelConfig, parse
-from softprompts.data import Encoder, Format
+from softprompts.data import ExampleTokenizer, TaskTemplate
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods import sentence_encoders
@@ -26,7 +26,7 @@ class Opened:
     """Artifacts made ready to answer: a learner whose task i is artifact i, their encoder, and what was noticed."""
 
     learner: Learner
-    encoder: Encoder | None
+    encoder: ExampleTokenizer | None
     artifacts: tuple[Artifact, ...]
     warnings: tuple[str, ...]
 
@@ -36,7 +36,7 @@ def open_artifacts(
     *,
     model: ModelConfig | None = None,
     allow_other_weights: bool = False,
-    say: Callable[[str], None] = SILENT.say,
+    say: Callable[[str], None] = SILENT.log,
 ) -> Opened:
     """Load artifacts of one backbone, site and length, and the backbone itself.
 
@@ -69,7 +69,7 @@ def open_artifacts(
     sentences = Sentences()
     made = [one for one in found if one.prompt is None]
     sentences.fetch({name for one in made for name in sentence_encoders(one.method, one.options)}, base, say)
-    slot = injection.slot(base, site, names, first.shape[0], sentences.widths)
+    slot = injection.prompt_spec(base, site, names, first.shape[0], sentences.widths)
     if slot.width != first.shape[1]:
         raise errors.ArtifactError(
             f"{paths[0]}: prompt rows of width {first.shape[1]} do not fit site {site.name} of {base.name}, "
@@ -81,14 +81,14 @@ def open_artifacts(
         learner = replace(learner, head={k: nn.Parameter(v, requires_grad=False) for k, v in first.heads.items()})
     encoder = None
     if first.format is not None:
-        encoder = encoder_for(base, Format.from_json(first.format), first.shape[0], place=first.place)
+        encoder = encoder_for(base, TaskTemplate.from_json(first.format), first.shape[0], place=first.place)
     return Opened(learner, encoder, found, tuple(dict.fromkeys(warnings)))
 
 
 def _head_rows(one: Artifact) -> int | None:
     """Classes of the artifact's head: the task's, or, where none is stored, the rows of its last weight."""
     if one.format is not None:
-        return head_size(one.head, Format.from_json(one.format))
+        return head_size(one.head, TaskTemplate.from_json(one.format))
     sizes: list[Tensor] = [v for k, v in one.heads.items() if k.endswith("weight")]
     return sizes[-1].shape[0] if sizes and one.head in ("sequence", "token") else None
 

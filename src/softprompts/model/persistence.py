@@ -20,7 +20,7 @@ from softprompts.methods import build, check_site, sentence_encoders
 from softprompts.model import initialization, stored
 from softprompts.model.registry import Held, Made, Task, absorb
 from softprompts.model.sentence_encoders import Sentences
-from softprompts.types import SOURCES, Fingerprint, Start
+from softprompts.types import SOURCES, Fingerprint, PromptInit
 
 
 class Described(Protocol):
@@ -33,7 +33,7 @@ class Described(Protocol):
         """Number of tasks that share what their method shares."""
         ...
 
-    def describe(self, backbone: Backbone) -> tuple[PromptConfig, Start | None]:
+    def describe(self, backbone: Backbone) -> tuple[PromptConfig, PromptInit | None]:
         """The same as a PromptConfig, and the start where it has rules of its own."""
         ...
 
@@ -72,9 +72,9 @@ def create(
     check_site(config.method, config.site)
     site = Site(config.site, config.mode, config.place, config.segments)
     sentences.fetch(sentence_encoders(config.method, config.options), backbone)
-    slot = injection.slot(backbone, site, names, config.length, sentences.widths)
+    slot = injection.prompt_spec(backbone, site, names, config.length, sentences.widths)
     if start is None:
-        start = initialization.start(config.init, backbone, site, slot)
+        start = initialization.initialize(config.init, backbone, site, slot)
     method = build(config.method, config.options, slot, start).to(backbone.device)
     if count > 1 and not hasattr(method, "per_task"):
         raise ConfigError(f"method {config.method} does not say which parameters are one task's; add tasks one by one")
@@ -93,7 +93,7 @@ def alike(backbone: Backbone, held: Held, name: str, old: str, modules_to_save: 
     task, method = held.tasks[old], held.method(old)
     # Only what is the new task's own will be kept: factors at one, or a prompt that starts where the other did.
     begin = torch.zeros(method.slot.length, method.slot.width) if task.initial is None else task.initial
-    start = Start(begin, getattr(method, SOURCES, None))
+    start = PromptInit(begin, getattr(method, SOURCES, None))
     made = build(task.config.method, task.config.options, replace(method.slot, tasks=(name,)), start)
     new = replace(task, name=name, initial=None, found=None)
     return Made([new], made.to(backbone.device), [_new_head(backbone, modules_to_save)])
@@ -158,7 +158,7 @@ def restore(
         )
     name, site = name or found.task, Site(found.site, found.mode, found.place, found.segments)
     sentences.fetch(sentence_encoders(found.method, found.options), backbone)
-    slot = injection.slot(backbone, site, (name,), found.shape[0], sentences.widths)
+    slot = injection.prompt_spec(backbone, site, (name,), found.shape[0], sentences.widths)
     if slot.width != found.shape[1]:
         raise ArtifactError(
             f"{path} holds a prompt of width {found.shape[1]}; site '{site.name}' of this model is {slot.width}"
@@ -231,10 +231,10 @@ def save(backbone: Backbone, held: Held, directory: Path) -> None:
     groups = [group for group in dict.fromkeys(task.group for task in held.tasks.values()) if len(group) > 1]
     folders = tuple(tuple(map(collection.folder, group)) for group in groups)
     peft = _peft([[made[name] for name in group] for group in groups]) if groups else None
-    collection.write(directory, collection.Order(tuple(map(collection.folder, made)), folders), peft)
+    collection.write(directory, collection.CollectionIndex(tuple(map(collection.folder, made)), folders), peft)
 
 
-def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.Peft | str:
+def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
     """PEFT's files for the tasks that share a prompt, or why it cannot reproduce them."""
     first = groups[0][0]
     if len(groups) > 1:
@@ -252,7 +252,7 @@ def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.Peft | str:
     states = [one.state for one in groups[0]]
     ranks = states[0][peft_files.STATE[1]].shape[1]
     config = peft_files.shared_config(peft_files.config(shape, *place), len(states), ranks)
-    return collection.Peft(config, peft_files.shared_tensors(states, first.heads))
+    return collection.PeftFiles(config, peft_files.shared_tensors(states, first.heads))
 
 
 def _artifact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -> Artifact:

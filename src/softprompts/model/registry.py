@@ -15,7 +15,7 @@ from softprompts.errors import BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.model import stored
 from softprompts.model.sentence_encoders import Sentences
-from softprompts.types import Batch, Prompt, mix
+from softprompts.types import Batch, Prompt, mix_prompts
 
 
 @dataclass(frozen=True)
@@ -145,40 +145,42 @@ class Held:
         Raises BackboneError where the sites differ.
         """
         names = tuple(self.tasks)
-        used = {names[i]: self.tasks[names[i]] for i in batch.task.unique().tolist()}
+        used = {names[i]: self.tasks[names[i]] for i in batch.task_ids.unique().tolist()}
         sites = {name: task.site for name, task in used.items()}
         if len({(site.name, site.mode) for site in sites.values()}) > 1:
             where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
             raise BackboneError(
                 f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
             )
-        device = batch.task.device
+        device = batch.task_ids.device
         batch = self._placed(backbone, batch, mask, sites)
         groups = dict.fromkeys(task.group for task in used.values())
         made, places = [], []
         for group in groups:
             own = torch.tensor([group.index(name) if name in group else -1 for name in names], device=device)[
-                batch.task
+                batch.task_ids
             ]
             places.append((own >= 0).nonzero()[:, 0])
             part, seen = (batch, mask) if len(groups) == 1 else (batch.rows(places[-1]), mask[places[-1]])
-            context = self.sentences.context(backbone, part, own[places[-1]], seen, ids_are_text=part.embeds is None)
+            context = self.sentences.context(
+                backbone, part, own[places[-1]], seen, ids_are_text=part.inputs_embeds is None
+            )
             made.append(self.prompts[key(*group)](context))
-        return batch, made[0] if len(made) == 1 else mix(made, places), next(iter(sites.values()))
+        return batch, made[0] if len(made) == 1 else mix_prompts(made, places), next(iter(sites.values()))
 
     def _placed(self, backbone: Backbone, batch: Batch, mask: Tensor, sites: Mapping[str, Site]) -> Batch:
         """The batch with the place of each row's prompt, where rows differ or the text says it."""
         names = tuple(self.tasks)
-        own = [names[i] for i in batch.task.tolist()]
+        own = [names[i] for i in batch.task_ids.tolist()]
         places = {name: site.place for name, site in sites.items()}
-        if batch.place is None and (len(set(places.values())) > 1 or "suffix" in places.values()):
+        if batch.prompt_offsets is None and (len(set(places.values())) > 1 or "suffix" in places.values()):
             # In a batch of the stock model's arguments only `mask` knows where the labels begin.
-            texts, free = batch.mask.bool().sum(1), mask.bool().sum(1)
-            each = {place: injection.stand(backbone, place, texts, free) for place in set(places.values())}
-            batch = replace(batch, place=torch.stack([each[places[name]][i] for i, name in enumerate(own)]))
+            texts, free = batch.attention_mask.bool().sum(1), mask.bool().sum(1)
+            each = {place: injection.prompt_offsets(backbone, place, texts, free) for place in set(places.values())}
+            batch = replace(batch, prompt_offsets=torch.stack([each[places[name]][i] for i, name in enumerate(own)]))
         if not any(site.segments for site in sites.values()):
             return batch
         sizes = {name: site.segments or (self.tasks[name].config.length,) for name, site in sites.items()}
         most = max(map(len, sizes.values()))
         rows_sizes = [[*sizes[name], *[0] * (most - len(sizes[name]))] for name in own]
-        return replace(batch, segments=torch.tensor(rows_sizes, device=batch.task.device))
+        return replace(batch, segment_lengths=torch.tensor(rows_sizes, device=batch.task_ids.device))

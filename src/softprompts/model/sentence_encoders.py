@@ -16,7 +16,7 @@ from softprompts import assets, injection
 from softprompts.backbone import Backbone, loading
 from softprompts.errors import BackboneError
 from softprompts.injection import Site
-from softprompts.types import Batch, Context, pooled
+from softprompts.types import Batch, Context, pool_states
 
 MODELS = {"minilm": ("minilm-l6", 256)}
 """Encoders of sentences by name: the packaged model, and how many tokens of a text its makers have it read."""
@@ -85,13 +85,13 @@ class Sentences:
         batch's ids are its text, and not put there for a text that was given as embeddings.
         """
         with torch.no_grad():
-            embeds = backbone.embed(batch.ids) if batch.embeds is None else batch.embeds
+            embeds = backbone.embed(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
 
         def encode() -> Tensor:
             return _states(backbone, replace(batch, labels=None))
 
-        read = functools.partial(self._read, backbone, replace(batch, embeds=embeds), mask.bool(), ids_are_text)
-        return Context(task, batch.ids, embeds, mask, encode, read, batch.words)
+        read = functools.partial(self._read, backbone, replace(batch, inputs_embeds=embeds), mask.bool(), ids_are_text)
+        return Context(task, batch.input_ids, embeds, mask, encode, read, batch.instruction_mask)
 
     def _read(self, backbone: Backbone, batch: Batch, mask: Tensor, ids_are_text: bool, name: str) -> Tensor:
         """The vectors [B, E] that the encoder `name` makes of each row of `batch`."""
@@ -100,9 +100,9 @@ class Sentences:
     def _of_row(
         self, backbone: Backbone, batch: Batch, row: int, mask: Tensor, ids_are_text: bool, name: str
     ) -> Tensor:
-        ids = tuple(batch.ids[row][mask].tolist())
-        types = () if batch.types is None else tuple(batch.types[row][mask].tolist())
-        key = (name, ids, types) if ids_are_text and batch.positions is None else None
+        ids = tuple(batch.input_ids[row][mask].tolist())
+        types = () if batch.token_type_ids is None else tuple(batch.token_type_ids[row][mask].tolist())
+        key = (name, ids, types) if ids_are_text and batch.position_ids is None else None
         if key is None or key not in self.kept:
             if name in self.encoders:
                 found = self._encoded(backbone, name, ids, ids_are_text)
@@ -113,7 +113,7 @@ class Sentences:
             if len(self.kept) >= KEPT:
                 self.kept.pop(next(iter(self.kept)))
             self.kept[key] = found.float().cpu()
-        return self.kept[key].to(batch.ids.device)
+        return self.kept[key].to(batch.input_ids.device)
 
     def _encoded(self, backbone: Backbone, name: str, ids: tuple[int, ...], ids_are_text: bool) -> Tensor:
         if not ids_are_text:
@@ -130,11 +130,15 @@ def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name
         return torch.zeros(backbone.state_width, device=mask.device)
     given = {
         key: None if value is None else value[row][mask][None]
-        for key, value in (("types", batch.types), ("embeds", batch.embeds), ("positions", batch.positions))
+        for key, value in (
+            ("types", batch.token_type_ids),
+            ("embeds", batch.inputs_embeds),
+            ("positions", batch.position_ids),
+        )
     }
-    ids = batch.ids[row][mask][None]
-    alone = Batch(ids, torch.ones_like(ids), batch.task[row : row + 1], **given)
-    return pooled(_states(backbone, alone), alone.mask, name.removeprefix("backbone-"))[0]
+    ids = batch.input_ids[row][mask][None]
+    alone = Batch(ids, torch.ones_like(ids), batch.task_ids[row : row + 1], **given)
+    return pool_states(_states(backbone, alone), alone.attention_mask, name.removeprefix("backbone-"))[0]
 
 
 def _states(backbone: Backbone, batch: Batch) -> Tensor:

@@ -39,7 +39,7 @@ SHAPE = (8, 24, 20)  # rows, tokens a row, prompt tokens of the step that is mea
 
 
 @dataclass(frozen=True)
-class Choice:
+class TunedKernels:
     """The kernels, and the seconds that each candidate took (empty where nothing had to be measured)."""
 
     kernels: Kernels
@@ -49,18 +49,22 @@ class Choice:
         kernels = self.kernels
         own = kernels.attention or "the model's own"
         rows = f"rows packed ({kernels.core})" if kernels.rows == "packed" else f"attention {own}"
-        parts = [rows, f"products by {kernels.products}", *(["norms and MLPs compiled"] if kernels.compiled else [])]
+        parts = [
+            rows,
+            f"products by {kernels.matmul_backend}",
+            *(["norms and MLPs compiled"] if kernels.compiled else []),
+        ]
         return ", ".join(parts)
 
 
-def choose(
+def autotune(
     backbone: Backbone,
     *,
     attention: str | None = None,
     products: str = "auto",
     compiled: bool = False,
     say: Callable[[str], None] | None = None,
-) -> Choice:
+) -> TunedKernels:
     """The kernels for `backbone` on its device: as asked for, and what is left open by the remembered measurement.
 
     attention: "packed", "packed-fused", or the implementation of transformers that the model was loaded with; say: is
@@ -79,10 +83,10 @@ def choose(
     open_ = [name for name, value in (("attention", attention), ("products", products)) if value in (None, "auto")]
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
     if not open_ or size < WORTH:
-        return Choice(replace(usual, **asked), {})
+        return TunedKernels(replace(usual, **asked), {})
     found = _remembered(backbone, say or (lambda line: None))
     kept = {k: v for k, v in found["kernels"].items() if k not in asked}
-    return Choice(replace(usual, **{**kept, **asked}), found["seconds"])
+    return TunedKernels(replace(usual, **{**kept, **asked}), found["seconds"])
 
 
 def _check_packable(backbone: Backbone, attention: str) -> None:
@@ -167,7 +171,7 @@ def _clock(backbone: Backbone, kernels: Kernels, once: Callable[[Backbone, Kerne
 def _products(backbone: Backbone) -> dict[str, Kernels]:
     found = {"torch products": Kernels()}
     if linears(backbone.model) and torch.backends.mkldnn.is_available():
-        found["onednn products"] = Kernels(products="onednn")
+        found["onednn products"] = Kernels(matmul_backend="onednn")
     return found
 
 
@@ -206,7 +210,7 @@ def _one_step(backbone: Backbone, kernels: Kernels) -> None:
     if backbone.head != "lm":
         batch = replace(batch, labels=None)
     values = start[None].clone().requires_grad_()
-    prompt = Prompt(values, torch.ones(1, slots, dtype=torch.bool, device=ids.device), batch.task)
+    prompt = Prompt(values, torch.ones(1, slots, dtype=torch.bool, device=ids.device), batch.task_ids)
     tried = replace(backbone, kernels=kernels)
     output = injection.forward(tried, batch, prompt, Site(), hidden=batch.labels is None)
     if output.labels is not None and output.logits is not None:

@@ -223,9 +223,11 @@ class SoftPromptModel(nn.Module):
         if not self._prompted:
             return self.model(**{name: value for name, value in given.items() if value is not None})
         batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
-        reading = injection.read(self.backbone, batch, prompt, site)
+        reading = injection.run_trunk(self.backbone, batch, prompt, site)
         wanted = stock_inputs.labels(given)
-        wish = stock.Wish(None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch)
+        wish = stock.OutputOptions(
+            None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch
+        )
         heads = {i: self._held.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
         made = stock.output(self.backbone, batch, reading, wish, heads)
         return made.to_tuple() if return_dict is False else made
@@ -265,7 +267,7 @@ class SoftPromptModel(nn.Module):
         with torch.no_grad():
             batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
             if inputs_embeds is not None:
-                batch = replace(batch, ids=batch.ids[:, :0])
+                batch = replace(batch, input_ids=batch.input_ids[:, :0])
             return generation.generate(self.backbone, batch, prompt, site, **options)
 
     def _read(
@@ -274,7 +276,9 @@ class SoftPromptModel(nn.Module):
         """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
         where = functools.partial(stock_inputs.places, names, ids, loaded=self.tasks, active=lambda: self.task)
         batch = stock_inputs.batch(self.backbone, given, where)
-        return self._held.of_batch(self.backbone, batch, stock_inputs.readable(self.backbone, batch.mask, given))
+        return self._held.of_batch(
+            self.backbone, batch, stock_inputs.readable(self.backbone, batch.attention_mask, given)
+        )
 
     # What Trainer, pipelines and people ask a model for
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.config import closest
 from softprompts.errors import ConfigError
-from softprompts.types import Batch, unscored
+from softprompts.types import Batch, mask_before_labels
 
 Names = Sequence[str] | str | None
 Places = Tensor | Sequence[int] | None
@@ -58,13 +58,13 @@ def batch(backbone: Backbone, given: Mapping[str, Any], place: Callable[[int], T
         mask,
         place(shape[0]),
         labels=wanted,
-        types=given.get("token_type_ids"),
-        embeds=embeds,
-        place=given.get("prompt_places"),
-        positions=given.get("position_ids"),
-        decoder_ids=given["decoder_input_ids"],
-        decoder_mask=given["decoder_attention_mask"],
-        words=given["words"],
+        token_type_ids=given.get("token_type_ids"),
+        inputs_embeds=embeds,
+        prompt_offsets=given.get("prompt_places"),
+        position_ids=given.get("position_ids"),
+        decoder_input_ids=given["decoder_input_ids"],
+        decoder_attention_mask=given["decoder_attention_mask"],
+        instruction_mask=given["words"],
     ).to(backbone.device)
 
 
@@ -92,4 +92,4 @@ def text_mask(ids: Tensor, options: Mapping[str, Any], config: Any) -> Tensor:
 def readable(backbone: Backbone, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
     """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
     scored = backbone.head == "lm" and backbone.family.shifted
-    return unscored(mask, labels(given) if scored else None)
+    return mask_before_labels(mask, labels(given) if scored else None)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from softprompts import injection
 from softprompts.backbone import Backbone
-from softprompts.injection import Reading
+from softprompts.injection import TrunkOutput
 from softprompts.types import IGNORE, Batch
 
 Heads = Mapping[int, Mapping[str, Tensor]]
@@ -19,7 +19,7 @@ Heads = Mapping[int, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Wish:
+class OutputOptions:
     """What a call asks for: `labels` as the stock head takes them (spans: [B, 2]), the positions to score, and how many
     labels the loss is divided by (None: those of the batch).
     """
@@ -36,7 +36,7 @@ def attribute(name: str, doc: str) -> Any:
     )
 
 
-def output(backbone: Backbone, batch: Batch, reading: Reading, wish: Wish, heads: Heads) -> Any:
+def output(backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputOptions, heads: Heads) -> Any:
     """The stock model's ModelOutput for what the trunk made of `batch`.
 
     Language models and token heads: logits [B, T, ...] (encoder-decoder: [B, S, V]); sequence heads [B, C]; spans
@@ -69,10 +69,10 @@ def _each(backbone: Backbone, batch: Batch, heads: Heads, score: Callable[[], Te
         return score()
     made: Tensor | None = None
     own = dict(backbone.model.named_parameters())
-    for index in batch.task.unique().tolist():
+    for index in batch.task_ids.unique().tolist():
         with backbone.with_head({name: value.to(own[name].dtype) for name, value in heads[index].items()}):
             one = score()
-        here = (batch.task == index).view(-1, *[1] * (one.dim() - 1))
+        here = (batch.task_ids == index).view(-1, *[1] * (one.dim() - 1))
         made = one if made is None else torch.where(here, one, made)
     assert made is not None
     return made
@@ -93,17 +93,19 @@ def _kept(keep: int | Tensor) -> Any:
     return slice(-keep, None) if isinstance(keep, int) else keep
 
 
-def _states(reading: Reading) -> Tensor:
+def _states(reading: TrunkOutput) -> Tensor:
     """The states [B, T, H] in the text's own layout, zero on padding."""
     states = _at(reading, reading.position) * reading.mask[..., None]
     return torch.zeros_like(states).scatter(1, reading.order[..., None].expand_as(states), states)
 
 
-def _at(reading: Reading, position: Tensor) -> Tensor:
+def _at(reading: TrunkOutput, position: Tensor) -> Tensor:
     return reading.hidden.gather(1, position[..., None].expand(-1, -1, reading.hidden.shape[-1]))
 
 
-def _shifted(backbone: Backbone, reading: Reading, labels: Tensor, items: Tensor | int | None) -> tuple[Tensor, Tensor]:
+def _shifted(
+    backbone: Backbone, reading: TrunkOutput, labels: Tensor, items: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
     """Logits [B, T, V] of a causal model in the text's layout, and its loss.
 
     Each label is scored by the state before it in the full sequence: for the text token behind a segment of the prompt
@@ -127,10 +129,12 @@ def _shifted(backbone: Backbone, reading: Reading, labels: Tensor, items: Tensor
 
 
 def _span(
-    backbone: Backbone, batch: Batch, reading: Reading, wish: Wish, heads: Heads
+    backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputOptions, heads: Heads
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     states = _states(reading)
-    scores = _each(backbone, batch, heads, lambda: injection.span_scores(backbone, reading, states, batch.mask))
+    scores = _each(
+        backbone, batch, heads, lambda: injection.span_scores(backbone, reading, states, batch.attention_mask)
+    )
     start, end = scores.unbind(-1)
     loss = None
     if wish.labels is not None:

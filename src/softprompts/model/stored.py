@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from softprompts.artifacts.artifact import Artifact
 from softprompts.errors import ArtifactError
 from softprompts.methods import build, state_of
-from softprompts.types import SOURCES, Context, Prompt, Slot, Start, in_mode, mix
+from softprompts.types import SOURCES, Context, Prompt, PromptInit, PromptSpec, in_mode, mix_prompts
 
 
 def folded(method: Any, task: str) -> Tensor | None:
@@ -48,13 +48,13 @@ def unchanged(before: Artifact, now: Artifact) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
-def rebuilt(found: Artifact, slot: Slot, origin: str | Path) -> Any:
+def rebuilt(found: Artifact, slot: PromptSpec, origin: str | Path) -> Any:
     """The method of an artifact as it was saved, for the one task of `slot`; PEFT's starts at its prompt.
 
     Raises ConfigError for a method or options that are not known here, ArtifactError where the state does not fit.
     """
     start = found.initial if found.state and found.initial is not None else found.matrix(origin)
-    method = build(found.method, found.options, slot, Start(start, found.state.get(SOURCES)))
+    method = build(found.method, found.options, slot, PromptInit(start, found.state.get(SOURCES)))
     if found.state:
         try:
             method.load_state_dict(dict(found.state))
@@ -70,14 +70,14 @@ def rebuilt(found: Artifact, slot: Slot, origin: str | Path) -> Any:
     return method
 
 
-def answering(found: Sequence[Artifact], slot: Slot, origins: Sequence[str | Path]) -> Any:
+def answering(found: Sequence[Artifact], slot: PromptSpec, origins: Sequence[str | Path]) -> Any:
     """A method that answers as the artifacts do, which are all of one method; task i of `slot` is artifact i.
 
     Raises as `rebuilt` does.
     """
     prompts = [one.prompt for one in found if one.prompt is not None]
     if len(prompts) == len(found):
-        method = build("prompt-tuning", {}, slot, Start(prompts[0]))
+        method = build("prompt-tuning", {}, slot, PromptInit(prompts[0]))
         with torch.no_grad():
             for parameter, prompt in zip(method.prompts, prompts, strict=True):
                 parameter.copy_(prompt)
@@ -97,21 +97,26 @@ class SideBySide(nn.Module):
 
     def forward(self, context: Context) -> Prompt:
         """The prompts of the batch's rows, whatever their tasks `[B]`."""
-        used = context.task.unique().tolist()
-        rows = [(context.task == task).nonzero()[:, 0] for task in used]
+        used = context.task_ids.unique().tolist()
+        rows = [(context.task_ids == task).nonzero()[:, 0] for task in used]
         made = [self.methods[task](_part(context, index)) for task, index in zip(used, rows, strict=True)]
-        return mix(made, rows)
+        return mix_prompts(made, rows)
 
 
 def _part(context: Context, rows: Tensor) -> Context:
     """What a method of one task may look at of `rows [R]`."""
-    task, ids, embeds, mask = context.task[rows], context.ids[rows], context.embeds[rows], context.mask[rows]
+    task, ids, embeds, mask = (
+        context.task_ids[rows],
+        context.input_ids[rows],
+        context.inputs_embeds[rows],
+        context.attention_mask[rows],
+    )
     return Context(
         torch.zeros_like(task),
         ids,
         embeds,
         mask,
         lambda: context.encode()[rows],
-        lambda name: context.sentence(name)[rows],
-        None if context.words is None else context.words[rows],
+        lambda name: context.sentence_embedding(name)[rows],
+        None if context.instruction_mask is None else context.instruction_mask[rows],
     )

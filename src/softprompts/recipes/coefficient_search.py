@@ -21,9 +21,9 @@ from softprompts.config import ModelConfig, TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation import page
 from softprompts.injection import Site
-from softprompts.recipes.judging import Judge, judge
+from softprompts.recipes.judging import Evaluator, judge
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import Screen, judging_of, load_backbone, settings_of, versions
+from softprompts.recipes.run.run import ProgressReporter, judging_of, load_backbone, settings_of, versions
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
 """The paper's coefficients: 0, 0.05, ..., 1."""
@@ -39,7 +39,9 @@ class Choice:
     means: Sequence[float]
 
 
-def choose(judges: Sequence[Judge], total: Vector, start: Tensor, grid: Sequence[float], screen: Screen) -> Choice:
+def choose(
+    judges: Sequence[Evaluator], total: Vector, start: Tensor, grid: Sequence[float], screen: ProgressReporter
+) -> Choice:
     """The coefficient with the best mean headline score over the judges' validation rows; of equal ones the smallest.
 
     Raises ConfigError for a judge without validation rows, and for an empty grid.
@@ -50,7 +52,7 @@ def choose(judges: Sequence[Judge], total: Vector, start: Tensor, grid: Sequence
         if not one.task.validation:
             raise ConfigError(f"{one.task.name} has no validation rows to choose by; set its split's fractions")
     prompts = [vectors.apply(total, start, coefficient) for coefficient in grid]
-    scores = {one.task.name: one.scores(prompts, one.task.validation, one.task.name, screen.judged) for one in judges}
+    scores = {one.task.name: one.scores(prompts, one.task.validation, one.task.name, screen.on_eval) for one in judges}
     means = [fmean(values) for values in zip(*scores.values(), strict=True)]
     best = max(range(len(grid)), key=lambda place: (means[place], -abs(grid[place])))
     return Choice(grid[best], tuple(grid), scores, means)
@@ -64,7 +66,7 @@ def search(
     on: Sequence[str] = (),
     grid: Sequence[float] = GRID,
     model: ModelConfig | None = None,
-    screen: Screen = SILENT,
+    screen: ProgressReporter = SILENT,
 ) -> dict[str, Any]:
     """Choose the coefficient of the sum `text` on validation rows, judge the prompt it makes on test rows, write all.
 
@@ -78,7 +80,7 @@ def search(
     begins = begin(total, start)
     found = {name: artifact.load(vectors.locate(name)) for name in (on or vectors.terms(text))}
     tasks, like = _tasks(found), total.like
-    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), say=screen.say)
+    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), say=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
     site = Site(like.site, like.mode, like.place)
     judges = [
@@ -115,7 +117,7 @@ def search(
     return results
 
 
-def _tested(judges: Sequence[Judge], prompt: Tensor, screen: Screen) -> tuple[dict[str, Any], list[str]]:
+def _tested(judges: Sequence[Evaluator], prompt: Tensor, screen: ProgressReporter) -> tuple[dict[str, Any], list[str]]:
     """The scores of the prompt `[P, D]` on each judge's test rows; and which have none, so that nothing is known."""
     told, warnings = {}, []
     for one in judges:
@@ -127,7 +129,7 @@ def _tested(judges: Sequence[Judge], prompt: Tensor, screen: Screen) -> tuple[di
                 f"{one.task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
                 f"not known; set its split's test_fraction"
             )
-            screen.say(warnings[-1])
+            screen.log(warnings[-1])
     return told, warnings
 
 

@@ -12,7 +12,7 @@ from softprompts.artifacts.io import read_json
 from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
 from softprompts.errors import TrainingError
 from softprompts.recipes import stages as stage
-from softprompts.recipes.run.run import Screen
+from softprompts.recipes.run.run import ProgressReporter
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -189,7 +189,9 @@ class Comparison:
         return best
 
 
-def together(title: str, run: Run, cells: Sequence[Cell], screen: Screen, inputs: Sequence[str] = ()) -> list[Found]:
+def together(
+    title: str, run: Run, cells: Sequence[Cell], screen: ProgressReporter, inputs: Sequence[str] = ()
+) -> list[Found]:
     """The runs of `cells` in one frozen batch, as `run` lists them by name; those that failed have no pages.
 
     inputs: directories with the prompts that they start from.
@@ -197,7 +199,7 @@ def together(title: str, run: Run, cells: Sequence[Cell], screen: Screen, inputs
     try:
         rows = stage.runs(title, run, screen, inputs)["runs"]
     except TrainingError as error:
-        screen.say(f"{title}: {error}")
+        screen.log(f"{title}: {error}")
         return [Found(cell, []) for cell in cells]
     failed = {row["name"] for row in rows if row["failed"]}
     return [
@@ -205,12 +207,12 @@ def together(title: str, run: Run, cells: Sequence[Cell], screen: Screen, inputs
     ]
 
 
-def alone(title: str, run: Run, cell: Cell, screen: Screen) -> Found:
+def alone(title: str, run: Run, cell: Cell, screen: ProgressReporter) -> Found:
     """A run by itself, such as one that trains weights, of which nothing can be shared."""
     try:
         return Found(cell, [stage.runs(title, run, screen)])
     except TrainingError as error:
-        screen.say(f"{title}: {error}")
+        screen.log(f"{title}: {error}")
         return Found(cell, [])
 
 

@@ -21,16 +21,24 @@ from torch import Tensor, nn
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run, TrainConfig
-from softprompts.data import Batches, Encoded, classes, collate, evaluation_order
+from softprompts.data import EncodedExample, ExampleBatches, classes, collate, evaluation_order
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate, metrics
 from softprompts.evaluation import page as report
 from softprompts.methods import find, names
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import Job, Screen, check_writable, fixed_settings, pack, prepare, versions
+from softprompts.recipes.run.run import (
+    PreparedRun,
+    ProgressReporter,
+    check_writable,
+    fixed_settings,
+    pack,
+    prepare,
+    versions,
+)
 from softprompts.training import checkpoint
-from softprompts.training.checkpoint import Report
-from softprompts.training.optimizer import optimizer_of, set_rates
+from softprompts.training.checkpoint import Progress
+from softprompts.training.optimizer import build_optimizer, set_rates
 from softprompts.types import Batch, in_mode
 
 USED = (
@@ -47,31 +55,31 @@ class Pupil:
     Rows are texts without their answers, labeled with the numbers of their classes.
     """
 
-    job: Job
+    job: PreparedRun
     head: nn.Linear
     trained: dict[str, nn.Parameter]
-    train: Sequence[Encoded]
-    validation: Sequence[Encoded]
-    test: Sequence[Encoded]
+    train: Sequence[EncodedExample]
+    validation: Sequence[EncodedExample]
+    test: Sequence[EncodedExample]
 
-    def scores(self, rows: Sequence[Encoded]) -> Tensor:
+    def scores(self, rows: Sequence[EncodedExample]) -> Tensor:
         """The classifier's scores of texts, [B, C]."""
         learner = self.job.learner
         found: Tensor = self.head(learner.method.features(learner.context(_batch(self.job, rows))))
         return found
 
-    def answers(self, rows: Sequence[Encoded]) -> list[int]:
+    def answers(self, rows: Sequence[EncodedExample]) -> list[int]:
         """The class of each text."""
         found = [0] * len(rows)
         with torch.no_grad(), in_mode(self.job.learner.method, False):
-            for index in evaluation_order([len(row.ids) for row in rows], self.job.run.train.batch_size):
+            for index in evaluation_order([len(row.input_ids) for row in rows], self.job.run.train.batch_size):
                 best = self.scores([rows[i] for i in index]).argmax(1).tolist()
                 for i, one in zip(index, best, strict=True):
                     found[i] = one
         return found
 
 
-def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
+def execute(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     """Pretrain the method of `run` on its task's classes; write what `prompt.init.state` takes to `run.out`/prompt.
 
     results.json and report.html beside it tell the classifier's scores on the test rows; their content is returned. An
@@ -86,9 +94,9 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     with closing(_fit(pupil)) as steps:
         for step in steps:
             history.append(step)
-            screen.step("", step)
+            screen.on_step("", step)
     page = _page(pupil, history, began)
-    screen.say(f"writing {run.out}")
+    screen.log(f"writing {run.out}")
     artifact.save(_packed(pupil, page["scores"]), Path(run.out) / "prompt")
     report.write_results(Path(run.out) / "results.json", page)
     report.write_page(Path(run.out) / "report.html", page)
@@ -109,13 +117,13 @@ def _check(run: Run) -> None:
             raise ConfigError(f"train.{key} means nothing in pretraining; possible: {', '.join(USED)}")
 
 
-def _pupil(job: Job) -> Pupil:
+def _pupil(job: PreparedRun) -> Pupil:
     method, encoder, task = job.learner.method, job.encoders[0], job.tasks[0]
-    if task.format.kind != "label":
-        raise ConfigError(f"pretraining tells classes apart, and {task.name} is of kind {task.format.kind}")
+    if task.template.kind != "label":
+        raise ConfigError(f"pretraining tells classes apart, and {task.name} is of kind {task.template.kind}")
     parts = tuple(f"{part}." for part in method.pretrained)
     trained = {f"method.{name}": value for name, value in method.named_parameters() if name.startswith(parts)}
-    number = {label: i for i, label in enumerate(classes(task.format))}
+    number = {label: i for i, label in enumerate(classes(task.template))}
     train, validation, test = (
         [replace(encoder.encode(row), labels=number[evaluate.reference(encoder, row)]) for row in rows]
         for rows in (task.train, task.validation, task.test)
@@ -128,27 +136,27 @@ def _pupil(job: Job) -> Pupil:
     return Pupil(job, head, trained, train, validation, test)
 
 
-def _batch(job: Job, rows: Sequence[Encoded]) -> Batch:
+def _batch(job: PreparedRun, rows: Sequence[EncodedExample]) -> Batch:
     """Texts alone: their classes are no labels of the language model."""
     pad = job.learner.backbone.tokenizer.pad_token_id or 0
     return replace(collate(rows, pad), labels=None).to(job.learner.backbone.device)
 
 
-def _gold(rows: Sequence[Encoded]) -> list[int]:
+def _gold(rows: Sequence[EncodedExample]) -> list[int]:
     return [row.labels for row in rows if isinstance(row.labels, int)]
 
 
-def _fit(pupil: Pupil) -> Generator[Report, None, None]:
+def _fit(pupil: Pupil) -> Generator[Progress, None, None]:
     """Train in place, one Report a step, those of steps before a resume first; afterwards the best stand in place."""
     job, run = pupil.job, pupil.job.run
-    optimizer = optimizer_of(job.learner, pupil.trained, run.train)
-    batches = Batches(pupil.train, run.train.batch_size, run.seed)
+    optimizer = build_optimizer(job.learner, pupil.trained, run.train)
+    batches = ExampleBatches(pupil.train, run.train.batch_size, run.seed)
     written = checkpoint.place(run.out, pupil.train, run.seed, {**fixed_settings(job), "pretraining": True})
     assert written is not None
     state = checkpoint.capture(None, pupil.trained, optimizer)
     if written.file.exists():
         state = checkpoint.read(written)
-        checkpoint.put_back(state, pupil.trained, optimizer)
+        checkpoint.restore(state, pupil.trained, optimizer)
     yield from state.history
     try:
         while state.step < run.train.steps:
@@ -165,7 +173,7 @@ def _fit(pupil: Pupil) -> Generator[Report, None, None]:
             parameter.copy_(state.tensors.get(f"best.{name}", parameter))
 
 
-def _step(pupil: Pupil, rows: Sequence[Encoded], optimizer: Any, number: int) -> Report:
+def _step(pupil: Pupil, rows: Sequence[EncodedExample], optimizer: Any, number: int) -> Progress:
     """Make step `number`, counted from 1, on `rows`, and score the validation rows where that is due."""
     config, backbone, began = pupil.job.run.train, pupil.job.learner.backbone, time.perf_counter()
     with in_mode(pupil.job.learner.method, True):
@@ -185,9 +193,9 @@ def _step(pupil: Pupil, rows: Sequence[Encoded], optimizer: Any, number: int) ->
     if config.evaluate_every and number % config.evaluate_every == 0:
         found = zip(pupil.answers(pupil.validation), _gold(pupil.validation), strict=True)
         score = fmean(float(one == other) for one, other in found)
-    tokens, spent = sum(len(row.ids) for row in rows), time.perf_counter() - began
+    tokens, spent = sum(len(row.input_ids) for row in rows), time.perf_counter() - began
     machine = checkpoint.machine_line(backbone) if number == 1 else ""
-    return Report(number, config.steps, value, rate, None, tokens, spent, score, machine=machine)
+    return Progress(number, config.steps, value, rate, None, tokens, spent, score, machine=machine)
 
 
 def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artifact:
@@ -197,7 +205,7 @@ def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artifact:
     return replace(made, prompt=None, state=state, format=None, scores=scores)
 
 
-def _page(pupil: Pupil, history: Sequence[Report], began: float) -> dict[str, Any]:
+def _page(pupil: Pupil, history: Sequence[Progress], began: float) -> dict[str, Any]:
     """What results.json and the page hold."""
     run, task = pupil.job.run, pupil.job.tasks[0]
     told = _judged(pupil)
@@ -232,7 +240,7 @@ def _page(pupil: Pupil, history: Sequence[Report], began: float) -> dict[str, An
 
 def _judged(pupil: Pupil) -> dict[str, Any]:
     """The classifier's scores on the test rows, and what always answering the most common class would reach."""
-    run, form = pupil.job.run, pupil.job.tasks[0].format
+    run, form = pupil.job.run, pupil.job.tasks[0].template
     if not pupil.test:
         return {"scores": {}, "majority": None}
     labels = classes(form)

@@ -13,10 +13,10 @@ from softprompts import __version__
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_json, write_json
 from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Run, Section, TaskConfig, TrainConfig, parse
-from softprompts.config.sweep import variants
+from softprompts.config.sweep import sweep
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes.run import run as job
-from softprompts.recipes.run.run import Screen
+from softprompts.recipes.run.run import ProgressReporter
 
 STAMP = "stage.json"
 """What a stage was done with: its settings, and the prompts it started from."""
@@ -35,7 +35,7 @@ def check_place(what: str, out: str) -> None:
 
 
 def kept(
-    title: str, out: Path, told: Mapping[str, Any], screen: Screen, make: Callable[[], dict[str, Any]]
+    title: str, out: Path, told: Mapping[str, Any], screen: ProgressReporter, make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The results of a stage, from its directory `out` where it was done with the same things `told`, else made.
 
@@ -50,11 +50,11 @@ def kept(
     if not out.exists() and (found := _aside(out, stamp)) is not None:
         found.rename(out)
     if file.exists() and done.exists():
-        screen.say(f"{title}: done before, in {out}")
+        screen.log(f"{title}: done before, in {out}")
         results: dict[str, Any] = read_json(done)
         return results
     if changed and not file.exists():
-        screen.say(f"{title}: settings, or the prompts it starts from, have changed: done anew")
+        screen.log(f"{title}: settings, or the prompts it starts from, have changed: done anew")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, stamp)
     results = make()
@@ -75,15 +75,15 @@ def _aside(out: Path, stamp: Any) -> Path | None:
     return next((one for one in every if (one / STAMP).exists() and read_json(one / STAMP) == stamp), None)
 
 
-def runs(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
+def runs(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """The results of a group of runs; `inputs` are directories with the prompts that they start from."""
-    each = {name: set_in(one) for name, one in variants(run).items()}
+    each = {name: set_in(one) for name, one in sweep(run).items()}
     told = {"version": __version__, "runs": each, "inputs": {path: digest(path) for path in inputs}}
 
     def make() -> dict[str, Any]:
         count = len(run.runs) or 1
-        screen.say(f"{title}: {count} run{'s' * (count > 1)}, {run.train.steps} steps")
-        return job.execute(run, screen)
+        screen.log(f"{title}: {count} run{'s' * (count > 1)}, {run.train.steps} steps")
+        return job.run(run, screen)
 
     return kept(title, Path(run.out), told, screen, make)
 
@@ -128,7 +128,7 @@ def set_in(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json", exclude_defaults=True)
 
 
-def whole(title: str, run: Run, screen: Screen, inputs: Sequence[str] = ()) -> dict[str, Any]:
+def whole(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """The same of a group of which no run may be missing; raises TrainingError where one failed."""
     results = runs(title, run, screen, inputs)
     if failed := [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]:

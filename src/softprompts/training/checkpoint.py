@@ -19,7 +19,7 @@ from transformers.optimization import Adafactor
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone
 from softprompts.backbone.devices import chip
-from softprompts.data import Encoded
+from softprompts.data import EncodedExample
 from softprompts.errors import TrainingError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -28,7 +28,7 @@ STAGED = "checkpoint.next.safetensors"
 
 
 @dataclass(frozen=True)
-class Report:
+class Progress:
     """One step: mean loss over its labels, the prompt's rate, rms(P)/rms(E), tokens read and seconds taken.
 
     rate: of the weights, and no rms_ratio, where weights are trained and no prompt; tokens: of this run's own rows;
@@ -63,12 +63,12 @@ class Checkpoint:
     tensors: dict[str, Tensor] = field(repr=False)
     best: float | None = None
     best_step: int = 0
-    history: tuple[Report, ...] = ()
+    history: tuple[Progress, ...] = ()
     failed: str = ""
 
 
 @dataclass(frozen=True)
-class Written:
+class CheckpointFile:
     """A checkpoint's place, and what must be the same for going on from it."""
 
     file: Path
@@ -93,18 +93,18 @@ def machine_line(backbone: Backbone) -> str:
 
 
 def place(
-    directory: str | Path | None, rows: Sequence[Encoded], seed: int, settings: Mapping[str, Any] | None
-) -> Written | None:
+    directory: str | Path | None, rows: Sequence[EncodedExample], seed: int, settings: Mapping[str, Any] | None
+) -> CheckpointFile | None:
     """Where the checkpoint of a run with these rows, seed and settings lies; None without a directory."""
     if directory is None:
         return None
     # Through JSON, because that is how the values come back.
     fixed = json.loads(json.dumps({"seed": seed, "rows": len(rows), **(settings or {})}))
-    return Written(Path(directory) / CHECKPOINT, fixed)
+    return CheckpointFile(Path(directory) / CHECKPOINT, fixed)
 
 
 def capture(
-    before: Checkpoint | None, parameters: Mapping[str, nn.Parameter], optimizer: Any, report: Report | None = None
+    before: Checkpoint | None, parameters: Mapping[str, nn.Parameter], optimizer: Any, report: Progress | None = None
 ) -> Checkpoint:
     """The state after a step, as copies."""
     tensors = {name: value.detach().clone() for name, value in parameters.items()}
@@ -122,7 +122,7 @@ def capture(
     return Checkpoint(report.step, tensors, best, best_step, (*before.history, report))
 
 
-def put_back(state: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
+def restore(state: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
     """Put a checkpoint's values into the parameters and the optimizer."""
     optimizer.state.clear()
     for name, parameter in parameters.items():
@@ -138,7 +138,7 @@ def put_back(state: Checkpoint, parameters: Mapping[str, nn.Parameter], optimize
 
 
 def check_checkpoint(
-    directory: str | Path, rows: Sequence[Encoded], seed: int, settings: Mapping[str, Any] | None = None
+    directory: str | Path, rows: Sequence[EncodedExample], seed: int, settings: Mapping[str, Any] | None = None
 ) -> None:
     """Raise TrainingError when a checkpoint in `directory` belongs to other settings than those given to `fit`."""
     found = place(directory, rows, seed, settings)
@@ -146,7 +146,7 @@ def check_checkpoint(
         read(found)
 
 
-def write(states: Sequence[tuple[Written, Checkpoint]]) -> None:
+def write(states: Sequence[tuple[CheckpointFile, Checkpoint]]) -> None:
     """Write the checkpoints as one: none takes its place before all are safely on the disk."""
     token = secrets.token_hex(8)
     for where, state in states:
@@ -165,7 +165,7 @@ def write(states: Sequence[tuple[Written, Checkpoint]]) -> None:
         _put(where.file.with_name(STAGED), where.file)
 
 
-def settle(files: Sequence[Path]) -> None:
+def recover(files: Sequence[Path]) -> None:
     """Finish, or undo, a joint write that was cut: staged checkpoints count once one of them has taken its place."""
     staged = [file.with_name(STAGED) for file in files]
     if not any(file.exists() for file in staged):
@@ -178,7 +178,7 @@ def settle(files: Sequence[Path]) -> None:
             waiting.unlink(missing_ok=True)
 
 
-def read(where: Written) -> Checkpoint:
+def read(where: CheckpointFile) -> Checkpoint:
     """The checkpoint that lies there.
 
     Raises TrainingError, naming what differs, when it belongs to a run with other settings.
@@ -191,7 +191,7 @@ def read(where: Written) -> Checkpoint:
             f"{where.file} belongs to a run with other settings ({'; '.join(changed[:4])}); "
             f"choose another output directory, or delete the file to start anew"
         )
-    history = tuple(Report(**report) for report in json.loads(metadata["history"]))
+    history = tuple(Progress(**report) for report in json.loads(metadata["history"]))
     failed = facts.get("failed", "")
     return Checkpoint(facts["step"], tensors, facts["best"], facts["best_step"], history, failed)
 

@@ -19,11 +19,11 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import DistilConfig, closest
-from softprompts.data import Encoded, collate, evaluation_order
+from softprompts.data import EncodedExample, collate, evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.training.checkpoint import machine_of
-from softprompts.types import Output, Prompt, Teacher
+from softprompts.types import Output, Prompt, TeacherBatch
 
 FILE = "teacher-states.safetensors"
 BATCH_TOKENS = 4096
@@ -43,10 +43,10 @@ class TaskTeacher:
 
 
 @dataclass(frozen=True)
-class Targets:
+class TeacherOutputs:
     """Of each of `rows`: the states [n, H] that score its n labels, and the asked layers' states of its text [m, H]."""
 
-    rows: Sequence[Encoded]
+    rows: Sequence[EncodedExample]
     states: Sequence[Tensor] = field(repr=False)
     layers: Mapping[Key, Sequence[Tensor]] = field(repr=False)
     temperature: float = 1.0
@@ -60,11 +60,11 @@ class Targets:
         """The layers whose states are there."""
         return tuple(dict.fromkeys(number for _, number in self.layers))
 
-    def of(self, rows: Sequence[Encoded], device: torch.device) -> Teacher:
+    def of(self, rows: Sequence[EncodedExample], device: torch.device) -> TeacherBatch:
         """The teachers' states for a batch of these very rows."""
         at = [self.place[id(row)] for row in rows]
         layers = {key: torch.cat([each[i] for i in at]).to(device) for key, each in self.layers.items()}
-        return Teacher(torch.cat([self.states[i] for i in at]).to(device), layers, self.temperature)
+        return TeacherBatch(torch.cat([self.states[i] for i in at]).to(device), layers, self.temperature)
 
 
 def load_teachers(backbone: Backbone, config: DistilConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
@@ -108,11 +108,11 @@ def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher
 def targets(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedExample],
     config: DistilConfig,
     file: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Targets:
+) -> TeacherOutputs:
     """What the teachers make of `rows`, read from `file` where it holds just this, else computed and written there.
 
     teachers: by the rows' task number; progress: told how many rows are done, of how many. Kept in the model's number
@@ -131,19 +131,19 @@ def targets(
     return _targets(rows, tensors, config.temperature)
 
 
-def _targets(rows: Sequence[Encoded], tensors: Mapping[str, Tensor], temperature: float) -> Targets:
+def _targets(rows: Sequence[EncodedExample], tensors: Mapping[str, Tensor], temperature: float) -> TeacherOutputs:
     states = tensors["states"].split(tensors["states.counts"].tolist())
     layers: dict[Key, Sequence[Tensor]] = {}
     for name in (name for name in tensors if name.startswith("layers.")):
         _, side, number = name.split(".")
         layers[side, int(number)] = tensors[name].split(tensors[f"tokens.{side}"].tolist())
-    return Targets(rows, states, layers, temperature)
+    return TeacherOutputs(rows, states, layers, temperature)
 
 
 def _compute(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedExample],
     layers: Collection[int],
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
@@ -151,8 +151,8 @@ def _compute(
     found: list[dict[str, Tensor]] = [{}] * len(rows)
     done = 0
     for number, teacher in enumerate(teachers):
-        own = [i for i, row in enumerate(rows) if row.task == number]
-        for part in evaluation_order([len(rows[i].ids) for i in own], 512, BATCH_TOKENS):
+        own = [i for i, row in enumerate(rows) if row.task_id == number]
+        for part in evaluation_order([len(rows[i].input_ids) for i in own], 512, BATCH_TOKENS):
             at = [own[i] for i in part]
             output = _read(backbone, teacher, [rows[i] for i in at], layers)
             for i, one in zip(at, _by_row(output, len(at)), strict=True):
@@ -166,11 +166,13 @@ def _compute(
     return {name: torch.cat([one[name] for one in found]) for name in counts} | sizes
 
 
-def _read(backbone: Backbone, teacher: TaskTeacher, rows: Sequence[Encoded], layers: Collection[int]) -> Output:
+def _read(backbone: Backbone, teacher: TaskTeacher, rows: Sequence[EncodedExample], layers: Collection[int]) -> Output:
     pad = 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
     batch = collate(rows, pad).to(backbone.device)
-    if batch.segments is not None and teacher.site.place != "template":
-        batch = replace(batch, place=None, segments=None)  # the rows' slots are for the student's prompt
+    if batch.segment_lengths is not None and teacher.site.place != "template":
+        batch = replace(
+            batch, prompt_offsets=None, segment_lengths=None
+        )  # the rows' slots are for the student's prompt
     values = teacher.prompt[None].to(backbone.device)
     mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     prompt = Prompt(values, mask, torch.zeros(len(rows), dtype=torch.long, device=values.device))
@@ -188,11 +190,17 @@ def _by_row(output: Output, rows: int) -> list[dict[str, Tensor]]:
     return [{name: parts[i] for name, parts in named.items()} for i in range(rows)]
 
 
-def _key(backbone: Backbone, teachers: Sequence[TaskTeacher], rows: Sequence[Encoded], layers: Collection[int]) -> str:
+def _key(
+    backbone: Backbone, teachers: Sequence[TaskTeacher], rows: Sequence[EncodedExample], layers: Collection[int]
+) -> str:
     """What must be the same for kept states to be the ones that would be computed."""
     digest = hashlib.sha256()
     facts = [machine_of(backbone), list(layers), [teacher.digest for teacher in teachers]]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
     for row in rows:
-        digest.update(json.dumps([row.ids, row.labels, row.types, row.place, row.task, row.segments]).encode())
+        digest.update(
+            json.dumps(
+                [row.input_ids, row.labels, row.token_type_ids, row.prompt_offsets, row.task_id, row.segment_lengths]
+            ).encode()
+        )
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.backbone.kernels import Kernels
 from softprompts.model.learner import Learner
-from softprompts.types import Batch, Objective, Output, Prompt, Step, Teacher
+from softprompts.types import Batch, Objective, Output, Prompt, Step, TeacherBatch
 
 ALLOWED: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-7),
@@ -29,7 +29,7 @@ NOISE = 2
 
 
 @dataclass(frozen=True)
-class Parity:
+class Equivalence:
     """Relative differences of loss and of the gradient of all that is trained, and the two ways compared.
 
     noise: the same two figures between two plain ways, with transformers' own attention implementations; zeros where
@@ -64,7 +64,7 @@ class Parity:
         )
 
 
-def compare(learner: Learner, batch: Batch, objective: Objective, teacher: Teacher | None = None) -> Parity:
+def compare(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> Equivalence:
     """One step of `learner` on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
 
     In half precision the plain way is run with both of transformers' usual attention implementations, where the model
@@ -78,7 +78,7 @@ def compare(learner: Learner, batch: Batch, objective: Objective, teacher: Teach
     found = [_once(_plain(learner, name), batch, objective, asked, teacher) for name in _ways(backbone)]
     slow, plain, expected = found[0]
     noise = (_apart(found[-1][0], slow), _far(found[-1][2], expected))
-    return Parity(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
+    return Equivalence(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
 
 
 def _ways(backbone: Backbone) -> list[str | None]:
@@ -102,7 +102,7 @@ def _far(one: Tensor, other: Tensor) -> float:
 
 
 def _once(
-    learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: Teacher | None
+    learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: TeacherBatch | None
 ) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; both ways draw the same, and the random stream is put back."""
     parameters: list[nn.Parameter] = list(learner.parameters().values())

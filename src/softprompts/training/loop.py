@@ -20,29 +20,29 @@ from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
 
 from softprompts.config import TrainConfig
-from softprompts.data import Batches, Encoded, TaskBatches, collate
+from softprompts.data import EncodedExample, ExampleBatches, TaskBatches, collate
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.model.learner import Learner
 from softprompts.training import checkpoint, equivalence, objectives
-from softprompts.training.checkpoint import CHECKPOINT, Checkpoint, Report, Written, check_checkpoint
-from softprompts.training.distillation import Targets
-from softprompts.training.optimizer import optimizer_of, set_rates
+from softprompts.training.checkpoint import CHECKPOINT, Checkpoint, CheckpointFile, Progress, check_checkpoint
+from softprompts.training.distillation import TeacherOutputs
+from softprompts.training.optimizer import build_optimizer, set_rates
 from softprompts.training.shared_batch import check_together, joint_steps, label_count
 from softprompts.types import Objective
 
 __all__ = [
     "CHECKPOINT",
-    "Report",
-    "Trainee",
+    "Progress",
+    "TrainingRun",
     "check_checkpoint",
     "fit",
-    "fit_together",
     "is_main_process",
+    "train_many",
 ]
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainingRun:
     """One run: what is trained on which rows and how, and where its checkpoints go; see `fit` for each.
 
     targets: what the teachers make of the rows, for the objectives that compare with them.
@@ -50,13 +50,13 @@ class Trainee:
 
     name: str
     learner: Learner
-    rows: Sequence[Encoded]
+    rows: Sequence[EncodedExample]
     config: TrainConfig
     seed: int = 0
     validate: Callable[[], float] | None = None
     directory: str | Path | None = None
     settings: Mapping[str, Any] | None = None
-    targets: Targets | None = None
+    targets: TeacherOutputs | None = None
 
 
 def is_main_process() -> bool:
@@ -66,7 +66,7 @@ def is_main_process() -> bool:
 
 def fit(
     learner: Learner,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedExample],
     config: TrainConfig,
     *,
     pad: int,
@@ -74,8 +74,8 @@ def fit(
     validate: Callable[[], float] | None = None,
     directory: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
-    targets: Targets | None = None,
-) -> Generator[Report, None, None]:
+    targets: TeacherOutputs | None = None,
+) -> Generator[Progress, None, None]:
     """Train the learner's parameters in place on `rows`, one Report a step; afterwards they are the best ones.
 
     validate: a score (higher is better), asked every `config.evaluate_every` steps, that chooses the best checkpoint
@@ -85,13 +85,13 @@ def fit(
     Raises TrainingError when the loss stops being a number (the last good state is saved) and when a checkpoint
     belongs to other settings; ConfigError when there is nothing to train on.
     """
-    one = Trainee("", learner, rows, config, seed, validate, directory, settings, targets)
-    with closing(fit_together([one], pad=pad)) as steps:
+    one = TrainingRun("", learner, rows, config, seed, validate, directory, settings, targets)
+    with closing(train_many([one], pad=pad)) as steps:
         for _, report in steps:
             yield report
 
 
-def fit_together(trainees: Sequence[Trainee], *, pad: int) -> Generator[tuple[str, Report], None, None]:
+def train_many(trainees: Sequence[TrainingRun], *, pad: int) -> Generator[tuple[str, Progress], None, None]:
     """Train several runs in the same batches of their one frozen backbone; gives (name, Report) of each step of each.
 
     Each run is the run it would be alone, up to rounding: its own rows, optimizer, schedule, clipping, validation,
@@ -160,12 +160,12 @@ class _State:
 class _Course:
     """A trainee on its way: what its steps need besides its state."""
 
-    trainee: Trainee
+    trainee: TrainingRun
     parameters: dict[str, nn.Parameter]
     objective: Objective
     optimizer: Any
-    batches: Batches | TaskBatches
-    written: Written | None
+    batches: ExampleBatches | TaskBatches
+    written: CheckpointFile | None
 
     def goes_on(self, states: Mapping[str, _State]) -> bool:
         now, config = states[self.trainee.name].now, self.trainee.config
@@ -179,7 +179,7 @@ class _Course:
                 parameter.copy_(state.tensors.get(f"best.{name}", parameter))
 
 
-def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
+def _begin(trainees: Sequence[TrainingRun]) -> tuple[list[_Course], Accelerator]:
     names = [trainee.name for trainee in trainees]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"runs that train together need names that differ, given {', '.join(names) or 'no run'}")
@@ -194,19 +194,19 @@ def _begin(trainees: Sequence[Trainee]) -> tuple[list[_Course], Accelerator]:
     courses = []
     for one in trainees:
         parameters = one.learner.parameters()
-        optimizer = optimizer_of(one.learner, parameters, one.config)
+        optimizer = build_optimizer(one.learner, parameters, one.config)
         batches = _batches(one)
         written = checkpoint.place(one.directory, one.rows, one.seed, one.settings)
         courses.append(_Course(one, parameters, objectives.weigh(one.config.objectives), optimizer, batches, written))
     if accelerator.is_main_process:
-        checkpoint.settle([course.written.file for course in courses if course.written is not None])
+        checkpoint.recover([course.written.file for course in courses if course.written is not None])
     accelerator.wait_for_everyone()
     return courses, accelerator
 
 
-def _batches(one: Trainee) -> Batches | TaskBatches:
+def _batches(one: TrainingRun) -> ExampleBatches | TaskBatches:
     if one.config.sampling.draw == "rows":
-        return Batches(one.rows, one.config.batch_size, one.seed, one.config.batch_tokens)
+        return ExampleBatches(one.rows, one.config.batch_size, one.seed, one.config.batch_tokens)
     return TaskBatches(one.rows, one.config.batch_size, one.seed, one.config.sampling)
 
 
@@ -214,7 +214,7 @@ def _resumed(course: _Course) -> _State:
     """The state of the run's checkpoint, put in place, or that of a run that has not begun."""
     if course.written is not None and course.written.file.exists():
         now = checkpoint.read(course.written)
-        checkpoint.put_back(now, course.parameters, course.optimizer)
+        checkpoint.restore(now, course.parameters, course.optimizer)
     else:
         now = checkpoint.capture(None, course.parameters, course.optimizer)
     return _State(now, now)
@@ -279,7 +279,7 @@ def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, acceler
             losses[i], paths[i] = losses[i] + values[-1].detach(), made.output.path
             measures[i] = {name: float(value) for name, value in made.prompt.aux.items() if value.dim() == 0}
         torch.stack(values).sum().backward()
-    tokens = [sum(len(row.ids) for part in own for row in part) for own in parts]
+    tokens = [sum(len(row.input_ids) for part in own for row in part) for own in parts]
     none = "a batch holds no label to learn from; check the template and the label column"
     return [
         _Measured(_summed(course, loss, accelerator), count, path, said, "" if total else none)
@@ -328,7 +328,7 @@ def _update(
     config, parameters, optimizer = one.config, course.parameters, course.optimizer
     norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.clip or math.inf))
     if measured.failed or not math.isfinite(measured.loss + norm):
-        checkpoint.put_back(state.good, parameters, optimizer)
+        checkpoint.restore(state.good, parameters, optimizer)
         optimizer.zero_grad(set_to_none=True)
         failed = measured.failed or _diverged(now.step + 1, state.good.step, config, course.written)
         return _State(replace(state.good, failed=failed), state.good)
@@ -342,7 +342,7 @@ def _update(
     loss, tokens, path = measured.loss, measured.tokens, measured.path
     machine = _machine_if_new(one.learner, now)
     done, own = (now.step + 1, config.steps, loss, rate, ratio, tokens, seconds), measured.measures
-    report = Report(*done, score, path, compared, machine, own)
+    report = Progress(*done, score, path, compared, machine, own)
     # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
     return _State(checkpoint.capture(now, parameters, optimizer, report), now)
 
@@ -367,7 +367,7 @@ def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:
     return now.step - now.best_step >= config.patience * config.evaluate_every
 
 
-def _diverged(step: int, good: int, config: TrainConfig, written: Written | None) -> str:
+def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile | None) -> str:
     kept = (
         f"the state after step {good} is kept in {written.file}" if written else f"the state after step {good} is kept"
     )

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from softprompts.config import closest
 from softprompts.errors import ConfigError
-from softprompts.types import IGNORE, Objective, Step, Teacher
+from softprompts.types import IGNORE, Objective, Step, TeacherBatch
 
 
 def task(step: Step) -> Tensor:
@@ -57,7 +57,7 @@ def distil_hidden(step: Step) -> Tensor:
     Raises ValueError for a step without a teacher.
     """
     teacher, output = _teacher(step), step.output
-    rows = len(step.batch.ids)
+    rows = len(step.batch.input_ids)
     labels = torch.bincount(output.row, minlength=rows)
     parts = []
     for key, states in output.layers.items():
@@ -69,7 +69,7 @@ def distil_hidden(step: Step) -> Tensor:
     return torch.stack(parts).mean()
 
 
-def _teacher(step: Step) -> Teacher:
+def _teacher(step: Step) -> TeacherBatch:
     if step.teacher is None:
         raise ValueError("this objective compares with a teacher, and the step has none; name them in train.distil")
     return step.teacher

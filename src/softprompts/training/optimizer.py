@@ -21,7 +21,7 @@ class _UnfactoredAdafactor(Adafactor):
         return False, param_group["beta1"] is not None
 
 
-def optimizer_of(learner: Learner, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Any:
+def build_optimizer(learner: Learner, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Any:
     """The optimizer of a learner's `parameters`, in groups that each remember their full rate under `rate`.
 
     A rate counts in units of rms(E), where the group and the configuration say so.

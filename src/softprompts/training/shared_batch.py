@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from softprompts.data import Encoded, collate
+from softprompts.data import EncodedExample, collate
 from softprompts.errors import ConfigError
 from softprompts.model.learner import Learner
-from softprompts.training.distillation import Targets
-from softprompts.types import IGNORE, Batch, Output, Prompt, Step, mix
+from softprompts.training.distillation import TeacherOutputs
+from softprompts.types import IGNORE, Batch, Output, Prompt, Step, mix_prompts
 
 
 def check_together(learners: Sequence[Learner], names: Sequence[str]) -> None:
@@ -40,10 +40,10 @@ def check_together(learners: Sequence[Learner], names: Sequence[str]) -> None:
 
 def joint_steps(
     learners: Sequence[Learner],
-    rows: Sequence[Sequence[Encoded]],
+    rows: Sequence[Sequence[EncodedExample]],
     seeds: Sequence[int],
     pad: int,
-    targets: Sequence[Targets | None] | None = None,
+    targets: Sequence[TeacherOutputs | None] | None = None,
 ) -> list[Step]:
     """The training step of each learner on its own `rows`, from one pass over the rows of all.
 
@@ -54,7 +54,7 @@ def joint_steps(
     targets = targets or [None] * len(learners)
     backbone, sizes = learners[0].backbone, [len(part) for part in rows]
     whole = collate([row for part in rows for row in part], pad).to(backbone.device)
-    whole = replace(whole, embeds=backbone.embed(whole.ids))
+    whole = replace(whole, inputs_embeds=backbone.embed(whole.input_ids))
     batches = [whole] if len(rows) == 1 else [_own(collate(part, pad), whole, i, sizes) for i, part in enumerate(rows)]
     prompts: list[Prompt] = []
     for learner, batch, seed in zip(learners, batches, seeds, strict=True):
@@ -64,7 +64,7 @@ def joint_steps(
         prompts.append(prompt)
     together = prompts[0]
     if len(rows) > 1:
-        together = mix(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
+        together = mix_prompts(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
     taught = [one for one in targets if one is not None]
     layers = sorted({number for one in taught for number in one.numbers})
     outputs = split(learners[0].forward(whole, together, logits=True if taught else None, layers=layers), sizes)
@@ -82,16 +82,19 @@ def joint_steps(
     ]
 
 
-def _asked(output: Output, targets: Targets) -> Output:
+def _asked(output: Output, targets: TeacherOutputs) -> Output:
     """The output with the layers that this run's teacher has, where other runs of the batch ask for others."""
     return replace(output, layers={key: states for key, states in output.layers.items() if key in targets.layers})
 
 
 def _own(batch: Batch, whole: Batch, index: int, sizes: Sequence[int]) -> Batch:
     """A run's own batch, with its part of the text that was embedded for all."""
-    assert whole.embeds is not None
+    assert whole.inputs_embeds is not None
     begin = sum(sizes[:index])
-    return replace(batch.to(whole.ids.device), embeds=whole.embeds[begin : begin + sizes[index], : batch.ids.shape[1]])
+    return replace(
+        batch.to(whole.input_ids.device),
+        inputs_embeds=whole.inputs_embeds[begin : begin + sizes[index], : batch.input_ids.shape[1]],
+    )
 
 
 def split(output: Output, sizes: Sequence[int]) -> list[Output]:
@@ -138,13 +141,13 @@ def split(output: Output, sizes: Sequence[int]) -> list[Output]:
     ]
 
 
-def label_count(row: Encoded, learner: Learner) -> int:
+def label_count(row: EncodedExample, learner: Learner) -> int:
     """How many labels of a row count in its loss: its scored tokens, or one where the row has a single label."""
     if not isinstance(row.labels, list | tuple) or not all(isinstance(x, int) for x in row.labels):
         return 1
     labels = row.labels
     # Nothing scores the first token of a causal text that has no prompt state in front of it.
-    before = row.place[0] if isinstance(row.place, tuple) else row.place
+    before = row.prompt_offsets[0] if isinstance(row.prompt_offsets, tuple) else row.prompt_offsets
     first = learner.method is None or learner.site.name == "kv" or bool(before)
     if learner.backbone.head == "lm" and learner.backbone.family.shifted and first:
         labels = labels[1:]

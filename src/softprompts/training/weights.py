@@ -26,15 +26,15 @@ from transformers.pytorch_utils import Conv1D
 from softprompts.backbone import Backbone, freeze
 from softprompts.backbone.kernels import Kernels
 from softprompts.config import LoraConfig, TrainConfig, closest
-from softprompts.data import Batches, Encoded, collate
+from softprompts.data import EncodedExample, ExampleBatches, collate
 from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.injection import Site
 from softprompts.model.learner import Learner
 from softprompts.training import objectives
-from softprompts.training.checkpoint import Report, machine_line
+from softprompts.training.checkpoint import Progress, machine_line
 from softprompts.training.optimizer import set_rates
 from softprompts.training.shared_batch import label_count
-from softprompts.types import Batch, Objective, Output, Prompt, Slot, Step
+from softprompts.types import Batch, Objective, Output, Prompt, PromptSpec, Step
 
 MARKS = {"lora": "adapter_config.json", "model": "config.json"}
 """The folders that a run keeps weights in, and the file by which each is known as one."""
@@ -83,7 +83,7 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
     check_trainable(backbone)
     model = copy.deepcopy(backbone.model)
     model.to(torch.promote_types(backbone.dtype, torch.float32))  # type: ignore[arg-type]
-    plain = Kernels(rows="shared", checkpoint=backbone.kernels.checkpoint)
+    plain = Kernels(rows="shared", gradient_checkpointing=backbone.kernels.gradient_checkpointing)
     own = replace(backbone, model=model, kernels=plain, known={})
     heads = tuple(dict.fromkeys(name.split(".")[0] for name in own.head_names))
     adapter = None
@@ -93,19 +93,19 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
         model.requires_grad_(True)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     freeze(model)
-    slot = Slot(tasks, 0, own.features, own.features)
+    slot = PromptSpec(tasks, 0, own.features, own.features)
     return Weights(Learner(own, Site(), slot), trained, heads, adapter)
 
 
 def fit(
     weights: Weights,
-    rows: Sequence[Encoded],
+    rows: Sequence[EncodedExample],
     config: TrainConfig,
     *,
     pad: int,
     seed: int = 0,
     validate: Callable[[], float] | None = None,
-) -> Generator[Report, None, None]:
+) -> Generator[Progress, None, None]:
     """Train the weights in place on `rows`, one Report a step; afterwards they are the best ones, and frozen again.
 
     Rows, batches and schedule of each step are those that a prompt would have. The model stays in eval mode: nothing
@@ -116,7 +116,7 @@ def fit(
     is nothing to train on, and where a launcher started several processes.
     """
     _check_ready(rows, config)
-    batches = Batches(rows, config.batch_size, seed, config.batch_tokens)
+    batches = ExampleBatches(rows, config.batch_size, seed, config.batch_tokens)
     objective, optimizer = objectives.weigh(config.objectives), _optimizer(weights, config)
     best = _Best()
     try:
@@ -131,10 +131,10 @@ def fit(
             if validate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
                 score = validate()
                 best = best.after(step + 1, score, weights)
-            tokens = sum(len(row.ids) for part in parts for row in part)
+            tokens = sum(len(row.input_ids) for part in parts for row in part)
             machine = machine_line(weights.learner.backbone) if step == 0 else ""
             spent = time.perf_counter() - began
-            yield Report(
+            yield Progress(
                 step + 1, config.steps, loss, rate, None, tokens, spent, score=score, path=path, machine=machine
             )
             if best.patience_spent(step + 1, config):
@@ -235,7 +235,7 @@ def check_trainable(backbone: Backbone) -> None:
         )
 
 
-def _check_ready(rows: Sequence[Encoded], config: TrainConfig) -> None:
+def _check_ready(rows: Sequence[EncodedExample], config: TrainConfig) -> None:
     """Raise ConfigError where there is nothing to train on, or several processes would."""
     if not rows:
         raise ConfigError("there are no rows to train on; check the task's source and split")
@@ -302,7 +302,7 @@ def _optimizer(weights: Weights, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def _gradients(
-    weights: Weights, parts: Sequence[Sequence[Encoded]], objective: Objective, pad: int
+    weights: Weights, parts: Sequence[Sequence[EncodedExample]], objective: Objective, pad: int
 ) -> tuple[float, str]:
     """Fill the gradients of the mean loss over all labels of `parts`, and give that loss and how it was computed.
 
@@ -328,7 +328,7 @@ def _step(learner: Learner, batch: Batch) -> Step:
         # Labels' scores made in parts, as large vocabularies have them, give the head's weights no gradient.
         return learner.forward(batch, prompt, logits=True)
 
-    row = torch.zeros_like(batch.task)
+    row = torch.zeros_like(batch.task_ids)
     values = torch.zeros(1, 0, learner.slot.width, device=row.device)
     none = Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
     return Step(batch, none, run(None), run)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-How = Literal["mean", "pairs"]
+SimilarityMeasure = Literal["mean", "pairs"]
 
 
-def similarity(one: Tensor, other: Tensor, how: How = "mean") -> float:
+def similarity(one: Tensor, other: Tensor, how: SimilarityMeasure = "mean") -> float:
     """How alike the tasks of two prompts `[P, D]` are, from -1 to 1; their lengths may differ (section 4.1).
 
     how: "mean", the cosine of the mean tokens; "pairs", the mean cosine over all pairs of tokens. A vector of zeros has
@@ -32,7 +32,7 @@ def similarity(one: Tensor, other: Tensor, how: How = "mean") -> float:
     return max(-1.0, min(1.0, float(a @ b)))
 
 
-def _direction(prompt: Tensor, how: How) -> Tensor:
+def _direction(prompt: Tensor, how: SimilarityMeasure) -> Tensor:
     """What is multiplied: the mean token made a unit vector, or the mean of the tokens made unit vectors, [D]."""
     rows = prompt.detach().cpu().double()
     rows = rows.mean(0, keepdim=True) if how == "mean" else rows
@@ -41,13 +41,13 @@ def _direction(prompt: Tensor, how: How) -> Tensor:
     return functional.normalize(scaled, dim=1).mean(0)
 
 
-def matrix(prompts: Sequence[Tensor], how: How = "mean") -> Tensor:
+def matrix(prompts: Sequence[Tensor], how: SimilarityMeasure = "mean") -> Tensor:
     """The similarity of every two of `prompts`, each [P, D], as [N, N] in float64."""
     return torch.tensor([[similarity(one, other, how) for other in prompts] for one in prompts], dtype=torch.float64)
 
 
 def retrieve(
-    target: Tensor, sources: Mapping[str, Tensor], k: int = 3, how: How = "mean"
+    target: Tensor, sources: Mapping[str, Tensor], k: int = 3, how: SimilarityMeasure = "mean"
 ) -> list[tuple[str, float, float]]:
     """The `k` sources most similar to `target [P, D]`, best first, as (name, weight, similarity).
 

@@ -22,7 +22,7 @@ from softprompts.model.peft.prompt_tuning import (
     missing,
     positive,
 )
-from softprompts.types import Slot, Start
+from softprompts.types import PromptInit, PromptSpec
 
 
 class FactorsInit(enum.StrEnum):
@@ -101,7 +101,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         """Whether training begins at a trained multitask prompt; in `inference_mode` nothing is read."""
         return self.prompt_tuning_init in _SOURCES and not self.inference_mode
 
-    def describe(self, backbone: Backbone) -> tuple[PromptConfig, Start | None]:
+    def describe(self, backbone: Backbone) -> tuple[PromptConfig, PromptInit | None]:
         """As PromptTuningConfig.describe; the start also brings a source's factors.
 
         Raises ConfigError where the source does not fit the model or this configuration.
@@ -111,7 +111,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         config = plain.model_copy(update={"method": "multitask-prompt-tuning", "options": options})
         return config, self.from_source(self.length, backbone.features, backbone) if self.reads_source else start
 
-    def from_source(self, rows: int, width: int, backbone: Backbone | None = None) -> Start:
+    def from_source(self, rows: int, width: int, backbone: Backbone | None = None) -> PromptInit:
         """The start for a prompt of `rows` and `width` in the source.
 
         Raises ConfigError where it does not fit, and ArtifactError where it was made for another `backbone`.
@@ -120,7 +120,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         if backbone is not None:
             check_fingerprint(found.fingerprint, fingerprint(backbone))
         if self.prompt_tuning_init not in _FACTORS:
-            return Start(found.shared)
+            return PromptInit(found.shared)
         if found.columns.shape[-1] != self.num_ranks:
             raise ConfigError(
                 f"{found.path} holds factors of rank {found.columns.shape[-1]}, wanted is rank {self.num_ranks}; set "
@@ -128,8 +128,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             )
         if self.prompt_tuning_init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
             index = found.index(self.prompt_tuning_init_task)
-            return Start(found.shared, factors=(found.columns[index], found.rows[index]))
-        return Start(found.shared, factors=(found.columns.mean(0), found.rows.mean(0)))
+            return PromptInit(found.shared, factors=(found.columns[index], found.rows[index]))
+        return PromptInit(found.shared, factors=(found.columns.mean(0), found.rows.mean(0)))
 
     def _init(self) -> InitConfig:
         if self.prompt_tuning_init not in _SOURCES:
@@ -162,7 +162,7 @@ class MultitaskPromptEmbedding(nn.Module):
         count, width = start.prompt.shape
         kind = MultitaskPromptTuning
         options = kind.Config(config.num_ranks, start=str(config.factors_init))  # type: ignore[arg-type]
-        made = kind(options, Slot(tuple(map(str, range(config.num_tasks))), count, width, width), start)
+        made = kind(options, PromptSpec(tuple(map(str, range(config.num_tasks))), count, width, width), start)
         device = word_embeddings.weight.device
         self.embedding = nn.Embedding(count, width, _weight=made.shared.detach().to(device))
         self.prefix_task_cols = nn.Parameter(torch.stack([part.detach() for part in made.columns]).to(device))
@@ -184,10 +184,10 @@ class MultitaskPromptEmbedding(nn.Module):
         return found
 
 
-def _start(config: MultitaskPromptTuningConfig, embed: Any) -> Start:
+def _start(config: MultitaskPromptTuningConfig, embed: Any) -> PromptInit:
     count = config.length * (config.num_transformer_submodules or 1)
     if not config.reads_source:
-        return Start(first_rows(config, embed, count))
+        return PromptInit(first_rows(config, embed, count))
     width = embed(torch.zeros(1, dtype=torch.long, device=embed.weight.device)).shape[-1]
     check_width(config.token_dim, width)
     return config.from_source(count, width)

@@ -14,7 +14,7 @@ from softprompts.config import InitConfig, PromptConfig, closest
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.model import initialization
-from softprompts.types import Start
+from softprompts.types import PromptInit
 
 
 class PromptTuningInit(enum.StrEnum):
@@ -123,7 +123,7 @@ class PromptTuningConfig:
         """Number of tasks."""
         return 1
 
-    def describe(self, backbone: Backbone) -> tuple[PromptConfig, Start | None]:
+    def describe(self, backbone: Backbone) -> tuple[PromptConfig, PromptInit | None]:
         """The same in this library's words, and the start [P, D] where PEFT's rules for it are its own (TEXT).
 
         Raises ConfigError where task_type or token_dim contradict the model.
@@ -149,10 +149,10 @@ class PromptTuningConfig:
             return InitConfig(kind="vocabulary")
         return InitConfig.model_validate({"kind": "random", "distribution": _RANDOM[PromptTuningInit(kind)]})
 
-    def _start(self, backbone: Backbone) -> Start | None:
+    def _start(self, backbone: Backbone) -> PromptInit | None:
         if self.prompt_tuning_init != PromptTuningInit.TEXT or self.inference_mode:
             return None
-        return Start(initialization.from_ids(backbone, Site(), _text_ids(self, self.length)))
+        return PromptInit(initialization.from_ids(backbone, Site(), _text_ids(self, self.length)))
 
 
 class PromptEmbedding(nn.Module):

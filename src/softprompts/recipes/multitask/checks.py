@@ -8,7 +8,7 @@ from softprompts import injection
 from softprompts.artifacts import artifact
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import InitConfig
-from softprompts.config.sweep import variants
+from softprompts.config.sweep import sweep
 from softprompts.data import Task, load
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
@@ -23,11 +23,11 @@ from softprompts.recipes.multitask.runs import (
     weight_targets,
     weights_run,
 )
-from softprompts.recipes.run.run import Screen, load_backbone
+from softprompts.recipes.run.run import ProgressReporter, load_backbone
 from softprompts.training import weights as finetune
 
 
-def check(plan: Plan, screen: Screen) -> None:
+def check(plan: Plan, screen: ProgressReporter) -> None:
     """Raise ConfigError, DataError, ArtifactError or BackboneError for a plan that would fail on its way.
 
     Tasks must be there and targets have rows to choose and to judge by; given teachers must be plain prompts of this
@@ -43,8 +43,8 @@ def check(plan: Plan, screen: Screen) -> None:
                     raise ConfigError(f"target {task.title} has no rows to {role} by; set its split's fractions")
     for run in (teacher_runs(plan), source_runs(plan), probe_runs(plan)):
         if run.runs:
-            variants(run)
-    backbone = load_backbone(plan.model, say=screen.say)
+            sweep(run)
+    backbone = load_backbone(plan.model, say=screen.log)
     injection.check_layers(backbone, plan.source.layers)
     _check_labels(plan, backbone, targets)
     _check_teachers(plan, backbone)
@@ -61,10 +61,10 @@ def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -
         return
     site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.place)
     for name, task in targets.items():
-        words = tuple(f"{task.format.separator}{word}" for word in (task.format.verbalizer or {}).values())
-        slot = injection.slot(backbone, site, (name,), plan.prompt.length)
+        words = tuple(f"{task.template.separator}{word}" for word in (task.template.verbalizer or {}).values())
+        slot = injection.prompt_spec(backbone, site, (name,), plan.prompt.length)
         try:
-            initialization.start(InitConfig(kind="labels"), backbone, site, slot, labels=words)
+            initialization.initialize(InitConfig(kind="labels"), backbone, site, slot, labels=words)
         except ValueError as error:
             raise ConfigError(f"arm 'labels' is not possible for target {name}: {error}; leave the arm out") from None
 

@@ -30,10 +30,10 @@ from softprompts.recipes.multitask.runs import (
 )
 from softprompts.recipes.multitask.summary import page_of, summarize
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import Screen
+from softprompts.recipes.run.run import ProgressReporter
 
 
-def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
+def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.out.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; stages whose settings
@@ -66,7 +66,7 @@ def execute(plan: Plan, screen: Screen = SILENT) -> dict[str, Any]:
 
 
 def _nearest(
-    plan: Plan, teachers: Mapping[str, Tensor], screen: Screen
+    plan: Plan, teachers: Mapping[str, Tensor], screen: ProgressReporter
 ) -> dict[tuple[str, int | None, int], Sequence[tuple[str, float]]]:
     """For each target, size and seed the sources most like its prompt after a few steps, with their weights (SPoT)."""
     run = probe_runs(plan)
@@ -83,7 +83,13 @@ def _nearest(
 
 
 def _runs(
-    plan: Plan, origins: Origins, screen: Screen, target: str, shots: int | None, cells: Sequence[Cell], part: str
+    plan: Plan,
+    origins: Origins,
+    screen: ProgressReporter,
+    target: str,
+    shots: int | None,
+    cells: Sequence[Cell],
+    part: str,
 ) -> list[Found]:
     """The runs of `cells` on a target; those that failed have no pages."""
     title = f"{target} {size_name(shots)}"

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from softprompts import assets, injection
 from softprompts.backbone import Backbone, devices, loading
 from softprompts.config import ModelConfig, Run, TaskConfig, TrainConfig, closest
-from softprompts.data import Encoder, Format, Task, classes, load, place_of
+from softprompts.data import ExampleTokenizer, Task, TaskTemplate, classes, load, place_of
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import metrics
@@ -24,9 +24,9 @@ from softprompts.model.learner import Learner, copy_head
 from softprompts.model.sentence_encoders import Sentences
 from softprompts.training import objectives
 from softprompts.training import weights as finetune
-from softprompts.training.checkpoint import Report
+from softprompts.training.checkpoint import Progress
 from softprompts.training.distillation import TaskTeacher, load_teachers
-from softprompts.types import Start
+from softprompts.types import PromptInit
 
 UNBOUNDED = 1_000_000
 """Room for models with relative positions, which nothing bounds."""
@@ -37,22 +37,22 @@ def _silent(*_: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Screen:
+class ProgressReporter:
     """What a person sees while a job runs: plain lines, each training step of each run, rows judged of all rows.
 
     A run's name is empty where it is the only one.
     """
 
-    say: Callable[[str], None] = _silent
-    step: Callable[[str, Report], None] = _silent
-    judged: Callable[[str, int, int], None] = _silent
+    log: Callable[[str], None] = _silent
+    on_step: Callable[[str, Progress], None] = _silent
+    on_eval: Callable[[str, int, int], None] = _silent
 
 
-SILENT = Screen()
+SILENT = ProgressReporter()
 
 
 @dataclass(frozen=True)
-class Job:
+class PreparedRun:
     """All that a run needs, ready: the learner at its start, its tasks with their encoders and first prompts [P, D].
 
     Where a method makes a prompt from each text, the first prompt of its tasks is the start that it was given.
@@ -62,9 +62,9 @@ class Job:
 
     run: Run
     learner: Learner
-    start: Start | None
+    start: PromptInit | None
     tasks: tuple[Task, ...]
-    encoders: tuple[Encoder, ...]
+    encoders: tuple[ExampleTokenizer, ...]
     initial: tuple[Tensor, ...] = ()
     teachers: tuple[TaskTeacher, ...] = ()
     weights: finetune.Weights | None = None
@@ -107,10 +107,10 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, say: Callable[[str], No
     """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
     if config.compiled:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
-    choice = setup.choose(
+    choice = setup.autotune(
         loaded, attention=config.attention, products=config.products, compiled=config.compiled, say=say
     )
-    ready = replace(loaded, kernels=replace(choice.kernels, checkpoint=config.checkpointing))
+    ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.checkpointing))
     say(f"running with {choice}")
     if config.compiled:
         say(f"compiled in {setup.first_step(ready):.0f} s; the next process finds most of it done")
@@ -176,28 +176,28 @@ def _check_run(run: Run, tasks: Sequence[Task]) -> None:
     for task in tasks:
         if run.train.evaluate_every is not None and not task.validation:
             raise ConfigError(f"{task.name} has no validation rows to choose by; set task.split.validation_fraction")
-        for name in task.format.metrics:
+        for name in task.template.metrics:
             metric = metrics.METRICS.get(name)
-            fitting = [key for key, one in metrics.METRICS.items() if task.format.kind in one.kinds]
+            fitting = [key for key, one in metrics.METRICS.items() if task.template.kind in one.kinds]
             if metric is None or name not in fitting:
                 raise ConfigError(
-                    f"{task.name}: metric '{name}' is not for kind {task.format.kind}{closest(name, fitting)} "
+                    f"{task.name}: metric '{name}' is not for kind {task.template.kind}{closest(name, fitting)} "
                     f"possible: {', '.join(fitting)}"
                 )
 
 
 def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     prompt = run.prompt
-    slotted = place_of(prompt.place, [task.format for task in tasks]) == "template"
+    slotted = place_of(prompt.place, [task.template for task in tasks]) == "template"
     for task in tasks:
-        if prompt.site in ("decoder", "kv") and task.format.chat and task.format.chat_place == "user":
+        if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
             raise ConfigError(
                 f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
                 f"use chat_place: start, or site input or layers"
             )
         if not slotted or run.train.train != "prompt":
             continue
-        sizes = slot_sizes(task.format.templates, prompt.length, task.name)
+        sizes = slot_sizes(task.template.templates, prompt.length, task.name)
         if prompt.segments and sizes != prompt.segments:
             raise ConfigError(
                 f"{task.name}: the template's slots have {' + '.join(map(str, sizes))} prompt tokens, prompt.segments "
@@ -205,15 +205,15 @@ def _check_place(run: Run, tasks: Sequence[Task]) -> None:
             )
 
 
-def prepare(run: Run, screen: Screen = SILENT) -> Job:
+def prepare(run: Run, screen: ProgressReporter = SILENT) -> PreparedRun:
     """Load what `run` names: rows, backbone, method at its start.
 
     Raises DataError, AssetError, BackboneError, ArtifactError or ConfigError before anything is trained or written.
     """
-    return prepare_together({"": run}, screen)[""]
+    return prepare_many({"": run}, screen)[""]
 
 
-def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[str, Job]:
+def prepare_many(runs: Mapping[str, Run], screen: ProgressReporter = SILENT) -> dict[str, PreparedRun]:
     """The same for runs that share their model, which is loaded once, as are the rows of a task that several have."""
     loaded: dict[str, Task] = {}
     for run in runs.values():
@@ -231,18 +231,18 @@ def prepare_together(runs: Mapping[str, Run], screen: Screen = SILENT) -> dict[s
     first = next(iter(runs))
     prompts = [run.prompt for run in runs.values() if run.train.train == "prompt"]
     asked = {one for prompt in prompts for one in sentence_encoders(prompt.method, prompt.options)}
-    head = head_size(runs[first].model.head, tasks[first][0].format)
-    model = load_backbone(runs[first].model, labels=head, say=screen.say)
+    head = head_size(runs[first].model.head, tasks[first][0].template)
+    model = load_backbone(runs[first].model, labels=head, say=screen.log)
     sentences = Sentences()
-    sentences.fetch(asked, model, screen.say)
+    sentences.fetch(asked, model, screen.log)
     jobs = {name: _job(run, model, tasks[name], sentences) for name, run in runs.items()}
     for name, job in jobs.items():
         if note := _idle_rate(job):
-            screen.say(f"{name}: {note}" if name else note)
+            screen.log(f"{name}: {note}" if name else note)
     return jobs
 
 
-def _idle_rate(job: Job) -> str:
+def _idle_rate(job: PreparedRun) -> str:
     """That `train.rate` was set and nothing learns at it; empty where something does, or it has its default."""
     train, method = job.run.train, job.run.prompt.method
     if job.weights is not None or train.rate == TrainConfig().rate:
@@ -254,28 +254,28 @@ def _idle_rate(job: Job) -> str:
     return f"train.rate changes nothing: all of method {method} has rates of its own, train.rates: {', '.join(used)}"
 
 
-def _load_rows(config: TaskConfig, screen: Screen) -> Task:
+def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
     task = load(config)
-    screen.say(
+    screen.log(
         f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
     )
     for note in task.notes:
-        screen.say(f"  {note}")
+        screen.log(f"  {note}")
     return task
 
 
-def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentences) -> Job:
+def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentences) -> PreparedRun:
     """The run on a backbone and rows that are there."""
     if run.train.train != "prompt":
         return _weights_job(run, model, tasks)
-    place = place_of(run.prompt.place, [task.format for task in tasks])
+    place = place_of(run.prompt.place, [task.template for task in tasks])
     site = Site(run.prompt.site, run.prompt.mode, place)
-    slot = injection.slot(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
-    encoders = tuple(encoder_for(model, task.format, run.prompt.length, i, place) for i, task in enumerate(tasks))
+    slot = injection.prompt_spec(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
+    encoders = tuple(encoder_for(model, task.template, run.prompt.length, i, place) for i, task in enumerate(tasks))
     words = tuple(
-        f"{task.format.separator}{word}" for task in tasks for word in (task.format.verbalizer or {}).values()
+        f"{task.template.separator}{word}" for task in tasks for word in (task.template.verbalizer or {}).values()
     )
-    start = initialization.start(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
+    start = initialization.initialize(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
     torch.manual_seed(run.seed)  # what a method draws for itself
     method = build(run.prompt.method, run.prompt.options, slot, start).to(model.device)
     first = [stored.folded(method, task) for task in slot.tasks]
@@ -284,18 +284,20 @@ def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentence
     distil = run.train.distil
     teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
     begin = {name: value.detach().clone() for name, value in learner.parameters().items()}
-    return Job(run, learner, start, tasks, encoders, initial, teachers, begin=begin)
+    return PreparedRun(run, learner, start, tasks, encoders, initial, teachers, begin=begin)
 
 
-def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> Job:
+def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
     """The run that trains weights of a copy of the backbone; no prompt takes room from its texts."""
     weights = finetune.copied(model, run.train, tuple(task.name for task in tasks), run.seed)
-    place = place_of(run.prompt.place, [task.format for task in tasks])
-    encoders = tuple(encoder_for(model, task.format, 0, i, place) for i, task in enumerate(tasks))
-    return Job(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
+    place = place_of(run.prompt.place, [task.template for task in tasks])
+    encoders = tuple(encoder_for(model, task.template, 0, i, place) for i, task in enumerate(tasks))
+    return PreparedRun(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
 
 
-def encoder_for(model: Backbone, form: Format, length: int, task: int = 0, place: str = "auto") -> Encoder:
+def encoder_for(
+    model: Backbone, form: TaskTemplate, length: int, task: int = 0, place: str = "auto"
+) -> ExampleTokenizer:
     """The encoder of a task for this backbone, with room for a prompt of `length` tokens.
 
     place: as of the site; `template` makes slots of the `<prompt>` in the format's templates, without a prompt of none.
@@ -305,10 +307,10 @@ def encoder_for(model: Backbone, form: Format, length: int, task: int = 0, place
     if place == "template":
         count = sum(len(split_slots(one)[1]) for one in form.templates)
         slots = slot_sizes(form.templates, length, form.name) if length else (0,) * count
-    return Encoder(form, model.tokenizer, model.family.name, model.head, room, task, slots)  # type: ignore[arg-type]
+    return ExampleTokenizer(form, model.tokenizer, model.family.name, model.head, room, task, slots)  # type: ignore[arg-type]
 
 
-def head_size(head: str, form: Format) -> int | None:
+def head_size(head: str, form: TaskTemplate) -> int | None:
     """Rows of a classification head for tasks like this one; None where the head or the task has no classes."""
     if head == "sequence" and form.kind == "regression":
         return 1

@@ -15,13 +15,13 @@ from typing import Any
 
 from softprompts import __version__
 from softprompts.config import Run
-from softprompts.data import Encoder, Row, Task, classes
+from softprompts.data import ExampleTokenizer, Row, Task, classes
 from softprompts.evaluation import metrics
 from softprompts.evaluation.evaluate import Answer, Evaluation
 from softprompts.model import stored
-from softprompts.model.nearest_tokens import nearest_words
-from softprompts.recipes.run.prepare import Job
-from softprompts.training.checkpoint import Report, machine_of
+from softprompts.model.nearest_tokens import nearest_tokens
+from softprompts.recipes.run.prepare import PreparedRun
+from softprompts.training.checkpoint import Progress, machine_of
 
 TRAINED = {"prompt": "", "backbone": ", all weights trained", "lora": ", trained with LoRA"}
 """What a page's title says about what was trained."""
@@ -38,7 +38,7 @@ def versions() -> dict[str, str]:
     return {"softprompts": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
 
 
-def machine_changes(history: Sequence[Report]) -> list[str]:
+def machine_changes(history: Sequence[Progress]) -> list[str]:
     """A line for each step from which on a run was computed with something else, as after a resume elsewhere."""
     lines = []
     for before, after in itertools.pairwise(report for report in history if report.machine):
@@ -52,11 +52,11 @@ def machine_changes(history: Sequence[Report]) -> list[str]:
 
 
 def page_of(
-    job: Job,
+    job: PreparedRun,
     index: int,
     before: Evaluation | None,
     after: Evaluation | None,
-    history: Sequence[Report],
+    history: Sequence[Progress],
     seconds: float,
 ) -> dict[str, Any]:
     """What results.json and the page hold of the job's task number `index`."""
@@ -99,22 +99,22 @@ def page_of(
         page |= _details(job, index, before, after)
     prompt = None if job.weights is not None else stored.folded(learner.method, task.name)
     if prompt is not None and learner.site.name in ("input", "decoder"):
-        words = nearest_words(learner.backbone, prompt)
+        words = nearest_tokens(learner.backbone, prompt)
         page["nearest_words"] = [asdict(row) for row in words]
     return page
 
 
-def _prompt_size(job: Job) -> int:
+def _prompt_size(job: PreparedRun) -> int:
     """Trained numbers a task."""
     return sum(parameter.numel() for parameter in job.learner.parameters().values()) // len(job.tasks)
 
 
-def _size(job: Job) -> int:
+def _size(job: PreparedRun) -> int:
     """Numbers of the backbone, however they are stored."""
     return int(job.learner.backbone.model.num_parameters())
 
 
-def _moved(job: Job) -> int:
+def _moved(job: PreparedRun) -> int:
     """Trained numbers a task that training moved: of a table these are the rows of tokens that it met."""
     now = job.learner.parameters()
     return sum(int((now[name] != began).sum()) for name, began in job.begin.items()) // len(job.tasks)
@@ -122,9 +122,9 @@ def _moved(job: Job) -> int:
 
 def compare(
     run: Run,
-    jobs: Mapping[str, Job],
+    jobs: Mapping[str, PreparedRun],
     pages: Mapping[str, Sequence[Mapping[str, Any]]],
-    histories: Mapping[str, Sequence[Report]],
+    histories: Mapping[str, Sequence[Progress]],
     failed: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _next_of_several(jobs: Mapping[str, Job], pages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+def _next_of_several(jobs: Mapping[str, PreparedRun], pages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     """The commands of the first run that was finished, and a vote of all that can stand in one batch with it."""
     if not pages:
         return []
@@ -212,7 +212,7 @@ def _next_of_several(jobs: Mapping[str, Job], pages: Mapping[str, Sequence[Mappi
         shlex.quote(str(prompt_directory(Path(other.run.out), task.name, len(other.tasks))))
         for key, other in jobs.items()
         if key in pages
-        and other.tasks[0].format == task.format
+        and other.tasks[0].template == task.template
         and (other.run.prompt.length, other.run.prompt.method) == (job.run.prompt.length, job.run.prompt.method)
     ]
     return [*lines, f"softprompts evaluate {' '.join(alike)}"] if len(alike) > 1 else lines
@@ -231,12 +231,12 @@ def _flat(values: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _details(job: Job, index: int, before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
+def _details(job: PreparedRun, index: int, before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
     """Tables per class and example answers."""
     task, encoder = job.tasks[index], job.encoders[index]
     found: dict[str, Any] = {"examples": _examples(task, encoder, before, after)}
-    labels = classes(task.format)
-    if task.format.kind == "label":
+    labels = classes(task.template)
+    if task.template.kind == "label":
         predictions = [a.value for a in after.answers]
         found["per_class"] = [asdict(c) for c in metrics.per_class(predictions, after.references, labels)]
         matrix = metrics.confusion(predictions, after.references, labels)
@@ -245,7 +245,7 @@ def _details(job: Job, index: int, before: Evaluation | None, after: Evaluation)
 
 
 def _examples(
-    task: Task, encoder: Encoder, before: Evaluation | None, after: Evaluation, count: int = 10
+    task: Task, encoder: ExampleTokenizer, before: Evaluation | None, after: Evaluation, count: int = 10
 ) -> list[dict[str, Any]]:
     """`count` test rows spread over the set, as they were read and answered."""
     picked = [round(i * (len(task.test) - 1) / max(1, count - 1)) for i in range(min(count, len(task.test)))]
@@ -261,8 +261,8 @@ def _examples(
     ]
 
 
-def _shown(encoder: Encoder, row: Row) -> str:
-    return " | ".join(str(row[column]) for column in encoder.format.columns)[:300]
+def _shown(encoder: ExampleTokenizer, row: Row) -> str:
+    return " | ".join(str(row[column]) for column in encoder.template.columns)[:300]
 
 
 def _said(one: Answer) -> str | None:
@@ -280,9 +280,9 @@ def next_commands(run: Run, task: Task) -> list[str]:
     """What a user may want to type after a run."""
     where = shlex.quote(str(prompt_directory(Path(run.out), task.name, len(run.tasks))))
     lines = [f"softprompts evaluate {where}", f"softprompts inspect {where}"]
-    if not task.format.columns:  # the prompt alone makes the answer
+    if not task.template.columns:  # the prompt alone makes the answer
         return lines
-    column = task.format.columns[0]
+    column = task.template.columns[0]
     texts = [str(row[column]) for row in (*task.test, *task.train)[:100]]
     # A text without quotation marks needs no more than two of them on a command line.
     text = shlex.quote(min(texts, key=lambda one: ("'" in one or "\n" in one, len(one) > 80)))

@@ -18,26 +18,25 @@ from softprompts import __version__, backbone, injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run
-from softprompts.config.sweep import variants
-from softprompts.data import Encoded
+from softprompts.config.sweep import sweep
+from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation import page as report
 from softprompts.evaluation.evaluate import Evaluation
 from softprompts.model import initialization, stored
 from softprompts.model.opening import Opened, judging_of, open_artifacts, settings_of
-from softprompts.recipes.run.prepare import SILENT, Job, Screen, load_backbone, prepare, prepare_together
+from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, load_backbone, prepare, prepare_many
 from softprompts.recipes.run.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
 from softprompts.training import distillation, weights
-from softprompts.training.distillation import Targets
-from softprompts.training.loop import Report, Trainee, check_checkpoint, fit_together, is_main_process
+from softprompts.training.distillation import TeacherOutputs
+from softprompts.training.loop import Progress, TrainingRun, check_checkpoint, is_main_process, train_many
 from softprompts.training.shared_batch import label_count
 
 __all__ = [
-    "Job",
     "Opened",
-    "Screen",
-    "execute",
+    "PreparedRun",
+    "ProgressReporter",
     "fixed_settings",
     "is_main_process",
     "judging_of",
@@ -46,12 +45,13 @@ __all__ = [
     "open_artifacts",
     "pack",
     "prepare",
+    "run",
     "settings_of",
     "versions",
 ]
 
 
-def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
+def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into run.out.
 
     Returns what results.json holds. An interrupted run goes on from its checkpoint when called again. With a list
@@ -61,11 +61,11 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
     """
     began, main = time.time(), is_main_process()
     screen = screen if main else SILENT
-    runs = variants(run)
+    runs = sweep(run)
     for one in runs.values() if main else ():
         check_writable(Path(one.out))
         weights.kept_at(one.train, one.out)
-    jobs = prepare_together(runs, screen)
+    jobs = prepare_many(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
         check_checkpoint(one.out, rows[name], one.seed, fixed_settings(jobs[name]))
@@ -85,7 +85,12 @@ def execute(run: Run, screen: Screen = SILENT) -> dict[str, Any]:
 
 
 def _finish(
-    name: str, job: Job, before: list[Evaluation | None], history: list[Report], began: float, screen: Screen
+    name: str,
+    job: PreparedRun,
+    before: list[Evaluation | None],
+    history: list[Progress],
+    began: float,
+    screen: ProgressReporter,
 ) -> list[dict[str, Any]]:
     """Judge a trained run, and write what it trained, results.json and pages; gives the page of each task."""
     out, count = Path(job.run.out), len(job.tasks)
@@ -93,7 +98,7 @@ def _finish(
     pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(count)]
     if not is_main_process():
         return pages
-    screen.say(f"writing {out}")
+    screen.log(f"writing {out}")
     _keep(job, after)
     report.write_results(out / "results.json", _results(pages))
     for page, task in zip(pages, job.tasks, strict=True):
@@ -101,7 +106,7 @@ def _finish(
     return pages
 
 
-def _keep(job: Job, after: list[Evaluation | None]) -> None:
+def _keep(job: PreparedRun, after: list[Evaluation | None]) -> None:
     """Write the run's artifacts; where it trained weights, LoRA's adapter or, if asked for, the model."""
     if job.weights is None:
         for i, scored in enumerate(after):
@@ -127,7 +132,7 @@ def check_writable(out: Path) -> None:
         raise ConfigError(f"cannot write into {out}: {error.strerror}; choose another directory with --out") from None
 
 
-def fixed_settings(job: Job) -> dict[str, Any]:
+def fixed_settings(job: PreparedRun) -> dict[str, Any]:
     """What must be the same for a run to go on from its checkpoint.
 
     Artifacts that the run starts from, mixes or learns from may have been made anew since.
@@ -144,15 +149,15 @@ def fixed_settings(job: Job) -> dict[str, Any]:
     return settings
 
 
-def _key(job: Job, index: int) -> str:
+def _key(job: PreparedRun, index: int) -> str:
     """What the rows of the job's task number `index` are read by: runs with the same key read them alike."""
     encoder = job.encoders[index]
     return f"{index} {encoder.room} {encoder.slots} {job.run.tasks[index].model_dump_json()}"
 
 
-def _encode(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Encoded]]:
+def _encode(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> dict[str, list[EncodedExample]]:
     """The training rows of all tasks of each run as tokens."""
-    parts: dict[str, list[Encoded]] = {}
+    parts: dict[str, list[EncodedExample]] = {}
     for job in jobs.values():
         for i, (encoder, task) in enumerate(zip(job.encoders, job.tasks, strict=True)):
             if _key(job, i) in parts:
@@ -160,15 +165,15 @@ def _encode(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Encoded]]
             rows = parts[_key(job, i)] = [encoder.example(row) for row in task.train]
             cut = sum(row.cut > 0 for row in rows)
             if cut:
-                screen.say(f"{task.name}: {cut} of {len(rows)} texts were cut to fit {encoder.budget} tokens")
+                screen.log(f"{task.name}: {cut} of {len(rows)} texts were cut to fit {encoder.budget} tokens")
     return {name: [row for i in range(len(job.tasks)) for row in parts[_key(job, i)]] for name, job in jobs.items()}
 
 
 def _train(
-    jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen: Screen
-) -> tuple[dict[str, list[Report]], dict[str, str]]:
+    jobs: Mapping[str, PreparedRun], rows: Mapping[str, list[EncodedExample]], screen: ProgressReporter
+) -> tuple[dict[str, list[Progress]], dict[str, str]]:
     """The history of each run, and why those that failed did; raises TrainingError when none is left."""
-    histories: dict[str, list[Report]] = {name: [] for name in jobs}
+    histories: dict[str, list[Progress]] = {name: [] for name in jobs}
     failed: dict[str, str] = {}
     targets = _targets(jobs, rows, screen)
     try:
@@ -176,28 +181,30 @@ def _train(
             for name, step in steps:
                 histories[name].append(step)
                 if step.parity:
-                    screen.say(f"first batch: {step.parity}")
-                screen.step(name, step)
+                    screen.log(f"first batch: {step.parity}")
+                screen.on_step(name, step)
         for name, history in histories.items():
             for line in machine_changes(history):
-                screen.say(f"{name}: {line}" if name else line)
+                screen.log(f"{name}: {line}" if name else line)
     except TrainingError as error:
         if len(error.failed) in (0, len(jobs)):
             raise
         failed = error.failed
         for name, message in failed.items():
-            screen.say(f"run '{name}' failed: {message}")
+            screen.log(f"run '{name}' failed: {message}")
     every = [step for name, history in histories.items() for step in history if jobs[name].weights is None]
     for path, count in Counter(step.path for step in every).most_common(1):
         how = f"in every row ({path})" if path.startswith("concatenation") else "once a batch"
-        screen.say(f"the prompt was computed {how} in {count} of {len(every)} steps")
+        screen.log(f"the prompt was computed {how} in {count} of {len(every)} steps")
     return histories, failed
 
 
-def _targets(jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen: Screen) -> dict[str, Targets | None]:
+def _targets(
+    jobs: Mapping[str, PreparedRun], rows: Mapping[str, list[EncodedExample]], screen: ProgressReporter
+) -> dict[str, TeacherOutputs | None]:
     """What the teachers of each run make of its rows; computed once for runs that have the same of both."""
-    found: dict[str, Targets | None] = {}
-    known: dict[tuple[Any, ...], Targets] = {}
+    found: dict[str, TeacherOutputs | None] = {}
+    known: dict[tuple[Any, ...], TeacherOutputs] = {}
     for name, job in jobs.items():
         config = job.run.train.distil
         if config is None:
@@ -208,11 +215,11 @@ def _targets(jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen:
         if key not in known:
             file = Path(job.run.out) / distillation.FILE if config.cache is None else Path(config.cache)
             title = f"{name}: teachers" if name else "teachers"
-            show, kept = functools.partial(screen.judged, title), file if is_main_process() else None
+            show, kept = functools.partial(screen.on_eval, title), file if is_main_process() else None
             known[key] = distillation.targets(job.learner.backbone, job.teachers, own, config, kept, show)
         for row, states in zip(own, known[key].states, strict=True):
             if len(states) != (count := label_count(row, job.learner)):
-                task = job.tasks[row.task].name
+                task = job.tasks[row.task_id].name
                 raise ConfigError(
                     f"{task}: its teacher scores {len(states)} tokens of a row and the student {count}, because one of "
                     f"them has no state in front of the text (site kv); give them the same site"
@@ -222,8 +229,10 @@ def _targets(jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], screen:
 
 
 def _steps(
-    jobs: Mapping[str, Job], rows: Mapping[str, list[Encoded]], targets: Mapping[str, Targets | None]
-) -> Generator[tuple[str, Report], None, None]:
+    jobs: Mapping[str, PreparedRun],
+    rows: Mapping[str, list[EncodedExample]],
+    targets: Mapping[str, TeacherOutputs | None],
+) -> Generator[tuple[str, Progress], None, None]:
     """The steps of all runs; one that trains weights is always alone."""
     pad = next(iter(jobs.values())).learner.backbone.tokenizer.pad_token_id or 0
     for name, job in jobs.items():
@@ -233,20 +242,22 @@ def _steps(
             with closing(fitting) as steps:
                 yield from ((name, step) for step in steps)
             return
-    yield from fit_together([_trainee(name, job, rows[name], targets[name]) for name, job in jobs.items()], pad=pad)
+    yield from train_many([_trainee(name, job, rows[name], targets[name]) for name, job in jobs.items()], pad=pad)
 
 
-def _trainee(name: str, job: Job, rows: list[Encoded], targets: Targets | None) -> Trainee:
+def _trainee(name: str, job: PreparedRun, rows: list[EncodedExample], targets: TeacherOutputs | None) -> TrainingRun:
     run = job.run
-    return Trainee(name, job.learner, rows, run.train, run.seed, _validate(job), run.out, fixed_settings(job), targets)
+    return TrainingRun(
+        name, job.learner, rows, run.train, run.seed, _validate(job), run.out, fixed_settings(job), targets
+    )
 
 
-def _validate(job: Job) -> Callable[[], float] | None:
+def _validate(job: PreparedRun) -> Callable[[], float] | None:
     """What scores the validation rows, where the run asks for that."""
     return (lambda: _validation(job)) if job.run.train.evaluate_every is not None else None
 
 
-def _validation(job: Job) -> float:
+def _validation(job: PreparedRun) -> float:
     """The mean headline score over the tasks' validation rows."""
     values = []
     config = job.run.evaluate.model_copy(update={"resamples": 100})
@@ -255,7 +266,7 @@ def _validation(job: Job) -> float:
     return sum(values) / len(values)
 
 
-def _judge_stock(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Evaluation | None]]:
+def _judge_stock(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> dict[str, list[Evaluation | None]]:
     """The stock model's scores on the test rows of each run's tasks; tasks that runs judge alike are judged once."""
     found: dict[str, Evaluation | None] = {}
     for job in jobs.values():
@@ -269,26 +280,28 @@ def _judge_stock(jobs: Mapping[str, Job], screen: Screen) -> dict[str, list[Eval
     }
 
 
-def _judge(name: str, job: Job, index: int, screen: Screen, when: str, stock: bool = False) -> Evaluation | None:
+def _judge(
+    name: str, job: PreparedRun, index: int, screen: ProgressReporter, when: str, stock: bool = False
+) -> Evaluation | None:
     """Scores on the test rows; None for the stock model where its head has not been trained either."""
     learner, rows = job.learner, job.tasks[index].test
     title = f"{name}: {job.tasks[index].name}" if name else job.tasks[index].name
     if not rows and not stock:
-        screen.say(f"{title} has no test rows: nothing is judged")
+        screen.log(f"{title} has no test rows: nothing is judged")
     if not rows or (stock and learner.backbone.head_names):
         return None
 
     def progress(done: int) -> None:
-        screen.judged(f"{title} {when}", done, len(rows))
+        screen.on_eval(f"{title} {when}", done, len(rows))
 
     chosen = learner.stock() if stock else learner
     encoder, run = job.encoders[index], job.run
     found = evaluate.evaluate(chosen, encoder, rows, run.evaluate, seed=run.seed, progress=progress)
-    screen.say(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
+    screen.log(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
     return found
 
 
-def pack(job: Job, index: int, scored: Evaluation | None) -> Artifact:
+def pack(job: PreparedRun, index: int, scored: Evaluation | None) -> Artifact:
     """The artifact of the job's task number `index`: what was trained, where it began, and all that belongs to it."""
     learner, run, task = job.learner, job.run, job.tasks[index]
     assert job.start is not None
@@ -311,7 +324,7 @@ def pack(job: Job, index: int, scored: Evaluation | None) -> Artifact:
         backbone=learner.backbone.name,
         revision=learner.backbone.revision,
         fingerprint=backbone.fingerprint(learner.backbone),
-        format=task.format.to_json(),
+        format=task.template.to_json(),
         config=config,
         scores={} if scored is None else {k: asdict(v) for k, v in scored.scores.items()},
         parents=job.start.parents,
