@@ -73,9 +73,10 @@ hand_pip_settings_to_uv() {
     settings=$("$folder/bin/python" -m pip config list 2> /dev/null)
     for pair in index-url=UV_DEFAULT_INDEX extra-index-url=UV_INDEX find-links=UV_FIND_LINKS constraint=UV_CONSTRAINT; do
         variable=${pair#*=}
-        value=$(echo "$settings" | sed -n -E "s/^(:env:|global|install)\.${pair%%=*}='(.*)'\$/\2/p" | head -n 1)
-        value=$(echo "$value" | sed 's/\\n/ /g; s/^ *//')
-        [ "$variable" != UV_FIND_LINKS ] || value=$(echo "$value" | tr -s ' ' ',')
+        # pip prints a line break in a value as \n.
+        value=$(printf '%s\n' "$settings" | sed -n -E "s/^(:env:|global|install)\.${pair%%=*}='(.*)'\$/\2/p" | head -n 1)
+        value=$(printf '%s\n' "$value" | sed 's/\\n/ /g; s/^ *//')
+        [ "$variable" != UV_FIND_LINKS ] || value=$(printf '%s\n' "$value" | tr -s ' ' ',')
         eval "[ -n \"\${$variable:-}\" ]" || [ -z "$value" ] || export "$variable=$value"
     done
     # pip takes the best version that any of the indexes has.
