@@ -1,4 +1,4 @@
-"""Fail when CI's environment holds CUDA libraries: gigabytes that a CPU never uses. Users' environments may hold them."""
+"""Fail when CI installed CUDA libraries: gigabytes that a CPU never uses. Users may have them."""
 
 import re
 import sys

@@ -38,7 +38,7 @@ can_be_reused() {
 }
 
 is_up_to_date() {
-    [ -f "$stamp" ] && [ ! pyproject.toml -nt "$stamp" ] && [ ! "$constraints" -nt "$stamp" ] && can_be_reused
+    [ -f "$stamp" ] && [ -z "$(find pyproject.toml "$constraints" -newer "$stamp")" ] && can_be_reused
 }
 
 # Sets $python, which is empty if only uv can provide one.

@@ -11,7 +11,23 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-TOOLS = ["make", "sh", "awk", "basename", "cat", "cp", "grep", "head", "mkdir", "rm", "sed", "tee", "touch", "tr"]
+TOOLS = [
+    "make",
+    "sh",
+    "awk",
+    "basename",
+    "cat",
+    "cp",
+    "find",
+    "grep",
+    "head",
+    "mkdir",
+    "rm",
+    "sed",
+    "tee",
+    "touch",
+    "tr",
+]
 
 PYTHON = """#!/bin/sh
 echo "python $*" >> "$LOG"
