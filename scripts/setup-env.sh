@@ -64,7 +64,7 @@ make_folder() {
     if [ -n "$uv" ] && { [ -z "$python" ] || ! "$python" -c 'import ensurepip' 2> /dev/null; }; then
         "$uv" venv --quiet --seed --python "${python:->=3.11,<3.15}" "$folder"
     else
-        "$python" -m venv "$folder"
+        "$python" -m venv "$folder" || fail "$folder could not be made; the reason is above."
     fi
 }
 

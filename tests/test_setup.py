@@ -36,7 +36,7 @@ case "$*" in
     *_base_executable*) echo "{path}" ;;
     *sys.version*) echo "{version}" ;;
     *"import ensurepip"*) exit {no_ensurepip} ;;
-    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m venv "*) [ {no_ensurepip} = 0 ] || {{ echo "install python3-venv"; exit 1; }}; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     "-m pip config list") cat "$PIP_SETTINGS" ;;
     "-m pip install "*)
         failure=$(head -n 1 "$FAILURES")
@@ -330,6 +330,15 @@ def test_env_lets_uv_make_the_folder_where_python_lacks_ensurepip(machine: Machi
     machine.make("env", UVS_PYTHON=str(python))
     assert f"uv venv --quiet --seed --python {python} .venv" in machine.log
     assert "python -m venv .venv" not in machine.log
+
+
+def test_env_without_ensurepip_and_uv_shows_what_python_says(machine: Machine) -> None:
+    machine.python(ensurepip=False)
+    lines = machine.make("env", expect=2)
+    assert lines[1:] == ["install python3-venv", ".venv could not be made; the reason is above."]
+    machine.python()
+    machine.make("env")
+    assert machine.installs == [f"python {INSTALL}"]
 
 
 def test_threads_that_wait_sleep_unless_the_user_chose(laptop: Machine) -> None:
