@@ -230,7 +230,7 @@ def test_kept_states_are_those_of_the_pass(tmp_path):
     for targets in (made, again):
         teacher = targets.of(chosen, torch.device("cpu"))
         batch = together.train.collate(chosen, 0)
-        prompt = rows.several(prompts, [row.task for row in chosen])
+        prompt = rows.several(prompts, [row.task_id for row in chosen])
         expected = injection.forward(one.backbone, batch, prompt, Site(), layers=LAYERS)
         torch.testing.assert_close(teacher.states, expected.states)
         torch.testing.assert_close(expected.scores(teacher.states), expected.logits)
