@@ -36,7 +36,9 @@ case "$*" in
     *_base_executable*) echo "{path}" ;;
     *sys.version*) echo "{version}" ;;
     *"import ensurepip"*) exit {no_ensurepip} ;;
-    "-m venv "*) [ {no_ensurepip} = 0 ] || {{ echo "install python3-venv"; exit 1; }}; mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m venv "*)
+        [ {no_ensurepip} = 0 ] || {{ echo "install python3-venv"; exit 1; }}
+        mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
     "-m pip config list") cat "$PIP_SETTINGS" ;;
     "-m pip install "*)
         failure=$(head -n 1 "$FAILURES")
