@@ -168,10 +168,10 @@ def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
         opened.registry.method(opened.task),
         opened.backbone,
     )
-    words = bb.embed(torch.tensor([i for i, mark in zip(text.ids, text.words, strict=True) if mark])[None])[0]
+    words = bb.embed(torch.tensor([i for i, mark in zip(text.input_ids, text.instruction_mask, strict=True) if mark])[None])[0]
     chosen = (method.memory @ words.mean(0)).argsort(descending=True)[:2]
     prompt = torch.cat([method.soft, method.memory[chosen]])
-    full = torch.cat([prompt, bb.embed(torch.tensor([text.ids + answer]))[0]])
+    full = torch.cat([prompt, bb.embed(torch.tensor([text.input_ids + answer]))[0]])
     with torch.no_grad():
         chances = bb.model(inputs_embeds=full[None]).logits[0].log_softmax(-1)
     begin = len(prompt) + len(text.input_ids) - 1
