@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch.nn import functional
 
 import local
@@ -18,7 +19,6 @@ from softprompts.config import DistillationConfig, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import distillation, loop, objectives
 from softprompts.training.shared_batch import joint_steps
@@ -150,7 +150,7 @@ def test_hidden_by_the_mean_of_rows():
 def test_a_step_without_a_teacher_says_so():
     step = replace(step_of(rows.random(1, 2, 4), rows.random(1, 2, 4)), teacher=None)
     for name in objectives.TAUGHT:
-        with pytest.raises(ValueError, match=r"the step has none; name them in train\.distil"):
+        with pytest.raises(ValueError, match=r"the step has none; name them in training\.distillation"):
             objectives.OBJECTIVES[name](step)
 
 
@@ -396,7 +396,7 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
             "no directory nowhere",
         ),
         (lambda v: v["training"]["distillation"].update(layers=[9]), BackboneError, "there is no layer 9"),
-        (lambda v: v["training"].pop("distil"), ConfigError, "objective 'distil-logits' compares with teachers"),
+        (lambda v: v["training"].pop("distillation"), ConfigError, "objective 'distil-logits' compares with teachers"),
         (lambda v: v["training"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
         (
             lambda v: v["training"].update(learning_rates={"factor": 1.0}),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import GRADIENT_ROUNDINGS, assert_close
 from prompted import each, methods_of, prompted, prompts_of, several, spec_of
 from rows import INPUT, called
 from softprompts import injection
@@ -369,7 +370,7 @@ def test_a_generator_of_zeros_is_prompt_tuning_with_its_bias(name: str, site: in
     for task in TASKS:
         mine, other = ours.prompts[task].bias.grad, theirs.prompts[task].prompt.grad
         assert float(other.abs().max()) > 1e-4
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+        assert_close(mine, other, GRADIENT_ROUNDINGS)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import assert_close
 from prompted import each, prompted, prompts_of, spec_of
 from rows import INPUT, KV, REPLACE, called
 from softprompts import injection
@@ -426,7 +427,7 @@ def test_a_table_of_equal_rows_is_prompt_tuning(name: str) -> None:
     table.rows.copy_(row.expand_as(table.rows))
     plain = build_tasks("prompt-tuning", {}, spec, PromptInit(row.expand(P, -1)), TASKS)
     found, expected = (training_step(m, batch).output for m in (made, prompted(made.backbone, INPUT, plain)))
-    torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-5)
+    assert_close(found.logits, expected.logits)
 
 
 @torch.no_grad()
@@ -438,7 +439,7 @@ def test_scale_zero_is_prefix_tuning(name: str, site: injection.Site, strategy: 
     method = made.prompts["two"]
     plain = build_tasks("prompt-tuning", {}, method.spec, PromptInit(method.prompt), TASKS)
     expected = training_step(prompted(made.backbone, site, plain), batch).output.logits
-    torch.testing.assert_close(training_step(made, batch).output.logits, expected, atol=1e-6, rtol=1e-5)
+    assert_close(training_step(made, batch).output.logits, expected)
     method.scale = 0.5
     assert float((training_step(made, batch).output.logits - expected).abs().max()) > 1e-3
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import assert_close
 from prompted import each, prompted, prompts_of, spec_of, tensors
 from rows import INPUT
 from softprompts import injection
@@ -190,7 +191,7 @@ def test_cold_soft_retrieval_is_hard_retrieval(k: int) -> None:
     memory, seen = rows.random(1, N, D), context([[0, 3], [5]])
     hard = made(memory, k=k)(seen)
     soft = made(memory, k=k, retrieval="soft", temperature=1e-6)(seen)
-    torch.testing.assert_close(soft.prompt, hard.prompt, atol=1e-6, rtol=1e-6)
+    assert_close(soft.prompt, hard.prompt)
     entropies = [float(output.measures["retrieval_entropy"]) for output in (soft, hard)]
     assert entropies[0] == pytest.approx(entropies[1], abs=1e-5)
 
@@ -209,7 +210,7 @@ def test_warm_soft_retrieval_is_the_formula() -> None:
         for j in rest:
             spread[j] += math.exp(scores[j]) / total / K
         expected = sum(math.exp(scores[j]) / total * memory[j] for j in rest)
-        torch.testing.assert_close(prompt.values[0, P - K + i], expected, atol=1e-6, rtol=1e-5)
+        assert_close(prompt.values[0, P - K + i], expected)
     entropy = -sum(p * math.log(p) for p in spread)
     assert float(prompt.aux["retrieval_entropy"]) == pytest.approx(entropy, abs=1e-5)
 

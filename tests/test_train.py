@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import local
+from closeness import tolerance
 from softprompts import errors, injection
 from softprompts.artifacts.io import read_tensors
 from softprompts.config import TrainConfig, parse
@@ -48,7 +49,7 @@ def prompt_of(made):
 
 
 def test_training_lowers_the_loss_and_reports_every_step(values):
-    made, reports = fitted(values, max_steps=None, learning_rate=1.0)
+    made, reports = fitted(values, steps=None, learning_rate=1.0)
     assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].loss < reports[0].loss
     assert reports[0].path in ("shared", "packed")
@@ -70,7 +71,7 @@ def test_a_seed_is_a_curve(values):
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
 def test_resuming_equals_never_stopping(values, tmp_path, optimizer):
     whole, all_reports = fitted(values, optimizer=optimizer)
-    fitted(values, tmp_path / "run", max_steps=3, optimizer=optimizer)
+    fitted(values, tmp_path / "run", steps=3, optimizer=optimizer)
     resumed, reports = fitted(values, tmp_path / "run", optimizer=optimizer)
     assert torch.equal(prompt_of(whole), prompt_of(resumed))
     assert [r.loss for r in reports] == [r.loss for r in all_reports]
@@ -109,8 +110,8 @@ def test_accumulated_batches_equal_one_large_batch(values):
     """Two micro-batches of four in another order have the rows of no batch of eight, so one epoch is compared whole."""
     values["task"]["split"]["limit"] = {"train": 8}
     values["task"]["verbalizer"] = {"warm": "warm", "cold": "as cold as ice"}  # parts with unequal numbers of labels
-    large, reports = fitted(values, max_steps=2, batch_size=8, max_grad_norm=None)
-    small, parts = fitted(values, max_steps=2, batch_size=4, gradient_accumulation_steps=2, max_grad_norm=None)
+    large, reports = fitted(values, steps=2, batch_size=8, max_grad_norm=None)
+    small, parts = fitted(values, steps=2, batch_size=4, gradient_accumulation_steps=2, max_grad_norm=None)
     assert [r.loss for r in parts[:2]] == pytest.approx([r.loss for r in reports[:2]], rel=1e-5)
     torch.testing.assert_close(prompt_of(small), prompt_of(large), rtol=1e-4, atol=1e-5)
 
@@ -140,7 +141,7 @@ def test_patience_stops_early(values):
 
 @pytest.mark.parametrize("when", [1, 4])
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(values, tmp_path, monkeypatch, when):
-    good, _ = fitted(values, max_steps=max(1, when - 2))
+    good, _ = fitted(values, steps=max(1, when - 2))
     original = loop._gradients
 
     def poisoned(*arguments):
@@ -170,7 +171,7 @@ def test_a_checkpoint_of_other_settings_is_refused(values, tmp_path):
     again = loop.fit(
         made.learner, rows, run.training, pad=0, directory=tmp_path, settings={"training": {"learning_rate": 2.0}}
     )
-    with pytest.raises(errors.TrainingError, match=r"train\.rate was 1\.0, is now 2\.0"):
+    with pytest.raises(errors.TrainingError, match=r"training\.learning_rate was 1\.0, is now 2\.0"):
         next(again)
 
 
@@ -239,7 +240,7 @@ def test_a_batch_of_tokens(values, tmp_path):
     rows = [whole.encoders[0].example(row) for row in whole.tasks[0].train]
     assert sum(r.tokens for r in reports) > sum(len(row.input_ids) for row in rows)  # more than one epoch
     assert 60 < max(r.tokens for r in reports) <= 90
-    fitted(values, tmp_path / "run", max_steps=25, **changes)
+    fitted(values, tmp_path / "run", steps=25, **changes)
     resumed, again = fitted(values, tmp_path / "run", **changes)
     assert [r.tokens for r in again] == [r.tokens for r in reports]
     assert torch.equal(prompt_of(whole), prompt_of(resumed))
@@ -272,5 +273,5 @@ def test_checkpointed_layers_train_the_same_prompt(values):
     plain, reports = fitted(values)
     again, others = fitted({**values, "model": {**values["model"], "gradient_checkpointing": True}})
     assert again.learner.backbone.kernels.gradient_checkpointing
-    assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=1e-6)
+    assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=tolerance(1.0))
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))
