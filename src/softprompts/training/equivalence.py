@@ -1,4 +1,4 @@
-"""Does the fast path give what plain concatenation gives? The same batch both ways: loss and gradient compared."""
+"""Compare a step on the fast path with plain concatenation: loss and gradient of one batch, computed both ways."""
 
 from dataclasses import dataclass, replace
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.backbone.kernels import Kernels
+from softprompts.errors import TrainingError
 from softprompts.model.learner import Learner
 from softprompts.types import Batch, Objective, Output, Prompt, Step, TeacherBatch
 
@@ -17,23 +18,28 @@ ALLOWED: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-2, 0.1),
     torch.bfloat16: (2e-2, 0.2),
 }
-"""Relative differences of loss and gradient that are the number format's rounding in any case.
+"""Relative differences of loss and gradient that are the rounding of a dtype in any case.
 
-On the default model, packed rows against concatenation, the prompt gradient moves by 1e-5 in float32 on ordinary text,
-and by 3e-4 with oneDNN's products on random text, whose gradient is a small difference of large sums. In bfloat16 it
-moves by 0.06 to 0.26, depending on the prompt, so there the rounding of the plain way is measured too (see `compare`).
+On the default model, packed rows move the prompt gradient by 1e-5 against concatenation, in float32 on ordinary text.
+Random text, whose gradient is a small difference of large sums, moves it by 3e-4 with oneDNN's matrix products. In
+bfloat16 it moves by 0.06 to 0.26, so `compare` measures the rounding of the plain way there too.
 """
 
 NOISE = 2
-"""How many times the difference between two plain ways a difference may be, where that is more than ALLOWED."""
+"""A difference may be this many times the difference between two plain ways, where that is more than ALLOWED."""
 
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Relative differences of loss and of the gradient of all that is trained, and the two ways compared.
+    """Relative differences between two ways to compute a step.
 
-    noise: the same two figures between two plain ways, with transformers' own attention implementations; zeros where
-    the model has only one.
+    Attributes:
+        loss: The relative difference of the losses.
+        gradient: The relative difference of the gradients of everything trained.
+        path: The path of the fast way.
+        plain: The path of the plain way.
+        dtype: The dtype of the backbone.
+        noise: The same two figures between two plain ways; zeros where the model has only one.
     """
 
     loss: float
@@ -45,7 +51,7 @@ class Equivalence:
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """How much loss and gradient may differ."""
+        """The largest differences of loss and gradient that are rounding."""
         loss, gradient = ALLOWED[self.dtype]
         return max(loss, NOISE * self.noise[0]), max(gradient, NOISE * self.noise[1])
 
@@ -57,31 +63,63 @@ class Equivalence:
 
     def __str__(self) -> str:
         loss, gradient = self.allowed
-        name = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.path} against {self.plain}: loss differs by {self.loss:.1e}, gradient by {self.gradient:.1e} "
-            f"(allowed in {name}: {loss:.0e}, {gradient:.0e})"
+            f"(allowed in {dtype}: {loss:.0e}, {gradient:.0e})"
         )
 
 
-def compare(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> Equivalence:
-    """One step of `learner` on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
+def check(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> str:
+    """Compare as `compare` does, and describe the difference.
 
-    In half precision the plain way is run with both of transformers' usual attention implementations, where the model
-    has them, to see how far rounding alone goes. Nothing is changed: gradients are returned to where they were. At site
-    kv, where nothing can be concatenated, the plain way is the model's own cache. teacher: of the rows, where the
-    objective compares with one.
+    Raises:
+        TrainingError: The two ways differ by more than rounding.
+    """
+    equivalence = compare(learner, batch, objective, teacher)
+    if not equivalence.holds:
+        raise TrainingError(
+            f"the next batch does not come out as by plain concatenation: {equivalence}. No step was made; set "
+            f"model.attention to eager and model.products to torch, and please report the model"
+        )
+    return str(equivalence)
+
+
+def compare(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> Equivalence:
+    """Compute one step of a learner as the loop does, and as plainly as possible: a prompt in every row, stock kernels.
+
+    In half precision two plain ways, with two of transformers' attention implementations, show the size of rounding.
+    At site kv, where nothing can be concatenated, the plain way is the model's own cache. Gradients stay as they were.
+
+    Args:
+        learner: The learner.
+        batch: The rows of the step.
+        objective: The loss of the step.
+        teacher: The teachers' outputs for the rows, where the objective compares with them.
+
+    Returns:
+        The differences.
     """
     backbone = learner.backbone
-    asked = None if not backbone.family.shifted else "shared" if learner.site.name == "kv" else "concatenation"
-    fast, path, gradient = _once(learner, batch, objective, None, teacher)
-    found = [_once(_plain(learner, name), batch, objective, asked, teacher) for name in _ways(backbone)]
-    slow, plain, expected = found[0]
-    noise = (_apart(found[-1][0], slow), _far(found[-1][2], expected))
-    return Equivalence(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
+    plain_path = None if not backbone.family.shifted else "shared" if learner.site.name == "kv" else "concatenation"
+    loss, path, gradient = _loss_and_gradient(learner, batch, objective, None, teacher)
+    plain_steps = []
+    for attention in _plain_attentions(backbone):
+        plain_learner = _with_stock_kernels(learner, attention)
+        plain_steps.append(_loss_and_gradient(plain_learner, batch, objective, plain_path, teacher))
+    expected_loss, plain, expected = plain_steps[0]
+    other_loss, _, other = plain_steps[-1]
+    return Equivalence(
+        loss=_relative_difference(loss, expected_loss),
+        gradient=_relative_distance(gradient, expected),
+        path=path,
+        plain=plain,
+        dtype=backbone.dtype,
+        noise=(_relative_difference(other_loss, expected_loss), _relative_distance(other, expected)),
+    )
 
 
-def _ways(backbone: Backbone) -> list[str | None]:
+def _plain_attentions(backbone: Backbone) -> list[str | None]:
     """The attention implementations of the plain way: the model's own, and in half precision another one."""
     if backbone.dtype.itemsize > 2 or not backbone.model._can_set_attn_implementation():
         return [None]
@@ -89,22 +127,22 @@ def _ways(backbone: Backbone) -> list[str | None]:
     return [None, other] if other == "eager" or backbone.model._supports_sdpa else [None]
 
 
-def _plain(learner: Learner, attention: str | None) -> Learner:
+def _with_stock_kernels(learner: Learner, attention: str | None) -> Learner:
     return replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared", attention=attention)))
 
 
-def _apart(one: float, other: float) -> float:
-    return abs(one - other) / (abs(other) or 1.0)
+def _relative_difference(value: float, expected: float) -> float:
+    return abs(value - expected) / (abs(expected) or 1.0)
 
 
-def _far(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / (other.norm() or 1.0))
+def _relative_distance(vector: Tensor, expected: Tensor) -> float:
+    return float((vector - expected).norm() / (expected.norm() or 1.0))
 
 
-def _once(
+def _loss_and_gradient(
     learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: TeacherBatch | None
 ) -> tuple[float, str, Tensor]:
-    """Loss, path and flat gradient of one step; both ways draw the same, and the random stream is put back."""
+    """Loss, path and flat gradient of one step; all ways draw the same, and the random stream is put back."""
     parameters: list[nn.Parameter] = list(learner.parameters().values())
     layers = sorted({number for _, number in teacher.layers}) if teacher else []
 
@@ -121,11 +159,13 @@ def _once(
             )
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of every device, so that both ways drop out the same; each step seeds itself anyway
+        torch.manual_seed(0)  # on every device, so that both ways drop out alike; each step seeds itself anyway
         prompt = learner.prompt(batch, training=True)
         assert prompt is not None
         output = run(prompt)
         loss = objective(Step(batch, prompt, output, run, teacher))
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    flat = [torch.zeros(p.numel()) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    return float(loss.detach()), output.path, torch.cat([g.detach().cpu().double().flatten() for g in flat])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    flat = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        flat.append(torch.zeros(parameter.numel()) if gradient is None else gradient.detach().cpu().flatten())
+    return float(loss.detach()), output.path, torch.cat([part.double() for part in flat])

@@ -1,4 +1,4 @@
-"""Optimizers, the rates of their groups of parameters, and how these change from step to step."""
+"""Optimizers, the learning rates of their parameter groups, and the schedule of these rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,48 +10,77 @@ from transformers.optimization import Adafactor
 
 from softprompts.config import TrainConfig
 from softprompts.methods import groups
-from softprompts.model.learner import Learner
 
 
-class _UnfactoredAdafactor(Adafactor):
-    """Adafactor that keeps the full second moment, as the code of Lester et al. does for prompts."""
+class UnfactoredAdafactor(Adafactor):
+    """Adafactor that keeps the full second moment, as the code of Lester et al. 2021 does for prompts."""
 
     @staticmethod
     def _get_options(param_group: Mapping[str, Any], param_shape: Sequence[int]) -> tuple[bool, bool]:
         return False, param_group["beta1"] is not None
 
 
-def build_optimizer(learner: Learner, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Any:
-    """The optimizer of a learner's `parameters`, in groups that each remember their full rate under `rate`.
+def param_group(parameters: Sequence[nn.Parameter], rate: float, weight_decay: float) -> dict[str, Any]:
+    """A parameter group of an optimizer, which keeps its full learning rate as `rate`."""
+    return {"params": list(parameters), "lr": rate, "rate": rate, "weight_decay": weight_decay}
 
-    A rate counts in units of rms(E), where the group and the configuration say so.
+
+def method_param_groups(
+    method: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, rms: float
+) -> list[dict[str, Any]]:
+    """The parameter groups of a method and of a classification head.
+
+    Args:
+        method: The method, which may name groups with rates of their own.
+        parameters: The trained parameters: `method.*` and `head.*`.
+        config: The learning rates; in units of `rms` where the configuration and the method's group say so.
+        rms: The root mean square of the backbone's input embeddings.
+
+    Returns:
+        The groups that have parameters, the method's first.
     """
-    found = []
-    for name, group in groups(learner.method).items():
-        unit = learner.backbone.rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
+    chosen = []
+    for name, group in groups(method).items():
+        unit = rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
         rate = config.rates.get(name, config.rate if group.rate is None else group.rate)
-        decay = config.weight_decay if group.decay else 0.0
-        found.append((tuple(f"method.{prefix}" for prefix in group.parameters), rate * unit, decay))
-    parts = []
-    for prefixes, rate, decay in (*found, (("head.",), config.head_rate, config.weight_decay)):
-        chosen = [p for name, p in parameters.items() if name.startswith(prefixes)]
-        if chosen:
-            parts.append({"params": chosen, "lr": rate, "rate": rate, "weight_decay": decay})
+        prefixes = tuple(f"method.{prefix}" for prefix in group.parameters)
+        chosen.append((prefixes, rate * unit, config.weight_decay if group.decay else 0.0))
+    chosen.append((("head.",), config.head_rate, config.weight_decay))
+    param_groups = []
+    for prefixes, rate, weight_decay in chosen:
+        members = [parameter for name, parameter in parameters.items() if name.startswith(prefixes)]
+        if members:
+            param_groups.append(param_group(members, rate, weight_decay))
+    return param_groups
+
+
+def build_optimizer(param_groups: list[dict[str, Any]], config: TrainConfig) -> Any:
+    """The optimizer that `config` names, with these parameter groups."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parts, weight_decay=config.weight_decay)
-    return _UnfactoredAdafactor(
-        parts, lr=config.rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+        return torch.optim.AdamW(param_groups, weight_decay=config.weight_decay)
+    return UnfactoredAdafactor(
+        param_groups, lr=config.rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
     )
 
 
 def set_rates(optimizer: Any, config: TrainConfig, step: int) -> float:
-    """Set every group's rate for `step` (counted from 0) and return the first, the prompt's."""
+    """Set the learning rate of every group for a step.
+
+    Args:
+        optimizer: An optimizer whose groups keep their full rate as `rate`.
+        config: Warmup and schedule: constant, linear (1 - x) or cosine ((1 + cos(pi x)) / 2) in the share x of the
+            steps after the warmup.
+        step: The number of the step, counted from 0.
+
+    Returns:
+        The learning rate of the first group.
+    """
     factor = 1.0
     if step < config.warmup:
         factor = (step + 1) / config.warmup
     elif config.schedule != "constant":
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        factor = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        share = (step - config.warmup) / max(1, config.steps - config.warmup)
+        factor = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
     return float(optimizer.param_groups[0]["lr"])

@@ -1,8 +1,7 @@
-"""One pass of the frozen backbone over the rows of several runs, each of which then sees a step of its own rows."""
+"""One batch with the rows of several runs, which the frozen backbone reads in one pass."""
 
-import functools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,145 +9,148 @@ from torch import Tensor
 from softprompts.data import EncodedExample, collate
 from softprompts.errors import ConfigError
 from softprompts.model.learner import Learner
-from softprompts.training.distillation import TeacherOutputs
-from softprompts.types import IGNORE, Batch, Output, Prompt, Step, mix_prompts
+from softprompts.types import Batch, Output, Prompt, mix_prompts
 
 
-def check_together(learners: Sequence[Learner], names: Sequence[str]) -> None:
-    """Raise ConfigError, naming what differs, unless the learners' rows can stand in one batch of one backbone."""
-    first = learners[0]
-    for learner, name in zip(learners, names, strict=True):
-        other = f"runs '{names[0]}' and '{name}'"
-        if learner.backbone is not first.backbone:
-            raise ConfigError(
-                f"{other} have backbones of their own ({first.backbone.name}, {learner.backbone.name}): runs that "
-                f"train together share one that is loaded once; train these one after the other"
-            )
-        for fact in ("name", "mode", "place"):
-            one, two = getattr(first.site, fact), getattr(learner.site, fact)
-            if one != two:
-                raise ConfigError(
-                    f"{other} differ in the {'name' if fact == 'name' else fact} of their site ({one}, {two}): runs "
-                    f"that train together share the site; train these one after the other"
-                )
-        if learner.head and len(learners) > 1:
+@dataclass(frozen=True)
+class SharedBatch:
+    """The rows of several runs, one run behind the other, with the prompts of all.
+
+    Attributes:
+        batch: The rows of all runs, whose text is embedded once.
+        prompt: The prompts of all runs.
+        batches: The batch that each run would have alone.
+        prompts: The prompts that each run would have alone.
+    """
+
+    batch: Batch
+    prompt: Prompt
+    batches: list[Batch]
+    prompts: list[Prompt]
+
+    @classmethod
+    def of(
+        cls, learners: Sequence[Learner], examples: Sequence[Sequence[EncodedExample]], seeds: Sequence[int], pad: int
+    ) -> "SharedBatch":
+        """Join the examples of several runs.
+
+        Args:
+            learners: The learner of each run; all have the same backbone and site.
+            examples: The examples of each run.
+            seeds: The seed of each run's random stream, from which its method draws.
+            pad: The id of the padding token.
+        """
+        backbone = learners[0].backbone
+        sizes = [len(part) for part in examples]
+        together = [example for part in examples for example in part]
+        whole = collate(together, pad).to(backbone.device)
+        embeddings = backbone.embed(whole.input_ids)
+        whole = replace(whole, inputs_embeds=embeddings)
+        batches = [whole]
+        if len(examples) > 1:
+            parts = zip(examples, embeddings.split(sizes), strict=True)
+            batches = [_alone(part, pad, part_embeddings) for part, part_embeddings in parts]
+        prompts = []
+        for learner, batch, seed in zip(learners, batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            prompt = learner.prompt(batch, training=True)
+            assert prompt is not None
+            prompts.append(prompt)
+        mixed = prompts[0]
+        if len(prompts) > 1:
+            mixed = mix_prompts(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
+        return cls(whole, mixed, batches, prompts)
+
+    def split(self, output: Output) -> list[Output]:
+        """The output of each run."""
+        return split_output(output, [len(batch.input_ids) for batch in self.batches])
+
+
+def _alone(examples: Sequence[EncodedExample], pad: int, embeddings: Tensor) -> Batch:
+    """The batch of one run, with its part [B, T, H] of the text that was embedded for all."""
+    batch = collate(examples, pad).to(embeddings.device)
+    return replace(batch, inputs_embeds=embeddings[:, : batch.input_ids.shape[1]])
+
+
+def check_shared_batch(learners: Mapping[str, Learner]) -> None:
+    """Check that the rows of all learners can be in one batch of one backbone.
+
+    Raises:
+        ConfigError: Two learners differ in backbone or site, or one of several trains a classification head.
+    """
+    (first_name, first), *others = learners.items()
+    for name, learner in learners.items():
+        if learner.head and others:
             raise ConfigError(
                 f"run '{name}' trains a classification head of its own, and a batch is read with one head; train such "
                 f"runs one after the other, or use model.head: lm"
             )
+    for name, learner in others:
+        runs = f"runs '{first_name}' and '{name}'"
+        if learner.backbone is not first.backbone:
+            raise ConfigError(
+                f"{runs} have backbones of their own ({first.backbone.name}, {learner.backbone.name}): runs that "
+                f"train together share one that is loaded once; train these one after the other"
+            )
+        for attribute in ("name", "mode", "place"):
+            expected, actual = getattr(first.site, attribute), getattr(learner.site, attribute)
+            if expected != actual:
+                raise ConfigError(
+                    f"{runs} differ in the {attribute} of their site ({expected}, {actual}): runs that train together "
+                    f"share the site; train these one after the other"
+                )
 
 
-def joint_steps(
-    learners: Sequence[Learner],
-    rows: Sequence[Sequence[EncodedExample]],
-    seeds: Sequence[int],
-    pad: int,
-    targets: Sequence[TeacherOutputs | None] | None = None,
-) -> list[Step]:
-    """The training step of each learner on its own `rows`, from one pass over the rows of all.
+def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
+    """Split the output of a batch between runs.
 
-    seeds: of the random stream that each method draws from; targets: of the learners that have a teacher. Every
-    learner's method, batch and output are those it would have alone; only `again` of a step runs that learner's rows
-    alone.
-    """
-    targets = targets or [None] * len(learners)
-    backbone, sizes = learners[0].backbone, [len(part) for part in rows]
-    whole = collate([row for part in rows for row in part], pad).to(backbone.device)
-    whole = replace(whole, inputs_embeds=backbone.embed(whole.input_ids))
-    batches = [whole] if len(rows) == 1 else [_own(collate(part, pad), whole, i, sizes) for i, part in enumerate(rows)]
-    prompts: list[Prompt] = []
-    for learner, batch, seed in zip(learners, batches, seeds, strict=True):
-        torch.manual_seed(seed)
-        prompt = learner.prompt(batch, training=True)
-        assert prompt is not None
-        prompts.append(prompt)
-    together = prompts[0]
-    if len(rows) > 1:
-        together = mix_prompts(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
-    taught = [one for one in targets if one is not None]
-    layers = sorted({number for one in taught for number in one.numbers})
-    outputs = split(learners[0].forward(whole, together, logits=True if taught else None, layers=layers), sizes)
-    return [
-        Step(
-            batch,
-            prompt,
-            output if own is None else _asked(output, own),
-            functools.partial(learner.forward, batch),
-            None if own is None else own.of(part, backbone.device),
-        )
-        for learner, batch, prompt, output, own, part in zip(
-            learners, batches, prompts, outputs, targets, rows, strict=True
-        )
-    ]
+    One `Tensor.split` hands out the scores, and its backward pass is one concatenation. Indexing would make a zero
+    gradient as large as all scores for each run.
 
+    Args:
+        output: The output of a batch in which the rows of each run follow those of the run before it.
+        sizes: The number of rows of each run.
 
-def _asked(output: Output, targets: TeacherOutputs) -> Output:
-    """The output with the layers that this run's teacher has, where other runs of the batch ask for others."""
-    return replace(output, layers={key: states for key, states in output.layers.items() if key in targets.layers})
-
-
-def _own(batch: Batch, whole: Batch, index: int, sizes: Sequence[int]) -> Batch:
-    """A run's own batch, with its part of the text that was embedded for all."""
-    assert whole.inputs_embeds is not None
-    begin = sum(sizes[:index])
-    return replace(
-        batch.to(whole.input_ids.device),
-        inputs_embeds=whole.inputs_embeds[begin : begin + sizes[index], : batch.input_ids.shape[1]],
-    )
-
-
-def split(output: Output, sizes: Sequence[int]) -> list[Output]:
-    """The outputs of the runs whose rows stand one run behind the other in the batch, `sizes` rows each.
-
-    Scores are handed out by one `Tensor.split`, whose backward pass is one concatenation: taking each run's by index
-    would make a zero gradient as large as all scores for each of them.
+    Returns:
+        The output of each run, whose rows are counted from 0.
     """
     if len(sizes) == 1:
         return [output]
     ends = torch.tensor(sizes, device=output.row.device).cumsum(0)
-    run = torch.bucketize(output.row, ends, right=True)
-    counts = torch.bincount(run, minlength=len(sizes)).tolist()
-    order = None if bool((run.diff() >= 0).all()) else run.argsort(stable=True)
+    run_of_score = torch.bucketize(output.row, ends, right=True)
+    counts = torch.bincount(run_of_score, minlength=len(sizes)).tolist()
+    in_order = bool((run_of_score.diff() >= 0).all())
+    order = None if in_order else run_of_score.argsort(stable=True)
 
-    def scored(values: Tensor | None) -> Sequence[Tensor | None]:
-        """What has one value for each score."""
+    def split_scores(values: Tensor | None) -> Sequence[Tensor | None]:
         if values is None:
             return [None] * len(sizes)
         return (values if order is None else values[order]).split(counts)
 
-    begins = [0, *ends[:-1].tolist()]
     last = [None] * len(sizes) if output.last is None else output.last.split(list(sizes))
-    tokens = {side: own.split(list(sizes)) for side, own in output.tokens.items()}
-    layers = {key: states.split([int(own.sum()) for own in tokens[key[0]]]) for key, states in output.layers.items()}
-    each = map(scored, (output.logits, output.nll, output.labels, output.row, output.column, output.states))
-    return [
-        Output(
-            logits,
-            labels,
-            row - begin,
-            column,
-            last=own,
-            path=output.path,
-            nll=nll,
-            states=states,
-            scores=output.scores,
-            layers={key: parts[i] for key, parts in layers.items()},
-            tokens={side: parts[i] for side, parts in tokens.items()},
+    tokens = {side: counts_of_rows.split(list(sizes)) for side, counts_of_rows in output.tokens.items()}
+    layers = {}
+    for key, layer in output.layers.items():
+        layers[key] = layer.split([int(counts_of_rows.sum()) for counts_of_rows in tokens[key[0]]])
+    logits, nll, labels = split_scores(output.logits), split_scores(output.nll), split_scores(output.labels)
+    rows, columns, states = split_scores(output.row), split_scores(output.column), split_scores(output.states)
+    outputs = []
+    for index, first_row in enumerate([0, *ends[:-1].tolist()]):
+        row = rows[index]
+        assert row is not None
+        outputs.append(
+            Output(
+                logits=logits[index],
+                labels=labels[index],
+                row=row - first_row,
+                column=columns[index],
+                last=last[index],
+                path=output.path,
+                nll=nll[index],
+                states=states[index],
+                scores=output.scores,
+                layers={key: parts[index] for key, parts in layers.items()},
+                tokens={side: parts[index] for side, parts in tokens.items()},
+            )
         )
-        for i, (begin, own, logits, nll, labels, row, column, states) in enumerate(
-            zip(begins, last, *each, strict=True)
-        )
-    ]
-
-
-def label_count(row: EncodedExample, learner: Learner) -> int:
-    """How many labels of a row count in its loss: its scored tokens, or one where the row has a single label."""
-    if not isinstance(row.labels, list | tuple) or not all(isinstance(x, int) for x in row.labels):
-        return 1
-    labels = row.labels
-    # Nothing scores the first token of a causal text that has no prompt state in front of it.
-    before = row.prompt_offsets[0] if isinstance(row.prompt_offsets, tuple) else row.prompt_offsets
-    first = learner.method is None or learner.site.name == "kv" or bool(before)
-    if learner.backbone.head == "lm" and learner.backbone.family.shifted and first:
-        labels = labels[1:]
-    return sum(label != IGNORE for label in labels)
+    return outputs

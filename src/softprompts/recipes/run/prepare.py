@@ -1,4 +1,4 @@
-"""From a configuration to a learner that is ready to be trained."""
+"""From a configuration to a run that can be trained: rows, backbone, method at its start, and every check of them."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,13 @@ from softprompts.methods import build, check_site, find, groups, sentence_encode
 from softprompts.model import initialization, setup, stored
 from softprompts.model.learner import Learner, copy_head
 from softprompts.model.sentence_encoders import Sentences
-from softprompts.training import objectives
-from softprompts.training import weights as finetune
-from softprompts.training.checkpoint import Progress
+from softprompts.training import backbone_weights, objectives
+from softprompts.training.backbone_weights import BackboneWeights
 from softprompts.training.distillation import TaskTeacher, load_teachers
-from softprompts.types import PromptInit
+from softprompts.types import Progress, PromptInit, PromptSpec
 
 UNBOUNDED = 1_000_000
-"""Room for models with relative positions, which nothing bounds."""
+"""The room for text in models with relative positions, which nothing bounds."""
 
 
 def _silent(*_: Any) -> None:
@@ -38,9 +37,12 @@ def _silent(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class ProgressReporter:
-    """What a person sees while a job runs: plain lines, each training step of each run, rows judged of all rows.
+    """Callbacks that show a person how far a job is. A run's name is empty where it is the only one.
 
-    A run's name is empty where it is the only one.
+    Attributes:
+        log: Called with a line of text.
+        on_step: Called with the name of a run and the progress of one of its training steps.
+        on_eval: Called with a title, the number of rows that are evaluated, and the number of all rows.
     """
 
     log: Callable[[str], None] = _silent
@@ -53,22 +55,263 @@ SILENT = ProgressReporter()
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """All that a run needs, ready: the learner at its start, its tasks with their encoders and first prompts [P, D].
+    """Everything that a run needs, at the start of its training.
 
-    Where a method makes a prompt from each text, the first prompt of its tasks is the start that it was given.
-    teachers: of each task, where there are objectives that compare with them; weights: what is trained instead of a
-    prompt, which then has no start; begin: everything that is trained, by name, as copies of where it begins.
+    Attributes:
+        run: The configuration.
+        learner: What is evaluated: the backbone with the method, or the copy of the backbone whose weights are trained.
+        init: The start of the prompt; None where weights are trained.
+        tasks: The tasks with their rows.
+        encoders: The tokenizer of each task's examples.
+        initial_prompts: The prompt [P, D] of each task before training; for a method that makes one from each text, the
+            start that it got.
+        teachers: The teacher of each task, where an objective compares with one.
+        weights: The copy of the backbone and its trained weights, where no prompt is trained.
+        initial_parameters: Copies of the trained parameters before training, by name.
     """
 
     run: Run
     learner: Learner
-    start: PromptInit | None
+    init: PromptInit | None
     tasks: tuple[Task, ...]
     encoders: tuple[ExampleTokenizer, ...]
-    initial: tuple[Tensor, ...] = ()
+    initial_prompts: tuple[Tensor, ...] = ()
     teachers: tuple[TaskTeacher, ...] = ()
-    weights: finetune.Weights | None = None
-    begin: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    weights: BackboneWeights | None = None
+    initial_parameters: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+
+
+def prepare(run: Run, reporter: ProgressReporter = SILENT) -> PreparedRun:
+    """Load what a run names: rows, backbone, and the method at its start.
+
+    Raises:
+        ConfigError, DataError, AssetError, BackboneError, ArtifactError: The run would fail. Nothing was trained or
+            written.
+    """
+    return prepare_many({"": run}, reporter)[""]
+
+
+def prepare_many(runs: Mapping[str, Run], reporter: ProgressReporter = SILENT) -> dict[str, PreparedRun]:
+    """Prepare runs that share their backbone, which is loaded once, as are rows that several runs have.
+
+    Args:
+        runs: The runs by name.
+        reporter: Shows what is loaded.
+
+    Returns:
+        The prepared runs by name.
+
+    Raises:
+        ConfigError, DataError, AssetError, BackboneError, ArtifactError: A run would fail. Nothing was trained or
+            written.
+    """
+    for run in runs.values():
+        if run.model.device_map is None:
+            devices.choose_device(run.model.device)  # a missing device is refused before rows are read
+        check_site(run.prompt.method, run.prompt.site)
+        backbone_weights.check_installed(run.train)
+    tasks = _load_tasks(runs, reporter)
+    for name, run in runs.items():
+        _check_run(run, tasks[name])
+    first_name, first = next(iter(runs.items()))
+    class_count = head_size(first.model.head, tasks[first_name][0].template)
+    backbone = load_backbone(first.model, labels=class_count, say=reporter.log)
+    encoders_of_texts: set[str] = set()
+    for run in runs.values():
+        if run.train.train == "prompt":
+            encoders_of_texts.update(sentence_encoders(run.prompt.method, run.prompt.options))
+    sentences = Sentences()
+    sentences.fetch(encoders_of_texts, backbone, reporter.log)
+    prepared = {}
+    for name, run in runs.items():
+        if run.train.train == "prompt":
+            prepared[name] = _prepare_prompts(run, backbone, tasks[name], sentences)
+        else:
+            prepared[name] = _prepare_weights(run, backbone, tasks[name])
+        if note := _unused_rate(prepared[name]):
+            reporter.log(f"{name}: {note}" if name else note)
+    return prepared
+
+
+def _load_tasks(runs: Mapping[str, Run], reporter: ProgressReporter) -> dict[str, tuple[Task, ...]]:
+    """The tasks of each run; rows that several runs have are loaded once."""
+    loaded: dict[str, Task] = {}
+    tasks: dict[str, tuple[Task, ...]] = {}
+    for name, run in runs.items():
+        keys = [config.model_dump_json() for config in run.tasks]
+        for key, config in zip(keys, run.tasks, strict=True):
+            if key not in loaded:
+                loaded[key] = _load_task(config, reporter)
+        tasks[name] = tuple(loaded[key] for key in keys)
+    return tasks
+
+
+def _load_task(config: TaskConfig, reporter: ProgressReporter) -> Task:
+    task = load(config)
+    reporter.log(
+        f"{task.name}: {len(task.train):,} train / {len(task.validation):,} validation / {len(task.test):,} test "
+        f"examples"
+    )
+    for note in task.notes:
+        reporter.log(f"  {note}")
+    return task
+
+
+def _prepare_prompts(run: Run, backbone: Backbone, tasks: tuple[Task, ...], sentences: Sentences) -> PreparedRun:
+    """The run on its backbone and rows, with the method at its start."""
+    config = run.prompt
+    site = Site(config.site, config.mode, place_of(config.place, [task.template for task in tasks]))
+    names = tuple(task.name for task in tasks)
+    spec = injection.prompt_spec(backbone, site, names, config.length, sentences.widths)
+    label_words = []
+    for task in tasks:
+        for word in (task.template.verbalizer or {}).values():
+            label_words.append(f"{task.template.separator}{word}")
+    init = initialization.initialize(config.init, backbone, site, spec, seed=run.seed, labels=tuple(label_words))
+    torch.manual_seed(run.seed)  # for what a method draws for itself
+    method = build(config.method, config.options, spec, init).to(backbone.device)
+    initial_prompts = []
+    for task_name in names:
+        prompt = stored.folded(method, task_name)
+        initial_prompts.append(init.prompt.detach().float().cpu() if prompt is None else prompt)
+    learner = Learner(backbone, site, spec, method, copy_head(backbone), sentences)
+    distillation = run.train.distil
+    return PreparedRun(
+        run=run,
+        learner=learner,
+        init=init,
+        tasks=tasks,
+        encoders=_encoders(backbone, tasks, config.length, site.place),
+        initial_prompts=tuple(initial_prompts),
+        teachers=() if distillation is None else load_teachers(backbone, distillation, names),
+        initial_parameters={name: value.detach().clone() for name, value in learner.parameters().items()},
+    )
+
+
+def _prepare_weights(run: Run, backbone: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
+    """The run that trains the weights of a copy of the backbone; no prompt takes room from its texts."""
+    weights = backbone_weights.copy_backbone(backbone, run.train, run.seed)
+    place = place_of(run.prompt.place, [task.template for task in tasks])
+    spec = PromptSpec(tuple(task.name for task in tasks), 0, backbone.features, backbone.features)
+    # The kernels of evaluation are faster and equal up to rounding.
+    learner = Learner(weights.with_kernels(backbone.kernels), Site(), spec)
+    return PreparedRun(run, learner, None, tasks, _encoders(backbone, tasks, 0, place), weights=weights)
+
+
+def _encoders(backbone: Backbone, tasks: Sequence[Task], length: int, place: str) -> tuple[ExampleTokenizer, ...]:
+    """The tokenizer of each task's examples."""
+    return tuple(encoder_for(backbone, task.template, length, index, place) for index, task in enumerate(tasks))
+
+
+def encoder_for(
+    backbone: Backbone, template: TaskTemplate, length: int, task: int = 0, place: str = "auto"
+) -> ExampleTokenizer:
+    """The tokenizer of a task's examples.
+
+    Args:
+        backbone: The backbone that reads the examples.
+        template: The template of the task.
+        length: The number of prompt tokens, for which the examples leave room.
+        task: The number of the task.
+        place: The place of the site. `template` makes a slot of each `<prompt>` in the templates, of no tokens where
+            `length` is 0.
+    """
+    room = UNBOUNDED if backbone.context is None else backbone.context - length
+    slots: tuple[int, ...] = ()
+    if place == "template":
+        count = sum(len(split_slots(text)[1]) for text in template.templates)
+        slots = slot_sizes(template.templates, length, template.name) if length else (0,) * count
+    family: Any = backbone.family.name
+    head: Any = backbone.head
+    return ExampleTokenizer(template, backbone.tokenizer, family, head, room, task, slots)
+
+
+def head_size(head: str, template: TaskTemplate) -> int | None:
+    """The number of outputs of a classification head; None where the head or the task has no classes."""
+    if head == "sequence" and template.kind == "regression":
+        return 1
+    return len(classes(template)) or None if head in ("sequence", "token") else None
+
+
+def _check_run(run: Run, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError for what would only fail after hours of work."""
+    _check_training(run.train, run.prompt.method)
+    if run.model.head == "features":
+        raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
+    if run.model.head != "lm" and len(tasks) > 1:
+        raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
+    _check_placement(run, tasks)
+    for task in tasks:
+        if run.train.evaluate_every is not None and not task.validation:
+            raise ConfigError(f"{task.name} has no validation rows to choose by; set task.split.validation_fraction")
+        kind = task.template.kind
+        possible = [name for name, metric in metrics.METRICS.items() if kind in metric.kinds]
+        for name in task.template.metrics:
+            if name not in possible:
+                raise ConfigError(
+                    f"{task.name}: metric '{name}' is not for kind {kind}{closest(name, possible)} "
+                    f"possible: {', '.join(possible)}"
+                )
+
+
+def _check_training(train: TrainConfig, method: str) -> None:
+    """Raise ConfigError for settings of the training that contradict each other or the method."""
+    objectives.weigh(train.objectives)
+    with_teacher = [name for name in objectives.TAUGHT if train.objectives.get(name)]
+    if with_teacher and train.distil is None:
+        raise ConfigError(f"objective '{with_teacher[0]}' compares with teachers; name them in train.distil.teachers")
+    if train.distil is not None and not with_teacher:
+        raise ConfigError(
+            f"train.distil names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a weight in "
+            f"train.objectives, or leave train.distil out"
+        )
+    if train.sampling.draw != "rows" and train.batch_tokens is not None:
+        raise ConfigError(
+            f"train.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks first; "
+            f"leave one of them out"
+        )
+    known = groups(find(method))
+    for name in train.rates:
+        if name not in known:
+            raise ConfigError(
+                f"train.rates: method {method} has no group '{name}'{closest(name, known)} groups: {', '.join(known)}"
+            )
+
+
+def _check_placement(run: Run, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError where a task's template does not fit the place of the prompt."""
+    prompt = run.prompt
+    in_template = place_of(prompt.place, [task.template for task in tasks]) == "template"
+    for task in tasks:
+        if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
+            raise ConfigError(
+                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
+                f"use chat_place: start, or site input or layers"
+            )
+        if not in_template or run.train.train != "prompt":
+            continue
+        sizes = slot_sizes(task.template.templates, prompt.length, task.name)
+        if prompt.segments and sizes != prompt.segments:
+            raise ConfigError(
+                f"{task.name}: the template's slots have {' + '.join(map(str, sizes))} prompt tokens, prompt.segments "
+                f"says {' + '.join(map(str, prompt.segments))}; leave prompt.segments out"
+            )
+
+
+def _unused_rate(prepared: PreparedRun) -> str:
+    """A note that `train.rate` was set and no parameter learns at it; empty where one does, or at the default."""
+    train, method = prepared.run.train, prepared.run.prompt.method
+    if prepared.weights is not None or train.rate == TrainConfig().rate:
+        return ""
+    names = [name.removeprefix("method.") for name in prepared.learner.parameters()]
+    used = []
+    for group_name, group in groups(prepared.learner.method).items():
+        if not any(name.startswith(group.parameters) for name in names):
+            continue
+        if group.rate is None and group_name not in train.rates:
+            return ""
+        used.append(group_name)
+    return f"train.rate changes nothing: all of method {method} has rates of its own, train.rates: {', '.join(used)}"
 
 
 def load_backbone(config: ModelConfig, *, labels: int | None = None, say: Callable[[str], None] = _silent) -> Backbone:
@@ -139,179 +382,3 @@ def _check_attention(name: str | None) -> None:
         raise BackboneError(
             f"no attention '{name}'{closest(name, known)} possible: {', '.join(plain)}; or leave it out"
         )
-
-
-def _check_training(train: TrainConfig, method: str) -> None:
-    """Raise ConfigError for settings of the training that contradict each other or the method."""
-    objectives.weigh(train.objectives)
-    taught = [name for name in objectives.TAUGHT if train.objectives.get(name)]
-    if taught and train.distil is None:
-        raise ConfigError(f"objective '{taught[0]}' compares with teachers; name them in train.distil.teachers")
-    if train.distil is not None and not taught:
-        raise ConfigError(
-            f"train.distil names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a weight in "
-            f"train.objectives, or leave train.distil out"
-        )
-    if train.sampling.draw != "rows" and train.batch_tokens is not None:
-        raise ConfigError(
-            f"train.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks first; "
-            f"leave one of them out"
-        )
-    known = groups(find(method))
-    for name in train.rates:
-        if name not in known:
-            raise ConfigError(
-                f"train.rates: method {method} has no group '{name}'{closest(name, known)} groups: {', '.join(known)}"
-            )
-
-
-def _check_run(run: Run, tasks: Sequence[Task]) -> None:
-    """Raise ConfigError for what would only be noticed after hours of work."""
-    _check_training(run.train, run.prompt.method)
-    if run.model.head == "features":
-        raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
-    if run.model.head != "lm" and len(tasks) > 1:
-        raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
-    _check_place(run, tasks)
-    for task in tasks:
-        if run.train.evaluate_every is not None and not task.validation:
-            raise ConfigError(f"{task.name} has no validation rows to choose by; set task.split.validation_fraction")
-        for name in task.template.metrics:
-            metric = metrics.METRICS.get(name)
-            fitting = [key for key, one in metrics.METRICS.items() if task.template.kind in one.kinds]
-            if metric is None or name not in fitting:
-                raise ConfigError(
-                    f"{task.name}: metric '{name}' is not for kind {task.template.kind}{closest(name, fitting)} "
-                    f"possible: {', '.join(fitting)}"
-                )
-
-
-def _check_place(run: Run, tasks: Sequence[Task]) -> None:
-    prompt = run.prompt
-    slotted = place_of(prompt.place, [task.template for task in tasks]) == "template"
-    for task in tasks:
-        if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_place == "user":
-            raise ConfigError(
-                f"{task.name}: chat_place is user, but at site '{prompt.site}' nothing can stand before the prompt; "
-                f"use chat_place: start, or site input or layers"
-            )
-        if not slotted or run.train.train != "prompt":
-            continue
-        sizes = slot_sizes(task.template.templates, prompt.length, task.name)
-        if prompt.segments and sizes != prompt.segments:
-            raise ConfigError(
-                f"{task.name}: the template's slots have {' + '.join(map(str, sizes))} prompt tokens, prompt.segments "
-                f"says {' + '.join(map(str, prompt.segments))}; leave prompt.segments out"
-            )
-
-
-def prepare(run: Run, screen: ProgressReporter = SILENT) -> PreparedRun:
-    """Load what `run` names: rows, backbone, method at its start.
-
-    Raises DataError, AssetError, BackboneError, ArtifactError or ConfigError before anything is trained or written.
-    """
-    return prepare_many({"": run}, screen)[""]
-
-
-def prepare_many(runs: Mapping[str, Run], screen: ProgressReporter = SILENT) -> dict[str, PreparedRun]:
-    """The same for runs that share their model, which is loaded once, as are the rows of a task that several have."""
-    loaded: dict[str, Task] = {}
-    for run in runs.values():
-        if run.model.device_map is None:
-            devices.choose_device(run.model.device)  # refused before rows are read, where it is not here
-        check_site(run.prompt.method, run.prompt.site)
-        finetune.check_installed(run.train)
-        for config in run.tasks:
-            key = config.model_dump_json()
-            if key not in loaded:
-                loaded[key] = _load_rows(config, screen)
-    tasks = {name: tuple(loaded[one.model_dump_json()] for one in run.tasks) for name, run in runs.items()}
-    for name, run in runs.items():
-        _check_run(run, tasks[name])
-    first = next(iter(runs))
-    prompts = [run.prompt for run in runs.values() if run.train.train == "prompt"]
-    asked = {one for prompt in prompts for one in sentence_encoders(prompt.method, prompt.options)}
-    head = head_size(runs[first].model.head, tasks[first][0].template)
-    model = load_backbone(runs[first].model, labels=head, say=screen.log)
-    sentences = Sentences()
-    sentences.fetch(asked, model, screen.log)
-    jobs = {name: _job(run, model, tasks[name], sentences) for name, run in runs.items()}
-    for name, job in jobs.items():
-        if note := _idle_rate(job):
-            screen.log(f"{name}: {note}" if name else note)
-    return jobs
-
-
-def _idle_rate(job: PreparedRun) -> str:
-    """That `train.rate` was set and nothing learns at it; empty where something does, or it has its default."""
-    train, method = job.run.train, job.run.prompt.method
-    if job.weights is not None or train.rate == TrainConfig().rate:
-        return ""
-    names = [name.removeprefix("method.") for name in job.learner.parameters()]
-    used = {k: g for k, g in groups(job.learner.method).items() if any(n.startswith(g.parameters) for n in names)}
-    if any(group.rate is None and name not in train.rates for name, group in used.items()):
-        return ""
-    return f"train.rate changes nothing: all of method {method} has rates of its own, train.rates: {', '.join(used)}"
-
-
-def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
-    task = load(config)
-    screen.log(
-        f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
-    )
-    for note in task.notes:
-        screen.log(f"  {note}")
-    return task
-
-
-def _job(run: Run, model: Backbone, tasks: tuple[Task, ...], sentences: Sentences) -> PreparedRun:
-    """The run on a backbone and rows that are there."""
-    if run.train.train != "prompt":
-        return _weights_job(run, model, tasks)
-    place = place_of(run.prompt.place, [task.template for task in tasks])
-    site = Site(run.prompt.site, run.prompt.mode, place)
-    slot = injection.prompt_spec(model, site, tuple(task.name for task in tasks), run.prompt.length, sentences.widths)
-    encoders = tuple(encoder_for(model, task.template, run.prompt.length, i, place) for i, task in enumerate(tasks))
-    words = tuple(
-        f"{task.template.separator}{word}" for task in tasks for word in (task.template.verbalizer or {}).values()
-    )
-    start = initialization.initialize(run.prompt.init, model, site, slot, seed=run.seed, labels=words)
-    torch.manual_seed(run.seed)  # what a method draws for itself
-    method = build(run.prompt.method, run.prompt.options, slot, start).to(model.device)
-    first = [stored.folded(method, task) for task in slot.tasks]
-    initial = tuple(start.prompt.detach().float().cpu() if one is None else one for one in first)
-    learner = Learner(model, site, slot, method, copy_head(model), sentences)
-    distil = run.train.distil
-    teachers = () if distil is None else load_teachers(model, distil, slot.tasks)
-    begin = {name: value.detach().clone() for name, value in learner.parameters().items()}
-    return PreparedRun(run, learner, start, tasks, encoders, initial, teachers, begin=begin)
-
-
-def _weights_job(run: Run, model: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
-    """The run that trains weights of a copy of the backbone; no prompt takes room from its texts."""
-    weights = finetune.copied(model, run.train, tuple(task.name for task in tasks), run.seed)
-    place = place_of(run.prompt.place, [task.template for task in tasks])
-    encoders = tuple(encoder_for(model, task.template, 0, i, place) for i, task in enumerate(tasks))
-    return PreparedRun(run, weights.judged_with(model.kernels), None, tasks, encoders, weights=weights)
-
-
-def encoder_for(
-    model: Backbone, form: TaskTemplate, length: int, task: int = 0, place: str = "auto"
-) -> ExampleTokenizer:
-    """The encoder of a task for this backbone, with room for a prompt of `length` tokens.
-
-    place: as of the site; `template` makes slots of the `<prompt>` in the format's templates, without a prompt of none.
-    """
-    room = UNBOUNDED if model.context is None else model.context - length
-    slots: tuple[int, ...] = ()
-    if place == "template":
-        count = sum(len(split_slots(one)[1]) for one in form.templates)
-        slots = slot_sizes(form.templates, length, form.name) if length else (0,) * count
-    return ExampleTokenizer(form, model.tokenizer, model.family.name, model.head, room, task, slots)  # type: ignore[arg-type]
-
-
-def head_size(head: str, form: TaskTemplate) -> int | None:
-    """Rows of a classification head for tasks like this one; None where the head or the task has no classes."""
-    if head == "sequence" and form.kind == "regression":
-        return 1
-    return len(classes(form)) or None if head in ("sequence", "token") else None
