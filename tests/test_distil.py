@@ -20,9 +20,10 @@ from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
 from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
-from softprompts.training import distillation, loop, objectives
-from softprompts.training.shared_batch import joint_steps
+from softprompts.training import distillation, objectives
+from softprompts.training.trainables import RunBatch, TrainablePrompts
 from softprompts.types import Output, PromptInit, Step, TeacherBatch
+from trainees import Trainee, train, train_many
 
 TASKS = ("a", "b")
 LAYERS = (-1, 1, 2)
@@ -201,9 +202,10 @@ def check_equal_student(name, site, layers):
     found = distillation.targets(one.backbone, teachers(one, same), data, config(layers=layers))
     other = distillation.targets(one.backbone, teachers(one, [-p.flip(0) for p in same]), data, config(layers=layers))
     for targets, equal in ((found, True), (other, False)):
-        (step,) = joint_steps([one], [data[2:7]], [0], 0, [targets])
+        trainable = TrainablePrompts({"one": one}, {"one": targets})
         for objective in (objectives.distil_logits, objectives.distil_hidden):
-            loss = objective(step)
+            (measured,) = trainable.loss([RunBatch("one", data[2:7], objective)])
+            loss = measured.value
             gradient = torch.autograd.grad(loss, list(one.parameters().values()), retain_graph=True)
             size = max(float(g.abs().max()) for g in gradient)
             if equal:
@@ -274,15 +276,15 @@ def test_distilled_runs_train_alone_and_together_alike():
                 base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0)
             )
             settings = together.config(steps=8, objectives=weights, **changes)
-            made.append(loop.TrainingRun(name, learner, data, settings, targets=targets))
+            made.append(Trainee(name, learner, data, settings, teacher=targets))
         plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
-        return [*made, loop.TrainingRun("plain", plain, data, together.config(steps=8))]
+        return [*made, Trainee("plain", plain, data, together.config(steps=8))]
 
     alone = {}
     for one in runs():
-        alone[one.name] = [report.loss for _, report in loop.train_many([one], pad=0)]
+        alone[one.name] = [report.loss for _, report in train_many([one])]
     both = {name: [] for name in alone}
-    for name, report in loop.train_many(runs(), pad=0):
+    for name, report in train_many(runs()):
         both[name].append(report.loss)
     for name, losses in alone.items():
         assert both[name] == pytest.approx(losses, rel=1e-9)
@@ -298,7 +300,7 @@ def test_accumulated_batches_equal_one_large_batch():
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
         targets = distillation.targets(one.backbone, teachers(one, prompts), data, config())
         settings = together.config(steps=4, batch_size=size, accumulate=parts, objectives=weights)
-        losses = [r.loss for r in loop.fit(one, data, settings, pad=0, targets=targets)]
+        losses = [r.loss for r in train(one, data, settings, targets)]
         found.append((losses, one.method.fold("a")))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
@@ -317,7 +319,7 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
             one.backbone, teachers(one, prompts), data, config(), folder / "kept.safetensors"
         )
         losses = []
-        with closing(loop.fit(one, data, settings, pad=0, directory=folder, targets=targets)) as steps:
+        with closing(train(one, data, settings, targets, directory=folder)) as steps:
             for report in steps:
                 losses.append(report.loss)
                 if report.step == stop:
@@ -338,7 +340,7 @@ def test_a_weight_of_zero_is_the_task_alone():
         one = student("llama")
         targets = distillation.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
         settings = together.config(steps=6, objectives=weights)
-        fitting = loop.fit(one, data, settings, pad=0, targets=targets if taught else None)
+        fitting = train(one, data, settings, targets if taught else None)
         losses.append([report.loss for report in fitting])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 

@@ -21,6 +21,7 @@ from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner
 from softprompts.training import objectives, optimizer
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
+from trainees import optimizer_of
 
 P, D, V, T = 4, 6, 20, 9
 TASKS = ("one", "two")
@@ -496,7 +497,7 @@ def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = learner("llama", table=table)
     config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
-    adamw = optimizer.build_optimizer(made, made.parameters(), config)
+    adamw = optimizer_of(made, config)
     held = made.method.table.rows if table == "full" else made.method.table.codes
     moved = []
     for seed in (0, 1):

@@ -16,8 +16,8 @@ from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.low_rank import LowRankPromptTuning
 from softprompts.model.learner import Learner
-from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
+from trainees import optimizer_of
 
 P, D = 8, 20
 TASKS = ("one", "two")
@@ -121,7 +121,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     one = Learner(
         bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
-    optimizer = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms"))
+    optimizer = optimizer_of(one, together.config(rate=0.2, rate_unit="rms"))
     found = {tuple(g["params"][0].shape): g["rate"] for g in optimizer.param_groups}
     assert found == pytest.approx({(10, 32): 0.2 * bb.rms, (P, 10): 0.2})
 

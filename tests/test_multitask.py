@@ -12,8 +12,9 @@ from softprompts import injection, methods
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
 from softprompts.model.learner import Learner
-from softprompts.training import loop, objectives
+from softprompts.training import objectives
 from softprompts.types import Context, PromptInit, PromptSpec
+from trainees import optimizer_of, train
 
 P, D = 6, 32
 TASKS = ("mnli", "qqp", "sst2")
@@ -163,7 +164,7 @@ def learner(name, site, tasks, seed=1, **options):
 
 
 def losses(one, data, config, seed=0):
-    return [report.loss for report in loop.fit(one, data, config, pad=0, seed=seed)]
+    return [report.loss for report in train(one, data, config, seed=seed)]
 
 
 @pytest.mark.parametrize(("name", "site"), [("llama", Site()), ("llama", Site("kv")), ("t5", Site()), ("bert", Site())])
@@ -230,10 +231,10 @@ def test_absent_tasks_keep_factors_and_optimizer_state():
 def test_groups_learn_at_their_own_rates():
     one = learner("llama", Site(), ("a",))
     config = together.config(rate=0.3, rate_unit="rms", rates={"factors": 0.4})
-    optimizer = loop.build_optimizer(one, one.parameters(), config)
+    optimizer = optimizer_of(one, config)
     found = {tuple(group["params"][0].shape): (len(group["params"]), group["rate"]) for group in optimizer.param_groups}
     rms = one.backbone.rms
     assert found[4, 32] == (1, pytest.approx(0.3 * rms))  # the shared prompt in rms of the words
     assert found[4, 1] == (2, pytest.approx(0.4))  # factors as it stands
-    plain = loop.build_optimizer(one, one.parameters(), together.config(rate=0.3, rate_unit="rms"))
+    plain = optimizer_of(one, together.config(rate=0.3, rate_unit="rms"))
     assert sorted(group["rate"] for group in plain.param_groups) == pytest.approx(sorted([0.3, 0.3 * rms]))

@@ -17,8 +17,8 @@ from softprompts.errors import ConfigError
 from softprompts.methods import build, check_site, state_of
 from softprompts.methods.p_tuning import PTuning
 from softprompts.model.learner import Learner
-from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
+from trainees import optimizer_of
 
 P, D = 5, 12
 TASKS = ("one", "two")
@@ -135,7 +135,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
     slot = injection.prompt_spec(bb, INPUT, TASKS, P)
     one = Learner(bb, INPUT, slot, PTuning(PTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
-    groups = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms")).param_groups
+    groups = optimizer_of(one, together.config(rate=0.2, rate_unit="rms")).param_groups
     found = {group["rate"]: len(group["params"]) for group in groups}
     assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.rms: 4})
     assert sum(found.values()) == len(one.parameters())

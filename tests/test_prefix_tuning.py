@@ -18,14 +18,15 @@ from rows import INPUT, KV, REPLACE, called
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.config import InitConfig
+from softprompts.data import collate
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods import build, check_site
 from softprompts.methods.prefix_tuning import PrefixTuning
 from softprompts.model import initialization
 from softprompts.model.learner import Learner
-from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
+from trainees import optimizer_of
 
 P, D, H = 4, 24, 6
 TASKS = ("one", "two")
@@ -219,7 +220,7 @@ def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
     def losses(one: Learner, task: int, shift: int) -> list[Tensor]:
         optimizer, found = torch.optim.SGD(one.parameters().values(), lr=0.1), []
         for _ in range(3):
-            batch = loop.collate([row for row in data if task in (row.task, -1)], 0)
+            batch = collate([row for row in data if task in (row.task, -1)], 0)
             batch = batch if task < 0 else b_of(batch, shift)
             step = one.step(batch)
             scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
@@ -255,7 +256,7 @@ def test_groups_learn_at_their_own_rates() -> None:
         method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(P, slot.width)))
         one = Learner(bb, KV, slot, method)
         config = together.config(rate=0.2, rate_unit="rms", rates=rates)
-        groups = loop.build_optimizer(one, one.parameters(), config).param_groups
+        groups = optimizer_of(one, config).param_groups
         assert {group["rate"]: len(group["params"]) for group in groups} == pytest.approx(expected)
 
 

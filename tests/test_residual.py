@@ -11,14 +11,15 @@ import test_together as together
 import tiny
 from rows import called
 from softprompts import injection
+from softprompts.data import collate
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods import build, state_of
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.residual import ResidualPromptTuning
 from softprompts.model.learner import Learner
-from softprompts.training import loop
 from softprompts.types import Context, PromptInit, PromptSpec
+from trainees import optimizer_of, train
 
 P, D, B = 4, 10, 6
 TASKS = ("one", "two")
@@ -119,7 +120,7 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
         method.prompts[0].copy_(start)
     one = Learner(base, site, slot, method)
     data = together.encoded(name, 13, 1)
-    batch = loop.collate(data[:4], 0)
+    batch = collate(data[:4], 0)
     gradients = []
     for each in (plain, one):
         step = each.step(batch)
@@ -131,7 +132,7 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     assert float(gradients[0][1].abs().max()) > 0
     method.scales.requires_grad_(False)
     method.shifts.requires_grad_(False)
-    curves = [[r.loss for r in loop.fit(each, data, together.config(steps=5), pad=0)] for each in (plain, one)]
+    curves = [[r.loss for r in train(each, data, together.config(steps=5))] for each in (plain, one)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-12)
     torch.testing.assert_close(method.fold("a"), plain.method.fold("a"), rtol=1e-10, atol=0)
     assert float((method.fold("a") - start).abs().max()) > 0.01
@@ -170,10 +171,10 @@ def test_groups_learn_at_their_own_rates() -> None:
         bb, Site(), slot, ResidualPromptTuning(ResidualPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
     config = together.config(rate=0.2, rate_unit="rms")
-    groups = loop.build_optimizer(one, one.parameters(), config).param_groups
+    groups = optimizer_of(one, config).param_groups
     assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
     plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
-    usual = loop.build_optimizer(plain, plain.parameters(), config).param_groups[0]["rate"]
+    usual = optimizer_of(plain, config).param_groups[0]["rate"]
     assert groups[0]["rate"] == usual, "the prompt learns as it does in prompt tuning"
 
 

@@ -22,9 +22,11 @@ from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model.learner import Learner, copy_head
-from softprompts.training import checkpoint, loop, objectives, shared_batch
-from softprompts.training.loop import TrainingRun
+from softprompts.training import checkpoint, objectives, shared_batch
+from softprompts.training.checkpoint import CHECKPOINT
+from softprompts.training.trainables import TrainablePrompts
 from softprompts.types import IGNORE, Output, PromptInit
+from trainees import Trainee, train, train_many
 
 STEPS = 20
 DEEP = Site("layers")
@@ -64,15 +66,15 @@ def trainees(name, site, folder=None, length=True):
     base = double(name)
     same = 4 if not length else None
     made = [
-        TrainingRun("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
-        TrainingRun(
+        Trainee("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
+        Trainee(
             "factored",
             learner(base, site, same or 6, 2, ("a", "b")),
             encoded(name, 9, 2, tasks=2),
             config(optimizer="adafactor", schedule="constant", rate=0.02, batch_size=3, weight_decay=0.01),
             seed=7,
         ),
-        TrainingRun(
+        Trainee(
             "accumulated",
             learner(base, site, same or 3, 3),
             encoded(name, 17, 3),
@@ -102,8 +104,8 @@ def rms_norm(weight, extra, eps, states):
 def alone(trainee):
     """The losses of a run by itself, and its prompts after every step."""
     losses, prompts = [], []
-    learner, rows, config = trainee.learner, trainee.rows, trainee.config
-    for report in loop.fit(learner, rows, config, pad=0, seed=trainee.seed, validate=trainee.validate):
+    learner, examples, config = trainee.learner, trainee.examples, trainee.config
+    for report in train(learner, examples, config, seed=trainee.seed, validate=trainee.validate):
         losses.append(report.loss)
         prompts.append(values(trainee))
     return losses, prompts
@@ -117,7 +119,7 @@ def together(runs, stop=None):
     """By name: the losses and the prompts after every step; stopped after `stop` reports."""
     losses, prompts, seen = {one.name: [] for one in runs}, {one.name: [] for one in runs}, 0
     named = {one.name: one for one in runs}
-    with closing(loop.train_many(runs, pad=0)) as steps:
+    with closing(train_many(runs)) as steps:
         for name, report in steps:
             losses[name].append(report.loss)
             prompts[name].append(values(named[name]))
@@ -189,13 +191,13 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
             accumulated,
         ]
 
-    rows, original = [], shared_batch.joint_steps
+    rows, original = [], TrainablePrompts.loss
 
-    def counted(learners, parts, seeds, pad, targets):
-        rows.append([len(part) for part in parts])
-        return original(learners, parts, seeds, pad, targets)
+    def counted(trainable, batches):
+        rows.append([len(batch.examples) for batch in batches])
+        return original(trainable, batches)
 
-    monkeypatch.setattr(loop, "joint_steps", counted)
+    monkeypatch.setattr(TrainablePrompts, "loss", counted)
     runs = made()
     losses, prompts = together(runs)
     assert [len(losses[one.name]) for one in runs] == [3, 8, STEPS]
@@ -209,7 +211,7 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
 
 def snapshots(folder, runs, after):
     """The checkpoint folders as they lie on the disk after so many reports: what a kill at that moment leaves."""
-    with closing(loop.train_many(runs, pad=0)) as steps:
+    with closing(train_many(runs)) as steps:
         for number, _ in enumerate(steps, 1):
             if number in after:
                 shutil.copytree(folder, folder.with_name(f"killed-{number}"))
@@ -230,16 +232,16 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     moments = (1, 14, 16, 21, 25)
     (tmp_path / "whole").mkdir()
     snapshots(tmp_path / "whole", made(tmp_path / "whole"), moments)
-    whole = {one.name: read_tensors(tmp_path / "whole" / one.name / loop.CHECKPOINT)[0] for one in made(tmp_path)}
+    whole = {one.name: read_tensors(tmp_path / "whole" / one.name / CHECKPOINT)[0] for one in made(tmp_path)}
     assert [int(tensors["optimizer.method.prompts.0.step"]) for tensors in whole.values()] == [9, 6, 12]
     began = []
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
-        files = [folder / one.name / loop.CHECKPOINT for one in made(folder)]
+        files = [folder / one.name / CHECKPOINT for one in made(folder)]
         began.append([json.loads(read_tensors(f)[1]["facts"])["step"] if f.exists() else 0 for f in files])
         together(made(folder))
         for one in made(folder):
-            again = read_tensors(folder / one.name / loop.CHECKPOINT)[0]
+            again = read_tensors(folder / one.name / CHECKPOINT)[0]
             assert again.keys() == whole[one.name].keys()
             for key, tensor in again.items():
                 assert torch.equal(tensor, whole[one.name][key]), (moment, one.name, key)
@@ -250,7 +252,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     whole, prompts = together(trainees("gpt2", Site()))
     together(trainees("gpt2", Site(), tmp_path), stop=8)  # in the middle of the third step's reports
     for one in trainees("gpt2", Site(), tmp_path):
-        assert json.loads(read_tensors(one.directory / loop.CHECKPOINT)[1]["facts"])["step"] == 3
+        assert json.loads(read_tensors(one.directory / CHECKPOINT)[1]["facts"])["step"] == 3
     runs = trainees("gpt2", Site(), tmp_path)
     losses, _ = together(runs)
     assert losses == whole
@@ -278,17 +280,17 @@ def test_a_joint_write_that_is_cut_is_undone_or_finished(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_tensors", staging) if cut == "staging" else None
-        patch.setattr(checkpoint, "_put", renaming) if cut == "renaming" else None
+        patch.setattr(checkpoint, "_rename", renaming) if cut == "renaming" else None
         with pytest.raises(RuntimeError, match="killed"):
             together(runs)
-    files = [one.directory / loop.CHECKPOINT for one in runs]
+    files = [one.directory / CHECKPOINT for one in runs]
     checkpoint.recover(files)
     assert [json.loads(read_tensors(file)[1]["facts"])["step"] for file in files] == [step] * 3
     assert not list(tmp_path.rglob(checkpoint.STAGED))
 
 
 def collect(runs, losses):
-    for name, report in loop.train_many(runs, pad=0):
+    for name, report in train_many(runs):
         losses.setdefault(name, []).append(report.loss)
 
 
@@ -323,7 +325,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
     good = replace(made()[1], config=made()[1].config.model_copy(update={"steps": 3}))
     assert losses["factored"][:3] == pytest.approx(alone(good)[0], rel=1e-9)
     torch.testing.assert_close(values(runs[1]), values(good), rtol=1e-9, atol=1e-10)
-    kept = read_tensors(runs[1].directory / loop.CHECKPOINT)[0]
+    kept = read_tensors(runs[1].directory / CHECKPOINT)[0]
     assert torch.equal(kept["method.prompts.0"], runs[1].learner.method.prompts[0])
     for one, two in zip(trainees(name, site), runs, strict=True):
         if one.name == "factored":
@@ -332,7 +334,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
         torch.testing.assert_close(values(two), values(one), rtol=1e-9, atol=1e-10)
     # Called again, it is not tried again: what was is said again, and nothing is trained.
     with pytest.raises(errors.TrainingError, match="run 'factored': the loss of step 5 is not a number"):
-        list(loop.train_many(made(tmp_path), pad=0))
+        list(train_many(made(tmp_path)))
 
 
 def test_inf_in_one_prompt_stays_there():
@@ -349,28 +351,28 @@ def test_inf_in_one_prompt_stays_there():
 
 def test_what_cannot_share_a_batch_is_refused():
     plain, factored, _ = trainees("llama", Site())
-    other = TrainingRun("other", learner(double("gpt2"), Site(), 4, 1), plain.rows, config())
+    other = Trainee("other", learner(double("gpt2"), Site(), 4, 1), plain.examples, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'other' have backbones of their own \(llama, gpt2\)"):
-        next(loop.train_many([plain, other], pad=0))
-    deep = TrainingRun("deep", learner(double("llama"), DEEP, 4, 1), plain.rows, config())
+        next(train_many([plain, other]))
+    deep = Trainee("deep", learner(double("llama"), DEEP, 4, 1), plain.examples, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'deep' differ in the name of their site \(input, layers\)"):
-        next(loop.train_many([plain, deep], pad=0))
+        next(train_many([plain, deep]))
     with pytest.raises(ConfigError, match="names that differ, given plain, plain"):
-        next(loop.train_many([plain, replace(factored, name="plain")], pad=0))
+        next(train_many([plain, replace(factored, name="plain")]))
     with pytest.raises(ConfigError, match="run 'empty' has no rows"):
-        next(loop.train_many([plain, replace(factored, name="empty", rows=[])], pad=0))
+        next(train_many([plain, replace(factored, name="empty", examples=[])]))
     base = b.wrap(tiny.model("bert", "sequence"))
     heads = [replace(learner(base, Site(), 4, seed), head=copy_head(base)) for seed in (1, 2)]
-    runs = [TrainingRun(str(i), one, [EncodedExample([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
+    runs = [Trainee(str(i), one, [EncodedExample([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
     with pytest.raises(ConfigError, match=r"classification head of its own.*one after the other"):
-        next(loop.train_many(runs, pad=0))
+        next(train_many(runs))
 
 
 def test_scores_find_their_run_in_any_order():
     """Rows 0-1 are the first run's, 2 the second's, 3-4 the third's; scores come in no order."""
     row = torch.tensor([4, 0, 2, 3, 1, 0])
     output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, column=torch.arange(6), path="packed")
-    found = shared_batch.split(output, [2, 1, 2])
+    found = shared_batch.split_output(output, [2, 1, 2])
     assert [one.row.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
@@ -381,12 +383,14 @@ def test_scores_find_their_run_in_any_order():
 def test_only_labels_that_are_scored_count():
     """At site kv no state scores a causal text's first token, so parts would otherwise get a wrong share."""
     row = EncodedExample([5, 6, 7], [5, 6, IGNORE])
-    counts = {
-        site: shared_batch.label_count(row, learner(double("llama"), Site(site), 4, 1)) for site in ("input", "kv")
-    }
+
+    def label_count(row, site="input"):
+        return TrainablePrompts({"": learner(double("llama"), Site(site), 4, 1)}).label_count("", row)
+
+    counts = {site: label_count(row, site) for site in ("input", "kv")}
     assert counts == {"input": 2, "kv": 1}
-    assert shared_batch.label_count(replace(row, prompt_offsets=1), learner(double("llama"), Site(), 4, 1)) == 1
-    assert shared_batch.label_count(EncodedExample([5], 2), learner(double("llama"), Site(), 4, 1)) == 1
+    assert label_count(replace(row, prompt_offsets=1)) == 1
+    assert label_count(EncodedExample([5], 2)) == 1
 
 
 @pytest.mark.golden
@@ -394,9 +398,9 @@ def test_only_labels_that_are_scored_count():
 def test_accumulated_halves_equal_one_batch(site):
     """An epoch of eight rows in one batch, and in two halves with unequal numbers of labels."""
     rows = encoded("llama", 8, 4)
-    rows[0] = EncodedExample(rows[0].ids, rows[0].ids)
+    rows[0] = EncodedExample(rows[0].input_ids, rows[0].input_ids)
     runs = [
-        TrainingRun(
+        Trainee(
             f"{size}", learner(double("llama"), site, 4, 1), rows, config(10, batch_size=size, accumulate=8 // size)
         )
         for size in (8, 4, 2)

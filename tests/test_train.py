@@ -21,6 +21,9 @@ from softprompts.errors import ConfigError
 from softprompts.injection import packed_attention
 from softprompts.recipes.run import run as job
 from softprompts.training import loop
+from softprompts.training.checkpoint import CHECKPOINT
+from softprompts.training.trainables import TrainablePrompts
+from trainees import train
 
 
 @pytest.fixture
@@ -34,7 +37,7 @@ def fitted(values, directory=None, steps=None, validate=None, **changes):
     made = job.prepare(run)
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     reports = []
-    fitting = loop.fit(made.learner, rows, run.train, pad=0, seed=run.seed, validate=validate, directory=directory)
+    fitting = train(made.learner, rows, run.train, seed=run.seed, validate=validate, directory=directory)
     with closing(fitting):
         for report in fitting:
             reports.append(report)
@@ -90,7 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit(values, tmp_path):
     process = subprocess.Popen(
         [*command, str(outs[1])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment
     )
-    checkpoint = tmp_path / "killed" / loop.CHECKPOINT
+    checkpoint = tmp_path / "killed" / CHECKPOINT
     for _ in range(3000):
         if checkpoint.exists():
             break
@@ -127,7 +130,7 @@ def test_the_best_state_is_what_remains(values):
     made = job.prepare(run)
     holder = [made]
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(loop.fit(made.learner, rows, run.train, pad=0, validate=validate))
+    list(train(made.learner, rows, run.train, validate=validate))
     assert len(seen) == 3
     assert torch.equal(prompt_of(made), seen[1])
 
@@ -141,18 +144,19 @@ def test_patience_stops_early(values):
 @pytest.mark.parametrize("when", [1, 4])
 def test_a_loss_that_is_no_number_keeps_the_last_good_state(values, tmp_path, monkeypatch, when):
     good, _ = fitted(values, steps=max(1, when - 2))
-    original = loop._gradients
+    original = TrainablePrompts.loss
 
     def poisoned(*arguments):
         poisoned.calls += 1
-        (result,) = original(*arguments)
-        return [replace(result, loss=float("nan")) if poisoned.calls == when else result]
+        (loss,) = original(*arguments)
+        # The gradient stays finite.
+        return [replace(loss, value=loss.value + float("nan")) if poisoned.calls == when else loss]
 
     poisoned.calls = 0
-    monkeypatch.setattr(loop, "_gradients", poisoned)
+    monkeypatch.setattr(TrainablePrompts, "loss", poisoned)
     with pytest.raises(errors.TrainingError, match=r"not a number; the state after step \d+ is kept.*lower rate"):
         fitted(values, tmp_path / "run")
-    tensors, _ = read_tensors(tmp_path / "run" / loop.CHECKPOINT)
+    tensors, _ = read_tensors(tmp_path / "run" / CHECKPOINT)
     assert torch.isfinite(tensors["method.prompts.0"]).all()
     if when == 4:
         assert torch.equal(tensors["method.prompts.0"], prompt_of(good))
@@ -162,8 +166,8 @@ def test_a_checkpoint_of_other_settings_is_refused(values, tmp_path):
     run = parse(values)
     made = job.prepare(run)
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(loop.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 1.0}}))
-    again = loop.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 2.0}})
+    list(train(made.learner, rows, run.train, directory=tmp_path, settings={"train": {"rate": 1.0}}))
+    again = train(made.learner, rows, run.train, directory=tmp_path, settings={"train": {"rate": 2.0}})
     with pytest.raises(errors.TrainingError, match=r"train\.rate was 1\.0, is now 2\.0"):
         next(again)
 
@@ -180,7 +184,7 @@ def test_the_rate_follows_its_schedule(values):
 def test_nothing_to_train_on_is_said(values):
     made = job.prepare(parse(values))
     with pytest.raises(ConfigError, match="no rows to train on"):
-        next(loop.fit(made.learner, [], TrainConfig(), pad=0))
+        next(train(made.learner, [], TrainConfig()))
 
 
 def test_adafactor_keeps_the_whole_second_moment(values):
@@ -190,13 +194,13 @@ def test_adafactor_keeps_the_whole_second_moment(values):
     captured = {}
     original = loop.build_optimizer
 
-    def keep(learner, parameters, config):
-        captured["optimizer"] = original(learner, parameters, config)
+    def keep(param_groups, config):
+        captured["optimizer"] = original(param_groups, config)
         return captured["optimizer"]
 
     loop.build_optimizer = keep
     try:
-        list(loop.fit(made.learner, rows, config, pad=0))
+        list(train(made.learner, rows, config))
     finally:
         loop.build_optimizer = original
     (state,) = captured["optimizer"].state.values()
@@ -209,7 +213,7 @@ def test_the_backbone_is_never_touched(values):
     made = job.prepare(run)
     before = {k: v.clone() for k, v in made.learner.backbone.model.state_dict().items()}
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(loop.fit(made.learner, rows, replace_steps(run, 3).train, pad=0))
+    list(train(made.learner, rows, replace_steps(run, 3).train))
     after = made.learner.backbone.model.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
     assert all(p.grad is None and not p.requires_grad for p in made.learner.backbone.model.parameters())
@@ -252,7 +256,7 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()
     with pytest.raises(errors.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
-        next(loop.fit(made.learner, rows, made.run.train, pad=0))
+        next(train(made.learner, rows, made.run.train))
     assert torch.equal(prompt_of(made), before)
 
 
