@@ -45,7 +45,7 @@ def example(**changes: Any) -> Artifact:
         "revision": "main",
         "fingerprint": fingerprint(),
         "format": {"template": "{text} ⇒", "verbalizer": {"z": "gut", "a": "schlecht"}},
-        "config": {"train": {"steps": 3, "clip": None}},
+        "config": {"training": {"max_steps": 3, "max_grad_norm": None}},
         "scores": {"test": {"accuracy": 0.1 + 0.2}},
         "parents": ("a" * 64,),
         "version": "0.1.0",

@@ -28,16 +28,16 @@ def folder(tmp_path_factory):
         rows = local.colors(where / f"{name}.csv", rows=40, seed=len(name))
         run = {
             "model": {"name": str(model), "dtype": "float32", "threads": 1},
-            "prompt": {"length": P, "init": {"seed": seed}},
+            "prompt": {"num_virtual_tokens": P, "init": {"seed": seed}},
             "task": {
                 "source": str(rows),
                 "name": name,
                 "template": "{text}:",
                 "split": {"validation_fraction": 0.2, "test_fraction": 0.2, "seed": len(name)},
             },
-            "train": {"steps": 3, "batch_size": 4, "rate": 0.3},
-            "evaluate": {"resamples": 100},
-            "out": str(where / "runs" / out),
+            "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.3},
+            "evaluation": {"resamples": 100},
+            "output_dir": str(where / "runs" / out),
         }
         job.run(parse(run))
     return where
@@ -309,7 +309,7 @@ def test_other_lengths_are_refused_by_name(call, here, tmp_path):
 
 def test_the_study_says_what_held(call, tmp_path):
     values = {**study_values(tmp_path), "sums": None, "few": None}
-    values["vectors"] = {**values["vectors"], "rates": [0.3], "tune_on": None}
+    values["vectors"] = {**values["vectors"], "learning_rates": [0.3], "tune_on": None}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
     status, out, err = call("study", "vectors", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
     assert status == 0, err

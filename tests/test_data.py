@@ -531,7 +531,7 @@ def test_other_messages():
         causal(replace(QUESTION, chat=True), refusing).encode(ROW)
     hiding = byte_bpe()
     hiding.chat_template = "hello"
-    with pytest.raises(DataError, match="the chat template hides the user's words; use chat_place: start"):
+    with pytest.raises(DataError, match="the chat template hides the user's words; use chat_placement: start"):
         causal(replace(QUESTION, chat=True, chat_place="user"), hiding).encode(ROW)
 
 

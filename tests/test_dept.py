@@ -16,7 +16,7 @@ import tiny
 from rows import INPUT, called
 from softprompts import SoftPromptModel, injection
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, InitConfig, PromptConfig, parse
+from softprompts.config import EvaluationConfig, InitConfig, PromptConfig, parse
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.injection.generation import generate
@@ -242,9 +242,11 @@ def test_what_is_refused(options: dict[str, Any], message: str) -> None:
 
 def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
     """SoftPromptModel's loss, also of rows of two methods, and what it writes; saved and loaded bit for bit."""
-    config = PromptConfig(method="dept", length=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S})
+    config = PromptConfig(
+        method="dept", num_virtual_tokens=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S}
+    )
     model = SoftPromptModel(tiny.model("llama"), config, task="two")
-    model.add_task("plain", PromptConfig(length=2, init=InitConfig(kind="random")))
+    model.add_task("plain", PromptConfig(num_virtual_tokens=2, init=InitConfig(kind="random")))
     made = learner("llama")
     own = {k.replace(".1", ".0"): v for k, v in made.method.state_dict().items() if k.endswith(".1")}
     model.prompts["two"].load_state_dict(own)
@@ -272,7 +274,7 @@ def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
 
 def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     """Trained, cut and gone on with bit for bit; judged rows, which begin alike, are what each is alone."""
-    values = local.run_values(tmp_path, steps=4, checkpoint_every=1, rates={"matrices": 0.05})
+    values = local.run_values(tmp_path, max_steps=4, save_steps=1, learning_rates={"matrices": 0.05})
     values["prompt"] |= {"method": "dept", "options": {"rank": R, "positions": 6}}
 
     def stop(_: str, report: Any) -> None:
@@ -281,7 +283,7 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
 
     results = run.run(parse(values))
     assert results["summary"]["trainable"] == 4 * 32 + (6 + 32) * R
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         run.run(cut, run.ProgressReporter(on_step=stop))
     run.run(cut)
@@ -291,7 +293,7 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     assert found.state["rows.0"].abs().max() > 0
     opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=cut.model)
     few = run.prepare(cut).tasks[0].train[:20]
-    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluateConfig()))
+    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluationConfig()))
     for row, answer in zip(few, answers, strict=True):
         text = opened.encoder.encode(row).input_ids
         for label, ids in opened.encoder.candidates().items():

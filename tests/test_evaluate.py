@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import local
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation.metrics import vote
 from softprompts.model.initialization import from_ids
 from softprompts.recipes.run import run as job
 
-CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+CONFIG = EvaluationConfig(resamples=100, batch_size=3)
 
 
 def prepared(folder, model, **task):
@@ -178,7 +178,7 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
                 "multilabel": "a,b" if warm else "b",
             }
             writer.writerow([f"the thing {i} is {'red' if warm else 'blue'}", label[kind]])
-    values = local.run_values(tmp_path, "llama", steps=200, rate=0.1, head_rate=0.05)
+    values = local.run_values(tmp_path, "llama", max_steps=200, learning_rate=0.1, head_learning_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "rows.csv"), "template": "{text}", "kind": kind, "name": "t"}
     values["model"]["head"] = "sequence"
     results = job.run(parse(values))
@@ -204,7 +204,7 @@ def test_token_heads_train_and_answer(tmp_path):
         for i, color in enumerate(["red", "blue", "green", "orange"] * 10)
     ]
     (tmp_path / "tags.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    values = local.run_values(tmp_path, "llama", steps=60, rate=0.3, head_rate=0.02)
+    values = local.run_values(tmp_path, "llama", max_steps=60, learning_rate=0.3, head_learning_rate=0.02)
     values["task"] |= {"source": str(tmp_path / "tags.jsonl"), "template": "{tokens}", "label": "tags"}
     values["task"] |= {"kind": "tagging", "name": "tags"}
     values["model"]["head"] = "token"
@@ -222,7 +222,7 @@ def test_span_heads_train_and_answer(tmp_path):
         start = context.index(color)
         rows.append({"q": "which color", "context": context, "answers": {"text": [color], "answer_start": [start]}})
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    values = local.run_values(tmp_path, "llama", steps=80, rate=0.3, head_rate=0.05)
+    values = local.run_values(tmp_path, "llama", max_steps=80, learning_rate=0.3, head_learning_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "qa.jsonl"), "template": "{q}", "pair": "{context}"}
     values["task"] |= {"label": "answers", "kind": "span", "name": "qa"}
     values["model"]["head"] = "span"

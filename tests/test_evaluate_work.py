@@ -8,7 +8,7 @@ import torch
 import local
 from softprompts import injection
 from softprompts.backbone.kernels import Kernels
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import DataError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation.metrics import vote
@@ -16,7 +16,7 @@ from softprompts.model.initialization import from_ids
 from softprompts.recipes.run import run
 from softprompts.types import IGNORE, Batch
 
-CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+CONFIG = EvaluationConfig(resamples=100, batch_size=3)
 WORDS = {"warm": "a warm one", "cold": "a cold one"}  # the first tokens are the same
 
 
@@ -168,7 +168,7 @@ def test_rows_are_taken_as_they_are_needed_and_those_before_a_fault_are_answered
             yield Counted(text=texts[i % 4])
         raise DataError("row 20001 is broken")
 
-    found = evaluate.answers(made.learner, made.encoders[0], rows(20_000), EvaluateConfig())
+    found = evaluate.answers(made.learner, made.encoders[0], rows(20_000), EvaluationConfig())
     values = []
     with pytest.raises(DataError, match="row 20001"):
         values.extend(one.value for one in found)

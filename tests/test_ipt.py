@@ -143,7 +143,7 @@ def test_lookup(options: dict[str, Any], side: str, extra: int) -> None:
     method, seen = made(options), context(side, extra)
     prompt = method(seen)
     assert prompt.values.shape == (len(LENGTHS), P, D)
-    assert prompt.row.tolist() == list(range(len(LENGTHS)))
+    assert prompt.prompt_index.tolist() == list(range(len(LENGTHS)))
     for i in range(len(LENGTHS)):
         own = vectors(method, first(seen, i, P))
         if "base" in options:
@@ -496,7 +496,7 @@ def test_training_drops_and_judging_does_not() -> None:
 def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = learner("llama", table=table)
-    config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.1, max_steps=4)
     adamw = optimizer_of(made, config)
     held = made.method.table.rows if table == "full" else made.method.table.codes
     moved = []

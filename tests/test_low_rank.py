@@ -33,7 +33,7 @@ def prompts(method: LowRankPromptTuning, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     one = Learner(
         bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
-    optimizer = optimizer_of(one, together.config(rate=0.2, rate_unit="rms"))
+    optimizer = optimizer_of(one, together.config(learning_rate=0.2, learning_rate_unit="rms"))
     found = {tuple(g["params"][0].shape): g["rate"] for g in optimizer.param_groups}
     assert found == pytest.approx({(10, 32): 0.2 * bb.rms, (P, 10): 0.2})
 

@@ -42,7 +42,7 @@ def put(method, seed, ranks=1):
 def prompts(method, task):
     ids = torch.zeros(len(task), 1, dtype=torch.long)
     found = method(Context(torch.tensor(task), ids, torch.zeros(len(task), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 # The decomposition
@@ -230,11 +230,11 @@ def test_absent_tasks_keep_factors_and_optimizer_state():
 
 def test_groups_learn_at_their_own_rates():
     one = learner("llama", Site(), ("a",))
-    config = together.config(rate=0.3, rate_unit="rms", rates={"factors": 0.4})
+    config = together.config(learning_rate=0.3, learning_rate_unit="rms", learning_rates={"factors": 0.4})
     optimizer = optimizer_of(one, config)
     found = {tuple(group["params"][0].shape): (len(group["params"]), group["rate"]) for group in optimizer.param_groups}
     rms = one.backbone.rms
     assert found[4, 32] == (1, pytest.approx(0.3 * rms))  # the shared prompt in rms of the words
     assert found[4, 1] == (2, pytest.approx(0.4))  # factors as it stands
-    plain = optimizer_of(one, together.config(rate=0.3, rate_unit="rms"))
+    plain = optimizer_of(one, together.config(learning_rate=0.3, learning_rate_unit="rms"))
     assert sorted(group["rate"] for group in plain.param_groups) == pytest.approx(sorted([0.3, 0.3 * rms]))

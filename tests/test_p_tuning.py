@@ -34,7 +34,7 @@ def prompts(method: PTuning, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 def pairs(theirs: PromptEncoder, network: str) -> dict[str, Tensor]:
@@ -135,7 +135,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
     slot = injection.prompt_spec(bb, INPUT, TASKS, P)
     one = Learner(bb, INPUT, slot, PTuning(PTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
-    groups = optimizer_of(one, together.config(rate=0.2, rate_unit="rms")).param_groups
+    groups = optimizer_of(one, together.config(learning_rate=0.2, learning_rate_unit="rms")).param_groups
     found = {group["rate"]: len(group["params"]) for group in groups}
     assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.rms: 4})
     assert sum(found.values()) == len(one.parameters())

@@ -15,7 +15,7 @@ import tiny
 import tokenizers_tiny
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, PromptConfig, parse
+from softprompts.config import EvaluationConfig, PromptConfig, parse
 from softprompts.data import ExampleTokenizer, TaskTemplate, collate, place_of
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError
@@ -70,9 +70,9 @@ def test_slots_of_a_template() -> None:
         ),
         (
             ["<prompt:4>{a}", "<prompt:4>"],
-            r"slots have 4 \+ 4 = 8 prompt tokens, but prompt.length is 7; make them equal",
+            r"slots have 4 \+ 4 = 8 prompt tokens, but prompt.num_virtual_tokens is 7; make them equal",
         ),
-        (["<prompt:5>{a}"], r"slots have 5 prompt tokens, but prompt.length is 7"),
+        (["<prompt:5>{a}"], r"slots have 5 prompt tokens, but prompt.num_virtual_tokens is 7"),
         (["<prompt:all>{a}"], "'<prompt:all>' names no number of prompt tokens, as <prompt:10>"),
     ],
 )
@@ -167,10 +167,10 @@ def test_where_the_template_puts_the_prompt() -> None:
     assert place_of("auto", [replace(system, chat=False)]) == "auto"  # without a chat nobody reads it
     for asked, forms, message in (
         ("auto", [FORM, replace(plain, name="u")], "t has slots for the prompt in its template, u has none"),
-        ("template", [plain], "prompt.place is template, but the template '{text}' has no slot for the prompt"),
-        ("first", [FORM], "the template has a slot for the prompt, and prompt.place is first; leave one out"),
-        ("suffix", [chat], "chat_place is user, and prompt.place is suffix: both say where the prompt stands"),
-        ("auto", [replace(FORM, chat=True, chat_place="user")], "chat_place is user, and the template has a slot"),
+        ("template", [plain], "prompt.placement is template, but the template '{text}' has no slot for the prompt"),
+        ("first", [FORM], "the template has a slot for the prompt, and prompt.placement is first; leave one out"),
+        ("suffix", [chat], "chat_placement is user, and prompt.placement is suffix: both say where the prompt stands"),
+        ("auto", [replace(FORM, chat=True, chat_place="user")], "chat_placement is user, and the template has a slot"),
     ):
         with pytest.raises(DataError, match=message):
             place_of(asked, forms)
@@ -186,19 +186,19 @@ def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "task", "message"),
     [
-        ({}, {"template": "<prompt:3>{text}"}, "slots have 3 prompt tokens, but prompt.length is 4"),
+        ({}, {"template": "<prompt:3>{text}"}, "slots have 3 prompt tokens, but prompt.num_virtual_tokens is 4"),
         ({}, {"template": "<prompt>:"}, "the template '<prompt>:' has no slot for the text"),
         ({}, {"template": "Type:"}, "the template 'Type:' has no slot for the text"),
         ({"site": "kv"}, {"template": "{text}<prompt>"}, "place 'template' is not possible .*take <prompt> out of the"),
-        ({"site": "kv", "place": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
-        ({"place": "template"}, {}, "prompt.place is template, but the template '{text}:' has no slot"),
+        ({"site": "kv", "placement": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
+        ({"placement": "template"}, {}, "prompt.placement is template, but the template '{text}:' has no slot"),
         (
             {"site": "kv"},
-            {"chat": True, "chat_place": "user"},
-            "chat_place is user, but at site 'kv' nothing can stand",
+            {"chat": True, "chat_placement": "user"},
+            "chat_placement is user, but at site 'kv' nothing can stand",
         ),
         (
-            {"place": "template", "segments": [1, 3]},
+            {"placement": "template", "segments": [1, 3]},
             {"template": "<prompt:2>{text}<prompt:2>"},
             r"slots have 2 \+ 2 prompt tokens, prompt.segments says 1 \+ 3; leave prompt.segments out",
         ),
@@ -213,14 +213,17 @@ def test_runs_that_cannot_be(tmp_path: Any, prompt: dict[str, Any], task: dict[s
 
 
 def test_segments_are_the_prompt() -> None:
-    assert PromptConfig(length=5, place="template", segments=(2, 3)).segments == (2, 3)
+    assert PromptConfig(num_virtual_tokens=5, placement="template", segments=(2, 3)).segments == (2, 3)
     for given, message in (
         (
-            {"length": 5, "place": "template", "segments": (2, 2)},
+            {"num_virtual_tokens": 5, "placement": "template", "segments": (2, 2)},
             r"prompt.segments 2 \+ 2 must each be at least 1 and sum",
         ),
-        ({"length": 5, "place": "template", "segments": (5, 0)}, r"prompt.segments 5 \+ 0 must each be at least 1"),
-        ({"length": 5, "segments": (2, 3)}, "prompt.segments is for place template, not auto"),
+        (
+            {"num_virtual_tokens": 5, "placement": "template", "segments": (5, 0)},
+            r"prompt.segments 5 \+ 0 must each be at least 1",
+        ),
+        ({"num_virtual_tokens": 5, "segments": (2, 3)}, "prompt.segments is for place template, not auto"),
     ):
         with pytest.raises(ValueError, match=message):
             PromptConfig(**given)
@@ -240,9 +243,9 @@ def test_segments_are_the_prompt() -> None:
 )
 def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -> None:
     """Trained, judged, saved and opened again: answers are the stock model's with the prompt in its slots."""
-    values = local.run_values(tmp_path, name, steps=3)
+    values = local.run_values(tmp_path, name, max_steps=3)
     values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
-    values["prompt"] |= {"place": "suffix"} if place == "suffix" else {}
+    values["prompt"] |= {"placement": "suffix"} if place == "suffix" else {}
     run.run(parse(values))
     directory = tmp_path / "out" / "prompt"
     found = artifact.load(directory)
@@ -253,10 +256,10 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     opened = run.open_artifacts([directory], model=parse(values).model)
     made = run.prepare(parse(values))
     test = made.tasks[0].test
-    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluationConfig()))
     if name != "llama":
         ours = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluateConfig()
+            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluationConfig()
         )
         assert [one.scores for one in ours] == [one.scores for one in answers]
         return
@@ -277,9 +280,9 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
 
 def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     """IPT has a prompt token for each of the text's tokens: of a short text the last slot stays partly empty."""
-    values = local.run_values(tmp_path, steps=2)
+    values = local.run_values(tmp_path, max_steps=2)
     values["task"] |= {"template": "<prompt:9>{text}<prompt:9>:", "split": {"test_fraction": 0.2, "limit": {"test": 4}}}
-    values["prompt"] = {"method": "ipt", "length": 18}
+    values["prompt"] = {"method": "ipt", "num_virtual_tokens": 18}
     run.run(parse(values))
     made, opened = (
         run.prepare(parse(values)),
@@ -288,16 +291,16 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     test, encoder = made.tasks[0].test, made.encoders[0]
     batch = collate([encoder.encode(row) for row in test], 0)
     assert int(opened.learner.prompt(batch).lengths.min()) < 18
-    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluationConfig()))
     for row, one in zip(test, together, strict=True):
         (alone,) = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluateConfig()
+            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluationConfig()
         )
         assert alone.scores == pytest.approx(one.scores, abs=2e-5)
 
 
 def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
-    values = local.run_values(tmp_path, steps=4, checkpoint_every=2)
+    values = local.run_values(tmp_path, max_steps=4, save_steps=2)
     task = values.pop("task") | {"split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
     values["tasks"] = [
         {**task, "name": "one", "template": "{text}<prompt>:"},
@@ -307,7 +310,7 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
     whole = {name: artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
     assert [whole[name].segments for name in whole] == [(), (2, 2)]
     assert [whole[name].place for name in whole] == ["template"] * 2
-    values["out"] = str(tmp_path / "again")
+    values["output_dir"] = str(tmp_path / "again")
     stop = StopIteration()
 
     def step(_: str, report: Any) -> None:
@@ -323,12 +326,12 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
 
 def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
     """Also in models without a limit of positions, where texts of all runs have the same room."""
-    values = local.run_values(tmp_path, "t5", steps=1)
+    values = local.run_values(tmp_path, "t5", max_steps=1)
     values["task"] |= {
         "template": "{text}<prompt>:",
         "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}},
     }
-    values["runs"] = [{"name": "a", "prompt.length": 3}, {"name": "b", "prompt.length": 5}]
+    values["runs"] = [{"name": "a", "prompt.num_virtual_tokens": 3}, {"name": "b", "prompt.num_virtual_tokens": 5}]
     run.run(parse(values))
     for name, length in (("a", 3), ("b", 5)):
         found = artifact.load(tmp_path / "out" / name / "prompt")
@@ -353,7 +356,7 @@ def test_older_artifacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_pef
     chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_place": "user"})
     artifact.save(chat, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "softprompts.json").read_text())["peft"].startswith(
-        "chat_place user: PEFT puts"
+        "chat_placement user: PEFT puts"
     )
 
 
@@ -365,7 +368,7 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
     model, words = SoftPromptModel(tiny.model(name)), {}
     for i, (task, config) in enumerate(tasks.items()):
         model.add_task(task, config)
-        words[task] = rows.ids(70 + i, config.length)
+        words[task] = rows.ids(70 + i, config.num_virtual_tokens)
         with torch.no_grad():
             next(iter(model.prompts[task].parameters())).copy_(
                 initialization.from_ids(model.backbone, Site(), words[task])
@@ -374,9 +377,9 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
 
 
 TASKS = {
-    "parted": PromptConfig(length=5, place="template", segments=(2, 3)),
-    "front": PromptConfig(length=3, place="first"),
-    "behind": PromptConfig(length=4, place="suffix"),
+    "parted": PromptConfig(num_virtual_tokens=5, placement="template", segments=(2, 3)),
+    "front": PromptConfig(num_virtual_tokens=3, placement="first"),
+    "behind": PromptConfig(num_virtual_tokens=4, placement="suffix"),
 }
 
 

@@ -43,7 +43,7 @@ def prompts(method: PrefixTuning, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, H), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 def perturbed(method: PrefixTuning) -> PrefixTuning:
@@ -255,7 +255,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     ):
         method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(P, slot.width)))
         one = Learner(bb, KV, slot, method)
-        config = together.config(rate=0.2, rate_unit="rms", rates=rates)
+        config = together.config(learning_rate=0.2, learning_rate_unit="rms", learning_rates=rates)
         groups = optimizer_of(one, config).param_groups
         assert {group["rate"]: len(group["params"]) for group in groups} == pytest.approx(expected)
 

@@ -203,7 +203,7 @@ def test_a_model_that_transformers_quantized_is_named():
 
 @pytest.mark.parametrize(("trained", "used"), [(None, "int8"), ("int8", None), ("int8", "int8")])
 def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
-    values = local.run_values(tmp_path, steps=3)
+    values = local.run_values(tmp_path, max_steps=3)
     made = values["model"] | {"quantize": trained}
     results = run.run(parse(values | {"model": made}))
     stored = artifact.load(tmp_path / "out" / "prompt")

@@ -43,7 +43,7 @@ def prompts(method: Any, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 def stock(method: ResidualPromptTuning, task: int, token: int) -> nn.Sequential:
@@ -132,7 +132,7 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     assert float(gradients[0][1].abs().max()) > 0
     method.scales.requires_grad_(False)
     method.shifts.requires_grad_(False)
-    curves = [[r.loss for r in train(each, data, together.config(steps=5))] for each in (plain, one)]
+    curves = [[r.loss for r in train(each, data, together.config(max_steps=5))] for each in (plain, one)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-12)
     torch.testing.assert_close(method.fold("a"), plain.method.fold("a"), rtol=1e-10, atol=0)
     assert float((method.fold("a") - start).abs().max()) > 0.01
@@ -170,7 +170,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     one = Learner(
         bb, Site(), slot, ResidualPromptTuning(ResidualPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
     )
-    config = together.config(rate=0.2, rate_unit="rms")
+    config = together.config(learning_rate=0.2, learning_rate_unit="rms")
     groups = optimizer_of(one, config).param_groups
     assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
     plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))

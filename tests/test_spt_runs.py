@@ -13,7 +13,7 @@ import transformers
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
@@ -147,16 +147,16 @@ def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {
             "method": "spt-reconstruction",
-            "length": 4,
+            "num_virtual_tokens": 4,
             "options": {"k": 2, "bank": 40, "population": 200},
         },
         "tasks": [
             {**task, "name": "one", "template": "Say of {text} whether:"},
             {**task, "name": "two", "template": "{text} is? human"},
         ],
-        "train": {"steps": 4, "batch_size": 8, "rate": 0.3, "checkpoint_every": 1},
-        "evaluate": {"resamples": 100},
-        "out": str(tmp_path / "out"),
+        "training": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.3, "save_steps": 1},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(tmp_path / "out"),
     }
 
 
@@ -193,11 +193,11 @@ def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None
     assert not torch.equal(one.state["soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
         opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
-        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluateConfig()))
+        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluationConfig()))
         for row, answer in zip(task.train[:20], found, strict=True):
             for label, ids in opened.encoder.candidates().items():
                 assert answer.scores[label] == pytest.approx(alone(opened, row, ids)[1], abs=2e-5)
-        config = EvaluateConfig(by="generate", max_new_tokens=3)
+        config = EvaluationConfig(by="generate", max_new_tokens=3)
         together = list(evaluate.answers(opened.learner, opened.encoder, task.test, config))
         each = [next(iter(evaluate.answers(opened.learner, opened.encoder, [row], config))) for row in task.test]
         assert [one.text for one in together] == [one.text for one in each]
@@ -212,7 +212,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     whole = job.run(parse(values))
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, job.ProgressReporter(on_step=stop))
     again = job.run(cut)

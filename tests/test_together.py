@@ -58,7 +58,9 @@ def learner(base, site, length, seed, tasks=("a",)):
 
 
 def config(steps=STEPS, **changes):
-    return TrainConfig(**{"steps": steps, "batch_size": 4, "rate": 0.05, "rate_unit": "absolute", **changes})
+    return TrainConfig(
+        **{"max_steps": steps, "batch_size": 4, "learning_rate": 0.05, "learning_rate_unit": "absolute", **changes}
+    )
 
 
 def trainees(name, site, folder=None, length=True):
@@ -71,14 +73,23 @@ def trainees(name, site, folder=None, length=True):
             "factored",
             learner(base, site, same or 6, 2, ("a", "b")),
             encoded(name, 9, 2, tasks=2),
-            config(optimizer="adafactor", schedule="constant", rate=0.02, batch_size=3, weight_decay=0.01),
+            config(
+                optimizer="adafactor", lr_scheduler_type="constant", learning_rate=0.02, batch_size=3, weight_decay=0.01
+            ),
             seed=7,
         ),
         Trainee(
             "accumulated",
             learner(base, site, same or 3, 3),
             encoded(name, 17, 3),
-            config(rate=0.2, clip=None, accumulate=2, batch_size=2, schedule="cosine", warmup=3),
+            config(
+                learning_rate=0.2,
+                max_grad_norm=None,
+                gradient_accumulation_steps=2,
+                batch_size=2,
+                lr_scheduler_type="cosine",
+                warmup_steps=3,
+            ),
             seed=3,
         ),
     ]
@@ -170,7 +181,10 @@ def test_what_methods_and_objectives_draw_is_their_own(monkeypatch):
         runs = trainees("llama", Site())
         for one in runs:
             one.learner.method.__class__ = Noisy
-        return [replace(one, config=config(6, accumulate=2, objectives={"task": 1.0, "noise": 0.5})) for one in runs]
+        return [
+            replace(one, config=config(6, gradient_accumulation_steps=2, objectives={"task": 1.0, "noise": 0.5}))
+            for one in runs
+        ]
 
     losses, prompts = together(made())
     for one in made():
@@ -184,7 +198,7 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
     def made():
         plain, factored, accumulated = trainees("llama", Site())
         scores = iter([0.1, 0.3, 0.2, 0.2, 0.9])
-        impatient = config(12, evaluate_every=2, patience=2)
+        impatient = config(12, eval_steps=2, early_stopping_patience=2)
         return [
             replace(plain, config=config(3)),
             replace(factored, config=impatient, validate=lambda: next(scores)),
@@ -224,9 +238,9 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     def made(folder):
         plain, factored, accumulated = trainees("llama", Site(), folder)
         return [
-            replace(plain, config=config(9, checkpoint_every=4)),
-            replace(factored, config=factored.config.model_copy(update={"steps": 6, "checkpoint_every": 5})),
-            replace(accumulated, config=accumulated.config.model_copy(update={"steps": 12, "checkpoint_every": 50})),
+            replace(plain, config=config(9, save_steps=4)),
+            replace(factored, config=factored.config.model_copy(update={"max_steps": 6, "save_steps": 5})),
+            replace(accumulated, config=accumulated.config.model_copy(update={"max_steps": 12, "save_steps": 50})),
         ]
 
     moments = (1, 14, 16, 21, 25)
@@ -263,7 +277,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(("cut", "step"), [("staging", 1), ("renaming", 2)])
 def test_a_joint_write_that_is_cut_is_undone_or_finished(tmp_path, monkeypatch, cut, step):
     """All three runs stand at the same step again, whichever file was the last to be written."""
-    runs = [replace(one, config=config(2, checkpoint_every=1)) for one in trainees("gpt2", Site(), tmp_path)]
+    runs = [replace(one, config=config(2, save_steps=1)) for one in trainees("gpt2", Site(), tmp_path)]
     write, rename, done = checkpoint.write_tensors, os.replace, []
 
     def staging(file, *arguments):
@@ -322,7 +336,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
     assert list(e.value.failed) == ["factored"]
     assert [len(found) for found in losses.values()] == [STEPS, 4, STEPS]
     poison(monkeypatch, 999)
-    good = replace(made()[1], config=made()[1].config.model_copy(update={"steps": 3}))
+    good = replace(made()[1], config=made()[1].config.model_copy(update={"max_steps": 3}))
     assert losses["factored"][:3] == pytest.approx(alone(good)[0], rel=1e-9)
     torch.testing.assert_close(values(runs[1]), values(good), rtol=1e-9, atol=1e-10)
     kept = read_tensors(runs[1].directory / CHECKPOINT)[0]
@@ -401,7 +415,7 @@ def test_accumulated_halves_equal_one_batch(site):
     rows[0] = EncodedExample(rows[0].input_ids, rows[0].input_ids)
     runs = [
         Trainee(
-            f"{size}", learner(double("llama"), site, 4, 1), rows, config(10, batch_size=size, accumulate=8 // size)
+            f"{size}", learner(double("llama"), site, 4, 1), rows, config(10, batch_size=size, gradient_accumulation_steps=8 // size)
         )
         for size in (8, 4, 2)
     ]

@@ -670,7 +670,7 @@ def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
 def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None:
     """The vector is of what the network made before training and after it; on its own start it is the prompt."""
     local.run_values(tmp_path)
-    run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], steps=2))
+    run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], max_steps=2))
     begun = job.prepare(run).learner.method
     job.run(run)
     found = artifact.load(tmp_path / "out" / "prompt")
@@ -689,7 +689,7 @@ def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None
 
 def test_what_is_made_says_what_of(tmp_path: Path) -> None:
     """Digests of the parents, sorted, and each with its coefficient, through save and load."""
-    config = {"model": {"name": "m"}, "evaluate": {"by": "rank"}, "task": {"name": "x"}, "train": {"steps": 3}}
+    config = {"model": {"name": "m"}, "evaluation": {"by": "rank"}, "task": {"name": "x"}, "training": {"max_steps": 3}}
     found = [tuned(i, rows.random(i, P, D), task=f"t{i}", config=config, parents=("a" * 64,)) for i in range(3)]
     parts = [vector(one, f"runs/{one.task}") for one in found]
     total = parts[0] - parts[1] * 0.5 + parts[2] * 2
@@ -704,7 +704,7 @@ def test_what_is_made_says_what_of(tmp_path: Path) -> None:
     assert one.task == "t0 + t1 + t2"
     assert one.scores == {}
     assert one.format == {**found[0].format, "name": "t0 + t1 + t2"}, "all read their rows alike"
-    assert one.config == {"model": {"name": "m"}, "evaluate": {"by": "rank"}, "vector": one.config["vector"]}
+    assert one.config == {"model": {"name": "m"}, "evaluation": {"by": "rank"}, "vector": one.config["vector"]}
     loaded = artifact.load(artifact.save(one, tmp_path / "made"))
     assert_equal(one, loaded)
     assert json.loads((tmp_path / "made" / "softprompts.json").read_text())["parents"] == list(one.parents)

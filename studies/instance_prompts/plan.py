@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.config import EvaluationConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
 from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Count, Rate, check_known, distinct
 
 
@@ -14,11 +14,11 @@ class Arm(Section):
 
     about: str = ""
     prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
-    rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
-    follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over train.rate
+    learning_rates: tuple[Rate, ...] = ()  # of training.learning_rate, of which the best is chosen; empty: the study's
+    follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over training.learning_rate
     pretrain: bool = False  # begins at what stage `pretrain` taught the same method
 
-    @field_validator("rates")
+    @field_validator("learning_rates")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return distinct(values)
@@ -71,7 +71,7 @@ ARMS: dict[str, Arm] = {
     "residual": Arm(about="a prompt and a network of it", prompt={"method": "residual"}, follow={"network": 0.01}),
     "dept": Arm(
         about="a shorter prompt, and texts changed",
-        prompt={"method": "dept", "length": 12, "options": {"rank": 7, "positions": 48}},
+        prompt={"method": "dept", "num_virtual_tokens": 12, "options": {"rank": 7, "positions": 48}},
         follow={"matrices": 0.01},
     ),
     "low-rank": Arm(about="a product of two matrices", prompt={"method": "low-rank", "options": {"rank": 5}}),
@@ -89,7 +89,7 @@ class PretrainStage(Section):
     """What `softprompts pretrain` teaches the method of arms that ask for it, on the classes of a task."""
 
     task: TaskConfig
-    train: TrainConfig = TrainConfig(steps=200, batch_size=32, rate=0.03, head_rate=0.01)
+    training: TrainConfig = TrainConfig(max_steps=200, batch_size=32, learning_rate=0.03, head_learning_rate=0.01)
 
 
 class SpeedStage(Section):
@@ -111,8 +111,8 @@ class Study(Section):
     compare: ComparisonStage = ComparisonStage()
     pretrain: PretrainStage | None = None
     speed: SpeedStage | None = SpeedStage()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/instance"
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = "runs/instance"
 
     @property
     def known(self) -> Mapping[str, Arm]:
@@ -148,19 +148,19 @@ class Study(Section):
         for name in self.own:
             if name in (*WEIGHTS, NO_PROMPT):
                 raise ValueError(f"own: '{name}' is another line of the table; call the arm otherwise")
-        for stage in ("train", "few"):
-            for key in ("rate", "rates"):
+        for stage in ("training", "few"):
+            for key in ("learning_rate", "learning_rates"):
                 if getattr(getattr(self.compare, stage), key) != getattr(TrainConfig(), key):
                     raise ValueError(
-                        f"compare.{stage}.{key}: arms try the rates of compare.rates, or rates of their own, and those "
-                        f"of their groups follow (own: rates, follow); leave it out"
+                        f"compare.{stage}.{key}: arms try the rates of compare.learning_rates, or rates of their own, "
+                        f"and those of their groups follow (own: learning_rates, follow); leave it out"
                     )
         lists = {
             "arms": (self.arms, list(self.known)),
             "upper": (self.upper, list(WEIGHTS)),
             "compare.tune_on": (self.compare.tune_on or (), self.titles),
             "compare.weight_targets": (self.compare.weight_targets or (), self.titles),
-            "compare.weight_rates": (self.compare.weight_rates, list(WEIGHTS)),
+            "compare.weight_learning_rates": (self.compare.weight_learning_rates, list(WEIGHTS)),
         }
         for where, (given, possible) in lists.items():
             check_known(where, given, possible)
@@ -168,8 +168,8 @@ class Study(Section):
             if self.known[name].pretrain and self.pretrain is None:
                 raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")
         for name in self.upper:
-            if not self.compare.weight_rates.get(name):
-                raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_rates")
+            if not self.compare.weight_learning_rates.get(name):
+                raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_learning_rates")
         if 0 in self.compare.shots:
             raise ValueError("compare.shots: methods are compared by what they learn; leave 0 out")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from softprompts import assets
-from softprompts.config import EvaluateConfig, InitConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.config import EvaluationConfig, InitConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
 from softprompts.recipes.comparison import Count, Rate, check_known
 from softprompts.recipes.multitask import Plan
 from softprompts.recipes.multitask.plan import SourceStage, TargetStage
@@ -17,11 +17,13 @@ FEW_ARMS = ("random", "prompt-tuning", "spot-first", "spot-second", "spot-mixtur
 class VectorStage(Section):
     """The vectors: each task from each start, all starts of a task in one frozen batch and over the same rows."""
 
-    train: TrainConfig = TrainConfig(steps=150, batch_size=8, warmup=15)
+    training: TrainConfig = TrainConfig(max_steps=150, batch_size=8, warmup_steps=15)
     starts: tuple[InitConfig, ...] = Field(
         default=(*(InitConfig(seed=seed) for seed in range(3)), InitConfig(kind="random", seed=3)), min_length=2
     )
-    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)  # chosen on validation rows, one for all
+    learning_rates: tuple[Rate, ...] = Field(
+        default=(0.03, 0.1, 0.3), min_length=1
+    )  # chosen on validation rows, one for all
     tune_on: tuple[str, ...] | None = Field(default=None, min_length=1)  # tasks on which it is chosen; None: all
     seed: int = Field(default=0, ge=0)  # of the order of rows, the same for all
 
@@ -34,7 +36,7 @@ class SumStage(Section):
     coefficients: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = Field(
         default=tuple(round(0.1 * n, 1) for n in range(11)), min_length=1
     )
-    few: TrainConfig | None = TrainConfig(steps=32, batch_size=8, warmup=3)  # None: sums are not trained on
+    few: TrainConfig | None = TrainConfig(max_steps=32, batch_size=8, warmup_steps=3)  # None: sums are not trained on
     shots: Count = 16  # rows of each class
 
 
@@ -63,8 +65,8 @@ class Study(Section):
     vectors: VectorStage = VectorStage()
     sums: SumStage | None = SumStage()
     few: FewStage | None = None
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/vectors"
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = "runs/vectors"
 
     @property
     def titles(self) -> list[str]:
@@ -152,8 +154,8 @@ class Study(Section):
             teachers={"trained": {name: prompt_path(self, name, 0) for name in one.sources}},  # type: ignore[arg-type]
             source=self.few.source,
             target=self.few.target,
-            evaluate=self.evaluate,
-            out=f"{self.out}/few/{one.target.title}",
+            evaluation=self.evaluation,
+            output_dir=f"{self.output_dir}/few/{one.target.title}",
         )
 
 
@@ -165,4 +167,4 @@ def _rows_of(task: TaskConfig) -> Any:
 
 def prompt_path(study: Study, task: str, start: int) -> str:
     """Where the prompt of a task that was trained from a start lies."""
-    return f"{study.out}/vectors/{task}/start{start}/prompt"
+    return f"{study.output_dir}/vectors/{task}/start{start}/prompt"

@@ -102,6 +102,11 @@ class Artifact:
         made = self.config.get("vector")
         return str(made["sum"]) if isinstance(made, Mapping) and "sum" in made else None
 
+    def settings(self, section: str) -> dict[str, Any]:
+        """A section of the run that made the artifact, as it was resolved; empty where nothing usable is stored."""
+        stored = self.config.get(section)
+        return dict(stored) if isinstance(stored, Mapping) else {}
+
     def matrix(self, origin: str | Path) -> Tensor:
         """The prompt [P, D]; raises ArtifactError that names `origin` where the method has no plain one."""
         if self.prompt is None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from softprompts.config import Head, Section, parse
+from softprompts.config import Head, Section, parse, update_old_keys
 from softprompts.errors import ArtifactError, ConfigError
 
 FORMAT = 3
@@ -61,6 +61,8 @@ def check(values: Any, path: Path) -> Manifest:
             if key in values:
                 raise ArtifactError(f"{path}: unknown key '{key}': format {version} has none")
             values = {**values, key: value}
+    if isinstance(values.get("config"), dict):
+        values = {**values, "config": update_old_keys(values["config"])}
     try:
         result: Manifest = parse(values, Manifest, str(path))
     except ConfigError as error:

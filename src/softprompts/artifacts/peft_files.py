@@ -15,7 +15,7 @@ TENSORS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 LAYOUT = "0.21.2"  # the release of PEFT whose 17 keys (multitask prompts: 21) are written
 MULTITASK = "multitask-prompt-tuning"
-STATE = ("shared", "columns.0", "rows.0")  # what that method holds for one task
+STATE = ("shared.prompt", "columns", "rows")  # what that method holds for one task
 
 _PROMPT, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 _TYPES = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING")
@@ -68,7 +68,7 @@ def obstacle(
     if place != "first":
         return f"place {place}: PEFT puts the prompt before {'[CLS]' if place == 'after_start' else 'the text'}"
     if form is not None and form.get("chat") and form.get("chat_place") == "user":
-        return "chat_place user: PEFT puts the prompt before the whole chat"
+        return "chat_placement user: PEFT puts the prompt before the whole chat"
     if head == "lm" and family is None:
         return "family unknown: PEFT's task_type needs it"
     if family == "seq2seq" and head in ("sequence", "span"):

@@ -46,9 +46,9 @@ def make(
     from dataclasses import replace
 
     from softprompts.artifacts import artifact, vectors
-    from softprompts.model import stored
+    from softprompts.model import persistence
 
-    found = stored.plain(artifact.load(vectors.locate(prompt)), prompt)
+    found = persistence.plain(artifact.load(vectors.locate(prompt)), prompt)
     given = _start(start, start_of)
     if given is not None and found.initial is not None and not found.initial.equal(given.matrix("the start")):
         raise ConfigError(

@@ -3,10 +3,11 @@
 Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
 """
 
+from softprompts.config.old_keys import find_old_keys, update_old_keys, update_old_options
 from softprompts.config.parsing import assign, closest, override, parse, read
 from softprompts.config.schema import (
-    DistilConfig,
-    EvaluateConfig,
+    DistillationConfig,
+    EvaluationConfig,
     Head,
     InitConfig,
     Kind,
@@ -22,8 +23,8 @@ from softprompts.config.schema import (
 )
 
 __all__ = [
-    "DistilConfig",
-    "EvaluateConfig",
+    "DistillationConfig",
+    "EvaluationConfig",
     "Head",
     "InitConfig",
     "Kind",
@@ -38,7 +39,10 @@ __all__ = [
     "TrainConfig",
     "assign",
     "closest",
+    "find_old_keys",
     "override",
     "parse",
     "read",
+    "update_old_keys",
+    "update_old_options",
 ]

@@ -26,9 +26,11 @@ class ModelConfig(Section):
     device_map: Literal["auto"] | dict[str, str | int] | None = None  # instead of device: one for each part
     quantize: Literal["int8", "nf4", "fp4"] | None = None  # the matrices inside the layers; dtype is the rest's
     attention: str | None = None  # packed, packed-fused or transformers' eager, sdpa, ...; None: the fastest, measured
-    products: Literal["auto", "torch", "onednn"] = "auto"  # who multiplies matrices on a CPU; auto: the faster
-    compiled: bool = False  # norms and MLPs through torch.compile: some seconds once, then faster steps
-    checkpointing: bool = False  # compute layers again in the backward pass instead of keeping them: slower, smaller
+    matmul_backend: Literal["auto", "torch", "onednn"] = "auto"  # who multiplies matrices on a CPU; auto: the faster
+    torch_compile: bool = False  # norms and MLPs through torch.compile: some seconds once, then faster steps
+    gradient_checkpointing: bool = (
+        False  # compute layers again in the backward pass instead of keeping them: slower, smaller
+    )
     threads: int | None = Field(default=None, ge=1)
 
 
@@ -92,23 +94,24 @@ class PromptConfig(Section):
     """What is trained and where it enters."""
 
     method: str = "prompt-tuning"
-    length: int = Field(default=20, ge=1)
+    num_virtual_tokens: int = Field(default=20, ge=1)
     site: Literal["input", "decoder", "layers", "kv"] = "input"
     mode: Literal["replace", "add"] = "replace"  # site layers: overwrite the hidden states or add to them
     # auto: where the template has <prompt>, else after the first token in encoders, else first
-    place: Literal["auto", "first", "after_start", "suffix", "template"] = "auto"
+    placement: Literal["auto", "first", "after_start", "suffix", "template"] = "auto"
     segments: tuple[int, ...] = ()  # place template in a SoftPromptModel: prompt tokens of each segment; (): one
     init: InitConfig = InitConfig()
     options: dict[str, Any] = {}  # the method's own configuration
 
     @model_validator(mode="after")
     def _segments_are_the_prompt(self) -> "PromptConfig":
-        if self.segments and self.place != "template":
-            raise ValueError(f"prompt.segments is for place template, not {self.place}; leave one of them out")
+        if self.segments and self.placement != "template":
+            raise ValueError(f"prompt.segments is for placement template, not {self.placement}; leave one of them out")
         shown = " + ".join(map(str, self.segments))
-        if self.segments and (min(self.segments) < 1 or sum(self.segments) != self.length):
+        if self.segments and (min(self.segments) < 1 or sum(self.segments) != self.num_virtual_tokens):
             raise ValueError(
-                f"prompt.segments {shown} must each be at least 1 and sum to prompt.length, which is {self.length}"
+                f"prompt.segments {shown} must each be at least 1 and sum to prompt.num_virtual_tokens, which is "
+                f"{self.num_virtual_tokens}"
             )
         return self
 
@@ -145,7 +148,7 @@ class TaskConfig(Section):
     )  # tokens of a row without the prompt; None: what the model can take
     truncate: tuple[str, ...] | None = None  # columns that may be cut; None: all columns of the template
     chat: bool = False
-    chat_place: Literal["start", "user"] = "start"  # chat: prompt before everything, or where the user begins
+    chat_placement: Literal["start", "user"] = "start"  # chat: prompt before everything, or where the user begins
     system: str | None = None  # chat: system message; may have <prompt> too
     metrics: tuple[str, ...] | None = None
     positive: str | None = None  # the positive label of binary F1
@@ -189,7 +192,7 @@ class SamplingConfig(Section):
     cap: int = Field(default=2**18, ge=1)
 
 
-class DistilConfig(Section):
+class DistillationConfig(Section):
     """Teachers for the objectives `distil-logits` and `distil-hidden` (Wang et al. 2023, section 3.1)."""
 
     teachers: dict[str, str]  # task -> directory of its trained prompt
@@ -213,33 +216,37 @@ class LoraConfig(Section):
 class TrainConfig(Section):
     """How the prompt is trained; or, where `train` says so, the weights of a copy of the backbone."""
 
-    steps: int = Field(default=300, ge=0)
+    max_steps: int = Field(default=300, ge=0)
     batch_size: int = Field(default=16, ge=1)
     batch_tokens: int | None = Field(
         default=None, ge=1
     )  # most text tokens of a batch; batch_size is then the most rows
-    parity: Literal["off", "check"] = "off"  # check: compare the first batch with plain concatenation before training
-    accumulate: int = Field(default=1, ge=1)
+    equivalence: Literal["off", "check"] = (
+        "off"  # check: compare the first batch with plain concatenation before training
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
     optimizer: Literal["adamw", "adafactor"] = "adamw"
-    rate: float = Field(default=0.1, gt=0, le=1e9, allow_inf_nan=False)
-    rate_unit: Literal["rms", "absolute"] = "rms"  # rms: in units of the embedding table's rms
-    head_rate: float = Field(default=1e-3, gt=0, le=1e9, allow_inf_nan=False)  # absolute: for a trained head
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup: int = Field(default=0, ge=0)
+    learning_rate: float = Field(default=0.1, gt=0, le=1e9, allow_inf_nan=False)
+    learning_rate_unit: Literal["rms", "absolute"] = "rms"  # rms: in units of the embedding table's rms
+    head_learning_rate: float = Field(default=1e-3, gt=0, le=1e9, allow_inf_nan=False)  # absolute: for a trained head
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    clip: float | None = Field(default=1.0, gt=0)
-    evaluate_every: int | None = Field(default=None, ge=1)  # validation for the best checkpoint and early stopping
-    patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before stopping
-    checkpoint_every: int = Field(default=50, ge=1)
-    rates: dict[str, float] = {}  # of the method's groups of parameters; others learn at `rate`, or at the group's own
+    max_grad_norm: float | None = Field(default=1.0, gt=0)
+    eval_steps: int | None = Field(default=None, ge=1)  # validation for the best checkpoint and early stopping
+    early_stopping_patience: int | None = Field(default=None, ge=1)  # evaluations without a better one before stopping
+    save_steps: int = Field(default=50, ge=1)
+    learning_rates: dict[
+        str, float
+    ] = {}  # of the method's groups of parameters; others learn at `rate`, or at the group's own
     sampling: SamplingConfig = SamplingConfig()
     objectives: dict[str, float] = {"task": 1.0}
-    distil: DistilConfig | None = None
-    train: Literal["prompt", "backbone", "lora"] = "prompt"  # backbone: all weights, lora: updates; without a prompt
+    distillation: DistillationConfig | None = None
+    target: Literal["prompt", "backbone", "lora"] = "prompt"  # backbone: all weights, lora: updates; without a prompt
     lora: LoraConfig = LoraConfig()
-    keep: bool = False  # train backbone: write the trained model too, as large as the backbone is in float32
+    save_model: bool = False  # train backbone: write the trained model too, as large as the backbone is in float32
 
-    @field_validator("rates")
+    @field_validator("learning_rates")
     @classmethod
     def _positive(cls, rates: dict[str, float]) -> dict[str, float]:
         for name, rate in rates.items():
@@ -249,33 +256,34 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> "TrainConfig":
-        if self.patience is not None and self.evaluate_every is None:
-            raise ValueError("patience counts evaluations: set train.evaluate_every too")
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError("early_stopping_patience counts evaluations: set training.eval_steps too")
         return self
 
     @model_validator(mode="after")
     def _weights_are_no_prompt(self) -> "TrainConfig":
-        if self.keep and self.train != "backbone":
-            raise ValueError("keep is for train: backbone; a prompt and LoRA's adapter are always kept")
-        if self.train == "prompt":
+        if self.save_model and self.target != "backbone":
+            raise ValueError("save_model is for target: backbone; a prompt and LoRA's adapter are always saved")
+        if self.target == "prompt":
             return self
-        if self.rate_unit != "absolute" or "rate" not in self.model_fields_set:
+        if self.learning_rate_unit != "absolute" or "learning_rate" not in self.model_fields_set:
             raise ValueError(
-                f"train: {self.train} needs a rate in plain numbers, as rms is the unit of a prompt: set train.rate "
-                f"and train.rate_unit: absolute; a common rate is {'2e-5' if self.train == 'backbone' else '2e-4'}"
+                f"target: {self.target} needs a learning rate in plain numbers, as rms is the unit of a prompt: set "
+                f"training.learning_rate and training.learning_rate_unit: absolute; a common rate is "
+                f"{'2e-5' if self.target == 'backbone' else '2e-4'}"
             )
         if self.optimizer != "adamw":
-            raise ValueError(f"train: {self.train} is done with train.optimizer: adamw, not {self.optimizer}")
+            raise ValueError(f"target: {self.target} is trained with training.optimizer: adamw, not {self.optimizer}")
         if set(self.objectives) != {"task"}:
-            raise ValueError(f"train: {self.train} has the objective task alone, given {', '.join(self.objectives)}")
-        if self.parity != "off":
+            raise ValueError(f"target: {self.target} has the objective task alone, given {', '.join(self.objectives)}")
+        if self.equivalence != "off":
             raise ValueError(
-                f"parity compares how prompts are computed, and train: {self.train} has none; leave it off"
+                f"equivalence compares how prompts are computed, and target: {self.target} has none; leave it off"
             )
         return self
 
 
-class EvaluateConfig(Section):
+class EvaluationConfig(Section):
     """How answers are judged."""
 
     by: Literal["auto", "rank", "generate"] = "auto"  # auto: rank where there are label words
@@ -292,9 +300,9 @@ class Run(Section):
     model: ModelConfig = ModelConfig()
     prompt: PromptConfig = PromptConfig()
     tasks: tuple[TaskConfig, ...] = Field(default=(TaskConfig(),), min_length=1)
-    train: TrainConfig = TrainConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/run"
+    training: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = "runs/run"
     seed: int = Field(default=0, ge=0)
     runs: tuple[dict[str, Any], ...] = ()  # runs that train together: each a name, and what it has otherwise
 
@@ -317,12 +325,12 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _weights_are_plain(self) -> "Run":
-        kind = self.train.train
+        kind = self.training.target
         if kind != "prompt" and self.model.quantize is not None:
             raise ValueError(
-                f"train: {kind} changes weights in float32, and model.quantize: {self.model.quantize} rounds them; "
+                f"target: {kind} changes weights in float32, and model.quantize: {self.model.quantize} rounds them; "
                 f"leave quantize out, or train a prompt"
             )
         if kind != "prompt" and self.model.device_map is not None:
-            raise ValueError(f"train: {kind} needs the model on one device; set model.device instead of device_map")
+            raise ValueError(f"target: {kind} needs the model on one device; set model.device instead of device_map")
         return self

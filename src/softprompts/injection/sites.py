@@ -27,6 +27,21 @@ class Site:
     place: str = "auto"
     segments: tuple[int, ...] = ()
 
+    @property
+    def at_embeddings(self) -> bool:
+        """Whether a prompt token is a vector like a word's embedding."""
+        return self.name in ("input", "decoder")
+
+    @property
+    def in_cache(self) -> bool:
+        """Whether the prompt is keys and values of every layer, and no token of its own."""
+        return self.name == "kv"
+
+    @property
+    def scores_first_token(self) -> bool:
+        """Whether a state of the prompt scores the first text token behind it."""
+        return not self.in_cache
+
 
 PLACES = ("auto", "first", "after_start", "suffix", "template")
 
@@ -47,9 +62,7 @@ def _parts(backbone: Backbone, site: Site) -> tuple[int, ...]:
     return tuple(2 * heads * size for heads, size in backbone.kv_shape) if site.name == "kv" else ()
 
 
-def prompt_spec(
-    backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int, encoders: Mapping[str, int] | None = None
-) -> PromptSpec:
+def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[str, int] | None = None) -> PromptSpec:
     """What a method must fill at `site`; `encoders`: widths of what encoders beside the backbone make of whole texts.
 
     Raises BackboneError as `width` does, and when `length` leaves no room for text.
@@ -64,7 +77,13 @@ def prompt_spec(
     pool = "last" if family.shifted else "first" if family.place == "after_start" else "mean"
     readers = {"backbone": backbone.state_width, **(encoders or {})}
     return PromptSpec(
-        tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site), readers, pool
+        length=length,
+        width=wide,
+        features=backbone.features,
+        vocabulary=backbone.vocabulary,
+        layers=_parts(backbone, site),
+        encoders=readers,
+        pool=pool,
     )
 
 

@@ -20,10 +20,12 @@ from softprompts.backbone import fingerprint
 from softprompts.config import ModelConfig, TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation import page
+from softprompts.evaluation.evaluate import evaluation_config
 from softprompts.injection import Site
+from softprompts.model.setup import load_backbone
 from softprompts.recipes.judging import Evaluator, judge
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import ProgressReporter, judging_of, load_backbone, settings_of, versions
+from softprompts.recipes.run.run import ProgressReporter, versions
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
 """The paper's coefficients: 0, 0.05, ..., 1."""
@@ -80,16 +82,17 @@ def search(
     begins = begin(total, start)
     found = {name: artifact.load(vectors.locate(name)) for name in (on or vectors.terms(text))}
     tasks, like = _tasks(found), total.like
-    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), say=screen.log)
+    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), log=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
     site = Site(like.site, like.mode, like.place)
     judges = [
-        judge(base, site, like.shape[0], config, judging_of(own, resamples=100)) for config, own in tasks.values()
+        judge(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
+        for config, own in tasks.values()
     ]
     choice = choose(judges, total, begins, grid, screen)
     made = vectors.made(total, begins, choice.best)
     assert made.prompt is not None
-    exact = [replace(one, config=judging_of(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
+    exact = [replace(one, config=evaluation_config(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
     told, warnings = _tested(exact, made.prompt, screen)
     artifact.save(replace(made, scores=told), Path(out) / "prompt")
     results = {
@@ -179,7 +182,7 @@ def _tasks(found: Mapping[str, Artifact]) -> dict[str, tuple[TaskConfig, Artifac
     """The tasks that prompts were trained on, by name, each once, with a prompt that says how it is judged."""
     tasks: dict[str, tuple[TaskConfig, Artifact]] = {}
     for name, one in found.items():
-        values = settings_of(one, "task")
+        values = one.settings("task")
         if not values:
             raise ArtifactError(
                 f"{name} does not say on which rows it was trained, so it cannot choose; name prompts that "

@@ -34,19 +34,20 @@ from softprompts.recipes.run.run import (
     versions,
 )
 from softprompts.training.checkpoint import machine_of
-from softprompts.training.loop import TrainingRun, train
+from softprompts.training.loop import TrainingRun, train_run
 from softprompts.training.trainables import TrainableClassifier
 from softprompts.types import Progress
 
 USED = (
-    *("steps", "batch_size", "optimizer", "rate", "rate_unit", "rates", "head_rate", "schedule", "warmup"),
-    *("weight_decay", "clip", "evaluate_every", "checkpoint_every"),
+    *("max_steps", "batch_size", "optimizer", "learning_rate", "learning_rate_unit", "learning_rates"),
+    *("head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "eval_steps"),
+    "save_steps",
 )
-"""The keys of `train` that pretraining uses; `head_rate` is the classifier's learning rate."""
+"""The keys of `training` that pretraining uses; `head_learning_rate` is the classifier's."""
 
 
 def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Pretrain the method of a run on the classes of its task; write what `prompt.init.state` takes to `out/prompt`.
+    """Pretrain a run's method on the classes of its task; write what `prompt.init.state` takes to `output_dir/prompt`.
 
     results.json and report.html beside it have the classifier's scores on the test rows. An interrupted run continues
     from its checkpoint, bit for bit.
@@ -64,39 +65,41 @@ def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
     """
     started = time.time()
     _check(run)
-    check_writable(Path(run.out))
+    check_writable(Path(run.output_dir))
     prepared = prepare(run, reporter)
     examples = _class_examples(prepared)
     count = len(classes(prepared.tasks[0].template))
-    classifier = TrainableClassifier(prepared.learner, count, examples["train"][0], run.seed)
+    classifier = TrainableClassifier(
+        prepared.model, prepared.prompts[0], count, example=examples["train"][0], seed=run.seed
+    )
     settings = {**fixed_settings(prepared), "pretraining": True}
-    validate = functools.partial(_accuracy, classifier, examples["validation"], run.train.batch_size)
-    training_run = TrainingRun("", examples["train"], run.train, run.seed, validate, run.out, settings)
+    validate = functools.partial(_accuracy, classifier, examples["validation"], run.training.batch_size)
+    training_run = TrainingRun("", examples["train"], run.training, run.seed, validate, run.output_dir, settings)
     history = []
-    with closing(train(classifier, training_run)) as steps:
+    with closing(train_run(classifier, training_run)) as steps:
         for progress in steps:
             history.append(progress)
             reporter.on_step("", progress)
     content = _page(prepared, classifier, examples, history, time.time() - started)
-    reporter.log(f"writing {run.out}")
-    artifact.save(_pack(prepared, classifier, content["scores"]), Path(run.out) / "prompt")
-    page.write_results(Path(run.out) / "results.json", content)
-    page.write_page(Path(run.out) / "report.html", content)
+    reporter.log(f"writing {run.output_dir}")
+    artifact.save(_pack(prepared, classifier, content["scores"]), Path(run.output_dir) / "prompt")
+    page.write_results(Path(run.output_dir) / "results.json", content)
+    page.write_page(Path(run.output_dir) / "report.html", content)
     return content
 
 
 def _check(run: Run) -> None:
     """Raise ConfigError for settings that pretraining cannot use."""
-    if not getattr(find(run.prompt.method), "pretrained", ()):
-        possible = ", ".join(name for name in names() if getattr(find(name), "pretrained", ()))
+    if not find(run.prompt.method).pretrained:
+        possible = ", ".join(name for name in names() if find(name).pretrained)
         raise ConfigError(f"method {run.prompt.method} has nothing to pretrain; possible: {possible}")
     if len(run.tasks) > 1 or run.runs:
         raise ConfigError("pretraining takes one task and no list of runs; give each a command of its own")
     if run.model.head != "lm":
         raise ConfigError(f"pretraining has a classifier of its own; leave model.head at lm, not {run.model.head}")
-    for key in sorted(run.train.model_fields_set - set(USED)):
-        if getattr(run.train, key) != getattr(TrainConfig(), key):
-            raise ConfigError(f"train.{key} means nothing in pretraining; possible: {', '.join(USED)}")
+    for key in sorted(run.training.model_fields_set - set(USED)):
+        if getattr(run.training, key) != getattr(TrainConfig(), key):
+            raise ConfigError(f"training.{key} means nothing in pretraining; possible: {', '.join(USED)}")
 
 
 def _class_examples(prepared: PreparedRun) -> dict[str, list[EncodedExample]]:
@@ -128,7 +131,7 @@ def _pack(prepared: PreparedRun, classifier: TrainableClassifier, scores: dict[s
     """The pretrained tensors as `prompt.init.state` takes them: they make no prompts, and answer no task."""
     whole = pack(prepared, 0, None)
     pretrained = classifier.method_parameters()
-    state = {name: value for name, value in whole.state.items() if f"method.{name}" in pretrained}
+    state = {name: value for name, value in whole.state.items() if name in pretrained}
     return replace(whole, prompt=None, state=state, format=None, scores=scores)
 
 
@@ -146,8 +149,10 @@ def _page(
     tokens = sum(progress.tokens for progress in history)
     parameters = classifier.method_parameters()
     moved = 0
-    for name, value in parameters.items():
-        moved += int((value != prepared.initial_parameters[name]).sum())
+    for name, initial in prepared.initial_parameters.items():
+        tensor = name.split(".", 2)[2]
+        if name.startswith("prompts.") and tensor in parameters:
+            moved += int((parameters[tensor] != initial).sum())
     return {
         "format": 1,
         "title": f"{run.prompt.method} pretrained on {task.name}",
@@ -169,9 +174,9 @@ def _page(
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "versions": versions(),
-        "machine": machine_of(prepared.learner.backbone),
+        "machine": machine_of(prepared.model.backbone),
         "warnings": list(task.notes),
-        "next": [f"softprompts train --config RUN.yaml --set prompt.init.state={run.out}/prompt"],
+        "next": [f"softprompts train --config RUN.yaml --set prompt.init.state={run.output_dir}/prompt"],
     }
 
 
@@ -183,10 +188,10 @@ def _evaluate(
     if not examples["test"]:
         return {"scores": {}, "majority": None}
     labels = classes(template)
-    predictions = [labels[number] for number in classifier.predict(examples["test"], run.train.batch_size)]
+    predictions = [labels[number] for number in classifier.predict(examples["test"], run.training.batch_size)]
     references = [labels[number] for number in _class_numbers(examples["test"])]
     ((most_common, _),) = Counter(_class_numbers(examples["train"])).most_common(1)
-    options: dict[str, Any] = {"resamples": run.evaluate.resamples, "seed": run.seed, "kind": "label"}
+    options: dict[str, Any] = {"resamples": run.evaluation.resamples, "seed": run.seed, "kind": "label"}
     scores = {}
     for name in template.metrics or metrics.default_metrics("label"):
         score = metrics.score(name, predictions, references, positive=template.positive, **options)

@@ -65,7 +65,7 @@ class BackboneWeights:
 
 def check_installed(config: TrainConfig) -> None:
     """Raise ConfigError where `config` asks for LoRA and PEFT is not installed."""
-    if config.train == "lora":
+    if config.target == "lora":
         _import_peft()
 
 
@@ -113,7 +113,7 @@ def copy_backbone(backbone: Backbone, config: TrainConfig, seed: int = 0) -> Bac
     copied = replace(backbone, model=model, kernels=kernels, known={})
     heads = tuple(dict.fromkeys(name.split(".")[0] for name in copied.head_names))
     adapter = None
-    if config.train == "lora":
+    if config.target == "lora":
         adapter = _add_lora(copied, config.lora, heads, seed)
     else:
         model.requires_grad_(True)
@@ -122,16 +122,16 @@ def copy_backbone(backbone: Backbone, config: TrainConfig, seed: int = 0) -> Bac
     return BackboneWeights(copied, trained, heads, adapter)
 
 
-def weights_directory(config: TrainConfig, out: str | Path) -> Path | None:
-    """The directory in which a run keeps its weights: `out/lora`, or `out/model` where asked for; else None.
+def weights_directory(config: TrainConfig, output_dir: str | Path) -> Path | None:
+    """The directory in which a run keeps its weights: `lora`, or `model` where asked for; else None.
 
     Raises:
         ConfigError: Something else has that name.
     """
-    name = "lora" if config.train == "lora" else "model" if config.keep else None
+    name = "lora" if config.target == "lora" else "model" if config.save_model else None
     if name is None:
         return None
-    directory = Path(out) / name
+    directory = Path(output_dir) / name
     if directory.exists() and not (directory / MARKERS[name]).is_file():
         raise ConfigError(
             f"{directory} exists and is none of ours; choose another directory with --out, or move it away"
@@ -164,8 +164,8 @@ def _import_peft() -> Any:
         import peft
     except ImportError:
         raise ConfigError(
-            "train: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the whole "
-            "backbone (train: backbone)"
+            "target: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the "
+            "whole backbone (training.target: backbone)"
         ) from None
     return peft
 
@@ -207,8 +207,8 @@ def _target_error(model: nn.Module, config: LoraConfig, error: ValueError) -> Co
     text = targets if isinstance(targets, str) else ", ".join(targets)
     wrong = [targets] if isinstance(targets, str) else [name for name in targets if name not in names]
     if not wrong:
-        return ConfigError(f"train.lora: {' '.join(str(error).split())}")
+        return ConfigError(f"training.lora: {' '.join(str(error).split())}")
     return ConfigError(
-        f"train.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} possible: "
-        f"{', '.join(names)}, all-linear"
+        f"training.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} "
+        f"possible: {', '.join(names)}, all-linear"
     )

@@ -19,7 +19,7 @@ from softprompts import injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone, fingerprint
-from softprompts.config import DistilConfig, closest
+from softprompts.config import DistillationConfig, closest
 from softprompts.data import EncodedExample, collate, evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
@@ -81,7 +81,7 @@ class TeacherOutputs:
         return TeacherBatch(states, layers, self.temperature)
 
 
-def load_teachers(backbone: Backbone, config: DistilConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
+def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
     """Load the teacher of each task, in the order of the tasks.
 
     Raises:
@@ -92,11 +92,13 @@ def load_teachers(backbone: Backbone, config: DistilConfig, tasks: Sequence[str]
     for name in config.teachers:
         if name not in tasks:
             raise ConfigError(
-                f"train.distil.teachers: there is no task '{name}'{closest(name, tasks)} tasks: {', '.join(tasks)}"
+                f"training.distillation.teachers: there is no task '{name}'{closest(name, tasks)} tasks: "
+                f"{', '.join(tasks)}"
             )
     if missing := [name for name in tasks if name not in config.teachers]:
         raise ConfigError(
-            f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in train.distil.teachers"
+            f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in "
+            f"training.distillation.teachers"
         )
     injection.check_layers(backbone, config.layers)
     weights = fingerprint(backbone)
@@ -125,7 +127,7 @@ def targets(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
     examples: Sequence[EncodedExample],
-    config: DistilConfig,
+    config: DistillationConfig,
     file: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherOutputs:

@@ -1,15 +1,16 @@
 """Compare a step on the fast path with plain concatenation: loss and gradient of one batch, computed both ways."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.backbone.kernels import Kernels
 from softprompts.errors import TrainingError
-from softprompts.model.learner import Learner
+from softprompts.model import SoftPromptModel
 from softprompts.types import Batch, Objective, Output, Prompt, Step, TeacherBatch
 
 ALLOWED: dict[torch.dtype, tuple[float, float]] = {
@@ -70,43 +71,59 @@ class Equivalence:
         )
 
 
-def check(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> str:
+def check(
+    model: SoftPromptModel,
+    batch: Batch,
+    objective: Objective,
+    teacher: TeacherBatch | None = None,
+    prompts: Sequence[str] | None = None,
+) -> str:
     """Compare as `compare` does, and describe the difference.
 
     Raises:
         TrainingError: The two ways differ by more than rounding.
     """
-    equivalence = compare(learner, batch, objective, teacher)
+    equivalence = compare(model, batch, objective, teacher, prompts)
     if not equivalence.holds:
         raise TrainingError(
             f"the next batch does not come out as by plain concatenation: {equivalence}. No step was made; set "
-            f"model.attention to eager and model.products to torch, and please report the model"
+            f"model.attention to eager and model.matmul_backend to torch, and please report the model"
         )
     return str(equivalence)
 
 
-def compare(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> Equivalence:
-    """Compute one step of a learner as the loop does, and as plainly as possible: a prompt in every row, stock kernels.
+def compare(
+    model: SoftPromptModel,
+    batch: Batch,
+    objective: Objective,
+    teacher: TeacherBatch | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Equivalence:
+    """Compute a step as the loop does, and as plainly as possible: a prompt in every row, through stock kernels.
 
     In half precision two plain ways, with two of transformers' attention implementations, show the size of rounding.
     At site kv, where nothing can be concatenated, the plain way is the model's own cache. Gradients stay as they were.
 
     Args:
-        learner: The learner.
-        batch: The rows of the step.
+        model: The model.
+        batch: The rows of the step; `task_ids` [B] count the prompts of the model.
         objective: The loss of the step.
         teacher: The teachers' outputs for the rows, where the objective compares with them.
+        prompts: The prompts whose gradients are compared; None compares those of the rows.
 
     Returns:
         The differences.
     """
-    backbone = learner.backbone
-    plain_path = None if not backbone.family.shifted else "shared" if learner.site.name == "kv" else "concatenation"
-    loss, path, gradient = _loss_and_gradient(learner, batch, objective, None, teacher)
+    backbone = model.backbone
+    names = tuple(model.registry.used(batch.task_ids).values())
+    parameters = list(model.trainable(names if prompts is None else prompts).values())
+    in_cache = model.registry.site_of(names).in_cache
+    plain_path = None if not backbone.family.shifted else "shared" if in_cache else "concatenation"
+    loss, path, gradient = _loss_and_gradient(model, batch, objective, None, teacher, parameters)
     plain_steps = []
     for attention in _plain_attentions(backbone):
-        plain_learner = _with_stock_kernels(learner, attention)
-        plain_steps.append(_loss_and_gradient(plain_learner, batch, objective, plain_path, teacher))
+        with _stock_kernels(model, attention):
+            plain_steps.append(_loss_and_gradient(model, batch, objective, plain_path, teacher, parameters))
     expected_loss, plain, expected = plain_steps[0]
     other_loss, _, other = plain_steps[-1]
     return Equivalence(
@@ -127,8 +144,15 @@ def _plain_attentions(backbone: Backbone) -> list[str | None]:
     return [None, other] if other == "eager" or backbone.model._supports_sdpa else [None]
 
 
-def _with_stock_kernels(learner: Learner, attention: str | None) -> Learner:
-    return replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared", attention=attention)))
+@contextlib.contextmanager
+def _stock_kernels(model: SoftPromptModel, attention: str | None) -> Iterator[None]:
+    """Inside, the model runs with stock kernels and this attention implementation."""
+    backbone = model.backbone
+    model.backbone = replace(backbone, kernels=Kernels(rows="shared", attention=attention))
+    try:
+        yield
+    finally:
+        model.backbone = backbone
 
 
 def _relative_difference(value: float, expected: float) -> float:
@@ -140,30 +164,27 @@ def _relative_distance(vector: Tensor, expected: Tensor) -> float:
 
 
 def _loss_and_gradient(
-    learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: TeacherBatch | None
+    model: SoftPromptModel,
+    batch: Batch,
+    objective: Objective,
+    path: str | None,
+    teacher: TeacherBatch | None,
+    parameters: Sequence[nn.Parameter],
 ) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; all ways draw the same, and the random stream is put back."""
-    parameters: list[nn.Parameter] = list(learner.parameters().values())
     layers = sorted({number for _, number in teacher.layers}) if teacher else []
 
-    def run(prompt: Prompt | None) -> Output:
-        with learner.own_head():
-            return injection.forward(
-                learner.backbone,
-                batch,
-                prompt,
-                learner.site,
-                path=path,
-                logits=True if teacher else None,
-                layers=layers,
-            )
+    def score(prompt: Prompt | None) -> Output:
+        if prompt is None:
+            with model.no_prompt():
+                return model.score(batch, path=path)
+        return model.score(batch, prompts=prompt, path=path, logits=True if teacher else None, layers=layers)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # on every device, so that both ways drop out alike; each step seeds itself anyway
-        prompt = learner.prompt(batch, training=True)
-        assert prompt is not None
-        output = run(prompt)
-        loss = objective(Step(batch, prompt, output, run, teacher))
+        prompt = model.make_prompts(batch, training=True)
+        output = score(prompt)
+        loss = objective(Step(batch, prompt, output, score, teacher))
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = []
     for parameter, gradient in zip(parameters, gradients, strict=True):

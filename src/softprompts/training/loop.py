@@ -1,4 +1,6 @@
-"""The training loop: batch, loss, backward, step, progress. `train_many` is the loop; `train` is its case of one run.
+"""The training loop: batch, loss, backward, step, progress.
+
+`train_many` is the loop, `train_run` its case of one run, and `train` the door for people who have a model and rows.
 
 The rows, the learning rate and the random stream of a step are functions of the seed and the step's number. So a
 checkpoint needs only tensors and a few numbers, and a killed run continues bit for bit.
@@ -23,11 +25,12 @@ from torch import Tensor, nn
 from softprompts.config import TrainConfig
 from softprompts.data import EncodedExample, ExampleBatches, TaskBatches
 from softprompts.errors import ConfigError, TrainingError
+from softprompts.model import SoftPromptModel
 from softprompts.training import checkpoint, objectives
 from softprompts.training.checkpoint import Checkpoint, CheckpointFile
 from softprompts.training.optimizer import build_optimizer, set_rates
-from softprompts.training.trainables import Loss, RunBatch, Trainable, TrainableState
-from softprompts.types import Objective, Progress
+from softprompts.training.trainables import Loss, RunBatch, Trainable, TrainablePrompts, TrainableState
+from softprompts.types import Objective, Progress, Row
 
 NO_LABEL = "a batch holds no label to learn from; check the template and the label column"
 
@@ -41,7 +44,7 @@ class TrainingRun:
         examples: The examples to learn from.
         config: How to train.
         seed: The seed of the order of the examples and of every random stream.
-        validate: Gives a score, higher is better. The loop asks for it every `config.evaluate_every` steps, keeps the
+        validate: Gives a score, higher is better. The loop asks for it every `config.eval_steps` steps, keeps the
             parameters with the best one, and stops early.
         directory: Where checkpoints are written, and where a run continues from one; None writes none.
         settings: What must be the same when a run is continued.
@@ -79,7 +82,7 @@ class TrainingRun:
 
     def micro_batches(self, step: int) -> list[list[EncodedExample]]:
         """The examples of each micro-batch of a step, counted from 0."""
-        count = self.config.accumulate
+        count = self.config.gradient_accumulation_steps
         return [self.batches.at(step * count + part) for part in range(count)]
 
     def batch(self, step: int, part: int, examples: Sequence[EncodedExample], share: float = 1.0) -> RunBatch:
@@ -90,7 +93,43 @@ class TrainingRun:
         return RunBatch(self.name, examples, self.objective, prompt_seed, objective_seed, share)
 
 
-def train(trainable: Trainable, run: TrainingRun) -> Generator[Progress, None, None]:
+def train(
+    model: SoftPromptModel,
+    examples: Mapping[str, Sequence[Row | EncodedExample]],
+    config: TrainConfig,
+    *,
+    seed: int = 0,
+    validate: Callable[[], float] | None = None,
+    directory: str | Path | None = None,
+) -> Generator[Progress, None, None]:
+    """Train prompts of a model in place; afterwards they are the best ones.
+
+    Args:
+        model: The model with the prompts.
+        examples: The rows of each prompt's task, by the name of the prompt. Rows of a data set need the prompt's
+            template; tokenized examples do not.
+        config: How to train.
+        seed: The seed of the order of the examples and of every random stream.
+        validate: Gives a score, higher is better, every `config.eval_steps` steps.
+        directory: Where checkpoints are written, and where training continues from one.
+
+    Yields:
+        The progress of every step.
+
+    Raises:
+        ConfigError: There are no examples, or a prompt has no template.
+        TrainingError: The loss was not finite, or the checkpoint belongs to another training.
+    """
+    encoded: list[EncodedExample] = []
+    for task_id, (prompt, rows) in enumerate(examples.items()):
+        for row in rows:
+            example = row if isinstance(row, EncodedExample) else model.example_tokenizer(prompt).example(row)
+            encoded.append(replace(example, task_id=task_id))
+    run = TrainingRun("", encoded, config, seed, validate=validate, directory=directory)
+    yield from train_run(TrainablePrompts(model, {"": tuple(examples)}), run)
+
+
+def train_run(trainable: Trainable, run: TrainingRun) -> Generator[Progress, None, None]:
     """Train one run in place, and yield the progress of every step; see `train_many`."""
     with closing(train_many(trainable, [run])) as steps:
         for _, progress in steps:
@@ -141,7 +180,7 @@ def train_many(trainable: Trainable, runs: Sequence[TrainingRun]) -> Generator[t
                 for name, step in steps.items():
                     started = time.perf_counter() - shared_seconds
                     state, config = step.state, step.state.run.config
-                    norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), config.clip or math.inf)
+                    norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm or math.inf)
                     if not step.labels:
                         updated[name] = state.after_failure(NO_LABEL)
                     elif not math.isfinite(float(step.loss) + float(norm)):
@@ -196,16 +235,16 @@ class RunState:
     def is_active(self) -> bool:
         """Whether the run makes another step."""
         state, config = self.current, self.run.config
-        if state.failed or state.step >= config.steps:
+        if state.failed or state.step >= config.max_steps:
             return False
-        if config.patience is None or config.evaluate_every is None or state.best is None:
+        if config.early_stopping_patience is None or config.eval_steps is None or state.best is None:
             return True
-        return state.step - state.best_step < config.patience * config.evaluate_every
+        return state.step - state.best_step < config.early_stopping_patience * config.eval_steps
 
     @property
     def is_checkpoint_due(self) -> bool:
         """Whether the settings ask for a checkpoint after the last step."""
-        return self.current.step % self.run.config.checkpoint_every == 0
+        return self.current.step % self.run.config.save_steps == 0
 
     @property
     def is_unwritten(self) -> bool:
@@ -229,9 +268,8 @@ class RunState:
         """The message for a loss that is not finite in the next step."""
         config, file = self.run.config, self.run.checkpoint_file
         problem = f"the loss of step {self.current.step + 1} is not a number"
-        remedy = (
-            f"Try a lower rate (train.rate was {config.rate:g} {config.rate_unit}) or gradient clipping (train.clip)"
-        )
+        rate = f"training.learning_rate was {config.learning_rate:g} {config.learning_rate_unit}"
+        remedy = f"Try a lower rate ({rate}) or gradient clipping (training.max_grad_norm)"
         if not self.resumable:
             return f"{problem}, and nothing was written. {remedy}"
         where = f" in {file.path}" if file else ""
@@ -302,7 +340,7 @@ class RunStep:
         machine = next((progress.machine for progress in reversed(current.history) if progress.machine), "")
         return Progress(
             step=current.step + 1,
-            steps=config.steps,
+            steps=config.max_steps,
             loss=float(self.loss),
             rate=rate,
             rms_ratio=facts.rms_ratio,
@@ -372,7 +410,7 @@ def _gradients_enabled(states: Iterable[RunState]) -> Iterator[None]:
 def _compare(trainable: Trainable, state: RunState) -> str:
     """The comparison of the next batch with the plainest way to compute it, where the settings ask for it."""
     run, step = state.run, state.current.step
-    if run.config.parity == "off":
+    if run.config.equivalence == "off":
         return ""
     return trainable.check(run.batch(step, 0, run.micro_batches(step)[0]))
 
@@ -395,7 +433,7 @@ def _count_labels(trainable: Trainable, run: str, examples: Sequence[EncodedExam
 def _validate(state: RunState, accelerator: Accelerator) -> float | None:
     """The validation score after a step, where one is due: the first process's, so that all choose and stop alike."""
     run, step = state.run, state.current.step + 1
-    if run.validate is None or not run.config.evaluate_every or step % run.config.evaluate_every:
+    if run.validate is None or not run.config.eval_steps or step % run.config.eval_steps:
         return None
     score = run.validate()
     if accelerator.num_processes == 1:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from softprompts.config import TrainConfig
-from softprompts.methods import groups
+from softprompts.types import ParamGroup
 
 
 class UnfactoredAdafactor(Adafactor):
@@ -25,30 +25,34 @@ def param_group(parameters: Sequence[nn.Parameter], rate: float, weight_decay: f
     return {"params": list(parameters), "lr": rate, "rate": rate, "weight_decay": weight_decay}
 
 
-def method_param_groups(
-    method: Any, parameters: Mapping[str, nn.Parameter], config: TrainConfig, rms: float
+def prompt_param_groups(
+    groups: Mapping[str, ParamGroup], parameters: Mapping[str, nn.Parameter], config: TrainConfig, rms: float
 ) -> list[dict[str, Any]]:
-    """The parameter groups of a method and of a classification head.
+    """The parameter groups of prompts and of classification heads.
 
     Args:
-        method: The method, which may name groups with rates of their own.
-        parameters: The trained parameters: `method.*` and `head.*`.
-        config: The learning rates; in units of `rms` where the configuration and the method's group say so.
+        groups: The groups of the method's parameters, which may have learning rates of their own.
+        parameters: The trained parameters by the names of `SoftPromptModel.trainable`: `prompts.PROMPT.TENSOR` and
+            `heads.PROMPT.TENSOR`.
+        config: The learning rates; in units of `rms` where the configuration and the group say so.
         rms: The root mean square of the backbone's input embeddings.
 
     Returns:
-        The groups that have parameters, the method's first.
+        The groups that have parameters, the prompts' first.
     """
     chosen = []
-    for name, group in groups(method).items():
-        unit = rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
-        rate = config.rates.get(name, config.rate if group.rate is None else group.rate)
-        prefixes = tuple(f"method.{prefix}" for prefix in group.parameters)
-        chosen.append((prefixes, rate * unit, config.weight_decay if group.decay else 0.0))
-    chosen.append((("head.",), config.head_rate, config.weight_decay))
+    for name, group in groups.items():
+        unit = rms if config.learning_rate_unit == "rms" and group.unit == "rms" else 1.0
+        rate = config.learning_rates.get(name, config.learning_rate if group.rate is None else group.rate)
+        chosen.append(("prompts", group.parameters, rate * unit, config.weight_decay if group.decay else 0.0))
+    chosen.append(("heads", ("",), config.head_learning_rate, config.weight_decay))
     param_groups = []
-    for prefixes, rate, weight_decay in chosen:
-        members = [parameter for name, parameter in parameters.items() if name.startswith(prefixes)]
+    for part, prefixes, rate, weight_decay in chosen:
+        members = []
+        for name, parameter in parameters.items():
+            parameter_part, _, tensor = name.split(".", 2)
+            if parameter_part == part and tensor.startswith(prefixes):
+                members.append(parameter)
         if members:
             param_groups.append(param_group(members, rate, weight_decay))
     return param_groups
@@ -59,7 +63,11 @@ def build_optimizer(param_groups: list[dict[str, Any]], config: TrainConfig) -> 
     if config.optimizer == "adamw":
         return torch.optim.AdamW(param_groups, weight_decay=config.weight_decay)
     return UnfactoredAdafactor(
-        param_groups, lr=config.rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+        param_groups,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
     )
 
 
@@ -76,11 +84,11 @@ def set_rates(optimizer: Any, config: TrainConfig, step: int) -> float:
         The learning rate of the first group.
     """
     factor = 1.0
-    if step < config.warmup:
-        factor = (step + 1) / config.warmup
-    elif config.schedule != "constant":
-        share = (step - config.warmup) / max(1, config.steps - config.warmup)
-        factor = 1 - share if config.schedule == "linear" else (1 + math.cos(math.pi * share)) / 2
+    if step < config.warmup_steps:
+        factor = (step + 1) / config.warmup_steps
+    elif config.lr_scheduler_type != "constant":
+        share = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        factor = 1 - share if config.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * share)) / 2
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
     return float(optimizer.param_groups[0]["lr"])

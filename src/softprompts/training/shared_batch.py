@@ -1,15 +1,17 @@
 """One batch with the rows of several runs, which the frozen backbone reads in one pass."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from softprompts.backbone import Backbone
 from softprompts.data import EncodedExample, collate
 from softprompts.errors import ConfigError
-from softprompts.model.learner import Learner
-from softprompts.types import Batch, Output, Prompt, mix_prompts
+from softprompts.model import SoftPromptModel
+from softprompts.types import Batch, Output, Prompt, Step, mix_prompts
 
 
 @dataclass(frozen=True)
@@ -30,74 +32,108 @@ class SharedBatch:
 
     @classmethod
     def of(
-        cls, learners: Sequence[Learner], examples: Sequence[Sequence[EncodedExample]], seeds: Sequence[int], pad: int
+        cls,
+        model: SoftPromptModel,
+        prompts: Sequence[Sequence[str]],
+        examples: Sequence[Sequence[EncodedExample]],
+        seeds: Sequence[int],
     ) -> "SharedBatch":
         """Join the examples of several runs.
 
         Args:
-            learners: The learner of each run; all have the same backbone and site.
+            model: The model whose prompts the runs train.
+            prompts: The prompts of each run, which the task numbers of its examples count.
             examples: The examples of each run.
-            seeds: The seed of each run's random stream, from which its method draws.
-            pad: The id of the padding token.
+            seeds: The seed of each run's random stream, from which its methods draw.
         """
-        backbone = learners[0].backbone
         sizes = [len(part) for part in examples]
-        together = [example for part in examples for example in part]
-        whole = collate(together, pad).to(backbone.device)
-        embeddings = backbone.embed(whole.input_ids)
+        alone = [prompt_batch(model, names, part) for names, part in zip(prompts, examples, strict=True)]
+        whole = alone[0]
+        if len(examples) > 1:
+            together = [example for part in examples for example in part]
+            whole = collate(together, pad_token(model.backbone)).to(model.device)
+            whole = replace(whole, task_ids=torch.cat([batch.task_ids for batch in alone]))
+        embeddings = model.backbone.embed(whole.input_ids)
         whole = replace(whole, inputs_embeds=embeddings)
         batches = [whole]
         if len(examples) > 1:
-            parts = zip(examples, embeddings.split(sizes), strict=True)
-            batches = [_alone(part, pad, part_embeddings) for part, part_embeddings in parts]
-        prompts = []
-        for learner, batch, seed in zip(learners, batches, seeds, strict=True):
+            batches = []
+            for batch, part in zip(alone, embeddings.split(sizes), strict=True):
+                batches.append(replace(batch, inputs_embeds=part[:, : batch.input_ids.shape[1]]))
+        of_runs = []
+        for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
-            prompt = learner.prompt(batch, training=True)
-            assert prompt is not None
-            prompts.append(prompt)
-        mixed = prompts[0]
-        if len(prompts) > 1:
-            mixed = mix_prompts(prompts, torch.arange(sum(sizes), device=backbone.device).split(sizes))
-        return cls(whole, mixed, batches, prompts)
+            of_runs.append(model.make_prompts(batch, training=True))
+        mixed = of_runs[0]
+        if len(of_runs) > 1:
+            mixed = mix_prompts(of_runs, torch.arange(sum(sizes), device=model.device).split(sizes))
+        return cls(whole, mixed, batches, of_runs)
 
     def split(self, output: Output) -> list[Output]:
         """The output of each run."""
         return split_output(output, [len(batch.input_ids) for batch in self.batches])
 
 
-def _alone(examples: Sequence[EncodedExample], pad: int, embeddings: Tensor) -> Batch:
-    """The batch of one run, with its part [B, T, H] of the text that was embedded for all."""
-    batch = collate(examples, pad).to(embeddings.device)
-    return replace(batch, inputs_embeds=embeddings[:, : batch.input_ids.shape[1]])
+def training_step(model: SoftPromptModel, batch: Batch) -> Step:
+    """Score a batch in training mode, and give what objectives see; its text is embedded once.
+
+    Args:
+        model: The model.
+        batch: The rows; `task_ids` [B] count the prompts of the model.
+    """
+    if batch.inputs_embeds is None:
+        batch = replace(batch, inputs_embeds=model.backbone.embed(batch.input_ids))
+    prompt = model.make_prompts(batch, training=True)
+    again = functools.partial(score_again, model, batch)
+    return Step(batch, prompt, again(prompt), again)
 
 
-def check_shared_batch(learners: Mapping[str, Learner]) -> None:
-    """Check that the rows of all learners can be in one batch of one backbone.
+def score_again(model: SoftPromptModel, batch: Batch, prompt: Prompt | None) -> Output:
+    """Score a batch with another prompt; None scores it without one."""
+    if prompt is not None:
+        return model.score(batch, prompts=prompt)
+    with model.no_prompt():
+        return model.score(batch)
+
+
+def prompt_batch(model: SoftPromptModel, prompts: Sequence[str], examples: Sequence[EncodedExample]) -> Batch:
+    """The batch of examples whose task numbers count `prompts`, with `task_ids` that count all prompts of the model."""
+    places = torch.tensor([model.index(name) for name in prompts])
+    batch = collate(examples, pad_token(model.backbone))
+    return replace(batch, task_ids=places[batch.task_ids]).to(model.device)
+
+
+def pad_token(backbone: Backbone) -> int:
+    """The id with which texts are padded; 0 where no tokenizer names one."""
+    return 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
+
+
+def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]) -> None:
+    """Check that the rows of all runs can be in one batch.
+
+    Args:
+        model: The model whose prompts the runs train.
+        runs: The prompts of each run by its name.
 
     Raises:
-        ConfigError: Two learners differ in backbone or site, or one of several trains a classification head.
+        ConfigError: Two runs differ in their site, or one of several trains a classification head.
     """
-    (first_name, first), *others = learners.items()
-    for name, learner in learners.items():
-        if learner.head and others:
+    (first_name, first_prompts), *others = runs.items()
+    for name, prompts in runs.items():
+        if others and any(model.registry.head(prompt) for prompt in prompts):
             raise ConfigError(
                 f"run '{name}' trains a classification head of its own, and a batch is read with one head; train such "
                 f"runs one after the other, or use model.head: lm"
             )
-    for name, learner in others:
-        runs = f"runs '{first_name}' and '{name}'"
-        if learner.backbone is not first.backbone:
-            raise ConfigError(
-                f"{runs} have backbones of their own ({first.backbone.name}, {learner.backbone.name}): runs that "
-                f"train together share one that is loaded once; train these one after the other"
-            )
+    site = model.registry.site_of(first_prompts)
+    for name, prompts in others:
+        other = model.registry.site_of(prompts)
         for attribute in ("name", "mode", "place"):
-            expected, actual = getattr(first.site, attribute), getattr(learner.site, attribute)
+            expected, actual = getattr(site, attribute), getattr(other, attribute)
             if expected != actual:
                 raise ConfigError(
-                    f"{runs} differ in the {attribute} of their site ({expected}, {actual}): runs that train together "
-                    f"share the site; train these one after the other"
+                    f"runs '{first_name}' and '{name}' differ in the {attribute} of their site ({expected}, {actual}): "
+                    f"runs that train together share the site; train these one after the other"
                 )
 
 

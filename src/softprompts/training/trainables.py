@@ -15,13 +15,19 @@ from softprompts.config import TrainConfig
 from softprompts.data import EncodedExample, collate, evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
-from softprompts.model.learner import Learner
+from softprompts.model import SoftPromptModel
 from softprompts.training import equivalence
 from softprompts.training.backbone_weights import BackboneWeights
 from softprompts.training.checkpoint import machine_line
 from softprompts.training.distillation import TeacherOutputs
-from softprompts.training.optimizer import method_param_groups, param_group
-from softprompts.training.shared_batch import SharedBatch, check_shared_batch
+from softprompts.training.optimizer import param_group, prompt_param_groups
+from softprompts.training.shared_batch import (
+    SharedBatch,
+    check_shared_batch,
+    pad_token,
+    prompt_batch,
+    score_again,
+)
 from softprompts.types import IGNORE, Batch, Objective, Output, Prompt, Step, in_mode
 
 
@@ -112,7 +118,7 @@ class Trainable(Protocol):
 
 
 class TrainablePrompts:
-    """The prompts of one run, or of several runs that share every batch of one frozen backbone.
+    """The prompts of one run, or of several runs that share every batch: prompts of one model.
 
     The rows of all runs go through the backbone in one pass. Every run has the prompts, batch and output that it would
     have alone; only `Step.again` reads the rows of its run alone.
@@ -120,71 +126,88 @@ class TrainablePrompts:
 
     resumable = True
 
-    def __init__(self, learners: Mapping[str, Learner], teachers: Mapping[str, TeacherOutputs] | None = None) -> None:
+    def __init__(
+        self,
+        model: SoftPromptModel,
+        runs: Mapping[str, Sequence[str]],
+        teachers: Mapping[str, TeacherOutputs] | None = None,
+    ) -> None:
         """Check that the runs can share a batch.
 
         Args:
-            learners: The learner of each run by name.
+            model: The model with the prompts of all runs.
+            runs: The prompts of each run by its name, in the order that the task numbers of its examples count.
             teachers: The teachers' outputs for the examples of the runs that have teachers.
 
         Raises:
-            ConfigError: Two runs differ in backbone or site, or one of several trains a classification head.
+            ConfigError: Two runs differ in their site, or one of several trains a classification head.
         """
-        check_shared_batch(learners)
-        self.learners = dict(learners)
+        check_shared_batch(model, runs)
+        self.model = model
+        self.runs = {name: tuple(prompts) for name, prompts in runs.items()}
         self.teachers = dict(teachers or {})
-        self.backbone = next(iter(learners.values())).backbone
-        self.device = self.backbone.device
-        self.dtype = loss_dtype(self.backbone)
+        self.device = model.device
+        self.dtype = loss_dtype(model.backbone)
+        self._batch_rms: dict[str, float] = {}
 
     def parameters(self, run: str) -> dict[str, nn.Parameter]:
-        """See `Trainable`: `method.*`, and `head.*` for the copy of a classification head."""
-        return self.learners[run].parameters()
+        """See `Trainable`: by the names that they would have in a model of this run alone."""
+        return self.model.trainable({prompt: prompt.rpartition("/")[2] for prompt in self.runs[run]})
 
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
         """See `Trainable`."""
-        return method_param_groups(self.learners[run].method, self.parameters(run), config, self.backbone.rms)
+        groups = self.model.registry.method(self.runs[run][0]).groups
+        return prompt_param_groups(groups, self.parameters(run), config, self.model.backbone.rms)
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`."""
-        return label_count(example, self.backbone, scores_first_token=self.learners[run].site.name != "kv")
+        site = self.model.registry.site_of(self.runs[run])
+        return label_count(example, self.model.backbone, site.scores_first_token)
 
     def loss(self, batches: Sequence[RunBatch]) -> list[Loss]:
         """See `Trainable`."""
-        learners = [self.learners[batch.run] for batch in batches]
+        prompts = [self.runs[batch.run] for batch in batches]
         examples = [batch.examples for batch in batches]
-        shared = SharedBatch.of(learners, examples, [batch.prompt_seed for batch in batches], pad_token(self.backbone))
+        shared = SharedBatch.of(self.model, prompts, examples, [batch.prompt_seed for batch in batches])
         layers: set[int] = set()
         for batch in batches:
             if batch.run in self.teachers:
                 layers.update(self.teachers[batch.run].layer_numbers)
         with_teacher = any(batch.run in self.teachers for batch in batches)
-        output = learners[0].forward(
-            shared.batch, shared.prompt, logits=True if with_teacher else None, layers=sorted(layers)
+        output = self.model.score(
+            shared.batch, prompts=shared.prompt, logits=True if with_teacher else None, layers=sorted(layers)
         )
         losses = []
         for index, run_output in enumerate(shared.split(output)):
-            step = self._step(batches[index], shared.batches[index], shared.prompts[index], run_output)
-            torch.manual_seed(batches[index].objective_seed)
-            value = batches[index].objective(step).to(self.dtype)
-            measures = {name: float(value) for name, value in step.prompt.aux.items() if value.dim() == 0}
+            batch = batches[index]
+            step = self._step(batch, shared.batches[index], shared.prompts[index], run_output)
+            torch.manual_seed(batch.objective_seed)
+            value = batch.objective(step).to(self.dtype)
+            measures = {name: float(number) for name, number in step.prompt.aux.items() if number.dim() == 0}
             losses.append(Loss(value, step.output.path, measures))
+            prompt_rows = step.prompt.values.detach()[step.prompt.mask.bool()]
+            self._batch_rms[batch.run] = float(prompt_rows.square().mean().sqrt())
         return losses
 
     def state(self, run: str) -> TrainableState:
-        """See `Trainable`."""
-        return TrainableState(machine_line(self.backbone), self.learners[run].rms_ratio())
+        """See `Trainable`; where only a batch says how large the prompts are, those of the last batch count."""
+        backbone = self.model.backbone
+        rms_ratio = self.model.rms_ratio(self.runs[run])
+        if rms_ratio is None:
+            rms_ratio = self._batch_rms.get(run, 0.0) / backbone.rms
+        return TrainableState(machine_line(backbone), rms_ratio)
 
     def check(self, batch: RunBatch) -> str:
         """See `Trainable`: the plainest way is the prompt in front of every row, through the stock kernels."""
-        collated = collate(batch.examples, pad_token(self.backbone)).to(self.device)
+        prompts = self.runs[batch.run]
+        collated = prompt_batch(self.model, prompts, batch.examples)
         teacher = self.teachers.get(batch.run)
         targets = None if teacher is None else teacher.of(batch.examples, self.device)
-        return equivalence.check(self.learners[batch.run], collated, batch.objective, targets)
+        return equivalence.check(self.model, collated, batch.objective, targets, prompts)
 
     def _step(self, batch: RunBatch, collated: Batch, prompt: Prompt, output: Output) -> Step:
         """What the objective of a run sees."""
-        again = functools.partial(self.learners[batch.run].forward, collated)
+        again = functools.partial(score_again, self.model, collated)
         teacher = self.teachers.get(batch.run)
         if teacher is None:
             return Step(collated, prompt, output, again)
@@ -215,8 +238,8 @@ class TrainableWeights:
         """
         if get_cpu_distributed_information().world_size > 1:
             raise ConfigError(
-                f"train: {target} runs in one process; start it without a launcher, and accumulate batches "
-                f"(train.accumulate) where memory is short"
+                f"target: {target} runs in one process; start it without a launcher, and accumulate batches "
+                f"(training.gradient_accumulation_steps) where memory is short"
             )
         self.weights = weights
         self.backbone = weights.backbone
@@ -234,7 +257,7 @@ class TrainableWeights:
         for name, parameter in self.weights.trained.items():
             group = head if name.split(".")[0] in self.weights.heads else body
             group.append(parameter)
-        rates = [(body, config.rate), (head, config.head_rate)]
+        rates = [(body, config.learning_rate), (head, config.head_learning_rate)]
         return [param_group(group, rate, config.weight_decay) for group, rate in rates if group]
 
     def label_count(self, run: str, example: EncodedExample) -> int:
@@ -276,38 +299,45 @@ class TrainableClassifier:
 
     resumable = True
 
-    def __init__(self, learner: Learner, classes: int, example: EncodedExample, seed: int) -> None:
-        """Make a classifier for the features of the learner's method.
+    def __init__(self, model: SoftPromptModel, prompt: str, classes: int, example: EncodedExample, seed: int) -> None:
+        """Make a classifier for the features of a prompt's method.
 
         Args:
-            learner: A learner whose method has `features` and names the `pretrained` parts of itself.
+            model: The model.
+            prompt: The prompt, whose method has `features` and names the `pretrained` parts of itself.
             classes: The number of classes.
             example: Any example; it shows how wide the features are.
             seed: The seed of the classifier's start.
         """
-        self.learner = learner
-        self.backbone = learner.backbone
-        self.device = self.backbone.device
-        self.dtype = loss_dtype(self.backbone)
+        self.model = model
+        self.prompt = prompt
+        self.method = model.registry.method(prompt)
+        self.device = model.device
+        self.dtype = loss_dtype(model.backbone)
         torch.manual_seed(seed)
         with torch.no_grad():
             width = self._features([example]).shape[1]
         self.head = nn.Linear(width, classes).to(self.device)
 
     def method_parameters(self) -> dict[str, nn.Parameter]:
-        """The pretrained parameters of the method, named `method.*`."""
-        prefixes = tuple(f"{part}." for part in self.learner.method.pretrained)
-        named = self.learner.method.named_parameters()
-        return {f"method.{name}": parameter for name, parameter in named if name.startswith(prefixes)}
+        """The pretrained parameters of the method by their names in it."""
+        pretrained = {}
+        for name, parameter in self.model.trainable((self.prompt,)).items():
+            part, _, tensor = name.split(".", 2)
+            if part == "prompts" and tensor.startswith(self.method.pretrained):
+                pretrained[tensor] = parameter
+        return pretrained
 
     def parameters(self, run: str) -> dict[str, nn.Parameter]:
-        """See `Trainable`: `method.*` and, of the classifier, `head.*`."""
-        head = {f"head.{name}": parameter for name, parameter in self.head.named_parameters()}
-        return {**self.method_parameters(), **head}
+        """See `Trainable`: `prompts.method.*` and, of the classifier, `heads.classifier.*`."""
+        parameters = {f"prompts.method.{name}": parameter for name, parameter in self.method_parameters().items()}
+        for name, parameter in self.head.named_parameters():
+            parameters[f"heads.classifier.{name}"] = parameter
+        return parameters
 
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
         """See `Trainable`."""
-        return method_param_groups(self.learner.method, self.parameters(run), config, self.backbone.rms)
+        return prompt_param_groups(self.method.groups, self.parameters(run), config, self.model.backbone.rms)
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`: every text has one class."""
@@ -317,14 +347,14 @@ class TrainableClassifier:
         """See `Trainable`: the cross-entropy of the classes."""
         (batch,) = batches
         torch.manual_seed(batch.prompt_seed)
-        with in_mode(self.learner.method, True):
+        with in_mode(self.method, True):
             logits = self.logits(batch.examples)
         labels = torch.tensor([example.labels for example in batch.examples], device=self.device)
         return [Loss(nn.functional.cross_entropy(logits, labels))]
 
     def state(self, run: str) -> TrainableState:
         """See `Trainable`."""
-        return TrainableState(machine_line(self.backbone))
+        return TrainableState(machine_line(self.model.backbone))
 
     def check(self, batch: RunBatch) -> str:
         """See `Trainable`: no prompt is computed, so there is only one way."""
@@ -338,7 +368,7 @@ class TrainableClassifier:
     def predict(self, examples: Sequence[EncodedExample], batch_size: int) -> list[int]:
         """The number of the class with the highest score, for each text."""
         answers = [0] * len(examples)
-        with torch.no_grad(), in_mode(self.learner.method, False):
+        with torch.no_grad(), in_mode(self.method, False):
             for indices in evaluation_order([len(example.input_ids) for example in examples], batch_size):
                 best = self.logits([examples[index] for index in indices]).argmax(1).tolist()
                 for index, answer in zip(indices, best, strict=True):
@@ -347,9 +377,8 @@ class TrainableClassifier:
 
     def _features(self, examples: Sequence[EncodedExample]) -> Tensor:
         # The classes are no labels of the language model, so the method may read the whole text.
-        batch = replace(collate(examples, pad_token(self.backbone)), labels=None).to(self.device)
-        features: Tensor = self.learner.method.features(self.learner.context(batch))
-        return features
+        batch = replace(prompt_batch(self.model, (self.prompt,), examples), labels=None)
+        return self.method.features(self.model.context(batch))
 
 
 def label_count(example: EncodedExample, backbone: Backbone, scores_first_token: bool) -> int:
@@ -374,8 +403,3 @@ def label_count(example: EncodedExample, backbone: Backbone, scores_first_token:
 def loss_dtype(backbone: Backbone) -> torch.dtype:
     """The dtype of losses: the backbone's, and float32 where that is less precise."""
     return torch.promote_types(backbone.dtype, torch.float32)
-
-
-def pad_token(backbone: Backbone) -> int:
-    """The id with which texts are padded; 0 where no tokenizer names one."""
-    return 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0

@@ -154,7 +154,7 @@ def made(one: Vector, start: Tensor, scale: Number = 1) -> Artifact:
     by = exactly(scale)
     single = len({part.facts["task"] for part in one.parts}) == 1
     kept: dict[str, Any] = {
-        key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config
+        key: one.like.config[key] for key in ("model", "evaluation", "task") if key in one.like.config
     }
     if not single:
         kept.pop("task", None)
@@ -165,7 +165,7 @@ def made(one: Vector, start: Tensor, scale: Number = 1) -> Artifact:
         initial=start.clone().float(),
         method="prompt-tuning",
         options={},
-        state={"prompts.0": prompt.clone()},
+        state={"prompt": prompt.clone()},
         config={**kept, "vector": {"sum": (one * by).name, "parts": parts}},
         scores={},
         parents=one.parents,

@@ -135,7 +135,7 @@ class PromptTuningConfig:
                 f"{backbone.family.name} model with head '{backbone.head}'; leave task_type out or load another class"
             )
         check_width(self.token_dim, backbone.features)
-        return PromptConfig(length=self.length, init=self._init()), self._start(backbone)
+        return PromptConfig(num_virtual_tokens=self.length, init=self._init()), self._start(backbone)
 
     def _init(self) -> InitConfig:
         kind, text = self.prompt_tuning_init, self.prompt_tuning_init_text

@@ -12,6 +12,7 @@ from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import closest
 from softprompts.errors import ArtifactError, ConfigError
+from softprompts.methods import rename_old_state
 from softprompts.types import Fingerprint
 
 FIELD = "prompt_tuning_init_state_dict_path"
@@ -119,7 +120,8 @@ def _of_ours(path: Path, groups: Sequence[Sequence[Artifact]]) -> Source:
 
 def _stacked(path: Path, group: Sequence[Artifact]) -> Source:
     try:
-        states = [{name: one.state[name].float() for name in peft_files.STATE} for one in group]
+        renamed = [rename_old_state(one.method, one.state) for one in group]
+        states = [{name: state[name].float() for name in peft_files.STATE} for state in renamed]
         shared, columns, rows = (torch.stack([state[name] for state in states]) for name in peft_files.STATE)
     except (KeyError, RuntimeError):
         raise ArtifactError(f"{path}: the tensors of {peft_files.MULTITASK} are missing or differ in shape") from None

@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import (
-    EvaluateConfig,
+    EvaluationConfig,
     ModelConfig,
     PromptConfig,
     SamplingConfig,
@@ -14,21 +14,23 @@ from softprompts.config import (
 from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_known, distinct
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
-KEPT = ("train", "distil", "objectives", "rates")
+KEPT = ("target", "distillation", "objectives", "learning_rates")
 """Keys of a stage's training that the recipe sets itself."""
 
 
 class TeacherStage(Section):
     """A prompt for each source, all in one frozen batch; `trained` names those that are there already."""
 
-    train: TrainConfig = TrainConfig(steps=300, batch_size=16, warmup=30, schedule="linear")
+    training: TrainConfig = TrainConfig(max_steps=300, batch_size=16, warmup_steps=30, lr_scheduler_type="linear")
     trained: dict[str, str] = Field(default={})  # source -> directory of its prompt
 
 
 class SourceStage(Section):
     """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1); batches draw their tasks."""
 
-    train: TrainConfig = TrainConfig(steps=400, batch_size=16, warmup=30, sampling=SamplingConfig(draw="some"))
+    training: TrainConfig = TrainConfig(
+        max_steps=400, batch_size=16, warmup_steps=30, sampling=SamplingConfig(draw="some")
+    )
     variants: tuple[str, ...] = tuple(VARIANTS)
     logits: float = Field(default=0.9, ge=0)
     hidden: float = Field(default=0.9, ge=0)
@@ -43,7 +45,7 @@ class TargetStage(ComparisonStage):
 
     arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.asked)
     few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
-    factor_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
+    factor_learning_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
     probe_steps: int = Field(default=30, ge=1)  # after so many steps a target's prompt is its embedding (SPoT)
     nearest: int = Field(default=3, ge=1)  # how many sources the weighted start of SPoT mixes
 
@@ -63,8 +65,8 @@ class Plan(Section):
     teachers: TeacherStage = TeacherStage()
     source: SourceStage = SourceStage()
     target: TargetStage = TargetStage()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/multitask"
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output_dir: str = "runs/multitask"
 
     @field_validator("sources", "targets")
     @classmethod
@@ -84,7 +86,7 @@ class Plan(Section):
         check_known("target.arms", (*self.target.arms, *(self.target.few_arms or ())), list(ARMS))
         check_known("target.tune_on", self.target.tune_on or (), targets)
         check_known("target.weight_targets", self.target.weight_targets or (), targets)
-        check_known("target.weight_rates", self.target.weight_rates, list(WEIGHTS))
+        check_known("target.weight_learning_rates", self.target.weight_learning_rates, list(WEIGHTS))
         few = self.target.arms if self.target.few_arms is None else self.target.few_arms
         for arm in few if 0 in self.target.shots else ():
             if arm in WEIGHTS or ARMS[arm].start in ("nearest", "weighted"):
@@ -95,12 +97,12 @@ class Plan(Section):
             variant = ARMS[arm].variant
             if variant and variant not in self.source.variants:
                 raise ValueError(f"arm '{arm}' starts from variant '{variant}'; add it to source.variants")
-            if arm in WEIGHTS and not self.target.weight_rates.get(arm):
-                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_rates")
+            if arm in WEIGHTS and not self.target.weight_learning_rates.get(arm):
+                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_learning_rates")
         for name, stage in (
-            ("teachers.train", self.teachers.train),
-            ("source.train", self.source.train),
-            ("target.train", self.target.train),
+            ("teachers.training", self.teachers.training),
+            ("source.training", self.source.training),
+            ("target.training", self.target.training),
             ("target.few", self.target.few),
         ):
             for key in KEPT:

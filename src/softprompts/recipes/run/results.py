@@ -18,7 +18,7 @@ from softprompts.config import Run
 from softprompts.data import ExampleTokenizer, Row, Task, classes
 from softprompts.evaluation import metrics
 from softprompts.evaluation.evaluate import Answer, Evaluation
-from softprompts.model import stored
+from softprompts.methods import fold
 from softprompts.model.nearest_tokens import nearest_tokens
 from softprompts.recipes.run.prepare import PreparedRun
 from softprompts.training.checkpoint import machine_of
@@ -72,18 +72,18 @@ def page_of(
         history: The progress of every step.
         seconds: The time of the whole run.
     """
-    run, learner, task = prepared.run, prepared.learner, prepared.tasks[index]
+    run, backbone, task = prepared.run, prepared.model.backbone, prepared.tasks[index]
     weights = prepared.weights
     tokens = sum(progress.tokens for progress in history)
     training_seconds = sum(progress.seconds for progress in history)
     trainable = _parameters_per_task(prepared) if weights is None else weights.count
     library_versions = versions()
-    if run.train.train == "lora":
+    if run.training.target == "lora":
         library_versions["peft"] = version("peft")
-    machine = machine_of(learner.backbone if weights is None else weights.backbone)
+    machine = machine_of(backbone if weights is None else weights.backbone)
     content: dict[str, Any] = {
         "format": 1,
-        "title": f"{task.name} with {learner.backbone.name}{TRAINED[run.train.train]}",
+        "title": f"{task.name} with {backbone.name}{TRAINED[run.training.target]}",
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": {
@@ -94,7 +94,7 @@ def page_of(
             "seconds": round(seconds, 1),
             "trainable": trainable,
             # The backbone's parameters count as numbers, however they are stored.
-            "share": trainable / int(learner.backbone.model.num_parameters()),
+            "share": trainable / int(backbone.model.num_parameters()),
             "moved": _moved_per_task(prepared) if weights is None else None,
             "tokens_per_second": tokens / training_seconds if training_seconds else None,
         },
@@ -112,9 +112,11 @@ def page_of(
     }
     if after is not None:
         content |= _details(task, prepared.encoders[index], before, after)
-    prompt = stored.folded(learner.method, task.name) if weights is None else None
-    if prompt is not None and learner.site.name in ("input", "decoder"):
-        content["nearest_words"] = [asdict(row) for row in nearest_tokens(learner.backbone, prompt)]
+    prompt_name, registry = prepared.prompt(index), prepared.model.registry
+    if prompt_name is not None and registry.records[prompt_name].site.at_embeddings:
+        prompt = fold(registry.method(prompt_name))
+        if prompt is not None:
+            content["nearest_words"] = [asdict(row) for row in nearest_tokens(backbone, prompt)]
     return content
 
 
@@ -130,12 +132,13 @@ def _curve_row(progress: Progress) -> dict[str, Any]:
 
 def _parameters_per_task(prepared: PreparedRun) -> int:
     """The number of trained numbers for each task."""
-    return sum(value.numel() for value in prepared.learner.parameters().values()) // len(prepared.tasks)
+    parameters = prepared.model.trainable(prepared.prompts)
+    return sum(value.numel() for value in parameters.values()) // len(prepared.tasks)
 
 
 def _moved_per_task(prepared: PreparedRun) -> int:
     """The trained numbers for each task that differ from their start: of a table, the rows of tokens in the data."""
-    parameters = prepared.learner.parameters()
+    parameters = prepared.model.trainable(prepared.prompts)
     moved = 0
     for name, initial in prepared.initial_parameters.items():
         moved += int((parameters[name] != initial).sum())
@@ -180,10 +183,10 @@ def compare(
                     "before": summary.get("before"),
                     "after": summary.get("after"),
                     "failed": failed.get(name),
-                    "directory": prepared_run.run.out,
+                    "directory": prepared_run.run.output_dir,
                 }
             )
-    backbone = next(iter(prepared.values())).learner.backbone
+    backbone = next(iter(prepared.values())).model.backbone
     return {
         "format": 1,
         "title": f"{len(prepared)} runs with {backbone.name}",
@@ -264,9 +267,10 @@ def _next_commands_of_runs(
     directories = []
     for name in pages:
         other, other_task = prepared[name].run, prepared[name].tasks[0]
-        same_prompt = (other.prompt.length, other.prompt.method) == (run.prompt.length, run.prompt.method)
-        if same_prompt and other_task.template == task.template:
-            directory = prompt_directory(Path(other.out), task.name, len(other.tasks))
+        same_length = other.prompt.num_virtual_tokens == run.prompt.num_virtual_tokens
+        same_method = other.prompt.method == run.prompt.method
+        if same_length and same_method and other_task.template == task.template:
+            directory = prompt_directory(Path(other.output_dir), task.name, len(other.tasks))
             directories.append(shlex.quote(str(directory)))
     return [*commands, f"softprompts evaluate {' '.join(directories)}"] if len(directories) > 1 else commands
 
@@ -322,7 +326,7 @@ def _as_text(value: Any) -> str | None:
 
 def next_commands(run: Run, task: Task) -> list[str]:
     """Commands that a user may want after a run."""
-    directory = shlex.quote(str(prompt_directory(Path(run.out), task.name, len(run.tasks))))
+    directory = shlex.quote(str(prompt_directory(Path(run.output_dir), task.name, len(run.tasks))))
     commands = [f"softprompts evaluate {directory}", f"softprompts inspect {directory}"]
     if not task.template.columns:  # the prompt alone makes the answer
         return commands

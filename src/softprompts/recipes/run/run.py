@@ -1,6 +1,6 @@
-"""A run from its configuration to prompt, results.json and report.html; `open_artifacts` is the way back.
+"""A run from its configuration to prompt, results.json and report.html.
 
-A run that trains weights (`train.train`) goes the same way, and keeps weights instead of a prompt.
+A run that trains weights (`training.target`) goes the same way, and keeps weights instead of a prompt.
 """
 
 import functools
@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, backbone, injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run
@@ -23,9 +22,9 @@ from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate, page
 from softprompts.evaluation.evaluate import Evaluation
-from softprompts.model import initialization, stored
-from softprompts.model.opening import Opened, judging_of, open_artifacts, settings_of
-from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, load_backbone, prepare, prepare_many
+from softprompts.model import initialization
+from softprompts.model.setup import load_backbone
+from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, prepare, prepare_many
 from softprompts.recipes.run.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
 from softprompts.training import backbone_weights, distillation
 from softprompts.training.distillation import TeacherOutputs
@@ -34,30 +33,26 @@ from softprompts.training.trainables import Trainable, TrainablePrompts, Trainab
 from softprompts.types import Progress
 
 __all__ = [
-    "Opened",
     "PreparedRun",
     "ProgressReporter",
     "fixed_settings",
     "is_main_process",
-    "judging_of",
     "load_backbone",
     "next_commands",
-    "open_artifacts",
     "pack",
     "prepare",
     "run",
-    "settings_of",
     "versions",
 ]
 
 
 def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Evaluate the stock model, train, evaluate again; write prompt, results.json and report.html into `run.out`.
+    """Evaluate the stock model, train, evaluate again; write prompt, results.json and report.html to `run.output_dir`.
 
     An interrupted run continues from its checkpoint when it is called again. The runs of a list `runs` train together.
-    Each is written to a folder of `run.out` as it would be alone, and results.json and report.html of `run.out` compare
-    them. A run that fails is named there, and the others are finished all the same. Of several processes that a
-    launcher started, all train, and the first one writes and shows.
+    Each is written to a folder of `run.output_dir` as it would be alone; results.json and report.html beside these
+    folders compare the runs. A run that fails is named there, and the others are finished all the same. Of several
+    processes that a launcher started, all train, and the first one writes and shows.
 
     Args:
         run: The configuration.
@@ -104,8 +99,8 @@ def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
         return _results(pages[""])
     results = compare(run, prepared, pages, histories, failed, time.time() - started)
     if is_main_process():
-        page.write_results(Path(run.out) / "results.json", results)
-        page.write_page(Path(run.out) / "report.html", results)
+        page.write_results(Path(run.output_dir) / "results.json", results)
+        page.write_page(Path(run.output_dir) / "report.html", results)
     return results
 
 
@@ -125,8 +120,8 @@ def _check_directories(configs: Mapping[str, Run]) -> None:
     """Raise ConfigError where the first process cannot write the results of a run."""
     if is_main_process():
         for config in configs.values():
-            check_writable(Path(config.out))
-            backbone_weights.weights_directory(config.train, config.out)
+            check_writable(Path(config.output_dir))
+            backbone_weights.weights_directory(config.training, config.output_dir)
 
 
 def _training_runs(prepared: Mapping[str, PreparedRun], reporter: ProgressReporter) -> dict[str, TrainingRun]:
@@ -146,10 +141,16 @@ def _training_runs(prepared: Mapping[str, PreparedRun], reporter: ProgressReport
                     )
             examples += encoded[key]
         config = prepared_run.run
-        validate = functools.partial(_validation_score, prepared_run) if config.train.evaluate_every else None
+        validate = functools.partial(_validation_score, prepared_run) if config.training.eval_steps else None
         settings = fixed_settings(prepared_run)
         training_runs[name] = TrainingRun(
-            name, examples, config.train, config.seed, validate=validate, directory=config.out, settings=settings
+            name,
+            examples,
+            config.training,
+            config.seed,
+            validate=validate,
+            directory=config.output_dir,
+            settings=settings,
         )
     return training_runs
 
@@ -165,7 +166,12 @@ def fixed_settings(prepared: PreparedRun) -> dict[str, Any]:
 
     The artifacts that a run starts from, mixes or learns from may have been replaced in the meantime.
     """
-    changeable: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
+    changeable: Any = {
+        "output_dir": True,
+        "evaluation": True,
+        "runs": True,
+        "training": {"save_steps", "lora", "save_model"},
+    }
     settings: dict[str, Any] = prepared.run.model_dump(mode="json", exclude=changeable)
     config, init = prepared.run.prompt.init, prepared.init
     if init is not None and (config.sources or config.state or config.kind in initialization.READ):
@@ -183,9 +189,10 @@ def _trainable(
     """What the runs train: their prompts together, or the weights of the only run."""
     for prepared_run in prepared.values():
         if prepared_run.weights is not None:
-            return TrainableWeights(prepared_run.weights, prepared_run.run.train.train)
-    learners = {name: prepared_run.learner for name, prepared_run in prepared.items()}
-    trainable = TrainablePrompts(learners, _teacher_outputs(prepared, training_runs, reporter))
+            return TrainableWeights(prepared_run.weights, prepared_run.run.training.target)
+    model = next(iter(prepared.values())).model
+    prompts = {name: prepared_run.prompts for name, prepared_run in prepared.items()}
+    trainable = TrainablePrompts(model, prompts, _teacher_outputs(prepared, training_runs, reporter))
     for name, outputs in trainable.teachers.items():
         for example, states in zip(outputs.examples, outputs.states, strict=True):
             count = trainable.label_count(name, example)
@@ -205,17 +212,17 @@ def _teacher_outputs(
     computed: dict[tuple[Any, ...], TeacherOutputs] = {}
     outputs = {}
     for name, prepared_run in prepared.items():
-        config = prepared_run.run.train.distil
+        config = prepared_run.run.training.distillation
         if config is None:
             continue
         digests = tuple(teacher.digest for teacher in prepared_run.teachers)
         reading = tuple(_reading_key(prepared_run, index) for index in range(len(prepared_run.tasks)))
         key = (digests, config.layers, config.temperature, reading)
         if key not in computed:
-            directory = Path(prepared_run.run.out)
+            directory = Path(prepared_run.run.output_dir)
             file = directory / distillation.FILE if config.cache is None else Path(config.cache)
             computed[key] = distillation.targets(
-                prepared_run.learner.backbone,
+                prepared_run.model.backbone,
                 prepared_run.teachers,
                 training_runs[name].examples,
                 config,
@@ -228,10 +235,13 @@ def _teacher_outputs(
 
 def _validation_score(prepared: PreparedRun) -> float:
     """The mean of the tasks' headline scores on their validation rows."""
-    config = prepared.run.evaluate.model_copy(update={"resamples": 100})
+    config = prepared.run.evaluation.model_copy(update={"resamples": 100})
     scores = []
-    for encoder, task in zip(prepared.encoders, prepared.tasks, strict=True):
-        scores.append(evaluate.evaluate(prepared.learner, encoder, task.validation, config).headline.value)
+    for index, (encoder, task) in enumerate(zip(prepared.encoders, prepared.tasks, strict=True)):
+        evaluation = evaluate.evaluate(
+            prepared.model, task.validation, prompt=prepared.prompt(index), encoder=encoder, config=config
+        )
+        scores.append(evaluation.headline.value)
     return sum(scores) / len(scores)
 
 
@@ -243,7 +253,7 @@ def _evaluate_stock(
     evaluations: dict[str, list[Evaluation | None]] = {name: [] for name in prepared}
     for name, prepared_run in prepared.items():
         for index in range(len(prepared_run.tasks)):
-            key = _reading_key(prepared_run, index) + prepared_run.run.evaluate.model_dump_json()
+            key = _reading_key(prepared_run, index) + prepared_run.run.evaluation.model_dump_json()
             if key not in known:
                 known[key] = _evaluate("", prepared_run, index, "before", reporter)
             evaluations[name].append(known[key])
@@ -268,12 +278,11 @@ def _evaluate(name: str, prepared: PreparedRun, index: int, when: str, reporter:
     Returns:
         The evaluation; None without test rows, and for a stock model whose classification head nobody has trained.
     """
-    learner, task, run = prepared.learner, prepared.tasks[index], prepared.run
+    model, task, run = prepared.model, prepared.tasks[index], prepared.run
     title = f"{name}: {task.name}" if name else task.name
     if when == "before":
-        if not task.test or learner.backbone.head_names:
+        if not task.test or model.backbone.head_names:
             return None
-        learner = learner.stock()
     elif not task.test:
         reporter.log(f"{title} has no test rows, so nothing is evaluated")
         return None
@@ -281,8 +290,15 @@ def _evaluate(name: str, prepared: PreparedRun, index: int, when: str, reporter:
     def progress(done: int) -> None:
         reporter.on_eval(f"{title} {when} training", done, len(task.test))
 
-    encoder = prepared.encoders[index]
-    evaluation = evaluate.evaluate(learner, encoder, task.test, run.evaluate, seed=run.seed, progress=progress)
+    evaluation = evaluate.evaluate(
+        model,
+        task.test,
+        prompt=None if when == "before" else prepared.prompt(index),
+        encoder=prepared.encoders[index],
+        config=run.evaluation,
+        seed=run.seed,
+        progress=progress,
+    )
     metric = next(iter(evaluation.scores))
     reporter.log(f"{title}: {metric} {evaluation.headline.value:.3f} {when} training")
     return evaluation
@@ -317,7 +333,7 @@ def _write(
     reporter: ProgressReporter,
 ) -> list[dict[str, Any]]:
     """Write what a run trained, results.json and report pages, and give the page of each task."""
-    directory, tasks = Path(prepared.run.out), prepared.tasks
+    directory, tasks = Path(prepared.run.output_dir), prepared.tasks
     pages = []
     for index in range(len(tasks)):
         pages.append(page_of(prepared, index, before[index], after[index], history, seconds))
@@ -335,9 +351,9 @@ def _write_trained(prepared: PreparedRun, after: Sequence[Evaluation | None]) ->
     """Write the artifact of each task; for trained weights LoRA's adapter or, where asked for, the model."""
     if prepared.weights is None:
         for index, evaluation in enumerate(after):
-            directory = prompt_directory(Path(prepared.run.out), prepared.tasks[index].name, len(prepared.tasks))
+            directory = prompt_directory(Path(prepared.run.output_dir), prepared.tasks[index].name, len(prepared.tasks))
             artifact.save(pack(prepared, index, evaluation), directory)
-    elif weights_directory := backbone_weights.weights_directory(prepared.run.train, prepared.run.out):
+    elif weights_directory := backbone_weights.weights_directory(prepared.run.training, prepared.run.output_dir):
         backbone_weights.save(prepared.weights, weights_directory)
 
 
@@ -359,31 +375,5 @@ def pack(prepared: PreparedRun, index: int, evaluation: Evaluation | None) -> Ar
         index: The number of the task.
         evaluation: The evaluation of the trained prompt.
     """
-    learner, run, task = prepared.learner, prepared.run, prepared.tasks[index]
-    assert prepared.init is not None
-    task_config = run.tasks[index].model_dump(mode="json")
-    config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": task_config}
-    slots = prepared.encoders[index].slots
-    return Artifact(
-        task=task.name,
-        prompt=stored.folded(learner.method, task.name),
-        initial=prepared.initial_prompts[index],
-        method=run.prompt.method,
-        options=dict(run.prompt.options),
-        state=stored.state(learner.method, task.name),
-        heads={name: value.detach().cpu() for name, value in (learner.head or {}).items()},
-        site=learner.site.name,
-        mode=learner.site.mode,
-        place=injection.resolve_place(learner.backbone, learner.site),
-        family=learner.backbone.family.name,
-        head=learner.backbone.head,
-        backbone=learner.backbone.name,
-        revision=learner.backbone.revision,
-        fingerprint=backbone.fingerprint(learner.backbone),
-        format=task.template.to_json(),
-        config=config,
-        scores={} if evaluation is None else {name: asdict(score) for name, score in evaluation.scores.items()},
-        parents=prepared.init.parents,
-        version=__version__,
-        segments=slots if len(slots) > 1 else (),
-    )
+    scores = {} if evaluation is None else {name: asdict(score) for name, score in evaluation.scores.items()}
+    return prepared.model.pack(prepared.prompts[index], task=prepared.tasks[index].name, scores=scores)
