@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch.nn import functional
 
 import local
@@ -18,7 +19,6 @@ from softprompts.config import DistillationConfig, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import distillation, objectives
 from softprompts.training.trainables import RunBatch, TrainablePrompts
@@ -161,7 +161,7 @@ def test_a_step_without_a_teacher_says_so():
 def student(name, seed=1, tasks=TASKS, site=None):
     base = together.double(name)
     site = site or Site()
-    slot = injection.prompt_spec(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():

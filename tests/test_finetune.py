@@ -498,7 +498,11 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
     run = prepared.run
     list(train(prepared.weights, encoded, run.training, seed=run.seed))
     asked = prepared.tasks[0].test[:4]
-    answers = list(evaluate.answers(prepared.learner, prepared.encoders[0], asked, run.evaluation))
+    answers = list(
+        evaluate.answers(
+            prepared.model, asked, prompt=prepared.prompt(0), encoder=prepared.encoders[0], config=run.evaluation
+        )
+    )
     job.run(run)
     settings = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == values["model"]["name"]

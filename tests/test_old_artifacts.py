@@ -22,6 +22,7 @@ from softprompts.evaluation.evaluate import answers
 from softprompts.injection import Site
 from softprompts.methods import METHODS
 from softprompts.model import initialization
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
 
@@ -65,7 +66,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 
 def opened(directory: Path) -> Any:
     """The artifact with its backbone, ready to answer."""
-    return job.open_artifacts([directory], model=backbone_config(artifact.load(directory).backbone))
+    return open_prompts([directory], config=backbone_config(artifact.load(directory).backbone))[0]
 
 
 def backbone_config(name: str) -> ModelConfig:
@@ -125,7 +126,7 @@ def resaved(directory: Path, target: Path) -> Path:
 def started(config: InitConfig, length: int) -> Any:
     """A start for the input of the tiny llama."""
     base = job.load_backbone(backbone_config("backbones/llama"))
-    return initialization.initialize(config, base, Site(), injection.prompt_spec(base, Site(), ("new",), length))
+    return initialization.initialize(config, base, Site(), injection.prompt_spec(base, Site(), length))
 
 
 def run_values(out: Path) -> dict[str, Any]:

@@ -31,7 +31,9 @@ def cases(folder):
     joint = trainees("llama", Site(), folder / "joint")
     base = backbone("gpt2")
     rows = [*encoded("gpt2", 6, 5), EncodedExample([5, 6, 7], [-100, -100, -100])]  # one row has no label at all
-    alone = Trainee("alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, gradient_accumulation_steps=2))
+    alone = Trainee(
+        "alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, gradient_accumulation_steps=2)
+    )
     # Most batches hold one task only, whose prompt alone may move.
     two = learner(base, Site(), 3, 8, ("a", "b"))
     sparse = Trainee("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))

@@ -641,7 +641,7 @@ def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
 
 def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
     """Its vector is of the product of shared prompt and factors, and what is made of it is plain prompt tuning."""
-    slot = PromptSpec(("mnli",), P, D, D)
+    slot = PromptSpec(P, D, D)
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(START))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):

@@ -1,4 +1,4 @@
-"""Runs of learners: what the tests train, alone or with others in one batch."""
+"""Runs of prompts: what the tests train, alone or with others in one batch."""
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,53 +7,52 @@ from typing import Any
 
 from softprompts.config import TrainConfig
 from softprompts.data import EncodedExample
-from softprompts.model.learner import Learner
+from softprompts.model import SoftPromptModel
 from softprompts.training import loop
 from softprompts.training.distillation import TeacherOutputs
 from softprompts.training.loop import TrainingRun
-from softprompts.training.optimizer import build_optimizer
 from softprompts.training.trainables import TrainablePrompts
 from softprompts.types import Progress
 
 
 @dataclass(frozen=True)
 class Trainee:
-    """A learner and the run that trains it."""
+    """Prompts of a model and the run that trains them."""
 
     name: str
-    learner: Learner
-    examples: Sequence[EncodedExample]
+    model: SoftPromptModel
+    prompts: Sequence[str]
+    rows: Sequence[EncodedExample]
     config: TrainConfig
     seed: int = 0
     validate: Callable[[], float] | None = None
     directory: str | Path | None = None
     settings: Mapping[str, Any] | None = None
-    teacher: TeacherOutputs | None = None
+    targets: TeacherOutputs | None = None
 
 
 def train_many(trainees: Sequence[Trainee]) -> Generator[tuple[str, Progress], None, None]:
-    """Train all in the same batches."""
-    learners = {trainee.name: trainee.learner for trainee in trainees}
-    teachers = {trainee.name: trainee.teacher for trainee in trainees if trainee.teacher is not None}
+    """Train the prompts of all, which are of one model, in the same batches."""
+    (model,) = {trainee.model for trainee in trainees}
+    prompts = {trainee.name: trainee.prompts for trainee in trainees}
+    teachers = {trainee.name: trainee.targets for trainee in trainees if trainee.targets is not None}
     runs = [
-        TrainingRun(one.name, one.examples, one.config, one.seed, one.validate, one.directory, one.settings)
+        TrainingRun(one.name, one.rows, one.config, one.seed, one.validate, one.directory, one.settings)
         for one in trainees
     ]
-    return loop.train_many(TrainablePrompts(learners, teachers), runs)
+    return loop.train_many(TrainablePrompts(model, prompts, teachers), runs)
 
 
-def train(
-    learner: Learner,
-    examples: Sequence[EncodedExample],
+def fit(
+    model: SoftPromptModel,
+    rows: Sequence[EncodedExample],
     config: TrainConfig,
-    teacher: TeacherOutputs | None = None,
-    **more: Any,
+    *,
+    prompts: Sequence[str] | None = None,
+    targets: TeacherOutputs | None = None,
+    **options: Any,
 ) -> Generator[Progress, None, None]:
-    """Train one learner; `more` goes to its TrainingRun."""
-    trainable = TrainablePrompts({"": learner}, {} if teacher is None else {"": teacher})
-    return loop.train(trainable, TrainingRun("", examples, config, **more))
-
-
-def optimizer_of(learner: Learner, config: TrainConfig) -> Any:
-    """The optimizer that trains a learner."""
-    return build_optimizer(TrainablePrompts({"": learner}).param_groups("", config), config)
+    """Train prompts of a model, None: all; `options` go to the TrainingRun."""
+    teachers = {} if targets is None else {"": targets}
+    trainable = TrainablePrompts(model, {"": model.tasks if prompts is None else prompts}, teachers)
+    return loop.train_run(trainable, TrainingRun("", rows, config, **options))

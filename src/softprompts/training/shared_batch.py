@@ -10,8 +10,9 @@ from torch import Tensor
 from softprompts.backbone import Backbone
 from softprompts.data import EncodedExample, collate
 from softprompts.errors import ConfigError
+from softprompts.injection import Site
 from softprompts.model import SoftPromptModel
-from softprompts.types import Batch, Output, Prompt, Step, mix_prompts
+from softprompts.types import IGNORE, Batch, Output, Prompt, Step, mix_prompts
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,26 @@ def prompt_batch(model: SoftPromptModel, prompts: Sequence[str], examples: Seque
 def pad_token(backbone: Backbone) -> int:
     """The id with which texts are padded; 0 where no tokenizer names one."""
     return 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
+
+
+def label_count(example: EncodedExample, backbone: Backbone, site: Site | None) -> int:
+    """The number of labels of an example that its loss counts: its scored tokens, or 1 where it has a single label.
+
+    Args:
+        example: The example.
+        backbone: The backbone that reads it.
+        site: Where its prompt enters; None without a prompt.
+    """
+    labels = example.labels
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, int) for label in labels):
+        return 1
+    offsets = example.prompt_offsets
+    tokens_before_prompt = offsets[0] if isinstance(offsets, tuple) else offsets
+    # Nothing scores the first token of a causal text that has no prompt state in front of it.
+    first_is_unscored = site is None or not site.scores_first_token or bool(tokens_before_prompt)
+    if backbone.head == "lm" and backbone.family.shifted and first_is_unscored:
+        labels = labels[1:]
+    return sum(label != IGNORE for label in labels)
 
 
 def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]) -> None:

@@ -24,11 +24,12 @@ from softprompts.training.optimizer import param_group, prompt_param_groups
 from softprompts.training.shared_batch import (
     SharedBatch,
     check_shared_batch,
+    label_count,
     pad_token,
     prompt_batch,
     score_again,
 )
-from softprompts.types import IGNORE, Batch, Objective, Output, Prompt, Step, in_mode
+from softprompts.types import Batch, Objective, Output, Prompt, Step, in_mode
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class TrainablePrompts:
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`."""
         site = self.model.registry.site_of(self.runs[run])
-        return label_count(example, self.model.backbone, site.scores_first_token)
+        return label_count(example, self.model.backbone, site)
 
     def loss(self, batches: Sequence[RunBatch]) -> list[Loss]:
         """See `Trainable`."""
@@ -262,7 +263,7 @@ class TrainableWeights:
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`."""
-        return label_count(example, self.backbone, scores_first_token=False)
+        return label_count(example, self.backbone, None)
 
     def loss(self, batches: Sequence[RunBatch]) -> list[Loss]:
         """See `Trainable`."""
@@ -379,25 +380,6 @@ class TrainableClassifier:
         # The classes are no labels of the language model, so the method may read the whole text.
         batch = replace(prompt_batch(self.model, (self.prompt,), examples), labels=None)
         return self.method.features(self.model.context(batch))
-
-
-def label_count(example: EncodedExample, backbone: Backbone, scores_first_token: bool) -> int:
-    """The number of labels of an example that its loss counts: its scored tokens, or 1 where it has a single label.
-
-    Args:
-        example: The example.
-        backbone: The backbone that reads it.
-        scores_first_token: Whether a prompt in front of the text scores its first token.
-    """
-    labels = example.labels
-    if not isinstance(labels, list | tuple) or not all(isinstance(label, int) for label in labels):
-        return 1
-    offsets = example.prompt_offsets
-    tokens_before_prompt = offsets[0] if isinstance(offsets, tuple) else offsets
-    unscored_first = not scores_first_token or bool(tokens_before_prompt)
-    if backbone.head == "lm" and backbone.family.shifted and unscored_first:
-        labels = labels[1:]
-    return sum(label != IGNORE for label in labels)
 
 
 def loss_dtype(backbone: Backbone) -> torch.dtype:

@@ -215,10 +215,11 @@ def batch(
 
 def expected(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What the old code says of the artifact at `path`; tensors get their values under the path's name."""
-    from softprompts import artefact, job
-    from softprompts.config import ModelConfig
     from softprompts.evaluate import answers
     from softprompts.prompt import Batch
+
+    from softprompts import artefact, job
+    from softprompts.config import ModelConfig
 
     found = artefact.load(path)
     facts = {
