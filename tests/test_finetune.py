@@ -94,7 +94,7 @@ def by_hand(model, parameters, name, found, chosen):
 
 def train(weights, found, chosen, **more):
     """The steps of a training of weights."""
-    return loop.train(TrainableWeights(weights), TrainingRun("", found, chosen, **more))
+    return loop.train_run(TrainableWeights(weights), TrainingRun("", found, chosen, **more))
 
 
 def fitted(backbone, found, chosen, **more):

@@ -70,9 +70,9 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     run = parse(values)
     made = job.prepare(run)
     results = job.run(run)
-    table = made.learner.method.table.rows
+    table = made.model.registry.method(made.prompts[0]).table.rows
     assert results["summary"]["trainable"] == table.numel()
-    size = sum(p.numel() for p in made.learner.backbone.model.parameters())
+    size = sum(p.numel() for p in made.model.backbone.model.parameters())
     assert results["summary"]["share"] == pytest.approx(table.numel() / size)
     rows = [made.encoders[0].encode(row).input_ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
@@ -88,7 +88,7 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
-        trained.learner.method.load_state_dict(found.state)
+        trained.model.registry.method(trained.prompts[0]).load_state_dict(found.state)
         ours, theirs = (
             list(
                 evaluate.answers(
@@ -209,7 +209,8 @@ def topics(values: dict[str, Any], out: Path, **given: Any) -> dict[str, Any]:
 def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Path, given: dict[str, Any]) -> None:
     """Table and encoder change, topics are told apart, and `init.state` begins with both."""
     run = parse(topics(values, tmp_path / "topics", **given))
-    before = job.prepare(run).learner.method.state_dict()
+    prepared = job.prepare(run)
+    before = prepared.model.registry.method(prepared.prompts[0]).state_dict()
     results = pretrain.run(run)
     assert json.loads((tmp_path / "topics" / "results.json").read_text())["scores"] == results["scores"]
     assert (tmp_path / "topics" / "report.html").is_file()
@@ -224,7 +225,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     assert results["summary"]["moved"] < results["summary"]["trainable"]
     values["prompt"]["init"] = {"state": str(tmp_path / "topics" / "prompt")}
     begun = job.prepare(parse(options(values, **given)))
-    for name, value in begun.learner.method.state_dict().items():
+    for name, value in begun.model.registry.method(begun.prompts[0]).state_dict().items():
         assert torch.equal(value, found.state.get(name, before[name])), name
     results = job.run(parse(values))
     assert results["summary"]["steps"] == 6

@@ -48,7 +48,7 @@ def test_the_artifact_tells_where_it_came_from(values, tmp_path):
     assert torch.equal(made.initial, again.init.prompt)
     assert made.config["task"]["template"] == "{text}:"
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
-    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
+    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.model.backbone))
 
 
 class Halved(PromptTuning):
@@ -116,7 +116,7 @@ def test_a_run_starts_from_another_artifact(values, tmp_path):
 
 def test_label_words_are_a_start(values):
     made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": {"kind": "labels"}}}))
-    base = made.learner.backbone
+    base = made.model.backbone
     pieces = base.tokenizer(" cold", add_special_tokens=False)["input_ids"]
     assert torch.equal(made.init.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
 
@@ -125,7 +125,7 @@ def test_label_words_are_a_start(values):
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
     run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": site}}))
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
-    assert opened.learner.site.name == site
+    assert opened.registry.records[opened.task].site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
 
 

@@ -19,9 +19,9 @@ from softprompts.data import EncodedExample
 from softprompts.injection import Site
 from softprompts.training.checkpoint import CHECKPOINT
 from softprompts.training.loop import is_main_process
-from test_together import config, encoded, learner, trainees, values
+from test_together import config, encoded, run_of, trainees, tuned, values
 from test_together import double as backbone
-from trainees import Trainee, train_many
+from trainees import train_many
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,16 +31,15 @@ def cases(folder):
     joint = trainees("llama", Site(), folder / "joint")
     base = backbone("gpt2")
     rows = [*encoded("gpt2", 6, 5), EncodedExample([5, 6, 7], [-100, -100, -100])]  # one row has no label at all
-    alone = Trainee(
-        "alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, gradient_accumulation_steps=2)
-    )
+    settings = config(6, batch_size=3, gradient_accumulation_steps=2)
+    alone = run_of("alone", tuned(base, Site("kv"), 3, 4), rows, settings)
     # Most batches hold one task only, whose prompt alone may move.
-    two = learner(base, Site(), 3, 8, ("a", "b"))
-    sparse = Trainee("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
+    two = tuned(base, Site(), 3, 8, ("a", "b"))
+    sparse = run_of("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
-    watched = Trainee(
+    watched = run_of(
         "watched",
-        learner(base, Site(), 3, 4),
+        tuned(base, Site(), 3, 4),
         encoded("gpt2", 5, 6),
         config(6, batch_size=2, eval_steps=1, early_stopping_patience=2),
         # Each process has scores of its own; the first one's must decide.

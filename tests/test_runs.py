@@ -92,9 +92,9 @@ def test_entries_that_cannot_be(values, runs, words):
 def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch):
     judged, original = [], evaluate.evaluate
 
-    def counted(learner, *arguments, **options):
-        judged.append(learner.method is None)
-        return original(learner, *arguments, **options)
+    def counted(model, *arguments, **options):
+        judged.append(options["prompt"] is None)
+        return original(model, *arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
     results = job.run(parse({**values, "runs": RUNS}))
