@@ -272,9 +272,9 @@ def test_a_full_disk_keeps_the_checkpoint(trained, call, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_path, monkeypatch):
-    from softprompts.training import loop
+    from softprompts.training.trainables import TrainablePrompts
 
-    original = loop._gradients
+    original = TrainablePrompts.loss
 
     def interrupted(*arguments):
         interrupted.calls += 1
@@ -283,7 +283,7 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_p
         return original(*arguments)
 
     interrupted.calls = 0
-    monkeypatch.setattr(loop, "_gradients", interrupted)
+    monkeypatch.setattr(TrainablePrompts, "loss", interrupted)
     status, _, err = call(*base(trained, "--out", tmp_path / "o", "--steps", 4))
     assert status == 130
     assert "the same command goes on" in err

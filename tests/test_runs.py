@@ -19,7 +19,7 @@ from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.recipes.run import run as job
 from softprompts.training import objectives
-from softprompts.training.loop import CHECKPOINT
+from softprompts.training.checkpoint import CHECKPOINT
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ def test_entries_that_cannot_be(values, runs, words):
 def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch):
     judged, original = [], evaluate.evaluate
 
-    def counted(learner, *arguments, **options):
-        judged.append(learner.method is None)
-        return original(learner, *arguments, **options)
+    def counted(model, *arguments, **options):
+        judged.append(options["prompt"] is None)
+        return original(model, *arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
     results = job.run(parse({**values, "runs": RUNS}))
@@ -191,7 +191,7 @@ def test_the_command_takes_lists_of_seeds_and_rates(values, call, tmp_path):
     assert lines[1].split("  ")[1] == "seed 0, training.learning_rate 0.1"
     assert re.fullmatch(r"training.learning_rate 0.1  accuracy 0\.\d{3}  0\.\d{3}  2", lines[6])
     assert err.count("training seed1-rate0.5 4/4 loss") == 1
-    assert err.count("before training") == 1
+    assert err.count("evaluating colors before training") == 1
     for name in names:
         assert (tmp_path / "out" / name / "prompt" / "adapter_model.safetensors").is_file()
 
@@ -225,9 +225,9 @@ def test_lists_that_cannot_be(values, call, tmp_path, arguments, words):
 
 
 def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
-    from softprompts.training import loop
+    from softprompts.training.trainables import TrainablePrompts
 
-    original = loop._gradients
+    original = TrainablePrompts.loss
 
     def interrupted(*arguments):
         interrupted.calls += 1
@@ -238,7 +238,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
     interrupted.calls = 0
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     whole = job.run(parse({**values, "runs": RUNS[:2], "output_dir": str(tmp_path / "whole")}))
-    monkeypatch.setattr(loop, "_gradients", interrupted)
+    monkeypatch.setattr(TrainablePrompts, "loss", interrupted)
     command = ("train", "--config", tmp_path / "run.yaml", "--set", f"runs={json.dumps(RUNS[:2])}")
     status, _, err = call(*command)
     assert status == 130

@@ -1,6 +1,5 @@
 """The study of prompts that look at the input, on a tiny model: what is compared, what is reused, what is said."""
 
-import functools
 import json
 import statistics
 import types
@@ -15,9 +14,9 @@ from studies.instance_prompts.summary import _mean_of, page_of, verdict
 import local
 from softprompts.config import parse
 from softprompts.errors import ConfigError, DataError
-from softprompts.recipes import comparison, pretrain
+from softprompts.recipes import comparison
 from softprompts.recipes.run.prepare import ProgressReporter
-from softprompts.training import loop as train
+from softprompts.training.trainables import TrainableClassifier, TrainablePrompts
 
 TRAINED = [
     "prompt-tuning",
@@ -243,17 +242,17 @@ def test_an_interrupted_study_goes_on_to_the_same_results(done, tmp_path, monkey
     """Cut in the second step of pretraining, and in the first run of the second arm."""
     values, _ = done
     expected = execute(parse(small(values, tmp_path / "whole"), Study))
-    taught, joint, steps = pretrain._step, train.joint_steps, 0
+    pretraining, training, steps = TrainableClassifier.loss, TrainablePrompts.loss, 0
 
-    def cut(original, *given):
+    def cut(loss, trainable, batches):
         nonlocal steps
         steps += 1
         if steps == at:
             raise KeyboardInterrupt
-        return original(*given)
+        return loss(trainable, batches)
 
-    monkeypatch.setattr(pretrain, "_step", functools.partial(cut, taught))
-    monkeypatch.setattr(train, "joint_steps", functools.partial(cut, joint))
+    monkeypatch.setattr(TrainableClassifier, "loss", lambda *arguments: cut(pretraining, *arguments))
+    monkeypatch.setattr(TrainablePrompts, "loss", lambda *arguments: cut(training, *arguments))
     with pytest.raises(KeyboardInterrupt):
         execute(parse(small(values, tmp_path / "out"), Study))
     monkeypatch.undo()

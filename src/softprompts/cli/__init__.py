@@ -167,7 +167,7 @@ def _listed(option: str, text: str | None, single: float | None, kind: type[int]
 def _run(run: Run, as_json: bool) -> None:
     from softprompts.errors import TrainingError
     from softprompts.recipes.run import run as job
-    from softprompts.training.loop import CHECKPOINT
+    from softprompts.training.checkpoint import CHECKPOINT
 
     quiet()
     out_dir = Path(run.output_dir)

@@ -70,7 +70,7 @@ def progress() -> Iterator[Any]:
 
         def judged(name: str, done: int, total: int) -> None:
             if terminal or done == total:
-                advance(f"judging {name}", done, total, "rows", total)
+                advance(f"evaluating {name}", done, total, "rows", total)
 
         yield ProgressReporter(say, step, judged)
 

@@ -55,10 +55,10 @@ def pretrain(
     as_json: Json = False,
 ) -> None:
     """Teach what reads the text in a method, such as ipt's table, to tell topics apart; a run starts from it."""
-    from softprompts.recipes.pretrain import execute
+    from softprompts.recipes import pretrain as recipe
 
     run = _read(config, Run, out_dir, model, on_machine(device, dtype, quantize), sets)
-    _carry_out(run, execute, show, as_json)
+    _carry_out(run, recipe.run, show, as_json)
 
 
 @app.command()
