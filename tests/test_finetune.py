@@ -78,15 +78,15 @@ def stock_loss(model, name, part):
 def by_hand(model, parameters, name, found, chosen):
     """The losses of a plain loop."""
     batches, losses = ExampleBatches(found, chosen.batch_size, 0), []
-    optimizer = torch.optim.AdamW(parameters, lr=chosen.rate, weight_decay=chosen.weight_decay)
-    for step in range(chosen.steps):
+    optimizer = torch.optim.AdamW(parameters, lr=chosen.learning_rate, weight_decay=chosen.weight_decay)
+    for step in range(chosen.max_steps):
         optimizer.zero_grad()
         loss = stock_loss(model, name, batches.at(step))
         loss.backward()
-        if chosen.clip is not None:
-            clip_grad_norm_(parameters, chosen.clip)
+        if chosen.max_grad_norm is not None:
+            clip_grad_norm_(parameters, chosen.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = chosen.rate * (1 - step / chosen.steps)
+            group["lr"] = chosen.learning_rate * (1 - step / chosen.max_steps)
         optimizer.step()
         losses.append(loss.item())
     return losses
