@@ -221,7 +221,11 @@ def test_bad_configuration(trained, call, tmp_path):
 )
 def test_bad_rows(trained, call, tmp_path, content, words):
     (tmp_path / "c.csv").write_text(content)
-    sets = [f"task.source={tmp_path / 'c.csv'}", "task.verbalizer={warm: warm, cold: cold}", f"out={tmp_path / 'o'}"]
+    sets = [
+        f"task.source={tmp_path / 'c.csv'}",
+        "task.verbalizer={warm: warm, cold: cold}",
+        f"output_dir={tmp_path / 'o'}",
+    ]
     refused(call(*base(trained, *[part for s in sets for part in ("--set", s)])), *words)
     assert not (tmp_path / "o" / "prompt").exists()
 
@@ -302,7 +306,7 @@ def test_bad_artifacts(trained, call, tmp_path):
     pickle.write_bytes(b"\x80\x04" + b"x" * 50)
     refused(call("predict", pickle.parent, "x"), "pickle")
     newer = copy("newer") / "softprompts.json"
-    newer.write_text(newer.read_text().replace('"format_version": 3', '"format_version": 4'))
+    newer.write_text(newer.read_text().replace('"format_version": 4', '"format_version": 5'))
     refused(call("predict", newer.parent, "x"), "newer")
     found = artifact.load(trained / "out" / "prompt")
     found.prompt[0, 0] = torch.nan
@@ -455,7 +459,7 @@ def test_other_rows_are_not_mixed_with_those_of_an_interrupted_run(trained, call
     refused(call("predict", prompt, "--file", source, "--out", out, *exact), "answers.jsonl.partial:2", "another row")
     refused(
         call("predict", prompt, "--file", source, "--out", out, *exact, "--max-new-tokens", 5),
-        "begun with another evaluate",
+        "begun with another evaluation",
     )
     assert len(lines(partial.read_text())) == 2
     assert not out.exists()

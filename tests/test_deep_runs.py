@@ -15,6 +15,7 @@ import yaml
 import local
 import rows
 import tiny
+from closeness import assert_close
 from softprompts import SoftPromptModel, assets, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.cli import listing
@@ -30,7 +31,7 @@ from softprompts.types import Prompt, PromptInit, for_tasks
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
-    "network": {"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 8}},
+    "network": {"method": "prefix-tuning", "site": "kv", "options": {"reparametrize": True, "hidden": 8}},
     "states": {"method": "p-tuning-v2", "site": "layers", "options": {"dropout": 0.1}},
     "lstm": {"method": "p-tuning"},
     "mlp": {"method": "p-tuning", "options": {"network": "mlp"}, "init": {"kind": "zeros"}},
@@ -119,7 +120,7 @@ def test_peft_loads_the_folded_prompt(folder: Path, tmp_path: Path, case: str) -
 @pytest.mark.parametrize(("name", "site"), [("t5", "kv"), ("bert", "layers"), ("t5", "layers")])
 def test_other_families(tmp_path: Path, name: str, site: str) -> None:
     run = local.run_values(tmp_path, name, max_steps=2)
-    run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrise": True, "hidden": 8}}
+    run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrize": True, "hidden": 8}}
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
     results = job.run(parse(run))
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(run).model)[0]
@@ -147,7 +148,7 @@ def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path
     for name in ("one", "two"):
         assert torch.equal(method.fold(name), two.prompt)
     assert method.networks[0].inputs is not method.networks[1].inputs
-    both["prompt"]["options"] = {"reparametrise": True, "hidden": 7}
+    both["prompt"]["options"] = {"reparametrize": True, "hidden": 7}
     with pytest.raises(ConfigError, match=r"a tensor 'networks.0.hidden.bias' of \[8\] .* one of \[7\]"):
         job.prepare(parse(both))
 
@@ -156,7 +157,7 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     """Rows with prefixes of several methods and lengths are the rows alone; groups are saved, loaded, made smaller."""
     path, deep = folder / "llama", {"site": "kv", "init": {"kind": "random"}}
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(path))
-    network = {"method": "prefix-tuning", "options": {"reparametrise": True, "hidden": 8, "output": "torch"}}
+    network = {"method": "prefix-tuning", "options": {"reparametrize": True, "hidden": 8, "output": "torch"}}
     model.add_tasks(("one", "two", "three"), PromptConfig(num_virtual_tokens=4, **network, **deep))
     model.add_task("plain", PromptConfig(num_virtual_tokens=6, **deep))
     model.add_task("low", PromptConfig(num_virtual_tokens=2, method="low-rank", **deep))
@@ -179,7 +180,7 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(alike(again, tasks), expected)
     again.remove_task("two")
     tasks[1] = "three"
-    torch.testing.assert_close(alike(again, tasks)[4], expected[4], atol=1e-6, rtol=1e-6)
+    assert_close(alike(again, tasks)[4], expected[4])
     assert sorted(len(m.networks) for m in again.prompts.values() if hasattr(m, "networks")) == [1, 2]
 
 
@@ -216,7 +217,7 @@ def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, mon
         again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
         assert torch.equal(again(input_ids=ids, tasks=["two", "one"]).logits, before)
         again.remove_task("one")
-        torch.testing.assert_close(again(input_ids=ids[:1]).logits[0], before[0], atol=1e-6, rtol=1e-6)
+        assert_close(again(input_ids=ids[:1]).logits[0], before[0])
     (left,) = again.prompts.values()
     assert isinstance(left.parts, torch.nn.ModuleList)
     assert sorted(artifact.load(tmp_path / "two").state) == ["parts.0.bias", "parts.0.weight", "shared"]
@@ -303,7 +304,7 @@ def test_the_command(folder: Path, tmp_path: Path, call: Callable[..., Any]) -> 
     assert json.loads(out)["scores"]["accuracy"]["value"] == saved["summary"]["after"]["value"], err
     assert json.loads(call("predict", prompt, "the thing is red")[1])["answer"] in ("warm", "cold")
     assert call("generate", prompt, "the thing is", "--max-new-tokens", "3")[0] == 0
-    assert json.loads(call("inspect", prompt, "--json")[1])["fixed"] is True
+    assert json.loads(call("inspect", prompt, "--json")[1])["plain_prompt"] is True
     assert call("fold", prompt, "--out", tmp_path / "plain")[0] == 0
     assert torch.equal(artifact.load(tmp_path / "plain").prompt, artifact.load(prompt).prompt)
     assert artifact.load(tmp_path / "plain").method == "prompt-tuning"

@@ -229,7 +229,7 @@ def test_mean_of_artifacts(tmp_path: Path) -> None:
     found = start(bb, kind="mean", paths=paths, weights=(2, 1, 1))
     expected = (prompts[0].double() / 2 + prompts[1].double() / 4 + prompts[2].double() / 4).float()
     assert found.equal(expected)
-    assert start(bb, kind="mean", paths=paths).equal(similarity.mean(prompts))
+    assert start(bb, kind="mean", paths=paths).equal(similarity.weighted_mean(prompts))
     assert start(bb, kind="mean", paths=paths[:1], weights=(7,)).equal(prompts[0])
 
 
@@ -492,9 +492,15 @@ def test_a_seed_of_its_own_fixes_the_draw(values: dict[str, Any]) -> None:
         ({"seed": "x"}, "init.seed"),
         ({"kind": "mean"}, "init kind 'mean' needs init.paths"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1]}, "1 numbers for 2 init.paths; give one for each path"),
-        ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
-        ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
-        ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
+        (
+            {"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]},
+            r"init.weights.1: .* greater than or equal to 0 \(given: -1\)",
+        ),
+        ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "init.weights must not all be 0"),
+        (
+            {"kind": "mean", "paths": ["a"], "weights": [float("nan")]},
+            r"init.weights.0: .* finite number \(given: nan\)",
+        ),
         ({"kind": "meen", "paths": ["a"]}, "'artifact', 'mean', 'multitask' or 'vector' .*did you mean 'mean'"),
         ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
     ],

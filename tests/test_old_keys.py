@@ -18,7 +18,7 @@ def test_an_old_key_is_refused_with_the_new_one_named():
 
 
 def test_an_old_key_in_a_new_section_is_refused():
-    with pytest.raises(ConfigError, match="unknown key 'training.rate'; it is called 'training.learning_rate' now"):
+    with pytest.raises(ConfigError, match=r"unknown key 'training\.rate'; it is called 'training.learning_rate' now"):
         parse(override({}, ["training.rate=0.1"]))
 
 
@@ -27,12 +27,18 @@ def test_an_old_key_in_a_new_section_is_refused():
     [
         ({"task": {"verbaliser": {"a": "b"}}}, [("task.verbaliser", "task.verbalizer")]),
         ({"tasks": [{}, {"chat_place": "user"}]}, [("tasks.1.chat_place", "tasks.1.chat_placement")]),
-        ({"runs": [{"name": "a", "train.rate": 1}]}, [("runs.0.train", "runs.0.training"), ("runs.0.train.rate", "runs.0.training.learning_rate")]),
-        ({"prompt": {"method": "idpg", "options": {"normalise": True}}}, [("prompt.options.normalise", "prompt.options.normalize")]),
+        (
+            {"runs": [{"name": "a", "train.rate": 1}]},
+            [("runs.0.train", "runs.0.training"), ("runs.0.train.rate", "runs.0.training.learning_rate")],
+        ),
+        (
+            {"prompt": {"method": "idpg", "options": {"normalise": True}}},
+            [("prompt.options.normalise", "prompt.options.normalize")],
+        ),
         ({"task": {"split": {"train": "a.csv"}}}, []),
         ({"training": {"train": "lora"}}, [("training.train", "training.target")]),
     ],
-)  # fmt: skip
+)
 def test_the_whole_path_of_an_old_key_is_found(values, renames):
     assert find_old_keys(values) == renames
 

@@ -71,7 +71,7 @@ def test_in_masked_models_and_pairs() -> None:
 @pytest.mark.parametrize("place", ["start", "user"])
 def test_in_chats(place: Any) -> None:
     """Neither the chat template's words nor the system's."""
-    form = replace(QUESTION, chat=True, system="Be short: Type:", chat_place=place)
+    form = replace(QUESTION, chat=True, system="Be short: Type:", chat_placement=place)
     encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200)
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 

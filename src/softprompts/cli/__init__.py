@@ -231,7 +231,7 @@ def inspect(
     if words:
         quiet()
         opened = open_prompts([prompt], model, {}, True)
-        near = nearest_tokens(opened.backbone, artifact.load(prompt).matrix(prompt))
+        near = nearest_tokens(opened.backbone, artifact.load(prompt).require_prompt(prompt))
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)

@@ -57,7 +57,7 @@ def evaluate(
             prompt=opened.tasks,
             config=evaluation_config(record.artifact, by=by, normalize=normalize, max_new_tokens=max_new_tokens),
             mapping=renamed,
-            progress=lambda done: screen.judged(name, done, total),
+            progress=lambda done: screen.on_eval(name, done, total),
         )
     scores = {metric: vars(score) for metric, score in found.scores.items()}
     if as_json:

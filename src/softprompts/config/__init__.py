@@ -3,7 +3,13 @@
 Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
 """
 
-from softprompts.config.old_keys import find_old_keys, update_old_keys, update_old_options
+from softprompts.config.old_keys import (
+    OLD_KEYS,
+    find_old_keys,
+    original_options,
+    update_old_keys,
+    update_old_options,
+)
 from softprompts.config.parsing import assign, closest, override, parse, read
 from softprompts.config.schema import (
     DistillationConfig,
@@ -23,6 +29,7 @@ from softprompts.config.schema import (
 )
 
 __all__ = [
+    "OLD_KEYS",
     "DistillationConfig",
     "EvaluationConfig",
     "Head",
@@ -40,6 +47,7 @@ __all__ = [
     "assign",
     "closest",
     "find_old_keys",
+    "original_options",
     "override",
     "parse",
     "read",

@@ -17,6 +17,7 @@ OLD_KEYS: dict[str, dict[str, str]] = {
     },
     "PromptConfig": {"length": "num_virtual_tokens", "place": "placement"},
     "TaskConfig": {"verbaliser": "verbalizer", "chat_place": "chat_placement"},
+    "TaskTemplate": {"verbaliser": "verbalizer", "chat_place": "chat_placement"},  # stored in artifacts
     "TrainConfig": {
         "steps": "max_steps",
         "parity": "equivalence",
@@ -59,8 +60,12 @@ OLD_KEYS: dict[str, dict[str, str]] = {
 OLD_VALUES: dict[str, dict[str, dict[str, str]]] = {"InitConfig": {"kind": {"artefact": "artifact"}}}
 """Class of a section -> key -> value of an earlier release -> value of today."""
 
-OLD_OPTIONS: dict[str, dict[str, str]] = {"idpg": {"normalise": "normalize"}}
-"""Method -> option of an earlier release -> option of today."""
+OLD_OPTIONS: dict[str, dict[str, str]] = {
+    "idpg": {"normalise": "normalize"},
+    "prefix-tuning": {"reparametrise": "reparametrize"},
+    "p-tuning-v2": {"reparametrise": "reparametrize"},
+}
+"""Method -> option of an earlier release -> option of today. The digest of an artifact has the old names."""
 
 _UNTYPED = {("Run", "runs"): tuple[Run, ...], ("Arm", "prompt"): PromptConfig}
 """Keys whose values are plain mappings in the schema, with what these mappings are parts of."""
@@ -93,6 +98,12 @@ def update_old_keys(values: Mapping[str, Any], model: type[Section] = Run) -> di
 def update_old_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The stored options of a method with the names of today."""
     names = OLD_OPTIONS.get(method, {})
+    return {names.get(name, name): value for name, value in options.items()}
+
+
+def original_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a method with the names that they had first, so that a digest outlives a new name."""
+    names = {today: name for name, today in OLD_OPTIONS.get(method, {}).items()}
     return {names.get(name, name): value for name, value in options.items()}
 
 
@@ -153,7 +164,7 @@ def _update_section(
         if isinstance(value, str):
             value = OLD_VALUES.get(section.__name__, {}).get(name, {}).get(value, value)
         updated[name if name != first else key] = value
-    if isinstance(updated.get("options"), Mapping) and "options" in section.model_fields:
+    if section is PromptConfig and isinstance(updated.get("options"), Mapping):
         updated["options"] = _update_options(updated, old, new, renames)
     return updated
 

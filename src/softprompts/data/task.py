@@ -32,7 +32,7 @@ class TaskTemplate:
     truncate: tuple[str, ...] | None = None
     max_length: int | None = None
     chat: bool = False
-    chat_place: Literal["start", "user"] = "start"
+    chat_placement: Literal["start", "user"] = "start"
     system: str | None = None
     metrics: tuple[str, ...] = ()
     positive: str | None = None
@@ -118,7 +118,7 @@ def load(config: TaskConfig) -> Task:
         truncate=config.truncate,
         max_length=config.max_length,
         chat=config.chat,
-        chat_place=config.chat_placement,
+        chat_placement=config.chat_placement,
         system=config.system,
         metrics=config.metrics or (),
         positive=config.positive,
@@ -153,7 +153,7 @@ def place_of(asked: str, forms: Sequence[TaskTemplate]) -> str:
         )
     said = "the template has a slot" if slotted else f"prompt.placement is {asked}"
     for form in forms:
-        if form.chat and form.chat_place == "user" and (slotted or asked not in ("auto", "first")):
+        if form.chat and form.chat_placement == "user" and (slotted or asked not in ("auto", "first")):
             raise DataError(
                 f"{form.name}: chat_placement is user, and {said}: both say where the prompt stands; leave one out"
             )

@@ -171,7 +171,7 @@ class TextTokenizer:
         text = self._rendered(content[0], self.format.system)
         whole = _inside(text, content)
         ids, spans = self._spelt(text)
-        if self.format.chat_place == "start":
+        if self.format.chat_placement == "start":
             return Tokens(ids, place=0, words=self._own(spans, [whole]))
         begin = len(self._opening)
         if not text.startswith(self._opening):

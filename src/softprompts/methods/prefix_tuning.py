@@ -31,7 +31,7 @@ class PrefixTuning(PromptMethod):
     class Config(MethodConfig):
         """The options of prefix-tuning."""
 
-        reparametrise: bool = False
+        reparametrize: bool = False
         """Whether the prompt is trained through a network."""
 
         hidden: int = Field(default=512, ge=1)
@@ -50,7 +50,7 @@ class PrefixTuning(PromptMethod):
         super().__init__(config, spec, init, shared)
         self.dropout = config.dropout
         self.network: _Network | None = None
-        if config.reparametrise:
+        if config.reparametrize:
             self.network = _Network(config, spec, init.prompt)
         else:
             self.prompt = nn.Parameter(init.prompt.detach().clone().float())

@@ -132,7 +132,7 @@ def _pack(prepared: PreparedRun, classifier: TrainableClassifier, scores: dict[s
     whole = pack(prepared, 0, None)
     pretrained = classifier.method_parameters()
     state = {name: value for name, value in whole.state.items() if name in pretrained}
-    return replace(whole, prompt=None, state=state, format=None, scores=scores)
+    return replace(whole, prompt=None, state=state, template=None, scores=scores)
 
 
 def _page(

@@ -113,14 +113,14 @@ def _load_teacher(backbone: Backbone, task: str, path: str, weights: Any) -> Tas
             f"the teacher of {task}, {path}, reads head '{loaded.head}' and the model has '{backbone.head}'; teachers "
             f"and students need a language model's head (model.head: lm)"
         )
-    site = Site(loaded.site, loaded.mode, loaded.place, loaded.segments)
+    site = Site(loaded.site, loaded.mode, loaded.placement, loaded.segments)
     width = injection.width(backbone, site)
     if loaded.shape[1] != width:
         raise ConfigError(
             f"the teacher of {task}, {path}, has rows of width {loaded.shape[1]}; site '{site.name}' of "
             f"{backbone.name} takes {width}"
         )
-    return TaskTeacher(task, loaded.matrix(path), site, loaded.digest)
+    return TaskTeacher(task, loaded.require_prompt(path), site, loaded.digest)
 
 
 def targets(
