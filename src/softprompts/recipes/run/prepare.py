@@ -218,7 +218,7 @@ def _check_run(run: Run, tasks: Sequence[Task]) -> None:
 
 
 def _check_training(train: TrainConfig, method: str) -> None:
-    """Raise ConfigError for settings of the training that contradict each other or the method."""
+    """Raise ConfigError for objectives that do not exist, and rates of groups that the method does not have."""
     objectives.weigh(train.objectives)
     known = find(method).groups
     for name in train.learning_rates:

@@ -205,7 +205,7 @@ def compare(
 
 def _differences(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """The settings that differ between the runs, as dotted keys, with each run's value."""
-    flat = {name: _flatten(run.model_dump(mode="json", exclude={"out", "runs"})) for name, run in runs.items()}
+    flat = {name: _flatten(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
     values: dict[str, set[str]] = {}
     for settings in flat.values():
         for key in settings:
