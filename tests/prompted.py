@@ -16,9 +16,7 @@ from softprompts.training.optimizer import build_optimizer
 from softprompts.types import Context, Prompt, PromptInit, PromptSpec
 
 
-def prompted(
-    backbone: Backbone, site: Site, methods: Any, heads: bool = False
-) -> SoftPromptModel:
+def prompted(backbone: Backbone, site: Site, methods: Any, heads: bool = False) -> SoftPromptModel:
     """A model whose prompts these methods make; a method alone makes the prompt of the task "a".
 
     heads: whether each prompt has a copy of the model's classification head.

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -15,7 +16,6 @@ from softprompts import injection
 from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.attempt import Attempt
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +24,6 @@ from softprompts.injection.generation import generate
 from softprompts.methods import build, groups
 from softprompts.methods.dept import DePT
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives

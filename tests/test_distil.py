@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch.nn import functional
 
 import local
@@ -18,7 +19,6 @@ from softprompts.config import DistillationConfig, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import distillation, loop, objectives
 from softprompts.training.shared_batch import joint_steps

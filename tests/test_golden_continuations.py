@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -16,7 +17,6 @@ from softprompts import injection
 from softprompts.errors import BackboneError
 from softprompts.injection.continuations import candidate_tree
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.types import PromptInit
 
 scoring_module = sys.modules["softprompts.injection.continuations"]  # the name in inject is the function

@@ -3,13 +3,13 @@
 import peft
 import pytest
 import torch
+from softprompts.model.learner import Learner
 
 import tiny
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, PromptInit
 

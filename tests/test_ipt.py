@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -18,7 +19,6 @@ from softprompts.injection import generation
 from softprompts.methods import build, state_of
 from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives, optimizer
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 

@@ -86,7 +86,6 @@ EXCLUSIVE = {
 
 KNOWN = {
     "model.opening imports softprompts.recipes.run.prepare",
-    "cli.studies imports studies",
     "injection.encoder_decoder imports transformers.cache_utils",
     "injection.forward imports transformers.cache_utils",
     "injection.generation imports transformers.cache_utils",

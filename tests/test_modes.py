@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from softprompts.model.learner import Learner
 
 import local
 import rows
@@ -19,7 +20,6 @@ from softprompts.artifacts import artifact
 from softprompts.config import PromptConfig, parse
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
-from softprompts.model.learner import Learner
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import equivalence, loop, objectives

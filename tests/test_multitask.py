@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from softprompts.model.learner import Learner
 
 import rows
 import test_together as together
@@ -11,7 +12,6 @@ import tiny
 from softprompts import injection, methods
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import loop, objectives
 from softprompts.types import Context, PromptInit, PromptSpec
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -15,7 +16,6 @@ from softprompts import injection
 from softprompts.backbone.kernels import Kernels
 from softprompts.injection import packed_attention
 from softprompts.methods import find
-from softprompts.model.learner import Learner
 from softprompts.training import equivalence, objectives
 from softprompts.types import PromptInit
 

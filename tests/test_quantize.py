@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 
 import local
 import rows
@@ -18,7 +19,6 @@ from softprompts.backbone import loading, quantization
 from softprompts.config import parse
 from softprompts.errors import BackboneError, WrongBackboneError
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives

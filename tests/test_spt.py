@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -20,7 +21,6 @@ from softprompts.methods import METHODS, build, groups, shares
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.spt import SemiParametric, best, products
 from softprompts.model import initialization
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, mix_prompts
 

@@ -166,9 +166,8 @@ def _idle_rate(job: PreparedRun) -> str:
 
 def _load_rows(config: TaskConfig, screen: ProgressReporter) -> Task:
     task = load(config)
-    screen.log(
-        f"{task.name}: {len(task.train)} rows to train, {len(task.validation)} to choose, {len(task.test)} to judge"
-    )
+    sizes = (f"{len(rows):,} {split}" for split, rows in (("train", task.train), ("validation", task.validation)))
+    screen.log(f"{task.name}: {' / '.join(sizes)} / {len(task.test):,} test examples")
     for note in task.notes:
         screen.log(f"  {note}")
     return task

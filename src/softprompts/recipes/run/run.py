@@ -305,7 +305,7 @@ def _judge(
         return None
 
     def progress(done: int) -> None:
-        screen.on_eval(f"{title} {when}", done, len(rows))
+        screen.on_eval(f"{title} {when} training", done, len(rows))
 
     encoder, run, prompt = job.encoders[index], job.run, None if stock else job.prompt(index)
     found = evaluate.evaluate(
