@@ -178,7 +178,7 @@ def test_fold_writes_a_plain_prompt(tmp_path, call):
     before, after = artifact.load(made), artifact.load(plain)
     assert (before.method, after.method) == ("multitask-prompt-tuning", "prompt-tuning")
     assert after.prompt.equal(before.prompt)
-    assert after.state["prompts.0"].equal(before.prompt)
+    assert after.state["prompt"].equal(before.prompt)
     assert after.parents == (before.digest,)
     assert json.loads((plain / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
 
