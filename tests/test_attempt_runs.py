@@ -11,6 +11,7 @@ import transformers
 import yaml
 
 import local
+from closeness import assert_close
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
@@ -190,7 +191,7 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
         expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
-        torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
+        assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0])
     voted = list(evaluate.answers(both, rows, prompt=both.tasks, config=EvaluationConfig()))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
@@ -225,7 +226,7 @@ def test_the_command(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
     status, out, err = call("generate", prompt, "the thing is", "--max-new-tokens", "3", "--beams", "2")
     assert status == 0, err
     status, out, err = call("inspect", prompt, "--json")
-    assert json.loads(out)["fixed"] is False
+    assert json.loads(out)["plain_prompt"] is False
     status, _, err = call("inspect", prompt, "--words")
     assert status == 1
     assert "holds no plain prompt: attempt makes one from each text" in err
@@ -333,7 +334,7 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
         model(input_ids=ids, labels=labels, tasks="mixed")
         model(input_ids=torch.tensor([text]), tasks="mixed")
         model(input_ids=ids, tasks="mixed")
-    torch.testing.assert_close(seen[0], seen[1], atol=1e-6, rtol=1e-5)
+    assert_close(seen[0], seen[1])
     assert not torch.allclose(seen[0], seen[2], atol=1e-4), "the answer would have made a difference"
 
 

@@ -311,7 +311,7 @@ def test_bad_artifacts(trained, call, tmp_path):
     pickle.write_bytes(b"\x80\x04" + b"x" * 50)
     refused(call("predict", pickle.parent, "x"), "pickle")
     newer = copy("newer") / "softprompts.json"
-    newer.write_text(newer.read_text().replace('"format_version": 3', '"format_version": 4'))
+    newer.write_text(newer.read_text().replace('"format_version": 4', '"format_version": 5'))
     refused(call("predict", newer.parent, "x"), "newer")
     found = artifact.load(trained / "out" / "prompt")
     found.prompt[0, 0] = torch.nan

@@ -121,7 +121,7 @@ def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_pat
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["n"] == 40
     one = load("alpha")
-    artifact.save(replace(one, format={**one.format, "template": "{text}?"}), tmp_path / "asked")
+    artifact.save(replace(one, template={**one.template, "template": "{text}?"}), tmp_path / "asked")
     assert call("vector", "add", tmp_path / "asked", "beta", "--out", tmp_path / "both")[0] == 0
     refused(call("evaluate", tmp_path / "both"), "holds no task")
 
@@ -218,7 +218,7 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
     means = {one["coefficient"]: one["mean"] for one in found["validation"]}
     assert found["coefficient"] == max(means, key=lambda at: (means[at], -at))
     made = artifact.load(tmp_path / "s/prompt")
-    total = vectors.read("alpha + beta")
+    total = vectors.read_expression("alpha + beta")
     assert made.prompt.equal(vectors.apply(total, load("alpha").initial, found["coefficient"]))
     assert set(found["test"]) == {"alpha", "beta"}
     assert f"with coefficient {found['coefficient']:g}" in out

@@ -229,7 +229,7 @@ def test_mean_of_artifacts(tmp_path: Path) -> None:
     found = start(bb, kind="mean", paths=paths, weights=(2, 1, 1))
     expected = (prompts[0].double() / 2 + prompts[1].double() / 4 + prompts[2].double() / 4).float()
     assert found.equal(expected)
-    assert start(bb, kind="mean", paths=paths).equal(similarity.mean(prompts))
+    assert start(bb, kind="mean", paths=paths).equal(similarity.weighted_mean(prompts))
     assert start(bb, kind="mean", paths=paths[:1], weights=(7,)).equal(prompts[0])
 
 

@@ -36,7 +36,7 @@ def test_two_tasks_train_in_the_same_batches(values, tmp_path):
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert not torch.equal(one.prompt, two.prompt)
     assert torch.equal(one.initial, two.initial)
-    assert two.format["template"] == "{text}?"
+    assert two.template["template"] == "{text}?"
     for name in ("report-one.html", "report-two.html"):
         assert (tmp_path / "out" / name).is_file()
 

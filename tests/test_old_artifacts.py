@@ -36,6 +36,9 @@ FIELDS = {"ids": "input_ids", "mask": "attention_mask", "place": "prompt_offsets
 FIELDS |= {"words": "instruction_mask"}
 """Fields of a Batch that had other names when the batches were stored."""
 
+ATTRIBUTES = {"place": "placement", "format": "template", "sum": "vector_sum"}
+"""What attributes of an Artifact are called today, by their names in expected.json."""
+
 RENAMED = {
     "verbalizer": "verbaliser",
     "chat_placement": "chat_place",
@@ -52,7 +55,8 @@ def facts(directory: Path) -> dict[str, Any]:
     loaded = artifact.load(directory)
     names = ("task", "method", "options", "site", "mode", "place", "segments", "shape", "family", "head", "backbone")
     names += ("revision", "format", "scores", "version", "parents", "digest", "sum")
-    values: dict[str, Any] = json.loads(json.dumps({name: getattr(loaded, name) for name in names}))
+    attributes = {name: getattr(loaded, ATTRIBUTES.get(name, name)) for name in names}
+    values: dict[str, Any] = json.loads(json.dumps(attributes))
     return {**values, "options": as_then(values["options"]), "format": as_then(values["format"])}
 
 

@@ -254,9 +254,9 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     run.run(parse(values))
     directory = tmp_path / "out" / "prompt"
     found = artifact.load(directory)
-    assert (found.place, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
+    assert (found.placement, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
     written = json.loads((directory / "softprompts.json").read_text())
-    assert written["peft"] == f"place {place}: PEFT puts the prompt before the text"
+    assert written["peft"] == f"placement {place}: PEFT puts the prompt before the text"
     assert not (directory / "adapter_config.json").exists()
     opened = open_prompts([directory], config=parse(values).model)[0]
     made = run.prepare(parse(values))
@@ -318,7 +318,7 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
     run.run(parse(values))
     whole = {name: artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
     assert [whole[name].segments for name in whole] == [(), (2, 2)]
-    assert [whole[name].place for name in whole] == ["template"] * 2
+    assert [whole[name].placement for name in whole] == ["template"] * 2
     values["output_dir"] = str(tmp_path / "again")
     stop = StopIteration()
 
@@ -344,25 +344,25 @@ def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
     run.run(parse(values))
     for name, length in (("a", 3), ("b", 5)):
         found = artifact.load(tmp_path / "out" / name / "prompt")
-        assert (found.place, found.shape[0]) == ("template", length)
+        assert (found.placement, found.shape[0]) == ("template", length)
 
 
 def test_older_artifacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
-    from artifacts import assert_equal, edit, example
+    from artifacts import assert_equal, edit, example, write_as_format
 
     directory = artifact.save(example(), tmp_path / "a")
-    edit(directory / "softprompts.json", format_version=2, segments=...)
+    write_as_format(directory / "softprompts.json", 2)
     assert_equal(artifact.load(directory), example())
     edit(directory / "softprompts.json", segments=[])
     with pytest.raises(ArtifactError, match="unknown key 'segments': format 2 has none"):
         artifact.load(directory)
-    parted = example(place="template", segments=(2, 3))
+    parted = example(placement="template", segments=(2, 3))
     assert_equal(artifact.load(artifact.save(parted, tmp_path / "b")), parted)
-    assert parted.digest != example(place="template").digest
+    assert parted.digest != example(placement="template").digest
     edit(tmp_path / "b" / "softprompts.json", segments=[2, 2])
     with pytest.raises(ArtifactError, match=r"segments \[2, 2\] do not sum to the prompt's 5 tokens"):
         artifact.load(tmp_path / "b")
-    chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_placement": "user"})
+    chat = example(template={"name": "t", "template": "{text}", "chat": True, "chat_placement": "user"})
     artifact.save(chat, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "softprompts.json").read_text())["peft"].startswith(
         "chat_placement user: PEFT puts"

@@ -167,7 +167,7 @@ def test_targets_start_where_their_arm_says(done):
     near = similarity.retrieve(probe, teachers, 2)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-weighted", "full"))
     weighted = artifact.load(out / f"targets/gamma-full/rates/spot-weighted-rate{rate:g}-seed0/prompt")
-    expected = similarity.mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
+    expected = similarity.weighted_mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
     assert weighted.initial.equal(expected)
 
 

@@ -151,7 +151,7 @@ def test_conditions():
     starts = [torch.randn(P, 8, generator=generator) for _ in range(3)]
     tuned = [start + torch.randn(P, 8, generator=generator) for start in starts]
     like = local_artifacts(starts, tuned)
-    found = [vectors.vector(one, str(i)) for i, one in enumerate(like)]
+    found = [vectors.task_vector(one, str(i)) for i, one in enumerate(like)]
     made = independence.prompts(found, starts)
     assert {name: len(each) for name, each in made.items()} == {
         "own": 3, "cross": 6, "start": 3, "shuffled": 6, "random": 6, "alone": 3,
@@ -307,7 +307,7 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     place = tmp_path / "out/vectors/beta/start1/prompt"
     one = artifact.load(place)
     moved = one.prompt + 0.01
-    artifact.save(vectors.made(vectors.vector(one), moved), place)
+    artifact.save(vectors.to_artifact(vectors.task_vector(one), moved), place)
     execute(parse(small, Study))
     assert len(asked) == 4
 
@@ -641,7 +641,7 @@ def test_the_search_never_reads_test_rows(done):
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
-    start = one.like.initial
+    start = one.reference.initial
     found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
     assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), ProgressReporter())

@@ -122,13 +122,13 @@ class _AtHand:
     def vectors(self, title: str) -> list[Vector]:
         places = range(len(self.study.vectors.starts))
         return [
-            vectors.vector(artifact.load(prompt_path(self.study, title, place)), f"{title} from start {place}")
+            vectors.task_vector(artifact.load(prompt_path(self.study, title, place)), f"{title} from start {place}")
             for place in places
         ]
 
 
 def _starts(found: Sequence[Vector]) -> list[Tensor]:
-    starts = [one.like.initial for one in found]
+    starts = [one.reference.initial for one in found]
     return [start for start in starts if start is not None]
 
 

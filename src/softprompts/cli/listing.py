@@ -181,7 +181,7 @@ def inspect(
             log(f"warning: {warning}")
         stored = opened.registry.records[opened.task].artifact
         assert stored is not None
-        nearest = nearest_tokens(opened.backbone, stored.matrix(prompt))
+        nearest = nearest_tokens(opened.backbone, stored.require_prompt(prompt))
         facts["nearest_words"] = [vars(row) for row in nearest]
     if as_json:
         show_json(facts)

@@ -58,17 +58,21 @@ def make(
     from softprompts.artifacts import artifact, vectors
     from softprompts.model.persistence import plain
 
-    folded = plain(artifact.load(vectors.locate(prompt)), prompt)
+    folded = plain(artifact.load(vectors.locate_prompt(prompt)), prompt)
     chosen = _start(start, start_of)
-    if chosen is not None and folded.initial is not None and not folded.initial.equal(chosen.matrix("the start")):
+    if (
+        chosen is not None
+        and folded.initial is not None
+        and not folded.initial.equal(chosen.require_prompt("the start"))
+    ):
         raise ConfigError(
             f"{prompt} says itself where its training began, and the start given is another one; leave --start and "
             f"--start-of out, or put its vector on that start with: softprompts vector apply {prompt} --start PROMPT"
         )
     if chosen is not None:
-        vectors.fits(chosen, vectors.vector(replace(folded, initial=chosen.prompt), prompt), "the start")
+        vectors.check_start(chosen, vectors.task_vector(replace(folded, initial=chosen.prompt), prompt), "the start")
         folded = replace(folded, initial=chosen.prompt)
-    _save(vectors.vector(folded, prompt), folded, out_dir, as_json)
+    _save(vectors.task_vector(folded, prompt), folded, out_dir, as_json)
 
 
 @app.command()
@@ -139,7 +143,7 @@ def merge(
     """One vector of several as in the literature on merging models, added to a start."""
     from softprompts.artifacts import vectors
 
-    settings = vectors.Merge(None if weights is None else _numbers("--weights", weights), density, t, seed)
+    settings = vectors.MergeOptions(None if weights is None else _numbers("--weights", weights), density, t, seed)
     terms = _read(prompts)
     _combine(vectors.merge(terms, how, settings), out_dir, start, start_of, as_json, terms)
 
@@ -255,7 +259,7 @@ def search(
 def _read(prompts: list[str]) -> list[Any]:
     from softprompts.artifacts import vectors
 
-    return [vectors.read(text) for text in prompts]
+    return [vectors.read_expression(text) for text in prompts]
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
@@ -274,10 +278,10 @@ def _start(start: str | None, start_of: str | None) -> Any:
     if start is not None and start_of is not None:
         raise ConfigError("give either --start or --start-of, not both")
     if start is not None:
-        return artifact.load(vectors.locate(start))
+        return artifact.load(vectors.locate_prompt(start))
     if start_of is None:
         return None
-    source = artifact.load(vectors.locate(start_of))
+    source = artifact.load(vectors.locate_prompt(start_of))
     if source.initial is None:
         raise ConfigError(f"{start_of} does not say where its training began; give a start with --start")
     return replace(source, prompt=source.initial)
@@ -298,7 +302,7 @@ def _combine(
 
     # The result of a merge has no start of its own; that of its sources' sum is the one they have in common.
     initial = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
-    _save(total * by, vectors.made(total, initial, by), out_dir, as_json)
+    _save(total * by, vectors.to_artifact(total, initial, by), out_dir, as_json)
 
 
 def _save(total: Any, prompt: Any, out_dir: Path, as_json: bool) -> None:

@@ -1,7 +1,6 @@
 """The methods: each makes one task's prompt. One file a method; `registry` finds them by name."""
 
 from softprompts.methods.base import SITES, MethodConfig, PromptMethod, fold, make_prompts
-from softprompts.methods.old_names import rename_old_state
 from softprompts.methods.registry import (
     METHODS,
     build,
@@ -26,6 +25,5 @@ __all__ = [
     "make_prompts",
     "names",
     "parse_options",
-    "rename_old_state",
     "sentence_encoders",
 ]

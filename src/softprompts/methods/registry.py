@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from softprompts.config import closest
 from softprompts.errors import ConfigError
 from softprompts.methods.base import MethodConfig, PromptMethod
-from softprompts.methods.old_names import rename_old_state
 from softprompts.types import PromptInit, PromptSpec
 
 METHODS: dict[str, str] = {
@@ -209,7 +208,7 @@ def _load_tensors(name: str, method: PromptMethod, state: Mapping[str, Tensor]) 
         ConfigError: The method does not have such tensors.
     """
     tensors = method.state_dict()
-    for key, value in sorted(rename_old_state(name, state).items()):
+    for key, value in sorted(state.items()):
         if key not in tensors or tensors[key].shape != value.shape:
             existing = f"one of {list(tensors[key].shape)}" if key in tensors else f"none; it has {', '.join(tensors)}"
             raise ConfigError(

@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts import errors
 from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
+from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
 from softprompts.config import InitConfig, closest
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
-from softprompts.methods import rename_old_state
 from softprompts.types import Fingerprint, PromptInit, PromptSpec
 
 LABEL_POPULATION = 5000
@@ -58,12 +57,12 @@ def initialize(
     read = _fitting(
         [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, spec, allow_other_weights
     )
-    sources = [one.matrix(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
-    found = [one.matrix(path).clone() for one, path in zip(read, paths, strict=False)]
+    sources = [one.require_prompt(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
+    found = [one.require_prompt(path).clone() for one, path in zip(read, paths, strict=False)]
     if config.kind == "artifact":
         made = PromptInit(found[0])
     elif config.kind == "mean":
-        made = PromptInit(similarity.mean(found, config.weights))
+        made = PromptInit(similarity.weighted_mean(found, config.weights))
     elif config.kind == "multitask":
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, spec, allow_other_weights)
@@ -75,7 +74,7 @@ def initialize(
     return replace(
         made,
         sources=torch.stack(sources) if sources else None,
-        state=rename_old_state(read[-1].method, read[-1].state) if state else None,
+        state=read[-1].state if state else None,
         draw=functools.partial(_draw, backbone, seed),
         parents=tuple(dict.fromkeys([*made.parents, *(one.digest for one in read)])),
     )
@@ -180,9 +179,9 @@ def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
     if backbone.family is SEQ2SEQ:
         state = backbone.encoder(input_ids=ids).last_hidden_state
         pair = EncoderDecoderCache(cache, backbone.new_cache())
-        backbone.decoder(input_ids=ids, encoder_hidden_states=state, past_key_values=pair, use_cache=True)
+        backbone.decoder(input_ids=ids, encoder_hidden_states=state, **cache_argument(backbone.decoder, pair))
     else:
-        backbone.trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+        backbone.trunk(input_ids=ids, **cache_argument(backbone.trunk, cache))
     layers: list[Any] = cache.layers
     if any(layer.keys.shape[2] != ids.shape[1] for layer in layers):
         raise BackboneError(
@@ -275,15 +274,15 @@ def _from_vector(
 ) -> PromptInit:
     """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
-    total = vectors.read(config.vector)
-    _check_fits(total.like, config.vector, fingerprint(backbone), site, spec, allow_other_weights)
+    total = vectors.read_expression(config.vector)
+    _check_fits(total.reference, config.vector, fingerprint(backbone), site, spec, allow_other_weights)
     if config.start is not None:
         began = initialize(
             config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
     common = vectors.common_start(total)
-    if common is None and not total.parts:
+    if common is None and not total.summands:
         raise ConfigError(
             f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
             f"such as init.start: {{kind: vocabulary}}"
@@ -301,14 +300,14 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
 
     Columns and rows are averaged on their own; the average of their products would not be of the same rank.
     """
-    states = {one.task: rename_old_state(one.method, one.state) for one in artifacts}
+    states = {one.task: one.state for one in artifacts}
     for one in artifacts:
-        if not set(peft_files.STATE) <= set(states[one.task]):
+        if not set(peft_files.MULTITASK_STATE) <= set(states[one.task]):
             raise ArtifactError(
                 f"{path}: the prompt of {one.task} was trained with {one.method}, which has no shared prompt and "
                 f"factors; start from a multitask prompt, or use init kind 'artifact'"
             )
-    prompt, columns, rows = peft_files.STATE
+    prompt, columns, rows = peft_files.MULTITASK_STATE
     shared = next(iter(states.values()))[prompt]
     if any(not torch.equal(state[prompt], shared) for state in states.values()):
         raise ArtifactError(f"{path}: {', '.join(states)} do not share one prompt; they come from different runs")
@@ -328,6 +327,6 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
 def _parts(path: str) -> list[tuple[str | Path, int | None]]:
     """The prompts in a directory: what a run of several tasks or a SoftPromptModel left, PEFT's, or a single one."""
     found = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
-    if found and not (Path(path) / collection.ORDER).is_file():
+    if found and not (Path(path) / collection.INDEX).is_file():
         return [(one, None) for one in found]
-    return [(part.path, part.task) for unit in collection.units(Path(path)) for part in unit]
+    return [(part.path, part.task) for unit in collection.member_groups(Path(path)) for part in unit]

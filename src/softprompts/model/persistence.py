@@ -23,7 +23,6 @@ from softprompts.methods import (
     check_site,
     find,
     fold,
-    rename_old_state,
     sentence_encoders,
 )
 from softprompts.model import initialization
@@ -209,7 +208,7 @@ def open_artifact(
             f"{path} holds a prompt for a {opened.family or 'any'} model with head '{opened.head}', but "
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
-    site = Site(opened.site, opened.mode, opened.place, opened.segments)
+    site = Site(opened.site, opened.mode, opened.placement, opened.segments)
     plain = opened.prompt is not None and not trainable
     if not plain:
         encoders.fetch(sentence_encoders(opened.method, opened.options), backbone)
@@ -219,7 +218,11 @@ def open_artifact(
             f"{path} holds a prompt of width {opened.shape[1]}; site '{site.name}' of this model is {spec.width}"
         )
     name_of_method, options = ("prompt-tuning", {}) if plain else (opened.method, opened.options)
-    method = build(name_of_method, {}, spec, PromptInit(opened.matrix(path))) if plain else rebuild(opened, spec, path)
+    method = (
+        build(name_of_method, {}, spec, PromptInit(opened.require_prompt(path)))
+        if plain
+        else rebuild(opened, spec, path)
+    )
     head = _tree(_fitting_head(opened, backbone, path))
     if not trainable:
         method.requires_grad_(False)
@@ -250,8 +253,8 @@ def rebuild(opened: Artifact, spec: PromptSpec, origin: str | Path) -> PromptMet
         ConfigError: A method or options that are not known here.
         ArtifactError: The state does not fit.
     """
-    start = opened.initial if opened.state and opened.initial is not None else opened.matrix(origin)
-    state = rename_old_state(opened.method, opened.state)
+    start = opened.initial if opened.state and opened.initial is not None else opened.require_prompt(origin)
+    state = opened.state
     sources = next((value for name, value in state.items() if name.split(".")[-1] == SOURCES), None)
     method = build(opened.method, opened.options, spec, PromptInit(start, sources))
     if not state:
@@ -281,7 +284,7 @@ def open_directory(
     prompts: list[NewPrompt] = []
     warnings: list[str] = []
     places: list[tuple[int, str]] = []
-    for unit in collection.units(path):
+    for unit in collection.member_groups(path):
         group = []
         for member in unit:
             prompt, told = open_artifact(
@@ -289,7 +292,7 @@ def open_directory(
             )
             group.append(prompt)
             warnings += told
-            places.append((member.place, prompt.name))
+            places.append((member.position, prompt.name))
         _share(path, group)
         prompts += group
     return prompts, tuple(name for _, name in sorted(places)), warnings
@@ -316,7 +319,7 @@ def plain(opened: Artifact, origin: str | Path) -> Artifact:
     Raises:
         ArtifactError: The prompt depends on the text.
     """
-    state = {"prompt": opened.matrix(origin).clone()}
+    state = {"prompt": opened.require_prompt(origin).clone()}
     return replace(opened, method="prompt-tuning", options={}, state=state, parents=(opened.digest,))
 
 
@@ -352,13 +355,13 @@ def pack(
         heads={key: value.detach().cpu().clone() for key, value in registry.head(name).items()},
         site=record.site.name,
         mode=record.site.mode,
-        place=record.site.place,
+        placement=record.site.place,
         family=backbone.family.name,
         head=backbone.head,
         backbone=backbone.name,
         revision=backbone.revision,
         fingerprint=fingerprint(backbone) if weights is None else weights,
-        format=template if source is None or template is not None else source.format,
+        template=template if source is None or template is not None else source.template,
         config=config if source is None or record.run else source.config,
         scores=dict(scores or {}),
         parents=record.parents,
@@ -378,7 +381,7 @@ def unchanged(before: Artifact, now: Artifact) -> bool:
     if before.prompt is not None and now.prompt is not None:
         pairs.append(({"prompt": before.prompt}, {"prompt": now.prompt}))
     else:
-        pairs.append((rename_old_state(before.method, before.state), now.state))
+        pairs.append((before.state, now.state))
     return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
 
 
@@ -396,32 +399,49 @@ def save(backbone: Backbone, registry: PromptRegistry, directory: Path) -> None:
     if len(packed) == 1:
         artifact.save(next(iter(packed.values())), directory)
         return
-    if collection.holds_one(directory):
+    if collection.is_artifact(directory):
         raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(packed)} of them")
     for name, one in packed.items():
-        artifact.save(one, directory / collection.folder(name))
+        artifact.save(one, directory / collection.folder_name(name))
     groups = [group for group in dict.fromkeys(registry.group(name) for name in packed) if len(group) > 1]
-    folders = tuple(tuple(map(collection.folder, group)) for group in groups)
+    folders = tuple(tuple(map(collection.folder_name, group)) for group in groups)
     peft = _peft([[packed[name] for name in group] for group in groups]) if groups else None
-    collection.write(directory, collection.CollectionIndex(tuple(map(collection.folder, packed)), folders), peft)
+    collection.write_index(
+        directory, collection.CollectionIndex(tuple(map(collection.folder_name, packed)), folders), peft
+    )
 
 
 def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
-    """PEFT's files for the prompts that share one, or why it cannot reproduce them."""
-    first = groups[0][0]
+    """PEFT's files for the prompts that share one, or why PEFT cannot load them."""
+    members = groups[0]
+    first = members[0]
     if len(groups) > 1:
         return f"{len(groups)} groups: PEFT's files hold one"
     if first.method != peft_files.MULTITASK:
         return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
-    reason = peft_files.obstacle(first.site, first.place, first.family, first.head, first.heads, first.format)
+    reason = peft_files.why_peft_cannot_load(
+        site=first.site,
+        placement=first.placement,
+        family=first.family,
+        head=first.head,
+        heads=first.heads,
+        template=first.template,
+    )
     if reason is not None:
         return reason
-    if any(not torch.equal(value, one.heads[key]) for one in groups[0] for key, value in first.heads.items()):
-        return f"head {first.head} of each task: PEFT has one for all"
-    facts = first.fingerprint.architecture if first.fingerprint else {}
-    shape = (first.shape[0], first.shape[1])
-    place = (first.family, first.head, first.heads, first.backbone, first.revision, facts)
-    states = [one.state for one in groups[0]]
-    ranks = states[0][peft_files.STATE[1]].shape[1]
-    config = peft_files.shared_config(peft_files.config(shape, *place), len(states), ranks)
-    return collection.PeftFiles(config, peft_files.shared_tensors(states, first.heads))
+    for member in members:
+        if any(not torch.equal(value, member.heads[name]) for name, value in first.heads.items()):
+            return f"head {first.head} of each task: PEFT has one for all"
+    single = peft_files.adapter_config(
+        shape=(first.shape[0], first.shape[1]),
+        family=first.family,
+        head=first.head,
+        heads=first.heads,
+        backbone=first.backbone,
+        revision=first.revision,
+        architecture=first.fingerprint.architecture if first.fingerprint else {},
+    )
+    states = [member.state for member in members]
+    columns = peft_files.MULTITASK_STATE[1]
+    config = peft_files.multitask_config(single, tasks=len(members), ranks=states[0][columns].shape[1])
+    return collection.PeftFiles(config, peft_files.multitask_tensors(states, first.heads))

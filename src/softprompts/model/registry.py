@@ -44,9 +44,9 @@ class PromptRecord:
     @property
     def task_template(self) -> TaskTemplate | None:
         """How a row is put into words: as `template` or the artifact says."""
-        if self.template is not None or self.artifact is None or self.artifact.format is None:
+        if self.template is not None or self.artifact is None or self.artifact.template is None:
             return self.template
-        return TaskTemplate.from_json(self.artifact.format)
+        return TaskTemplate.from_json(self.artifact.template)
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,11 @@ class SoftPromptModel(nn.Module):
             AssetError: A packaged model cannot be fetched.
         """
         if isinstance(model, str | Path):
-            if path is None and (collection.holds_one(Path(model)) or collection.is_ours(Path(model))):
+            if path is None and (collection.is_artifact(Path(model)) or collection.written_by_softprompts(Path(model))):
                 path = model
-                first = artifact.load(collection.units(Path(path))[0][0].path, collection.units(Path(path))[0][0].task)
+                first = artifact.load(
+                    collection.member_groups(Path(path))[0][0].path, collection.member_groups(Path(path))[0][0].task
+                )
                 made = cls(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
             else:
                 loading = (config or ModelConfig()).model_copy(update={"name": str(model)})
@@ -754,8 +756,8 @@ def backbone_config(
 
 def head_rows(opened: Artifact) -> int | None:
     """Classes of an artifact's head: the task's, or, where none is stored, the rows of its last weight."""
-    if opened.format is not None:
-        return setup.head_size(opened.head, TaskTemplate.from_json(opened.format))
+    if opened.template is not None:
+        return setup.head_size(opened.head, TaskTemplate.from_json(opened.template))
     sizes = [value.shape[0] for name, value in opened.heads.items() if name.endswith("weight")]
     return sizes[-1] if sizes and opened.head in ("sequence", "token") else None
 
@@ -789,10 +791,10 @@ def open_prompts(
     for other, path in zip(opened, paths, strict=True):
         differs = [
             fact
-            for fact in ("site", "mode", "place", "segments", "head", "method")
+            for fact in ("site", "mode", "placement", "segments", "head", "method")
             if getattr(other, fact) != getattr(first, fact)
         ]
-        if {**(other.format or {}), "name": ""} != {**(first.format or {}), "name": ""}:
+        if {**(other.template or {}), "name": ""} != {**(first.template or {}), "name": ""}:
             differs.append("task format")
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")

@@ -81,19 +81,19 @@ def search(
     Raises VectorError, ArtifactError, DataError, BackboneError and ConfigError before anything is judged.
     """
     began = time.time()
-    total = vectors.read(text)
+    total = vectors.read_expression(text)
     begins = begin(total, start)
-    found = {name: artifact.load(vectors.locate(name)) for name in (on or vectors.terms(text))}
-    tasks, like = _tasks(found), total.like
+    found = {name: artifact.load(vectors.locate_prompt(name)) for name in (on or vectors.parse_expression(text))}
+    tasks, like = _tasks(found), total.reference
     base = load_backbone(backbone_config(like, model, changes), log=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
-    site = Site(like.site, like.mode, like.place)
+    site = Site(like.site, like.mode, like.placement)
     judges = [
         judge(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
         for config, own in tasks.values()
     ]
     choice = choose(judges, total, begins, grid, screen)
-    made = vectors.made(total, begins, choice.best)
+    made = vectors.to_artifact(total, begins, choice.best)
     assert made.prompt is not None
     exact = [replace(one, config=evaluation_config(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
     told, warnings = _tested(exact, made.prompt, screen)
@@ -145,10 +145,10 @@ def begin(total: Vector, start: Artifact | None) -> Tensor:
     Raises ConfigError where they have none, ArtifactError for a start of another backbone, length or site.
     """
     if start is not None:
-        vectors.fits(start, total, "the start")
-        return start.matrix("the start")
+        vectors.check_start(start, total, "the start")
+        return start.require_prompt("the start")
     common = vectors.common_start(total)
-    if common is None and not total.parts:
+    if common is None and not total.summands:
         raise ConfigError(
             "the sum is zero, so no prompt of it says where to begin; say what to add it to: --start PROMPT, or "
             "--start-of PROMPT for where the training of that prompt began"

@@ -221,7 +221,7 @@ def _packed(pupil: Pupil, scores: dict[str, Any]) -> Artifact:
     made = pack(pupil.job, 0, None)
     taught = {_tensor(name) for name in pupil.trained if name.startswith("prompts.")}
     state = {name: value for name, value in made.state.items() if name in taught}
-    return replace(made, prompt=None, state=state, format=None, scores=scores)
+    return replace(made, prompt=None, state=state, template=None, scores=scores)
 
 
 def _page(pupil: Pupil, history: Sequence[Progress], began: float) -> dict[str, Any]:

@@ -97,14 +97,14 @@ def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher
             f"the teacher of {task}, {path}, reads head '{found.head}' and the model has '{backbone.head}'; teachers "
             f"and students need a language model's head (model.head: lm)"
         )
-    site = Site(found.site, found.mode, found.place, found.segments)
+    site = Site(found.site, found.mode, found.placement, found.segments)
     width = injection.width(backbone, site)
     if found.shape[1] != width:
         raise ConfigError(
             f"the teacher of {task}, {path}, has rows of width {found.shape[1]}; site '{site.name}' of "
             f"{backbone.name} takes {width}"
         )
-    return TaskTeacher(task, found.matrix(path), site, found.digest)
+    return TaskTeacher(task, found.require_prompt(path), site, found.digest)
 
 
 def targets(

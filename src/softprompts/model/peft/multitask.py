@@ -165,7 +165,7 @@ class MultitaskPromptEmbedding(nn.Module):
         names = tuple(map(str, range(config.num_tasks)))
         methods = build_tasks(peft_files.MULTITASK, options, PromptSpec(count, width, width), start, names)
         states = [methods[name].state_dict() for name in names]
-        prompt, columns, rows = peft_files.STATE
+        prompt, columns, rows = peft_files.MULTITASK_STATE
         device = word_embeddings.weight.device
         self.embedding = nn.Embedding(count, width, _weight=states[0][prompt].to(device))
         self.prefix_task_cols = nn.Parameter(torch.stack([state[columns] for state in states]).to(device))

@@ -197,7 +197,7 @@ def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
         return _words(embed, _sample(embed.weight.shape[0], count))
     if kind == PromptTuningInit.CLASS_LABELS:
         return _label_rows(config, embed, count)
-    found = artifact.load(str(config.prompt_tuning_init_text)).matrix(str(config.prompt_tuning_init_text))
+    found = artifact.load(str(config.prompt_tuning_init_text)).require_prompt(str(config.prompt_tuning_init_text))
     if tuple(found.shape) != (count, width):
         raise ConfigError(
             f"{config.prompt_tuning_init_text} holds a prompt of {list(found.shape)}, wanted is {[count, width]}; set "

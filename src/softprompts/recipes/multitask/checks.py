@@ -77,18 +77,18 @@ def _check_teachers(plan: Plan, backbone: Backbone) -> None:
         "length": plan.prompt.num_virtual_tokens,
         "site": site.name,
         "mode": site.mode,
-        "place": injection.resolve_place(backbone, site),
+        "placement": injection.resolve_place(backbone, site),
         "head": backbone.head,
     }
     for name, path in plan.teachers.trained.items():
         one = artifact.load(path)
         assert weights is not None
         artifact.check_fingerprint(one.fingerprint, weights, False)
-        one.matrix(Path(path))
-        found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "place", "head")}}
-        slotted = plan.prompt.placement == "auto" and one.place == "template"  # as the source's own template says
+        one.require_prompt(Path(path))
+        found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "placement", "head")}}
+        slotted = plan.prompt.placement == "auto" and one.placement == "template"  # as the source's own template says
         for key, value in wanted.items():
-            if found[key] != value and not (key == "place" and slotted):
+            if found[key] != value and not (key == "placement" and slotted):
                 raise ArtifactError(
                     f"the teacher of {name}, {path}, has {key} {found[key]} and the plan wants {value}: change the "
                     f"plan's prompt, or leave the teacher out so that it is trained"

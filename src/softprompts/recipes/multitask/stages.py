@@ -51,7 +51,7 @@ def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     variants = {name: Path(plan.output_dir) / "sources" / name for name in plan.source.variants}
     run = source_runs(plan)
     sources = stages.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
-    similar = {name: artifact.load(path).matrix(path) for name, path in teachers.items()}
+    similar = {name: artifact.load(path).require_prompt(path) for name, path in teachers.items()}
     origins = Origins(teachers, variants, _nearest(plan, similar, screen))
     filled = Comparison(plan.target, functools.partial(_runs, plan, origins, screen))
     for shots in plan.target.shots:
@@ -77,7 +77,7 @@ def _nearest(
     for task, shots, seed in product(plan.targets, plan.target.shots, plan.target.seeds):
         path = Path(run.output_dir) / probe_name(task.title, shots, seed) / "prompt"
         if path.exists():
-            own, count = artifact.load(path).matrix(path), min(plan.target.nearest, len(teachers))
+            own, count = artifact.load(path).require_prompt(path), min(plan.target.nearest, len(teachers))
             found[task.title, shots, seed] = [(name, w) for name, w, _ in similarity.retrieve(own, teachers, count)]
     return found
 
