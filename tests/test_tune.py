@@ -39,7 +39,7 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
     assert found.seconds == {
         "torch products": 2, "onednn products": 1, "packed": 1, "packed-fused": 2, "sdpa": 4, "eager": 3,
     }  # fmt: skip
-    assert str(found) == "rows packed (math), products by onednn"
+    assert str(found) == "attention: packed (math), matmul: onednn"
     (entry,) = json.loads((tmp_path / "autotune.json").read_text()).values()
     assert entry["kernels"]["matmul_backend"] == "onednn"
     done = clock["products"]
@@ -84,7 +84,7 @@ def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path
     for name in ("bloom", "bert", "t5"):  # nothing is packed, and what is said is true
         found = setup.autotune(tiny.backbone(name))
         assert found == setup.TunedKernels(Kernels(rows="shared"), {})
-        assert str(found) == "attention the model's own, products by torch"
+        assert str(found) == "attention: the model's own, matmul: torch"
     assert not (tmp_path / "autotune.json").exists()
 
 
