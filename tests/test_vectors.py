@@ -743,7 +743,7 @@ def test_what_is_made_is_a_vector_again(total: Any, scale: Any, seed: int) -> No
     one, start = total[0], rows.random(seed, P, D)
     found = to_artifact(one, start, scale)
     assert bits(found.initial) == bits(start)
-    assert bits(found.state["prompts.0"]) == bits(found.require_prompt(""))
+    assert bits(found.state["prompt"]) == bits(found.require_prompt(""))
     again = task_vector(found)
     wanted = (one * scale).value
     allowed = found.require_prompt("").double().abs() / 2**24 + wanted.abs() * 1e-13 + 1e-15
