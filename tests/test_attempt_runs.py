@@ -11,12 +11,14 @@ import transformers
 import yaml
 
 import local
+from closeness import assert_close
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
 from softprompts.data import collate
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
 
@@ -84,23 +86,25 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     run = parse(values)
     made = job.prepare(run)
     job.run(run)
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     rows = list(made.tasks[0].test)
     trained = job.prepare(run)
-    trained.learner.method.load_state_dict(opened.artifacts[0].state)
+    trained.learner.method.load_state_dict(opened.registry.records[opened.task].artifact.state)
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
-        ours = list(evaluate.answers(opened.learner, opened.encoder, rows, config))
-        theirs = list(evaluate.answers(trained.learner, trained.encoders[0], rows, config))
+        ours = list(evaluate.answers(opened, rows, prompt=opened.task, config=config))
+        theirs = list(
+            evaluate.answers(trained.model, rows, prompt=trained.prompt(0), encoder=trained.encoders[0], config=config)
+        )
         assert [one.text for one in ours] == [one.text for one in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
     # Alone, and ranked by hand from the whole sequence with the prompt that the text has.
-    base, encoder = opened.learner.backbone, opened.encoder
-    (found,) = evaluate.answers(opened.learner, encoder, rows[:1], EvaluationConfig())
+    base, encoder = opened.backbone, opened.example_tokenizer(opened.task)
+    (found,) = evaluate.answers(opened, rows[:1], prompt=opened.task, encoder=encoder, config=EvaluationConfig())
     ids = encoder.encode(rows[0]).input_ids
     batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
-        prompt = opened.learner.prompt(batch).values[0]
+        prompt = opened.make_prompts(batch).values[0]
         for label, answer in encoder.candidates().items():
             words = base.embed(torch.tensor(ids + answer))
             logits = base.model(inputs_embeds=torch.cat([prompt, words])[None]).logits[0].log_softmax(-1)
@@ -148,9 +152,9 @@ def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: P
     assert torch.equal(one.state["up.weight"], two.state["up.weight"])
     assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
-        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
+        opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         rows = job.prepare(run).tasks[0].test
-        found = evaluate.evaluate(opened.learner, opened.encoder, rows, run.evaluation)
+        found = evaluate.evaluate(opened, rows, prompt=opened.task, config=run.evaluation)
         assert found.headline.value == page["summary"]["after"]["value"]
 
 
@@ -173,22 +177,22 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     folders = [Path(row["directory"]) / "prompt" for row in results["runs"]]
     assert results["next"][-1] == f"softprompts evaluate {folders[0]} {folders[1]}"
     model = parse(values).model
-    both = job.open_artifacts(folders, model=model)
+    both = open_prompts(folders, config=model)[0]
     assert not any(part.training for part in both.learner.method.modules())
     rows = job.prepare(parse({**values, "runs": []})).tasks[0].test[:4]
     alone = []
     for folder in folders:
-        opened = job.open_artifacts([folder], model=model)
-        alone.append(list(evaluate.answers(opened.learner, opened.encoder, rows, EvaluationConfig())))
+        opened = open_prompts([folder], config=model)[0]
+        alone.append(list(evaluate.answers(opened, rows, prompt=opened.task, config=EvaluationConfig())))
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = collate(texts, 0)
     prompt = both.learner.prompt(batch)
-    single = [job.open_artifacts([folder], model=model).learner for folder in folders]
+    single = [open_prompts([folder], config=model)[0].learner for folder in folders]
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
         expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
-        torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
-    voted = list(evaluate.answers(both.learner, both.encoder, rows, EvaluationConfig(), votes=2))
+        assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0])
+    voted = list(evaluate.answers(both, rows, prompt=both.tasks, config=EvaluationConfig()))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
 
@@ -330,7 +334,7 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
         model(input_ids=ids, labels=labels, tasks="mixed")
         model(input_ids=torch.tensor([text]), tasks="mixed")
         model(input_ids=ids, tasks="mixed")
-    torch.testing.assert_close(seen[0], seen[1], atol=1e-6, rtol=1e-5)
+    assert_close(seen[0], seen[1])
     assert not torch.allclose(seen[0], seen[2], atol=1e-4), "the answer would have made a difference"
 
 
@@ -351,8 +355,8 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
     job.run(parse({**values, "output_dir": str(tmp_path / "source")}))
     values["prompt"] |= {"method": "attempt", "init": {"sources": [str(tmp_path / "source" / "prompt")]}}
     results = job.run(parse(values))
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    assert opened.artifacts[0].state["prompts.0"].dtype == torch.float32
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    assert opened.registry.records[opened.task].artifact.state["prompts.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
-    found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluation)
+    found = evaluate.evaluate(opened, rows, prompt=opened.task, config=parse(values).evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]

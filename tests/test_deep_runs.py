@@ -15,6 +15,7 @@ import yaml
 import local
 import rows
 import tiny
+from closeness import assert_close
 from softprompts import SoftPromptModel, assets, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.cli import listing
@@ -23,6 +24,7 @@ from softprompts.config.sweep import grid, sweep
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import prepare_many
 from softprompts.types import Prompt, PromptInit, for_tasks
@@ -87,8 +89,8 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
         assert torch.equal(made.initial, ready.start.prompt)
     assert results["summary"]["trainable"] == sum(p.numel() for p in ready.learner.method.parameters())
     assert ("nearest_words" in results) == (run.prompt.site == "input")
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    found = evaluate.evaluate(opened.learner, opened.encoder, ready.tasks[0].test, run.evaluation)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
+    found = evaluate.evaluate(opened, ready.tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
     assert artifact.inspect(tmp_path / "out" / "prompt")["parameters"] == results["summary"]["trainable"]
     ready.learner.method.load_state_dict(made.state)
@@ -121,9 +123,9 @@ def test_other_families(tmp_path: Path, name: str, site: str) -> None:
     run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrize": True, "hidden": 8}}
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
     results = job.run(parse(run))
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(run).model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(run).model)[0]
     found = evaluate.evaluate(
-        opened.learner, opened.encoder, job.prepare(parse(run)).tasks[0].test, parse(run).evaluation
+        opened, job.prepare(parse(run)).tasks[0].test, prompt=opened.task, config=parse(run).evaluation
     )
     assert found.headline.value == results["summary"]["after"]["value"]
 
@@ -178,7 +180,7 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(alike(again, tasks), expected)
     again.remove_task("two")
     tasks[1] = "three"
-    torch.testing.assert_close(alike(again, tasks)[4], expected[4], atol=1e-6, rtol=1e-6)
+    assert_close(alike(again, tasks)[4], expected[4])
     assert sorted(len(m.networks) for m in again.prompts.values() if hasattr(m, "networks")) == [1, 2]
 
 
@@ -215,7 +217,7 @@ def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, mon
         again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
         assert torch.equal(again(input_ids=ids, tasks=["two", "one"]).logits, before)
         again.remove_task("one")
-        torch.testing.assert_close(again(input_ids=ids[:1]).logits[0], before[0], atol=1e-6, rtol=1e-6)
+        assert_close(again(input_ids=ids[:1]).logits[0], before[0])
     (left,) = again.prompts.values()
     assert isinstance(left.parts, torch.nn.ModuleList)
     assert sorted(artifact.load(tmp_path / "two").state) == ["parts.0.bias", "parts.0.weight", "shared"]
@@ -319,7 +321,7 @@ def test_the_list_of_methods(call: Callable[..., Any]) -> None:
     assert found.keys() == methods.METHODS.keys()
     assert all(row["paper"] and row["sites"] and row["about"] for row in found.values())
     look = ["attempt", "ipt", "idpg", "spt-reconstruction"]
-    assert [name for name, row in found.items() if row["sees_input"]] == look
+    assert [name for name, row in found.items() if row["input_dependent"]] == look
     assert {name for name, row in found.items() if not row["folds"]} == {*look, "dept"}  # which changes the text
     sizes = {name: row["trained"]["numbers"] for name, row in found.items()}
     assert sizes == {
@@ -387,7 +389,7 @@ def test_methods_of_others_are_listed(call: Callable[..., Any], monkeypatch: pyt
         "paper": None,
         "sites": None,
         "folds": False,
-        "sees_input": None,
+        "input_dependent": None,
         "trained": {"site": "input", "numbers": 20 * 576 + 577},
         "why": None,
     }

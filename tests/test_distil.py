@@ -160,7 +160,7 @@ def test_a_step_without_a_teacher_says_so():
 def student(name, seed=1, tasks=TASKS, site=None):
     base = together.double(name)
     site = site or Site()
-    slot = injection.prompt_spec(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():

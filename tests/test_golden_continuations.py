@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -16,7 +17,6 @@ from softprompts import injection
 from softprompts.errors import BackboneError
 from softprompts.injection.continuations import candidate_tree
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.types import PromptInit
 
 scoring_module = sys.modules["softprompts.injection.continuations"]  # the name in inject is the function
@@ -77,7 +77,7 @@ def test_continuations(name: str, site: injection.Site) -> None:
         torch.testing.assert_close(rows.of_row(output, i), rows.of_row(plain, i), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gptj"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gptj", "bloom"])
 def test_a_row_does_not_know_its_neighbors(name: str) -> None:
     bb, values, texts = tiny.backbone(name), prompts(name, INPUT), rows.texts(name, TEXTS)
     together = injection.continuations(bb, rows.batch(name, texts), rows.several(values, USED), INPUT, CANDIDATES)
@@ -88,7 +88,7 @@ def test_a_row_does_not_know_its_neighbors(name: str) -> None:
             torch.testing.assert_close(own[0, 0], together[i, c], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "gptj"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "gptj", "bloom"])
 def test_without_a_prompt(name: str) -> None:
     """The stock model's own texts are packed too."""
     bb, texts = tiny.backbone(name), rows.texts(name, TEXTS)
@@ -105,7 +105,7 @@ def test_without_a_prompt(name: str) -> None:
     assert len(read) == (1 if name not in rows.UNPACKED else 1 + sum(len(c) > 1 for c in CANDIDATES))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gptj"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gptj", "bloom"])
 @pytest.mark.parametrize("candidates", [CANDIDATES, [[7], [9]]])
 def test_empty_texts(name: str, candidates: list[list[int]]) -> None:
     """Behind a prompt they are texts like others; at site kv nothing scores a candidate's first token."""
@@ -158,7 +158,7 @@ def test_given_positions_and_embeddings(name: str) -> None:
 def judged(name: str, site: injection.Site, head: str = "lm") -> Learner:
     """A learner with two tasks of different prompts."""
     bb = tiny.backbone(name, head)
-    slot = injection.prompt_spec(bb, site, ("a", "b"), 5)
+    slot = injection.prompt_spec(bb, site, 5)
     method = PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, slot.width)))
     method.prompts[1].add_(rows.random(1, 5, slot.width))
     return Learner(bb, site, slot, method)

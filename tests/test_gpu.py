@@ -26,6 +26,7 @@ from softprompts.backbone import devices
 from softprompts.config import parse
 from softprompts.evaluation import evaluate
 from softprompts.methods import find
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 
 DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.devices() if d != "cpu"), None)
@@ -155,9 +156,9 @@ def test_a_run_on_it_is_one_on_the_cpu(method, folder, tmp_path):
         assert results["machine"]["device"].startswith(device)
         losses.append([step["loss"] for step in results["curve"]])
         found.append(artifact.load(Path(run["output_dir"]) / "prompt"))
-        opened = job.open_artifacts([Path(run["output_dir"]) / "prompt"], model=parse(run).model)
+        opened = open_prompts([Path(run["output_dir"]) / "prompt"], config=parse(run).model)[0]
         test = job.prepare(parse(run)).tasks[0].test
-        answered = evaluate.evaluate(opened.learner, opened.encoder, test, parse(run).evaluation)
+        answered = evaluate.evaluate(opened, test, prompt=opened.task, config=parse(run).evaluation)
         assert answered.headline.value == results["summary"]["after"]["value"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     torch.testing.assert_close(found[0].initial, found[1].initial, atol=1e-6, rtol=1e-5)

@@ -11,6 +11,7 @@ import transformers
 import local
 import tiny
 import tokenizers_tiny
+from closeness import assert_close
 from softprompts import SoftPromptModel, assets, errors
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
@@ -18,6 +19,7 @@ from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.model import sentence_encoders
 from softprompts.model.sentence_encoders import Sentences
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
 
@@ -94,15 +96,15 @@ def test_a_run_its_resumption_and_its_artifact(
     assert one.options == {**SMALL, **options}
     assert torch.equal(one.initial, job.prepare(run).start.prompt)
     assert float(one.state["up.0"].abs().max()) > 0
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     made = job.prepare(run)
-    found = evaluate.evaluate(opened.learner, opened.encoder, made.tasks[0].test, run.evaluation)
+    found = evaluate.evaluate(opened, made.tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
     made.learner.method.load_state_dict(one.state)
     config = EvaluationConfig(by="generate", max_new_tokens=3)
     rows = list(made.tasks[0].test)[:4]
-    ours = evaluate.answers(opened.learner, opened.encoder, rows, config)
-    theirs = evaluate.answers(made.learner, made.encoders[0], rows, config)
+    ours = evaluate.answers(opened, rows, prompt=opened.task, config=config)
+    theirs = evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=config)
     assert [answer.text for answer in ours] == [answer.text for answer in theirs]
 
 
@@ -249,12 +251,12 @@ def test_artifacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp
         run = parse(values_of(folder, tmp_path / name, {**options, "start": "normal", "spread": 0.5}))
         job.run(run)
         paths.append(tmp_path / name / "prompt")
-    both = job.open_artifacts(paths, model=run.model)
+    both = open_prompts(paths, config=run.model)[0]
     rows = job.prepare(run).tasks[0].test[:3]
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = job.evaluate.collate(texts, 0)
     found = both.learner.prompt(batch)
-    single = [job.open_artifacts([path], model=run.model).learner for path in paths]
+    single = [open_prompts([path], config=run.model)[0].learner for path in paths]
     for i in range(len(texts)):
         row = dataclasses.replace(batch.rows(torch.tensor([i])), task=torch.zeros(1, dtype=torch.long))
         expected = single[i % 2].prompt(row)
@@ -280,7 +282,7 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
         states = model(**encoded).last_hidden_state
     there = encoded["attention_mask"][..., None].float()
     expected = torch.nn.functional.normalize((states * there).sum(1) / there.sum(1), p=2, dim=1)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert_close(found, expected)
     assert float(expected[0] @ expected[1]) < 0.9999
     assert not found.requires_grad
     # The answer is not part of what is read.
@@ -368,10 +370,10 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
     values["prompt"] |= {"method": "idpg", "site": site, "options": SMALL}
     values["prompt"] |= {"mode": "add"} if site == "layers" else {}
     results = job.run(parse(values))
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    assert opened.artifacts[0].state["up.0"].dtype == torch.float32
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    assert opened.registry.records[opened.task].artifact.state["up.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
-    found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluation)
+    found = evaluate.evaluate(opened, rows, prompt=opened.task, config=parse(values).evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
 
 

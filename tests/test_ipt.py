@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import assert_close
 from rows import INPUT, KV, REPLACE, called
 from softprompts import injection
 from softprompts.config import TrainConfig
@@ -31,7 +32,7 @@ ENCODING = STRATEGIES[1:]
 
 def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocabulary: int = V) -> Any:
     """A method for two tasks whose every parameter is random, in float64 and as in answering (without dropout)."""
-    slot = PromptSpec(TASKS, length, sum(layers) or D, D, vocabulary, layers)
+    slot = PromptSpec(length, sum(layers) or D, D, vocabulary, layers)
     method: Any = build("ipt", options, slot, PromptInit(rows.random(0, length, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
@@ -295,7 +296,7 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
 def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: int, count: int) -> None:
     """Trained numbers by the formulas, at the sizes of RoBERTa-large and of SmolLM2-135M."""
     with torch.device("meta"):
-        slot = PromptSpec(("one",), length, width, width, vocabulary)
+        slot = PromptSpec(length, width, width, vocabulary)
         method = InstancePromptTuning(
             InstancePromptTuning.Config(**options), slot, PromptInit(torch.ones(length, width, device="cpu"))
         )
@@ -308,7 +309,7 @@ def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: in
 def test_starts() -> None:
     """Where training begins: at the start for encoders, and for a table that is added to a base."""
     start, seen = PromptInit(rows.random(0, P, D)), context()
-    slot, embeds = PromptSpec(TASKS, P, D, D, 4000), seen.inputs_embeds
+    slot, embeds = PromptSpec(P, D, D, 4000), seen.inputs_embeds
 
     def begun(**options: Any) -> Any:
         return build("ipt", options, slot, start)(seen)
@@ -371,12 +372,12 @@ def test_size_is_that_of_the_last_prompts() -> None:
 def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
     given = {"vocabulary": V, **slot}
     with pytest.raises(ConfigError, match=message):
-        build("ipt", options, PromptSpec(TASKS, P, D, D, **given), PromptInit(torch.zeros(P, D)))
+        build("ipt", options, PromptSpec(P, D, D, **given), PromptInit(torch.zeros(P, D)))
 
 
 def test_numbers_that_yaml_takes_for_words() -> None:
     """5e-2 is a word to YAML; a word that is no number stays one."""
-    given = PromptSpec(TASKS, P, D, D, vocabulary=V)
+    given = PromptSpec(P, D, D, vocabulary=V)
     assert build("ipt", {"spread": "5e-2"}, given, PromptInit(torch.zeros(P, D))).config.spread == 0.05
 
 
@@ -403,7 +404,7 @@ def test_texts_that_cannot_be_looked_up() -> None:
 def learner(name: str, site: injection.Site = INPUT, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, every parameter random."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, P)
     method: Any = build("ipt", options, slot, PromptInit(rows.random(5, P, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
@@ -429,7 +430,7 @@ def test_a_table_of_equal_rows_is_prompt_tuning(name: str) -> None:
     made.method.table.rows.copy_(row.expand_as(made.method.table.rows))
     plain = PromptTuning(PromptTuning.Config(), made.slot, PromptInit(row.expand(P, -1)))
     other = Learner(made.backbone, INPUT, made.slot, plain)
-    torch.testing.assert_close(made.step(batch).output.logits, other.step(batch).output.logits, atol=1e-6, rtol=1e-5)
+    assert_close(made.step(batch).output.logits, other.step(batch).output.logits)
 
 
 @torch.no_grad()
@@ -440,7 +441,7 @@ def test_scale_zero_is_prefix_tuning(name: str, site: injection.Site, strategy: 
     made, batch = learner(name, site, scale=0.0, strategy=strategy), batch_of(name, [1, 1])
     plain = PromptTuning(PromptTuning.Config(), made.slot, PromptInit(made.method.prompts[1]))
     expected = Learner(made.backbone, site, made.slot, plain).step(batch).output.logits
-    torch.testing.assert_close(made.step(batch).output.logits, expected, atol=1e-6, rtol=1e-5)
+    assert_close(made.step(batch).output.logits, expected)
     made.method.scale = 0.5
     assert float((made.step(batch).output.logits - expected).abs().max()) > 1e-3
 
@@ -519,7 +520,7 @@ def test_a_task_alone_answers_as_among_others() -> None:
     prompts = method(seen).values.detach()
     for i, task in enumerate(TASKS):
         start = PromptInit(torch.zeros(P, D))
-        single: Any = build("ipt", {"base": "start"}, PromptSpec((task,), P, D, D, V), start)
+        single: Any = build("ipt", {"base": "start"}, PromptSpec(P, D, D, V), start)
         single.double().load_state_dict(state_of(method, task))
         index = (seen.task_ids == i).nonzero()[:, 0]
         none = torch.zeros(len(index), dtype=torch.long)

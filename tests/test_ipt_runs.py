@@ -15,6 +15,7 @@ from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes import pretrain
 from softprompts.recipes.run import run as job
 
@@ -83,12 +84,16 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     assert found.prompt is None
     assert torch.equal(found.initial, made.start.prompt)
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
         trained.learner.method.load_state_dict(found.state)
         ours, theirs = (
-            list(evaluate.answers(one.learner, made.encoders[0], made.tasks[0].test, config))
+            list(
+                evaluate.answers(
+                    made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=config
+                )
+            )
             for one in (opened, trained)
         )
         assert [one.text for one in ours] == [one.text for one in theirs]
@@ -121,8 +126,8 @@ def test_tasks_share_the_table_and_may_have_bases(values: dict[str, Any], tmp_pa
     assert torch.equal(one.state["table.rows"], two.state["table.rows"])
     assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
-        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
-        found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluation)
+        opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
+        found = evaluate.evaluate(opened, job.prepare(run).tasks[0].test, prompt=opened.task, config=run.evaluation)
         assert found.headline.value == page["summary"]["after"]["value"]
 
 
@@ -250,7 +255,7 @@ def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: 
     with pytest.raises(
         ArtifactError, match="holds what pretraining taught method ipt and answers no task; train a run"
     ):
-        job.open_artifacts([tmp_path / "topics" / "prompt"], model=run.model)
+        open_prompts([tmp_path / "topics" / "prompt"], config=run.model)[0]
 
 
 def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], tmp_path: Path) -> None:
@@ -305,4 +310,4 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     status, out, err = call("predict", tmp_path / "out" / "prompt", "the thing is red")
     assert (status, json.loads(out)["answer"] in ("warm", "cold")) == (0, True), err
     with pytest.raises(ArtifactError, match="what pretraining taught method ipt and answers no task"):
-        job.open_artifacts([prompt], model=parse(values).model)
+        open_prompts([prompt], config=parse(values).model)[0]

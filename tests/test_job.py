@@ -18,6 +18,7 @@ from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model import setup
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.types import Batch, Prompt, PromptInit
 
@@ -123,7 +124,7 @@ def test_label_words_are_a_start(values):
 @pytest.mark.parametrize("site", ["layers", "kv"])
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
     run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": site}}))
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
     assert opened.learner.site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
 
@@ -138,22 +139,22 @@ def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
     before = made.encoders[0].encode(row).prompt_offsets
     assert (before == 0) == (place == "start")
     run.run(parse(values))
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluationConfig())
-    ids, model = opened.encoder.encode(row).input_ids, opened.learner.backbone.model
-    for label, answer in opened.encoder.candidates().items():
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    (found,) = evaluate.answers(opened, [row], prompt=opened.task, config=EvaluationConfig())
+    ids, model = opened.example_tokenizer(opened.task).encode(row).input_ids, opened.backbone.model
+    for label, answer in opened.example_tokenizer(opened.task).candidates().items():
         words = model.get_input_embeddings()(torch.tensor(ids + answer))
-        whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
+        whole = torch.cat([words[:before], opened.registry.records[opened.task].artifact.prompt, words[before:]])[None]
         logits = model(inputs_embeds=whole).logits[0].log_softmax(-1)
         first = len(ids) + 4 - 1
         expected = sum(float(logits[first + i, token]) for i, token in enumerate(answer))
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
     written = EvaluationConfig(by="generate", max_new_tokens=3)
-    (said,) = evaluate.answers(opened.learner, opened.encoder, [row], written)
+    (said,) = evaluate.answers(opened, [row], prompt=opened.task, config=written)
     words = model.get_input_embeddings()(torch.tensor(ids))
-    whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
+    whole = torch.cat([words[:before], opened.registry.records[opened.task].artifact.prompt, words[before:]])[None]
     tokens = model.generate(inputs_embeds=whole, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert said.text == opened.learner.backbone.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    assert said.text == opened.backbone.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
 
 def test_heads_and_several_tasks_are_refused(values):
@@ -168,8 +169,8 @@ def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
     run.run(parse(values))
     run.run(parse({**values, "seed": 1, "output_dir": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
-    opened = run.open_artifacts(paths, model=parse(values).model)
-    found = [parameter.detach() for parameter in opened.learner.method.prompts]
+    opened = open_prompts(paths, config=parse(values).model)[0]
+    found = [parameter.detach() for parameter in opened.registry.method(opened.task).prompts]
     assert not torch.equal(*found)
     for prompt, path in zip(found, paths, strict=True):
         assert torch.equal(prompt, artifact.load(path).prompt)
@@ -180,7 +181,7 @@ def test_artifacts_of_different_sites_cannot_stand_together(values, tmp_path):
     run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": "kv"}, "output_dir": str(tmp_path / "kv")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "kv" / "prompt"]
     with pytest.raises(ConfigError, match="differ in site"):
-        run.open_artifacts(paths, model=parse(values).model)
+        open_prompts(paths, config=parse(values).model)[0]
 
 
 @pytest.mark.assets

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from softprompts.model.learner import Learner
 
 import local
 import rows
@@ -19,7 +20,7 @@ from softprompts.artifacts import artifact
 from softprompts.config import PromptConfig, parse
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
-from softprompts.model.learner import Learner
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import equivalence, loop, objectives
 from softprompts.types import Prompt, PromptInit, in_mode
@@ -53,7 +54,7 @@ class Watched(torch.nn.Module):
 
 def learner(name: str = "llama") -> Learner:
     base = together.double(name)
-    slot = injection.prompt_spec(base, INPUT, ("a",), 4)
+    slot = injection.prompt_spec(base, INPUT, 4)
     return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, PromptInit(rows.random(1, 4, slot.width) + 1)))
 
 
@@ -114,8 +115,8 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
     values["training"]["learning_rate"] = 0.1
     results = job.run(parse(values))
     run = parse(values)
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluation)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
+    found = evaluate.evaluate(opened, job.prepare(run).tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
 
     def stop(_: str, report: Any) -> None:

@@ -77,7 +77,7 @@ def test_the_old_configurations_use_every_old_key_and_option() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_each_old_key_of_a_configuration_is_refused_with_its_new_name(name: str) -> None:
-    """And once the old keys are renamed, the configuration is read."""
+    """And once the old keys are renamed, no key is unknown; the file with every key has some that exclude others."""
     values, message = written(name), said(name)
     renames = find_old_keys(values, KINDS[name])
     assert bool(message) == bool(renames)
@@ -85,7 +85,10 @@ def test_each_old_key_of_a_configuration_is_refused_with_its_new_name(name: str)
     for old, new in renames:
         assert f"unknown key '{old}'; it is called '{new}' now" in message
     assert message.count("unknown key") == len(renames)
-    parse(update_old_keys(values, KINDS[name]), KINDS[name])
+    renamed = update_old_keys(values, KINDS[name])
+    if name == "run-prompt":
+        del renamed["training"]["batch_tokens"]
+    parse(renamed, KINDS[name])
 
 
 def test_each_old_option_of_a_method_is_known_or_refused_with_its_new_name() -> None:

@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
 import tiny
+from closeness import tolerance
 from rows import INPUT, KV
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.backbone.kernels import Kernels
 from softprompts.injection import packed_attention
 from softprompts.methods import find
-from softprompts.model.learner import Learner
 from softprompts.training import equivalence, objectives
 from softprompts.types import PromptInit
 
@@ -23,7 +24,7 @@ from softprompts.types import PromptInit
 def learner(name: str, site: injection.Site = INPUT, kernels: Kernels | None = None) -> Learner:
     """Prompt tuning with three tokens on a tiny model."""
     bb = tiny.backbone(name) if kernels is None else replace(tiny.backbone(name), kernels=kernels)
-    slot = injection.prompt_spec(bb, site, ("a",), 3)
+    slot = injection.prompt_spec(bb, site, 3)
     method = find("prompt-tuning")
     return Learner(bb, site, slot, method(method.Config(), slot, PromptInit(rows.random(0, 3, slot.width))))
 
@@ -36,8 +37,8 @@ def test_it_holds(name: str) -> None:
         before = torch.get_rng_state()
         found = equivalence.compare(one, rows.batch(name, rows.texts(name)), objective)
         assert found.holds
-        assert found.loss < 1e-6
-        assert found.gradient < 1e-5
+        assert found.loss < tolerance(1.0)
+        assert found.gradient < tolerance(1.0, roundings=256)
         assert torch.get_rng_state().equal(before)
         assert all(p.grad is None for p in one.parameters().values())
     assert found.path.startswith(

@@ -22,6 +22,7 @@ from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataEr
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.model import initialization
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.types import IGNORE
 from test_golden_placement import order
@@ -257,23 +258,23 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     written = json.loads((directory / "softprompts.json").read_text())
     assert written["peft"] == f"placement {place}: PEFT puts the prompt before the text"
     assert not (directory / "adapter_config.json").exists()
-    opened = run.open_artifacts([directory], model=parse(values).model)
+    opened = open_prompts([directory], config=parse(values).model)[0]
     made = run.prepare(parse(values))
     test = made.tasks[0].test
-    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluationConfig()))
+    answers = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     if name != "llama":
         ours = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluationConfig()
+            made.model, test, prompt=made.prompt(0), encoder=made.encoders[0], config=EvaluationConfig()
         )
         assert [one.scores for one in ours] == [one.scores for one in answers]
         return
-    model = opened.learner.backbone.model
+    model = opened.backbone.model
     for row, found_answer in zip(test, answers, strict=True):
-        text = opened.encoder.encode(row)
+        text = opened.example_tokenizer(opened.task).encode(row)
         places, sizes = (
             (text.prompt_offsets, text.segment_lengths) if place == "template" else ((len(text.input_ids),), (4,))
         )
-        for label, answer in opened.encoder.candidates().items():
+        for label, answer in opened.example_tokenizer(opened.task).candidates().items():
             words = model.get_input_embeddings()(torch.tensor(text.input_ids + answer))
             full = order(places, sizes, len(text.input_ids) + len(answer))
             logits = model(inputs_embeds=torch.cat([found.prompt, words])[full][None]).logits[0].log_softmax(-1)
@@ -290,15 +291,19 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     run.run(parse(values))
     made, opened = (
         run.prepare(parse(values)),
-        run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model),
+        open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0],
     )
     test, encoder = made.tasks[0].test, made.encoders[0]
     batch = collate([encoder.encode(row) for row in test], 0)
-    assert int(opened.learner.prompt(batch).lengths.min()) < 18
-    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluationConfig()))
+    assert int(opened.make_prompts(batch).lengths.min()) < 18
+    together = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     for row, one in zip(test, together, strict=True):
         (alone,) = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluationConfig()
+            replace(made.learner, method=opened.registry.method(opened.task)),
+            [row],
+            prompt=replace(made.learner, method=opened.registry.method(opened.task)).task,
+            encoder=encoder,
+            config=EvaluationConfig(),
         )
         assert alone.scores == pytest.approx(one.scores, abs=2e-5)
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 
 import local
 import rows
@@ -18,7 +19,7 @@ from softprompts.backbone import loading, quantization
 from softprompts.config import parse
 from softprompts.errors import BackboneError, WrongBackboneError
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives
 from softprompts.types import PromptInit
@@ -211,13 +212,13 @@ def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     assert stored.config["model"]["quantize"] == trained
     assert results["summary"]["after"]["n"] == 16
     config = parse(values | {"model": values["model"] | {"quantize": used}}).model
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=config)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=config)[0]
     assert opened.warnings == ()
-    assert opened.learner.backbone.quantized == used
+    assert opened.backbone.quantized == used
     # Another model of the same shape is refused in either format.
     other = local.model_directory(tmp_path / "other", seed=1)
     with pytest.raises(WrongBackboneError, match=r"other weights: sketch distance .* allowed 0.07"):
-        run.open_artifacts([tmp_path / "out" / "prompt"], model=config.model_copy(update={"name": str(other)}))
+        open_prompts([tmp_path / "out" / "prompt"], config=config.model_copy(update={"name": str(other)}))[0]
 
 
 def test_int8_on_float32_weights_is_outside_the_band_of_float32(tmp_path):

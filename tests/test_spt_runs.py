@@ -18,6 +18,7 @@ from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, col
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.model.initialization import from_ids
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import objectives
 from softprompts.types import Batch
@@ -162,7 +163,11 @@ def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
     """One row by itself, and the log-probability of `answer` behind it, the memory's rows chosen by hand."""
-    text, method, bb = opened.encoder.encode(row), opened.learner.method, opened.learner.backbone
+    text, method, bb = (
+        opened.example_tokenizer(opened.task).encode(row),
+        opened.registry.method(opened.task),
+        opened.backbone,
+    )
     words = bb.embed(torch.tensor([i for i, mark in zip(text.ids, text.words, strict=True) if mark])[None])[0]
     chosen = (method.memory @ words.mean(0)).argsort(descending=True)[:2]
     prompt = torch.cat([method.soft, method.memory[chosen]])
@@ -192,14 +197,14 @@ def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None
     assert torch.equal(one.state["sources"][0], start.draw(40, 200))
     assert not torch.equal(one.state["soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
-        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
-        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluationConfig()))
+        opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
+        found = list(evaluate.answers(opened, task.train[:20], prompt=opened.task, config=EvaluationConfig()))
         for row, answer in zip(task.train[:20], found, strict=True):
-            for label, ids in opened.encoder.candidates().items():
+            for label, ids in opened.example_tokenizer(opened.task).candidates().items():
                 assert answer.scores[label] == pytest.approx(alone(opened, row, ids)[1], abs=2e-5)
         config = EvaluationConfig(by="generate", max_new_tokens=3)
-        together = list(evaluate.answers(opened.learner, opened.encoder, task.test, config))
-        each = [next(iter(evaluate.answers(opened.learner, opened.encoder, [row], config))) for row in task.test]
+        together = list(evaluate.answers(opened, task.test, prompt=opened.task, config=config))
+        each = [next(iter(evaluate.answers(opened, [row], prompt=opened.task, config=config))) for row in task.test]
         assert [one.text for one in together] == [one.text for one in each]
 
 
@@ -242,8 +247,8 @@ def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
     job.run(run)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.load_prompt(tmp_path / "out" / "prompt" / "one")
-    opened = job.open_artifacts([tmp_path / "out" / "prompt" / "one"], model=run.model)
-    rows = [opened.encoder.example(row) for row in job.prepare(run).tasks[0].test[:5]]
+    opened = open_prompts([tmp_path / "out" / "prompt" / "one"], config=run.model)[0]
+    rows = [opened.example_tokenizer(opened.task).example(row) for row in job.prepare(run).tasks[0].test[:5]]
     batch = collate(rows, 0)
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
     with torch.no_grad():

@@ -6,17 +6,27 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import EvaluationConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
-from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Count, Rate, check_known, distinct
+from softprompts.config.schema import Count
+from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Rate, check_known, distinct
 
 
 class Arm(Section):
-    """A line of the table: a method as it is used. Rates of its groups follow the rate that is being tried."""
+    """A line of the table: a method as it is used."""
 
     about: str = ""
-    prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
-    learning_rates: tuple[Rate, ...] = ()  # of training.learning_rate, of which the best is chosen; empty: the study's
-    follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over training.learning_rate
-    pretrain: bool = False  # begins at what stage `pretrain` taught the same method
+    """What the arm is, in a few words."""
+
+    prompt: dict[str, Any] = Field(default={})
+    """Keys of the section `prompt` in which the arm differs from the study."""
+
+    learning_rates: tuple[Rate, ...] = ()
+    """Learning rates that are tried, of which the best is taken; empty: the study's."""
+
+    follow: dict[str, Rate] = Field(default={})
+    """Learning rates of parameter groups, as multiples of the rate that is tried."""
+
+    pretrain: bool = False
+    """Whether the arm starts from what the stage `pretrain` taught its method."""
 
     @field_validator("learning_rates")
     @classmethod
@@ -86,33 +96,60 @@ COMPARED = (
 
 
 class PretrainStage(Section):
-    """What `softprompts pretrain` teaches the method of arms that ask for it, on the classes of a task."""
+    """What `softprompts pretrain` teaches the methods of arms that ask for it."""
 
     task: TaskConfig
+    """A task of classes."""
+
     training: TrainConfig = TrainConfig(max_steps=200, batch_size=32, learning_rate=0.03, head_learning_rate=0.01)
+    """How the classes are taught."""
 
 
 class SpeedStage(Section):
     """Steps that are timed, of each arm alone on the first task, the arms in turns; run it on a quiet machine."""
 
     steps: Count = 6
+    """Steps of one measurement."""
+
     repeats: Count = 2
+    """Measurements of each arm."""
 
 
 class Study(Section):
-    """The whole study; `prompt` says length and start, and the site where an arm does not."""
+    """The whole study."""
 
     model: ModelConfig = ModelConfig()
+    """The frozen backbone."""
+
     prompt: PromptConfig = PromptConfig()
+    """Length and start of the prompts, and their site where an arm has none; each arm sets its method."""
+
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    """The tasks."""
+
     arms: tuple[str, ...] = Field(default=COMPARED, min_length=1)
-    own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or what these set otherwise
-    upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
+    """The arms that are compared."""
+
+    own: dict[str, Arm] = Field(default={})
+    """Arms of your own, and keys in which an arm of a known name differs."""
+
+    upper: tuple[str, ...] = tuple(WEIGHTS)
+    """The arms that train weights, the upper lines of the table."""
+
     compare: ComparisonStage = ComparisonStage()
+    """How the arms are compared."""
+
     pretrain: PretrainStage | None = None
+    """What is taught to the methods of arms that start from it."""
+
     speed: SpeedStage | None = SpeedStage()
+    """The measurement of step times; null: none."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How rows are answered and answers scored."""
+
     output_dir: str = "runs/instance"
+    """The directory of all stages, results.json and report.html."""
 
     @property
     def known(self) -> Mapping[str, Arm]:

@@ -32,7 +32,8 @@ def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, model, origin) for e in error.errors())) from None
+        problems = [problem for problem in error.errors() if not _follows(problem, error.errors())]
+        raise ConfigError("; ".join(_explain(problem, model, origin) for problem in problems)) from None
 
 
 def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] = Run) -> Any:
@@ -84,6 +85,12 @@ def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
                 node = node.setdefault(key, {})
         else:
             raise ConfigError(f"{item}: '{'.'.join(keys[:here])}' is a value, not a section")
+
+
+def _follows(problem: Any, problems: Iterable[Any]) -> bool:
+    """Whether a list is too short only because one of its items is wrong."""
+    loc = problem["loc"]
+    return problem["type"] == "too_short" and any(other["loc"][: len(loc)] == loc < other["loc"] for other in problems)
 
 
 def _explain(error: Any, model: type[Section], origin: str) -> str:

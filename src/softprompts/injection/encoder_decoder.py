@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts.backbone import Backbone
+from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
 from softprompts.errors import BackboneError
 from softprompts.injection.layout import assemble, layout, tight
 from softprompts.injection.sites import Site, fill
@@ -68,7 +68,8 @@ def decode(
         own.batch_select_indices(prompt.prompt_index)
         full = torch.cat([prompt.mask[prompt.prompt_index].bool(), mask], 1).long()
         cache = EncoderDecoderCache(own, backbone.new_cache())
-        output = backbone.decoder(input_ids=ids, attention_mask=full, past_key_values=cache, use_cache=True, **common)
+        entered = cache_argument(backbone.decoder, cache)
+        output = backbone.decoder(input_ids=ids, attention_mask=full, **entered, **common)
         return output, columns, mask.sum(1) - 1
     where = layout(mask, torch.zeros_like(ids[:, 0]), prompt)
     embeds = assemble(backbone.decoder.embed_tokens(ids), prompt, where)

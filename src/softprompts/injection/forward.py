@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.backbone.cache import Cache, cache_argument, output_cache
 from softprompts.errors import BackboneError
 from softprompts.injection.encoder_decoder import check_room, decode, decoder_ids
 from softprompts.injection.hidden_states import CapturedStates, capture, check_layers
@@ -133,8 +133,7 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
         output = backbone.trunk(
             inputs_embeds=values.to(backbone.dtype),
             attention_mask=mask.long(),
-            past_key_values=cache,
-            use_cache=True,
+            **cache_argument(backbone.trunk, cache),
             **_positions(backbone, (mask.cumsum(1) - 1).clamp(min=0)),
         )
     return cache, output.last_hidden_state[:, -1]
@@ -281,8 +280,7 @@ def _read_shared(
     output = backbone.trunk(
         inputs_embeds=batch.inputs_embeds,
         attention_mask=torch.cat([before.bool(), batch.attention_mask], 1).long(),
-        past_key_values=cache,
-        use_cache=True,
+        **cache_argument(backbone.trunk, cache),
         **_positions(backbone, ids),
     )
     states, position = output.last_hidden_state, column.expand_as(batch.attention_mask)
@@ -400,7 +398,7 @@ def _read_seq2seq(
         end,
         output,
         (encoded, where.mask),
-        cache=output.past_key_values,
+        cache=output_cache(output),
         path="concatenation: an encoder's prompt sees the text",
         text=text,
         inner=inner["target"],

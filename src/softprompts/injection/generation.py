@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from softprompts import injection
 from softprompts.backbone import MASKED, SEQ2SEQ, Backbone
+from softprompts.backbone.cache import (
+    CACHE_OPTIONS,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+    cache_argument,
+    generate_argument,
+)
 from softprompts.errors import BackboneError
 from softprompts.injection import Site
 from softprompts.injection.encoder_decoder import check_room, start_id
@@ -26,7 +34,7 @@ NEW_TOKENS = 20
 """How much is generated where nobody says so, as in transformers."""
 
 # They would reach the model past the prompt, or cut the first step into pieces that the prompt is not laid out for.
-REFUSED = ("assistant_model", "custom_generate", "encoder_outputs", "past_key_values", "position_ids", "token_type_ids")
+REFUSED = ("assistant_model", "custom_generate", "encoder_outputs", *CACHE_OPTIONS, "position_ids", "token_type_ids")
 REFUSED_SETTINGS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
@@ -204,8 +212,7 @@ def _cached(
     backbone.trunk(
         inputs_embeds=text,
         attention_mask=torch.cat([prompt.mask[prompt.prompt_index].bool(), mask], 1).long(),
-        past_key_values=long,
-        use_cache=True,
+        **cache_argument(backbone.trunk, long),
         **positions,
     )
     size = int((lengths + texts).max())
@@ -219,7 +226,7 @@ def _cached(
     return {
         "inputs_embeds": torch.nn.functional.pad(last, (0, 0, size - 1, 0)),
         "attention_mask": (step >= size - (lengths + texts)[:, None]).long(),
-        "past_key_values": cache,
+        **generate_argument(cache),
     }
 
 
@@ -287,7 +294,7 @@ def _decoder_arguments(
     return {
         "decoder_input_ids": ids,
         "decoder_attention_mask": torch.cat([before, torch.ones_like(ids)], 1),
-        "past_key_values": cache,
+        **generate_argument(cache),
     }
 
 
@@ -304,8 +311,7 @@ def _decoder_cache(backbone: Backbone, prompt: Prompt, site: Site, encoded: tupl
         attention_mask=prompt.mask[prompt.prompt_index].long(),
         encoder_hidden_states=encoded[0].last_hidden_state,
         encoder_attention_mask=encoded[1].long(),
-        past_key_values=cache,
-        use_cache=True,
+        **cache_argument(backbone.decoder, cache),
     )
     return cache
 

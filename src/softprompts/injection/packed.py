@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from softprompts.backbone import Backbone
+from softprompts.backbone.cache import window_sizes
 from softprompts.injection.encoder_decoder import check_room
 from softprompts.injection.packed_attention import (
     FAR,
@@ -176,8 +176,7 @@ def read_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
 
 def sliding(backbone: Backbone) -> tuple[int | None, ...]:
     """The window that each layer looks through; None where it sees everything."""
-    layers = backbone.new_cache().layers
-    return tuple(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers)
+    return window_sizes(backbone.new_cache())
 
 
 def _pass(

@@ -10,13 +10,12 @@ from pydantic import Field, field_validator, model_validator
 
 from softprompts.artifacts.io import read_json
 from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
+from softprompts.config.schema import Count, Seed
 from softprompts.errors import TrainingError
 from softprompts.recipes import stages as stage
 from softprompts.recipes.run.run import ProgressReporter
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
 Shots = Annotated[int, Field(ge=0)]
 
 WEIGHTS = {"fine-tuning": "backbone", "lora": "lora"}
@@ -33,17 +32,36 @@ class ComparisonStage(Section):
     """How arms are compared, with all rows and with few."""
 
     training: TrainConfig = TrainConfig(max_steps=200, batch_size=8, warmup_steps=10)
+    """How an arm is trained with all rows."""
+
     few: TrainConfig = TrainConfig(max_steps=60, batch_size=8, warmup_steps=5)
-    shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows; 0: the start as it is
-    shots_per: Literal["class", "set"] = "class"  # set: so many rows in all
-    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
+    """How an arm is trained with few rows."""
+
+    shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)
+    """Sizes of the training set, in rows per class; null: all rows; 0: the start as it is, untrained."""
+
+    shots_per: Literal["class", "set"] = "class"
+    """`set`: `shots` counts all training rows, whatever their classes."""
+
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds of the start, of the order of rows and of the draw of few rows."""
+
     learning_rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    """Learning rates that are tried; the best on validation rows is taken for every seed."""
+
     weight_learning_rates: dict[str, tuple[Rate, ...]] = Field(
         default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)}
     )
-    weight_max_steps: tuple[Count, Count] | None = None  # of these, with all rows and with few; None: as prompts
-    tune_on: tuple[str, ...] | None = None  # tasks on which rates are chosen; None: all
-    weight_targets: tuple[str, ...] | None = None  # tasks of fine-tuning and lora; None: all
+    """Learning rates that are tried for the arms that train weights."""
+
+    weight_max_steps: tuple[Count, Count] | None = None
+    """Steps of the arms that train weights, with all rows and with few; null: as many as for prompts."""
+
+    tune_on: tuple[str, ...] | None = None
+    """Tasks on which learning rates are chosen; null: all."""
+
+    weight_targets: tuple[str, ...] | None = None
+    """Tasks on which weights are trained; null: all."""
 
     @field_validator("shots", "seeds", "learning_rates")
     @classmethod

@@ -11,6 +11,7 @@ from softprompts.config import (
     TaskConfig,
     TrainConfig,
 )
+from softprompts.config.schema import Count, Seed
 from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_known, distinct
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
@@ -19,35 +20,62 @@ KEPT = ("target", "distillation", "objectives", "learning_rates")
 
 
 class TeacherStage(Section):
-    """A prompt for each source, all in one frozen batch; `trained` names those that are there already."""
+    """A prompt for each source, all trained in the same batches."""
 
     training: TrainConfig = TrainConfig(max_steps=300, batch_size=16, warmup_steps=30, lr_scheduler_type="linear")
-    trained: dict[str, str] = Field(default={})  # source -> directory of its prompt
+    """How the teachers are trained."""
+
+    trained: dict[str, str] = Field(default={})
+    """Directories of prompts that exist already, by source."""
 
 
 class SourceStage(Section):
-    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1); batches draw their tasks."""
+    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1)."""
 
     training: TrainConfig = TrainConfig(
         max_steps=400, batch_size=16, warmup_steps=30, sampling=SamplingConfig(draw="some")
     )
+    """How the shared prompt is trained; by default each batch draws its tasks."""
+
     variants: tuple[str, ...] = tuple(VARIANTS)
+    """The shared prompts to train: with and without distillation and decomposition."""
+
     logits: float = Field(default=0.9, ge=0)
+    """Weight of the distillation of logits."""
+
     hidden: float = Field(default=0.9, ge=0)
+    """Weight of the distillation of hidden states."""
+
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both softmaxes in the distillation of logits."""
+
     layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
-    ranks: int = Field(default=1, ge=1)  # of the factors, here and on targets
-    seed: int = Field(default=0, ge=0)
+    """The states that are distilled: those behind layer 1, 2, ...; -1: what the head reads."""
+
+    ranks: Count = 1
+    """Rank of the factors, here and on targets."""
+
+    seed: Seed = 0
+    """Seed of the shared prompt."""
 
 
 class TargetStage(ComparisonStage):
-    """Every arm on every target, with all rows and with few; the rate of each arm is chosen on validation rows."""
+    """Every arm on every target, with all rows and with few."""
 
     arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.asked)
-    few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
-    factor_learning_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
-    probe_steps: int = Field(default=30, ge=1)  # after so many steps a target's prompt is its embedding (SPoT)
-    nearest: int = Field(default=3, ge=1)  # how many sources the weighted start of SPoT mixes
+    """The arms with all rows."""
+
+    few_arms: tuple[str, ...] | None = None
+    """The arms with few rows; null: the same."""
+
+    factor_learning_rate: float = Field(default=4 / 3, gt=0)
+    """Learning rate of a task's factors, as a multiple of that of the shared prompt."""
+
+    probe_steps: Count = 30
+    """Steps after which a target's prompt is its embedding (SPoT)."""
+
+    nearest: Count = 3
+    """How many sources the weighted start of SPoT mixes."""
 
     @field_validator("arms", "few_arms")
     @classmethod
@@ -56,17 +84,34 @@ class TargetStage(ComparisonStage):
 
 
 class Plan(Section):
-    """The whole study; `prompt` says length, site and where teachers, shared prompts and probes start."""
+    """The whole recipe."""
 
     model: ModelConfig = ModelConfig()
+    """The frozen backbone."""
+
     prompt: PromptConfig = PromptConfig()
+    """Length, site and start of teachers, shared prompts and probes; each arm sets its method."""
+
     sources: tuple[TaskConfig, ...] = Field(min_length=1)
+    """The tasks that share a prompt."""
+
     targets: tuple[TaskConfig, ...] = Field(min_length=1)
+    """The tasks that the shared prompt is adapted to."""
+
     teachers: TeacherStage = TeacherStage()
+    """A prompt for each source."""
+
     source: SourceStage = SourceStage()
+    """The shared prompt."""
+
     target: TargetStage = TargetStage()
+    """The arms on the targets."""
+
     evaluation: EvaluationConfig = EvaluationConfig()
+    """How rows are answered and answers scored."""
+
     output_dir: str = "runs/multitask"
+    """The directory of all stages, results.json and report.html."""
 
     @field_validator("sources", "targets")
     @classmethod

@@ -72,21 +72,6 @@ class PreparedRun:
 def _check_training(train: TrainConfig, method: str) -> None:
     """Raise ConfigError for settings of the training that contradict each other or the method."""
     objectives.weigh(train.objectives)
-    taught = [name for name in objectives.TAUGHT if train.objectives.get(name)]
-    if taught and train.distillation is None:
-        raise ConfigError(
-            f"objective '{taught[0]}' compares with teachers; name them in training.distillation.teachers"
-        )
-    if train.distillation is not None and not taught:
-        raise ConfigError(
-            f"training.distillation names teachers that nothing uses; give one of {', '.join(objectives.TAUGHT)} a "
-            f"weight in training.objectives, or leave training.distillation out"
-        )
-    if train.sampling.draw != "rows" and train.batch_tokens is not None:
-        raise ConfigError(
-            f"training.batch_tokens cuts shuffled rows into batches, and draw '{train.sampling.draw}' draws tasks "
-            f"first; leave one of them out"
-        )
     known = find(method).groups
     for name in train.learning_rates:
         if name not in known:
@@ -99,10 +84,6 @@ def _check_training(train: TrainConfig, method: str) -> None:
 def _check_run(run: Run, tasks: Sequence[Task]) -> None:
     """Raise ConfigError for what would only be noticed after hours of work."""
     _check_training(run.training, run.prompt.method)
-    if run.model.head == "features":
-        raise ConfigError("head 'features' has nothing to train on; possible: lm, sequence, token, span")
-    if run.model.head != "lm" and len(tasks) > 1:
-        raise ConfigError("a classification head is trained for one task at a time; use one task, or model.head: lm")
     _check_place(run, tasks)
     for task in tasks:
         if run.training.eval_steps is not None and not task.validation:
@@ -121,11 +102,6 @@ def _check_place(run: Run, tasks: Sequence[Task]) -> None:
     prompt = run.prompt
     slotted = place_of(prompt.placement, [task.template for task in tasks]) == "template"
     for task in tasks:
-        if prompt.site in ("decoder", "kv") and task.template.chat and task.template.chat_placement == "user":
-            raise ConfigError(
-                f"{task.name}: chat_placement is user, but at site '{prompt.site}' nothing can stand before the "
-                f"prompt; use chat_placement: start, or site input or layers"
-            )
         if not slotted or run.training.target != "prompt":
             continue
         sizes = slot_sizes(task.template.templates, prompt.num_virtual_tokens, task.name)
