@@ -164,7 +164,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
         call("vector", "negate", silent, "--out", tmp_path / "x"), "does not say where its training began", "--start"
     )
     began = tmp_path / "began"
-    artifact.save(replace(one, prompt=one.initial, state={"prompts.0": one.initial}), began)
+    artifact.save(replace(one, prompt=one.initial, state={"prompt": one.initial}), began)
     status, _, err = call("vector", "make", silent, "--start", began, "--out", tmp_path / "made")
     assert status == 0, err
     made = artifact.load(tmp_path / "made")
