@@ -195,7 +195,7 @@ def test_parts_count_with_their_share_of_the_labels():
 
 @pytest.mark.parametrize("chosen", [ALL, LORA], ids=["backbone", "lora"])
 @pytest.mark.parametrize(
-    "kernels", [Kernels(matmul_backend="onednn", core="fused"), Kernels(gradient_checkpointing=True)]
+    "kernels", [Kernels(matmul_backend="onednn", packed_attention="fused"), Kernels(gradient_checkpointing=True)]
 )
 def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     """Products by oneDNN give weights no gradient, so they are not taken: the steps are the same to the bit."""
@@ -209,7 +209,7 @@ def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
 
 
 def test_a_large_vocabulary_leaves_the_head_its_gradient(monkeypatch):
-    monkeypatch.setattr(scoring, "LOGITS", 1)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 1)
     backbone, found = double("mistral"), examples("mistral")
     measured = gradients(finetune.copied(backbone, config(**ALL)), found)
     assert measured[1]["lm_head.weight"].abs().max() > 0
@@ -436,7 +436,7 @@ def test_a_run_from_configuration_to_page(values, tmp_path, train):
     assert [row["step"] for row in saved["curve"]] == [1, 2, 3]
     assert {row["rms_ratio"] for row in saved["curve"]} == {None}
     assert saved["machine"]["dtype"] == "float32"
-    assert saved["machine"]["kernels"]["products"] == "torch"
+    assert saved["machine"]["kernels"]["matmul_backend"] == "torch"
     assert saved["next"] == []
     assert "nearest_words" not in saved
     assert len(saved["examples"]) == 10

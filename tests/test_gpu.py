@@ -28,7 +28,7 @@ from softprompts.evaluation import evaluate
 from softprompts.methods import find
 from softprompts.recipes.run import run as job
 
-DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.devices() if d != "cpu"), None)
+DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.available_devices() if d != "cpu"), None)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(

@@ -199,7 +199,7 @@ def test_folded_and_decomposed_answer_alike(name, site):
         for i in range(4):
             part = batch.rows(torch.tensor([i]))
             alone = one.forward(part, one.prompt(part))
-            folded = injection.forward(bb, part, rows.single(method.fold(TASKS[task[i]])), site)
+            folded = injection.score(bb, part, rows.single(method.fold(TASKS[task[i]])), site)
             torch.testing.assert_close(rows.of_row(mixed, i), alone.logits, rtol=1e-5, atol=2e-5)
             torch.testing.assert_close(folded.logits, alone.logits, rtol=1e-6, atol=1e-6)
 
@@ -232,7 +232,7 @@ def test_groups_learn_at_their_own_rates():
     config = together.config(rate=0.3, rate_unit="rms", rates={"factors": 0.4})
     optimizer = loop.build_optimizer(one, one.parameters(), config)
     found = {tuple(group["params"][0].shape): (len(group["params"]), group["rate"]) for group in optimizer.param_groups}
-    rms = one.backbone.rms
+    rms = one.backbone.embedding_rms
     assert found[4, 32] == (1, pytest.approx(0.3 * rms))  # the shared prompt in rms of the words
     assert found[4, 1] == (2, pytest.approx(0.4))  # factors as it stands
     plain = loop.build_optimizer(one, one.parameters(), together.config(rate=0.3, rate_unit="rms"))

@@ -137,7 +137,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     one = Learner(bb, INPUT, slot, PTuning(PTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
     groups = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms")).param_groups
     found = {group["rate"]: len(group["params"]) for group in groups}
-    assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.rms: 4})
+    assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.embedding_rms: 4})
     assert sum(found.values()) == len(one.parameters())
 
 

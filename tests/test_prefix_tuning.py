@@ -123,7 +123,7 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
     output = learner.forward(batch, learner.prompt(batch))
-    without = injection.forward(bb, batch, None, site)
+    without = injection.score(bb, batch, None, site)
     for i, row in enumerate(texts):
         expected = rows.read_words(bb, site, words, row)
         torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
@@ -224,7 +224,8 @@ def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
             step = one.step(batch)
             scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
             each = [
-                scores[batch.task_ids[step.output.row] == i - shift].sum() for i in ((0, 1) if task < 0 else (task,))
+                scores[batch.task_ids[step.output.batch_rows] == i - shift].sum()
+                for i in ((0, 1) if task < 0 else (task,))
             ]
             found.append(torch.stack(each).detach())
             optimizer.zero_grad()
@@ -248,7 +249,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
     slot = injection.prompt_spec(bb, KV, TASKS, P)
     for options, rates, expected in (
-        ({}, {}, {0.2 * bb.rms: 2}),
+        ({}, {}, {0.2 * bb.embedding_rms: 2}),
         (NETWORK, {}, {1e-3: 10}),
         (NETWORK, {"network": 0.03}, {0.03: 10}),
     ):

@@ -35,25 +35,25 @@ def quantized(name, kind="int8", dtype=torch.float32, head="lm"):
     model = backbone.freeze(tiny.model(name, head).to(dtype))
     plain = copy.deepcopy(model)
     quantization.quantize(model, kind)
-    for key, module in quantization.products(plain).items():
+    for key, module in quantization.quantizable_linears(plain).items():
         rounded = model.get_submodule(key).dequantized(dtype)
         module.weight.data = rounded if isinstance(module, torch.nn.Linear) else rounded.t()
     return backbone.wrap(model, name=name), backbone.wrap(plain, name=name)
 
 
 def loss_of(bb, name, values, site):
-    output = injection.forward(bb, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
+    output = injection.score(bb, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
     return torch.nn.functional.cross_entropy(output.logits, output.labels), output.logits
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "site"), rows.cases((*tiny.MAIN, "falcon", "mpt")), ids=called)
 def test_the_gradient_is_that_of_the_rounded_weights(name, site, kind, monkeypatch):
-    monkeypatch.setattr(quantization, "PART", 500)  # several parts, of unequal size
+    monkeypatch.setattr(quantization, "WEIGHTS_PER_CHUNK", 500)  # several parts, of unequal size
     small, plain = quantized(name, kind)
     found = []
     for bb in (small, plain):
-        values = rows.random(1, 4, injection.width(bb, site)).requires_grad_()
+        values = rows.random(1, 4, injection.prompt_width(bb, site)).requires_grad_()
         loss, logits = loss_of(bb, name, values, site)
         found.append((logits.detach(), torch.autograd.grad(loss, values)[0]))
     (ours, gradient), (logits, expected) = found
@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_the_rounded_weights(name, site, kind, monkeypat
 def test_finite_differences(name, site):
     """In float64: families that compute their norms in float32 whatever the dtype cannot be measured like this."""
     small, _ = quantized(name, dtype=torch.float64)
-    values = rows.random(1, 4, injection.width(small, site)).double().requires_grad_()
+    values = rows.random(1, 4, injection.prompt_width(small, site)).double().requires_grad_()
     gradient = torch.autograd.grad(loss_of(small, name, values, site)[0], values)[0]
     direction, step = rows.random(2, *values.shape).double(), 1e-6
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_finite_differences(name, site):
 def test_a_product(kind, dtype, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(192, 40, bias=bias).to(dtype).requires_grad_(False)
-    small = quantization.made(linear, kind)
+    small = quantization.quantize_linear(linear, kind)
     weight = small.dequantized(torch.float32)
     assert float((weight - linear.weight.float()).norm() / linear.weight.float().norm()) < WORST[kind]
     x = torch.randn(2, 7, 192).to(dtype).requires_grad_()
@@ -99,7 +99,7 @@ def test_a_product(kind, dtype, bias):
 def test_int8_uses_its_whole_range_and_survives_zeros():
     linear = torch.nn.Linear(4, 3, bias=False).requires_grad_(False)
     linear.weight.data = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0, 0, 0, 0], [1e-3, 2e-3, -4e-3, 0]])
-    small = quantization.made(linear, "int8")
+    small = quantization.quantize_linear(linear, "int8")
     assert small.weight.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0], [32, 64, -127, 0]]
     assert small.dequantized(torch.float32)[1].tolist() == [0, 0, 0, 0]
 
@@ -135,7 +135,7 @@ def test_memory():
     for one in (model, plain):
         tensors = [*one.parameters(), *one.buffers()]
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    weights = [module.weight for module in quantization.products(plain).values()]
+    weights = [module.weight for module in quantization.quantizable_linears(plain).values()]
     saved = sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
     assert sizes[1] - sizes[0] == saved
 
@@ -188,13 +188,13 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BackboneError, match=r"nf4 and fp4 need .* bitsandbytes; .*softprompts\[quantize\]"):
         quantization.quantize(model, "nf4")
-    assert quantization.quantized(model) is None
+    assert quantization.quantization_kind(model) is None
 
 
 def test_a_model_that_transformers_quantized_is_named():
     model = tiny.model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    assert backbone.wrap(model).quantized == "gptq"
+    assert backbone.wrap(model).quantization == "gptq"
     with pytest.raises(WrongBackboneError, match="sketches in gptq cannot be compared"):
         artifact.check_fingerprint(
             backbone.fingerprint(tiny.backbone("llama")), backbone.fingerprint(backbone.wrap(model))
@@ -213,7 +213,7 @@ def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     config = parse(values | {"model": values["model"] | {"quantize": used}}).model
     opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=config)
     assert opened.warnings == ()
-    assert opened.learner.backbone.quantized == used
+    assert opened.learner.backbone.quantization == used
     # Another model of the same shape is refused in either format.
     other = local.model_directory(tmp_path / "other", seed=1)
     with pytest.raises(WrongBackboneError, match=r"other weights: sketch distance .* allowed 0.07"):

@@ -171,7 +171,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     )
     config = together.config(rate=0.2, rate_unit="rms")
     groups = loop.build_optimizer(one, one.parameters(), config).param_groups
-    assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
+    assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.embedding_rms: 6, 1e-3: 8})
     plain = Learner(bb, Site(), slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32))))
     usual = loop.build_optimizer(plain, plain.parameters(), config).param_groups[0]["rate"]
     assert groups[0]["rate"] == usual, "the prompt learns as it does in prompt tuning"

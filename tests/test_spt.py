@@ -291,7 +291,7 @@ def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
     batch = replace(batch, task_ids=torch.zeros(4, dtype=torch.long))
     made = mix_prompts([plain.prompt(batch.rows(theirs)), one.prompt(batch.rows(mine))], [theirs, mine])
     for path in (None, *rows.paths(name, INPUT)):
-        output = injection.forward(one.backbone, batch, made, INPUT, path=path)
+        output = injection.score(one.backbone, batch, made, INPUT, path=path)
         for i in range(4):
             row = batch.rows(torch.tensor([i]))
             values = other.prompts[0]
@@ -299,7 +299,7 @@ def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
                 words = one.backbone.embed(row.input_ids)[0][row.instruction_mask[0].bool()]
                 chosen = by_hand(one.method.memory, words.mean(0, keepdim=True).tolist(), K)
                 values = torch.cat([one.method.soft, one.method.memory[chosen]])
-            alone = injection.forward(one.backbone, row, rows.single(values, 1), INPUT).logits
+            alone = injection.score(one.backbone, row, rows.single(values, 1), INPUT).logits
             torch.testing.assert_close(rows.of_row(output, i), alone, atol=1e-5, rtol=1e-5)
 
 

@@ -52,7 +52,7 @@ def test_training_lowers_the_loss_and_reports_every_step(values):
     assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].loss < reports[0].loss
     assert reports[0].path in ("shared", "packed")
-    rms = prompt_of(made).square().mean().sqrt() / made.learner.backbone.rms
+    rms = prompt_of(made).square().mean().sqrt() / made.learner.backbone.embedding_rms
     assert reports[-1].rms_ratio == pytest.approx(float(rms), rel=1e-5)
 
 
@@ -174,7 +174,7 @@ def test_the_rate_follows_its_schedule(values):
     assert [r.rate / unit for r in reports] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
     made, absolute = fitted(values, schedule="constant", rate=0.25, rate_unit="absolute")
     assert {r.rate for r in absolute} == {0.25}
-    assert unit == pytest.approx(made.learner.backbone.rms)
+    assert unit == pytest.approx(made.learner.backbone.embedding_rms)
 
 
 def test_nothing_to_train_on_is_said(values):

@@ -227,17 +227,17 @@ class Output:
 
     logits: Tensor | None
     labels: Tensor | None
-    row: Tensor
-    column: Tensor | None = None
-    hidden: Tensor | None = None
+    batch_rows: Tensor
+    label_columns: Tensor | None = None
+    hidden_states: Tensor | None = None
     cache: Any = None
-    last: Tensor | None = None
+    last_state: Tensor | None = None
     path: str = ""
     nll: Tensor | None = None
-    states: Tensor | None = None
-    scores: Callable[[Tensor], Tensor] | None = None
-    layers: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
-    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    label_states: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+    layer_states: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    token_counts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -248,8 +248,8 @@ class TeacherBatch:
     softmaxes.
     """
 
-    states: Tensor
-    layers: Mapping[tuple[str, int], Tensor]
+    label_states: Tensor
+    layer_states: Mapping[tuple[str, int], Tensor]
     temperature: float = 1.0
 
 
@@ -260,7 +260,7 @@ class Step:
     batch: Batch
     prompt: Prompt
     output: Output
-    again: Callable[[Prompt | None], Output]
+    rerun: Callable[[Prompt | None], Output]
     teacher: TeacherBatch | None = None
 
 

@@ -14,7 +14,7 @@ import torch
 from softprompts.errors import BackboneError
 
 
-def devices() -> list[str]:
+def available_devices() -> list[str]:
     """The devices that torch can use here, accelerators first."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return [*found, *(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
@@ -26,11 +26,11 @@ def choose_device(name: str | int) -> torch.device:
     Raises BackboneError for a device this machine does not have.
     """
     try:
-        return torch.empty(0, device=devices()[0] if name == "auto" else name).device
+        return torch.empty(0, device=available_devices()[0] if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise BackboneError(
-            f"device '{name}' cannot be used here ({reason}); possible: auto, {', '.join(devices())}"
+            f"device '{name}' cannot be used here ({reason}); possible: auto, {', '.join(available_devices())}"
         ) from None
 
 
@@ -141,7 +141,7 @@ def return_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def chip(device: torch.device) -> str:
+def chip_name(device: torch.device) -> str:
     """What computes on `device`, by name: measured times hold for this chip only."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -149,7 +149,7 @@ def chip(device: torch.device) -> str:
     return f"{device.type} {platform.machine()} {facts.get('cpu_name', '')}".strip()
 
 
-def finish(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until `device` has done all that it was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

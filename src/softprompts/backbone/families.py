@@ -13,11 +13,11 @@ class Family:
     """What a kind of transformer can do with a prompt."""
 
     name: str
-    auto: dict[str, str]  # head -> Auto class
+    auto_classes: dict[str, str]  # head -> Auto class
     sites: tuple[str, ...]
-    place: str  # where the prompt stands unless told otherwise
-    shifted: bool  # a position scores the next label (causal), not its own
-    caches: bool  # the prompt's keys and values can stand in a cache
+    default_place: str  # where the prompt stands unless told otherwise
+    scores_next_token: bool  # a position scores the next label (causal), not its own
+    has_cache: bool  # the prompt's keys and values can stand in a cache
 
 
 _HEADS = {
@@ -28,18 +28,28 @@ _HEADS = {
 }
 
 CAUSAL = Family(
-    "causal", {"lm": "AutoModelForCausalLM", **_HEADS}, ("input", "layers", "kv"), "first", shifted=True, caches=True
+    "causal",
+    {"lm": "AutoModelForCausalLM", **_HEADS},
+    ("input", "layers", "kv"),
+    "first",
+    scores_next_token=True,
+    has_cache=True,
 )
 SEQ2SEQ = Family(
     "seq2seq",
     {"lm": "AutoModelForSeq2SeqLM", **_HEADS},
     ("input", "decoder", "layers", "kv"),
     "first",
-    shifted=False,
-    caches=True,
+    scores_next_token=False,
+    has_cache=True,
 )
 MASKED = Family(
-    "masked", {"lm": "AutoModelForMaskedLM", **_HEADS}, ("input", "layers"), "after_start", shifted=False, caches=False
+    "masked",
+    {"lm": "AutoModelForMaskedLM", **_HEADS},
+    ("input", "layers"),
+    "after_start",
+    scores_next_token=False,
+    has_cache=False,
 )
 FAMILIES: dict[str, Family] = {f.name: f for f in (CAUSAL, SEQ2SEQ, MASKED)}
 
@@ -61,7 +71,7 @@ def family_of(model: PreTrainedModel) -> Family:
     if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not getattr(
         config, "is_decoder", False
     ):
-        return replace(MASKED, place="first")  # an encoder alone (T5 with a token head): no special token in front
+        return replace(MASKED, default_place="first")  # an encoder alone (T5 with a token head): no special token in front
     masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
     if masked and not getattr(config, "is_decoder", False):
         return MASKED

@@ -35,43 +35,43 @@ class Kernels:
     backward pass instead of kept.
     """
 
-    rows: str = "packed"
-    core: str = "math"
-    attention: str | None = None
+    path: str = "packed"
+    packed_attention: str = "math"
+    attn_implementation: str | None = None
     matmul_backend: str = "torch"
     compiled: bool = False
-    trim: bool = True
+    trim_last_layer: bool = True
     gradient_checkpointing: bool = False
 
 
-Scene = Callable[[], contextlib.AbstractContextManager[None]]
+ContextFactory = Callable[[], contextlib.AbstractContextManager[None]]
 
-scene: ContextVar[Scene] = ContextVar("softprompts_scene", default=contextlib.nullcontext)
+recompute_context: ContextVar[ContextFactory] = ContextVar("softprompts_scene", default=contextlib.nullcontext)
 """What has to be set up again before a layer is computed a second time, in the backward pass."""
 
 
 @contextlib.contextmanager
-def running(model: Any, kernels: Kernels, known: dict[str, Any]) -> Iterator[None]:
+def use_kernels(model: Any, kernels: Kernels, known: dict[str, Any]) -> Iterator[None]:
     """Inside, `model` runs with `kernels`; `known` keeps what was compiled. May be entered again inside.
 
     Raises BackboneError for a model whose layers cannot be computed again, where that is asked for.
     """
     swaps: dict[nn.Module, Forward] = {}
     if kernels.matmul_backend == "onednn":
-        swaps |= {module: functools.partial(_product, module) for module in linears(model)}
+        swaps |= {module: functools.partial(_product, module) for module in frozen_linears(model)}
     if kernels.compiled:
         if "compiled" not in known:
             known["compiled"] = compile_parts(model, kernels)
         swaps |= known["compiled"]
     if kernels.gradient_checkpointing and torch.is_grad_enabled():
-        own = [layer for layer in _layers(model) if not isinstance(layer.__dict__.get("forward"), _Again)]
-        swaps |= {layer: _Again(layer, swaps) for layer in own}
-    with swapped(swaps), _attention(model, kernels.attention):
+        own = [layer for layer in _layers(model) if not isinstance(layer.__dict__.get("forward"), CheckpointedForward)]
+        swaps |= {layer: CheckpointedForward(layer, swaps) for layer in own}
+    with replace_forwards(swaps), _attention(model, kernels.attn_implementation):
         yield
 
 
 @contextlib.contextmanager
-def swapped(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+def replace_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     """Inside, each module computes with the given function; its own forward is back afterwards."""
     before = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
@@ -92,16 +92,16 @@ def _attention(model: Any, name: str | None) -> Iterator[None]:
     if name in (None, own):
         yield
         return
-    again = scene.set(lambda: _attention(model, name))
+    again = recompute_context.set(lambda: _attention(model, name))
     try:
         model.set_attn_implementation(name)
         yield
     finally:
         model.set_attn_implementation(own)
-        scene.reset(again)
+        recompute_context.reset(again)
 
 
-def linears(model: nn.Module) -> list[nn.Module]:
+def frozen_linears(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that are plain matrix products of frozen float weights on the CPU."""
     return [
         module
@@ -164,7 +164,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-class _Again:
+class CheckpointedForward:
     """A layer's forward that keeps nothing for the backward pass and is computed again there.
 
     A layer that reads and extends a cache gets its keys and values as inputs and hands the new ones out, and works on a
@@ -180,12 +180,12 @@ class _Again:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer would return."""
-        enter = scene.get()
+        enter = recompute_context.get()
         cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
         if cache is None:
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                with swapped(self.inside), enter():
+                with replace_forwards(self.inside), enter():
                     return self.plain(*args, **kwargs)
 
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -196,7 +196,7 @@ class _Again:
             )
         return self._with_cache(cache, enter, args, kwargs)
 
-    def _with_cache(self, cache: Any, enter: Scene, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _with_cache(self, cache: Any, enter: ContextFactory, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         number = self.number
         own = cache.layers[number]
         empty = own.keys is None
@@ -210,7 +210,7 @@ class _Again:
                 [fresh if a is cache else a for a in args],
                 {k: fresh if v is cache else v for k, v in kwargs.items()},
             )
-            with swapped(self.inside), enter():
+            with replace_forwards(self.inside), enter():
                 out = self.plain(*moved[0], **moved[1])
             filled.append(part)
             return out, part.keys, part.values

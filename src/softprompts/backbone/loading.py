@@ -48,7 +48,7 @@ def load(
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
         if labels is not None:
             config.num_labels = labels
-        auto = getattr(transformers, family_of_config(config).auto[head])
+        auto = getattr(transformers, family_of_config(config).auto_classes[head])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model, loaded = auto.from_pretrained(
@@ -67,7 +67,7 @@ def load(
         tokenizer.pad_token = tokenizer.eos_token
     if device_map is not None:
         backbone = wrap(model, tokenizer, name, revision)
-        return spread(backbone) if any(hasattr(part, "_hf_hook") for part in model.modules()) else backbone
+        return align_part_devices(backbone) if any(hasattr(part, "_hf_hook") for part in model.modules()) else backbone
     if quantize is not None:
         quantize_model(freeze(model), quantize, target)
         for parameter in model.parameters():
@@ -87,7 +87,7 @@ def _check_whole(where: str, model: Any, missing: Iterable[str]) -> None:
         )
 
 
-def spread(backbone: Backbone) -> Backbone:
+def align_part_devices(backbone: Backbone) -> Backbone:
     """The same backbone, whose parts answer on the device that they were asked on.
 
     transformers does that for the whole model only, but prompts enter, and states are read, at its parts.

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family, family_of, head_of
-from softprompts.backbone.kernels import Kernels, running
-from softprompts.backbone.quantization import quantized
+from softprompts.backbone.kernels import Kernels, use_kernels
+from softprompts.backbone.quantization import quantization_kind
 from softprompts.errors import BackboneError
 from softprompts.types import Fingerprint
 
@@ -49,7 +49,7 @@ class Backbone:
     name: str = ""
     revision: str | None = None
     kernels: Kernels = field(default_factory=Kernels)
-    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # facts found out once
+    facts: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # facts found out once
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -70,9 +70,9 @@ class Backbone:
         return self.embedding.weight.dtype
 
     @cached_property
-    def quantized(self) -> str | None:
+    def quantization(self) -> str | None:
         """How the layers' weights are quantized (int8, nf4, ...); None where they are plain numbers."""
-        return quantized(self.model)
+        return quantization_kind(self.model)
 
     @cached_property
     def trunk(self) -> Any:
@@ -99,27 +99,27 @@ class Backbone:
         return self.embedding(ids)
 
     @property
-    def features(self) -> int:
+    def embedding_size(self) -> int:
         """Width of the input embeddings (not of the hidden states where a model projects them)."""
         return self.embed(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]
 
     @property
-    def hidden(self) -> int:
+    def hidden_size(self) -> int:
         """Width of the hidden states between layers."""
         return int(self.config.hidden_size)
 
     @property
-    def state_width(self) -> int:
+    def output_size(self) -> int:
         """Width of the last hidden states, which some models (OPT) project back to the embeddings' width."""
-        return int(getattr(self.config, "word_embed_proj_dim", None) or self.hidden)
+        return int(getattr(self.config, "word_embed_proj_dim", None) or self.hidden_size)
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Rows of the embedding table."""
         return int(self.embedding.weight.shape[0])
 
     @property
-    def context(self) -> int | None:
+    def max_positions(self) -> int | None:
         """Most positions the model can take, prompt included; None where nothing bounds them (relative positions)."""
         config = self.model.config
         if config.model_type in ("t5", "mt5", "umt5", "longt5", "bloom"):
@@ -160,7 +160,7 @@ class Backbone:
         return found[0]
 
     @cached_property
-    def kv_shape(self) -> tuple[tuple[int, int], ...]:
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
         """(heads, head width) of the keys that each layer's cache holds, read off a one-token run."""
         cache = self.new_cache()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
@@ -179,9 +179,9 @@ class Backbone:
         return DynamicCache(config=self.model.config.get_text_config(decoder=True))
 
     @cached_property
-    def no_cache_because(self) -> str | None:
+    def no_cache_reason(self) -> str | None:
         """Why a prefix cannot be shared through a cache, or None where it can."""
-        if not self.family.caches:
+        if not self.family.has_cache:
             return "an encoder's prompt sees the text"
         if any(getattr(m, "is_causal", None) is False and hasattr(m, "layer_idx") for m in self.trunk.modules()):
             return f"{type(self.model).__name__} looks both ways, so its prompt sees the text"
@@ -198,13 +198,13 @@ class Backbone:
         return frozenset(inspect.signature(self.trunk.forward).parameters)
 
     @cached_property
-    def rms(self) -> float:
+    def embedding_rms(self) -> float:
         """Root mean square of all word embeddings, the unit of learning rates."""
         total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
-            for ids in torch.arange(self.vocabulary, device=self.device).split(4096):
+            for ids in torch.arange(self.vocab_size, device=self.device).split(4096):
                 total += self.embed(ids).cpu().double().square().sum()  # not every device knows float64
-        return float((total / (self.vocabulary * self.features)).sqrt())
+        return float((total / (self.vocab_size * self.embedding_size)).sqrt())
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:
@@ -214,9 +214,9 @@ class Backbone:
         inside = {"encoder", "decoder", "shared"} if self.trunk is self.model else {self.model.base_model_prefix}
         return tuple(name for name, _ in self.model.named_parameters() if name.split(".")[0] not in inside)
 
-    def running(self) -> contextlib.AbstractContextManager[None]:
+    def with_kernels(self) -> contextlib.AbstractContextManager[None]:
         """Inside, the model runs with `kernels`; its own modules are as before afterwards."""
-        return running(self.model, self.kernels, self.known)
+        return use_kernels(self.model, self.kernels, self.facts)
 
     @contextlib.contextmanager
     def with_head(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -253,7 +253,7 @@ class Backbone:
         for module in modules:
             module.forward = answer
         try:
-            with self.running():
+            with self.with_kernels():
                 yield
         finally:
             for module, own in zip(modules, before, strict=True):
@@ -301,7 +301,7 @@ def fingerprint(backbone: Backbone) -> Fingerprint:
             sketch = backbone.decoder(input_ids=ids, encoder_hidden_states=state).last_hidden_state
         else:
             sketch = backbone.trunk(input_ids=ids).last_hidden_state
-    dtype = backbone.quantized or str(backbone.dtype).removeprefix("torch.")
+    dtype = backbone.quantization or str(backbone.dtype).removeprefix("torch.")
     return Fingerprint(facts, _tokenizer_hash(backbone.tokenizer), sketch[0].float().cpu(), dtype)
 
 

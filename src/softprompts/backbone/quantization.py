@@ -20,14 +20,14 @@ from transformers.pytorch_utils import Conv1D
 
 from softprompts.errors import BackboneError
 
-KINDS = ("int8", "nf4", "fp4")
-BLOCK = 64
+QUANTIZATION_KINDS = ("int8", "nf4", "fp4")
+BLOCK_SIZE = 64
 """Weights that share a scale in nf4 and fp4."""
 
-PART = 2**21
+WEIGHTS_PER_CHUNK = 2**21
 """Weights put back at a time: memory for the copy stays within a few megabytes, and the processor's cache."""
 
-FEW = 4
+MAX_ROWS_OF_INT8_KERNEL = 4
 """Rows up to which torch's own int8 kernel is faster on the CPU than putting the weights back (bfloat16 only)."""
 
 
@@ -38,11 +38,11 @@ def quantize(model: nn.Module, kind: str, device: torch.device | None = None) ->
     Raises BackboneError for an unknown kind, where bitsandbytes is needed and missing, and where there is no such
     product.
     """
-    if kind not in KINDS:
-        raise BackboneError(f"quantization '{kind}' is unknown; possible: {', '.join(KINDS)}")
+    if kind not in QUANTIZATION_KINDS:
+        raise BackboneError(f"quantization '{kind}' is unknown; possible: {', '.join(QUANTIZATION_KINDS)}")
     if kind != "int8":
         _bitsandbytes()
-    found = products(model)
+    found = quantizable_linears(model)
     if not found:
         raise BackboneError(
             f"{type(model).__name__} has no matrix products in a stack of layers that could be quantized; leave "
@@ -50,11 +50,11 @@ def quantize(model: nn.Module, kind: str, device: torch.device | None = None) ->
         )
     for name, module in found.items():
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, made(module, kind, device))
+        setattr(model.get_submodule(owner), last, quantize_linear(module, kind, device))
     return len(found)
 
 
-def products(model: nn.Module) -> dict[str, nn.Module]:
+def quantizable_linears(model: nn.Module) -> dict[str, nn.Module]:
     """The plain matrix products inside stacks of layers, by name."""
     stacks = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.ModuleList))
     return {
@@ -64,7 +64,7 @@ def products(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def made(module: Any, kind: str, device: torch.device | None = None) -> nn.Module:
+def quantize_linear(module: Any, kind: str, device: torch.device | None = None) -> nn.Module:
     """A plain matrix product, quantized."""
     weight = module.weight.detach().to(device or module.weight.device)
     weight = weight.t().contiguous() if type(module) is Conv1D else weight
@@ -72,7 +72,7 @@ def made(module: Any, kind: str, device: torch.device | None = None) -> nn.Modul
     return Int8Linear(weight, bias) if kind == "int8" else FourBitLinear(weight, bias, kind)
 
 
-def quantized(model: nn.Module) -> str | None:
+def quantization_kind(model: nn.Module) -> str | None:
     """How the weights of `model` are quantized, by us or by transformers; None where they are not."""
     for module in model.modules():
         if isinstance(module, Int8Linear | FourBitLinear):
@@ -107,7 +107,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        if x.numel() <= FEW * self.in_features and x.dtype == self.scale.dtype == torch.bfloat16 and _plain_cpu(x):
+        if (
+            x.numel() <= MAX_ROWS_OF_INT8_KERNEL * self.in_features
+            and x.dtype == self.scale.dtype == torch.bfloat16
+            and _plain_cpu(x)
+        ):
             product = torch._weight_int8pack_mm(x.reshape(-1, self.in_features), self.weight, self.scale)
             product = product.view(*x.shape[:-1], self.out_features)
         else:
@@ -118,7 +122,7 @@ class Int8Linear(nn.Module):
         # The scale goes to the weights, not to the product, which in float16 could be too large for the format.
         return self.weight[rows, columns].to(dtype).mul_(self.scale[rows, None])
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that this product computes with."""
         return self._part(slice(None), slice(None), dtype)
 
@@ -134,7 +138,7 @@ class FourBitLinear(nn.Module):
         super().__init__()
         self.kind = kind
         self.out_features, self.in_features = weight.shape
-        packed, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type=kind)
+        packed, state = _bitsandbytes().quantize_4bit(weight.contiguous(), blocksize=BLOCK_SIZE, quant_type=kind)
         # As int8, which T5 knows: it casts its states to any other dtype that it finds in a weight.
         self.register_buffer("weight", packed.view(torch.int8))
         self.register_buffer("scale", state.absmax)
@@ -146,15 +150,15 @@ class FourBitLinear(nn.Module):
         return product if self.bias is None else product + self.bias
 
     def _part(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        return self.dequantized(dtype)  # blocks run on from row to row, so the whole is put back at once
+        return self.dequantize(dtype)  # blocks run on from row to row, so the whole is put back at once
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] that this product computes with."""
         library = _bitsandbytes()
         made_in = dtype if dtype in (torch.bfloat16, torch.float16) else torch.float32
         shape = torch.Size((self.out_features, self.in_features))
         state = library.QuantState(
-            absmax=self.scale.float(), shape=shape, dtype=made_in, blocksize=BLOCK, quant_type=self.kind
+            absmax=self.scale.float(), shape=shape, dtype=made_in, blocksize=BLOCK_SIZE, quant_type=self.kind
         )
         weight: Tensor = library.dequantize_4bit(self.weight.view(torch.uint8), state)
         return weight.to(dtype)
@@ -186,7 +190,7 @@ class _Product(torch.autograd.Function):
 
 
 def _slices(length: int, width: int, split: bool) -> list[slice]:
-    step = max(1, PART // width) if split else length
+    step = max(1, WEIGHTS_PER_CHUNK // width) if split else length
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

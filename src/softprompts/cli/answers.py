@@ -149,7 +149,7 @@ def predict(
     base = opened.learner.backbone
     made_by = {
         "prompt": digest(prompt),
-        "model": [base.name, str(base.dtype), base.quantized],
+        "model": [base.name, str(base.dtype), base.quantization],
         "evaluate": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
     }
     shown = file is not None or text is None
@@ -234,7 +234,7 @@ def generate(
         options["temperature"] = temperature
     with torch.no_grad():
         found = write(base, batch, opened.learner.prompt(batch), opened.learner.site, **options)
-    new = found[0, ids.shape[1] :] if base.family.shifted else found[0]
+    new = found[0, ids.shape[1] :] if base.family.scores_next_token else found[0]
     print(base.tokenizer.decode(new, skip_special_tokens=True))
 
 

@@ -10,48 +10,64 @@ A site only fixes the prompt's width D; everything a method or an objective sees
 | kv      | sum of 2 * heads * head_dim  | keys and values in front of each layer's own, as a cache has them |
 """
 
-from softprompts.injection.continuations import candidate_tree, continuations
-from softprompts.injection.forward import TrunkOutput, can_read_prompts, choose_path, prefill, read_prompts, run_trunk
-from softprompts.injection.hidden_states import LAST, check_layers
-from softprompts.injection.layout import Layout, add_delta, assemble, layout
-from softprompts.injection.packed import Prefix, read_prefix, why_not_packed
+from softprompts.injection.continuations import candidate_tree, score_continuations
+from softprompts.injection.forward import (
+    TrunkOutput,
+    can_compute_prefix,
+    choose_path,
+    compute_prefix,
+    prefill,
+    run_trunk,
+)
+from softprompts.injection.hidden_states import LAST_HIDDEN_STATE, check_layers
+from softprompts.injection.layout import Layout, add_delta, assemble_embeddings, layout_rows
+from softprompts.injection.packed import Prefix, packed_prefix, why_not_packed
 from softprompts.injection.packed_attention import Unpackable
 from softprompts.injection.placement import place_prompts, prompt_offsets
-from softprompts.injection.scoring import LOGITS, forward, head, pooled, span_scores
-from softprompts.injection.sites import Site, at_layers, by_layer, check_site, fill, prompt_spec, resolve_place, width
+from softprompts.injection.scoring import MAX_LOGITS, apply_head, score, sequence_scores, span_scores
+from softprompts.injection.sites import (
+    Site,
+    check_site,
+    fill_cache,
+    inject_at_layers,
+    prompt_spec,
+    prompt_width,
+    resolve_place,
+    split_by_layer,
+)
 
 __all__ = [
-    "LAST",
-    "LOGITS",
+    "LAST_HIDDEN_STATE",
+    "MAX_LOGITS",
     "Layout",
     "Prefix",
     "Site",
     "TrunkOutput",
     "Unpackable",
     "add_delta",
-    "assemble",
-    "at_layers",
-    "by_layer",
-    "can_read_prompts",
+    "apply_head",
+    "assemble_embeddings",
+    "can_compute_prefix",
     "candidate_tree",
     "check_layers",
     "check_site",
     "choose_path",
-    "continuations",
-    "fill",
-    "forward",
-    "head",
-    "layout",
+    "compute_prefix",
+    "fill_cache",
+    "inject_at_layers",
+    "layout_rows",
+    "packed_prefix",
     "place_prompts",
-    "pooled",
     "prefill",
     "prompt_offsets",
     "prompt_spec",
-    "read_prefix",
-    "read_prompts",
+    "prompt_width",
     "resolve_place",
     "run_trunk",
+    "score",
+    "score_continuations",
+    "sequence_scores",
     "span_scores",
+    "split_by_layer",
     "why_not_packed",
-    "width",
 ]

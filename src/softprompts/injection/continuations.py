@@ -16,8 +16,8 @@ from softprompts.errors import BackboneError
 from softprompts.injection.forward import TrunkOutput, choose_path, run_trunk
 from softprompts.injection.packed import Prefix, why_not_packed
 from softprompts.injection.placement import place_prompts
-from softprompts.injection.scoring import LOGITS, forward, head
-from softprompts.injection.sites import Site, width
+from softprompts.injection.scoring import MAX_LOGITS, apply_head, score
+from softprompts.injection.sites import Site, prompt_width
 from softprompts.types import IGNORE, Batch, Prompt
 
 Tokens = tuple[int, ...]
@@ -32,11 +32,11 @@ class CandidateTree:
     parts: of each candidate, the flat places in `scored` of its tokens.
     """
 
-    ids: Tensor
-    branch: Tensor
-    depth: Tensor
-    scored: Tensor
-    parts: tuple[tuple[int, ...], ...]
+    token_ids: Tensor
+    branches: Tensor
+    depths: Tensor
+    scored_ids: Tensor
+    score_indices: tuple[tuple[int, ...], ...]
 
 
 def candidate_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
@@ -68,7 +68,7 @@ def candidate_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
     return CandidateTree(ids, branch, depth, scored, parts)
 
 
-def continuations(
+def score_continuations(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt | None,
@@ -93,11 +93,11 @@ def continuations(
     batch = replace(batch, labels=None)
     if prompt is None:
         batch = replace(batch, prompt_offsets=None, segment_lengths=None)
-    if prompt is None and path is None and backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
+    if prompt is None and path is None and backbone.kernels.path == "packed" and why_not_packed(backbone) is None:
         site, prompt = _nothing(backbone, batch)
     batch = place_prompts(backbone, batch, site, prompt)  # by the text alone, before candidates stand behind it
     chosen, _ = choose_path(backbone, batch, prompt, site, path, prefix)
-    with backbone.running():  # the head too
+    with backbone.with_kernels():  # the head too
         if chosen == "packed":
             assert prompt is not None
             return _branched(backbone, batch, prompt, site, tree, path, prefix)
@@ -107,7 +107,7 @@ def continuations(
 def _nothing(backbone: Backbone, batch: Batch) -> tuple[Site, Prompt]:
     """No prompt as one of no tokens, behind which rows can be packed as behind others."""
     site, row = Site("kv"), torch.zeros(len(batch.input_ids), dtype=torch.long, device=batch.input_ids.device)
-    values = torch.zeros(1, 0, width(backbone, site), device=row.device)
+    values = torch.zeros(1, 0, prompt_width(backbone, site), device=row.device)
     return site, Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
 
 
@@ -122,12 +122,12 @@ def _branched(
 ) -> Tensor:
     """All candidates of all rows in one pass of packed rows."""
     size = batch.input_ids.shape[1]
-    if not len(tree.ids) and not bool(batch.attention_mask.any()):
+    if not len(tree.token_ids) and not bool(batch.attention_mask.any()):
         # A pass needs a token: one that nobody looks at.
         one = torch.zeros(1, dtype=torch.long)
-        tree = replace(tree, ids=one, branch=one + 1, depth=one, scored=tree.scored.repeat(2, 1))
-    whole = _extended(backbone, batch, tree.ids, tree.depth)
-    chain = tree.branch.to(batch.input_ids.device).expand(len(batch.input_ids), -1)
+        tree = replace(tree, ids=one, branch=one + 1, depth=one, scored=tree.scored_ids.repeat(2, 1))
+    whole = _extended(backbone, batch, tree.token_ids, tree.depths)
+    chain = tree.branches.to(batch.input_ids.device).expand(len(batch.input_ids), -1)
     branch = torch.cat([torch.zeros_like(batch.input_ids), chain], 1)
 
     def wanted(order: Tensor, mask: Tensor) -> Tensor:
@@ -137,15 +137,15 @@ def _branched(
 
     reading = run_trunk(backbone, whole, prompt, site, path=path, prefix=prefix, wanted=wanted, branch=branch)
     texts = batch.attention_mask.bool().sum(1, keepdim=True)
-    columns = texts + torch.arange(len(tree.ids), device=texts.device)
-    places = torch.cat([reading.end[:, None], reading.position.gather(1, columns)], 1)
-    states = reading.hidden.gather(1, places[..., None].expand(-1, -1, reading.hidden.shape[-1]))
-    scored = tree.scored.to(states.device)
+    columns = texts + torch.arange(len(tree.token_ids), device=texts.device)
+    places = torch.cat([reading.end_positions[:, None], reading.text_positions.gather(1, columns)], 1)
+    states = reading.hidden_states.gather(1, places[..., None].expand(-1, -1, reading.hidden_states.shape[-1]))
+    scored = tree.scored_ids.to(states.device)
     chances = _log_probs(backbone, reading, states.flatten(0, 1), scored.repeat(len(states), 1))
     chances = chances.view(len(states), *scored.shape)
     chances[:, 0] = chances[:, 0].where(_has_context(batch, prompt, site)[:, None], 0)
     flat = chances.flatten(1)
-    return torch.stack([flat[:, list(part)].sum(1) for part in tree.parts], 1)
+    return torch.stack([flat[:, list(part)].sum(1) for part in tree.score_indices], 1)
 
 
 def _one_by_one(
@@ -167,7 +167,9 @@ def _one_by_one(
         # A pass needs a token: one that nobody looks at.
         asked = _extended(backbone, batch, torch.zeros(1, dtype=torch.long)) if empty else batch
         reading = run_trunk(backbone, asked, prompt, site, path=path, prefix=prefix)
-        states = reading.hidden[torch.arange(count, device=device), (reading.end - int(empty)).clamp(min=0)]
+        states = reading.hidden_states[
+            torch.arange(count, device=device), (reading.end_positions - int(empty)).clamp(min=0)
+        ]
         tokens = torch.tensor([candidates[i][0] for i in single], device=states.device)
         chances = _log_probs(backbone, reading, states, tokens.expand(count, -1))
         found[:, single] = chances.where(preceded[:, None], 0)
@@ -176,11 +178,11 @@ def _one_by_one(
             whole = _extended(backbone, batch, torch.tensor(candidate))
             labels = whole.input_ids.clone()
             labels[:, : batch.input_ids.shape[1]] = IGNORE
-            output = forward(
-                backbone, replace(whole, labels=labels), prompt, site, path=path, prefix=prefix, logits=False
+            output = score(
+                backbone, replace(whole, labels=labels), prompt, site, path=path, prefix=prefix, return_logits=False
             )
             assert output.nll is not None
-            found[:, i] = found[:, i].index_add(0, output.row, -output.nll.double())
+            found[:, i] = found[:, i].index_add(0, output.batch_rows, -output.nll.double())
     return found
 
 
@@ -216,10 +218,10 @@ def _extended(backbone: Backbone, batch: Batch, tokens: Tensor, depth: Tensor | 
 
 def _log_probs(backbone: Backbone, reading: TrunkOutput, states: Tensor, tokens: Tensor) -> Tensor:
     """The log-probability of `tokens` [N, M] at `states` [N, H], in float64, some rows of scores at a time."""
-    size = max(1, LOGITS // backbone.vocabulary)
+    size = max(1, MAX_LOGITS // backbone.vocab_size)
     found = []
     for part, wanted in zip(states.split(size), tokens.split(size), strict=True):
-        scores = head(backbone, reading, part[None])[0]
+        scores = apply_head(backbone, reading, part[None])[0]
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
         found.append(scores.gather(1, wanted.to(scores.device)).double())
     return torch.cat(found)

@@ -8,8 +8,8 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts.backbone import Backbone
 from softprompts.errors import BackboneError
-from softprompts.injection.layout import assemble, layout, tight
-from softprompts.injection.sites import Site, fill
+from softprompts.injection.layout import assemble_embeddings, layout_rows, trim_padding
+from softprompts.injection.sites import Site, fill_cache
 from softprompts.types import IGNORE, Batch, Prompt
 
 
@@ -56,37 +56,37 @@ def decode(
         output = backbone.decoder(input_ids=ids, attention_mask=mask.long(), **common)
         return output, columns, mask.sum(1) - 1
     if site.name == "kv":
-        prompt = tight(prompt)
+        prompt = trim_padding(prompt)
         lengths = prompt.lengths[prompt.prompt_index]
-        if bool((lengths != lengths[0]).any()) and backbone.context is not None:
+        if bool((lengths != lengths[0]).any()) and backbone.max_positions is not None:
             raise BackboneError(
                 f"prompts of {sorted(set(lengths.tolist()))} tokens cannot share a batch at site 'kv' of "
                 f"{type(backbone.model).__name__}, whose decoder counts positions itself; batch them by length"
             )
         own = backbone.new_cache()
-        fill(own, backbone, prompt)
+        fill_cache(own, backbone, prompt)
         own.batch_select_indices(prompt.prompt_index)
         full = torch.cat([prompt.mask[prompt.prompt_index].bool(), mask], 1).long()
         cache = EncoderDecoderCache(own, backbone.new_cache())
         output = backbone.decoder(input_ids=ids, attention_mask=full, past_key_values=cache, use_cache=True, **common)
         return output, columns, mask.sum(1) - 1
-    where = layout(mask, torch.zeros_like(ids[:, 0]), prompt)
-    embeds = assemble(backbone.decoder.embed_tokens(ids), prompt, where)
-    output = backbone.decoder(inputs_embeds=embeds, attention_mask=where.mask.long(), **common)
-    return output, where.position, where.mask.sum(1) - 1
+    where = layout_rows(mask, torch.zeros_like(ids[:, 0]), prompt)
+    embeds = assemble_embeddings(backbone.decoder.embed_tokens(ids), prompt, where)
+    output = backbone.decoder(inputs_embeds=embeds, attention_mask=where.attention_mask.long(), **common)
+    return output, where.text_positions, where.attention_mask.sum(1) - 1
 
 
 def check_room(backbone: Backbone, mask: Tensor, prompt: Prompt | None) -> None:
     """Raise BackboneError when prompt and text (mask [B, T]) need more positions than the model has."""
-    if backbone.context is None:
+    if backbone.max_positions is None:
         return
     slots = 0 if prompt is None else prompt.values.shape[1]
-    if mask.shape[1] + slots <= backbone.context:
+    if mask.shape[1] + slots <= backbone.max_positions:
         return
     longest = int((mask.sum(1) + (0 if prompt is None else prompt.lengths[prompt.prompt_index])).max())
-    if longest > backbone.context:
+    if longest > backbone.max_positions:
         raise BackboneError(
-            f"prompt and text need {longest} positions, {backbone.name or 'the model'} takes {backbone.context}; "
+            f"prompt and text need {longest} positions, {backbone.name or 'the model'} takes {backbone.max_positions}; "
             f"shorten the text (max_length) or the prompt"
         )
 

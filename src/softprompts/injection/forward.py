@@ -14,10 +14,10 @@ from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.errors import BackboneError
 from softprompts.injection.encoder_decoder import check_room, decode, decoder_ids
 from softprompts.injection.hidden_states import CapturedStates, capture, check_layers
-from softprompts.injection.layout import Layout, add_delta, assemble, layout
-from softprompts.injection.packed import Prefix, check_depth, read_prefix, run, why_not_packed
+from softprompts.injection.layout import Layout, add_delta, assemble_embeddings, layout_rows
+from softprompts.injection.packed import Prefix, check_depth, packed_prefix, run_packed, why_not_packed
 from softprompts.injection.placement import place_prompts
-from softprompts.injection.sites import Site, at_layers, by_layer, check_site, fill, resolve_place
+from softprompts.injection.sites import Site, check_site, fill_cache, inject_at_layers, resolve_place, split_by_layer
 from softprompts.types import Batch, Prompt
 
 PATHS = ("packed", "shared", "concatenation")
@@ -35,17 +35,17 @@ class TrunkOutput:
     of the layers that were asked for, laid out as `hidden`.
     """
 
-    hidden: Tensor
-    position: Tensor
-    order: Tensor
-    mask: Tensor
-    end: Tensor
+    hidden_states: Tensor
+    text_positions: Tensor
+    token_order: Tensor
+    text_mask: Tensor
+    end_positions: Tensor
     output: Any
     encoded: tuple[Any, Tensor] | None = None
     cache: Any = None
     path: str = ""
-    text: "TrunkOutput | None" = None
-    inner: dict[int, Tensor] = field(default_factory=dict)
+    encoder: "TrunkOutput | None" = None
+    layer_states: dict[int, Tensor] = field(default_factory=dict)
 
 
 def run_trunk(
@@ -66,7 +66,7 @@ def run_trunk(
     branch [B, T]: on path "packed", 0 for text and c for the c-th continuation, whose tokens stand behind all text.
     """
     check_layers(backbone, layers)
-    with backbone.running(), capture(backbone, layers) as caught:
+    with backbone.with_kernels(), capture(backbone, layers) as caught:
         return _read(backbone, batch, prompt, site, path, prefix, wanted, branch, caught)
 
 
@@ -121,14 +121,14 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
     """
     cache = backbone.new_cache()
     if site.name == "kv":
-        fill(cache, backbone, prompt)
+        fill_cache(cache, backbone, prompt)
         return cache, None
     values, deep = prompt.values, contextlib.nullcontext()
     mask = prompt.mask.bool()
     if site.name == "layers":
         slots = torch.arange(mask.shape[1], device=mask.device).expand_as(mask).where(mask, -1)
         distinct = replace(prompt, prompt_index=torch.arange(len(values), device=values.device))
-        values, deep = by_layer(values, backbone)[0], at_layers(backbone, distinct, slots, site.mode)  # type: ignore[assignment]
+        values, deep = split_by_layer(values, backbone)[0], inject_at_layers(backbone, distinct, slots, site.mode)  # type: ignore[assignment]
     with deep:
         output = backbone.trunk(
             inputs_embeds=values.to(backbone.dtype),
@@ -140,20 +140,20 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
     return cache, output.last_hidden_state[:, -1]
 
 
-def can_read_prompts(backbone: Backbone, site: Site) -> bool:
+def can_compute_prefix(backbone: Backbone, site: Site) -> bool:
     """Whether prompts can be read before any text: they stand before it, and the model has a cache."""
-    first = backbone.family.shifted and resolve_place(backbone, site) == "first"
-    return first and (site.name == "kv" or backbone.no_cache_because is None)
+    first = backbone.family.scores_next_token and resolve_place(backbone, site) == "first"
+    return first and (site.name == "kv" or backbone.no_cache_reason is None)
 
 
-def read_prompts(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix | None:
+def compute_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix | None:
     """The distinct prompts read once, to be given to any number of batches; None where that cannot be done."""
     check_site(backbone, site)
-    if not can_read_prompts(backbone, site):
+    if not can_compute_prefix(backbone, site):
         return None
-    if backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
-        return read_prefix(backbone, prompt, site)
-    with backbone.running():
+    if backbone.kernels.path == "packed" and why_not_packed(backbone) is None:
+        return packed_prefix(backbone, prompt, site)
+    with backbone.with_kernels():
         cache, last = prefill(backbone, prompt, site)
     return Prefix((), prompt.mask.bool(), last, cache)
 
@@ -170,7 +170,9 @@ def _positions(backbone: Backbone, ids: Tensor) -> dict[str, Tensor]:
 
 
 def _check_positions(backbone: Backbone, batch: Batch) -> None:
-    if batch.position_ids is not None and not (backbone.family.shifted and "position_ids" in backbone.trunk_arguments):
+    if batch.position_ids is not None and not (
+        backbone.family.scores_next_token and "position_ids" in backbone.trunk_arguments
+    ):
         raise BackboneError(
             f"{type(backbone.model).__name__} counts positions itself, so positions cannot be given; leave them out"
         )
@@ -195,7 +197,7 @@ def choose_path(
             raise BackboneError("path 'concatenation' is not possible: keys and values are no tokens; leave it out")
         return "concatenation", reason or "asked for"
     unpackable = (
-        why_not_packed(backbone) if path == "packed" or (path is None and backbone.kernels.rows == "packed") else ""
+        why_not_packed(backbone) if path == "packed" or (path is None and backbone.kernels.path == "packed") else ""
     )
     if unpackable is None:
         return "packed", ""
@@ -217,8 +219,8 @@ def _why_concatenated(backbone: Backbone, batch: Batch, prompt: Prompt | None, s
         return "no prompt"
     if site.name == "kv":
         return None
-    if backbone.no_cache_because:
-        return backbone.no_cache_because
+    if backbone.no_cache_reason:
+        return backbone.no_cache_reason
     assert batch.prompt_offsets is not None
     if bool((batch.prompt_offsets > 0).any()):
         return "text stands before the prompt"
@@ -238,7 +240,7 @@ def _read_packed(
 ) -> TrunkOutput:
     if prefix is not None and prefix.cache is not None:
         prefix = None
-    found = run(backbone, batch, prompt, site, prefix=prefix, wanted=wanted, branch=branch)
+    found = run_packed(backbone, batch, prompt, site, prefix=prefix, wanted=wanted, branch=branch)
     states, position = (
         found.texts,
         torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device).expand_as(batch.attention_mask),
@@ -250,7 +252,9 @@ def _read_packed(
         inner = {number: _behind_one(value) for number, value in inner.items()}
     text = batch.attention_mask if branch is None else batch.attention_mask & (branch == 0)
     end = (text.sum(1) - 1 + int(found.last is not None)).clamp(min=0)
-    return TrunkOutput(states, position, order, batch.attention_mask, end, found.output, path="packed", inner=inner)
+    return TrunkOutput(
+        states, position, order, batch.attention_mask, end, found.output, path="packed", layer_states=inner
+    )
 
 
 def _behind_one(states: Tensor) -> Tensor:
@@ -271,7 +275,7 @@ def _read_shared(
     if prefix is None or prefix.cache is None:
         cache, last = prefill(backbone, prompt, site)
     else:
-        cache, last = _copied(prefix.cache), prefix.last
+        cache, last = _copied(prefix.cache), prefix.last_state
     cache.batch_select_indices(prompt.prompt_index)
     before = prompt.mask[prompt.prompt_index]
     column = torch.arange(batch.attention_mask.shape[1], device=batch.attention_mask.device)
@@ -299,7 +303,7 @@ def _read_shared(
         output,
         cache=cache,
         path="shared",
-        inner=inner,
+        layer_states=inner,
     )
 
 
@@ -314,17 +318,17 @@ def _read_concatenated(
 ) -> TrunkOutput:
     assert batch.inputs_embeds is not None
     assert batch.prompt_offsets is not None
-    where = layout(batch.attention_mask, batch.prompt_offsets, prompt, segments=batch.segment_lengths)
+    where = layout_rows(batch.attention_mask, batch.prompt_offsets, prompt, segments=batch.segment_lengths)
     output = _run_encoder(backbone, batch, prompt, site, where)
     return TrunkOutput(
         output.last_hidden_state,
-        where.position,
+        where.text_positions,
         order,
         batch.attention_mask,
-        (where.mask.sum(1) - 1).clamp(min=0),
+        (where.attention_mask.sum(1) - 1).clamp(min=0),
         output,
         path=f"concatenation: {reason}",
-        inner={number: value for (_, number), value in caught.items()},
+        layer_states={number: value for (_, number), value in caught.items()},
     )
 
 
@@ -335,40 +339,44 @@ def _run_encoder(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: 
     front = prompt if prompt is not None and site.name in ("input", "layers") else None
     first = None
     if deep and prompt is not None:
-        first = by_layer(prompt.values, backbone)[0]
+        first = split_by_layer(prompt.values, backbone)[0]
     arguments: dict[str, Any] = {}
     if backbone.family is not SEQ2SEQ:
         names = backbone.trunk_arguments
-        if backbone.family.shifted and "use_cache" in names:
+        if backbone.family.scores_next_token and "use_cache" in names:
             arguments["use_cache"] = False
-        if backbone.family.shifted and "position_ids" in names:
+        if backbone.family.scores_next_token and "position_ids" in names:
             arguments["position_ids"] = _given_positions(batch, where)
-        if batch.token_type_ids is not None and "token_type_ids" in names and not backbone.family.shifted:
+        if batch.token_type_ids is not None and "token_type_ids" in names and not backbone.family.scores_next_token:
             arguments["token_type_ids"] = _token_types(batch.token_type_ids, where)
-    context = at_layers(backbone, prompt, where.slot, site.mode) if deep and prompt else contextlib.nullcontext()
+    context = (
+        inject_at_layers(backbone, prompt, where.prompt_slots, site.mode)
+        if deep and prompt
+        else contextlib.nullcontext()
+    )
     with context:
         return backbone.encoder(
-            inputs_embeds=assemble(batch.inputs_embeds, front, where, first),
-            attention_mask=where.mask.long(),
+            inputs_embeds=assemble_embeddings(batch.inputs_embeds, front, where, first),
+            attention_mask=where.attention_mask.long(),
             **arguments,
         )
 
 
 def _token_types(types: Tensor, where: Layout) -> Tensor:
     """Types of full rows: a prompt token has that of the text token before it, and 0 before the text."""
-    own = torch.nn.functional.pad(types, (1, 0)).gather(1, where.before)
-    return torch.cat([own, types], 1).gather(1, where.source)
+    own = torch.nn.functional.pad(types, (1, 0)).gather(1, where.text_before_prompt)
+    return torch.cat([own, types], 1).gather(1, where.gather_index)
 
 
 def _given_positions(batch: Batch, where: Layout) -> Tensor:
     """Positions of full rows: counted from the run's beginning, or the caller's own with the prompt between."""
     if batch.position_ids is None:
-        return where.ids
+        return where.position_ids
     # A prompt token goes on from the text token before it; all prompt tokens so far have taken a position.
-    last = torch.nn.functional.pad(batch.position_ids, (1, 0), value=-1).gather(1, where.before)
-    count = (where.slot >= 0).long().cumsum(1)
-    own = torch.cat([last, batch.position_ids], 1).gather(1, where.source) + count
-    return own.where(where.mask, 0)
+    last = torch.nn.functional.pad(batch.position_ids, (1, 0), value=-1).gather(1, where.text_before_prompt)
+    count = (where.prompt_slots >= 0).long().cumsum(1)
+    own = torch.cat([last, batch.position_ids], 1).gather(1, where.gather_index) + count
+    return own.where(where.attention_mask, 0)
 
 
 def _read_seq2seq(
@@ -382,15 +390,21 @@ def _read_seq2seq(
 ) -> TrunkOutput:
     assert packed.prompt_offsets is not None
     encoder_side = prompt if site.name in ("input", "layers") else None
-    where = layout(packed.attention_mask, packed.prompt_offsets, encoder_side, segments=packed.segment_lengths)
+    where = layout_rows(packed.attention_mask, packed.prompt_offsets, encoder_side, segments=packed.segment_lengths)
     encoded = _run_encoder(backbone, packed, encoder_side, site, where)
     states = encoded.last_hidden_state
     ids, mask, target_order = decoder_ids(backbone, batch, packed, order)
     decoder_side = prompt if site.name not in ("input", "layers") else None
-    output, position, end = decode(backbone, ids, mask, states, where.mask, decoder_side, site)
+    output, position, end = decode(backbone, ids, mask, states, where.attention_mask, decoder_side, site)
     inner = {side: {n: v for (own, n), v in caught.items() if own == side} for side in ("text", "target")}
     text = TrunkOutput(
-        states, where.position, order, packed.attention_mask, where.mask.sum(1) - 1, encoded, inner=inner["text"]
+        states,
+        where.text_positions,
+        order,
+        packed.attention_mask,
+        where.attention_mask.sum(1) - 1,
+        encoded,
+        layer_states=inner["text"],
     )
     return TrunkOutput(
         output.last_hidden_state,
@@ -399,9 +413,9 @@ def _read_seq2seq(
         mask,
         end,
         output,
-        (encoded, where.mask),
+        (encoded, where.attention_mask),
         cache=output.past_key_values,
         path="concatenation: an encoder's prompt sees the text",
-        text=text,
-        inner=inner["target"],
+        encoder=text,
+        layer_states=inner["target"],
     )

@@ -22,7 +22,7 @@ from softprompts.injection import Site
 from softprompts.injection.encoder_decoder import check_room, start_id
 from softprompts.types import Batch, Prompt
 
-NEW_TOKENS = 20
+DEFAULT_NEW_TOKENS = 20
 """How much is generated where nobody says so, as in transformers."""
 
 # They would reach the model past the prompt, or cut the first step into pieces that the prompt is not laid out for.
@@ -111,7 +111,7 @@ class _Settings:
         """Say lengths in new tokens, of `text` given ones and `room` positions left; returns how many at most."""
         if self.get("max_new_tokens") is None:
             limit = self.get("max_length")
-            new = min(NEW_TOKENS, room or NEW_TOKENS) if limit is None else limit - text
+            new = min(DEFAULT_NEW_TOKENS, room or DEFAULT_NEW_TOKENS) if limit is None else limit - text
             if new <= 0:
                 raise BackboneError(
                     f"max_length {limit} leaves no room behind a text of {text} tokens; raise it or set max_new_tokens"
@@ -169,21 +169,25 @@ def _causal(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settin
     mask, text = _pack(backbone, batch, prompt)
     check_room(backbone, mask, prompt)
     longest = int((mask.sum(1) + prompt.lengths[prompt.prompt_index]).max())
-    room = None if backbone.context is None else backbone.context - longest
+    room = None if backbone.max_positions is None else backbone.max_positions - longest
     new = settings.count_text(mask.shape[1], room)
     if site.name == "kv":
         arguments = _cached(backbone, mask, text, prompt, settings, new)
         return _call(backbone, {"input_ids": batch.input_ids, **arguments}, settings.options)
     assert batch.prompt_offsets is not None
-    where = injection.layout(mask, batch.prompt_offsets, prompt, left=True, segments=batch.segment_lengths)
+    where = injection.layout_rows(mask, batch.prompt_offsets, prompt, left=True, segments=batch.segment_lengths)
     first: Tensor | None = None
     deep: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if site.name == "layers":
-        first = injection.by_layer(prompt.values, backbone)[0]
-        deep = injection.at_layers(backbone, prompt, where.slot, site.mode)
-    embeds = injection.assemble(text, prompt, where, first)
+        first = injection.split_by_layer(prompt.values, backbone)[0]
+        deep = injection.inject_at_layers(backbone, prompt, where.prompt_slots, site.mode)
+    embeds = injection.assemble_embeddings(text, prompt, where, first)
     with deep:
-        arguments = {"input_ids": batch.input_ids, "inputs_embeds": embeds, "attention_mask": where.mask.long()}
+        arguments = {
+            "input_ids": batch.input_ids,
+            "inputs_embeds": embeds,
+            "attention_mask": where.attention_mask.long(),
+        }
         return _call(backbone, arguments, settings.options)
 
 
@@ -196,7 +200,7 @@ def _cached(
     text and all rows decode together. Only the last of `inputs_embeds` is read, as the cache holds the others.
     """
     long = DynamicCache()  # keeps everything: windows are cut off after the rows have moved
-    injection.fill(long, backbone, prompt)
+    injection.fill_cache(long, backbone, prompt)
     long.batch_select_indices(prompt.prompt_index)
     lengths, texts = prompt.lengths[prompt.prompt_index], mask.sum(1)
     ids = torch.arange(mask.shape[1], device=mask.device) + lengths[:, None]
@@ -235,7 +239,7 @@ def _append(cache: Cache, index: int, layer: Any, source: Tensor | None, copies:
 def _encoder_decoder(backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, settings: _Settings) -> Any:
     in_decoder = site.name in ("decoder", "kv")
     lengths = prompt.lengths[prompt.prompt_index]
-    if in_decoder and backbone.context is not None and bool((lengths != lengths[0]).any()):
+    if in_decoder and backbone.max_positions is not None and bool((lengths != lengths[0]).any()):
         return _by_length(backbone, batch, prompt, site, settings)
     plain = replace(batch, labels=None, decoder_input_ids=None, decoder_attention_mask=None)
     # The encoder does not see a prompt of the decoder's, but it may read another text with it.
@@ -278,7 +282,7 @@ def _decoder_arguments(
         ids = torch.cat([first, ids], 1)
     cache = _decoder_cache(backbone, prompt, site, encoded)
     new = settings.get("max_new_tokens")
-    new = (settings.get("max_length") or NEW_TOKENS + ids.shape[1]) if new is None else new + ids.shape[1]
+    new = (settings.get("max_length") or DEFAULT_NEW_TOKENS + ids.shape[1]) if new is None else new + ids.shape[1]
     limit = settings.static_length(before.shape[1], new)
     if limit is not None:
         cache = _static(backbone, cache, limit, encoded[1].shape[1], settings.copies)
@@ -295,7 +299,7 @@ def _decoder_cache(backbone: Backbone, prompt: Prompt, site: Site, encoded: tupl
     """A cache with what the decoder keeps of the prompts of all rows."""
     own = backbone.new_cache()
     if site.name == "kv":
-        injection.fill(own, backbone, prompt)
+        injection.fill_cache(own, backbone, prompt)
         own.batch_select_indices(prompt.prompt_index)
         return EncoderDecoderCache(own, backbone.new_cache())
     cache = EncoderDecoderCache(own, backbone.new_cache())

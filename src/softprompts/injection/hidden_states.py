@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.errors import BackboneError
 
-LAST = -1
+LAST_HIDDEN_STATE = -1
 """The number of the states that the head reads, behind the trunk's last norm; layer 1 is the first."""
 
 CapturedStates = dict[tuple[str, int], Tensor]
@@ -18,7 +18,7 @@ CapturedStates = dict[tuple[str, int], Tensor]
 
 def check_layers(backbone: Backbone, layers: Collection[int]) -> None:
     """Raise BackboneError unless the trunk has these layers: -1 or 1 to their number, in a decoder too."""
-    inner = [number for number in layers if number != LAST]
+    inner = [number for number in layers if number != LAST_HIDDEN_STATE]
     if not inner:
         return
     count = min(len(stack) for stack in _stacks(backbone).values())
@@ -41,7 +41,7 @@ def capture(backbone: Backbone, layers: Collection[int]) -> Iterator[CapturedSta
 
         return hook
 
-    inner = [number for number in layers if number != LAST]
+    inner = [number for number in layers if number != LAST_HIDDEN_STATE]
     handles = [
         stack[number - 1].register_forward_hook(keep(side, number))
         for side, stack in (_stacks(backbone).items() if inner else ())

@@ -20,16 +20,16 @@ class Layout:
     tokens stand before each text token.
     """
 
-    source: Tensor
-    mask: Tensor
-    position: Tensor
-    slot: Tensor
-    ids: Tensor
-    before: Tensor
-    passed: Tensor
+    gather_index: Tensor
+    attention_mask: Tensor
+    text_positions: Tensor
+    prompt_slots: Tensor
+    position_ids: Tensor
+    text_before_prompt: Tensor
+    prompt_before_text: Tensor
 
 
-def layout(
+def layout_rows(
     mask: Tensor, place: Tensor, prompt: Prompt | None, left: bool = False, segments: Tensor | None = None
 ) -> Layout:
     """Lay `[prompt | text]` out as one unbroken run a row, padded on the right, or on the `left` to generate.
@@ -70,14 +70,14 @@ def _before(place: Tensor, segments: Tensor | None, rank: Tensor) -> Tensor:
     return place.gather(1, segment)
 
 
-def assemble(text: Tensor, prompt: Prompt | None, where: Layout, first: Tensor | None = None) -> Tensor:
+def assemble_embeddings(text: Tensor, prompt: Prompt | None, where: Layout, first: Tensor | None = None) -> Tensor:
     """Embeddings [B, S, features] of full rows: `first [U, P, features]` (default the prompt's values) and text."""
     if prompt is None:
         both = text
     else:
         values = prompt.values if first is None else first
         both = torch.cat([values.to(text.dtype)[prompt.prompt_index], text], 1)
-    return both.gather(1, where.source[..., None].expand(-1, -1, both.shape[2]))
+    return both.gather(1, where.gather_index[..., None].expand(-1, -1, both.shape[2]))
 
 
 def add_delta(text: Tensor, mask: Tensor, prompt: Prompt | None) -> Tensor:
@@ -95,7 +95,7 @@ def add_delta(text: Tensor, mask: Tensor, prompt: Prompt | None) -> Tensor:
     return torch.where(here[..., None], text + values[prompt.prompt_index], text).to(text.dtype)
 
 
-def tight(prompt: Prompt) -> Prompt:
+def trim_padding(prompt: Prompt) -> Prompt:
     """The same prompt without slots that no row of the batch fills."""
     spare = prompt.values.shape[1] - int(prompt.lengths[prompt.prompt_index].max())
     return replace(prompt, values=prompt.values[:, spare:], mask=prompt.mask[:, spare:])

@@ -24,7 +24,7 @@ from softprompts.injection.packed_attention import (
     last_layer,
     packed_attention,
 )
-from softprompts.injection.sites import Site, at_layers, by_layer, split_layers
+from softprompts.injection.sites import Site, inject_at_layers, split_by_layer, split_keys_values
 from softprompts.types import Batch, Prompt
 
 
@@ -36,9 +36,9 @@ class Prefix:
     cache: for path "shared" transformers' cache of the U prompts, in which case there are no `layers`.
     """
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    keys_values: tuple[tuple[Tensor, Tensor], ...]
     mask: Tensor
-    last: Tensor | None
+    last_state: Tensor | None
     cache: Any = None
 
     @property
@@ -62,21 +62,21 @@ class Packed:
 
 def why_not_packed(backbone: Backbone) -> str | None:
     """None where this model's rows can be packed; else the reason. Found out once, by trying it on a few tokens."""
-    if "packed" not in backbone.known:
-        backbone.known["packed"] = _find_out(backbone)
-    found: str | None = backbone.known["packed"]
+    if "packed" not in backbone.facts:
+        backbone.facts["packed"] = _find_out(backbone)
+    found: str | None = backbone.facts["packed"]
     return found
 
 
 def _find_out(backbone: Backbone) -> str | None:
     name = type(backbone.model).__name__
-    if backbone.no_cache_because:
-        return backbone.no_cache_because
+    if backbone.no_cache_reason:
+        return backbone.no_cache_reason
     if not backbone.model._can_set_attn_implementation() or "position_ids" not in backbone.trunk_arguments:
         return f"{name} has an attention of its own kind"
     if len({parameter.device for parameter in backbone.model.parameters()}) > 1:
         return "the model's parts lie on several devices"
-    ids = (torch.arange(12, device=backbone.device) * 7 + 3) % backbone.vocabulary
+    ids = (torch.arange(12, device=backbone.device) * 7 + 3) % backbone.vocab_size
     mask = torch.ones(2, 4, dtype=torch.long, device=backbone.device)
     mask[1, 2:] = 0
     with torch.no_grad():
@@ -93,14 +93,14 @@ def _find_out(backbone: Backbone) -> str | None:
         # Where the last layer cannot be run for some tokens only, it is run for all.
         ends = batch.attention_mask & ~torch.nn.functional.pad(batch.attention_mask[:, 1:], (0, 1))
         short = _differs(backbone, batch, prompt, torch.stack([states[-1] for states in stock]), ends)
-        backbone.known["trimmed"] = short is None
+        backbone.facts["trimmed"] = short is None
     return None
 
 
 def _differs(backbone: Backbone, batch: Batch, prompt: Prompt, stock: Tensor, wanted: Tensor | None) -> str | None:
     """How packed rows fall short of the stock model's states of the wanted tokens [N, H]; None where they do not."""
     try:
-        texts = run(backbone, batch, prompt, Site(), wanted=wanted).texts
+        texts = run_packed(backbone, batch, prompt, Site(), wanted=wanted).texts
     except torch.OutOfMemoryError:
         raise
     except Unpackable as error:
@@ -115,7 +115,7 @@ def _differs(backbone: Backbone, batch: Batch, prompt: Prompt, stock: Tensor, wa
     )
 
 
-def run(
+def run_packed(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt,
@@ -133,7 +133,7 @@ def run(
     """
     assert batch.inputs_embeds is not None
     if prefix is None and site.name == "kv":
-        layers = tuple((k, v) for k, v in split_layers(prompt.values, backbone))
+        layers = tuple((k, v) for k, v in split_keys_values(prompt.values, backbone))
         prefix = Prefix(layers, prompt.mask.bool(), None)
     inside = prompt if prefix is None else None
     texts = _texts(batch.attention_mask, branch)
@@ -144,14 +144,14 @@ def run(
         prompt.prompt_index,
         _prompt_places(prompt.mask),
         sliding(backbone),
-        given=None if prefix is None else prefix.layers,
+        given=None if prefix is None else prefix.keys_values,
     )
     text = batch.inputs_embeds.flatten(0, 1)[texts.inverse]
     ids = _positions(batch, prompt, branch)[texts.inverse]
     output = _pass(backbone, packing, inside, site, text, ids, wanted)
     states = output.last_hidden_state[0]
     own = 0 if front is None else len(front.inverse)
-    last = prefix.last if prefix is not None else None
+    last = prefix.last_state if prefix is not None else None
     if front is not None:
         last = states[:own].index_select(0, front.index[:, -1])
 
@@ -161,14 +161,14 @@ def run(
     return Packed(last, spread(output.last_hidden_state), output, spread)
 
 
-def read_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
+def packed_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
     """The prompts of `prompt` read once, to be reused for any number of texts."""
     if site.name == "kv":
-        return Prefix(tuple(split_layers(prompt.values, backbone)), prompt.mask.bool(), None)
+        return Prefix(tuple(split_keys_values(prompt.values, backbone)), prompt.mask.bool(), None)
     front = _prompts(prompt)
     packing = Packing(front, None, prompt.prompt_index, _prompt_places(prompt.mask), sliding(backbone), keep=True)
-    text = prompt.values.new_zeros(0, backbone.features).to(backbone.dtype)
-    with backbone.running():
+    text = prompt.values.new_zeros(0, backbone.embedding_size).to(backbone.dtype)
+    with backbone.with_kernels():
         output = _pass(backbone, packing, prompt, site, text, prompt.prompt_index.new_zeros(0), None)
     layers = tuple(packing.kept[i] for i in range(len(packing.sliding)))
     return Prefix(layers, prompt.mask.bool(), output.last_hidden_state[0].index_select(0, front.index[:, -1]))
@@ -197,14 +197,18 @@ def _pass(
         chosen = packing.prompts.inverse
         values = prompt.values
         if site.name == "layers":
-            values = by_layer(values, backbone)[0]
+            values = split_by_layer(values, backbone)[0]
             slots = torch.cat([chosen, torch.full((len(text),), -1, device=chosen.device)])[None]
             one = Prompt(prompt.values.flatten(0, 1)[None], prompt.mask.flatten()[None], chosen.new_zeros(1))
-            deep = at_layers(backbone, one, slots, site.mode)
+            deep = inject_at_layers(backbone, one, slots, site.mode)
         embeds = torch.cat([values.flatten(0, 1)[chosen].to(text.dtype), text])
         own = (prompt.mask.long().cumsum(1) - 1).flatten()[chosen]
         positions = torch.cat([own, ids])
-    with packed_attention(backbone.model, packing, backbone.kernels.core), deep, _trim(backbone, packing, wanted):
+    with (
+        packed_attention(backbone.model, packing, backbone.kernels.packed_attention),
+        deep,
+        _trim(backbone, packing, wanted),
+    ):
         output = backbone.trunk(inputs_embeds=embeds[None], position_ids=positions[None], use_cache=False)
     if sorted(packing.called) != list(range(len(packing.sliding))):
         raise Unpackable(f"{len(packing.called)} of {len(packing.sliding)} layers attend through transformers' switch")
@@ -214,7 +218,7 @@ def _pass(
 @contextlib.contextmanager
 def _trim(backbone: Backbone, packing: Packing, wanted: Tensor | None) -> Iterator[None]:
     """Inside, the last layer computes only the prompts' last tokens and the wanted text tokens [B, T]."""
-    trim = wanted is not None and backbone.kernels.trim and backbone.known.get("trimmed", True)
+    trim = wanted is not None and backbone.kernels.trim_last_layer and backbone.facts.get("trimmed", True)
     if wanted is None or packing.texts is None or not trim or bool(wanted[packing.texts.mask].all()):
         yield
         return

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompts.backbone.kernels import scene, swapped
+from softprompts.backbone.kernels import recompute_context, replace_forwards
 
 FAR = 1 << 30
 """The place of a key that nobody may see."""
@@ -170,13 +170,13 @@ def packed_attention(model: PreTrainedModel, packing: Packing, core: str) -> Ite
     """Inside, `model` attends as `packing` says, with `core` (a key of CORES); its own attention comes back after."""
     own = model.config._attn_implementation
     token = _current.set(packing)
-    again = scene.set(lambda: packed_attention(model, packing, core))
+    again = recompute_context.set(lambda: packed_attention(model, packing, core))
     model.set_attn_implementation(CORES[core])
     try:
         yield
     finally:
         model.set_attn_implementation(own)
-        scene.reset(again)
+        recompute_context.reset(again)
         _current.reset(token)
 
 
@@ -209,7 +209,7 @@ def last_layer(
         whole = states.new_zeros(1, size, states.shape[-1]).index_copy(1, keep, states)
         return (whole, *short[1:]) if isinstance(short, tuple) else whole
 
-    with swapped({layer: forward}):
+    with replace_forwards({layer: forward}):
         yield
 
 

@@ -24,7 +24,7 @@ def prompt_offsets(backbone: Backbone, place: str, texts: Tensor, free: Tensor) 
     if place == "after_start":
         return texts.clamp(max=1)
     if place == "suffix":
-        return (free - int(backbone.family.place == "after_start")).clamp(min=0)
+        return (free - int(backbone.family.default_place == "after_start")).clamp(min=0)
     raise BackboneError(
         "the prompt stands in slots of the template, and the batch does not say where these are; encode rows with the "
         "task's Encoder, or give Batch.place (SoftPromptModel: prompt_places), text tokens before each slot"
@@ -50,7 +50,7 @@ def place_prompts(backbone: Backbone, batch: Batch, site: Site, prompt: Prompt |
     mask = batch.attention_mask.bool()
     texts = mask.sum(1)
     if batch.prompt_offsets is None:
-        own = batch.labels if backbone.head == "lm" and backbone.family.shifted else None
+        own = batch.labels if backbone.head == "lm" and backbone.family.scores_next_token else None
         free = mask_before_labels(mask.long(), None if own is None else own.masked_fill(~mask, IGNORE)).sum(1)
         place = prompt_offsets(backbone, resolve_place(backbone, site), texts, free)[:, None]
     else:

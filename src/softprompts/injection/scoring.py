@@ -11,25 +11,25 @@ from torch.nn import functional
 
 from softprompts.backbone import SEQ2SEQ, Backbone
 from softprompts.injection.forward import TrunkOutput, run_trunk
-from softprompts.injection.hidden_states import LAST
+from softprompts.injection.hidden_states import LAST_HIDDEN_STATE
 from softprompts.injection.packed import Prefix
 from softprompts.injection.sites import Site
 from softprompts.types import IGNORE, Batch, Output, Prompt
 
-LOGITS = 1 << 25
+MAX_LOGITS = 1 << 25
 """Scores (positions times vocabulary) that are made at once; in float32 they take 128 MB."""
 
 
-def forward(
+def score(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt | None,
     site: Site,
     *,
-    hidden: bool = False,
+    return_hidden_states: bool = False,
     path: str | None = None,
     prefix: Prefix | None = None,
-    logits: bool | None = None,
+    return_logits: bool | None = None,
     layers: Collection[int] = (),
 ) -> Output:
     """Scores that line up with the labels of `batch`, for the labeled positions only.
@@ -42,21 +42,21 @@ def forward(
     first layer, -1 for what the head reads (encoder-decoder models: of both stacks).
     Raises BackboneError when prompt and text do not fit the model's positions, or the path is not possible.
     """
-    every = hidden or layers or backbone.head in ("span", "features")
+    every = return_hidden_states or layers or backbone.head in ("span", "features")
     wanted = None if every else functools.partial(_wanted, backbone, batch)
     reading = run_trunk(backbone, batch, prompt, site, path=path, prefix=prefix, wanted=wanted, layers=layers)
-    rows = torch.arange(len(batch.input_ids), device=reading.hidden.device)
+    rows = torch.arange(len(batch.input_ids), device=reading.hidden_states.device)
     states = _unpack(reading) if backbone.head in ("span", "features") else None
-    seen = _unpack(reading.text or reading) if hidden and backbone.head != "features" else states
-    result = Output(None, None, rows, hidden=seen, cache=reading.cache, path=reading.path)
+    seen = _unpack(reading.encoder or reading) if return_hidden_states and backbone.head != "features" else states
+    result = Output(None, None, rows, hidden_states=seen, cache=reading.cache, path=reading.path)
     if layers:
         result = replace(result, **_text_states(reading, layers))
-    if backbone.head == "lm" and backbone.family.shifted:
+    if backbone.head == "lm" and backbone.family.scores_next_token:
         result = replace(result, last=_last(reading))
     if backbone.head == "features" or (batch.labels is None and backbone.head in ("lm", "token")):
         return result
     if backbone.head == "sequence":
-        return replace(result, logits=pooled(backbone, reading), labels=batch.labels)
+        return replace(result, logits=sequence_scores(backbone, reading), labels=batch.labels)
     if backbone.head == "span":
         assert states is not None
         scores = span_scores(backbone, reading, states, batch.attention_mask)
@@ -67,25 +67,27 @@ def forward(
     state, labels, row, column = _labeled(backbone, reading, batch.labels)
 
     def read_off(part: Tensor) -> Tensor:
-        return head(backbone, reading, part[None])[0]
+        return apply_head(backbone, reading, part[None])[0]
 
     result = replace(result, labels=labels, row=row, column=column, states=state, scores=read_off)
 
-    if backbone.head == "lm" and (len(labels) * backbone.vocabulary > LOGITS if logits is None else not logits):
-        return replace(result, nll=chunked_nll(state, labels, read_off, max(1, LOGITS // backbone.vocabulary)))
+    if backbone.head == "lm" and (
+        len(labels) * backbone.vocab_size > MAX_LOGITS if return_logits is None else not return_logits
+    ):
+        return replace(result, nll=chunked_nll(state, labels, read_off, max(1, MAX_LOGITS // backbone.vocab_size)))
     return replace(result, logits=read_off(state))
 
 
 def _text_states(reading: TrunkOutput, layers: Collection[int]) -> dict[str, Any]:
     """`layers` and `tokens` of an Output."""
-    sides = {"text": reading} if reading.text is None else {"text": reading.text, "target": reading}
+    sides = {"text": reading} if reading.encoder is None else {"text": reading.encoder, "target": reading}
     found = {}
     for side, own in sides.items():
         for number in layers:
-            states = own.hidden if number == LAST else own.inner[number]
-            places = own.position[..., None].expand(-1, -1, states.shape[-1])
-            found[side, number] = states.gather(1, places)[own.mask.bool()]
-    return {"layers": found, "tokens": {side: own.mask.sum(1) for side, own in sides.items()}}
+            states = own.hidden_states if number == LAST_HIDDEN_STATE else own.layer_states[number]
+            places = own.text_positions[..., None].expand(-1, -1, states.shape[-1])
+            found[side, number] = states.gather(1, places)[own.text_mask.bool()]
+    return {"layers": found, "tokens": {side: own.text_mask.sum(1) for side, own in sides.items()}}
 
 
 def chunked_nll(states: Tensor, labels: Tensor, scores: Callable[[Tensor], Tensor], size: int) -> Tensor:
@@ -125,7 +127,7 @@ class _ChunkedNll(torch.autograd.Function):
         return own * gradients[0][:, None].to(own.dtype), None, None, None
 
 
-def head(backbone: Backbone, reading: TrunkOutput, states: Tensor, mask: Tensor | None = None) -> Tensor:
+def apply_head(backbone: Backbone, reading: TrunkOutput, states: Tensor, mask: Tensor | None = None) -> Tensor:
     """The stock head's scores for `states [R, K, H]`: the trunk is replayed, the head is the model's own.
 
     mask [R, K]: which states there are, for heads that average over them (default: all).
@@ -140,16 +142,16 @@ def head(backbone: Backbone, reading: TrunkOutput, states: Tensor, mask: Tensor 
         return backbone.model(encoder_outputs=encoded, **_decoder_input(backbone, ids), return_dict=True).logits
 
 
-def pooled(backbone: Backbone, reading: TrunkOutput) -> Tensor:
+def sequence_scores(backbone: Backbone, reading: TrunkOutput) -> Tensor:
     """Scores [B, C] of a sequence head: encoders pool as the stock model does, others the last position of the run."""
-    if not backbone.family.shifted and backbone.family is not SEQ2SEQ:
-        columns = torch.arange(reading.hidden.shape[1], device=reading.end.device)
-        return head(backbone, reading, reading.hidden, columns <= reading.end[:, None])
+    if not backbone.family.scores_next_token and backbone.family is not SEQ2SEQ:
+        columns = torch.arange(reading.hidden_states.shape[1], device=reading.end_positions.device)
+        return apply_head(backbone, reading, reading.hidden_states, columns <= reading.end_positions[:, None])
     states = _last(reading)[:, None]
-    if backbone.family.shifted and backbone.config.pad_token_id is None:
+    if backbone.family.scores_next_token and backbone.config.pad_token_id is None:
         # The stock head refuses batches when no padding token is defined; a row at a time it does not ask.
-        return torch.cat([head(backbone, reading, row[None]) for row in states])
-    return head(backbone, reading, states)
+        return torch.cat([apply_head(backbone, reading, row[None]) for row in states])
+    return apply_head(backbone, reading, states)
 
 
 def span_scores(backbone: Backbone, reading: TrunkOutput, states: Tensor, mask: Tensor) -> Tensor:
@@ -188,23 +190,27 @@ def _wanted(backbone: Backbone, batch: Batch, order: Tensor, mask: Tensor) -> Te
 
 def _labeled(backbone: Backbone, reading: TrunkOutput, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """States [N, H] that score the labeled positions, with their labels, rows and original columns [N]."""
-    packed = labels.gather(1, reading.order)
-    wanted = (packed != IGNORE) & reading.mask
-    place = reading.position
-    if backbone.head == "lm" and backbone.family.shifted:
+    packed = labels.gather(1, reading.token_order)
+    wanted = (packed != IGNORE) & reading.text_mask
+    place = reading.text_positions
+    if backbone.head == "lm" and backbone.family.scores_next_token:
         place = place - 1
         wanted = wanted & (place >= 0)
     row, column = wanted.nonzero(as_tuple=True)
-    return reading.hidden[row, place[row, column]], packed[row, column], row, reading.order[row, column]
+    return reading.hidden_states[row, place[row, column]], packed[row, column], row, reading.token_order[row, column]
 
 
 def _last(reading: TrunkOutput) -> Tensor:
     """The state [B, H] at the end of each row's run, which scores the first new token."""
-    return reading.hidden[torch.arange(len(reading.end), device=reading.end.device), reading.end]
+    return reading.hidden_states[
+        torch.arange(len(reading.end_positions), device=reading.end_positions.device), reading.end_positions
+    ]
 
 
 def _unpack(reading: TrunkOutput) -> Tensor:
     """The text's states [B, T, H] in the text's own layout, zero on padding."""
-    states = reading.hidden.gather(1, reading.position[..., None].expand(-1, -1, reading.hidden.shape[-1]))
-    states = states * reading.mask[..., None]
-    return torch.zeros_like(states).scatter(1, reading.order[..., None].expand_as(states), states)
+    states = reading.hidden_states.gather(
+        1, reading.text_positions[..., None].expand(-1, -1, reading.hidden_states.shape[-1])
+    )
+    states = states * reading.text_mask[..., None]
+    return torch.zeros_like(states).scatter(1, reading.token_order[..., None].expand_as(states), states)

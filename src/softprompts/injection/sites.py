@@ -31,20 +31,20 @@ class Site:
 PLACES = ("auto", "first", "after_start", "suffix", "template")
 
 
-def width(backbone: Backbone, site: Site) -> int:
+def prompt_width(backbone: Backbone, site: Site) -> int:
     """The prompt width D of `site` on this backbone.
 
     Raises BackboneError for a site that the family does not have, naming those it has.
     """
     check_site(backbone, site)
-    return sum(_parts(backbone, site)) if site.name in ("layers", "kv") else backbone.features
+    return sum(_parts(backbone, site)) if site.name in ("layers", "kv") else backbone.embedding_size
 
 
 def _parts(backbone: Backbone, site: Site) -> tuple[int, ...]:
     """The widths of each layer's part of a deep prompt; none at sites without layers."""
     if site.name == "layers":
         return (_layer_width(backbone),) * len(backbone.layers)
-    return tuple(2 * heads * size for heads, size in backbone.kv_shape) if site.name == "kv" else ()
+    return tuple(2 * heads * size for heads, size in backbone.kv_shapes) if site.name == "kv" else ()
 
 
 def prompt_spec(
@@ -54,17 +54,17 @@ def prompt_spec(
 
     Raises BackboneError as `width` does, and when `length` leaves no room for text.
     """
-    if backbone.context is not None and length >= backbone.context:
+    if backbone.max_positions is not None and length >= backbone.max_positions:
         raise BackboneError(
             f"a prompt of {length} tokens leaves no room for text: {backbone.name or 'the model'} takes "
-            f"{backbone.context} positions; choose a shorter prompt"
+            f"{backbone.max_positions} positions; choose a shorter prompt"
         )
-    wide = width(backbone, site)
+    wide = prompt_width(backbone, site)
     family = backbone.family
-    pool = "last" if family.shifted else "first" if family.place == "after_start" else "mean"
-    readers = {"backbone": backbone.state_width, **(encoders or {})}
+    pool = "last" if family.scores_next_token else "first" if family.default_place == "after_start" else "mean"
+    readers = {"backbone": backbone.output_size, **(encoders or {})}
     return PromptSpec(
-        tasks, length, wide, backbone.features, backbone.vocabulary, _parts(backbone, site), readers, pool
+        tasks, length, wide, backbone.embedding_size, backbone.vocab_size, _parts(backbone, site), readers, pool
     )
 
 
@@ -76,8 +76,8 @@ def check_site(backbone: Backbone, site: Site) -> None:
         raise BackboneError(
             f"site '{site.name}' is not possible for {family.name} models; possible: {', '.join(family.sites)}{hint}"
         )
-    if site.name == "kv" and family.shifted and backbone.no_cache_because:
-        raise BackboneError(f"site 'kv' needs a key-value cache, but {backbone.no_cache_because}; use site 'input'")
+    if site.name == "kv" and family.scores_next_token and backbone.no_cache_reason:
+        raise BackboneError(f"site 'kv' needs a key-value cache, but {backbone.no_cache_reason}; use site 'input'")
     if site.name in ("kv", "decoder") and family is SEQ2SEQ and backbone.head != "lm":
         raise BackboneError(f"site '{site.name}' needs a language model head; use site 'input' or 'layers'")
     if site.mode not in ("replace", "add"):
@@ -90,9 +90,9 @@ def check_site(backbone: Backbone, site: Site) -> None:
             f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; "
             f"{advice}"
         )
-    if site.name == "layers" and len(backbone.layers) and backbone.features != _layer_width(backbone):
+    if site.name == "layers" and len(backbone.layers) and backbone.embedding_size != _layer_width(backbone):
         raise BackboneError(
-            f"{type(backbone.model).__name__} embeds in {backbone.features} dimensions and works in "
+            f"{type(backbone.model).__name__} embeds in {backbone.embedding_size} dimensions and works in "
             f"{_layer_width(backbone)}: site 'layers' has no place for its first part; use site 'input'"
         )
 
@@ -101,23 +101,23 @@ def resolve_place(backbone: Backbone, site: Site) -> str:
     """The site's place, where that is `auto` what it means for this backbone: `first` or `after_start`."""
     if site.place != "auto":
         return site.place
-    return backbone.family.place if site.name in ("input", "layers") else "first"
+    return backbone.family.default_place if site.name in ("input", "layers") else "first"
 
 
-def by_layer(values: Tensor, backbone: Backbone) -> Tensor:
+def split_by_layer(values: Tensor, backbone: Backbone) -> Tensor:
     """A deep prompt [U, P, L*H] as [L, U, P, H]."""
     return values.unflatten(-1, (len(backbone.layers), -1)).permute(2, 0, 1, 3)
 
 
 @contextlib.contextmanager
-def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> Iterator[None]:
+def inject_at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> Iterator[None]:
     """Inside, each layer's input on the prompt's positions is overwritten by, or gets added, its part of the prompt.
 
     slots [B, S] is the prompt token at each position of the sequences that will be run, -1 elsewhere. Layer 0 is left
     to the embeddings. Runs of another length (decoding steps) pass untouched; rows repeated for beams are repeated
     here too.
     """
-    parts = by_layer(prompt.values, backbone)[:, prompt.prompt_index]  # [L, B, P, H]
+    parts = split_by_layer(prompt.values, backbone)[:, prompt.prompt_index]  # [L, B, P, H]
     here = slots >= 0
     index = slots.clamp(min=0)[..., None].expand(-1, -1, parts.shape[-1])
 
@@ -144,21 +144,21 @@ def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> I
             handle.remove()
 
 
-def split_layers(values: Tensor, backbone: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
+def split_keys_values(values: Tensor, backbone: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
     """A kv prompt [U, P, D] as each layer's keys and values [U, heads, P, d], in the model's number format."""
     before = 0
-    for heads, size in backbone.kv_shape:
+    for heads, size in backbone.kv_shapes:
         part = values[..., before : before + 2 * heads * size].to(backbone.dtype)
         keys, own = part.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)
         yield keys, own
         before += 2 * heads * size
 
 
-def fill(cache: Cache, backbone: Backbone, prompt: Prompt) -> None:
+def fill_cache(cache: Cache, backbone: Backbone, prompt: Prompt) -> None:
     """Put a kv prompt's keys and values [U, P, D] into an empty `cache`, layer by layer."""
-    for index, (keys, values) in enumerate(split_layers(prompt.values, backbone)):
+    for index, (keys, values) in enumerate(split_keys_values(prompt.values, backbone)):
         cache.update(keys, values, index)
 
 
 def _layer_width(backbone: Backbone) -> int:
-    return int(getattr(backbone.config, "d_model", None) or backbone.hidden)
+    return int(getattr(backbone.config, "d_model", None) or backbone.hidden_size)

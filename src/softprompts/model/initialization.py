@@ -126,7 +126,7 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
     Vocabularies of trained tokenizers are ordered by frequency (merges, pieces), so the most common are the first.
     Special tokens are never drawn.
     """
-    vocabulary = min(backbone.vocabulary, backbone.config.vocab_size)
+    vocabulary = min(backbone.vocab_size, backbone.config.vocab_size)
     special = set() if backbone.tokenizer is None else set(backbone.tokenizer.all_special_ids)
     known = vocabulary if backbone.tokenizer is None else min(vocabulary, len(backbone.tokenizer))
     pool = torch.tensor([i for i in range(known) if i not in special])[:population]
@@ -198,7 +198,7 @@ def _random(distribution: str, backbone: Backbone, site: Site, slot: PromptSpec,
     if distribution == "normal":  # PEFT's start: about 50 times a Llama's embeddings
         return noise
     if site.name in ("input", "decoder"):
-        return noise * backbone.rms
+        return noise * backbone.embedding_rms
     words = from_ids(backbone, site, sample_vocabulary(backbone, slot.length, None, generator))
     return noise * words.square().mean().sqrt()
 

@@ -49,7 +49,7 @@ class Learner:
         """What a method may look at of `batch`: of a causal text nothing from its first label on."""
         backbone = self.backbone
         mask = mask_before_labels(
-            batch.attention_mask, batch.labels if backbone.head == "lm" and backbone.family.shifted else None
+            batch.attention_mask, batch.labels if backbone.head == "lm" and backbone.family.scores_next_token else None
         )
         return self.sentences.context(backbone, batch, batch.task_ids, mask)
 
@@ -76,8 +76,8 @@ class Learner:
     ) -> Output:
         """Scores that line up with the labels of `batch`, as `inject.forward` gives them, read with the own head."""
         with self.own_head():
-            return injection.forward(
-                self.backbone, batch, prompt, self.site, prefix=prefix, logits=logits, layers=layers
+            return injection.score(
+                self.backbone, batch, prompt, self.site, prefix=prefix, return_logits=logits, layers=layers
             )
 
     def fixed(self, tasks: Sequence[int]) -> Prompt | None:
@@ -96,8 +96,8 @@ class Learner:
         if hasattr(self.method, "fold"):
             with in_mode(self.method, False):
                 prompts = torch.stack([self.method.fold(task) for task in self.slot.tasks])
-            return float(prompts.detach().square().mean().sqrt()) / self.backbone.rms
-        return float(self.method.size().detach()) / self.backbone.rms if hasattr(self.method, "size") else 0.0
+            return float(prompts.detach().square().mean().sqrt()) / self.backbone.embedding_rms
+        return float(self.method.size().detach()) / self.backbone.embedding_rms if hasattr(self.method, "size") else 0.0
 
     def reader(self, tasks: Sequence[int]) -> "Reader":
         """The learner for many batches of rows of `tasks`, which must follow each other."""
@@ -135,7 +135,7 @@ class Reader:
         """Whether tokens that all texts begin with can be read together with the prompts, once."""
         one = self.learner
         return (
-            self.fixed is not None and one.site.name == "input" and injection.can_read_prompts(one.backbone, one.site)
+            self.fixed is not None and one.site.name == "input" and injection.can_compute_prefix(one.backbone, one.site)
         )
 
     def prompts(self, batch: Batch, leading: tuple[int, ...] = ()) -> tuple[Prompt | None, Prefix | None]:
@@ -148,7 +148,7 @@ class Reader:
         if leading not in self.known:
             self.known.clear()  # one is used for many batches, and then no more
             prompt = self._followed(leading)
-            self.known[leading] = prompt, injection.read_prompts(self.learner.backbone, prompt, self.learner.site)
+            self.known[leading] = prompt, injection.compute_prefix(self.learner.backbone, prompt, self.learner.site)
         prompt, prefix = self.known[leading]
         return prompt.rows(batch.task_ids - self.first), prefix
 

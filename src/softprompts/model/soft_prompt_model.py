@@ -52,7 +52,7 @@ class SoftPromptModel(nn.Module):
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
-        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
+        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         self._held = Held(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True

@@ -96,7 +96,7 @@ def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher
             f"and students need a language model's head (model.head: lm)"
         )
     site = Site(found.site, found.mode, found.place, found.segments)
-    width = injection.width(backbone, site)
+    width = injection.prompt_width(backbone, site)
     if found.shape[1] != width:
         raise ConfigError(
             f"the teacher of {task}, {path}, has rows of width {found.shape[1]}; site '{site.name}' of "
@@ -177,16 +177,16 @@ def _read(backbone: Backbone, teacher: TaskTeacher, rows: Sequence[EncodedExampl
     mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     prompt = Prompt(values, mask, torch.zeros(len(rows), dtype=torch.long, device=values.device))
     with torch.no_grad():
-        return injection.forward(backbone, batch, prompt, teacher.site, logits=False, layers=layers)
+        return injection.score(backbone, batch, prompt, teacher.site, return_logits=False, layers=layers)
 
 
 def _by_row(output: Output, rows: int) -> list[dict[str, Tensor]]:
     """The tensors of each row, on the CPU."""
-    assert output.states is not None
-    counts = torch.bincount(output.row, minlength=rows).tolist()
-    named = {"states": output.states.cpu().split(counts)}
-    for (side, number), states in output.layers.items():
-        named[f"layers.{side}.{number}"] = states.cpu().split(output.tokens[side].tolist())
+    assert output.label_states is not None
+    counts = torch.bincount(output.batch_rows, minlength=rows).tolist()
+    named = {"states": output.label_states.cpu().split(counts)}
+    for (side, number), states in output.layer_states.items():
+        named[f"layers.{side}.{number}"] = states.cpu().split(output.token_counts[side].tolist())
     return [{name: parts[i] for name, parts in named.items()} for i in range(rows)]
 
 

@@ -73,7 +73,9 @@ def compare(learner: Learner, batch: Batch, objective: Objective, teacher: Teach
     objective compares with one.
     """
     backbone = learner.backbone
-    asked = None if not backbone.family.shifted else "shared" if learner.site.name == "kv" else "concatenation"
+    asked = (
+        None if not backbone.family.scores_next_token else "shared" if learner.site.name == "kv" else "concatenation"
+    )
     fast, path, gradient = _once(learner, batch, objective, None, teacher)
     found = [_once(_plain(learner, name), batch, objective, asked, teacher) for name in _ways(backbone)]
     slow, plain, expected = found[0]
@@ -90,7 +92,9 @@ def _ways(backbone: Backbone) -> list[str | None]:
 
 
 def _plain(learner: Learner, attention: str | None) -> Learner:
-    return replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared", attention=attention)))
+    return replace(
+        learner, backbone=replace(learner.backbone, kernels=Kernels(path="shared", attn_implementation=attention))
+    )
 
 
 def _apart(one: float, other: float) -> float:
@@ -106,17 +110,17 @@ def _once(
 ) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; both ways draw the same, and the random stream is put back."""
     parameters: list[nn.Parameter] = list(learner.parameters().values())
-    layers = sorted({number for _, number in teacher.layers}) if teacher else []
+    layers = sorted({number for _, number in teacher.layer_states}) if teacher else []
 
     def run(prompt: Prompt | None) -> Output:
         with learner.own_head():
-            return injection.forward(
+            return injection.score(
                 learner.backbone,
                 batch,
                 prompt,
                 learner.site,
                 path=path,
-                logits=True if teacher else None,
+                return_logits=True if teacher else None,
                 layers=layers,
             )
 

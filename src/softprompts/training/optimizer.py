@@ -28,7 +28,7 @@ def build_optimizer(learner: Learner, parameters: Mapping[str, nn.Parameter], co
     """
     found = []
     for name, group in groups(learner.method).items():
-        unit = learner.backbone.rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
+        unit = learner.backbone.embedding_rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
         rate = config.rates.get(name, config.rate if group.rate is None else group.rate)
         decay = config.weight_decay if group.decay else 0.0
         found.append((tuple(f"method.{prefix}" for prefix in group.parameters), rate * unit, decay))

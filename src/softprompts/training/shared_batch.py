@@ -84,7 +84,9 @@ def joint_steps(
 
 def _asked(output: Output, targets: TeacherOutputs) -> Output:
     """The output with the layers that this run's teacher has, where other runs of the batch ask for others."""
-    return replace(output, layers={key: states for key, states in output.layers.items() if key in targets.layers})
+    return replace(
+        output, layer_states={key: states for key, states in output.layer_states.items() if key in targets.layers}
+    )
 
 
 def _own(batch: Batch, whole: Batch, index: int, sizes: Sequence[int]) -> Batch:
@@ -105,8 +107,8 @@ def split(output: Output, sizes: Sequence[int]) -> list[Output]:
     """
     if len(sizes) == 1:
         return [output]
-    ends = torch.tensor(sizes, device=output.row.device).cumsum(0)
-    run = torch.bucketize(output.row, ends, right=True)
+    ends = torch.tensor(sizes, device=output.batch_rows.device).cumsum(0)
+    run = torch.bucketize(output.batch_rows, ends, right=True)
     counts = torch.bincount(run, minlength=len(sizes)).tolist()
     order = None if bool((run.diff() >= 0).all()) else run.argsort(stable=True)
 
@@ -117,23 +119,27 @@ def split(output: Output, sizes: Sequence[int]) -> list[Output]:
         return (values if order is None else values[order]).split(counts)
 
     begins = [0, *ends[:-1].tolist()]
-    last = [None] * len(sizes) if output.last is None else output.last.split(list(sizes))
-    tokens = {side: own.split(list(sizes)) for side, own in output.tokens.items()}
-    layers = {key: states.split([int(own.sum()) for own in tokens[key[0]]]) for key, states in output.layers.items()}
-    each = map(scored, (output.logits, output.nll, output.labels, output.row, output.column, output.states))
+    last = [None] * len(sizes) if output.last_state is None else output.last_state.split(list(sizes))
+    tokens = {side: own.split(list(sizes)) for side, own in output.token_counts.items()}
+    layers = {
+        key: states.split([int(own.sum()) for own in tokens[key[0]]]) for key, states in output.layer_states.items()
+    }
+    each = map(
+        scored, (output.logits, output.nll, output.labels, output.batch_rows, output.label_columns, output.label_states)
+    )
     return [
         Output(
             logits,
             labels,
             row - begin,
             column,
-            last=own,
+            last_state=own,
             path=output.path,
             nll=nll,
-            states=states,
-            scores=output.scores,
-            layers={key: parts[i] for key, parts in layers.items()},
-            tokens={side: parts[i] for side, parts in tokens.items()},
+            label_states=states,
+            head=output.head,
+            layer_states={key: parts[i] for key, parts in layers.items()},
+            token_counts={side: parts[i] for side, parts in tokens.items()},
         )
         for i, (begin, own, logits, nll, labels, row, column, states) in enumerate(
             zip(begins, last, *each, strict=True)
@@ -149,6 +155,6 @@ def label_count(row: EncodedExample, learner: Learner) -> int:
     # Nothing scores the first token of a causal text that has no prompt state in front of it.
     before = row.prompt_offsets[0] if isinstance(row.prompt_offsets, tuple) else row.prompt_offsets
     first = learner.method is None or learner.site.name == "kv" or bool(before)
-    if learner.backbone.head == "lm" and learner.backbone.family.shifted and first:
+    if learner.backbone.head == "lm" and learner.backbone.family.scores_next_token and first:
         labels = labels[1:]
     return sum(label != IGNORE for label in labels)

@@ -63,7 +63,7 @@ class Weights:
 
     def judged_with(self, kernels: Kernels) -> Learner:
         """The same weights to be judged with `kernels`, which are faster and equal up to rounding."""
-        return replace(self.learner, backbone=replace(self.learner.backbone, kernels=kernels, known={}))
+        return replace(self.learner, backbone=replace(self.learner.backbone, kernels=kernels, facts={}))
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -83,8 +83,8 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
     check_trainable(backbone)
     model = copy.deepcopy(backbone.model)
     model.to(torch.promote_types(backbone.dtype, torch.float32))  # type: ignore[arg-type]
-    plain = Kernels(rows="shared", gradient_checkpointing=backbone.kernels.gradient_checkpointing)
-    own = replace(backbone, model=model, kernels=plain, known={})
+    plain = Kernels(path="shared", gradient_checkpointing=backbone.kernels.gradient_checkpointing)
+    own = replace(backbone, model=model, kernels=plain, facts={})
     heads = tuple(dict.fromkeys(name.split(".")[0] for name in own.head_names))
     adapter = None
     if config.train == "lora":
@@ -93,7 +93,7 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
         model.requires_grad_(True)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     freeze(model)
-    slot = PromptSpec(tasks, 0, own.features, own.features)
+    slot = PromptSpec(tasks, 0, own.embedding_size, own.embedding_size)
     return Weights(Learner(own, Site(), slot), trained, heads, adapter)
 
 
@@ -218,10 +218,10 @@ def _peft() -> Any:
 def check_trainable(backbone: Backbone) -> None:
     """Raise BackboneError for a backbone whose weights cannot be trained."""
     name, attention = backbone.name or type(backbone.model).__name__, str(backbone.model.config._attn_implementation)
-    if backbone.quantized:
+    if backbone.quantization:
         raise BackboneError(
-            f"{name} is quantized ({backbone.quantized}), and rounded weights cannot be trained; load it without, or "
-            f"train a prompt"
+            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, "
+            f"or train a prompt"
         )
     places = getattr(backbone.model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1 or any(hasattr(part, "_hf_hook") for part in backbone.model.modules()):

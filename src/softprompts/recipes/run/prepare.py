@@ -302,7 +302,7 @@ def encoder_for(
 
     place: as of the site; `template` makes slots of the `<prompt>` in the format's templates, without a prompt of none.
     """
-    room = UNBOUNDED if model.context is None else model.context - length
+    room = UNBOUNDED if model.max_positions is None else model.max_positions - length
     slots: tuple[int, ...] = ()
     if place == "template":
         count = sum(len(split_slots(one)[1]) for one in form.templates)
