@@ -169,7 +169,7 @@ def test_products_fit_the_weights() -> None:
             with kernels.use_kernels(bb.model, Kernels(matmul_backend="onednn"), {}):
                 fast, none = module(x), module(x[:, :0])
             torch.testing.assert_close(fast, plain)
-            assert type(fast.grad_fn).__name__ == "_OneDNNBackward"
+            assert type(fast.grad_fn).__name__ == "_OneDNNLinearBackward"
             assert none.shape == (2, 0, plain.shape[-1])
             weights = rows.random(1, *plain.shape)
             torch.testing.assert_close(
@@ -223,13 +223,15 @@ def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert reasons["bloom"] == "BloomForCausalLM has an attention of its own kind"
     assert reasons["bert"] == "an encoder's prompt sees the text"
     # Attention that is not what the model's own is: packed rows are not taken, and the next best path is.
-    honest = packed_attention._math
+    honest = packed_attention._math_attention
 
-    def shifted(seen: packed_attention.Seen, *rest: Any) -> Tensor:
-        return honest(packed_attention.Seen(seen.allowed.roll(1, -1)), *rest)
+    def shifted(part: Any, mask: packed_attention.AttentionMask, *rest: Any) -> Tensor:
+        return honest(part, packed_attention.AttentionMask(mask.allowed.roll(1, -1)), *rest)
 
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(shifted)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(shifted),
     )
     bb = replace(tiny.backbone("llama"), facts={})
     assert injection.why_not_packed(bb) == "LlamaForCausalLM gives other states with packed rows"
@@ -237,12 +239,12 @@ def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     mistral = b.wrap(tiny.model("mistral"), name="mistral")
     monkeypatch.setattr(mistral.model.config, "sliding_window", None)
-    monkeypatch.setattr("softprompts.injection.packed.sliding", lambda backbone: (6,) * 3)
+    monkeypatch.setattr("softprompts.injection.packed.layer_windows", lambda backbone: (6,) * 3)
     assert injection.why_not_packed(mistral) == (
         "MistralForCausalLM cannot pack rows: its attention keeps its window to itself"
     )
     # A window that is longer than the few tokens that are tried.
-    monkeypatch.setattr("softprompts.injection.packed.sliding", lambda backbone: (4096,) * 3)
+    monkeypatch.setattr("softprompts.injection.packed.layer_windows", lambda backbone: (4096,) * 3)
     other = b.wrap(tiny.model("mistral"), name="mistral")
     assert injection.why_not_packed(other) == (
         "MistralForCausalLM cannot pack rows: its attention has a window of 6 tokens and its cache one of 4096"
@@ -256,7 +258,9 @@ def test_a_model_that_fails_when_packed_falls_back(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no kernel")
 
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(broken)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(broken),
     )
     bb = replace(tiny.backbone("llama"), facts={})
     before = state(bb)
@@ -268,7 +272,9 @@ def test_a_model_that_fails_when_packed_falls_back(monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(full)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(full),
     )
     bb = replace(tiny.backbone("llama"), facts={})
     with pytest.raises(torch.OutOfMemoryError, match="full"):

@@ -44,7 +44,7 @@ def output(backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputO
     """
     if backbone.head == "features":
         more = {"pooler_output": reading.output.pooler_output} if "pooler_output" in reading.output else {}
-        return type(reading.output)(last_hidden_state=_states(reading), **more)
+        return type(reading.output)(last_hidden_state=injection.text_states(reading), **more)
     with _class_of_outputs(backbone) as kinds:
         if backbone.head == "span":
             scores, loss = _span(backbone, batch, reading, wish, heads)
@@ -56,7 +56,7 @@ def output(backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputO
             logits, loss = _shifted(backbone, reading, wish.labels, wish.items)
             scores = {"logits": logits[:, _kept(wish.keep)]}
         else:
-            states = _states(reading)[:, _kept(wish.keep)]
+            states = injection.text_states(reading)[:, _kept(wish.keep)]
             logits = _each(backbone, batch, heads, lambda: injection.apply_head(backbone, reading, states))
             scores = {"logits": logits}
             loss = None if wish.labels is None else token_loss(logits, wish.labels)
@@ -93,12 +93,6 @@ def _kept(keep: int | Tensor) -> Any:
     return slice(-keep, None) if isinstance(keep, int) else keep
 
 
-def _states(reading: TrunkOutput) -> Tensor:
-    """The states [B, T, H] in the text's own layout, zero on padding."""
-    states = _at(reading, reading.text_positions) * reading.text_mask[..., None]
-    return torch.zeros_like(states).scatter(1, reading.token_order[..., None].expand_as(states), states)
-
-
 def _at(reading: TrunkOutput, position: Tensor) -> Tensor:
     return reading.hidden_states.gather(1, position[..., None].expand(-1, -1, reading.hidden_states.shape[-1]))
 
@@ -131,7 +125,7 @@ def _shifted(
 def _span(
     backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputOptions, heads: Heads
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    states = _states(reading)
+    states = injection.text_states(reading)
     scores = _each(
         backbone, batch, heads, lambda: injection.span_scores(backbone, reading, states, batch.attention_mask)
     )
