@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from softprompts import assets
-from softprompts.assets import Asset, Package, fetch, where
+from softprompts.assets import Asset, Package, fetch, is_asset, where
+from softprompts.assets import download as assets
 from softprompts.errors import AssetError
 
 Calls = list[list[str]]
@@ -320,10 +320,10 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_the_table_is_sound() -> None:
     for name, asset in assets.ASSETS.items():
         assert name == asset.name
-        assert assets.is_asset(name)
+        assert is_asset(name)
         assert all(len(package.sha256) == 64 for package in asset.packages)
         assert (asset.kind == "model") == (name in assets.CONVERT) == (name in assets.RECIPE)
-    assert not assets.is_asset("gpt2")
+    assert not is_asset("gpt2")
 
 
 @pytest.mark.assets

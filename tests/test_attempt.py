@@ -72,7 +72,7 @@ def test_formula(side: str, extra: int) -> None:
     method, seen = made(), context(side, extra)
     prompt = method(seen)
     assert prompt.values.shape == (B, P, D)
-    assert prompt.row.tolist() == list(range(B))
+    assert prompt.prompt_index.tolist() == list(range(B))
     for i, task in enumerate(seen.task_ids.tolist()):
         values, attention = by_hand(method, seen.inputs_embeds[i][seen.attention_mask[i].bool()], task)
         np.testing.assert_allclose(prompt.values[i].numpy(), values, atol=1e-12)

@@ -232,7 +232,7 @@ def test_kept_states_are_those_of_the_pass(tmp_path):
     for targets in (made, again):
         teacher = targets.of(chosen, torch.device("cpu"))
         batch = together.train.collate(chosen, 0)
-        prompt = rows.several(prompts, [row.task for row in chosen])
+        prompt = rows.several(prompts, [row.task_id for row in chosen])
         expected = injection.score(one.backbone, batch, prompt, Site(), layers=LAYERS)
         torch.testing.assert_close(teacher.label_states, expected.label_states)
         torch.testing.assert_close(expected.head(teacher.label_states), expected.logits)

@@ -56,7 +56,7 @@ def examples(name, head="lm", count=8):
 
 def stock_loss(model, name, part):
     """The mean loss over the labels of `part`, by the stock model alone, in its own number format."""
-    ids, mask = rows.pad([torch.tensor(row.ids) for row in part], value=3)
+    ids, mask = rows.pad([torch.tensor(row.input_ids) for row in part], value=3)
     more = {}
     if isinstance(part[0].labels, int):
         labels = torch.tensor([row.labels for row in part])
@@ -164,7 +164,7 @@ def test_gradients_of_all_weights_are_those_of_the_stock_model(name):
 def test_gradients_with_a_classification_head(name):
     backbone, found = double(name, "sequence"), examples(name, "sequence")
     for row in found if name == "bart" else ():
-        row.ids[-1] = 2  # its head reads the end token, of which each row has one
+        row.input_ids[-1] = 2  # its head reads the end token, of which each row has one
     if name != "llama":  # the stock head refuses batches when nothing says what padding is
         expect(gradients(finetune.copied(backbone, config(**ALL)), found), backbone, name, found)
         return

@@ -111,7 +111,7 @@ def test_formula(kind: str, given: dict[str, Any]) -> None:
         prompt = method(seen)
         assert prompt.values.shape == (B, P, 12)
         assert prompt.mask.all()
-        assert prompt.row.tolist() == list(range(B))
+        assert prompt.prompt_index.tolist() == list(range(B))
         for i, task in enumerate(seen.task_ids.tolist()):
             expected = by_hand(method, seen.inputs_embeds[i][seen.attention_mask[i].bool()], task)
             np.testing.assert_allclose(prompt.values[i].numpy(), expected, atol=1e-12)

@@ -142,7 +142,7 @@ def test_lookup(options: dict[str, Any], side: str, extra: int) -> None:
     method, seen = made(options), context(side, extra)
     prompt = method(seen)
     assert prompt.values.shape == (len(LENGTHS), P, D)
-    assert prompt.row.tolist() == list(range(len(LENGTHS)))
+    assert prompt.prompt_index.tolist() == list(range(len(LENGTHS)))
     for i in range(len(LENGTHS)):
         own = vectors(method, first(seen, i, P))
         if "base" in options:

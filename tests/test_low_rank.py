@@ -33,7 +33,7 @@ def prompts(method: LowRankPromptTuning, tasks: list[int]) -> Tensor:
     """The prompt of each row of a batch."""
     ids = torch.zeros(len(tasks), 1, dtype=torch.long)
     found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 @torch.no_grad()

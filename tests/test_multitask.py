@@ -41,7 +41,7 @@ def put(method, seed, ranks=1):
 def prompts(method, task):
     ids = torch.zeros(len(task), 1, dtype=torch.long)
     found = method(Context(torch.tensor(task), ids, torch.zeros(len(task), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.row]
+    return found.values[found.prompt_index]
 
 
 # The decomposition

@@ -73,7 +73,7 @@ def test_retrieval_is_the_largest_products_in_order(query: str, whole: bool) -> 
         words = seen.inputs_embeds[i][seen.instruction_mask[i].bool()].tolist()
         if query == "mean":
             words = [[sum(column) / len(words) for column in zip(*words, strict=True)]]
-        values = prompt.values[prompt.row[i]]
+        values = prompt.values[prompt.prompt_index[i]]
         assert torch.equal(values[: P - K], method.soft)
         assert torch.equal(values[P - K :], memory[by_hand(memory, words, K)])
 
@@ -126,7 +126,7 @@ def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
     assert all(torch.equal(values[P - K], memory[17]) for values in prompt.values)
     assert len(prompt.values) == 8
     counts: dict[int, int] = {}
-    for values in prompt.values[prompt.row]:
+    for values in prompt.values[prompt.prompt_index]:
         for row in values[P - K :]:
             place = int((memory == row).all(1).nonzero())
             counts[place] = counts.get(place, 0) + 1
@@ -155,8 +155,8 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
     task, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, 7, dtype=torch.long)
     prompt = method(Context(task, mask, embeds, mask, lambda: embeds, instruction_mask=mark))
     assert len(prompt.values) == 4
-    assert prompt.row[0] == prompt.row[1] == prompt.row[3]
-    assert len(set(prompt.row.tolist())) == 4
+    assert prompt.prompt_index[0] == prompt.prompt_index[1] == prompt.prompt_index[3]
+    assert len(set(prompt.prompt_index.tolist())) == 4
     different = {tuple(prompt.values[u, P - K :].flatten().tolist()) for u in range(4)}
     assert len(different) == 4
     for i in range(6):
@@ -164,10 +164,10 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
         one = torch.cat([pad, embeds[i : i + 1]], 1)
         there, marked = (torch.nn.functional.pad(x[i : i + 1], (5, 0)) for x in (mask, mark))
         alone = method(Context(task[:1], there, one, there, lambda: one, instruction_mask=marked))  # noqa: B023
-        assert torch.equal(alone.values[0], prompt.values[prompt.row[i]])
+        assert torch.equal(alone.values[0], prompt.values[prompt.prompt_index[i]])
     # Nothing retrieved by no words: all products are equal, so the first rows answer.
     if retrieval == "hard":
-        assert torch.equal(prompt.values[prompt.row[5], P - K :], method.memory[:K])
+        assert torch.equal(prompt.values[prompt.prompt_index[5], P - K :], method.memory[:K])
 
 
 @torch.no_grad()

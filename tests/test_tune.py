@@ -40,7 +40,7 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
         "torch products": 2, "onednn products": 1, "packed": 1, "packed-fused": 2, "sdpa": 4, "eager": 3,
     }  # fmt: skip
     assert str(found) == "rows packed (math), products by onednn"
-    (entry,) = json.loads((tmp_path / "kernels.json").read_text()).values()
+    (entry,) = json.loads((tmp_path / "autotune.json").read_text()).values()
     assert entry["kernels"]["matmul_backend"] == "onednn"
     done = clock["products"]
     clock["onednn"] = 9.0
@@ -48,7 +48,7 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
     assert clock["products"] == done
     setup.autotune(tiny.backbone("qwen3"))  # another model is
     assert clock["products"] > done
-    assert len(json.loads((tmp_path / "kernels.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "autotune.json").read_text())) == 2
 
 
 def test_a_little_faster_is_not_enough(clock: dict[str, float]) -> None:
@@ -75,13 +75,13 @@ def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
 
 def test_a_damaged_memory_only_costs_the_measurement(clock: dict[str, float], tmp_path: Path) -> None:
     for text in ("{", "[]", '{"other": 1}'):
-        (tmp_path / "kernels.json").write_text(text)
+        (tmp_path / "autotune.json").write_text(text)
         assert setup.autotune(tiny.backbone("llama")).kernels.matmul_backend == "onednn"
-    assert json.loads((tmp_path / "kernels.json").read_text())["other"] == 1
+    assert json.loads((tmp_path / "autotune.json").read_text())["other"] == 1
 
 
 def test_a_memory_with_other_names_of_kernels_is_measured_again(clock: dict[str, float], tmp_path: Path) -> None:
-    bb, file = tiny.backbone("llama"), tmp_path / "kernels.json"
+    bb, file = tiny.backbone("llama"), tmp_path / "autotune.json"
     setup.autotune(bb)
     (key,) = json.loads(file.read_text())
     file.write_text(json.dumps({key: {"kernels": {"rows": "shared", "core": "math"}, "seconds": {}}}))
@@ -95,7 +95,7 @@ def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path
         found = setup.autotune(tiny.backbone(name))
         assert found == setup.TunedKernels(Kernels(path="shared"), {})
         assert str(found) == "attention the model's own, products by torch"
-    assert not (tmp_path / "kernels.json").exists()
+    assert not (tmp_path / "autotune.json").exists()
 
 
 @pytest.mark.parametrize(("name", "head"), [("llama", "lm"), ("bloom", "lm"), ("t5", "lm"), ("bert", "sequence")])

@@ -12,8 +12,6 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from softprompts.errors import PromptError
-
 Row = dict[str, Any]
 """One row of a data set: column name to value."""
 
@@ -146,18 +144,6 @@ class Context:
     encode: Callable[[], Tensor]
     sentence_embedding: Callable[[str], Tensor] = _no_encoder
     instruction_mask: Tensor | None = None
-
-
-def require_text(context: Context) -> None:
-    """Raise PromptError where prompts are learned, not used, and no row of the batch has text to make one from.
-
-    What would be learned then has nothing to do with the prompts that answer, before which there is text.
-    """
-    if torch.is_grad_enabled() and not bool(context.attention_mask.any()):
-        raise PromptError(
-            "no row of the batch has text in front of what is to be learned, and this method makes prompts from text; "
-            "give a template with text before the answer, or use a method that does not look at the text"
-        )
 
 
 @dataclass(frozen=True)

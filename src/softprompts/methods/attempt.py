@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct
 
 
 class Attempt(nn.Module):

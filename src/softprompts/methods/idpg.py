@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, pool_states, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, pool_states
 
 POSSIBLE = {
     "kind": ("auto", "S", "M", "L"),

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from softprompts.errors import PromptError
-from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct
 
 
 class InstancePromptTuning(nn.Module):

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, require_text
+from softprompts.methods.text import require_text
+from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec
 
 
 class SemiParametric(nn.Module):

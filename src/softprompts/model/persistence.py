@@ -8,8 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-import softprompts
-from softprompts import injection
+from softprompts import __version__, injection
 from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, fingerprint
@@ -278,7 +277,7 @@ def _artifact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -
         config={"prompt": task.config.model_dump(mode="json")} if found is None else found.config,
         scores={},
         parents=(),
-        version=softprompts.__version__,
+        version=__version__,
         segments=task.site.segments,
     )
     if found is None:

@@ -81,7 +81,9 @@ def autotune(
     if attention is not None:
         packed = {"path": "packed", "packed_attention": PACKED.get(attention)}
         asked |= packed if attention in PACKED else {"path": "shared"}
-    open_ = [name for name, value in (("attention", attention), ("products", products)) if value in (None, "auto")]
+    open_ = [
+        name for name, value in (("attention", attention), ("matmul_backend", products)) if value in (None, "auto")
+    ]
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
     if not open_ or size < WORTH:
         return TunedKernels(replace(usual, **asked), {})
@@ -101,7 +103,7 @@ def _check_packable(backbone: Backbone, attention: str) -> None:
 
 def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any]:
     """The measurement for models of this shape, on this device with these versions; made if it is not there."""
-    file = cache_dir() / "kernels.json"
+    file = cache_dir() / "autotune.json"
     try:
         known = read_json(file) if file.is_file() else {}
     except ArtifactError:
@@ -115,7 +117,8 @@ def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any
         entry = {"kernels": asdict(kernels), "seconds": seconds}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {**known, key: entry})
-    return entry
+    measurement: dict[str, Any] = entry
+    return measurement
 
 
 def _is_measurement(entry: Any) -> bool:

@@ -1,0 +1,22 @@
+"""The check that methods which make prompts from text share."""
+
+import torch
+
+from softprompts.errors import PromptError
+from softprompts.types import Context
+
+
+def require_text(context: Context) -> None:
+    """Refuse to learn from a batch without text, because prompts that answer always have text to be made from.
+
+    Args:
+        context: The batch; `attention_mask [B, T]` is 1 for the tokens that a prompt may be made from.
+
+    Raises:
+        PromptError: Prompts are being learned, and no row has such a token.
+    """
+    if torch.is_grad_enabled() and not bool(context.attention_mask.any()):
+        raise PromptError(
+            "no row of the batch has text in front of what is to be learned, and this method makes prompts from text; "
+            "give a template with text before the answer, or use a method that does not look at the text"
+        )
