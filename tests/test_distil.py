@@ -143,7 +143,9 @@ def test_hidden_by_the_mean_of_rows():
     torch.testing.assert_close(objectives.distil_hidden(step), expected)
     two = {key: student, ("text", 1): student * 0}
     both = replace(
-        step, output=replace(output, layers=two), teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher))
+        step,
+        output=replace(output, layer_states=two),
+        teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher)),
     )
     zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
     torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)

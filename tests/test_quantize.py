@@ -36,7 +36,7 @@ def quantized(name, kind="int8", dtype=torch.float32, head="lm"):
     plain = copy.deepcopy(model)
     quantization.quantize(model, kind)
     for key, module in quantization.quantizable_linears(plain).items():
-        rounded = model.get_submodule(key).dequantized(dtype)
+        rounded = model.get_submodule(key).dequantize(dtype)
         module.weight.data = rounded if isinstance(module, torch.nn.Linear) else rounded.t()
     return backbone.wrap(model, name=name), backbone.wrap(plain, name=name)
 
@@ -81,7 +81,7 @@ def test_a_product(kind, dtype, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(192, 40, bias=bias).to(dtype).requires_grad_(False)
     small = quantization.quantize_linear(linear, kind)
-    weight = small.dequantized(torch.float32)
+    weight = small.dequantize(torch.float32)
     assert float((weight - linear.weight.float()).norm() / linear.weight.float().norm()) < WORST[kind]
     x = torch.randn(2, 7, 192).to(dtype).requires_grad_()
     exact = torch.nn.functional.linear(x.detach().float(), weight, None if linear.bias is None else linear.bias.float())
@@ -101,7 +101,7 @@ def test_int8_uses_its_whole_range_and_survives_zeros():
     linear.weight.data = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0, 0, 0, 0], [1e-3, 2e-3, -4e-3, 0]])
     small = quantization.quantize_linear(linear, "int8")
     assert small.weight.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0], [32, 64, -127, 0]]
-    assert small.dequantized(torch.float32)[1].tolist() == [0, 0, 0, 0]
+    assert small.dequantize(torch.float32)[1].tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "albert", "opt_projected"])
