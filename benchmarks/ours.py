@@ -9,17 +9,16 @@ from torch import Tensor
 
 from benchmarks import models
 from benchmarks.workload import Row
-from softprompts import backbone, injection
+from softprompts import backbone
 from softprompts.backbone import loading
-from softprompts.config import EvaluateConfig
+from softprompts.config import EvaluationConfig, PromptConfig
 from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
-from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model import setup
+from softprompts.model import SoftPromptModel, setup
 from softprompts.model.initialization import from_ids
-from softprompts.model.learner import Learner, copy_head
 from softprompts.training import objectives
+from softprompts.training.shared_batch import training_step
 from softprompts.types import Batch, PromptInit
 
 RATE = 1e-3
@@ -39,11 +38,12 @@ class Ours:
 
     def start(self, ids: Sequence[int]) -> None:
         """See `workload.Side`."""
-        slot = injection.prompt_spec(self.backbone, self.site, ("benchmark",), self.prompt)
         values = from_ids(self.backbone, self.site, torch.tensor(ids)).to(self.backbone.device)
-        method = PromptTuning(PromptTuning.Config(), slot, PromptInit(values))
-        self.learner = Learner(self.backbone, self.site, slot, method, copy_head(self.backbone))
-        self.optimizer = torch.optim.AdamW(self.learner.parameters().values(), lr=RATE)
+        place: Any = self.site.place
+        self.model = SoftPromptModel(self.backbone)
+        config = PromptConfig(num_virtual_tokens=self.prompt, placement=place)
+        self.model.add_prompt("benchmark", config, init=PromptInit(values))
+        self.optimizer = torch.optim.AdamW(self.model.trainable().values(), lr=RATE)
 
     def prepare(self, rows: Sequence[Row]) -> Batch:
         """See `workload.Side`."""
@@ -52,7 +52,7 @@ class Ours:
     def step(self, batch: Batch) -> None:
         """See `workload.Side`."""
         self.optimizer.zero_grad()
-        step = self.learner.step(batch)
+        step = training_step(self.model, batch)
         loss = self.objective(step)
         loss.backward()
         self.optimizer.step()
@@ -60,8 +60,9 @@ class Ours:
 
     def gradient(self) -> Tensor:
         """See `workload.Side`."""
-        found: Tensor = self.learner.method.prompts[0].grad
-        return found.float().cpu()
+        gradient = self.model.registry.method("benchmark").get_parameter("prompt").grad
+        assert gradient is not None
+        return gradient.float().cpu()
 
     def touch(self) -> None:
         """See `workload.Side`."""
@@ -71,8 +72,10 @@ class Ours:
     def score(self, texts: Sequence[str], labels: dict[str, list[int]], size: int) -> Tensor:
         """See `workload.Side`; the texts are encoded on the way, as a user's file is."""
         rows = [{"text": text} for text in texts]
-        config = EvaluateConfig(by="rank", batch_size=size)
-        found = evaluate.answers(self.learner, self._encoder(tuple(labels)), rows, config)
+        config = EvaluationConfig(by="rank", batch_size=size)
+        found = evaluate.answers(
+            self.model, rows, prompt="benchmark", encoder=self._encoder(tuple(labels)), config=config
+        )
         return torch.tensor([[answer.scores[label] for label in labels] for answer in found])
 
     def candidates(self, answers: Sequence[str]) -> dict[str, list[int]]:

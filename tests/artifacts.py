@@ -38,14 +38,14 @@ def example(**changes: Any) -> Artifact:
         "heads": {},
         "site": "input",
         "mode": "replace",
-        "place": "first",
+        "placement": "first",
         "family": "causal",
         "head": "lm",
         "backbone": "smollm2-135m",
         "revision": "main",
         "fingerprint": fingerprint(),
-        "format": {"template": "{text} ⇒", "verbalizer": {"z": "gut", "a": "schlecht"}},
-        "config": {"train": {"steps": 3, "clip": None}},
+        "template": {"template": "{text} ⇒", "verbalizer": {"z": "gut", "a": "schlecht"}},
+        "config": {"training": {"max_steps": 3, "max_grad_norm": None}},
         "scores": {"test": {"accuracy": 0.1 + 0.2}},
         "parents": ("a" * 64,),
         "version": "0.1.0",
@@ -74,6 +74,22 @@ def assert_equal(left: Artifact, right: Artifact) -> None:
 def edit(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text())
     path.write_text(json.dumps({key: value for key, value in {**values, **changes}.items() if value is not Ellipsis}))
+
+
+OLD_MANIFEST_KEYS = {"plain_prompt": "fixed", "placement": "place", "template": "format"}
+OLD_TEMPLATE_KEYS = {"verbalizer": "verbaliser", "chat_placement": "chat_place"}
+
+
+def write_as_format(path: Path, version: int) -> None:
+    """Rewrite a manifest as `version` 1, 2 or 3 of the format wrote it."""
+    values = json.loads(path.read_text())
+    values["format_version"] = version
+    values["template"] = {OLD_TEMPLATE_KEYS.get(key, key): value for key, value in values["template"].items()}
+    values = {OLD_MANIFEST_KEYS.get(key, key): value for key, value in values.items()}
+    for key, since in (("fixed", 2), ("segments", 3)):
+        if version < since:
+            del values[key]
+    path.write_text(json.dumps(values))
 
 
 def refused(directory: Path) -> str:

@@ -58,16 +58,16 @@ def run_values(folder: Path, model: str = "llama", **train: Any) -> dict[str, An
     """The configuration of a small run in `folder`, with its model and data made there."""
     return {
         "model": {"name": str(model_directory(folder / model, model)), "dtype": "float32", "threads": 1},
-        "prompt": {"length": 4},
+        "prompt": {"num_virtual_tokens": 4},
         "task": {
             "source": str(colors(folder / "colors.csv")),
             "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
-        "train": {"steps": 6, "batch_size": 8, "rate": 0.5, **train},
-        "evaluate": {"resamples": 100},
-        "out": str(folder / "out"),
+        "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 0.5, **train},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(folder / "out"),
     }
 
 

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from artifacts import D, P, assert_equal, bits, edit, example, fingerprint
+from artifacts import D, P, assert_equal, bits, edit, example, fingerprint, write_as_format
 from softprompts.artifacts import artifact as a
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.io import read_json, read_tensors, write_json, write_tensors
 from softprompts.errors import ArtifactError
 
 
@@ -27,7 +28,7 @@ def saved(tmp_path: Path) -> Path:
 def test_round_trip_bit_for_bit(saved: Path) -> None:
     loaded = a.load(saved)
     assert_equal(example(), loaded)
-    assert list(loaded.format["verbalizer"]) == ["z", "a"]  # type: ignore[index]
+    assert list(loaded.template["verbalizer"]) == ["z", "a"]  # type: ignore[index]
     assert sorted(os.listdir(saved)) == sorted(
         ["softprompts.json", "softprompts.safetensors", "README.md", "adapter_config.json", "adapter_model.safetensors"]
     )
@@ -37,9 +38,9 @@ def test_round_trip_bit_for_bit(saved: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"initial": None, "fingerprint": None, "format": None, "revision": None, "parents": (), "state": {}},
+        {"initial": None, "fingerprint": None, "template": None, "revision": None, "parents": (), "state": {}},
         {"site": "kv"},
-        {"site": "layers", "mode": "add", "place": "after_start", "family": "masked"},
+        {"site": "layers", "mode": "add", "placement": "after_start", "family": "masked"},
         {"family": "seq2seq"},
         {"family": "masked", "head": "sequence", "heads": {"classifier.weight": torch.ones(2, D)}},
         {"prompt": example().prompt.T.contiguous().T.requires_grad_()},
@@ -104,8 +105,8 @@ def test_round_trip_property(
 def test_tensor_files_round_trip(tmp_path_factory: pytest.TempPathFactory, state: Any, metadata: Any) -> None:
     state.pop("__metadata__", None)
     path = tmp_path_factory.mktemp("t") / "x.safetensors"
-    a.write_tensors(path, state, metadata)
-    loaded, found = a.read_tensors(path)
+    write_tensors(path, state, metadata)
+    loaded, found = read_tensors(path)
     assert {key: bits(value) for key, value in loaded.items()} == {key: bits(value) for key, value in state.items()}
     assert list(loaded) == sorted(state)
     assert found == metadata
@@ -116,14 +117,14 @@ def test_tensor_files_round_trip(tmp_path_factory: pytest.TempPathFactory, state
 @given(value=JSON)
 def test_json_files_round_trip(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.mktemp("j") / "x.json"
-    a.write_json(path, value)
-    assert a.read_json(path) == value
+    write_json(path, value)
+    assert read_json(path) == value
 
 
 def test_loaded_tensors_can_be_trained_and_shared_storage_is_saved_twice(tmp_path: Path) -> None:
     whole = torch.randn(4, 4)
-    a.write_tensors(tmp_path / "x", {"a": whole, "b": whole[1], "c": whole.T, "d": whole[:0]}, {})
-    loaded, _ = a.read_tensors(tmp_path / "x")
+    write_tensors(tmp_path / "x", {"a": whole, "b": whole[1], "c": whole.T, "d": whole[:0]}, {})
+    loaded, _ = read_tensors(tmp_path / "x")
     loaded["a"].add_(1)
     assert torch.equal(loaded["b"], whole[1])
     assert torch.equal(loaded["c"], whole.T)
@@ -142,7 +143,7 @@ def test_a_score_that_is_no_number_does_not_cost_the_prompt(tmp_path: Path) -> N
         {"prompt": example().prompt.reshape(D, P), "initial": None},
         {"site": "decoder"},
         {"mode": "add"},
-        {"place": "after_start"},
+        {"placement": "after_start"},
         {"fingerprint": fingerprint(architecture={"model_type": "gpt2"})},
     ],
 )
@@ -190,7 +191,7 @@ def test_without_a_prompt_the_state_is_the_artifact(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "adapter_config.json").exists()
     facts = a.inspect(tmp_path / "x")
     json.dumps(facts, allow_nan=False)
-    assert (facts["fixed"], facts["length"], facts["width"], facts["parameters"]) == (False, P, D, 7)
+    assert (facts["plain_prompt"], facts["length"], facts["width"], facts["parameters"]) == (False, P, D, 7)
     assert (facts["rms"], facts["distance"]) == (None, None)
     assert facts["rms_initial"] > 0
     assert facts["peft"] == "method attempt: it has no plain prompt, and PEFT stores one matrix"
@@ -198,7 +199,7 @@ def test_without_a_prompt_the_state_is_the_artifact(tmp_path: Path) -> None:
     assert "There is no plain prompt, the method answers each text" in card
     assert "PEFT cannot load it (method attempt" in card
     with pytest.raises(ArtifactError, match=r"^x holds no plain prompt: attempt makes one from each text"):
-        loaded.matrix("x")
+        loaded.require_prompt("x")
 
 
 @pytest.mark.parametrize(
@@ -239,12 +240,12 @@ def test_the_digest_without_a_prompt_is_the_one_that_the_specification_describes
 
 def test_format_1_loads(saved: Path, tmp_path: Path) -> None:
     """It had no key `fixed`, and always a prompt."""
-    edit(saved / "softprompts.json", format_version=1, fixed=..., segments=...)
+    write_as_format(saved / "softprompts.json", 1)
     assert_equal(example(), a.load(saved))
     edit(saved / "softprompts.json", fixed=True)
     with pytest.raises(ArtifactError, match="unknown key 'fixed': format 1 has none"):
         a.load(saved)
-    edit(a.save(of_texts(), tmp_path / "x") / "softprompts.json", format_version=1, fixed=..., segments=...)
+    write_as_format(a.save(of_texts(), tmp_path / "x") / "softprompts.json", 1)
     with pytest.raises(ArtifactError, match="no tensor 'prompt'"):
         a.load(tmp_path / "x")
 

@@ -125,7 +125,7 @@ def test_theirs_loads_in_ours(tmp_path: Path, name: str, head: str, family: str 
     rows = wrapped.prompt_encoder["default"].embedding.weight.detach()
     assert rows.shape[0] == (2 * P if name == "t5" else P)
     assert bits(loaded.prompt) == bits(rows[:P])
-    assert (loaded.family, loaded.head, loaded.site, loaded.place) == (family, head, "input", "first")
+    assert (loaded.family, loaded.head, loaded.site, loaded.placement) == (family, head, "input", "first")
     assert (loaded.task, loaded.initial, loaded.fingerprint, loaded.state) == ("theirs", None, None, {})
     assert loaded.version == "peft 0.21.2"
     inside = wrapped.base_model.state_dict()
@@ -154,7 +154,7 @@ def test_a_half_precision_prompt_of_peft_is_widened_exactly(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"place": "after_start", "family": "masked"}, "place after_start: PEFT puts the prompt before [CLS]"),
+        ({"placement": "after_start", "family": "masked"}, "placement after_start: PEFT puts the prompt before [CLS]"),
         ({"site": "kv"}, "site kv: PEFT's prompt tuning enters at the input embeddings only"),
         ({"head": "sequence"}, "head sequence without a trained copy: PEFT loads this task only with one"),
         (

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from artifacts import D, P, bits, edit, example, refused
 from softprompts.artifacts import artifact as a
+from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.errors import ArtifactError
 
 
@@ -92,9 +93,9 @@ def test_a_pickle_under_another_name_is_not_opened(saved: Path, name: str) -> No
 
 def test_a_header_that_begins_like_a_pickle_loads(tmp_path: Path) -> None:
     for filler in range(480, 640):
-        a.write_tensors(tmp_path / "x", {"a": torch.ones(1)}, {"filler": "-" * filler})
+        write_tensors(tmp_path / "x", {"a": torch.ones(1)}, {"filler": "-" * filler})
         if (tmp_path / "x").read_bytes()[:1] == b"\x80":
-            assert a.read_tensors(tmp_path / "x")[1]["filler"] == "-" * filler
+            assert read_tensors(tmp_path / "x")[1]["filler"] == "-" * filler
             return
     raise AssertionError("no header length ended in 0x80")
 
@@ -136,7 +137,7 @@ def test_wrong_tensors(saved: Path, changes: dict[str, Tensor | None], message: 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 4, "novelty": 1}, "written by a newer softprompts, format 4 > 3; upgrade"),
+        ({"format_version": 5, "novelty": 1}, "written by a newer softprompts, format 5 > 4; upgrade"),
         ({"format_version": 0}, "there is no format 0"),
         ({"format_version": "1"}, "format_version: Input should be a valid integer (given: '1')"),
         ({"format_version": ...}, "format_version: Field required"),
@@ -151,10 +152,10 @@ def test_wrong_tensors(saved: Path, changes: dict[str, Tensor | None], message: 
         ({"options": None}, "options: Input should be a valid dictionary"),
         ({"fingerprint": {"architecture": {}}}, "fingerprint.tokenizer: Field required"),
         ({"shape": [True, 8]}, "shape.0: Input should be a valid integer"),
-        ({"place": "after_start"}, "the digest is not that of the prompt"),
-        ({"fixed": ...}, "fixed: Field required"),
-        ({"fixed": False}, "unknown tensor 'prompt'"),
-        ({"fixed": "yes"}, "fixed: Input should be a valid boolean"),
+        ({"placement": "after_start"}, "the digest is not that of the prompt"),
+        ({"plain_prompt": ...}, "plain_prompt: Field required"),
+        ({"plain_prompt": False}, "unknown tensor 'prompt'"),
+        ({"plain_prompt": "yes"}, "plain_prompt: Input should be a valid boolean"),
     ],
 )
 def test_wrong_manifest(saved: Path, changes: dict[str, Any], message: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from artifacts import D, P, assert_equal, example
 from softprompts.artifacts import artifact as a
 from softprompts.artifacts import io
+from softprompts.artifacts.io import read_json, read_tensors, write_json, write_tensors
 from softprompts.errors import ArtifactError
 
 
@@ -112,7 +113,7 @@ def test_a_full_disk_is_one_line(saved: Path) -> None:
         with pytest.raises(ArtifactError) as caught:
             a.save(example(task="new"), saved)
         with pytest.raises(ArtifactError) as other:
-            a.write_tensors(saved / "x.safetensors", {"a": torch.zeros(1000)}, {})
+            write_tensors(saved / "x.safetensors", {"a": torch.zeros(1000)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert str(caught.value) == f"{saved} cannot be written: File too large"
@@ -126,7 +127,7 @@ def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match="cannot be written: Not a directory"):
         a.save(example(), tmp_path / "file" / "x")
-    for write in (lambda path: a.write_json(path, {}), lambda path: a.write_tensors(path, {}, {})):
+    for write in (lambda path: write_json(path, {}), lambda path: write_tensors(path, {}, {})):
         with pytest.raises(ArtifactError, match="cannot be written: Not a directory"):
             write(tmp_path / "file" / "x")
 
@@ -139,17 +140,17 @@ def test_files_are_readable_by_those_whom_the_umask_lets(saved: Path) -> None:
 
 
 def test_interrupted_single_files_leave_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    a.write_json(tmp_path / "x.json", {"a": 1})
-    a.write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
+    write_json(tmp_path / "x.json", {"a": 1})
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)}, {})
 
     def killed(*_: Any) -> None:
         raise Killed
 
     monkeypatch.setattr(io.os, "replace", killed)
     with pytest.raises(Killed):
-        a.write_json(tmp_path / "x.json", {"a": 2})
+        write_json(tmp_path / "x.json", {"a": 2})
     with pytest.raises(Killed):
-        a.write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, {})
-    assert a.read_json(tmp_path / "x.json") == {"a": 1}
-    assert torch.equal(a.read_tensors(tmp_path / "x.safetensors")[0]["a"], torch.ones(2))
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, {})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert torch.equal(read_tensors(tmp_path / "x.safetensors")[0]["a"], torch.ones(2))
     assert sorted(os.listdir(tmp_path)) == ["x.json", "x.safetensors"]

@@ -13,10 +13,11 @@ import yaml
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.data import collate
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
 
@@ -25,9 +26,9 @@ from softprompts.types import Batch
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, its data and two trained source prompts, `one` and `two`."""
     folder = tmp_path_factory.mktemp("sources")
-    values = local.run_values(folder, steps=2)
+    values = local.run_values(folder, max_steps=2)
     for seed, name in enumerate(("one", "two")):
-        job.run(parse({**values, "seed": seed, "out": str(folder / name)}))
+        job.run(parse({**values, "seed": seed, "output_dir": str(folder / name)}))
     return folder
 
 
@@ -39,7 +40,7 @@ def values(sources: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name": str(sources / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {
             "method": "attempt",
-            "length": 4,
+            "num_virtual_tokens": 4,
             "init": {"kind": "vocabulary", "sources": paths},
             "options": {"rank": 8, "temperature": 1.0},
         },
@@ -49,9 +50,9 @@ def values(sources: Path, tmp_path: Path) -> dict[str, Any]:
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
-        "train": {"steps": 6, "batch_size": 8, "rate": 0.5, "checkpoint_every": 2, "evaluate_every": 3},
-        "evaluate": {"resamples": 100},
-        "out": str(tmp_path / "out"),
+        "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 0.5, "save_steps": 2, "eval_steps": 3},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(tmp_path / "out"),
     }
 
 
@@ -84,23 +85,25 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     run = parse(values)
     made = job.prepare(run)
     job.run(run)
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     rows = list(made.tasks[0].test)
     trained = job.prepare(run)
-    trained.learner.method.load_state_dict(opened.artifacts[0].state)
-    for config in (EvaluateConfig(), EvaluateConfig(by="generate", max_new_tokens=3)):
-        ours = list(evaluate.answers(opened.learner, opened.encoder, rows, config))
-        theirs = list(evaluate.answers(trained.learner, trained.encoders[0], rows, config))
+    trained.learner.method.load_state_dict(opened.registry.records[opened.task].artifact.state)
+    for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
+        ours = list(evaluate.answers(opened, rows, prompt=opened.task, config=config))
+        theirs = list(
+            evaluate.answers(trained.model, rows, prompt=trained.prompt(0), encoder=trained.encoders[0], config=config)
+        )
         assert [one.text for one in ours] == [one.text for one in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
     # Alone, and ranked by hand from the whole sequence with the prompt that the text has.
-    base, encoder = opened.learner.backbone, opened.encoder
-    (found,) = evaluate.answers(opened.learner, encoder, rows[:1], EvaluateConfig())
+    base, encoder = opened.backbone, opened.example_tokenizer(opened.task)
+    (found,) = evaluate.answers(opened, rows[:1], prompt=opened.task, encoder=encoder, config=EvaluationConfig())
     ids = encoder.encode(rows[0]).input_ids
     batch = Batch(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), torch.zeros(1, dtype=torch.long))
     with torch.no_grad():
-        prompt = opened.learner.prompt(batch).values[0]
+        prompt = opened.make_prompts(batch).values[0]
         for label, answer in encoder.candidates().items():
             words = base.embed(torch.tensor(ids + answer))
             logits = base.model(inputs_embeds=torch.cat([prompt, words])[None]).logits[0].log_softmax(-1)
@@ -114,7 +117,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     job.run(parse(values))
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, job.ProgressReporter(on_step=stop))
     job.run(cut)
@@ -148,16 +151,16 @@ def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: P
     assert torch.equal(one.state["up.weight"], two.state["up.weight"])
     assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
-        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
+        opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         rows = job.prepare(run).tasks[0].test
-        found = evaluate.evaluate(opened.learner, opened.encoder, rows, run.evaluate)
+        found = evaluate.evaluate(opened, rows, prompt=opened.task, config=run.evaluation)
         assert found.headline.value == page["summary"]["after"]["value"]
 
 
 @pytest.mark.parametrize("method", ["prompt-tuning", "attempt"])
 def test_a_task_of_several_loads_into_a_model(values: dict[str, Any], tmp_path: Path, method: str) -> None:
     if method == "prompt-tuning":
-        values["prompt"] = {"length": 4}
+        values["prompt"] = {"num_virtual_tokens": 4}
     job.run(parse(two_tasks(values)))
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     for name in ("one", "two"):
@@ -173,34 +176,34 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     folders = [Path(row["directory"]) / "prompt" for row in results["runs"]]
     assert results["next"][-1] == f"softprompts evaluate {folders[0]} {folders[1]}"
     model = parse(values).model
-    both = job.open_artifacts(folders, model=model)
+    both = open_prompts(folders, config=model)[0]
     assert not any(part.training for part in both.learner.method.modules())
     rows = job.prepare(parse({**values, "runs": []})).tasks[0].test[:4]
     alone = []
     for folder in folders:
-        opened = job.open_artifacts([folder], model=model)
-        alone.append(list(evaluate.answers(opened.learner, opened.encoder, rows, EvaluateConfig())))
+        opened = open_prompts([folder], config=model)[0]
+        alone.append(list(evaluate.answers(opened, rows, prompt=opened.task, config=EvaluationConfig())))
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = collate(texts, 0)
     prompt = both.learner.prompt(batch)
-    single = [job.open_artifacts([folder], model=model).learner for folder in folders]
+    single = [open_prompts([folder], config=model)[0].learner for folder in folders]
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
         expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
         torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
-    voted = list(evaluate.answers(both.learner, both.encoder, rows, EvaluateConfig(), votes=2))
+    voted = list(evaluate.answers(both, rows, prompt=both.tasks, config=EvaluationConfig()))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
 
 def test_runs_of_several_methods_share_their_batches(values: dict[str, Any], tmp_path: Path) -> None:
     """ATTEMPT beside prompt tuning: each is what it is alone, up to rounding."""
-    values["train"] |= {"steps": 3, "rate": 0.1}
-    del values["train"]["evaluate_every"]
+    values["training"] |= {"max_steps": 3, "learning_rate": 0.1}
+    del values["training"]["eval_steps"]
     plain = {"name": "plain", "prompt": {"method": "prompt-tuning", "options": {}, "init": {"sources": []}}}
-    job.run(parse({**values, "runs": [{"name": "mixed"}, plain], "out": str(tmp_path / "all")}))
-    job.run(parse({**values, "out": str(tmp_path / "mixed")}))
-    prompt = {"length": 4, "init": {"kind": "vocabulary"}}
-    job.run(parse({**values, "prompt": prompt, "out": str(tmp_path / "plain")}))
+    job.run(parse({**values, "runs": [{"name": "mixed"}, plain], "output_dir": str(tmp_path / "all")}))
+    job.run(parse({**values, "output_dir": str(tmp_path / "mixed")}))
+    prompt = {"num_virtual_tokens": 4, "init": {"kind": "vocabulary"}}
+    job.run(parse({**values, "prompt": prompt, "output_dir": str(tmp_path / "plain")}))
     for name in ("mixed", "plain"):
         one, two = (artifact.load(tmp_path / where / "prompt").state for where in (Path("all") / name, Path(name)))
         for key in one:
@@ -222,7 +225,7 @@ def test_the_command(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
     status, out, err = call("generate", prompt, "the thing is", "--max-new-tokens", "3", "--beams", "2")
     assert status == 0, err
     status, out, err = call("inspect", prompt, "--json")
-    assert json.loads(out)["fixed"] is False
+    assert json.loads(out)["plain_prompt"] is False
     status, _, err = call("inspect", prompt, "--words")
     assert status == 1
     assert "holds no plain prompt: attempt makes one from each text" in err
@@ -235,7 +238,11 @@ def test_the_command(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
     [
         ({"init": {"kind": "vocabulary"}}, ConfigError, "method attempt: .*set prompt.init.sources"),
         ({"options": {"rank": -1}}, ConfigError, "prompt.options of method attempt: rank must be"),
-        ({"length": 5}, ArtifactError, r"one/prompt holds a prompt of \[4, 32\] at site input, but the run wants \[5,"),
+        (
+            {"num_virtual_tokens": 5},
+            ArtifactError,
+            r"one/prompt holds a prompt of \[4, 32\] at site input, but the run wants \[5,",
+        ),
         ({"site": "kv"}, ArtifactError, "at site input, but the run wants .* at site kv"),
     ],
 )
@@ -250,7 +257,7 @@ def test_what_does_not_fit_is_said_before_training(
 def test_a_start_from_the_mean(values: dict[str, Any], sources: Path, tmp_path: Path) -> None:
     """SPoT: the weighted mean of two prompts is where prompt tuning begins, and what its artifact remembers."""
     paths = values["prompt"]["init"]["sources"]
-    values["prompt"] = {"length": 4, "init": {"kind": "mean", "paths": paths, "weights": [3, 1]}}
+    values["prompt"] = {"num_virtual_tokens": 4, "init": {"kind": "mean", "paths": paths, "weights": [3, 1]}}
     job.run(parse(values))
     one, two = (artifact.load(path).prompt.double() for path in paths)
     expected = (0.75 * one + 0.25 * two).float()
@@ -266,7 +273,7 @@ def ours(values: dict[str, Any]) -> SoftPromptModel:
     )
     torch.manual_seed(3)
     model.add_task("mixed", parse({"prompt": values["prompt"]}).prompt)
-    model.add_task("plain", parse({"prompt": {"length": 6}}).prompt)
+    model.add_task("plain", parse({"prompt": {"num_virtual_tokens": 6}}).prompt)
     return model
 
 
@@ -341,14 +348,14 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
 )
 def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, template: str) -> None:
     """Trains, and the artifact scores as the run did."""
-    values = local.run_values(tmp_path, name, steps=2)
+    values = local.run_values(tmp_path, name, max_steps=2)
     values["model"]["dtype"] = dtype
     values["task"]["template"] = template
-    job.run(parse({**values, "out": str(tmp_path / "source")}))
+    job.run(parse({**values, "output_dir": str(tmp_path / "source")}))
     values["prompt"] |= {"method": "attempt", "init": {"sources": [str(tmp_path / "source" / "prompt")]}}
     results = job.run(parse(values))
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    assert opened.artifacts[0].state["prompts.0"].dtype == torch.float32
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    assert opened.registry.records[opened.task].artifact.state["prompts.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
-    found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluate)
+    found = evaluate.evaluate(opened, rows, prompt=opened.task, config=parse(values).evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]

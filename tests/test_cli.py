@@ -21,7 +21,7 @@ from softprompts.recipes.run import run
 def trained(tmp_path_factory):
     """A finished run of a tiny model in a folder of its own, and that folder."""
     folder = tmp_path_factory.mktemp("run")
-    values = local.run_values(folder, steps=30, rate=0.1)
+    values = local.run_values(folder, max_steps=30, learning_rate=0.1)
     local.teach(folder / "llama")
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     run.run(cli.parse(values))
@@ -68,11 +68,11 @@ def test_methods_that_read_texts_need_texts(call, tmp_path):
         call("train", "--config", tmp_path / "run.yaml"), "no row of the batch has text", "give a template with text"
     )
     assert not (tmp_path / "out" / "results.json").exists()
-    values["prompt"] = {"length": 4}
+    values["prompt"] = {"num_virtual_tokens": 4}
     values["task"]["split"] = {"validation_fraction": 0, "test_fraction": 0.2}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     refused(call("train", "--config", tmp_path / "run.yaml"), "a text of no tokens cannot be continued")
-    values["prompt"] = {"length": 4, "options": {"heat": 1}}
+    values["prompt"] = {"num_virtual_tokens": 4, "options": {"heat": 1}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     refused(
         call("train", "--config", tmp_path / "run.yaml"), "method prompt-tuning: 'heat' is unknown; it has no options"
@@ -83,13 +83,13 @@ def test_train_with_flags_writes_everything(call, tmp_path):
     model = local.model_directory(tmp_path / "llama")
     data = local.colors(tmp_path / "c.csv")
     arguments = ["--model", model, "--data", data, "--text", "text", "--label", "label", "--out", tmp_path / "o"]
-    small = ["--set", "model.dtype=float32", "--set", "evaluate.resamples=100", "--steps", 2, "--length", 3]
+    small = ["--set", "model.dtype=float32", "--set", "evaluation.resamples=100", "--steps", 2, "--length", 3]
     status, out, err = call("train", *arguments, *small)
     assert status == 0, err
     for name in ("prompt/softprompts.json", "prompt/adapter_model.safetensors", "results.json", "report.html"):
         assert (tmp_path / "o" / name).is_file(), name
     results = json.loads((tmp_path / "o" / "results.json").read_text())
-    assert results["config"]["prompt"]["length"] == 3
+    assert results["config"]["prompt"]["num_virtual_tokens"] == 3
     assert results["summary"]["steps"] == 2
     assert len(results["curve"]) == 2
     assert results["versions"]["softprompts"] == "0.1.0"
@@ -165,7 +165,7 @@ def test_inspect_shows_the_facts(trained, call):
 
 def test_fold_writes_a_plain_prompt(tmp_path, call):
     """The same matrix, as prompt tuning, with where it came from; PEFT's files beside it."""
-    values = local.run_values(tmp_path, steps=2)
+    values = local.run_values(tmp_path, max_steps=2)
     values["prompt"] |= {"method": "multitask-prompt-tuning"}
     run.run(cli.parse(values))
     made, plain = tmp_path / "out" / "prompt", tmp_path / "plain"
@@ -191,17 +191,17 @@ def test_shipped_examples_are_short_and_right():
 def test_the_quickstart_example_is_the_quickstart():
     """`softprompts train --config examples/quickstart.yaml` does what `softprompts quickstart` does."""
     example = cli.read_config(Path(__file__).parents[1] / "examples" / "quickstart.yaml")
-    assert example.model_copy(update={"out": ""}) == cli.parse({**cli.QUICKSTART, "out": ""})
+    assert example.model_copy(update={"output_dir": ""}) == cli.parse({**cli.QUICKSTART, "output_dir": ""})
 
 
 # Bad input
 
 
 def test_bad_configuration(trained, call, tmp_path):
-    refused(call(*base(trained, "--set", "train.stpes=3")), "train.stpes", "did you mean 'steps'?")
+    refused(call(*base(trained, "--set", "training.max_stpes=3")), "training.max_stpes", "did you mean 'max_steps'?")
     refused(call(*base(trained, "--set", "prompt.init.kind=tekst")), "prompt.init.kind", "did you mean 'text'?")
     refused(call(*base(trained, "--set", "prompt.method=promt-tuning")), "did you mean 'prompt-tuning'?")
-    refused(call(*base(trained, "--set", "train.steps")), "section.key=value")
+    refused(call(*base(trained, "--set", "training.max_steps")), "section.key=value")
     refused(call("train", "--config", tmp_path / "no.yaml"), "no configuration file")
     (tmp_path / "list.yaml").write_text("- 1\n")
     refused(call("train", "--config", tmp_path / "list.yaml"), "key: value")
@@ -221,7 +221,11 @@ def test_bad_configuration(trained, call, tmp_path):
 )
 def test_bad_rows(trained, call, tmp_path, content, words):
     (tmp_path / "c.csv").write_text(content)
-    sets = [f"task.source={tmp_path / 'c.csv'}", "task.verbalizer={warm: warm, cold: cold}", f"out={tmp_path / 'o'}"]
+    sets = [
+        f"task.source={tmp_path / 'c.csv'}",
+        "task.verbalizer={warm: warm, cold: cold}",
+        f"output_dir={tmp_path / 'o'}",
+    ]
     refused(call(*base(trained, *[part for s in sets for part in ("--set", s)])), *words)
     assert not (tmp_path / "o" / "prompt").exists()
 
@@ -302,7 +306,7 @@ def test_bad_artifacts(trained, call, tmp_path):
     pickle.write_bytes(b"\x80\x04" + b"x" * 50)
     refused(call("predict", pickle.parent, "x"), "pickle")
     newer = copy("newer") / "softprompts.json"
-    newer.write_text(newer.read_text().replace('"format_version": 3', '"format_version": 4'))
+    newer.write_text(newer.read_text().replace('"format_version": 4', '"format_version": 5'))
     refused(call("predict", newer.parent, "x"), "newer")
     found = artifact.load(trained / "out" / "prompt")
     found.prompt[0, 0] = torch.nan
@@ -330,12 +334,12 @@ def test_more_bad_input(trained, call, tmp_path):
         return call(*base(trained, *[part for one in sets for part in ("--set", one)], "--out", tmp_path / "o"))
 
     refused(trains("task.metrics=[acuracy]"), "metric 'acuracy'", "did you mean 'accuracy'?")
-    refused(trains("train.objectives={tusk: 1}"), "did you mean 'task'?")
-    refused(trains("train.patience=2"), "evaluate_every")
-    refused(trains("train.evaluate_every=2", "task.split.validation_fraction=0"), "no validation rows")
+    refused(trains("training.objectives={tusk: 1}"), "did you mean 'task'?")
+    refused(trains("training.early_stopping_patience=2"), "eval_steps")
+    refused(trains("training.eval_steps=2", "task.split.validation_fraction=0"), "no validation rows")
     refused(trains("model.head=features"), "lm, sequence, token, span")
     refused(trains("seed=-1"), "seed")
-    refused(trains("train.rate=.inf"), "train.rate")
+    refused(trains("training.learning_rate=.inf"), "training.learning_rate")
     refused(trains("task.name=a/b"), "slash")
     refused(call("train", "--data", "trec", "--model", "smolm2-135m"), "did you mean 'smollm2-135m'?")
     refused(call("train", "--data", "trec", "--model", tmp_path / "moved"), "no model directory")
@@ -356,7 +360,7 @@ def test_labels_that_yaml_reads_as_numbers_are_labels(tmp_path):
 
 def test_judging_goes_on_as_the_run_judged(call, tmp_path):
     values = local.run_values(tmp_path)
-    values["evaluate"] |= {"by": "generate", "max_new_tokens": 3}
+    values["evaluation"] |= {"by": "generate", "max_new_tokens": 3}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     assert call("train", "--config", tmp_path / "run.yaml")[0] == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -384,7 +388,7 @@ def test_inspect_shows_the_nearest_words(trained, call):
 
 
 def test_several_files_without_names_train_together(call, tmp_path):
-    values = local.run_values(tmp_path, steps=2)
+    values = local.run_values(tmp_path, max_steps=2)
     task = {key: value for key, value in values.pop("task").items() if key != "name"}
     other = local.colors(tmp_path / "tints.csv", seed=3)
     values["tasks"] = [task, {**task, "source": str(other)}]
@@ -455,7 +459,7 @@ def test_other_rows_are_not_mixed_with_those_of_an_interrupted_run(trained, call
     refused(call("predict", prompt, "--file", source, "--out", out, *exact), "answers.jsonl.partial:2", "another row")
     refused(
         call("predict", prompt, "--file", source, "--out", out, *exact, "--max-new-tokens", 5),
-        "begun with another evaluate",
+        "begun with another evaluation",
     )
     assert len(lines(partial.read_text())) == 2
     assert not out.exists()

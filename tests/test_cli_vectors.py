@@ -28,16 +28,16 @@ def folder(tmp_path_factory):
         rows = local.colors(where / f"{name}.csv", rows=40, seed=len(name))
         run = {
             "model": {"name": str(model), "dtype": "float32", "threads": 1},
-            "prompt": {"length": P, "init": {"seed": seed}},
+            "prompt": {"num_virtual_tokens": P, "init": {"seed": seed}},
             "task": {
                 "source": str(rows),
                 "name": name,
                 "template": "{text}:",
                 "split": {"validation_fraction": 0.2, "test_fraction": 0.2, "seed": len(name)},
             },
-            "train": {"steps": 3, "batch_size": 4, "rate": 0.3},
-            "evaluate": {"resamples": 100},
-            "out": str(where / "runs" / out),
+            "training": {"max_steps": 3, "batch_size": 4, "learning_rate": 0.3},
+            "evaluation": {"resamples": 100},
+            "output_dir": str(where / "runs" / out),
         }
         job.run(parse(run))
     return where
@@ -121,7 +121,7 @@ def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_pat
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["n"] == 40
     one = load("alpha")
-    artifact.save(replace(one, format={**one.format, "template": "{text}?"}), tmp_path / "asked")
+    artifact.save(replace(one, template={**one.template, "template": "{text}?"}), tmp_path / "asked")
     assert call("vector", "add", tmp_path / "asked", "beta", "--out", tmp_path / "both")[0] == 0
     refused(call("evaluate", tmp_path / "both"), "holds no task")
 
@@ -218,7 +218,7 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
     means = {one["coefficient"]: one["mean"] for one in found["validation"]}
     assert found["coefficient"] == max(means, key=lambda at: (means[at], -at))
     made = artifact.load(tmp_path / "s/prompt")
-    total = vectors.read("alpha + beta")
+    total = vectors.read_expression("alpha + beta")
     assert made.prompt.equal(vectors.apply(total, load("alpha").initial, found["coefficient"]))
     assert set(found["test"]) == {"alpha", "beta"}
     assert f"with coefficient {found['coefficient']:g}" in out
@@ -309,7 +309,7 @@ def test_other_lengths_are_refused_by_name(call, here, tmp_path):
 
 def test_the_study_says_what_held(call, tmp_path):
     values = {**study_values(tmp_path), "sums": None, "few": None}
-    values["vectors"] = {**values["vectors"], "rates": [0.3], "tune_on": None}
+    values["vectors"] = {**values["vectors"], "learning_rates": [0.3], "tune_on": None}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
     status, out, err = call("study", "vectors", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
     assert status == 0, err

@@ -74,7 +74,7 @@ def test_a_template_that_is_none(template):
 
 
 def test_a_format_goes_through_json():
-    form = replace(QUESTION, truncate=("text",), metrics=("accuracy",), max_length=40, chat=True, chat_place="user")
+    form = replace(QUESTION, truncate=("text",), metrics=("accuracy",), max_length=40, chat=True, chat_placement="user")
     assert TaskTemplate.from_json(json.loads(json.dumps(form.to_json()))) == form
     assert list(TaskTemplate.from_json(form.to_json()).verbalizer) == ["HUM", "LOC", "NUM"]
 
@@ -367,7 +367,7 @@ def test_chat_rows():
     assert tokenizer.decode(start.input_ids[: start.text_tokens]) == text
     assert tokenizer.decode(start.input_ids[start.text_tokens :]) == "human</s>"
     assert start.prompt_offsets == 0
-    user = causal(replace(form, chat_place="user"), tokenizer).example(ROW)
+    user = causal(replace(form, chat_placement="user"), tokenizer).example(ROW)
     assert user.input_ids == start.input_ids
     assert tokenizer.decode(user.input_ids[: user.prompt_offsets]) == "<s>system\nBe short.</s>\n<s>user\n"
 
@@ -376,7 +376,7 @@ def test_chat_rows():
 @given(st.text(max_size=20))
 def test_the_place_in_a_chat_is_exact(text):
     tokenizer = byte_bpe(chat=True)
-    row = causal(TaskTemplate("t", "{text}", kind="generation", chat=True, chat_place="user"), tokenizer).encode(
+    row = causal(TaskTemplate("t", "{text}", kind="generation", chat=True, chat_placement="user"), tokenizer).encode(
         {"text": text}
     )
     assert tokenizer.decode(row.input_ids[: row.prompt_offsets]) == "<s>user\n"
@@ -386,7 +386,7 @@ def test_the_place_in_a_chat_is_exact(text):
 def test_a_token_across_the_place_is_split():
     tokenizer = byte_bpe(chat=True)
     tokenizer.add_tokens(["\nWho"])
-    row = causal(replace(QUESTION, template="{text}", chat=True, chat_place="user"), tokenizer).encode(ROW)
+    row = causal(replace(QUESTION, template="{text}", chat=True, chat_placement="user"), tokenizer).encode(ROW)
     assert tokenizer.decode(row.input_ids[: row.prompt_offsets]) == "<s>user\n"
     assert tokenizer.decode(row.input_ids[row.prompt_offsets :]).startswith("Who wrote")
 
@@ -531,8 +531,8 @@ def test_other_messages():
         causal(replace(QUESTION, chat=True), refusing).encode(ROW)
     hiding = byte_bpe()
     hiding.chat_template = "hello"
-    with pytest.raises(DataError, match="the chat template hides the user's words; use chat_place: start"):
-        causal(replace(QUESTION, chat=True, chat_place="user"), hiding).encode(ROW)
+    with pytest.raises(DataError, match="the chat template hides the user's words; use chat_placement: start"):
+        causal(replace(QUESTION, chat=True, chat_placement="user"), hiding).encode(ROW)
 
 
 # Batches
@@ -655,7 +655,7 @@ def test_packaged_rows_have_the_tokens_of_their_plain_text(name, smollm):
 
 @pytest.mark.assets
 def test_the_default_models_chat(smollm):
-    form = replace(QUESTION, template="{text}", chat=True, system="Be short.", chat_place="user")
+    form = replace(QUESTION, template="{text}", chat=True, system="Be short.", chat_placement="user")
     speller = TextTokenizer(form, smollm, "causal", "lm")
     for text in ("Who is it?", "  two spaces", "\n\nlines", " one", "123", ""):
         row = causal(form, smollm).example({"text": text, "label": "LOC"})
@@ -669,7 +669,7 @@ def test_the_default_models_chat(smollm):
         stock = smollm.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if not text.startswith((" ", "\n")):
             assert row.input_ids[: row.text_tokens] == stock
-        start = causal(replace(form, chat_place="start"), smollm).encode({"text": text})
+        start = causal(replace(form, chat_placement="start"), smollm).encode({"text": text})
         assert (start.input_ids, start.prompt_offsets) == (stock, 0)
     assert speller.answer("location")[-1] == smollm.eos_token_id
 

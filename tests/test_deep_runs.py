@@ -23,13 +23,14 @@ from softprompts.config.sweep import grid, sweep
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import prepare_many
 from softprompts.types import Prompt, PromptInit, for_tasks
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
-    "network": {"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 8}},
+    "network": {"method": "prefix-tuning", "site": "kv", "options": {"reparametrize": True, "hidden": 8}},
     "states": {"method": "p-tuning-v2", "site": "layers", "options": {"dropout": 0.1}},
     "lstm": {"method": "p-tuning"},
     "mlp": {"method": "p-tuning", "options": {"network": "mlp"}, "init": {"kind": "zeros"}},
@@ -53,18 +54,18 @@ def values(folder: Path, out: Path, prompt: dict[str, Any], **train: Any) -> dic
     known = [name for name in methods.groups(methods.find(prompt["method"])) if name in RATES]
     return {
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
-        "prompt": {"length": 4, **prompt},
+        "prompt": {"num_virtual_tokens": 4, **prompt},
         "task": {
             "source": str(folder / "colors.csv"),
             "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
-        "train": {"steps": 4, "batch_size": 8, "rate": 0.5, "checkpoint_every": 2}
-        | {"rates": {name: RATES[name] for name in known}}
+        "training": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.5, "save_steps": 2}
+        | {"learning_rates": {name: RATES[name] for name in known}}
         | train,
-        "evaluate": {"resamples": 100},
-        "out": str(out),
+        "evaluation": {"resamples": 100},
+        "output_dir": str(out),
     }
 
 
@@ -87,8 +88,8 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
         assert torch.equal(made.initial, ready.start.prompt)
     assert results["summary"]["trainable"] == sum(p.numel() for p in ready.learner.method.parameters())
     assert ("nearest_words" in results) == (run.prompt.site == "input")
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    found = evaluate.evaluate(opened.learner, opened.encoder, ready.tasks[0].test, run.evaluate)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
+    found = evaluate.evaluate(opened, ready.tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
     assert artifact.inspect(tmp_path / "out" / "prompt")["parameters"] == results["summary"]["trainable"]
     ready.learner.method.load_state_dict(made.state)
@@ -105,7 +106,7 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("case", ["lstm", "residual", "low"])
 def test_peft_loads_the_folded_prompt(folder: Path, tmp_path: Path, case: str) -> None:
-    job.run(parse(values(folder, tmp_path / "out", PROMPTS[case], steps=2)))
+    job.run(parse(values(folder, tmp_path / "out", PROMPTS[case], max_steps=2)))
     stock = transformers.AutoModelForCausalLM.from_pretrained(folder / "llama")
     theirs = peft.PeftModel.from_pretrained(stock, tmp_path / "out" / "prompt").eval()
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"))
@@ -117,20 +118,20 @@ def test_peft_loads_the_folded_prompt(folder: Path, tmp_path: Path, case: str) -
 
 @pytest.mark.parametrize(("name", "site"), [("t5", "kv"), ("bert", "layers"), ("t5", "layers")])
 def test_other_families(tmp_path: Path, name: str, site: str) -> None:
-    run = local.run_values(tmp_path, name, steps=2)
-    run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrise": True, "hidden": 8}}
+    run = local.run_values(tmp_path, name, max_steps=2)
+    run["prompt"] |= {"method": "p-tuning-v2", "site": site, "options": {"reparametrize": True, "hidden": 8}}
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
     results = job.run(parse(run))
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(run).model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(run).model)[0]
     found = evaluate.evaluate(
-        opened.learner, opened.encoder, job.prepare(parse(run)).tasks[0].test, parse(run).evaluate
+        opened, job.prepare(parse(run)).tasks[0].test, prompt=opened.task, config=parse(run).evaluation
     )
     assert found.headline.value == results["summary"]["after"]["value"]
 
 
 def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path: Path) -> None:
     """Each task's artifact holds its own network, loads alone, and lets every task of another run begin there."""
-    both = values(folder, tmp_path / "out", PROMPTS["network"], steps=2)
+    both = values(folder, tmp_path / "out", PROMPTS["network"], max_steps=2)
     task = both.pop("task")
     both["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
     job.run(parse(both))
@@ -146,7 +147,7 @@ def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path
     for name in ("one", "two"):
         assert torch.equal(method.fold(name), two.prompt)
     assert method.networks[0].inputs is not method.networks[1].inputs
-    both["prompt"]["options"] = {"reparametrise": True, "hidden": 7}
+    both["prompt"]["options"] = {"reparametrize": True, "hidden": 7}
     with pytest.raises(ConfigError, match=r"a tensor 'networks.0.hidden.bias' of \[8\] .* one of \[7\]"):
         job.prepare(parse(both))
 
@@ -155,11 +156,13 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     """Rows with prefixes of several methods and lengths are the rows alone; groups are saved, loaded, made smaller."""
     path, deep = folder / "llama", {"site": "kv", "init": {"kind": "random"}}
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(path))
-    network = {"method": "prefix-tuning", "options": {"reparametrise": True, "hidden": 8, "output": "torch"}}
-    model.add_tasks(("one", "two", "three"), PromptConfig(length=4, **network, **deep))
-    model.add_task("plain", PromptConfig(length=6, **deep))
-    model.add_task("low", PromptConfig(length=2, method="low-rank", **deep))
-    model.add_task("residual", PromptConfig(length=3, method="residual", options={"output": "torch"}, **deep))
+    network = {"method": "prefix-tuning", "options": {"reparametrize": True, "hidden": 8, "output": "torch"}}
+    model.add_tasks(("one", "two", "three"), PromptConfig(num_virtual_tokens=4, **network, **deep))
+    model.add_task("plain", PromptConfig(num_virtual_tokens=6, **deep))
+    model.add_task("low", PromptConfig(num_virtual_tokens=2, method="low-rank", **deep))
+    model.add_task(
+        "residual", PromptConfig(num_virtual_tokens=3, method="residual", options={"output": "torch"}, **deep)
+    )
     tasks, ids = ["plain", "two", "low", "residual", "one"], rows.ids(3, 30).view(5, 6)
 
     def alike(one: Any, names: list[str]) -> torch.Tensor:
@@ -201,7 +204,7 @@ class Shared(torch.nn.Module):
 def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Joined, saved, loaded together and removed as those with parameters of their own are, in the model's mode."""
     monkeypatch.setitem(methods.METHODS, "shared", f"{__name__}:Shared")
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(method="shared", length=3), task="one")
+    model = SoftPromptModel(tiny.model("llama"), PromptConfig(method="shared", num_virtual_tokens=3), task="one")
     model.add_task("two")
     (method,) = model.prompts.values()
     assert len(method.parts) == 2
@@ -246,7 +249,7 @@ def test_what_cannot_be_is_said_before_training(
     run["task"]["template"] = "{text}: {mask}" if name == "bert" else "{text}:"
     with pytest.raises(error, match=message):
         job.prepare(parse(run))
-    config = parse({"prompt": {"length": 3, **prompt, "init": {"kind": "random"}}}).prompt
+    config = parse({"prompt": {"num_virtual_tokens": 3, **prompt, "init": {"kind": "random"}}}).prompt
     with pytest.raises(error, match=message):
         SoftPromptModel(tiny.model(name), config)
 
@@ -259,16 +262,16 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         ("mlp", PROMPTS["mlp"], {}),
         ("prefix", PROMPTS["prefix"], {}),
         ("residual", PROMPTS["residual"], {}),
-        ("all", PROMPTS["residual"], {"rates": {"prompt": 0.1}}),
+        ("all", PROMPTS["residual"], {"learning_rates": {"prompt": 0.1}}),
         ("unset", PROMPTS["network"], None),
     ):
         run = values(folder, tmp_path / name, prompt, **(changes or {}))
         if changes is None:
-            del run["train"]["rate"]
+            del run["training"]["learning_rate"]
         lines: list[str] = []
         job.prepare(parse(run), job.ProgressReporter(log=lines.append))
-        said[name] = [line for line in lines if line.startswith("train.rate")]
-    every = "train.rate changes nothing: all of method {} has rates of its own, train.rates: {}"
+        said[name] = [line for line in lines if line.startswith("training.learning_rate")]
+    every = "training.learning_rate changes nothing: all of method {} has rates of its own, training.learning_rates: {}"
     assert said == {
         "network": [every.format("prefix-tuning", "network")],
         "mlp": [every.format("p-tuning", "network, output")],
@@ -278,10 +281,10 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         "unset": [],
     }
     lines.clear()
-    for seeds in ({}, {"train.rate": [0.2]}):
+    for seeds in ({}, {"training.learning_rate": [0.2]}):
         together = sweep(grid(parse(run), {"seed": [0, 1], **seeds}))
         prepare_many(together, job.ProgressReporter(log=lines.append))
-        told = [line.partition(": ")[2] for line in lines if "train.rate" in line]
+        told = [line.partition(": ")[2] for line in lines if "training.learning_rate" in line]
         assert told == [every.format("prefix-tuning", "network")] * (2 if seeds else 0)
 
 
@@ -290,7 +293,7 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
 
 def test_the_command(folder: Path, tmp_path: Path, call: Callable[..., Any]) -> None:
     """Trains from YAML, and every command takes the artifact; a wrong site is one line."""
-    run = values(folder, tmp_path / "out", PROMPTS["network"], steps=2)
+    run = values(folder, tmp_path / "out", PROMPTS["network"], max_steps=2)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     status, _, err = call("train", "--config", tmp_path / "run.yaml")
     assert status == 0, err
@@ -300,7 +303,7 @@ def test_the_command(folder: Path, tmp_path: Path, call: Callable[..., Any]) -> 
     assert json.loads(out)["scores"]["accuracy"]["value"] == saved["summary"]["after"]["value"], err
     assert json.loads(call("predict", prompt, "the thing is red")[1])["answer"] in ("warm", "cold")
     assert call("generate", prompt, "the thing is", "--max-new-tokens", "3")[0] == 0
-    assert json.loads(call("inspect", prompt, "--json")[1])["fixed"] is True
+    assert json.loads(call("inspect", prompt, "--json")[1])["plain_prompt"] is True
     assert call("fold", prompt, "--out", tmp_path / "plain")[0] == 0
     assert torch.equal(artifact.load(tmp_path / "plain").prompt, artifact.load(prompt).prompt)
     assert artifact.load(tmp_path / "plain").method == "prompt-tuning"
@@ -317,7 +320,7 @@ def test_the_list_of_methods(call: Callable[..., Any]) -> None:
     assert found.keys() == methods.METHODS.keys()
     assert all(row["paper"] and row["sites"] and row["about"] for row in found.values())
     look = ["attempt", "ipt", "idpg", "spt-reconstruction"]
-    assert [name for name, row in found.items() if row["sees_input"]] == look
+    assert [name for name, row in found.items() if row["input_dependent"]] == look
     assert {name for name, row in found.items() if not row["folds"]} == {*look, "dept"}  # which changes the text
     sizes = {name: row["trained"]["numbers"] for name, row in found.items()}
     assert sizes == {
@@ -385,7 +388,7 @@ def test_methods_of_others_are_listed(call: Callable[..., Any], monkeypatch: pyt
         "paper": None,
         "sites": None,
         "folds": False,
-        "sees_input": None,
+        "input_dependent": None,
         "trained": {"site": "input", "numbers": 20 * 576 + 577},
         "why": None,
     }

@@ -13,19 +13,20 @@ from torch.nn import functional
 import local
 import rows
 import tiny
+from prompted import methods_of, prompted, spec_of
 from rows import INPUT, called
 from softprompts import SoftPromptModel, injection
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, InitConfig, PromptConfig, parse
+from softprompts.config import EvaluationConfig, InitConfig, PromptConfig, parse
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.injection.generation import generate
-from softprompts.methods import build, groups
+from softprompts.methods import build, build_tasks
 from softprompts.methods.dept import DePT
-from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives
+from softprompts.training.shared_batch import training_step
 from softprompts.types import IGNORE, Batch, EmbeddingDelta, PromptInit, PromptSpec, mix_prompts
 
 P, S, R = 3, 4, 2
@@ -35,18 +36,19 @@ GIVEN = (2, 5, 0, 6)
 """Tokens before the first label of rows.LENGTHS (5, 9, 1, 7): fewer than S, more, none, more."""
 
 
-def learner(name: str, site: injection.Site = INPUT, zero: bool = False) -> Learner:
+def tuned(name: str, site: injection.Site = INPUT, zero: bool = False) -> SoftPromptModel:
     """The method for two tasks on a tiny model; `zero`: as it begins, else with random rows too."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    spec = injection.prompt_spec(bb, site, P)
     torch.manual_seed(0)
-    method = DePT(DePT.Config(rank=R, positions=S), slot, PromptInit(rows.random(5, P, slot.width)))
+    options, start = {"rank": R, "positions": S}, PromptInit(rows.random(5, P, spec.width))
+    methods = build_tasks("dept", options, spec, start, TASKS)
     with torch.no_grad():
-        for i, (prompt, matrix) in enumerate(zip(method.prompts, method.rows, strict=True)):
-            prompt.add_(rows.random(40 + i, *prompt.shape))
+        for i, method in enumerate(methods.values()):
+            method.prompt.add_(rows.random(40 + i, *method.prompt.shape))
             if not zero:
-                matrix.copy_(rows.random(50 + i, *matrix.shape))
-    return Learner(bb, site, slot, method)
+                method.rows.copy_(rows.random(50 + i, *method.rows.shape))
+    return prompted(bb, site, methods)
 
 
 def batch_of(name: str, side: str = "right", extra: int = 0) -> Batch:
@@ -58,9 +60,10 @@ def batch_of(name: str, side: str = "right", extra: int = 0) -> Batch:
     return Batch(found.input_ids, found.attention_mask, torch.tensor(TASK), labels)
 
 
-def changed(made: Learner, ids: Tensor, task: int, reach: int) -> Tensor:
+def changed(made: SoftPromptModel, ids: Tensor, task: int, reach: int) -> Tensor:
     """The embeddings [T, H] of one text, number by number: c Σ_k A[i, k] B[k, j] on token i."""
-    a, b, c = made.method.columns[task], made.method.rows[task], 8 / math.sqrt(R)
+    method = methods_of(made)[task]
+    a, b, c = method.columns, method.rows, 8 / math.sqrt(R)
     found = list(made.backbone.embed(ids[None])[0])
     for i in range(min(S, reach, len(ids))):
         for k in range(R):
@@ -68,9 +71,9 @@ def changed(made: Learner, ids: Tensor, task: int, reach: int) -> Tensor:
     return torch.stack(found)
 
 
-def alone(made: Learner, ids: Tensor, task: int, reach: int) -> Tensor:
+def alone(made: SoftPromptModel, ids: Tensor, task: int, reach: int) -> Tensor:
     """The stock model's scores of one row's labels, its changed text behind (BERT: around) the prompt by hand."""
-    bb, prompt = made.backbone, made.method.prompts[task]
+    bb, prompt = made.backbone, methods_of(made)[task].prompt
     text = changed(made, ids, task, reach)
     place = 1 if bb.family.name == "masked" else 0
     full = torch.cat([text[:place], prompt, text[place:]])[None]
@@ -90,40 +93,41 @@ def reached(name: str) -> list[int]:
 @pytest.mark.parametrize(("side", "extra"), [("right", 0), ("left", 3)])
 def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, extra: int) -> None:
     """On every path: neighbors of another task, padding of any side and size, short and long texts, no given text."""
-    made, batch = learner(name), batch_of(name, side, extra)
+    made, batch = tuned(name), batch_of(name, side, extra)
     texts = rows.texts(name)
     each = [alone(made, ids, task, n) for ids, task, n in zip(texts, TASK, reached(name), strict=True)]
     wanted = rows.targets(texts) if name in tiny.SEQ2SEQ else texts
     if name in tiny.CAUSAL:
         wanted = [ids[n:] for ids, n in zip(texts, GIVEN, strict=True)]
     functional.cross_entropy(torch.cat(each), torch.cat(wanted)).backward()
-    expected = {key: p.grad for key, p in made.method.named_parameters()}
+    expected = {key: p.grad for key, p in made.prompts.named_parameters()}
     assert all(value.abs().max() > 1e-6 for value in expected.values())
     for path in (None, *rows.paths(name, INPUT)):
-        made.method.zero_grad()
-        prompt = made.prompt(batch)
+        made.prompts.zero_grad()
+        prompt = made.make_prompts(batch)
         output = injection.score(made.backbone, batch, prompt, INPUT, path=path)
         for i in range(len(texts)):
             torch.testing.assert_close(rows.of_row(output, i), each[i].detach(), atol=1e-5, rtol=1e-5)
         functional.cross_entropy(output.logits, output.labels).backward()
-        for key, parameter in made.method.named_parameters():
+        for key, parameter in made.prompts.named_parameters():
             torch.testing.assert_close(parameter.grad, expected[key], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)
 def test_with_rows_at_zero_it_is_prompt_tuning_bit_for_bit(name: str, site: injection.Site) -> None:
-    made, batch = learner(name, site, zero=True), batch_of(name)
-    plain = PromptTuning(PromptTuning.Config(), made.slot, PromptInit(torch.zeros(P, made.slot.width)))
-    plain.load_state_dict({k: v for k, v in made.method.state_dict().items() if k.startswith("prompts")})
-    one, two = made.step(batch), replace(made, method=plain).step(batch)
+    made, batch = tuned(name, site, zero=True), batch_of(name)
+    starts = {name: PromptInit(method.prompt.detach()) for name, method in made.prompts.items()}
+    plain = {name: build("prompt-tuning", {}, spec_of(made), start) for name, start in starts.items()}
+    one, two = training_step(made, batch), training_step(prompted(made.backbone, site, plain), batch)
     assert torch.equal(one.output.logits, two.output.logits)
     objectives.task(one).backward()
     objectives.task(two).backward()
-    for mine, theirs in zip(made.method.prompts, plain.prompts, strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
-        assert mine.grad.abs().max() > 0
+    for task in TASKS:
+        mine, theirs = made.prompts[task].prompt.grad, plain[task].prompt.grad
+        assert torch.equal(mine, theirs)
+        assert mine.abs().max() > 0
     if site.name != "decoder":  # whatever the prompt does, the text is there to be changed
-        assert all(matrix.grad.abs().max() > 0 for matrix in made.method.rows)
+        assert all(method.rows.grad.abs().max() > 0 for method in methods_of(made))
 
 
 def test_mixed_prompts_add_what_each_adds() -> None:
@@ -164,17 +168,19 @@ def test_nothing_but_the_text_is_changed() -> None:
 @pytest.mark.parametrize("site", rows.sites("llama"), ids=called)
 def test_continuations_agree_with_training(site: injection.Site) -> None:
     """A candidate's log-probability is that of the same tokens as labels; candidates are never changed."""
-    made, candidates = learner("llama", site), [[7], [8, 9], [8, 10, 11]]
+    made, candidates = tuned("llama", site), [[7], [8, 9], [8, 10, 11]]
     text, mask = rows.pad(rows.texts("llama"), "left", value=3)
     asked = Batch(text, mask, torch.tensor(TASK))
     for path in rows.paths("llama", site):
-        found = injection.score_continuations(made.backbone, asked, made.prompt(asked), site, candidates, path=path)
+        found = injection.score_continuations(
+            made.backbone, asked, made.make_prompts(asked), site, candidates, path=path
+        )
         for c, candidate in enumerate(candidates):
             for i, ids in enumerate(rows.texts("llama")):
                 row = torch.cat([ids, torch.tensor(candidate)])[None]
                 labels = row.masked_fill(torch.arange(row.shape[1]) < len(ids), IGNORE)
                 batch = Batch(row, torch.ones_like(row), torch.tensor([TASK[i]]), labels)
-                loss = objectives.task(made.step(batch)) * len(candidate)
+                loss = objectives.task(training_step(made, batch)) * len(candidate)
                 assert float(found[i, c]) == pytest.approx(-float(loss), abs=2e-5)
 
 
@@ -182,10 +188,12 @@ def test_continuations_agree_with_training(site: injection.Site) -> None:
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5")), ids=called)
 def test_writing_agrees_with_training(name: str, site: injection.Site) -> None:
     """The score of each written token is what it has as a label behind the same text; what is written stays as is."""
-    made, options = learner(name, site), {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
+    made, options = tuned(name, site), {"output_scores": True, "return_dict_in_generate": True, "do_sample": False}
     text, mask = rows.pad(rows.texts(name), "left", value=3)
     asked = Batch(text, mask, torch.tensor(TASK))
-    written = generate(made.backbone, asked, made.prompt(asked), site, max_new_tokens=3, min_new_tokens=3, **options)
+    written = generate(
+        made.backbone, asked, made.make_prompts(asked), site, max_new_tokens=3, min_new_tokens=3, **options
+    )
     new = written.sequences[:, -3:]
     for i, ids in enumerate(rows.texts(name)):
         if name in tiny.SEQ2SEQ:
@@ -194,7 +202,7 @@ def test_writing_agrees_with_training(name: str, site: injection.Site) -> None:
             row = torch.cat([ids, new[i]])[None]
             labels = row.masked_fill(torch.arange(row.shape[1]) < len(ids), IGNORE)
             batch = Batch(row, torch.ones_like(row), torch.tensor([TASK[i]]), labels)
-        logits = made.step(batch).output.logits
+        logits = training_step(made, batch).output.logits
         for step, scores in enumerate(written.scores):
             legal = scores[i].isfinite()  # the end token is not, before three tokens are written
             torch.testing.assert_close(scores[i][legal], logits[step][legal], atol=2e-5, rtol=1e-5)
@@ -202,17 +210,17 @@ def test_writing_agrees_with_training(name: str, site: injection.Site) -> None:
 
 def test_start_and_size() -> None:
     """Columns as torch's Kaiming start, by the run's seed; rows zero; the scale of the code; the paper's budget."""
-    slot = PromptSpec(TASKS, 60, 768, 768)
+    spec = PromptSpec(60, 768, 768)
     torch.manual_seed(3)
-    method = DePT(DePT.Config(rank=30), slot, PromptInit(torch.zeros(60, 768)))
+    method = DePT(DePT.Config(rank=30), spec, PromptInit(torch.zeros(60, 768)))
     torch.manual_seed(3)
     expected = torch.nn.init.kaiming_uniform_(torch.empty(256, 30), a=math.sqrt(5))
-    assert all(torch.equal(columns, expected) for columns in method.columns)
-    assert 0.99 / math.sqrt(30) < float(method.columns[0].detach().abs().max()) <= 1 / math.sqrt(30)
-    assert not any(matrix.any() for matrix in method.rows)
+    assert torch.equal(method.columns, expected)
+    assert 0.99 / math.sqrt(30) < float(method.columns.detach().abs().max()) <= 1 / math.sqrt(30)
+    assert not method.rows.any()
     assert method.scale == 8 / math.sqrt(30)
-    assert DePT(DePT.Config(scale=1), slot, PromptInit(torch.zeros(60, 768))).scale == 1
-    assert {name: (g.unit, g.rate) for name, g in groups(method).items()} == {
+    assert DePT(DePT.Config(scale=1), spec, PromptInit(torch.zeros(60, 768))).scale == 1
+    assert {name: (g.unit, g.rate) for name, g in method.groups.items()} == {
         "prompt": ("rms", None),
         "matrices": ("one", 5e-4),
     }
@@ -220,7 +228,7 @@ def test_start_and_size() -> None:
 
 @pytest.mark.parametrize(("length", "rank"), [(40, 45), (60, 30)])
 def test_budget_is_the_papers(length: int, rank: int) -> None:
-    method = DePT(DePT.Config(rank=rank), PromptSpec(("a",), length, 768, 768), PromptInit(torch.zeros(length, 768)))
+    method = DePT(DePT.Config(rank=rank), PromptSpec(length, 768, 768), PromptInit(torch.zeros(length, 768)))
     assert sum(p.numel() for p in method.parameters()) == 76_800 == 100 * 768
 
 
@@ -229,7 +237,7 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
     [
         ({"rank": 0}, "options of method dept: rank must be a whole number from 1 on, given 0"),
         ({"positions": 2.5}, "positions must be a whole number from 1 on, given 2.5"),
-        ({"positions": True}, "positions must be a whole number, given True"),
+        ({"positions": True}, "positions must be a whole number from 1 on, given True"),
         ({"scale": 0}, "scale must be a number above 0, given 0"),
         ({"scale": "big"}, "scale must be a number above 0, given 'big'"),
         ({"alpha": 1}, "'alpha'"),
@@ -237,28 +245,29 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build("dept", options, PromptSpec(TASKS, P, 6, 6), PromptInit(torch.zeros(P, 6)))
+        build("dept", options, PromptSpec(P, 6, 6), PromptInit(torch.zeros(P, 6)))
 
 
 def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
     """SoftPromptModel's loss, also of rows of two methods, and what it writes; saved and loaded bit for bit."""
-    config = PromptConfig(method="dept", length=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S})
+    config = PromptConfig(
+        method="dept", num_virtual_tokens=P, init=InitConfig(kind="random"), options={"rank": R, "positions": S}
+    )
     model = SoftPromptModel(tiny.model("llama"), config, task="two")
-    model.add_task("plain", PromptConfig(length=2, init=InitConfig(kind="random")))
-    made = learner("llama")
-    own = {k.replace(".1", ".0"): v for k, v in made.method.state_dict().items() if k.endswith(".1")}
-    model.prompts["two"].load_state_dict(own)
+    model.add_task("plain", PromptConfig(num_virtual_tokens=2, init=InitConfig(kind="random")))
+    made = tuned("llama")
+    model.prompts["two"].load_state_dict(made.prompts["two"].state_dict())
     batch = batch_of("llama", "left")
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
         loss = model(**given, labels=batch.labels).loss
         assert float(loss) == pytest.approx(
-            float(objectives.task(made.step(replace(batch, task_ids=torch.ones(4).long())))), abs=1e-5
+            float(objectives.task(training_step(made, replace(batch, task_ids=torch.ones(4).long())))), abs=1e-5
         )
         # Without labels all of a text is given, and all is changed.
         text = rows.texts("llama")[1]
         expected = made.backbone.model(
-            inputs_embeds=torch.cat([made.method.prompts[1], changed(made, text, 1, len(text))])[None]
+            inputs_embeds=torch.cat([made.prompts["two"].prompt, changed(made, text, 1, len(text))])[None]
         ).logits[0, P:]
         both = model(**given, tasks=["plain", "two", "plain", "two"]).logits
         torch.testing.assert_close(both[1], expected, atol=1e-5, rtol=1e-5)
@@ -272,7 +281,7 @@ def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
 
 def test_a_run_and_its_artifact(tmp_path: Path) -> None:
     """Trained, cut and gone on with bit for bit; judged rows, which begin alike, are what each is alone."""
-    values = local.run_values(tmp_path, steps=4, checkpoint_every=1, rates={"matrices": 0.05})
+    values = local.run_values(tmp_path, max_steps=4, save_steps=1, learning_rates={"matrices": 0.05})
     values["prompt"] |= {"method": "dept", "options": {"rank": R, "positions": 6}}
 
     def stop(_: str, report: Any) -> None:
@@ -281,26 +290,26 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
 
     results = run.run(parse(values))
     assert results["summary"]["trainable"] == 4 * 32 + (6 + 32) * R
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         run.run(cut, run.ProgressReporter(on_step=stop))
     run.run(cut)
     found, other = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert found.prompt is None
     assert all(torch.equal(found.state[key], other.state[key]) for key in found.state)
-    assert found.state["rows.0"].abs().max() > 0
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=cut.model)
+    assert found.state["rows"].abs().max() > 0
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=cut.model)[0]
     few = run.prepare(cut).tasks[0].train[:20]
-    answers = list(evaluate.answers(opened.learner, opened.encoder, few, EvaluateConfig()))
+    answers = list(evaluate.answers(opened, few, prompt=opened.task, config=EvaluationConfig()))
     for row, answer in zip(few, answers, strict=True):
-        text = opened.encoder.encode(row).input_ids
-        for label, ids in opened.encoder.candidates().items():
+        text = opened.example_tokenizer(opened.task).encode(row).input_ids
+        for label, ids in opened.example_tokenizer(opened.task).candidates().items():
             whole = torch.tensor([text + ids])
             labels = whole.masked_fill(torch.arange(whole.shape[1]) < len(text), IGNORE)
             batch = Batch(whole, torch.ones_like(whole), torch.tensor([0]), labels)
             with torch.no_grad():
                 output = injection.score(
-                    opened.learner.backbone, batch, opened.learner.prompt(batch), INPUT, path="concatenation"
+                    opened.backbone, batch, opened.make_prompts(batch), INPUT, path="concatenation"
                 )
             chance = output.logits.log_softmax(-1).gather(1, output.labels[:, None]).sum()
             assert answer.scores[label] == pytest.approx(float(chance), abs=2e-5)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch.nn import functional
 
 import local
@@ -14,11 +15,10 @@ import test_together as together
 import tiny
 from softprompts import injection
 from softprompts.artifacts import artifact
-from softprompts.config import DistilConfig, parse
+from softprompts.config import DistillationConfig, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.model.learner import Learner
 from softprompts.recipes.run import run
 from softprompts.training import distillation, loop, objectives
 from softprompts.training.shared_batch import joint_steps
@@ -154,7 +154,7 @@ def test_hidden_by_the_mean_of_rows():
 def test_a_step_without_a_teacher_says_so():
     step = replace(step_of(rows.random(1, 2, 4), rows.random(1, 2, 4)), teacher=None)
     for name in objectives.TAUGHT:
-        with pytest.raises(ValueError, match=r"the step has none; name them in train\.distil"):
+        with pytest.raises(ValueError, match=r"the step has none; name them in training\.distillation"):
             objectives.OBJECTIVES[name](step)
 
 
@@ -164,7 +164,7 @@ def test_a_step_without_a_teacher_says_so():
 def student(name, seed=1, tasks=TASKS, site=None):
     base = together.double(name)
     site = site or Site()
-    slot = injection.prompt_spec(base, site, tasks, 4)
+    slot = injection.prompt_spec(base, site, 4)
     start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
@@ -180,7 +180,7 @@ def teachers(one, prompts):
 
 
 def config(**changes):
-    return DistilConfig(**{"teachers": {}, "layers": LAYERS, **changes})
+    return DistillationConfig(**{"teachers": {}, "layers": LAYERS, **changes})
 
 
 @pytest.mark.parametrize(
@@ -271,16 +271,16 @@ def test_distilled_runs_train_alone_and_together_alike():
     def runs():
         base = together.double("llama")
         made = []
-        for name, layers, changes in (("one", (-1, 2), {}), ("two", (1,), {"rate": 0.1})):
+        for name, layers, changes in (("one", (-1, 2), {}), ("two", (1,), {"learning_rate": 0.1})):
             learner = replace(student("llama"), backbone=base)
             prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
             targets = distillation.targets(
                 base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0)
             )
-            settings = together.config(steps=8, objectives=weights, **changes)
+            settings = together.config(max_steps=8, objectives=weights, **changes)
             made.append(loop.TrainingRun(name, learner, data, settings, targets=targets))
         plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
-        return [*made, loop.TrainingRun("plain", plain, data, together.config(steps=8))]
+        return [*made, loop.TrainingRun("plain", plain, data, together.config(max_steps=8))]
 
     alone = {}
     for one in runs():
@@ -301,7 +301,7 @@ def test_accumulated_batches_equal_one_large_batch():
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
         targets = distillation.targets(one.backbone, teachers(one, prompts), data, config())
-        settings = together.config(steps=4, batch_size=size, accumulate=parts, objectives=weights)
+        settings = together.config(max_steps=4, batch_size=size, gradient_accumulation_steps=parts, objectives=weights)
         losses = [r.loss for r in loop.fit(one, data, settings, pad=0, targets=targets)]
         found.append((losses, one.method.fold("a")))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
@@ -312,7 +312,7 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
     """Three steps, a stop, five more: the losses and prompts of eight steps in one go."""
     data = together.encoded("llama", 14, 5, tasks=2)
     weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
-    settings = together.config(steps=8, objectives=weights, sampling={"draw": "some"}, checkpoint_every=2)
+    settings = together.config(max_steps=8, objectives=weights, sampling={"draw": "some"}, save_steps=2)
 
     def fitted(folder, stop=None):
         one = student("llama")
@@ -341,7 +341,7 @@ def test_a_weight_of_zero_is_the_task_alone():
     for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distil-logits": 0.0, "distil-hidden": 0.0}, True)):
         one = student("llama")
         targets = distillation.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
-        settings = together.config(steps=6, objectives=weights)
+        settings = together.config(max_steps=6, objectives=weights)
         fitting = loop.fit(one, data, settings, pad=0, targets=targets if taught else None)
         losses.append([report.loss for report in fitting])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
@@ -353,15 +353,15 @@ def test_a_weight_of_zero_is_the_task_alone():
 @pytest.fixture
 def values(tmp_path):
     """A run of two tasks on a tiny model, and a teacher for each."""
-    made = local.run_values(tmp_path, steps=4)
+    made = local.run_values(tmp_path, max_steps=4)
     task = made.pop("task")
     made["tasks"] = [{**task, "name": name} for name in TASKS]
     for name in TASKS:
-        run.run(parse({**made, "tasks": [{**task, "name": name}], "out": str(tmp_path / name)}))
+        run.run(parse({**made, "tasks": [{**task, "name": name}], "output_dir": str(tmp_path / name)}))
     made["prompt"] |= {"method": "multitask-prompt-tuning"}
-    made["train"] |= {
+    made["training"] |= {
         "objectives": {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.9},
-        "distil": {"teachers": {name: str(tmp_path / name / "prompt") for name in TASKS}},
+        "distillation": {"teachers": {name: str(tmp_path / name / "prompt") for name in TASKS}},
         "sampling": {"draw": "some"},
     }
     return made
@@ -384,18 +384,30 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        (lambda v: v["train"]["distil"]["teachers"].pop("b"), ConfigError, "no teacher for b: name the directory"),
         (
-            lambda v: v["train"]["distil"]["teachers"].update(c="x"),
+            lambda v: v["training"]["distillation"]["teachers"].pop("b"),
             ConfigError,
-            "train.distil.teachers: there is no task 'c'; tasks: a, b",
+            "no teacher for b: name the directory",
         ),
-        (lambda v: v["train"]["distil"]["teachers"].update(b="nowhere"), ArtifactError, "no directory nowhere"),
-        (lambda v: v["train"]["distil"].update(layers=[9]), BackboneError, "there is no layer 9"),
-        (lambda v: v["train"].pop("distil"), ConfigError, "objective 'distil-logits' compares with teachers"),
-        (lambda v: v["train"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
-        (lambda v: v["train"].update(rates={"factor": 1.0}), ConfigError, "no group 'factor'; did you mean 'factors'"),
-        (lambda v: v["train"].update(batch_tokens=100), ConfigError, "draw 'some' draws tasks first"),
+        (
+            lambda v: v["training"]["distillation"]["teachers"].update(c="x"),
+            ConfigError,
+            "training.distillation.teachers: there is no task 'c'; tasks: a, b",
+        ),
+        (
+            lambda v: v["training"]["distillation"]["teachers"].update(b="nowhere"),
+            ArtifactError,
+            "no directory nowhere",
+        ),
+        (lambda v: v["training"]["distillation"].update(layers=[9]), BackboneError, "there is no layer 9"),
+        (lambda v: v["training"].pop("distillation"), ConfigError, "objective 'distil-logits' compares with teachers"),
+        (lambda v: v["training"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
+        (
+            lambda v: v["training"].update(learning_rates={"factor": 1.0}),
+            ConfigError,
+            "no group 'factor'; did you mean 'factors'",
+        ),
+        (lambda v: v["training"].update(batch_tokens=100), ConfigError, "draw 'some' draws tasks first"),
         (lambda v: v["model"].update(name=str(v["other"])), ArtifactError, "weights"),
     ],
 )
@@ -403,7 +415,7 @@ def test_what_does_not_fit_is_refused_before_any_training(values, tmp_path, chan
     values["other"] = local.model_directory(tmp_path / "other", seed=5)
     change(values)
     del values["other"]
-    values["out"] = str(tmp_path / "refused")
+    values["output_dir"] = str(tmp_path / "refused")
     with pytest.raises(kind, match=words):
         run.run(parse(values))
     assert not list((tmp_path / "refused").glob("*"))
@@ -414,9 +426,14 @@ def test_a_teacher_that_scores_other_tokens_is_refused(values, tmp_path):
     split = {"validation_fraction": 0, "test_fraction": 0}
     bare = [{**task, "template": "", "kind": "generation", "label": "text", "split": split} for task in values["tasks"]]
     for name, task in zip(TASKS, bare, strict=True):
-        alone = {**values, "tasks": [task], "out": str(tmp_path / "bare" / name), "prompt": {"length": 4}}
-        run.run(parse({**alone, "train": {"steps": 1, "batch_size": 4}}))
-        values["train"]["distil"]["teachers"][name] = str(tmp_path / "bare" / name / "prompt")
+        alone = {
+            **values,
+            "tasks": [task],
+            "output_dir": str(tmp_path / "bare" / name),
+            "prompt": {"num_virtual_tokens": 4},
+        }
+        run.run(parse({**alone, "training": {"max_steps": 1, "batch_size": 4}}))
+        values["training"]["distillation"]["teachers"][name] = str(tmp_path / "bare" / name / "prompt")
     values["prompt"]["site"] = "kv"
     with pytest.raises(ConfigError, match=r"its teacher scores .* give them the same site"):
         run.run(parse({**values, "tasks": bare}))

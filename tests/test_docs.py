@@ -22,34 +22,42 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglo
 RUN_ELSEWHERE = ("make demo", "make test", "pip install .")
 
 # Training is cut to two steps: that the command is right is tested here, what it reaches stands in the results.
-SHORT = ["--set", "train.steps=2", "--set", "evaluate.resamples=100"]
+SHORT = ["--set", "training.max_steps=2", "--set", "evaluation.resamples=100"]
 MULTITASK = [
     *("--set", "sources=[{source: trec, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
     *("--set", "targets=[{source: tweets, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
-    *("--set", "teachers.train.steps=2", "--set", "source.train.steps=2", "--set", "target.few.steps=2"),
-    *("--set", "target.shots=[4]", "--set", "target.seeds=[0]", "--set", "target.rates=[0.1]"),
+    *(
+        "--set",
+        "teachers.training.max_steps=2",
+        "--set",
+        "source.training.max_steps=2",
+        "--set",
+        "target.few.max_steps=2",
+    ),
+    *("--set", "target.shots=[4]", "--set", "target.seeds=[0]", "--set", "target.learning_rates=[0.1]"),
     *("--set", "target.tune_on=null", "--set", "target.weight_targets=null"),
     *("--set", "target.few_arms=[prompt-tuning, mpt, spot-mixture]", "--set", "source.variants=[mpt, mixture]"),
-    *("--set", "target.arms=[mpt]", "--set", "evaluate.resamples=100"),
+    *("--set", "target.arms=[mpt]", "--set", "evaluation.resamples=100"),
 ]
 STUDY = [
     *("--set", "tasks=[{source: trec, split: {limit: {train: 40, validation: 8, test: 8}}}, "
       "{source: tweets, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
-    *("--set", "groups={}", "--set", "vectors.train.steps=2", "--set", "vectors.rates=[0.1]"),
+    *("--set", "groups={}", "--set", "vectors.training.max_steps=2", "--set", "vectors.learning_rates=[0.1]"),
     *("--set", "vectors.tune_on=null", "--set", "vectors.starts=[{seed: 0}, {seed: 1}]"),
     *("--set", "sums={starts: 1, coefficients: [0, 1], few: null}"),
     *("--set", "few.targets=[{target: {source: movies, split: {limit: {train: 40, validation: 8, test: 8}}}, "
       "sources: [trec, tweets]}]"),
-    *("--set", "few.source.train.steps=2", "--set", "few.source.variants=[mixture]", "--set", "few.target.few.steps=2"),
-    *("--set", "few.target.shots=[0, 4]", "--set", "few.target.seeds=[0]", "--set", "few.target.rates=[0.1]"),
-    *("--set", "few.target.arms=[prompt-tuning, vectors]", "--set", "evaluate.resamples=100"),
+    *("--set", "few.source.training.max_steps=2", "--set", "few.source.variants=[mixture]"),
+    *("--set", "few.target.few.max_steps=2"),
+    *("--set", "few.target.shots=[0, 4]", "--set", "few.target.seeds=[0]", "--set", "few.target.learning_rates=[0.1]"),
+    *("--set", "few.target.arms=[prompt-tuning, vectors]", "--set", "evaluation.resamples=100"),
 ]  # fmt: skip
 INSTANCE = [
     *("--set", "tasks=[{source: trec, split: {limit: {train: 40, validation: 8, test: 8}}}]"),
     *("--set", "arms=[prompt-tuning, ipt-pretrained, idpg-m]", "--set", "upper=[]", "--set", "speed.steps=2"),
-    *("--set", "compare.train.steps=2", "--set", "compare.shots=[null]", "--set", "compare.seeds=[0]"),
-    *("--set", "compare.rates=[0.1]", "--set", "compare.tune_on=null", "--set", "compare.weight_targets=null"),
-    *("--set", "pretrain.train.steps=2", "--set", "speed.repeats=1", "--set", "evaluate.resamples=100"),
+    *("--set", "compare.training.max_steps=2", "--set", "compare.shots=[null]", "--set", "compare.seeds=[0]"),
+    *("--set", "compare.learning_rates=[0.1]", "--set", "compare.tune_on=null", "--set", "compare.weight_targets=null"),
+    *("--set", "pretrain.training.max_steps=2", "--set", "speed.repeats=1", "--set", "evaluation.resamples=100"),
 ]
 SMALL = ["--set", "task.split.limit={train: 40, validation: 8, test: 8}"]
 

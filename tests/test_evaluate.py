@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import local
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation.metrics import vote
 from softprompts.model.initialization import from_ids
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 
-CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+CONFIG = EvaluationConfig(resamples=100, batch_size=3)
 
 
 def prepared(folder, model, **task):
@@ -51,7 +52,15 @@ def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbalizer, nor
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     assert short == all(len(ids) == 1 for ids in encoder.candidates().values())
     rows = [{**row, "text": row["text"] + " indeed" * (i % 3)} for i, row in enumerate(made.tasks[0].test[:5])]
-    found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"normalize": normalize})))
+    found = list(
+        evaluate.answers(
+            learner,
+            rows,
+            prompt=learner.task,
+            encoder=encoder,
+            config=CONFIG.model_copy(update={"normalize": normalize}),
+        )
+    )
     model = learner.backbone.model
     for row, one in zip(rows, found, strict=True):
         expected = {}
@@ -68,7 +77,7 @@ def test_ranking_with_an_encoder_decoder(tmp_path):
     made = prepared(tmp_path, "t5", verbalizer={"warm": "it is warm", "cold": "cold"})
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
-    (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
+    (found,) = evaluate.answers(learner, [row], prompt=learner.task, encoder=encoder, config=CONFIG)
     for label, ids in encoder.candidates().items():
         text = torch.tensor([WORDS + encoder.encode(row).input_ids])
         logits = learner.backbone.model(input_ids=text, labels=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -80,7 +89,7 @@ def test_ranking_with_a_masked_model(tmp_path):
     made = prepared(tmp_path, "bert", template="{text} it is {mask}", verbalizer={"warm": "warm", "cold": "so cold"})
     learner, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
-    (found,) = evaluate.answers(learner, encoder, [row], CONFIG)
+    (found,) = evaluate.answers(learner, [row], prompt=learner.task, encoder=encoder, config=CONFIG)
     for label, answer in encoder.template.verbalizer.items():
         one = encoder.encode(row, answer)
         first, rest = one.input_ids[:1], one.input_ids[1:]
@@ -94,8 +103,16 @@ def test_ranking_with_a_masked_model(tmp_path):
 def test_answers_do_not_depend_on_the_batch(tmp_path):
     made = prepared(tmp_path, "llama", verbalizer=ANSWERS[1])
     rows = made.tasks[0].test
-    alone = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG.model_copy(update={"batch_size": 1})))
-    together = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG))
+    alone = list(
+        evaluate.answers(
+            made.model,
+            rows,
+            prompt=made.prompt(0),
+            encoder=made.encoders[0],
+            config=CONFIG.model_copy(update={"batch_size": 1}),
+        )
+    )
+    together = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
     for one, other in zip(alone, together, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
 
@@ -103,7 +120,11 @@ def test_answers_do_not_depend_on_the_batch(tmp_path):
 def test_generated_answers_and_illegal_ones(tmp_path):
     made = prepared(tmp_path, "llama")
     found = evaluate.evaluate(
-        made.learner, made.encoders[0], made.tasks[0].test, CONFIG.model_copy(update={"by": "generate"})
+        made.model,
+        made.tasks[0].test,
+        prompt=made.prompt(0),
+        encoder=made.encoders[0],
+        config=CONFIG.model_copy(update={"by": "generate"}),
     )
     # A random model writes nonsense: everything is illegal, counted and wrong.
     assert found.headline.illegal == found.headline.n == len(made.tasks[0].test)
@@ -116,9 +137,15 @@ def test_generation_after_teaching_agrees_with_ranking(tmp_path):
     local.teach(tmp_path / "llama", steps=250)
     made = job.prepare(parse(values))
     stock = made.learner.stock()
-    ranked = evaluate.evaluate(stock, made.encoders[0], made.tasks[0].test, CONFIG)
+    ranked = evaluate.evaluate(
+        made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG
+    )
     written = evaluate.evaluate(
-        stock, made.encoders[0], made.tasks[0].test, CONFIG.model_copy(update={"by": "generate"})
+        made.model,
+        made.tasks[0].test,
+        prompt=made.prompt(0),
+        encoder=made.encoders[0],
+        config=CONFIG.model_copy(update={"by": "generate"}),
     )
     assert ranked.headline.value == written.headline.value == 1.0
     assert written.headline.illegal == 0
@@ -142,7 +169,7 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
         return [evaluate.Answer(ballots[task][rows.index(row)]) for row, task in asked]
 
     monkeypatch.setattr(evaluate, "_ranked", ask)
-    together = evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3)
+    together = evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
     assert [a.value for a in together] == ["warm", "cold", "cold"]
     assert [vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
 
@@ -150,16 +177,25 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
 def test_identical_prompts_vote_as_one(tmp_path):
     made = three_tasks(tmp_path)
     rows = made.tasks[0].test
-    one = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG))
-    three = list(evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3))
+    one = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
+    three = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
     assert [a.value for a in one] == [a.value for a in three]
 
 
 def test_labels_of_another_set_are_mapped_after_decoding(tmp_path):
     made = prepared(tmp_path, "llama")
     rows = [{"text": row["text"], "label": {"warm": "hot", "cold": "icy"}[row["label"]]} for row in made.tasks[0].test]
-    own = evaluate.evaluate(made.learner, made.encoders[0], made.tasks[0].test, CONFIG)
-    mapped = evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"warm": "hot", "cold": "icy"})
+    own = evaluate.evaluate(
+        made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG
+    )
+    mapped = evaluate.evaluate(
+        made.model,
+        rows,
+        prompt=made.prompt(0),
+        encoder=made.encoders[0],
+        config=CONFIG,
+        mapping={"warm": "hot", "cold": "icy"},
+    )
     assert mapped.headline.value == own.headline.value
     assert set(mapped.references) <= {"hot", "icy"}
     assert {a.value for a in mapped.answers} <= {"hot", "icy"}
@@ -178,23 +214,23 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
                 "multilabel": "a,b" if warm else "b",
             }
             writer.writerow([f"the thing {i} is {'red' if warm else 'blue'}", label[kind]])
-    values = local.run_values(tmp_path, "llama", steps=200, rate=0.1, head_rate=0.05)
+    values = local.run_values(tmp_path, "llama", max_steps=200, learning_rate=0.1, head_learning_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "rows.csv"), "template": "{text}", "kind": kind, "name": "t"}
     values["model"]["head"] = "sequence"
     results = job.run(parse(values))
     score = results["summary"]["after"]["value"]
     assert score > 0.9, results["scores"]
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
     assert opened.learner.head is not None
     rows = [{"text": "the thing 3 is red"}, {"text": "the thing 4 is blue"}]
-    one, other = evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)
+    one, other = evaluate.answers(opened, rows, prompt=opened.task, config=CONFIG)
     if kind == "regression":
         assert one.value - other.value > 0.5
     else:
         if kind == "multilabel":  # each label has its own chance: they do not share one between them
             assert all((chance > math.log(0.5)) == (label in one.value) for label, chance in one.scores.items())
         with pytest.raises(ConfigError, match="cannot vote in one batch"):
-            job.open_artifacts([tmp_path / "out" / "prompt"] * 2, model=parse(values).model)
+            open_prompts([tmp_path / "out" / "prompt"] * 2, config=parse(values).model)[0]
         assert (one.value, other.value) == {"label": ("warm", "cold"), "multilabel": (["a", "b"], ["b"])}[kind]
 
 
@@ -204,14 +240,14 @@ def test_token_heads_train_and_answer(tmp_path):
         for i, color in enumerate(["red", "blue", "green", "orange"] * 10)
     ]
     (tmp_path / "tags.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    values = local.run_values(tmp_path, "llama", steps=60, rate=0.3, head_rate=0.02)
+    values = local.run_values(tmp_path, "llama", max_steps=60, learning_rate=0.3, head_learning_rate=0.02)
     values["task"] |= {"source": str(tmp_path / "tags.jsonl"), "template": "{tokens}", "label": "tags"}
     values["task"] |= {"kind": "tagging", "name": "tags"}
     values["model"]["head"] = "token"
     results = job.run(parse(values))
     assert results["summary"]["after"]["value"] > 0.9
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    (found,) = evaluate.answers(opened.learner, opened.encoder, [{"tokens": ["the", "red", "thing", "7"]}], CONFIG)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    (found,) = evaluate.answers(opened, [{"tokens": ["the", "red", "thing", "7"]}], prompt=opened.task, config=CONFIG)
     assert found.value == ["O", "COLOR", "O", "NUMBER"]
 
 
@@ -222,15 +258,15 @@ def test_span_heads_train_and_answer(tmp_path):
         start = context.index(color)
         rows.append({"q": "which color", "context": context, "answers": {"text": [color], "answer_start": [start]}})
     (tmp_path / "qa.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    values = local.run_values(tmp_path, "llama", steps=80, rate=0.3, head_rate=0.05)
+    values = local.run_values(tmp_path, "llama", max_steps=80, learning_rate=0.3, head_learning_rate=0.05)
     values["task"] |= {"source": str(tmp_path / "qa.jsonl"), "template": "{q}", "pair": "{context}"}
     values["task"] |= {"label": "answers", "kind": "span", "name": "qa"}
     values["model"]["head"] = "span"
     results = job.run(parse(values))
     assert results["summary"]["metric"].startswith("squad")
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
     asked = [{"q": "which color", "context": "thing 5 is red today"}]
-    (found,) = evaluate.answers(opened.learner, opened.encoder, asked, CONFIG)
+    (found,) = evaluate.answers(opened, asked, prompt=opened.task, config=CONFIG)
     assert found.value in asked[0]["context"]
     assert results["summary"]["after"]["value"] > 0.5, results["scores"]
 
@@ -240,11 +276,14 @@ def test_an_opened_artifact_scores_bit_for_bit_as_in_its_run(tmp_path):
     run = parse(values)
     made = job.prepare(run)
     job.run(run)
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    again = replace(made.learner, method=opened.learner.method)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
+    again = replace(made.learner, method=opened.registry.method(opened.task))
     rows = made.tasks[0].test
-    mine = [a.scores for a in evaluate.answers(opened.learner, opened.encoder, rows, CONFIG)]
-    assert mine == [a.scores for a in evaluate.answers(again, made.encoders[0], rows, CONFIG)]
+    mine = [a.scores for a in evaluate.answers(opened, rows, prompt=opened.task, config=CONFIG)]
+    assert mine == [
+        a.scores
+        for a in evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
+    ]
 
 
 def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
@@ -268,11 +307,22 @@ def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
 def test_the_positive_label_is_mapped_too(tmp_path):
     made = prepared(tmp_path, "llama", metrics=["f1"], positive="warm")
     rows = [{"text": row["text"], "label": {"warm": 1.0, "cold": 0.0}[row["label"]]} for row in made.tasks[0].test]
-    own = evaluate.evaluate(made.learner, made.encoders[0], made.tasks[0].test, CONFIG)
-    mapped = evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"warm": "1", "cold": "0"})
+    own = evaluate.evaluate(
+        made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG
+    )
+    mapped = evaluate.evaluate(
+        made.model,
+        rows,
+        prompt=made.prompt(0),
+        encoder=made.encoders[0],
+        config=CONFIG,
+        mapping={"warm": "1", "cold": "0"},
+    )
     assert mapped.headline.value == own.headline.value
     with pytest.raises(DataError, match="mapped label 'hot' is not in the verbalizer"):
-        evaluate.evaluate(made.learner, made.encoders[0], rows, CONFIG, mapping={"hot": "1"})
+        evaluate.evaluate(
+            made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG, mapping={"hot": "1"}
+        )
 
 
 def test_writing_keeps_within_the_model_s_positions(tmp_path):
@@ -281,5 +331,7 @@ def test_writing_keeps_within_the_model_s_positions(tmp_path):
     )
     made = prepared(tmp_path, "gpt2", source=str(tmp_path / "long.jsonl"), kind="generation", template="{text}")
     config = CONFIG.model_copy(update={"max_new_tokens": 20})
-    (one, *_) = evaluate.answers(made.learner, made.encoders[0], made.tasks[0].test[:1], config)
+    (one, *_) = evaluate.answers(
+        made.model, made.tasks[0].test[:1], prompt=made.prompt(0), encoder=made.encoders[0], config=config
+    )
     assert one.text is not None

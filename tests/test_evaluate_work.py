@@ -8,7 +8,7 @@ import torch
 import local
 from softprompts import injection
 from softprompts.backbone.kernels import Kernels
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import DataError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation.metrics import vote
@@ -16,7 +16,7 @@ from softprompts.model.initialization import from_ids
 from softprompts.recipes.run import run
 from softprompts.types import IGNORE, Batch
 
-CONFIG = EvaluateConfig(resamples=100, batch_size=3)
+CONFIG = EvaluationConfig(resamples=100, batch_size=3)
 WORDS = {"warm": "a warm one", "cold": "a cold one"}  # the first tokens are the same
 
 
@@ -73,14 +73,18 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
     rows = list(made.tasks[0].train[:20])
     expected = one_by_one(learner, encoder, rows)
     read, handle = passes(learner)
-    found = list(evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"batch_size": 5})))
+    found = list(
+        evaluate.answers(
+            learner, rows, prompt=learner.task, encoder=encoder, config=CONFIG.model_copy(update={"batch_size": 5})
+        )
+    )
     handle.remove()
     for one, scores in zip(found, expected, strict=True):
         assert one.scores == pytest.approx(scores, abs=2e-5)
     texts = [encoder.encode(row).input_ids for row in rows]
     common = alike(texts) if site == "input" else 0
     assert common > 3 or site != "input"
-    beside = len(injection.candidate_tree(list(encoder.candidates().values())).token_ids)
+    beside = len(injection.candidate_tree(list(encoder.candidates().values())).ids)
     first, *others = read if site != "kv" else [0, *read]
     assert first == (0 if site == "kv" else 4 + common)
     assert len(others) == 4
@@ -90,10 +94,18 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
 def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     made = prepared(tmp_path, verbalizer={"warm": "co", "cold": "cold"})
     learner, rows = made.learner, list(made.tasks[0].train[:20])
-    packed = list(evaluate.answers(learner, made.encoders[0], rows, CONFIG))
+    packed = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
     shared = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(path="shared")))
     read, handle = passes(learner)
-    found = list(evaluate.answers(shared, made.encoders[0], rows, CONFIG.model_copy(update={"batch_size": 1})))
+    found = list(
+        evaluate.answers(
+            made.model,
+            rows,
+            prompt=made.prompt(0),
+            encoder=made.encoders[0],
+            config=CONFIG.model_copy(update={"batch_size": 1}),
+        )
+    )
     handle.remove()
     for one, other in zip(found, packed, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=2e-5)
@@ -111,14 +123,20 @@ def test_each_task_is_judged_with_its_own_prompt(tmp_path):
     for i, encoder in enumerate(made.encoders):
         with torch.no_grad():
             expected = one_by_one(made.learner, encoder, rows, i)
-        found = [one.scores for one in evaluate.answers(made.learner, encoder, rows, CONFIG)]
+        found = [one.scores for one in evaluate.answers(made, rows, prompt=made.task, encoder=encoder, config=CONFIG)]
         for one, scores in zip(found, expected, strict=True):
             assert one == pytest.approx(scores, abs=2e-5)
         seen.append(found[0]["warm"])
     assert len({round(value, 3) for value in seen}) == 3
     # Of three votes each is that of its own prompt: the majority is theirs.
-    ballots = [[a.value for a in evaluate.answers(made.learner, e, rows, CONFIG)] for e in made.encoders]
-    voted = [a.value for a in evaluate.answers(made.learner, made.encoders[0], rows, CONFIG, votes=3)]
+    ballots = [
+        [a.value for a in evaluate.answers(made, rows, prompt=made.task, encoder=e, config=CONFIG)]
+        for e in made.encoders
+    ]
+    voted = [
+        a.value
+        for a in evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
+    ]
     assert voted == [vote(column) for column in zip(*ballots, strict=True)]
 
 
@@ -127,7 +145,10 @@ def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeyp
     learner, encoder = made.learner, made.encoders[0]
     rows = [{**row, "text": row["text"] + " indeed" * (i % 5)} for i, row in enumerate(made.tasks[0].train[:30])]
     whole = [
-        one.scores for one in evaluate.answers(learner, encoder, rows, CONFIG.model_copy(update={"batch_size": 30}))
+        one.scores
+        for one in evaluate.answers(
+            learner, rows, prompt=learner.task, encoder=encoder, config=CONFIG.model_copy(update={"batch_size": 30})
+        )
     ]
     encoded = []
     original = type(encoder).encode
@@ -139,7 +160,7 @@ def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeyp
     monkeypatch.setattr(type(encoder), "encode", encode)
     read, handle = passes(learner)
     config = CONFIG.model_copy(update={"batch_size": 30, "batch_tokens": 120})
-    found = [one.scores for one in evaluate.answers(learner, encoder, rows, config)]
+    found = [one.scores for one in evaluate.answers(learner, rows, prompt=learner.task, encoder=encoder, config=config)]
     handle.remove()
     for one, scores in zip(found, whole, strict=True):
         assert one == pytest.approx(scores, abs=2e-5)
@@ -168,7 +189,9 @@ def test_rows_are_taken_as_they_are_needed_and_those_before_a_fault_are_answered
             yield Counted(text=texts[i % 4])
         raise DataError("row 20001 is broken")
 
-    found = evaluate.answers(made.learner, made.encoders[0], rows(20_000), EvaluateConfig())
+    found = evaluate.answers(
+        made.model, rows(20_000), prompt=made.prompt(0), encoder=made.encoders[0], config=EvaluationConfig()
+    )
     values = []
     with pytest.raises(DataError, match="row 20001"):
         values.extend(one.value for one in found)

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 import rows
 from artifacts import D, P, bits, trained
 from softprompts.artifacts import artifact, collection, vectors
-from softprompts.artifacts.vectors import locate, read, terms, vector, weigh
+from softprompts.artifacts.vectors import (
+    evaluate_expression,
+    locate_prompt,
+    parse_expression,
+    read_expression,
+    task_vector,
+)
 from softprompts.errors import ArtifactError, VectorError
 
 PROMPTS = tuple(trained(rows.random(seed, P, D), rows.random(9, P, D), task=f"t{seed}") for seed in range(3))
@@ -81,8 +87,8 @@ NAMED = names().map(lambda name: (name, {name.strip('"') if name.startswith('"')
 @given(st.recursive(NAMED, sums, max_leaves=6).filter(lambda found: found[0].strip()))
 def test_whatever_is_written_is_read_back(found: tuple[str, Mapping[str, Fraction]]) -> None:
     text, wanted = found
-    assert terms(text) == wanted
-    assert list(terms(text)) == list(wanted), "in the order they appear"
+    assert parse_expression(text) == wanted
+    assert list(parse_expression(text)) == list(wanted), "in the order they appear"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +118,7 @@ def test_whatever_is_written_is_read_back(found: tuple[str, Mapping[str, Fractio
     ],
 )
 def test_examples(text: str, wanted: dict[str, Any]) -> None:
-    assert terms(text) == wanted
+    assert parse_expression(text) == wanted
 
 
 @pytest.mark.parametrize(
@@ -147,7 +153,7 @@ def test_examples(text: str, wanted: dict[str, Any]) -> None:
 def test_what_is_no_sum(text: str, message: str) -> None:
     """The message shows the place."""
     with pytest.raises(VectorError, match=re.escape(message)):
-        terms(text)
+        parse_expression(text)
 
 
 @settings(deadline=None, max_examples=60)
@@ -158,7 +164,7 @@ def test_any_text_is_a_sum_or_refused(text: str) -> None:
     """Nothing else happens, and what is read is named in the text."""
     found, told = dict[str, Fraction](), ""
     try:
-        found = terms(text)
+        found = parse_expression(text)
     except VectorError as error:
         told = str(error)
     assert bool(found) != told.startswith(f"'{text}'")
@@ -175,8 +181,8 @@ def test_any_text_is_a_sum_or_refused(text: str) -> None:
 def test_a_vectors_name_is_read_back(names: list[str], eighths: list[int]) -> None:
     """Whatever the prompts are called; six digits of a coefficient are shown."""
     by = {name: Fraction(eighth, 8) for name, eighth in zip(names, eighths, strict=True)}
-    one, other = (vector(found, name) * by[name] for found, name in zip(PROMPTS, names, strict=False))
-    assert terms((one + other).name) == by
+    one, other = (task_vector(found, name) * by[name] for found, name in zip(PROMPTS, names, strict=False))
+    assert parse_expression((one + other).name) == by
 
 
 # What a sum stands for
@@ -187,20 +193,20 @@ def test_weigh_finds_each_name_once_and_adds() -> None:
 
     def find(name: str) -> vectors.Vector:
         asked.append(name)
-        return vector(PROMPTS["abc".index(name)], name)
+        return task_vector(PROMPTS["abc".index(name)], name)
 
-    found = weigh("2*(a - b) + c - a + b", find)
+    found = evaluate_expression("2*(a - b) + c - a + b", find)
     assert asked == ["a", "b", "c"]
-    a, b, c = (vector(one) for one in PROMPTS)
+    a, b, c = (task_vector(one) for one in PROMPTS)
     assert found.key == (a - b + c).key
     assert bits(found.value) == bits((a - b + c).value)
-    assert weigh("a - a", find).parts == ()
-    assert weigh("a + b", find).key == weigh("b + a", find).key
+    assert evaluate_expression("a - a", find).summands == ()
+    assert evaluate_expression("a + b", find).key == evaluate_expression("b + a", find).key
 
 
 def test_weigh_refuses_coefficients_that_no_float_holds() -> None:
     with pytest.raises(ArtifactError, match="give a finite number"):
-        weigh("1e200*1e200*a", lambda name: vector(PROMPTS[0]))
+        evaluate_expression("1e200*1e200*a", lambda name: task_vector(PROMPTS[0]))
 
 
 @pytest.fixture
@@ -224,16 +230,16 @@ def test_locate(here: Path) -> None:
         (str(here / "exported"), str(here / "exported")),
         (str(here / "runs/movies"), str(here / "runs/movies/prompt")),
     ):
-        assert locate(name) == Path(place), name
+        assert locate_prompt(name) == Path(place), name
     artifact.save(PROMPTS[1], here / "runs/plain/prompt")
-    assert locate("plain") == Path("runs/plain/prompt"), "as train writes it"
+    assert locate_prompt("plain") == Path("runs/plain/prompt"), "as train writes it"
     for place in ("movies/prompt", "plain", "plain/prompt"):
         artifact.save(PROMPTS[1], here / place)
-    assert locate("movies") == Path("movies/prompt")
-    assert locate("plain") == Path("plain")
+    assert locate_prompt("movies") == Path("movies/prompt")
+    assert locate_prompt("plain") == Path("plain")
     for name in ("softprompts.json", "softprompts.safetensors"):
         (here / "exported" / name).unlink()
-    assert locate("exported") == Path("exported"), "PEFT's files alone"
+    assert locate_prompt("exported") == Path("exported"), "PEFT's files alone"
 
 
 @pytest.mark.parametrize(
@@ -249,7 +255,7 @@ def test_locate(here: Path) -> None:
 )
 def test_names_of_no_prompt(here: Path, name: str, message: str) -> None:
     with pytest.raises(VectorError, match=re.escape(message)) as caught:
-        locate(name)
+        locate_prompt(name)
     if "/" in name or not re.search("[+-]", name):
         assert "write spaces" not in str(caught.value)
 
@@ -257,7 +263,7 @@ def test_names_of_no_prompt(here: Path, name: str, message: str) -> None:
 def test_a_path_that_is_not_there_is_told_once(here: Path) -> None:
     where = here / "no-where"
     with pytest.raises(VectorError) as caught:
-        locate(str(where))
+        locate_prompt(str(where))
     assert str(caught.value) == f"no trained prompt '{where}' (looked for {where}, {where / 'prompt'})"
 
 
@@ -265,25 +271,25 @@ def test_a_run_of_several_tasks_is_no_one_prompt(here: Path) -> None:
     """The message says how to name one of them."""
     for seed, task in enumerate(("mnli", "sst2")):
         artifact.save(PROMPTS[seed], here / "runs/joint/prompt" / task)
-    collection.write(here / "runs/joint/prompt", collection.CollectionIndex(("mnli", "sst2")), None)
+    collection.write_index(here / "runs/joint/prompt", collection.CollectionIndex(("mnli", "sst2")), None)
     with pytest.raises(
         VectorError, match="joint holds 2 prompts; name one: runs/joint/prompt/mnli, runs/joint/prompt/sst2"
     ):
-        locate("joint")
-    assert locate("runs/joint/prompt/sst2") == Path("runs/joint/prompt/sst2")
-    assert locate("joint/prompt/sst2") == Path("runs/joint/prompt/sst2")
+        locate_prompt("joint")
+    assert locate_prompt("runs/joint/prompt/sst2") == Path("runs/joint/prompt/sst2")
+    assert locate_prompt("joint/prompt/sst2") == Path("runs/joint/prompt/sst2")
 
 
 def test_read(here: Path) -> None:
-    found = read("2*movies - exported + plain")
-    a, b, c = (vector(one) for one in PROMPTS)
+    found = read_expression("2*movies - exported + plain")
+    a, b, c = (task_vector(one) for one in PROMPTS)
     assert found.key == (2 * a - b + c).key
     assert bits(found.value) == bits((2 * a - b + c).value)
-    assert terms(found.name) == {"movies": 2, "exported": -1, "plain": 1}
+    assert parse_expression(found.name) == {"movies": 2, "exported": -1, "plain": 1}
     assert found.parents == tuple(sorted(one.digest for one in PROMPTS))
-    assert read("movies - runs/movies/prompt").parts == (), "one prompt by two of its names"
+    assert read_expression("movies - runs/movies/prompt").summands == (), "one prompt by two of its names"
     with pytest.raises(VectorError, match="no trained prompt 'tweets'"):
-        read("movies + tweets")
+        read_expression("movies + tweets")
     with pytest.raises(VectorError, match="after 'movies'"):
-        read("movies tweets")
+        read_expression("movies tweets")
     assert issubclass(VectorError, ArtifactError)

@@ -32,11 +32,11 @@ from softprompts.types import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
 
-ALL, LORA = {"train": "backbone", "rate": 1e-2}, {"train": "lora", "rate": 1e-1}
+ALL, LORA = {"target": "backbone", "learning_rate": 1e-2}, {"target": "lora", "learning_rate": 1e-1}
 
 
 def config(**changes):
-    values = {"steps": 3, "batch_size": 2, "rate_unit": "absolute", **changes}
+    values = {"max_steps": 3, "batch_size": 2, "learning_rate_unit": "absolute", **changes}
     return parse(values, TrainConfig)
 
 
@@ -76,15 +76,15 @@ def stock_loss(model, name, part):
 def by_hand(model, parameters, name, found, chosen):
     """The losses of a plain loop."""
     batches, losses = ExampleBatches(found, chosen.batch_size, 0), []
-    optimizer = torch.optim.AdamW(parameters, lr=chosen.rate, weight_decay=chosen.weight_decay)
-    for step in range(chosen.steps):
+    optimizer = torch.optim.AdamW(parameters, lr=chosen.learning_rate, weight_decay=chosen.weight_decay)
+    for step in range(chosen.max_steps):
         optimizer.zero_grad()
         loss = stock_loss(model, name, batches.at(step))
         loss.backward()
-        if chosen.clip is not None:
-            clip_grad_norm_(parameters, chosen.clip)
+        if chosen.max_grad_norm is not None:
+            clip_grad_norm_(parameters, chosen.max_grad_norm)
         for group in optimizer.param_groups:
-            group["lr"] = chosen.rate * (1 - step / chosen.steps)
+            group["lr"] = chosen.learning_rate * (1 - step / chosen.max_steps)
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -114,7 +114,7 @@ def test_three_steps_of_all_weights_equal_a_plain_loop(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "modernbert"])
 def test_three_steps_of_lora_equal_a_plain_loop_on_peft(name):
-    chosen, found = config(**LORA, clip=None, lora={"rank": 4, "alpha": 8}), examples(name)
+    chosen, found = config(**LORA, max_grad_norm=None, lora={"rank": 4, "alpha": 8}), examples(name)
     weights = finetune.copied(double(name), chosen, seed=5)
     reports = list(finetune.fit(weights, found, chosen, pad=0))
     targets = "all-linear" if name == "modernbert" else None
@@ -195,22 +195,21 @@ def test_parts_count_with_their_share_of_the_labels():
 
 @pytest.mark.parametrize("chosen", [ALL, LORA], ids=["backbone", "lora"])
 @pytest.mark.parametrize(
-    "kernels", [Kernels(matmul_backend="onednn", packed_attention="fused"), Kernels(gradient_checkpointing=True)]
+    "kernels", [Kernels(matmul_backend="onednn", core="fused"), Kernels(gradient_checkpointing=True)]
 )
 def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     """Products by oneDNN give weights no gradient, so they are not taken: the steps are the same to the bit."""
     found = examples("llama")
     plain = fitted(b.wrap(tiny.model("llama")), found, config(**chosen))
     other = fitted(replace(b.wrap(tiny.model("llama")), kernels=kernels), found, config(**chosen))
-    kernels = "path shared, packed_attention math, attn_implementation None, matmul_backend torch, compiled False"
-    assert kernels in other[1][0].machine
+    assert "rows shared, core math, attention None, matmul_backend torch, compiled False" in other[1][0].machine
     assert [r.loss for r in plain[1]] == [r.loss for r in other[1]]
     for key, value in plain[0].trained.items():
         assert torch.equal(other[0].trained[key], value), key
 
 
 def test_a_large_vocabulary_leaves_the_head_its_gradient(monkeypatch):
-    monkeypatch.setattr(scoring, "MAX_LOGITS", 1)
+    monkeypatch.setattr(scoring, "LOGITS", 1)
     backbone, found = double("mistral"), examples("mistral")
     measured = gradients(finetune.copied(backbone, config(**ALL)), found)
     assert measured[1]["lm_head.weight"].abs().max() > 0
@@ -254,7 +253,7 @@ def test_weights_are_trained_in_float32():
     for key, value in weights.learner.backbone.model.named_parameters():
         assert value.dtype == torch.float32
         assert torch.equal(value, backbone.model.get_parameter(key).float())
-    list(finetune.fit(weights, examples("llama"), config(train="backbone", rate=1e-6), pad=0))
+    list(finetune.fit(weights, examples("llama"), config(target="backbone", learning_rate=1e-6), pad=0))
     moved = weights.trained["model.norm.weight"] - backbone.model.get_parameter("model.norm.weight").float()
     assert 0 < moved.abs().max() < 1e-5  # bfloat16 would have lost it
 
@@ -289,7 +288,9 @@ def test_targets_of_lora():
 
 def test_a_head_has_its_own_rate():
     found = examples("bert", "sequence")
-    chosen = config(train="backbone", rate=1e-4, head_rate=1e-2, steps=1, schedule="constant")
+    chosen = config(
+        target="backbone", learning_rate=1e-4, head_learning_rate=1e-2, max_steps=1, lr_scheduler_type="constant"
+    )
     backbone = b.wrap(tiny.model("bert", "sequence"))
     weights, _ = fitted(backbone, found, chosen)
     # The first step of Adam moves every number by its rate.
@@ -325,7 +326,7 @@ def test_the_best_weights_are_what_remains():
         seen.append(weights.trained["lm_head.weight"].detach().clone())
         return next(scores)
 
-    chosen = config(**{**ALL, "steps": 9}, evaluate_every=1, patience=2)
+    chosen = config(**{**ALL, "max_steps": 9}, eval_steps=1, early_stopping_patience=2)
     reports = list(finetune.fit(weights, examples("llama"), chosen, pad=0, validate=validate))
     assert [r.score for r in reports] == [0.2, 0.9, 0.4, 0.1]  # and no fifth step
     assert torch.equal(weights.trained["lm_head.weight"], seen[1])
@@ -333,8 +334,10 @@ def test_the_best_weights_are_what_remains():
 
 
 def test_a_loss_that_is_no_number_stops_training():
-    chosen = config(train="backbone", rate=1e9, clip=None, steps=20)
-    with pytest.raises(TrainingError, match=r"not a number, and nothing was written.*train.rate was 1e\+09 absolute"):
+    chosen = config(target="backbone", learning_rate=1e9, max_grad_norm=None, max_steps=20)
+    with pytest.raises(
+        TrainingError, match=r"not a number, and nothing was written.*training.learning_rate was 1e\+09 absolute"
+    ):
         fitted(b.wrap(tiny.model("llama")), examples("llama"), chosen)
 
 
@@ -352,15 +355,24 @@ def test_training_that_is_broken_off_leaves_a_frozen_model():
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ({"train": "lora"}, "needs a rate in plain numbers.*train.rate_unit: absolute; a common rate is 2e-4"),
-        ({"train": "backbone", "rate": 1e-3}, "train.rate_unit: absolute; a common rate is 2e-5"),
-        ({"train": "lora", "rate_unit": "absolute"}, "set train.rate"),
-        ({**LORA, "rate_unit": "absolute", "optimizer": "adafactor"}, "train.optimizer: adamw, not adafactor"),
-        ({**LORA, "rate_unit": "absolute", "objectives": {"task": 1, "distil": 1}}, "given task, distil"),
-        ({**LORA, "rate_unit": "absolute", "parity": "check"}, "leave it off"),
-        ({**LORA, "rate_unit": "absolute", "keep": True}, "keep is for train: backbone"),
-        ({"train": "lorra"}, "did you mean 'lora'"),
-        ({**LORA, "rate_unit": "absolute", "lora": {"ranks": 3}}, "unknown key 'lora.ranks'; did you mean 'rank'"),
+        (
+            {"target": "lora"},
+            "needs a learning rate in plain numbers.*training.learning_rate_unit: absolute; a common rate is 2e-4",
+        ),
+        ({"target": "backbone", "learning_rate": 1e-3}, "training.learning_rate_unit: absolute; a common rate is 2e-5"),
+        ({"target": "lora", "learning_rate_unit": "absolute"}, "set training.learning_rate"),
+        (
+            {**LORA, "learning_rate_unit": "absolute", "optimizer": "adafactor"},
+            "training.optimizer: adamw, not adafactor",
+        ),
+        ({**LORA, "learning_rate_unit": "absolute", "objectives": {"task": 1, "distil": 1}}, "given task, distil"),
+        ({**LORA, "learning_rate_unit": "absolute", "equivalence": "check"}, "leave it off"),
+        ({**LORA, "learning_rate_unit": "absolute", "save_model": True}, "save_model is for target: backbone"),
+        ({"target": "lorra"}, "did you mean 'lora'"),
+        (
+            {**LORA, "learning_rate_unit": "absolute", "lora": {"ranks": 3}},
+            "unknown key 'lora.ranks'; did you mean 'rank'",
+        ),
     ],
 )
 def test_settings_that_cannot_be(train, words):
@@ -374,7 +386,7 @@ def test_settings_that_cannot_be(train, words):
 )
 def test_models_that_cannot_be(model, words):
     with pytest.raises(ConfigError, match=words):
-        parse({"train": {**LORA, "rate_unit": "absolute"}, "model": model})
+        parse({"training": {**LORA, "learning_rate_unit": "absolute"}, "model": model})
 
 
 def test_backbones_that_cannot_be():
@@ -415,13 +427,13 @@ def test_nothing_to_train_on(monkeypatch):
 
 @pytest.fixture
 def values(tmp_path):
-    return local.run_values(tmp_path, steps=3, rate=1e-3, rate_unit="absolute")
+    return local.run_values(tmp_path, max_steps=3, learning_rate=1e-3, learning_rate_unit="absolute")
 
 
 def run_of(values, kind, out=None, **train):
     """The run of `values` that trains weights of this kind; `train` changes its section of that name."""
-    values = {**values, "train": {**values["train"], "train": kind, **train}}
-    return parse(values if out is None else {**values, "out": str(out)})
+    values = {**values, "training": {**values["training"], "target": kind, **train}}
+    return parse(values if out is None else {**values, "output_dir": str(out)})
 
 
 @pytest.mark.parametrize("train", ["backbone", "lora"])
@@ -430,7 +442,7 @@ def test_a_run_from_configuration_to_page(values, tmp_path, train):
     results = job.run(run_of(values, train), job.ProgressReporter(log=said.append))
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
     assert saved["summary"] == results["summary"]
-    stock = job.run(parse({**values, "out": str(tmp_path / "prompt")}))
+    stock = job.run(parse({**values, "output_dir": str(tmp_path / "prompt")}))
     assert saved["scores_before"] == stock["scores_before"]
     prepared = job.prepare(run_of(values, train))
     assert saved["summary"]["trainable"] == prepared.weights.count
@@ -457,7 +469,7 @@ def judged(prepared, model, index=0):
     """Log-probabilities of the labels of some test rows, by a stock model that is read by hand."""
     encoder, found = prepared.encoders[index], []
     for row in prepared.tasks[index].test[:4]:
-        ids, scores = encoder.encode(row).ids, {}
+        ids, scores = encoder.encode(row).input_ids, {}
         for label, answer in encoder.candidates().items():
             logits = model(input_ids=torch.tensor([ids + answer])).logits[0].float().log_softmax(-1)
             scores[label] = sum(float(logits[len(ids) - 1 + i, token]) for i, token in enumerate(answer))
@@ -469,12 +481,16 @@ def judged(prepared, model, index=0):
 def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
     """Trained, judged with the fast kernels, saved, loaded by PEFT alone: the same scores and the same logits."""
     values["model"]["attention"] = attention
-    prepared = job.prepare(run_of(values, "lora", rate=1e-1))
+    prepared = job.prepare(run_of(values, "lora", learning_rate=1e-1))
     encoded = [prepared.encoders[0].example(row) for row in prepared.tasks[0].train]
     run = prepared.run
-    list(finetune.fit(prepared.weights, encoded, run.train, pad=0, seed=run.seed))
+    list(finetune.fit(prepared.weights, encoded, run.training, pad=0, seed=run.seed))
     asked = prepared.tasks[0].test[:4]
-    answers = list(evaluate.answers(prepared.learner, prepared.encoders[0], asked, run.evaluate))
+    answers = list(
+        evaluate.answers(
+            prepared.model, asked, prompt=prepared.prompt(0), encoder=prepared.encoders[0], config=run.evaluation
+        )
+    )
     job.run(run)
     settings = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == values["model"]["name"]
@@ -492,7 +508,7 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
 
 
 def test_a_model_is_kept_where_asked_for(values, tmp_path):
-    run = run_of(values, "backbone", keep=True)
+    run = run_of(values, "backbone", save_model=True)
     results = job.run(run)
     kept = loading.load(str(tmp_path / "out" / "model"), dtype="float32", device="cpu")
     prepared = job.prepare(run)
@@ -500,11 +516,13 @@ def test_a_model_is_kept_where_asked_for(values, tmp_path):
         found = judged(prepared, kept.model)
     for scores, example in zip(found[:1], results["examples"], strict=False):
         assert max(scores, key=scores.get) == example["after"]
-    again = job.run(parse({**values, "model": {**values["model"], "name": kept.name}, "out": str(tmp_path / "two")}))
+    again = job.run(
+        parse({**values, "model": {**values["model"], "name": kept.name}, "output_dir": str(tmp_path / "two")})
+    )
     assert again["scores_before"] == results["scores"]
     (tmp_path / "mine" / "model").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is none of ours"):
-        job.run(run_of(values, "backbone", keep=True, out=tmp_path / "mine"))
+        job.run(run_of(values, "backbone", save_model=True, out=tmp_path / "mine"))
     job.run(run)  # its own is replaced
     assert not list((tmp_path / "out").glob(".*"))
 
@@ -512,13 +530,13 @@ def test_a_model_is_kept_where_asked_for(values, tmp_path):
 def test_a_run_with_a_head(values, tmp_path):
     bert = local.model_directory(tmp_path / "bert", "bert")
     values["model"] |= {"name": str(bert), "head": "sequence"}
-    run = run_of(values, "lora", head_rate=1e-2, evaluate_every=1)
+    run = run_of(values, "lora", head_learning_rate=1e-2, eval_steps=1)
     results = job.run(run)
     assert results["summary"]["before"] is None  # a head that nobody has trained
     assert len(results["validation"]) == 3
     prepared = job.prepare(run)
     encoded = [prepared.encoders[0].example(row) for row in prepared.tasks[0].train]
-    list(finetune.fit(prepared.weights, encoded, run.train, pad=0, seed=run.seed))
+    list(finetune.fit(prepared.weights, encoded, run.training, pad=0, seed=run.seed))
     stock = loading.load(str(bert), head="sequence", labels=2, dtype="float32", device="cpu").model  # the same start
     finetune.save(prepared.weights, tmp_path / "kept")
     loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "kept").eval()
@@ -538,7 +556,10 @@ def test_several_tasks_train_the_same_weights(values, tmp_path):
 
 
 def test_runs_with_weights_go_one_after_the_other(values):
-    for runs in ([{"name": "a"}, {"name": "b", "train.train": "lora"}], [{"name": "a", "train.train": "backbone"}]):
+    for runs in (
+        [{"name": "a"}, {"name": "b", "training.target": "lora"}],
+        [{"name": "a", "training.target": "backbone"}],
+    ):
         with pytest.raises(ConfigError, match=r"changes weights.*one after the other, each with an --out of its own"):
             job.run(parse({**values, "runs": runs}))
 
@@ -551,29 +572,29 @@ def test_a_run_that_is_broken_off_leaves_nothing(values, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         job.run(run_of(values, "lora"), job.ProgressReporter(on_step=stop))
     with pytest.raises(TrainingError):
-        job.run(run_of(values, "backbone", rate=1e9, clip=None, steps=20))
+        job.run(run_of(values, "backbone", learning_rate=1e9, max_grad_norm=None, max_steps=20))
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_the_directory_of_a_prompt_is_left_alone(values):
     job.run(parse(values))
-    with pytest.raises(TrainingError, match=r"other settings \(train.train was prompt, is now lora\)"):
+    with pytest.raises(TrainingError, match=r"other settings \(training.target was prompt, is now lora\)"):
         job.run(run_of(values, "lora"))
 
 
 def test_the_command(values, tmp_path, call):
     model, data = values["model"]["name"], values["task"]["source"]
     line = ["train", "--model", model, "--data", data, "--text", "{text}:", "--steps", 2, "--out", tmp_path / "o"]
-    lora = ["--set", "train.train=lora", "--set", "train.rate=1e-3"]
+    lora = ["--set", "training.target=lora", "--set", "training.learning_rate=1e-3"]
     status, _, err = call(*line, *lora)
     assert (status, err.count("\n")) == (1, 1)
-    assert "train.rate_unit: absolute" in err
-    status, out, err = call(*line, *lora, "--set", "train.rate_unit=absolute", "--dtype", "bfloat16")
+    assert "training.learning_rate_unit: absolute" in err
+    status, out, err = call(*line, *lora, "--set", "training.learning_rate_unit=absolute", "--dtype", "bfloat16")
     assert status == 0, err
     assert f"adapter  {tmp_path / 'o' / 'lora'}" in out
     assert "prompt" not in out
     assert "next:" not in out
     assert (tmp_path / "o" / "lora" / "adapter_config.json").is_file()
-    status, _, err = call(*line, *lora, "--set", "train.rate_unit=absolute", "--seeds", "0,1")
+    status, _, err = call(*line, *lora, "--set", "training.learning_rate_unit=absolute", "--seeds", "0,1")
     assert status == 1
     assert "one after the other" in err

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -16,7 +17,6 @@ from softprompts.errors import BackboneError
 from softprompts.injection import continuations
 from softprompts.injection.continuations import candidate_tree
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.types import PromptInit
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("no_gradient")]
@@ -163,7 +163,7 @@ def test_given_positions_and_embeddings(name: str) -> None:
 def judged(name: str, site: injection.Site, head: str = "lm") -> Learner:
     """A learner with two tasks of different prompts."""
     bb = tiny.backbone(name, head)
-    slot = injection.prompt_spec(bb, site, ("a", "b"), 5)
+    slot = injection.prompt_spec(bb, site, 5)
     method = PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, slot.width)))
     method.prompts[1].add_(rows.random(1, 5, slot.width))
     return Learner(bb, site, slot, method)

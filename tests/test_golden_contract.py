@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 import rows
 import tiny
+from prompted import by_tensor, methods_of, prompted, spec_of, tensors
 from rows import INPUT, called
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.errors import PromptError
 from softprompts.injection.generation import generate
-from softprompts.methods import METHODS, find, groups
-from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
+from softprompts.methods import METHODS, build, build_tasks, find, fold
+from softprompts.model import SoftPromptModel
+from softprompts.model.registry import NewPrompt
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Prompt, PromptInit, Step, mix_prompts
+from softprompts.training.shared_batch import training_step
+from softprompts.types import IGNORE, Batch, Prompt, PromptInit, Step
 
 pytestmark = pytest.mark.golden
 TASKS = ("sst2", "mnli", "trec")
@@ -47,7 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dept": ("dept", {"positions": 2}),  # the texts of `batch_of` have no more unscored tokens
     # Three trained tokens, of prompt tuning too, cannot overfit the tiny T5, so here the memory learns.
     "spt-reconstruction": ("spt-reconstruction", {"k": 2, "retrieval": "soft", "trained": True}),
-    "prefix-tuning by a network": ("prefix-tuning", {"reparametrise": True, "hidden": 16}),
+    "prefix-tuning by a network": ("prefix-tuning", {"reparametrize": True, "hidden": 16}),
     "p-tuning by an mlp": ("p-tuning", {"network": "mlp"}),
     "residual for each token": ("residual", {"per_token": True, "bottleneck": 16}),
 }
@@ -56,7 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def sites(name: str, method: str) -> list[injection.Site]:
     """The sites that a tiny model has and the method is for."""
-    possible = getattr(find(CASES[method][0]), "sites", ("input", "decoder", "layers", "kv"))
+    possible = find(CASES[method][0]).sites
     return [site for site in rows.sites(name) if site.name in possible]
 
 
@@ -65,16 +67,17 @@ def everywhere(*names: str) -> list[Any]:
     return [(name, site, method) for method in CASES for name in names for site in sites(name, method)]
 
 
-def learner(name: str, method: str = "prompt-tuning", site: injection.Site | None = None, head: str = "lm") -> Learner:
+def tuned(
+    name: str, method: str = "prompt-tuning", site: injection.Site | None = None, head: str = "lm"
+) -> SoftPromptModel:
     """A method for three tasks on a shared tiny backbone, at the first of its sites if none is given."""
     bb = tiny.backbone(name, head)
     site = site or sites(name, method)[0]
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    spec = injection.prompt_spec(bb, site, P)
     kind, options = CASES[method]
-    made: Any = find(kind)
-    start = PromptInit(rows.random(5, P, slot.width), torch.stack([rows.random(i, P, slot.width) for i in range(3)]))
+    init = PromptInit(rows.random(5, P, spec.width), torch.stack([rows.random(i, P, spec.width) for i in range(3)]))
     torch.manual_seed(0)
-    return Learner(bb, site, slot, made(made.Config(**options), slot, start).to(bb.device).eval())
+    return prompted(bb, site, build_tasks(kind, options, spec, init, TASKS))
 
 
 def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
@@ -90,53 +93,55 @@ def batch_of(name: str, tasks: list[int], seed: int = 0) -> Batch:
     return Batch(found.input_ids, found.attention_mask, torch.tensor(tasks), labels)
 
 
-def looked_up(made: Learner, batch: Batch) -> list[list[int]]:
+def looked_up(made: SoftPromptModel, batch: Batch) -> list[list[int]]:
     """The tokens of each row that a prompt may be made from, at most as many as the prompt is long."""
     mask = made.context(batch).attention_mask.bool()
-    return [row[there][: made.slot.length].tolist() for row, there in zip(batch.input_ids, mask, strict=True)]
+    return [row[there][: spec_of(made).length].tolist() for row, there in zip(batch.input_ids, mask, strict=True)]
 
 
-def rated(made: Learner, prompt: float) -> list[dict[str, Any]]:
+def rated(made: SoftPromptModel, prompt: float) -> list[dict[str, Any]]:
     """The method's parameters in groups for an optimizer: what counts as a prompt learns fast, weights slowly."""
-    named = made.parameters().items()
+    named = tensors(made).items()
     return [
         {
-            "params": [p for key, p in named if key.startswith(tuple(f"method.{part}" for part in group.parameters))],
+            "params": [p for key, p in named if key.partition(".")[2].startswith(group.parameters)],
             "lr": prompt if group.unit == "rms" else 0.01,
         }
-        for group in groups(made.method).values()
+        for group in methods_of(made)[0].groups.values()
     ]
 
 
-def loss(made: Learner, batch: Batch) -> Tensor:
+def loss(made: SoftPromptModel, batch: Batch) -> Tensor:
     """The task loss of one step."""
-    return objectives.task(made.step(batch))
+    return objectives.task(training_step(made, batch))
 
 
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
 def test_fills_its_slot_and_starts_there(name: str, site: injection.Site, method: str) -> None:
-    made = learner(name, method, site)
+    made = tuned(name, method, site)
     batch = batch_of(name, [2, 0, 2, 2])
-    prompt = made.prompt(batch)
-    assert prompt.values.shape[1:] == (made.slot.length, made.slot.width)
+    prompt = made.make_prompts(batch)
+    assert prompt.values.shape[1:] == (spec_of(made).length, spec_of(made).width)
     assert prompt.values.dtype == torch.float32
     assert prompt.mask.shape == prompt.values.shape[:2]
-    if method in LOOKS_UP and not made.slot.layers:
+    if method in LOOKS_UP and not spec_of(made).layers:
         assert prompt.lengths[prompt.prompt_index].tolist() == [len(read) for read in looked_up(made, batch)]
-        assert prompt.values.abs().max() <= 3**0.5 * rows.random(5, P, made.slot.width).square().mean().sqrt() + 1e-6
+        assert (
+            prompt.values.abs().max() <= 3**0.5 * rows.random(5, P, spec_of(made).width).square().mean().sqrt() + 1e-6
+        )
         return
     assert prompt.mask.all()
     assert prompt.prompt_index.shape == (4,)
     assert len(prompt.values) <= 4
-    start = rows.random(5, P, made.slot.width)
+    start = rows.random(5, P, spec_of(made).width)
     for values in prompt.values[prompt.prompt_index]:
         if method in MIXES:
-            mixed = torch.stack([start, *(rows.random(i, P, made.slot.width) for i in range(3))])
+            mixed = torch.stack([start, *(rows.random(i, P, spec_of(made).width) for i in range(3))])
             rest = values - start
             assert (mixed.amin(0) - 1e-6 <= rest).all()
             assert (rest <= mixed.amax(0) + 1e-6).all()
         elif method in RETRIEVES:
-            memory = torch.cat([rows.random(i, P, made.slot.width) for i in range(3)])
+            memory = torch.cat([rows.random(i, P, spec_of(made).width) for i in range(3)])
             torch.testing.assert_close(values[:3], start[:3], atol=1e-6, rtol=1e-5)
             assert (memory.amin(0) - 1e-6 <= values[3:]).all()
             assert (values[3:] <= memory.amax(0) + 1e-6).all()
@@ -149,9 +154,9 @@ def test_fills_its_slot_and_starts_there(name: str, site: injection.Site, method
 @pytest.mark.parametrize("name", ["llama", "t5", "bert"])
 def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
     """In training as in answering: other labels, and texts without them, have the same prompts."""
-    made = learner(name, method)
+    made = tuned(name, method)
     batch = batch_of(name, [2, 0, 1, 2])
-    prompt = made.prompt(batch)
+    prompt = made.make_prompts(batch)
     scored = batch.labels != IGNORE
     labels = batch.labels.masked_fill(scored, 7)
     same = [Batch(batch.input_ids, batch.attention_mask, batch.task_ids, labels)]
@@ -162,7 +167,7 @@ def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
             Batch(batch.input_ids, batch.attention_mask * ~scored, batch.task_ids),
         ]
     for other in same:
-        found = made.prompt(other)
+        found = made.make_prompts(other)
         torch.testing.assert_close(
             found.values[found.prompt_index], prompt.values[prompt.prompt_index], atol=1e-6, rtol=1e-5
         )
@@ -171,13 +176,13 @@ def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("method", CASES)
 def test_ignores_neighbors(method: str) -> None:
-    made = learner("llama", method)
-    for parameter in made.method.parameters():
+    made = tuned("llama", method)
+    for parameter in made.prompts.parameters():
         parameter.add_(rows.random(8, *parameter.shape))
     batch = batch_of("llama", [2, 0, 1, 2])
-    together = made.prompt(batch)
+    together = made.make_prompts(batch)
     for i in range(4):
-        alone = made.prompt(batch.rows(torch.tensor([i])))
+        alone = made.make_prompts(batch.rows(torch.tensor([i])))
         found, expected = together.values[together.prompt_index[i]], alone.values[alone.prompt_index[0]]
         size = max(1.0, float(expected.abs().max()))  # what a generator makes of such parameters may be large
         torch.testing.assert_close(found, expected, atol=1e-6 * size, rtol=1e-5)
@@ -186,54 +191,45 @@ def test_ignores_neighbors(method: str) -> None:
 @pytest.mark.parametrize("method", CASES)
 def test_nothing_is_learned_from_batches_without_text(method: str) -> None:
     """What a text decides cannot be learned where there is none: the prompt that answers would be another."""
-    made = learner("llama", method)
+    made = tuned("llama", method)
     batch = batch_of("llama", [2, 0, 1, 2])
     every = batch.attention_mask.bool()
     batch = replace(batch, labels=batch.input_ids.where(every, IGNORE))
-    if not made.method.sees_input:
-        assert made.prompt(batch, training=True).values.requires_grad
+    if not find(CASES[method][0]).input_dependent:
+        assert made.make_prompts(batch, training=True).values.requires_grad
         return
     with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
-        made.prompt(batch, training=True)
+        made.make_prompts(batch, training=True)
     with torch.no_grad():
-        assert len(made.prompt(batch).prompt_index) == 4
+        assert len(made.make_prompts(batch).prompt_index) == 4
     some = replace(batch, labels=batch.labels.masked_fill(torch.arange(4)[:, None] == 1, IGNORE))
-    assert made.prompt(some, training=True).values.requires_grad
+    assert made.make_prompts(some, training=True).values.requires_grad
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
 def test_a_row_beside_prompt_tuning_is_the_row_alone(name: str, site: injection.Site, method: str) -> None:
     """Rows of the method and of a shorter prompt in one batch, read on every path the model has; and written."""
-    one = learner(name, method, site)
-    for i, parameter in enumerate(one.method.parameters()):
+    one = tuned(name, method, site)
+    for i, parameter in enumerate(one.prompts.parameters()):
         parameter.add_(rows.random(70 + i, *parameter.shape) / 4)
-    slot = injection.prompt_spec(one.backbone, site, ("x",), 2)
-    start = PromptInit(rows.random(7, 2, slot.width))
-    plain = Learner(one.backbone, site, slot, PromptTuning(PromptTuning.Config(), slot, start).to(one.backbone.device))
-    batch = batch_of(name, [0, 0, 1, 0, 2])
-    mine, theirs = torch.tensor([4, 0, 2]), torch.tensor([1, 3])
-
-    def together(whole: Batch) -> Prompt:
-        return mix_prompts([one.prompt(whole.rows(mine)), plain.prompt(whole.rows(theirs))], [mine, theirs])
-
-    def alone(i: int) -> Learner:
-        return one if i in mine.tolist() else plain
-
+    spec = injection.prompt_spec(one.backbone, site, 2)
+    plain = build("prompt-tuning", {}, spec, PromptInit(rows.random(7, 2, spec.width)))
+    one.registry.add(NewPrompt("plain", plain, one.registry.records[TASKS[0]]), one.device)
+    batch = batch_of(name, [0, 3, 1, 3, 2])
     for path in (None, *rows.paths(name, site)):
-        output = injection.score(one.backbone, batch, together(batch), site, path=path)
+        output = one.score(batch, path=path)
         for i in range(5):
-            row = batch.rows(torch.tensor([i]))
-            expected = alone(i).forward(row, alone(i).prompt(row)).logits
+            expected = one.score(batch.rows(torch.tensor([i]))).logits
             torch.testing.assert_close(rows.of_row(output, i), expected, atol=5e-5, rtol=1e-4)
     if name not in tiny.GENERATING:
         return
-    texts = Batch(batch.input_ids, batch.attention_mask, batch.task_ids)
-    given: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
-    written = generate(one.backbone, texts, together(texts), site, **given)
+    given: dict[str, Any] = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    texts = {"attention_mask": batch.attention_mask, "task_ids": batch.task_ids}
+    written = one.generate(batch.input_ids, **texts, **given)
     for i in range(5):
-        row = texts.rows(torch.tensor([i]))
-        assert torch.equal(written[i], generate(one.backbone, row, alone(i).prompt(row), site, **given)[0])
+        row = {key: value[i : i + 1] for key, value in texts.items()}
+        assert torch.equal(written[i], one.generate(batch.input_ids[i : i + 1], **row, **given)[0])
 
 
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "gemma3", "t5", "bart", "bert"), ids=called)
@@ -242,24 +238,24 @@ def test_every_parameter_gets_a_gradient(name: str, site: injection.Site, method
 
     Of rectified units only some need to have had one.
     """
-    made = learner(name, method, site)
-    seen = {key: torch.zeros(len(p)) for key, p in made.parameters().items()}
-    optimizer, read = torch.optim.Adam(made.parameters().values(), lr=1e-2), set[int]()
+    made = tuned(name, method, site)
+    seen = {key: torch.zeros(len(p)) for key, p in tensors(made).items()}
+    optimizer, read = torch.optim.Adam(tensors(made).values(), lr=1e-2), set[int]()
     for seed in range(2):
         optimizer.zero_grad()
         batch = batch_of(name, [0, 1, 2, 0, 1, 2], 10 * seed)
         read |= {token for row in looked_up(made, batch) for token in row}
         loss(made, batch).backward()
-        for key, parameter in made.parameters().items():
+        for key, parameter in tensors(made).items():
             assert parameter.grad is not None, f"{key} has no gradient"
             assert parameter.grad.isfinite().all(), key
             seen[key] += parameter.grad.flatten(1).abs().sum(1) if parameter.dim() > 1 else parameter.grad.abs()
         optimizer.step()
     if method in LOOKS_UP:
-        table = seen.pop("method.table.rows")
+        table = seen.pop("sst2.shared.table.rows")
         assert set(table.nonzero()[:, 0].tolist()) == read
     if method in RECTIFIED:
-        seen = {key: rest.sum(0, keepdim=True) if "networks" in key else rest for key, rest in seen.items()}
+        seen = {key: rest.sum(0, keepdim=True) if "network" in key else rest for key, rest in seen.items()}
     assert {key: rest.eq(0).nonzero()[:, 0].tolist() for key, rest in seen.items() if rest.eq(0).any()} == {}
 
 
@@ -267,19 +263,22 @@ def test_every_parameter_gets_a_gradient(name: str, site: injection.Site, method
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5", "bert"), ids=called)
 def test_folds_exactly(name: str, site: injection.Site, method: str) -> None:
     """Whatever its parameters are, the plain prompt of each task answers to the bit as the method does."""
-    made = learner(name, method, site)
-    if not hasattr(made.method, "fold"):
+    made = tuned(name, method, site)
+    kind = find(CASES[method][0])
+    if kind.input_dependent or kind.changes_text:
+        assert [fold(each) for each in methods_of(made)] == [None] * 3
         return
-    for i, parameter in enumerate(made.method.parameters()):
+    for i, parameter in enumerate(made.prompts.parameters()):
         parameter.add_(rows.random(i, *parameter.shape))
     batch = batch_of(name, [2, 0, 1, 2])
-    made.method.train()
-    plain = torch.stack([made.method.fold(task) for task in TASKS])
-    assert plain.shape == (3, P, made.slot.width)
+    made.train()
+    plain = torch.stack([fold(each) for each in methods_of(made)])
+    made.eval()
+    assert plain.shape == (3, P, spec_of(made).width)
     assert not torch.equal(plain[0], plain[2])
-    prompt = made.prompt(batch)
+    prompt = made.make_prompts(batch)
     folded = Prompt(plain, torch.ones(3, P, dtype=torch.bool), batch.task_ids)
-    assert torch.equal(made.forward(batch, prompt).logits, made.forward(batch, folded).logits)
+    assert torch.equal(made.score(batch, prompts=prompt).logits, made.score(batch, prompts=folded).logits)
 
 
 @pytest.mark.parametrize("method", CASES)
@@ -297,11 +296,11 @@ def test_overfits_eight_examples(name: str, method: str) -> None:
         labels = torch.full_like(text, IGNORE)
         labels[:, -1] = words
     batch = Batch(text, mask, torch.zeros(8, dtype=torch.long), labels)
-    made = learner(name, method)
+    made = tuned(name, method)
     # Here a looked-up prompt is one row of the table four times, which has farther to go.
     optimizer = torch.optim.Adam(rated(made, prompt=0.3 if method in LOOKS_UP else 0.1))
     for _ in range(400):
-        output = made.step(batch).output
+        output = training_step(made, batch).output
         if output.logits.argmax(1).equal(output.labels):
             return
         optimizer.zero_grad()
@@ -340,11 +339,11 @@ FROZEN_BY = [
 
 @pytest.mark.parametrize(("name", "site", "head", "method"), FROZEN_BY, ids=called)
 def test_frozen(name: str, site: injection.Site, head: str, method: str) -> None:
-    made = learner(name, method, site=site, head=head)
+    made = tuned(name, method, site=site, head=head)
     model = made.backbone.model
     before = snapshot(model)
-    start = [p.detach().clone() for p in made.method.parameters()]
-    optimizer = torch.optim.Adam(made.parameters().values(), lr=0.1)
+    start = [p.detach().clone() for p in made.prompts.parameters()]
+    optimizer = torch.optim.Adam(tensors(made).values(), lr=0.1)
     batch = batch_of(name, [0, 1, 2, 0])
     if head != "lm":
         labels = torch.tensor([0, 1, 2, 0]) if head == "sequence" else torch.full((4, 2), batch.input_ids.shape[1] - 1)
@@ -355,15 +354,17 @@ def test_frozen(name: str, site: injection.Site, head: str, method: str) -> None
         optimizer.step()
     assert snapshot(model) == before
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
-    assert all((p - s).abs().sum() > 0 for p, s in zip(made.method.parameters(), start, strict=True) if p.requires_grad)
+    assert all(
+        (p - s).abs().sum() > 0 for p, s in zip(made.prompts.parameters(), start, strict=True) if p.requires_grad
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "site", "method"), everywhere("llama", "t5"), ids=called)
 def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site, method: str) -> None:
     """What is trained is what answers: each parameter of a task moves the loss, and the scores of what is written."""
-    made = learner(name, method, site)
-    for i, parameter in enumerate(made.method.parameters()):  # away from starts at zero, behind which nothing reacts
+    made = tuned(name, method, site)
+    for i, parameter in enumerate(by_tensor(made)):  # away from starts at zero, behind which nothing reacts
         parameter.add_(rows.random(60 + i, *parameter.shape) / 4)
     batch = batch_of(name, [0, 1, 2])
     texts = Batch(
@@ -373,15 +374,15 @@ def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site
     )
 
     def both() -> tuple[Tensor, Tensor]:
-        prompt = made.prompt(batch)
-        step = Step(batch, prompt, made.forward(batch, prompt), lambda other: made.forward(batch, other))
+        prompt = made.make_prompts(batch)
+        step = Step(batch, prompt, made.score(batch, prompts=prompt), lambda other: made.score(batch, prompts=other))
         options = {"max_new_tokens": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-        written = generate(made.backbone, texts, made.prompt(texts), made.site, **options)
+        written = generate(made.backbone, texts, made.make_prompts(texts), site, **options)
         return objectives.task(step), torch.stack(written.scores)
 
     score, scores = both()
-    for key, parameter in made.method.named_parameters():
-        if method == "multitask-prompt-tuning" and site.mode == "replace" and key.startswith("columns"):
+    for key, parameter in made.prompts.named_parameters():
+        if method == "multitask-prompt-tuning" and site.mode == "replace" and key.endswith(".columns"):
             continue  # a factor of a token's whole state, which every layer norms before it reads it
         kept = parameter.clone()
         parameter.add_(rows.random(3, *parameter.shape))

@@ -226,7 +226,7 @@ def test_peers_factorized_embeddings(name: str, head: str) -> None:
     assert prompt_of(made).shape[1] == 32
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         made(input_ids=text, attention_mask=mask)
-    assert injection.prompt_spec(bb, INPUT, ("a",), P).width == 24
+    assert injection.prompt_spec(bb, INPUT, P).width == 24
     labels = text if head == "lm" else torch.tensor([0, 1])
     output = injection.score(bb, Batch(text, mask, torch.zeros(2), labels), rows.single(values_for(name), 2), INPUT)
     assert output.logits.isfinite().all()
@@ -269,7 +269,7 @@ def test_peers_default_start() -> None:
     """PEFT starts at N(0, 1), far from any word; our default start is words of the table, random ones have its rms."""
     bb = b.wrap(tiny.model("llama"), name="llama")
     bb.embedding.weight.data.mul_(0.1)
-    slot = injection.prompt_spec(bb, INPUT, ("a",), 32)
+    slot = injection.prompt_spec(bb, INPUT, 32)
     assert float(prompt_of(wrapped("llama")).detach().square().mean().sqrt()) == pytest.approx(1, abs=0.3)
     words = initialization.initialize(InitConfig(), bb, INPUT, slot).prompt
     assert all((bb.embedding.weight == word).all(1).any() for word in words)

@@ -64,7 +64,7 @@ def test_ours_answers_in_peft(tmp_path, name, head, kind):
         heads=heads,
         family=tiny.family(name).name,
         head=head,
-        place="first",
+        placement="first",
         fingerprint=b.fingerprint(base),
     )
     a.save(made, tmp_path / "ours")
@@ -86,7 +86,7 @@ def test_theirs_answers_in_ours(tmp_path, name, head, kind, rows):
     model.save_pretrained(tmp_path / "theirs")
     found = a.load(tmp_path / "theirs")
     assert found.prompt.shape[0] == P
-    assert (found.site, found.place) == ("input", "first")
+    assert (found.site, found.placement) == ("input", "first")
     stock = tiny.model(name, head)
     with b.wrap(stock).with_head({k: torch.nn.Parameter(v) for k, v in found.heads.items()}):
         mine = ours(stock, head, found.prompt)

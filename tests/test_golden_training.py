@@ -3,13 +3,13 @@
 import peft
 import pytest
 import torch
+from softprompts.model.learner import Learner
 
 import tiny
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, PromptInit
 
@@ -34,7 +34,7 @@ def batches(generator):
 def test_twenty_steps_equal_pefts(name):
     start = torch.randn(P, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.3
     base = b.wrap(tiny.model(name).double())
-    slot = injection.prompt_spec(base, Site(), ("a",), P)
+    slot = injection.prompt_spec(base, Site(), P)
     method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
     with torch.no_grad():
         method.prompts[0].copy_(start)

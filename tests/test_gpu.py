@@ -26,6 +26,7 @@ from softprompts.backbone import devices
 from softprompts.config import parse
 from softprompts.evaluation import evaluate
 from softprompts.methods import find
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 
 DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.available_devices() if d != "cpu"), None)
@@ -132,7 +133,7 @@ def test_the_models_and_tensors_of_a_test_are_on_the_device(device):
 def folder(tmp_path_factory):
     """A model, a task, and a prompt that was trained on the device, for methods that mix others."""
     made = tmp_path_factory.mktemp("folder")
-    run = local.run_values(made, steps=2)
+    run = local.run_values(made, max_steps=2)
     run["model"]["device"] = DEVICE
     job.run(parse(run))
     return made
@@ -145,19 +146,19 @@ def test_a_run_on_it_is_one_on_the_cpu(method, folder, tmp_path):
     sites = getattr(find(kind), "sites", ("input", "decoder", "layers", "kv"))
     found, losses = [], []
     for place, device in (("there", DEVICE), ("here", "cpu")):
-        run = local.run_values(folder, steps=3)
-        run |= {"out": str(tmp_path / place)}
-        run["model"] |= {"device": device, "products": "torch"}
+        run = local.run_values(folder, max_steps=3)
+        run |= {"output_dir": str(tmp_path / place)}
+        run["model"] |= {"device": device, "matmul_backend": "torch"}
         run["prompt"] |= {"method": kind, "options": options, "site": sites[0]}
         sources = [str(folder / "out" / "prompt")] if sites[0] == "input" else []
         run["prompt"]["init"] = {"kind": "vocabulary", "sources": sources}
         results = job.run(parse(run))
         assert results["machine"]["device"].startswith(device)
         losses.append([step["loss"] for step in results["curve"]])
-        found.append(artifact.load(Path(run["out"]) / "prompt"))
-        opened = job.open_artifacts([Path(run["out"]) / "prompt"], model=parse(run).model)
+        found.append(artifact.load(Path(run["output_dir"]) / "prompt"))
+        opened = open_prompts([Path(run["output_dir"]) / "prompt"], config=parse(run).model)[0]
         test = job.prepare(parse(run)).tasks[0].test
-        answered = evaluate.evaluate(opened.learner, opened.encoder, test, parse(run).evaluate)
+        answered = evaluate.evaluate(opened, test, prompt=opened.task, config=parse(run).evaluation)
         assert answered.headline.value == results["summary"]["after"]["value"]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     torch.testing.assert_close(found[0].initial, found[1].initial, atol=1e-6, rtol=1e-5)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -16,7 +17,6 @@ from softprompts.errors import ConfigError
 from softprompts.methods import build, state_of
 from softprompts.methods.idpg import Idpg, phm
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, pool_states
 
@@ -40,7 +40,7 @@ def options(**given: Any) -> dict[str, Any]:
 def made(kind: str = "S", tasks: tuple[str, ...] = TASKS, **given: Any) -> Idpg:
     """A method whose every parameter is random, in float64 and eval mode."""
     width, layers = WIDTHS[kind]
-    slot = PromptSpec(tasks, P, width, E, layers=layers, encoders={"backbone": 6, "minilm": 10})
+    slot = PromptSpec(P, width, E, layers=layers, encoders={"backbone": 6, "minilm": 10})
     method = (
         Idpg(Idpg.Config(**options(kind=kind, **given)), slot, PromptInit(rows.random(0, P, width))).double().eval()
     )
@@ -166,7 +166,7 @@ def test_phm_of_one_is_the_dnn() -> None:
 def test_sizes_are_the_papers(kind: str, count: int, given: dict[str, Any]) -> None:
     """RoBERTa-large, 5 prompt tokens; the hidden bias, which the paper's table leaves out, comes on top."""
     layers = (1024,) * 24 if kind == "M" else ()
-    slot = PromptSpec(("a",), 5, 1024 * (24 if kind == "M" else 1), 1024, layers=layers, encoders={"minilm": 300})
+    slot = PromptSpec(5, 1024 * (24 if kind == "M" else 1), 1024, layers=layers, encoders={"minilm": 300})
     method = build("idpg", options(kind=kind, **given), slot, PromptInit(torch.zeros(5, slot.width)))
     sizes = {name: parameter.numel() for name, parameter in method.named_parameters()}
     hidden = sizes.pop("hidden.0")
@@ -181,7 +181,7 @@ def test_a_generator_for_each_layer_and_task() -> None:
         for name, value in one.named_parameters():
             times = 1 if name.startswith("bias") else 3
             assert getattr(each, name.partition(".")[0])[1].numel() == times * value.numel(), name
-    assert {kind: build("idpg", {}, PromptSpec(("a",), 16, 48, 32, layers=layers, encoders={"backbone": 32}),
+    assert {kind: build("idpg", {}, PromptSpec(16, 48, 32, layers=layers, encoders={"backbone": 32}),
                         PromptInit(torch.zeros(16, 48))).kind
             for kind, layers in (("none", ()), ("alike", (16,) * 3), ("mixed", (16, 32)))
             } == {"none": "S", "alike": "M", "mixed": "S"}  # fmt: skip
@@ -206,7 +206,7 @@ def test_gradients_are_those_of_finite_differences(kind: str, given: dict[str, A
 def test_starts() -> None:
     """Zero: at the start itself, with all else drawn. Normal: everything is drawn with the spread asked for."""
     start = rows.random(4, 8, 512)
-    slot = PromptSpec(("a",), 8, 512, 256)
+    slot = PromptSpec(8, 512, 256)
     for given in ({"generator": "linear"}, {"generator": "dnn"}, {"generator": "phm"}):
         torch.manual_seed(0)
         zero = build("idpg", options(**given), slot, PromptInit(start))
@@ -238,7 +238,7 @@ def test_dropout_is_for_training_alone() -> None:
     # On M(x): a linear generator without bias, over rows of ones, shows each unit's draw.
     linear = Idpg(
         Idpg.Config(**options(generator="linear", dropout=0.25)),
-        PromptSpec(("a",), 1, E, E),
+        PromptSpec(1, E, E),
         PromptInit(torch.zeros(1, E)),
     )
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_what_is_read_is_what_was_asked_for() -> None:
     ],
 )
 def test_what_is_refused(given: dict[str, Any], slot: dict[str, Any], message: str) -> None:
-    one = PromptSpec(TASKS, 4, 48, 40, encoders={"backbone": 40}, **slot)
+    one = PromptSpec(4, 48, 40, encoders={"backbone": 40}, **slot)
     with pytest.raises(ConfigError, match=message):
         build("idpg", given, one, PromptInit(torch.zeros(4, 48)))
 
@@ -333,7 +333,7 @@ def test_what_is_refused(given: dict[str, Any], slot: dict[str, Any], message: s
 def learner(name: str, site: injection.Site = INPUT, method: Any = Idpg, spread: float = 0.0, **given: Any) -> Learner:
     """A method for two tasks on a tiny model; with `spread` its parameters are no longer those of the start."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, P)
     torch.manual_seed(0)
     made = method(method.Config(**given), slot, PromptInit(rows.random(5, P, slot.width))).eval()
     with torch.no_grad():
@@ -481,9 +481,9 @@ def test_the_slot_tells_the_width_of_states(name: str) -> None:
     bb = tiny.backbone(name)
     batch = rows.batch(name, rows.texts(name, (3,)))
     states = injection.score(
-        bb, Batch(batch.input_ids, batch.attention_mask, batch.task_ids), None, INPUT, return_hidden_states=True
-    ).hidden_states
-    assert injection.prompt_spec(bb, INPUT, TASKS, P, {"minilm": 384}).encoders == {
+        bb, Batch(batch.input_ids, batch.attention_mask, batch.task_ids), None, INPUT, hidden=True
+    ).hidden
+    assert injection.prompt_spec(bb, INPUT, P, {"minilm": 384}).encoders == {
         "backbone": states.shape[-1],
         "minilm": 384,
     }

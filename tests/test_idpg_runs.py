@@ -13,11 +13,12 @@ import tiny
 import tokenizers_tiny
 from softprompts import SoftPromptModel, assets, errors
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.model import sentence_encoders
 from softprompts.model.sentence_encoders import Sentences
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
 
@@ -47,16 +48,16 @@ def values_of(folder: Path, out: Path, options: dict[str, Any], **prompt: Any) -
     """The configuration of a short run."""
     return {
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
-        "prompt": {"method": "idpg", "length": 4, "options": {**SMALL, **options}, **prompt},
+        "prompt": {"method": "idpg", "num_virtual_tokens": 4, "options": {**SMALL, **options}, **prompt},
         "task": {
             "source": str(folder / "colors.csv"),
             "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
-        "train": {"steps": 6, "batch_size": 8, "rate": 0.5, "checkpoint_every": 2, "evaluate_every": 3},
-        "evaluate": {"resamples": 100},
-        "out": str(out),
+        "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 0.5, "save_steps": 2, "eval_steps": 3},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(out),
     }
 
 
@@ -94,15 +95,15 @@ def test_a_run_its_resumption_and_its_artifact(
     assert one.options == {**SMALL, **options}
     assert torch.equal(one.initial, job.prepare(run).start.prompt)
     assert float(one.state["up.0"].abs().max()) > 0
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     made = job.prepare(run)
-    found = evaluate.evaluate(opened.learner, opened.encoder, made.tasks[0].test, run.evaluate)
+    found = evaluate.evaluate(opened, made.tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
     made.learner.method.load_state_dict(one.state)
-    config = EvaluateConfig(by="generate", max_new_tokens=3)
+    config = EvaluationConfig(by="generate", max_new_tokens=3)
     rows = list(made.tasks[0].test)[:4]
-    ours = evaluate.answers(opened.learner, opened.encoder, rows, config)
-    theirs = evaluate.answers(made.learner, made.encoders[0], rows, config)
+    ours = evaluate.answers(opened, rows, prompt=opened.task, config=config)
+    theirs = evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=config)
     assert [answer.text for answer in ours] == [answer.text for answer in theirs]
 
 
@@ -124,7 +125,7 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     batch = job.evaluate.collate(rows, 0)
     first, second = (made.learner.prompt(batch).values for _ in range(2))
     assert torch.equal(first, second)
-    training = parse({**values, "train": {"steps": 2, "evaluate_every": 1}, "out": str(tmp_path / "seen")})
+    training = parse({**values, "training": {"max_steps": 2, "eval_steps": 1}, "output_dir": str(tmp_path / "seen")})
     again = job.prepare(training)
     seen.clear()
     again.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
@@ -153,13 +154,13 @@ def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None
         assert not torch.equal(one[key], trained[key]), key
         assert not torch.equal(one[key], two[key]), key
     job.run(parse({**values_of(folder, tmp_path / "source", {"encoder": "static"}), "seed": 1,
-                       "out": str(tmp_path / "anew")}))  # fmt: skip
+                       "output_dir": str(tmp_path / "anew")}))  # fmt: skip
     artifact.save(artifact.load(tmp_path / "anew" / "prompt"), tmp_path / "source" / "prompt")
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*start was"):
         job.run(parse(values))
     values["prompt"]["options"] = {**SMALL, "encoder": "static", "generator": "dnn"}
     with pytest.raises(ConfigError, match=r"init.state: the trained prompt has a tensor 'down.*' of "):
-        job.prepare(parse({**values, "out": str(tmp_path / "other")}))
+        job.prepare(parse({**values, "output_dir": str(tmp_path / "other")}))
 
 
 def model_of(folder: Path, **prompts: dict[str, Any]) -> SoftPromptModel:
@@ -180,11 +181,11 @@ def test_a_model_with_named_prompts(folder: Path, encoder: Path, tmp_path: Path)
         folder,
         words={
             "method": "idpg",
-            "length": 4,
+            "num_virtual_tokens": 4,
             "options": {**SMALL, "encoder": "minilm", "start": "normal", "spread": 0.5},
         },
-        states={"method": "idpg", "length": 3, "options": {**SMALL, "start": "normal", "spread": 0.5}},
-        plain={"length": 6},
+        states={"method": "idpg", "num_virtual_tokens": 3, "options": {**SMALL, "start": "normal", "spread": 0.5}},
+        plain={"num_virtual_tokens": 6},
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "llama")
     tokenizer.padding_side = "left"
@@ -232,7 +233,7 @@ def test_a_model_with_named_prompts(folder: Path, encoder: Path, tmp_path: Path)
 
 def test_a_loaded_model_follows_the_mode_of_the_model(folder: Path) -> None:
     """Dropout is for training: prompts that are added while a model trains train too, and while it answers answer."""
-    config = parse({"prompt": {"method": "idpg", "length": 4, "options": SMALL}}).prompt
+    config = parse({"prompt": {"method": "idpg", "num_virtual_tokens": 4, "options": SMALL}}).prompt
     model = model_of(folder)
     for name, training in (("one", False), ("two", True), ("three", False)):
         model.train(training)
@@ -249,12 +250,12 @@ def test_artifacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp
         run = parse(values_of(folder, tmp_path / name, {**options, "start": "normal", "spread": 0.5}))
         job.run(run)
         paths.append(tmp_path / name / "prompt")
-    both = job.open_artifacts(paths, model=run.model)
+    both = open_prompts(paths, config=run.model)[0]
     rows = job.prepare(run).tasks[0].test[:3]
     texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
     batch = job.evaluate.collate(texts, 0)
     found = both.learner.prompt(batch)
-    single = [job.open_artifacts([path], model=run.model).learner for path in paths]
+    single = [open_prompts([path], config=run.model)[0].learner for path in paths]
     for i in range(len(texts)):
         row = dataclasses.replace(batch.rows(torch.tensor([i])), task=torch.zeros(1, dtype=torch.long))
         expected = single[i % 2].prompt(row)
@@ -311,7 +312,7 @@ def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(sentence_encoders, "_states", passed)
     for options in ({"encoder": "minilm"}, {"cache": True}):
         values = values_of(folder, tmp_path / str(len(options)) / options.get("encoder", "own"), options)
-        values["train"] |= {"steps": 14}  # more than two epochs
+        values["training"] |= {"max_steps": 14}  # more than two epochs
         read.clear()
         job.run(parse(values))
         assert len(read) == len(set(read)) > 48, "each of the training and the other rows"
@@ -362,16 +363,16 @@ def test_an_encoder_that_cannot_be_fetched(folder: Path, tmp_path: Path, monkeyp
 )
 def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, template: str, site: str) -> None:
     """Trains, and the artifact scores as the run did."""
-    values = local.run_values(tmp_path, name, steps=2)
+    values = local.run_values(tmp_path, name, max_steps=2)
     values["model"]["dtype"] = dtype
     values["task"]["template"] = template
     values["prompt"] |= {"method": "idpg", "site": site, "options": SMALL}
     values["prompt"] |= {"mode": "add"} if site == "layers" else {}
     results = job.run(parse(values))
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    assert opened.artifacts[0].state["up.0"].dtype == torch.float32
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    assert opened.registry.records[opened.task].artifact.state["up.0"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
-    found = evaluate.evaluate(opened.learner, opened.encoder, rows, parse(values).evaluate)
+    found = evaluate.evaluate(opened, rows, prompt=opened.task, config=parse(values).evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
 
 

@@ -35,7 +35,7 @@ def made(name: str) -> b.Backbone:
 
 def start(bb: b.Backbone, site: injection.Site = INPUT, length: int = P, seed: int = 0, **values: Any) -> Tensor:
     """The start that a configuration describes; `seed` is the run's, `seed_of_init` the configuration's own."""
-    slot = injection.prompt_spec(bb, site, ("a",), length)
+    slot = injection.prompt_spec(bb, site, length)
     labels = values.pop("words", ())
     own = values.pop("seed_of_init", None)
     config = InitConfig(**values, seed=own)
@@ -229,7 +229,7 @@ def test_mean_of_artifacts(tmp_path: Path) -> None:
     found = start(bb, kind="mean", paths=paths, weights=(2, 1, 1))
     expected = (prompts[0].double() / 2 + prompts[1].double() / 4 + prompts[2].double() / 4).float()
     assert found.equal(expected)
-    assert start(bb, kind="mean", paths=paths).equal(similarity.mean(prompts))
+    assert start(bb, kind="mean", paths=paths).equal(similarity.weighted_mean(prompts))
     assert start(bb, kind="mean", paths=paths[:1], weights=(7,)).equal(prompts[0])
 
 
@@ -237,7 +237,7 @@ def test_sources(tmp_path: Path) -> None:
     """In the order they are named, beside any kind of start."""
     bb = made("llama")
     paths = tuple(saved(bb, tmp_path / str(i), i) for i in range(3))
-    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, P)
     for kind in ({"kind": "vocabulary"}, {"kind": "artifact", "path": paths[2]}, {"kind": "mean", "paths": paths[1:]}):
         plain = initialization.initialize(InitConfig(**kind), bb, INPUT, slot)
         found = initialization.initialize(InitConfig(**kind, sources=(paths[1], paths[0])), bb, INPUT, slot)
@@ -262,7 +262,7 @@ def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp
 def test_multitask_sources(tmp_path: Path) -> None:
     """Columns and rows averaged on their own, those of one task, or ones."""
     bb = made("llama")
-    folder, slot = multitask(bb, tmp_path / "prompt"), injection.prompt_spec(bb, INPUT, ("a",), P)
+    folder, slot = multitask(bb, tmp_path / "prompt"), injection.prompt_spec(bb, INPUT, P)
 
     def found(path: Path = folder, **values: Any) -> Any:
         return initialization.initialize(InitConfig(kind="multitask", path=str(path), **values), bb, INPUT, slot)
@@ -291,7 +291,7 @@ def test_multitask_sources_that_a_model_saved(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "ours" / name, tmp_path / "theirs")
-    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, P)
     state = model.state_dict()
     columns = torch.stack([value for key, value in state.items() if ".columns." in key]).mean(0)
     for folder in ("ours", "theirs"):
@@ -412,7 +412,7 @@ def test_vector_on_its_own_start_by_name(trained: dict[str, artifact.Artifact]) 
 def test_vector_keeps_sources(trained: dict[str, artifact.Artifact]) -> None:
     """Beside the sum, as beside any kind; and the words of class labels reach a start that wants them."""
     bb = made("llama")
-    slot = injection.prompt_spec(bb, INPUT, ("a",), P)
+    slot = injection.prompt_spec(bb, INPUT, P)
     config = InitConfig(vector="movies", start={"kind": "labels"}, sources=("runs/sms/prompt",))
     found = initialization.initialize(config, bb, INPUT, slot, labels=("good", "bad"))
     assert found.sources is not None
@@ -454,7 +454,7 @@ def test_vectors_that_do_not_fit(trained: dict[str, artifact.Artifact]) -> None:
     for values in ({}, {"start": {"kind": "vocabulary"}}):
         with pytest.raises(ArtifactError, match=r"movies: .*other weights"):
             start(other, vector="movies", **values)
-    slot = injection.prompt_spec(other, INPUT, ("a",), P)
+    slot = injection.prompt_spec(other, INPUT, P)
     allowed = initialization.initialize(InitConfig(vector="movies"), other, INPUT, slot, allow_other_weights=True)
     assert allowed.prompt.equal(trained["movies"].prompt)
 
@@ -492,9 +492,15 @@ def test_a_seed_of_its_own_fixes_the_draw(values: dict[str, Any]) -> None:
         ({"seed": "x"}, "init.seed"),
         ({"kind": "mean"}, "init kind 'mean' needs init.paths"),
         ({"kind": "mean", "paths": ["a", "b"], "weights": [1]}, "1 numbers for 2 init.paths; give one for each path"),
-        ({"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]}, "from 0 to 1e9, not all 0; given 1, -1"),
-        ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "not all 0; given 0, 0"),
-        ({"kind": "mean", "paths": ["a"], "weights": [float("nan")]}, "given nan"),
+        (
+            {"kind": "mean", "paths": ["a", "b"], "weights": [1, -1]},
+            r"init.weights.1: .* greater than or equal to 0 \(given: -1\)",
+        ),
+        ({"kind": "mean", "paths": ["a", "b"], "weights": [0, 0]}, "init.weights must not all be 0"),
+        (
+            {"kind": "mean", "paths": ["a"], "weights": [float("nan")]},
+            r"init.weights.0: .* finite number \(given: nan\)",
+        ),
         ({"kind": "meen", "paths": ["a"]}, "'artifact', 'mean', 'multitask' or 'vector' .*did you mean 'mean'"),
         ({"source": ["a"]}, "unknown key 'init.source'; did you mean 'sources'"),
     ],

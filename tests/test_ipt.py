@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -18,7 +19,6 @@ from softprompts.injection import generation
 from softprompts.methods import build, state_of
 from softprompts.methods.ipt import InstancePromptTuning
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
 from softprompts.training import objectives, optimizer
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec
 
@@ -31,7 +31,7 @@ ENCODING = STRATEGIES[1:]
 
 def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocabulary: int = V) -> Any:
     """A method for two tasks whose every parameter is random, in float64 and as in answering (without dropout)."""
-    slot = PromptSpec(TASKS, length, sum(layers) or D, D, vocabulary, layers)
+    slot = PromptSpec(length, sum(layers) or D, D, vocabulary, layers)
     method: Any = build("ipt", options, slot, PromptInit(rows.random(0, length, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
@@ -295,7 +295,7 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
 def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: int, count: int) -> None:
     """Trained numbers by the formulas, at the sizes of RoBERTa-large and of SmolLM2-135M."""
     with torch.device("meta"):
-        slot = PromptSpec(("one",), length, width, width, vocabulary)
+        slot = PromptSpec(length, width, width, vocabulary)
         method = InstancePromptTuning(
             InstancePromptTuning.Config(**options), slot, PromptInit(torch.ones(length, width, device="cpu"))
         )
@@ -308,7 +308,7 @@ def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: in
 def test_starts() -> None:
     """Where training begins: at the start for encoders, and for a table that is added to a base."""
     start, seen = PromptInit(rows.random(0, P, D)), context()
-    slot, embeds = PromptSpec(TASKS, P, D, D, 4000), seen.inputs_embeds
+    slot, embeds = PromptSpec(P, D, D, 4000), seen.inputs_embeds
 
     def begun(**options: Any) -> Any:
         return build("ipt", options, slot, start)(seen)
@@ -371,12 +371,12 @@ def test_size_is_that_of_the_last_prompts() -> None:
 def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
     given = {"vocabulary": V, **slot}
     with pytest.raises(ConfigError, match=message):
-        build("ipt", options, PromptSpec(TASKS, P, D, D, **given), PromptInit(torch.zeros(P, D)))
+        build("ipt", options, PromptSpec(P, D, D, **given), PromptInit(torch.zeros(P, D)))
 
 
 def test_numbers_that_yaml_takes_for_words() -> None:
     """5e-2 is a word to YAML; a word that is no number stays one."""
-    given = PromptSpec(TASKS, P, D, D, vocabulary=V)
+    given = PromptSpec(P, D, D, vocabulary=V)
     assert build("ipt", {"spread": "5e-2"}, given, PromptInit(torch.zeros(P, D))).config.spread == 0.05
 
 
@@ -403,7 +403,7 @@ def test_texts_that_cannot_be_looked_up() -> None:
 def learner(name: str, site: injection.Site = INPUT, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, every parameter random."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, site, TASKS, P)
+    slot = injection.prompt_spec(bb, site, P)
     method: Any = build("ipt", options, slot, PromptInit(rows.random(5, P, slot.width)))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
@@ -495,7 +495,7 @@ def test_training_drops_and_judging_does_not() -> None:
 def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = learner("llama", table=table)
-    config = TrainConfig(rate=0.1, weight_decay=0.1, steps=4)
+    config = TrainConfig(learning_rate=0.1, weight_decay=0.1, max_steps=4)
     adamw = optimizer.build_optimizer(made, made.parameters(), config)
     held = made.method.table.rows if table == "full" else made.method.table.codes
     moved = []
@@ -519,7 +519,7 @@ def test_a_task_alone_answers_as_among_others() -> None:
     prompts = method(seen).values.detach()
     for i, task in enumerate(TASKS):
         start = PromptInit(torch.zeros(P, D))
-        single: Any = build("ipt", {"base": "start"}, PromptSpec((task,), P, D, D, V), start)
+        single: Any = build("ipt", {"base": "start"}, PromptSpec(P, D, D, V), start)
         single.double().load_state_dict(state_of(method, task))
         index = (seen.task_ids == i).nonzero()[:, 0]
         none = torch.zeros(len(index), dtype=torch.long)

@@ -12,9 +12,10 @@ import yaml
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes import pretrain
 from softprompts.recipes.run import run as job
 
@@ -35,16 +36,16 @@ def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
     """The configuration of a run."""
     return {
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1, "attention": "packed"},
-        "prompt": {"method": "ipt", "length": LENGTH},
+        "prompt": {"method": "ipt", "num_virtual_tokens": LENGTH},
         "task": {
             "source": str(folder / "colors.csv"),
             "name": "colors",
             "template": "{text}:",
             "split": {"validation_fraction": 0.2, "test_fraction": 0.2},
         },
-        "train": {"steps": 6, "batch_size": 8, "rate": 0.5, "checkpoint_every": 2, "evaluate_every": 3},
-        "evaluate": {"resamples": 100},
-        "out": str(tmp_path / "out"),
+        "training": {"max_steps": 6, "batch_size": 8, "learning_rate": 0.5, "save_steps": 2, "eval_steps": 3},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(tmp_path / "out"),
     }
 
 
@@ -83,12 +84,16 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     assert found.prompt is None
     assert torch.equal(found.initial, made.start.prompt)
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    for config in (EvaluateConfig(), EvaluateConfig(by="generate", max_new_tokens=3)):
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
+    for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
         trained.learner.method.load_state_dict(found.state)
         ours, theirs = (
-            list(evaluate.answers(one.learner, made.encoders[0], made.tasks[0].test, config))
+            list(
+                evaluate.answers(
+                    made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=config
+                )
+            )
             for one in (opened, trained)
         )
         assert [one.text for one in ours] == [one.text for one in theirs]
@@ -101,7 +106,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
     """With dropout: each step draws from a random stream of its own."""
     options(values, strategy="mlp", table="low-rank", rank=4)
     job.run(parse(values))
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, stopping(3))
     job.run(cut)
@@ -121,8 +126,8 @@ def test_tasks_share_the_table_and_may_have_bases(values: dict[str, Any], tmp_pa
     assert torch.equal(one.state["table.rows"], two.state["table.rows"])
     assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
-        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
-        found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluate)
+        opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
+        found = evaluate.evaluate(opened, job.prepare(run).tasks[0].test, prompt=opened.task, config=run.evaluation)
         assert found.headline.value == page["summary"]["after"]["value"]
 
 
@@ -136,7 +141,7 @@ def test_a_model_with_named_prompts(values: dict[str, Any], tmp_path: Path, give
     model = SoftPromptModel(stock, tokenizer=tokenizer)
     torch.manual_seed(3)
     model.add_task("own", parse({"prompt": values["prompt"]}).prompt)
-    model.add_task("plain", parse({"prompt": {"length": 3}}).prompt)
+    model.add_task("plain", parse({"prompt": {"num_virtual_tokens": 3}}).prompt)
     for seed, parameter in enumerate(model.prompts.parameters()):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
     texts = ["the thing 3 is red", "the thing is blue and more than that", "red", "the green thing"]
@@ -186,8 +191,15 @@ def test_a_model_drops_in_training_mode_only(values: dict[str, Any]) -> None:
 
 def topics(values: dict[str, Any], out: Path, **given: Any) -> dict[str, Any]:
     """The configuration of a pretraining."""
-    train = {"steps": 60, "batch_size": 16, "rate": 0.3, "head_rate": 0.05, "evaluate_every": 20, "checkpoint_every": 7}
-    return options({**values, "out": str(out), "train": train, "prompt": dict(values["prompt"])}, **given)
+    train = {
+        "max_steps": 60,
+        "batch_size": 16,
+        "learning_rate": 0.3,
+        "head_learning_rate": 0.05,
+        "eval_steps": 20,
+        "save_steps": 7,
+    }
+    return options({**values, "output_dir": str(out), "training": train, "prompt": dict(values["prompt"])}, **given)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +240,7 @@ def test_pretraining_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path)
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("whole", "cut"))
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*rate was 0.3, is now 0.2"):
-        pretrain.execute(cut.model_copy(update={"train": cut.train.model_copy(update={"rate": 0.2})}))
+        pretrain.execute(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
 
 
 def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: Path) -> None:
@@ -238,20 +250,20 @@ def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: 
         pretrain.execute(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
     run = parse(topics(values, tmp_path / "topics", base="start"))
     pretrain.execute(
-        run.model_copy(update={"train": run.train.model_copy(update={"steps": 2, "evaluate_every": None})})
+        run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})})
     )
     with pytest.raises(
         ArtifactError, match="holds what pretraining taught method ipt and answers no task; train a run"
     ):
-        job.open_artifacts([tmp_path / "topics" / "prompt"], model=run.model)
+        open_prompts([tmp_path / "topics" / "prompt"], config=run.model)[0]
 
 
 def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], tmp_path: Path) -> None:
     """Pretrained anew under its old name it is another start."""
     for seed in (0, 1):
         run = parse({**topics(values, tmp_path / f"topics{seed}"), "seed": seed})
-        short = run.train.model_copy(update={"steps": 2, "evaluate_every": None})
-        pretrain.execute(run.model_copy(update={"train": short}))
+        short = run.training.model_copy(update={"max_steps": 2, "eval_steps": None})
+        pretrain.execute(run.model_copy(update={"training": short}))
     values["prompt"]["init"] = {"state": str(tmp_path / "state")}
     (tmp_path / "topics0" / "prompt").rename(tmp_path / "state")
     job.run(parse(values))
@@ -272,8 +284,8 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
             "pretraining has a classifier of its own; leave model.head at lm",
         ),
         (
-            {"train": {"patience": 2, "evaluate_every": 1}},
-            "train.patience means nothing in pretraining; possible: steps,",
+            {"training": {"early_stopping_patience": 2, "eval_steps": 1}},
+            "training.early_stopping_patience means nothing in pretraining; possible: steps,",
         ),
         ({"runs": [{"name": "a"}]}, "pretraining takes one task and no list of runs"),
     ],
@@ -287,7 +299,7 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     """Pretrain, train from it, answer; what was pretrained alone makes no prompts."""
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(topics(values, tmp_path / "topics", strategy="cnn")))
-    status, _, err = call("pretrain", "--config", file, "--set", "train.steps=20")
+    status, _, err = call("pretrain", "--config", file, "--set", "training.max_steps=20")
     assert status == 0, err
     assert "training 20/20 loss" in err
     file.write_text(yaml.safe_dump(options(values, strategy="cnn")))
@@ -298,4 +310,4 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     status, out, err = call("predict", tmp_path / "out" / "prompt", "the thing is red")
     assert (status, json.loads(out)["answer"] in ("warm", "cold")) == (0, True), err
     with pytest.raises(ArtifactError, match="what pretraining taught method ipt and answers no task"):
-        job.open_artifacts([prompt], model=parse(values).model)
+        open_prompts([prompt], config=parse(values).model)[0]

@@ -12,19 +12,20 @@ from softprompts import SoftPromptModel, assets, backbone, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.backbone import loading
 from softprompts.backbone.kernels import Kernels
-from softprompts.config import EvaluateConfig, Run, parse
+from softprompts.config import EvaluationConfig, Run, parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model import setup
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.types import Batch, Prompt, PromptInit
 
 
 @pytest.fixture
 def values(tmp_path):
-    return local.run_values(tmp_path, steps=3)
+    return local.run_values(tmp_path, max_steps=3)
 
 
 def test_two_tasks_train_in_the_same_batches(values, tmp_path):
@@ -35,7 +36,7 @@ def test_two_tasks_train_in_the_same_batches(values, tmp_path):
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     assert not torch.equal(one.prompt, two.prompt)
     assert torch.equal(one.initial, two.initial)
-    assert two.format["template"] == "{text}?"
+    assert two.template["template"] == "{text}?"
     for name in ("report-one.html", "report-two.html"):
         assert (tmp_path / "out" / name).is_file()
 
@@ -96,19 +97,25 @@ def test_a_finished_run_is_not_trained_again(values, tmp_path):
 def test_a_run_starts_from_another_artifact(values, tmp_path):
     run.run(parse(values))
     init = {"kind": "artifact", "path": str(tmp_path / "out" / "prompt")}
-    made = run.prepare(parse({**values, "prompt": {"length": 4, "init": init}}))
+    made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": init}}))
     assert torch.equal(made.start.prompt, artifact.load(init["path"]).prompt)
     with pytest.raises(ArtifactError, match=r"\[4, 32\] at site input.*\[5, 32\]"):
-        run.prepare(parse({**values, "prompt": {"length": 5, "init": init}}))
+        run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 5, "init": init}}))
     other = local.model_directory(tmp_path / "other", seed=9)
     with pytest.raises(ArtifactError, match="weights"):
         run.prepare(
-            parse({**values, "model": {**values["model"], "name": str(other)}, "prompt": {"length": 4, "init": init}})
+            parse(
+                {
+                    **values,
+                    "model": {**values["model"], "name": str(other)},
+                    "prompt": {"num_virtual_tokens": 4, "init": init},
+                }
+            )
         )
 
 
 def test_label_words_are_a_start(values):
-    made = run.prepare(parse({**values, "prompt": {"length": 4, "init": {"kind": "labels"}}}))
+    made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": {"kind": "labels"}}}))
     base = made.learner.backbone
     pieces = base.tokenizer(" cold", add_special_tokens=False)["input_ids"]
     assert torch.equal(made.start.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
@@ -116,8 +123,8 @@ def test_label_words_are_a_start(values):
 
 @pytest.mark.parametrize("site", ["layers", "kv"])
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
-    run.run(parse({**values, "prompt": {"length": 4, "site": site}}))
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
+    run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": site}}))
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
     assert opened.learner.site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
 
@@ -126,28 +133,28 @@ def test_deep_prompts_train_and_come_back(values, tmp_path, site):
 def test_chat_puts_the_prompt_where_it_says(values, tmp_path, place):
     """The place goes from the task through training, artifact and generation to the same scores as by hand."""
     tokenizers_tiny.byte_bpe(chat=True).save_pretrained(tmp_path / "llama")
-    values["task"] |= {"chat": True, "chat_place": place, "template": "{text}"}
+    values["task"] |= {"chat": True, "chat_placement": place, "template": "{text}"}
     made = run.prepare(parse(values))
     row = made.tasks[0].test[0]
     before = made.encoders[0].encode(row).prompt_offsets
     assert (before == 0) == (place == "start")
     run.run(parse(values))
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model)
-    (found,) = evaluate.answers(opened.learner, opened.encoder, [row], EvaluateConfig())
-    ids, model = opened.encoder.encode(row).input_ids, opened.learner.backbone.model
-    for label, answer in opened.encoder.candidates().items():
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
+    (found,) = evaluate.answers(opened, [row], prompt=opened.task, config=EvaluationConfig())
+    ids, model = opened.example_tokenizer(opened.task).encode(row).input_ids, opened.backbone.model
+    for label, answer in opened.example_tokenizer(opened.task).candidates().items():
         words = model.get_input_embeddings()(torch.tensor(ids + answer))
-        whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
+        whole = torch.cat([words[:before], opened.registry.records[opened.task].artifact.prompt, words[before:]])[None]
         logits = model(inputs_embeds=whole).logits[0].log_softmax(-1)
         first = len(ids) + 4 - 1
         expected = sum(float(logits[first + i, token]) for i, token in enumerate(answer))
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
-    written = EvaluateConfig(by="generate", max_new_tokens=3)
-    (said,) = evaluate.answers(opened.learner, opened.encoder, [row], written)
+    written = EvaluationConfig(by="generate", max_new_tokens=3)
+    (said,) = evaluate.answers(opened, [row], prompt=opened.task, config=written)
     words = model.get_input_embeddings()(torch.tensor(ids))
-    whole = torch.cat([words[:before], opened.artifacts[0].prompt, words[before:]])[None]
+    whole = torch.cat([words[:before], opened.registry.records[opened.task].artifact.prompt, words[before:]])[None]
     tokens = model.generate(inputs_embeds=whole, max_new_tokens=3, do_sample=False, pad_token_id=0)
-    assert said.text == opened.learner.backbone.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    assert said.text == opened.backbone.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
 
 
 def test_heads_and_several_tasks_are_refused(values):
@@ -160,10 +167,10 @@ def test_heads_and_several_tasks_are_refused(values):
 
 def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
     run.run(parse(values))
-    run.run(parse({**values, "seed": 1, "out": str(tmp_path / "second")}))
+    run.run(parse({**values, "seed": 1, "output_dir": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
-    opened = run.open_artifacts(paths, model=parse(values).model)
-    found = [parameter.detach() for parameter in opened.learner.method.prompts]
+    opened = open_prompts(paths, config=parse(values).model)[0]
+    found = [parameter.detach() for parameter in opened.registry.method(opened.task).prompts]
     assert not torch.equal(*found)
     for prompt, path in zip(found, paths, strict=True):
         assert torch.equal(prompt, artifact.load(path).prompt)
@@ -171,10 +178,10 @@ def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
 
 def test_artifacts_of_different_sites_cannot_stand_together(values, tmp_path):
     run.run(parse(values))
-    run.run(parse({**values, "prompt": {"length": 4, "site": "kv"}, "out": str(tmp_path / "kv")}))
+    run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": "kv"}, "output_dir": str(tmp_path / "kv")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "kv" / "prompt"]
     with pytest.raises(ConfigError, match="differ in site"):
-        run.open_artifacts(paths, model=parse(values).model)
+        open_prompts(paths, config=parse(values).model)[0]
 
 
 @pytest.mark.assets
@@ -203,11 +210,11 @@ def test_the_default_model_shares_its_prefix_exactly():
 
 def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     products = "onednn" if torch.backends.mkldnn.is_available() else "torch"
-    values["model"] |= {"products": products, "attention": "packed-fused", "checkpointing": True}
+    values["model"] |= {"matmul_backend": products, "attention": "packed-fused", "gradient_checkpointing": True}
     machine = run.run(parse(values))["machine"]
     chosen = {
-        "path": "packed",
-        "packed_attention": "fused",
+        "rows": "packed",
+        "core": "fused",
         "matmul_backend": products,
         "gradient_checkpointing": True,
         "compiled": False,
@@ -220,7 +227,7 @@ def test_results_tell_what_the_run_was_made_with(values, tmp_path):
 
 def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeypatch):
     """What was measured may be lost, or the run moved to another machine: equal up to rounding, and told."""
-    values["train"] |= {"checkpoint_every": 1}
+    values["training"] |= {"save_steps": 1}
     steps = []
 
     def stop(_, report):
@@ -234,8 +241,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
     monkeypatch.setattr(setup, "autotune", lambda *_, **__: choice)
     said = []
     results = run.run(parse(values), run.ProgressReporter(log=said.append))
-    kernels = "packed_attention fused, before with packed_attention math"
-    line = f"from step 3 on computed with {kernels}: the same up to rounding, not to the bit"
+    line = "from step 3 on computed with core fused, before with core math: the same up to rounding, not to the bit"
     assert line in said
     assert line in results["warnings"]
     assert [bool(row["machine"]) for row in results["curve"]] == [True, False, True]

@@ -108,10 +108,10 @@ def test_a_language_model_must_be_whole(tmp_path):
 
 
 def test_a_run_on_a_spread_model_equals_one_on_a_whole_model(tmp_path):
-    values = local.run_values(tmp_path, steps=3)
+    values = local.run_values(tmp_path, max_steps=3)
     made = []
     for out, more in (("a", {}), ("b", {"device_map": LAYERS_ON_DISK["llama"]})):
-        run.run(parse(values | {"model": values["model"] | more, "out": str(tmp_path / out)}))
+        run.run(parse(values | {"model": values["model"] | more, "output_dir": str(tmp_path / out)}))
         made.append(artifact.load(tmp_path / out / "prompt"))
     torch.testing.assert_close(made[0].prompt, made[1].prompt, atol=1e-4, rtol=1e-3)
     assert float((made[0].prompt - made[0].initial).abs().max()) > 0.01
@@ -154,7 +154,7 @@ def test_the_options_of_the_command(call, tmp_path, monkeypatch):
         "load",
         lambda *a, **k: asked.append((k["device"], k["dtype"], k["quantize"], k["device_map"])) or load(*a, **k),
     )
-    small = ["--steps", 2, "--length", 3, "--set", "evaluate.resamples=100", "--out", out]
+    small = ["--steps", 2, "--length", 3, "--set", "evaluation.resamples=100", "--out", out]
     words = ["--data", data, "--text", "text", "--label", "label"]
     where = ["--device", "cpu", "--dtype", "float32", "--quantize", "int8"]
     status, _, err = call("train", "--model", model, *words, *where, *small)

@@ -10,30 +10,22 @@ from torch import Tensor
 import rows
 import test_together as together
 import tiny
+from prompted import prompted, rates_of, rows_of, several
 from rows import INPUT
 from softprompts import injection
 from softprompts.errors import ConfigError
-from softprompts.methods import build, state_of
+from softprompts.methods import build, fold
 from softprompts.methods.low_rank import LowRankPromptTuning
-from softprompts.model.learner import Learner
-from softprompts.training import loop
-from softprompts.types import Context, PromptInit, PromptSpec
+from softprompts.types import PromptInit, PromptSpec
 
 P, D = 8, 20
 TASKS = ("one", "two")
 
 
-def made(start: Tensor | None = None, rank: int = 3, tasks: tuple[str, ...] = TASKS) -> LowRankPromptTuning:
+def made(start: Tensor | None = None, rank: int = 3, tasks: tuple[str, ...] = TASKS) -> Any:
     start = rows.random(0, P, D) if start is None else start
-    slot = PromptSpec(tasks, len(start), start.shape[1], start.shape[1])
-    return LowRankPromptTuning(LowRankPromptTuning.Config(rank=rank), slot, PromptInit(start))
-
-
-def prompts(method: LowRankPromptTuning, tasks: list[int]) -> Tensor:
-    """The prompt of each row of a batch."""
-    ids = torch.zeros(len(tasks), 1, dtype=torch.long)
-    found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, D), ids, lambda: torch.zeros(0)))
-    return found.values[found.prompt_index]
+    spec = PromptSpec(len(start), start.shape[1], start.shape[1])
+    return several(LowRankPromptTuning, LowRankPromptTuning.Config(rank=rank), spec, PromptInit(start), tasks)
 
 
 @torch.no_grad()
@@ -41,7 +33,7 @@ def prompts(method: LowRankPromptTuning, tasks: list[int]) -> Tensor:
 def test_it_begins_at_the_nearest_matrix_of_its_rank(rank: int) -> None:
     """As far from the start as the singular values that are left out, and as no other of that rank."""
     start = rows.random(0, P, D)
-    found = made(rank=rank).fold("one")
+    found = fold(made(rank=rank)["one"])
     assert torch.linalg.matrix_rank(found, rtol=1e-5) == rank
     left, values, right = np.linalg.svd(start.double().numpy())
     expected = (left[:, :rank] * values[:rank]) @ right[:rank]
@@ -69,43 +61,44 @@ def test_it_begins_at_the_nearest_matrix_of_its_rank(rank: int) -> None:
     ids=["full", "more than tokens", "as wide", "low", "more than its rank", "zeros", "one token"],
 )
 def test_it_begins_at_a_start_of_no_higher_rank(start: Tensor, rank: int) -> None:
-    method = made(start, rank)
-    assert method.columns[0].shape == (len(start), rank)
-    assert method.rows[0].shape == (rank, start.shape[1])
-    torch.testing.assert_close(method.fold("one"), start, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(method.columns[0].square().mean(0), torch.ones(rank), atol=1e-5, rtol=0)
-    assert method.columns[0].isfinite().all()
+    method = made(start, rank)["one"]
+    assert method.columns.shape == (len(start), rank)
+    assert method.rows.shape == (rank, start.shape[1])
+    torch.testing.assert_close(fold(method), start, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(method.columns.square().mean(0), torch.ones(rank), atol=1e-5, rtol=0)
+    assert method.columns.isfinite().all()
 
 
 @torch.no_grad()
 def test_the_prompt_is_the_product() -> None:
-    method = made()
-    for i, parameter in enumerate(method.parameters()):
+    methods = made()
+    for i, parameter in enumerate(methods.parameters()):
         parameter.add_(rows.random(30 + i, *parameter.shape))
-    found = prompts(method, [1, 0])
-    for row, task in ((0, 1), (1, 0)):
-        columns, factors = method.columns[task].tolist(), method.rows[task].tolist()
+    found = rows_of(methods, [1, 0])
+    for row, task in ((0, "two"), (1, "one")):
+        method = methods[task]
+        columns, factors = method.columns.tolist(), method.rows.tolist()
         for i in range(P):
             for d in range(D):
                 expected = sum(columns[i][k] * factors[k][d] for k in range(3))
                 assert float(found[row, i, d]) == pytest.approx(expected, abs=1e-5)
-        assert torch.equal(method.fold(TASKS[task]), found[row])
-        single = made(torch.zeros(P, D), tasks=(TASKS[task],))
-        single.load_state_dict(state_of(method, TASKS[task]))
-        assert torch.equal(single.fold(TASKS[task]), found[row])
+        assert torch.equal(fold(method), found[row])
+        single = made(torch.zeros(P, D), tasks=(task,))[task]
+        single.load_state_dict(method.state_dict())
+        assert torch.equal(fold(single), found[row])
 
 
 @pytest.mark.parametrize("rank", [3, P + 2])
 def test_gradients_are_those_of_the_formula_and_reach_every_factor(rank: int) -> None:
-    method, gradient = made(rank=rank, tasks=("one",)).double(), rows.random(5, P, D).double()
-    (prompts(method, [0])[0] * gradient).sum().backward()
-    columns, factors = method.columns[0], method.rows[0]
+    methods, gradient = made(rank=rank, tasks=("one",)).double(), rows.random(5, P, D).double()
+    (rows_of(methods, [0])[0] * gradient).sum().backward()
+    columns, factors = methods["one"].columns, methods["one"].rows
     torch.testing.assert_close(columns.grad, gradient @ factors.detach().T)
     torch.testing.assert_close(factors.grad, columns.detach().T @ gradient)
     assert (factors.grad.abs().sum(1) > 0).all(), "also of those that begin at zero"
     zero = made(torch.zeros(P, D), tasks=("one",)).double()
-    (prompts(zero, [0])[0] * gradient).sum().backward()
-    assert (zero.rows[0].grad.abs().sum(1) > 0).all()
+    (rows_of(zero, [0])[0] * gradient).sum().backward()
+    assert (zero["one"].rows.grad.abs().sum(1) > 0).all()
 
 
 def test_numbers_of_trained_parameters() -> None:
@@ -117,12 +110,10 @@ def test_numbers_of_trained_parameters() -> None:
 def test_groups_learn_at_their_own_rates() -> None:
     """Rows are in the prompt's units, columns about one: both learn as fast as a prompt does."""
     bb = tiny.backbone("llama")
-    slot = injection.prompt_spec(bb, INPUT, TASKS, P)
-    one = Learner(
-        bb, INPUT, slot, LowRankPromptTuning(LowRankPromptTuning.Config(), slot, PromptInit(torch.zeros(P, 32)))
-    )
-    optimizer = loop.build_optimizer(one, one.parameters(), together.config(rate=0.2, rate_unit="rms"))
-    found = {tuple(g["params"][0].shape): g["rate"] for g in optimizer.param_groups}
+    spec = injection.prompt_spec(bb, INPUT, P)
+    model = prompted(bb, INPUT, build("low-rank", {}, spec, PromptInit(torch.zeros(P, 32))))
+    groups = rates_of(model, together.config(learning_rate=0.2, learning_rate_unit="rms"))
+    found = {tuple(g["params"][0].shape): g["rate"] for g in groups}
     assert found == pytest.approx({(10, 32): 0.2 * bb.embedding_rms, (P, 10): 0.2})
 
 
@@ -132,4 +123,4 @@ def test_groups_learn_at_their_own_rates() -> None:
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method low-rank: .*{words}"):
-        build("low-rank", options, PromptSpec(TASKS, P, D, D), PromptInit(torch.zeros(P, D)))
+        build("low-rank", options, PromptSpec(P, D, D), PromptInit(torch.zeros(P, D)))

@@ -18,7 +18,7 @@ from torch import Tensor
 import rows
 from artifacts import D, P, assert_equal, bits, trained
 from softprompts.artifacts import artifact, vectors
-from softprompts.artifacts.vectors import Merge, Vector, made, merge, vector
+from softprompts.artifacts.vectors import MergeOptions, Vector, merge, task_vector, to_artifact
 from softprompts.errors import ArtifactError
 
 START = rows.random(0, P, D)
@@ -26,16 +26,19 @@ START = rows.random(0, P, D)
 
 def task(seed: int, name: str = "") -> Vector:
     """A task's vector, with noise in every number."""
-    return vector(trained(START + rows.random(seed, P, D), START, task=f"t{seed}"), name)
+    return task_vector(trained(START + rows.random(seed, P, D), START, task=f"t{seed}"), name)
 
 
 def of(value: Any, name: str = "") -> Vector:
     """The vector whose value is exactly these numbers."""
     tuned = torch.tensor(value, dtype=torch.float32)
-    return vector(trained(tuned, torch.zeros_like(tuned)), name)
+    return task_vector(trained(tuned, torch.zeros_like(tuned)), name)
 
 
 THREE = tuple(task(seed) for seed in (1, 2, 3))
+
+WEIGHTED = ("weighted", "ties", "dare")
+"""The merges that take weights."""
 
 
 def flat(value: Tensor) -> list[float]:
@@ -221,16 +224,16 @@ def test_slerp_of_vectors_in_one_line(t: float) -> None:
 def test_the_order_of_arguments_never_counts(how: str, weights: tuple[Any, ...] | None) -> None:
     """Key, bits, name, parents, and all that is told of what is made; weights go along with their vectors."""
     weights = None if how == "average" else weights
-    first = merge(THREE, how, Merge(weights, density=0.6, seed=1))
+    first = merge(THREE, how, MergeOptions(weights, density=0.6, seed=1))
     results = set()
     for order in itertools.permutations(range(3)):
         along = None if weights is None else [weights[i] for i in order]
-        found = merge([THREE[i] for i in order], how, Merge(along, density=0.6, seed=1))
+        found = merge([THREE[i] for i in order], how, MergeOptions(along, density=0.6, seed=1))
         assert (found.key, found.name, bits(found.value)) == (first.key, first.name, bits(first.value))
-        assert_equal(made(found, START, 0.5), made(first, START, 0.5))
-        results.add(made(found, START, 0.5).digest)
+        assert_equal(to_artifact(found, START, 0.5), to_artifact(first, START, 0.5))
+        results.add(to_artifact(found, START, 0.5).digest)
         if weights is not None:
-            crossed = merge([THREE[i] for i in order], how, Merge(weights, density=0.6, seed=1))
+            crossed = merge([THREE[i] for i in order], how, MergeOptions(weights, density=0.6, seed=1))
             assert (crossed.key == first.key) == (order == (0, 1, 2)), "weights that stay behind are others"
     assert len(results) == 1
 
@@ -240,7 +243,7 @@ def test_slerp_from_the_other_end(t: float) -> None:
     one, other = THREE[:2]
     first, second = vectors.slerp([one, other], t), vectors.slerp([other, one], 1 - t)
     assert (first.key, bits(first.value)) == (second.key, bits(second.value))
-    assert_equal(made(first, START), made(second, START))
+    assert_equal(to_artifact(first, START), to_artifact(second, START))
 
 
 @pytest.mark.parametrize("how", ["weighted", "ties", "dare"])
@@ -248,34 +251,34 @@ def test_one_vector_twice(how: str) -> None:
     """With two weights, and among others: no order is better than another."""
     one, other = THREE[:2]
     every, weights = [one, other, one, one], [0.1, 1, 0.7, 0.3]
-    first = merge(every, how, Merge(weights, density=0.6))
+    first = merge(every, how, MergeOptions(weights, density=0.6))
     for order in itertools.permutations(range(4)):
-        found = merge([every[i] for i in order], how, Merge([weights[i] for i in order], density=0.6))
+        found = merge([every[i] for i in order], how, MergeOptions([weights[i] for i in order], density=0.6))
         assert (found.key, bits(found.value)) == (first.key, bits(first.value))
-        assert_equal(made(found, START), made(first, START))
+        assert_equal(to_artifact(found, START), to_artifact(first, START))
 
 
 @pytest.mark.parametrize("how", sorted(vectors.MERGES))
 def test_what_a_merge_is_does_not_hang_on_names(how: str) -> None:
     plain, named = ([task(seed, name) for seed, name in ((1, a), (2, b))] for a, b in (("", ""), ("x", "y")))
-    one, other = (merge(pair, how, Merge(density=0.6)) for pair in (plain, named))
+    one, other = (merge(pair, how, MergeOptions(density=0.6)) for pair in (plain, named))
     assert one.key == other.key
-    assert (one - other).parts == ()
+    assert (one - other).summands == ()
     crossed = [task(1, "x"), task(1, "y")]
-    assert_equal(made(merge(crossed, how), START), made(merge(crossed[::-1], how), START))
+    assert_equal(to_artifact(merge(crossed, how), START), to_artifact(merge(crossed[::-1], how), START))
 
 
 @pytest.mark.parametrize("how", ["ties", "dare", "slerp"])
 def test_a_merge_is_a_vector_like_others(how: str, tmp_path: Path) -> None:
     """It adds up, scales and is merged again; what is made of it says how, of what and from whom."""
     pair = THREE[:2]
-    one = merge(pair, how, Merge(density=0.6, seed=4, t=0.25))
+    one = merge(pair, how, MergeOptions(density=0.6, seed=4, t=0.25))
     assert one.parents == tuple(sorted({*pair[0].parents, *pair[1].parents}))
     torch.testing.assert_close((one * 2 - THREE[2]).value, one.value * 2 - THREE[2].value)
     assert (one + THREE[2] - one).key == THREE[2].key
     torch.testing.assert_close(vectors.average([one, THREE[2]]).value, (one.value + THREE[2].value) / 2)
-    found = made(one * 0.5 + THREE[2], START)
-    torch.testing.assert_close(found.matrix(""), START + (0.5 * one.value + THREE[2].value).float())
+    found = to_artifact(one * 0.5 + THREE[2], START)
+    torch.testing.assert_close(found.require_prompt(""), START + (0.5 * one.value + THREE[2].value).float())
     assert found.parents == tuple(sorted(digest for part in THREE for digest in part.parents))
     told = {part["name"]: part for part in found.config["vector"]["parts"]}
     assert told[how]["coefficient"] == 0.5
@@ -315,7 +318,7 @@ def test_weighted_and_average_are_sums(weights: list[Fraction]) -> None:
 
 def test_merges_by_name() -> None:
     """Each takes from Merge what it knows; the defaults are the functions' own."""
-    pair, chosen = THREE[:2], Merge(weights=(2, 1), density=0.7, t=0.3, seed=5)
+    pair, chosen = THREE[:2], MergeOptions(weights=(2, 1), density=0.7, t=0.3, seed=5)
     bare = dataclasses.replace(chosen, weights=None)  # average and slerp take none
     for how, wanted, default in (
         ("weighted", vectors.weighted(pair, (2, 1)), vectors.weighted(pair)),
@@ -331,22 +334,22 @@ def test_merges_by_name() -> None:
 @pytest.mark.parametrize(
     ("how", "given", "chosen", "message"),
     [
-        ("tise", THREE, Merge(), "no merge 'tise'; possible: weighted, average, ties, dare, slerp"),
-        *((how, (), Merge(), "no vectors to combine") for how in ("weighted", "average", "ties", "dare")),
-        ("slerp", THREE, Merge(), "from one vector to another, given 3; give two"),
-        ("slerp", THREE[:2], Merge(t=1.5), "t must be from 0 to 1, given 1.5"),
-        ("slerp", THREE[:2], Merge(t=math.nan), "t must be from 0 to 1, given nan"),
-        ("slerp", (THREE[0], THREE[1] - THREE[1]), Merge(), "one of the vectors is zero"),
-        *((how, THREE, Merge(density=0), "above 0 and at most 1: 0") for how in ("ties", "dare")),
-        *((how, THREE, Merge(density=1.1), "above 0 and at most 1: 1.1") for how in ("ties", "dare")),
-        *((how, THREE, Merge(density=math.nan), "above 0 and at most 1: nan") for how in ("ties", "dare")),
-        *((how, THREE, Merge((1, 2)), "2 weights for 3 vectors; give one") for how in ("weighted", "ties", "dare")),
-        *((how, THREE, Merge((1, 2, math.inf)), "by inf; give a finite") for how in ("weighted", "ties", "dare")),
-        ("ties", THREE, Merge((1, 0, 1)), "its weights must be positive"),
-        ("ties", THREE, Merge((1, -1, 1)), "its weights must be positive"),
+        ("tise", THREE, MergeOptions(), "no merge 'tise'; possible: weighted, average, ties, dare, slerp"),
+        *((how, (), MergeOptions(), "no vectors to combine") for how in ("weighted", "average", "ties", "dare")),
+        ("slerp", THREE, MergeOptions(), "from one vector to another, given 3; give two"),
+        ("slerp", THREE[:2], MergeOptions(t=1.5), "t must be from 0 to 1, given 1.5"),
+        ("slerp", THREE[:2], MergeOptions(t=math.nan), "t must be from 0 to 1, given nan"),
+        ("slerp", (THREE[0], THREE[1] - THREE[1]), MergeOptions(), "one of the vectors is zero"),
+        *((how, THREE, MergeOptions(density=0), "above 0 and at most 1: 0") for how in ("ties", "dare")),
+        *((how, THREE, MergeOptions(density=1.1), "above 0 and at most 1: 1.1") for how in ("ties", "dare")),
+        *((how, THREE, MergeOptions(density=math.nan), "above 0 and at most 1: nan") for how in ("ties", "dare")),
+        *((how, THREE, MergeOptions((1, 2)), "2 weights for 3 vectors; give one") for how in WEIGHTED),
+        *((how, THREE, MergeOptions((1, 2, math.inf)), "by inf; give a finite") for how in WEIGHTED),
+        ("ties", THREE, MergeOptions((1, 0, 1)), "its weights must be positive"),
+        ("ties", THREE, MergeOptions((1, -1, 1)), "its weights must be positive"),
     ],
 )  # fmt: skip
-def test_what_is_refused(how: str, given: Sequence[Vector], chosen: Merge, message: str) -> None:
+def test_what_is_refused(how: str, given: Sequence[Vector], chosen: MergeOptions, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         merge(given, how, chosen)
 
@@ -354,4 +357,4 @@ def test_what_is_refused(how: str, given: Sequence[Vector], chosen: Merge, messa
 @pytest.mark.parametrize("how", ["average", "slerp"])
 def test_weights_are_refused_where_nothing_weighs(how: str) -> None:
     with pytest.raises(ArtifactError, match=f"merge '{how}' takes no weights"):
-        vectors.merge([], how, vectors.Merge(weights=[1, 2]))
+        vectors.merge([], how, vectors.MergeOptions(weights=[1, 2]))

@@ -41,7 +41,7 @@ def prompted(name: str, head: str = "lm", site: str = "input", words: Tensor | N
     """A tiny model with a prompt that does what `words` would do."""
     length = 4 if words is None else len(words)
     model = SoftPromptModel(
-        tiny.model(name, head, **more), PromptConfig(length=length, site=site, init=RANDOM), tokenizer=None
+        tiny.model(name, head, **more), PromptConfig(num_virtual_tokens=length, site=site, init=RANDOM), tokenizer=None
     )
     if words is not None:
         put(model, "default", initialization.from_ids(model.backbone, Site(site), words))
@@ -50,7 +50,7 @@ def prompted(name: str, head: str = "lm", site: str = "input", words: Tensor | N
 
 def put(model: Any, task: str, values: Tensor) -> None:
     with torch.no_grad():
-        model.prompts[task].prompts[0].copy_(values)
+        model.prompts[task].prompt.copy_(values)
 
 
 def with_words(name: str, row: Tensor, words: Tensor = WORDS) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,9 @@ def test_what_a_causal_call_may_ask_for() -> None:
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_a_prompt_behind_the_first_token_scores_the_token_behind_it(side: str) -> None:
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=4, place="after_start", init=RANDOM))
+    model = SoftPromptModel(
+        tiny.model("llama"), PromptConfig(num_virtual_tokens=4, placement="after_start", init=RANDOM)
+    )
     put(model, "default", initialization.from_ids(model.backbone, Site(), WORDS))
     text = rows.ids(2, 6)
     full = torch.cat([text[:1], WORDS, text[1:]])[None]
@@ -215,7 +217,7 @@ def test_a_prompt_behind_the_first_token_scores_the_token_behind_it(side: str) -
     )
     if side == "right":
         torch.testing.assert_close(counted.loss, expected.loss, **CLOSE)
-    assert SoftPromptModel(tiny.model("llama"), PromptConfig(length=4, init=RANDOM)).loss_type is None
+    assert SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=4, init=RANDOM)).loss_type is None
 
 
 def test_features_are_the_texts_states() -> None:
@@ -245,9 +247,9 @@ def test_heads_of_encoder_decoders_do_not_depend_on_the_batch(name: str, head: s
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5", "bert"])
 def test_only_prompts_need_a_gradient_and_only_they_are_in_the_state(name: str) -> None:
     model = prompted(name)
-    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompts.default.prompts.0"]
-    assert list(model.state_dict()) == ["prompts.default.prompts.0"]
-    assert list(model.state_dict(prefix="wrapped.")) == ["wrapped.prompts.default.prompts.0"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["prompts.default.prompt"]
+    assert list(model.state_dict()) == ["prompts.default.prompt"]
+    assert list(model.state_dict(prefix="wrapped.")) == ["wrapped.prompts.default.prompt"]
     before = copy.deepcopy(model.model.state_dict())
     text = rows.texts(name, (6,))[0][None]
     model.train()
@@ -261,14 +263,14 @@ def test_only_prompts_need_a_gradient_and_only_they_are_in_the_state(name: str) 
 
 
 def test_heads_are_copies_for_each_task_and_the_models_own_stays() -> None:
-    config = PromptConfig(length=3, init=RANDOM)
+    config = PromptConfig(num_virtual_tokens=3, init=RANDOM)
     model = SoftPromptModel(tiny.model("bert", "sequence"), config, "sst2")
     model.add_task("mnli")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {
         f"{part}.{task}.{name}"
         for task in ("sst2", "mnli")
-        for part, name in (("prompts", "prompts.0"), ("heads", "classifier.weight"), ("heads", "classifier.bias"))
+        for part, name in (("prompts", "prompt"), ("heads", "classifier.weight"), ("heads", "classifier.bias"))
     }
     assert set(model.state_dict()) == trained
     own: Any = model.model
@@ -296,12 +298,12 @@ def test_modules_to_save_names_parts_of_the_head() -> None:
         "heads.default.classifier.out_proj.weight",
         "heads.default.classifier.out_proj.bias",
     ]
-    model.add_task("none", PromptConfig(length=3, init=RANDOM), modules_to_save=[])
+    model.add_task("none", PromptConfig(num_virtual_tokens=3, init=RANDOM), modules_to_save=[])
     assert not any("heads.none" in key for key in model.state_dict())
-    model.add_task("all", PromptConfig(length=3, init=RANDOM), modules_to_save=["classifier"])
+    model.add_task("all", PromptConfig(num_virtual_tokens=3, init=RANDOM), modules_to_save=["classifier"])
     assert len([key for key in model.state_dict() if "heads.all" in key]) == 4
     with pytest.raises(ConfigError, match=r"'clasifier' is no module of the head.*did you mean 'classifier'"):
-        model.add_task("typo", PromptConfig(length=3, init=RANDOM), modules_to_save=["clasifier"])
+        model.add_task("typo", PromptConfig(num_virtual_tokens=3, init=RANDOM), modules_to_save=["clasifier"])
     with pytest.raises(ConfigError, match="possible: none"):
         SoftPromptModel(tiny.model("gpt2"), PromptTuningConfig(num_virtual_tokens=3, modules_to_save=["lm_head"]))
 
@@ -309,8 +311,8 @@ def test_modules_to_save_names_parts_of_the_head() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert"])
 def test_mixed_tasks_in_one_batch_equal_each_task_alone(name: str) -> None:
     """PEFT ignores adapter_names in forward, and the prompt in a mixed generate."""
-    model = SoftPromptModel(tiny.model(name), PromptConfig(length=3, init=RANDOM), "short")
-    model.add_task("long", PromptConfig(length=6, init=RANDOM))
+    model = SoftPromptModel(tiny.model(name), PromptConfig(num_virtual_tokens=3, init=RANDOM), "short")
+    model.add_task("long", PromptConfig(num_virtual_tokens=6, init=RANDOM))
     for i, task in enumerate(model.tasks):
         put(model, task, rows.random(i, 3 + 3 * i, 32))
     texts = rows.texts(name, (5, 8, 3))
@@ -332,8 +334,8 @@ def test_mixed_tasks_in_one_batch_equal_each_task_alone(name: str) -> None:
 
 
 def test_peers_placement(tmp_path: Path) -> None:
-    model = SoftPromptModel(tiny.model("bert"), PromptConfig(length=3, init=RANDOM), "after")
-    model.add_task("first", PromptConfig(length=5, place="first", init=RANDOM))
+    model = SoftPromptModel(tiny.model("bert"), PromptConfig(num_virtual_tokens=3, init=RANDOM), "after")
+    model.add_task("first", PromptConfig(num_virtual_tokens=5, placement="first", init=RANDOM))
     for i, task in enumerate(model.tasks):
         put(model, task, rows.random(i, 3 + 2 * i, 32))
     model.save_pretrained(tmp_path)
@@ -347,8 +349,8 @@ def test_peers_placement(tmp_path: Path) -> None:
 
 
 def test_the_active_task_serves_rows_that_name_none() -> None:
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM), "mnli")
-    model.add_task("sst2", PromptConfig(length=5, init=RANDOM))
+    model = SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM), "mnli")
+    model.add_task("sst2", PromptConfig(num_virtual_tokens=5, init=RANDOM))
     ids = rows.ids(1, 6)[None]
     first = model(ids).logits
     assert torch.equal(first, model(ids, tasks="mnli").logits)
@@ -364,9 +366,9 @@ def test_the_active_task_serves_rows_that_name_none() -> None:
 
 
 def test_mistakes_are_named() -> None:
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM), "sst2")
-    model.add_task("mnli", PromptConfig(length=3, init=RANDOM))
-    model.add_task("deep", PromptConfig(length=3, site="kv", init=RANDOM))
+    model = SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM), "sst2")
+    model.add_task("mnli", PromptConfig(num_virtual_tokens=3, init=RANDOM))
+    model.add_task("deep", PromptConfig(num_virtual_tokens=3, site="kv", init=RANDOM))
     ids = rows.texts("llama", (4, 4))
     two = torch.stack(ids)
     with pytest.raises(ConfigError, match=r"^no prompt 'sts2'; did you mean 'sst2'\? loaded: deep, mnli, sst2$"):
@@ -452,7 +454,7 @@ def test_it_passes_for_the_stock_model() -> None:
     assert not prompted("bert", "sequence").can_generate()
     model.to(torch.bfloat16)
     assert model.dtype == torch.bfloat16
-    assert model.prompts["default"].prompts[0].dtype == torch.float32
+    assert model.prompts["default"].prompt.dtype == torch.float32
     assert model(rows.ids(1, 5)[None]).logits.dtype == torch.bfloat16
     classifier = prompted("bert", "sequence").to(torch.bfloat16)
     assert classifier(rows.texts("bert", (5,))[0][None]).logits.dtype == torch.bfloat16
@@ -470,9 +472,9 @@ NAMES = ["a.b", "train", "items", "%", "with space", "..", "a/b"]
 
 
 def test_any_name_will_do_and_many_tasks_come_back_in_order(tmp_path: Path) -> None:
-    model = SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM), NAMES[0])
+    model = SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM), NAMES[0])
     for name in NAMES[1:]:
-        model.add_task(name, PromptConfig(length=3, init=RANDOM))
+        model.add_task(name, PromptConfig(num_virtual_tokens=3, init=RANDOM))
     with torch.no_grad():
         for i, parameter in enumerate(model.prompts.parameters()):
             parameter.copy_(rows.random(i, 3, 32))
@@ -485,11 +487,15 @@ def test_any_name_will_do_and_many_tasks_come_back_in_order(tmp_path: Path) -> N
     ids = rows.ids(1, 5).expand(len(NAMES), -1)
     places = torch.arange(len(NAMES))
     assert torch.equal(model(ids, task_ids=places).logits, again(ids, task_ids=places).logits)
-    SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM)).save_pretrained(tmp_path / "one")
+    SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(
+        tmp_path / "one"
+    )
     with pytest.raises(ArtifactError, match="holds a prompt of its own; give another directory for 7 of them"):
         model.save_pretrained(tmp_path / "one")
     with pytest.raises(ArtifactError, match="is not empty and is not an artifact"):
-        SoftPromptModel(tiny.model("llama"), PromptConfig(length=3, init=RANDOM)).save_pretrained(tmp_path / "all")
+        SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(
+            tmp_path / "all"
+        )
 
 
 @pytest.mark.golden
@@ -530,7 +536,7 @@ def test_peers_training_on(tmp_path: Path) -> None:
     steps(straight, sgd, 3)
     again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
     steps(again, torch.optim.SGD(again.prompts.parameters(), lr=0.5), 3)
-    assert torch.equal(straight.prompts["default"].prompts[0], again.prompts["default"].prompts[0])
+    assert torch.equal(straight.prompts["default"].prompt, again.prompts["default"].prompt)
     again.save_pretrained(tmp_path / "more")
     first, second = (json.loads((path / "softprompts.json").read_text()) for path in (tmp_path, tmp_path / "more"))
     assert (first["parents"], second["parents"]) == ([], [first["digest"]])
@@ -539,7 +545,7 @@ def test_peers_training_on(tmp_path: Path) -> None:
 def test_peers_wrong_weights(tmp_path: Path) -> None:
     model = prompted("llama", words=None)
     model.save_pretrained(tmp_path)
-    other = SoftPromptModel(tiny.model("llama", seed=1), PromptConfig(length=2, init=RANDOM), "mine")
+    other = SoftPromptModel(tiny.model("llama", seed=1), PromptConfig(num_virtual_tokens=2, init=RANDOM), "mine")
     with pytest.raises(ArtifactError, match="made for other weights: sketch distance"):
         other.load_prompt(tmp_path)
     assert other.tasks == ("mine",)
@@ -571,7 +577,7 @@ def test_a_directory_of_peft_is_used_and_trained_on(tmp_path: Path) -> None:
     found = ours(ids, labels=ids)
     torch.testing.assert_close(found.logits, expected.logits[:, 5:], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(found.loss, expected.loss, **CLOSE)
-    assert ours.prompts[tmp_path.name].prompts[0].requires_grad
+    assert ours.prompts[tmp_path.name].prompt.requires_grad
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -597,7 +603,7 @@ def test_a_configuration_in_pefts_words(tmp_path: Path) -> None:
     theirs = peft.get_peft_model(copy.deepcopy(model), same)
     ours = SoftPromptModel(model, config)
     weight = theirs.prompt_encoder["default"].embedding.weight
-    assert torch.equal(ours.prompts["default"].prompts[0], weight)
+    assert torch.equal(ours.prompts["default"].prompt, weight)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):
@@ -806,7 +812,7 @@ def tokenized(name: str, head: str) -> tuple[Any, Any]:
 
 
 def test_pipelines_take_the_model_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    config = PromptConfig(length=5, init=InitConfig(kind="vocabulary"))
+    config = PromptConfig(num_virtual_tokens=5, init=InitConfig(kind="vocabulary"))
 
     model, tokenizer = tokenized("llama", "lm")
     writer: Any = SoftPromptModel(model, config, tokenizer=tokenizer)

@@ -21,6 +21,7 @@ from softprompts.artifacts import artifact
 from softprompts.backbone import fingerprint, wrap
 from softprompts.config import InitConfig, PromptConfig
 from softprompts.errors import ArtifactError, ConfigError
+from softprompts.methods import fold
 from softprompts.model import SoftPromptModel
 from softprompts.model.peft import MultitaskPromptTuningConfig, PromptTuningConfig
 from softprompts.types import IGNORE
@@ -30,9 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 P = 4
 TASKS = ("mnli", "qqp", "sst2")
-GROUP = "mnli,qqp,sst2"
-KEYS = {"shared", *(f"{part}.{i}" for part in ("columns", "rows") for i in range(3))}
-PLAIN = PromptConfig(length=6, init=InitConfig(kind="random"))
+
+
+def names_of(*tasks: str) -> set[str]:
+    """The tensors of tasks that share a prompt: each once, the shared one by the first task's name."""
+    own = {f"prompts.{task}.{part}" for task in tasks for part in ("columns", "rows")}
+    return {f"prompts.{tasks[0]}.shared.prompt", *own}
+
+
+PLAIN = PromptConfig(num_virtual_tokens=6, init=InitConfig(kind="random"))
 
 
 def shared(name: str, head: str = "lm", ranks: int = 1, **more: Any) -> Any:
@@ -79,16 +86,16 @@ def train(model: Any, name: str, steps: int = 3) -> None:
 def test_tasks_share_one_prompt_and_each_has_its_factors() -> None:
     model = shared("llama")
     assert (model.tasks, model.task) == (TASKS, "mnli")
-    assert set(model.state_dict()) == {f"prompts.{GROUP}.{key}" for key in KEYS}
+    assert set(model.state_dict()) == names_of(*TASKS)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(model.state_dict())
     ids = rows.ids(1, 6)[None]
     model(ids, labels=ids, tasks="qqp").loss.backward()
-    graded = {n for n, p in model.prompts[GROUP].named_parameters() if p.grad is not None and p.grad.any()}
-    assert graded == {"shared", "columns.1", "rows.1"}
+    graded = {n for n, p in model.prompts.named_parameters() if p.grad is not None and p.grad.any()}
+    assert graded == {"mnli.shared.prompt", "qqp.columns", "qqp.rows"}
     named = SoftPromptModel(tiny.model("llama"), MultitaskPromptTuningConfig(num_virtual_tokens=P, num_tasks=2))
     assert named.tasks == ("0", "1")
     one = SoftPromptModel(tiny.model("llama"), MultitaskPromptTuningConfig(num_virtual_tokens=P))
-    assert (one.tasks, next(iter(one.state_dict()))) == (("default",), "prompts.default.shared")
+    assert (one.tasks, set(one.state_dict())) == (("default",), names_of("default"))
 
 
 @pytest.mark.golden
@@ -110,10 +117,10 @@ def test_mixed_batches_equal_each_task_alone(name: str) -> None:
     for i, text in enumerate(texts):
         alone = model(text[None], labels=text[None], tasks=names[i]).logits
         torch.testing.assert_close(found[i, : len(text)], alone[0], **CLOSE)
-        plain = SoftPromptModel(tiny.model(name), PromptConfig(length=P, init=InitConfig(kind="random")))
+        plain = SoftPromptModel(tiny.model(name), PromptConfig(num_virtual_tokens=P, init=InitConfig(kind="random")))
         if names[i] in TASKS:
             with torch.no_grad():
-                plain.prompts["default"].prompts[0].copy_(model.prompts[GROUP].fold(names[i]))
+                plain.prompts["default"].prompt.copy_(fold(model.prompts[names[i]]))
             torch.testing.assert_close(plain(text[None], labels=text[None]).logits, alone, **CLOSE)
     if name != "bert":
         options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -153,7 +160,7 @@ def test_our_files_are_the_ones_peft_writes(tmp_path: Path, name: str) -> None:
     assert len(json.loads(ours)) == 21
     tensors = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
     assert {k: v.shape for k, v in tensors[0].items()} == {k: v.shape for k, v in tensors[1].items()}
-    assert torch.equal(tensors[0]["prompt_embeddings"], model.prompts[GROUP].shared)
+    assert torch.equal(tensors[0]["prompt_embeddings"], model.prompts["mnli"].shared.prompt)
     assert sorted(p.name for p in (tmp_path / "ours").iterdir()) == [
         *("adapter_config.json", "adapter_model.safetensors"),
         *TASKS,
@@ -172,11 +179,11 @@ def test_a_directory_of_peft_is_used_and_trained_on(tmp_path: Path, name: str, r
     made.save_pretrained(tmp_path)
     ours = SoftPromptModel.from_pretrained(tiny.model(name), tmp_path)
     assert ours.tasks == ("0", "1", "2")
-    assert set(ours.state_dict()) == {f"prompts.0,1,2.{key}" for key in KEYS}
+    assert set(ours.state_dict()) == names_of("0", "1", "2")
     torch.testing.assert_close(logits(ours, name, [2, 0, 1]), logits(made, name, [2, 0, 1]), **CLOSE)
-    before = ours.prompts["0,1,2"].shared.detach().clone()
+    before = ours.prompts["0"].shared.prompt.detach().clone()
     train(ours, name)
-    assert not torch.equal(ours.prompts["0,1,2"].shared, before)
+    assert not torch.equal(ours.prompts["2"].shared.prompt, before)
     ours.save_pretrained(tmp_path / "more")
     again = peft.PeftModel.from_pretrained(tiny.model(name), tmp_path / "more").eval()
     torch.testing.assert_close(logits(again, name, [2, 0, 1]), logits(ours, name, [2, 0, 1]), **CLOSE)
@@ -191,8 +198,8 @@ def test_of_pefts_two_halves_the_encoders_is_taken_as_its_generate_does(tmp_path
     made.save_pretrained(tmp_path)
     ours = SoftPromptModel.from_pretrained(tiny.model("t5"), tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")
-    assert torch.equal(ours.prompts["0,1,2"].shared, stored["prompt_embeddings"][:P])
-    assert torch.equal(ours.prompts["0,1,2"].columns[2], stored["prefix_task_cols"][2, :P])
+    assert torch.equal(ours.prompts["0"].shared.prompt, stored["prompt_embeddings"][:P])
+    assert torch.equal(ours.prompts["2"].columns, stored["prefix_task_cols"][2, :P])
     ids = torch.stack(rows.texts("t5", (7, 7, 7)))
     options = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     expected = made.generate(input_ids=ids, task_ids=torch.arange(3), **options)
@@ -214,12 +221,12 @@ def test_saved_and_loaded_it_is_the_same_group_bit_for_bit_and_trains_on(tmp_pat
     assert (one.task, one.method, set(one.state)) == (
         "qqp",
         "multitask-prompt-tuning",
-        {"shared", "columns.0", "rows.0"},
+        {"shared.prompt", "columns", "rows"},
     )
-    torch.testing.assert_close(one.prompt, one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
+    torch.testing.assert_close(one.prompt, one.state["shared.prompt"] * (one.state["columns"] @ one.state["rows"]))
     alone = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path / "qqp")
     assert alone.tasks == ("qqp",)
-    assert alone.prompts["qqp"].shared.requires_grad
+    assert alone.prompts["qqp"].shared.prompt.requires_grad
 
 
 def test_initial_prompts_are_where_each_task_began(tmp_path: Path) -> None:
@@ -233,24 +240,24 @@ def test_initial_prompts_are_where_each_task_began(tmp_path: Path) -> None:
 
 def test_a_task_added_like_one_of_a_group_joins_it(tmp_path: Path) -> None:
     model = shared("llama")
-    factors = model.prompts[GROUP].columns[1]
+    shared_module = model.prompts["qqp"].shared
     model.task = "qqp"
     model.add_task("cola")
-    method = model.prompts[f"{GROUP},cola"]
-    assert list(model.prompts) == [f"{GROUP},cola"]
-    assert method.columns[1] is factors
-    assert torch.equal(method.fold("cola"), method.shared)  # it begins at the shared prompt
+    method = model.prompts["cola"]
+    assert model.registry.group("cola") == (*TASKS, "cola")
+    assert method.shared is shared_module
+    assert torch.equal(fold(method), method.shared.prompt)  # it begins at the shared prompt
     assert logits(model, "llama", [3, 1]).shape[0] == 2
     model.save_pretrained(tmp_path)
-    assert torch.equal(artifact.load(tmp_path, "cola").initial, method.shared)
+    assert torch.equal(artifact.load(tmp_path, "cola").initial, method.shared.prompt)
     assert peft.PeftModel.from_pretrained(tiny.model("llama"), tmp_path).peft_config["default"].num_tasks == 4
     # with a configuration of its own it stands alone
     model.add_task("alone", MultitaskPromptTuningConfig(num_virtual_tokens=P))
-    assert list(model.prompts) == [f"{GROUP},cola", "alone"]
+    assert model.registry.group("alone") == ("alone",)
     model.add_task("like", PLAIN)
     model.task = "like"
     model.add_task("copy")  # prompt tuning shares nothing
-    assert list(model.prompts)[2:] == ["like", "copy"]
+    assert (model.registry.group("like"), model.registry.group("copy")) == (("like",), ("copy",))
 
 
 def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
@@ -261,7 +268,9 @@ def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
         prompt = rows.random(i, P, 32)
         made = example(prompt=prompt, initial=prompt, state={}, fingerprint=fingerprint(backbone))
         sources.append(str(artifact.save(made, tmp_path / str(i))))
-    config = PromptConfig(method="attempt", length=P, init=InitConfig(kind="random", sources=tuple(sources)))
+    config = PromptConfig(
+        method="attempt", num_virtual_tokens=P, init=InitConfig(kind="random", sources=tuple(sources))
+    )
     model = SoftPromptModel(tiny.model("llama"), config, task="first")
     model.add_task("second")
     ids = rows.ids(3, 6)[None].expand(2, -1)
@@ -269,7 +278,7 @@ def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
     torch.testing.assert_close(both[0], both[1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("prompts.1"):
+            if name.endswith("second.prompt"):
                 parameter.add_(1.0)
     moved = model(input_ids=ids, tasks=["first", "second"]).logits
     torch.testing.assert_close(moved[0], both[0])
@@ -278,14 +287,14 @@ def test_a_task_added_to_attempt_mixes_the_same_sources(tmp_path):
 
 def test_a_task_that_leaves_takes_only_its_own_along(tmp_path: Path) -> None:
     model = shared("llama")
-    expected, kept = logits(model, "llama", [2, 0]), model.prompts[GROUP].rows[2]
+    expected, kept = logits(model, "llama", [2, 0]), model.prompts["sst2"].rows
     model.remove_task("qqp")
-    assert (model.tasks, list(model.prompts)) == (("mnli", "sst2"), ["mnli,sst2"])
-    assert model.prompts["mnli,sst2"].rows[1] is kept
+    assert model.tasks == model.registry.group("mnli") == ("mnli", "sst2")
+    assert model.prompts["sst2"].rows is kept
     assert torch.equal(logits(model, "llama", [1, 0]), expected)
     model.save_pretrained(tmp_path)
     model.load_prompt(tmp_path / "sst2")  # again, by itself: it shares no more
-    assert (model.tasks, set(model.prompts)) == (("mnli", "sst2"), {"mnli", "sst2"})
+    assert (model.tasks, model.registry.group("mnli")) == (("mnli", "sst2"), ("mnli",))
     torch.testing.assert_close(logits(model, "llama", [1, 0]), expected, **CLOSE)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()  # of the group that was here before
@@ -348,13 +357,13 @@ def test_heads_are_each_tasks_own_and_peft_has_one_for_all(tmp_path: Path, head:
 def test_what_peft_cannot_reproduce_is_not_written_for_it(tmp_path: Path) -> None:
     model = shared("bert")
     model.save_pretrained(tmp_path / "bert")
-    assert "place after_start: PEFT puts" in json.loads((tmp_path / "bert" / "tasks.json").read_text())["peft"]
+    assert "placement after_start: PEFT puts" in json.loads((tmp_path / "bert" / "tasks.json").read_text())["peft"]
     model = shared("llama")
-    model.add_tasks(["a", "b"], PromptConfig(method="multitask-prompt-tuning", site="kv", length=3))
+    model.add_tasks(["a", "b"], PromptConfig(method="multitask-prompt-tuning", site="kv", num_virtual_tokens=3))
     model.save_pretrained(tmp_path / "two")
     assert json.loads((tmp_path / "two" / "tasks.json").read_text())["peft"] == "2 groups: PEFT's files hold one"
     again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path / "two")
-    assert list(again.prompts) == [GROUP, "a,b"]
+    assert (again.registry.group("qqp"), again.registry.group("b")) == (TASKS, ("a", "b"))
 
 
 @pytest.fixture
@@ -374,7 +383,7 @@ def test_one_of_several_is_loaded_by_name_or_place(saved: Path) -> None:
         assert all(torch.equal(one.state[key], value) for key, value in by_name.state.items())
     artifact.save(one, saved.parent / "single")
     again = artifact.load(saved.parent / "single", "1")
-    assert torch.equal(again.state["rows.0"], by_name.state["rows.0"])
+    assert torch.equal(again.state["rows"], by_name.state["rows"])
     for path, task, message in (
         (saved, None, "holds 3 prompts; give the directory of one: its prompts are in mnli, qqp, sst2"),
         (saved, "qpq", r"holds no prompt 'qpq'; did you mean 'qqp'\? its prompts are in"),
@@ -402,7 +411,7 @@ def test_one_task_of_pefts_loads_without_saying_which(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path / "theirs")
     one = artifact.load(tmp_path / "theirs")
     assert (one.task, one.method, one.options) == ("theirs", "multitask-prompt-tuning", {"ranks": 2})
-    torch.testing.assert_close(one.prompt, one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
+    torch.testing.assert_close(one.prompt, one.state["shared.prompt"] * (one.state["columns"] @ one.state["rows"]))
     ours = SoftPromptModel.from_pretrained(tiny.model("gpt2"), tmp_path / "theirs")
     torch.testing.assert_close(logits(ours, "gpt2", [0]), logits(made, "gpt2", [0]), **CLOSE)
 
@@ -442,10 +451,10 @@ def test_a_directory_whose_files_do_not_belong_together_is_refused(saved: Path) 
     model = SoftPromptModel.from_pretrained(stock, saved.parent / "other")
     move(model)
     with torch.no_grad():
-        model.prompts[GROUP].shared.add_(1)
+        model.prompts["sst2"].shared.prompt.add_(1)
     model.save_pretrained(saved.parent / "other")
     shutil.copytree(saved.parent / "other" / "qqp", saved / "qqp", dirs_exist_ok=True)
-    with pytest.raises(ArtifactError, match="'shared', which mnli and qqp share, differs between them"):
+    with pytest.raises(ArtifactError, match="'shared.prompt', which mnli and qqp share, differs between them"):
         SoftPromptModel.from_pretrained(stock, saved)
     shutil.copy(saved.parent / "other" / "adapter_model.safetensors", saved)
     with pytest.raises(ArtifactError, match=r"PEFT saved here later; delete tasks.json to load PEFT's prompts"):
@@ -523,8 +532,8 @@ def test_a_group_is_copied_and_moved_as_one() -> None:
     assert torch.equal(logits(twin, "llama", [2, 1]), logits(model, "llama", [2, 1]))
     move(twin)
     twin.remove_task("mnli")
-    assert list(model.prompts) == [GROUP]
+    assert (model.tasks, twin.registry.group("sst2")) == (TASKS, ("qqp", "sst2"))
     twin.to(torch.bfloat16)
-    assert twin.prompts["qqp,sst2"].shared.dtype == torch.float32
+    assert twin.prompts["qqp"].shared.prompt.dtype == torch.float32
     plain = SoftPromptModel(tiny.model("llama"), PromptTuningConfig(num_virtual_tokens=3), tasks=["a"])
     assert plain.tasks == ("a",)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from softprompts.model.learner import Learner
 
 import local
 import rows
@@ -19,7 +20,7 @@ from softprompts.artifacts import artifact
 from softprompts.config import PromptConfig, parse
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
-from softprompts.model.learner import Learner
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import equivalence, loop, objectives
 from softprompts.types import Prompt, PromptInit, in_mode
@@ -53,7 +54,7 @@ class Watched(torch.nn.Module):
 
 def learner(name: str = "llama") -> Learner:
     base = together.double(name)
-    slot = injection.prompt_spec(base, INPUT, ("a",), 4)
+    slot = injection.prompt_spec(base, INPUT, 4)
     return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, PromptInit(rows.random(1, 4, slot.width) + 1)))
 
 
@@ -83,7 +84,7 @@ def test_a_step_trains_and_all_else_judges() -> None:
             one.prompt(batch)
         return scores[-1]
 
-    config = together.config(steps=3, evaluate_every=2)
+    config = together.config(max_steps=3, eval_steps=2)
     list(loop.fit(one, data, config, pad=0, validate=validate))
     assert method.asked == [True, True, True, False, True], "two steps, a validation that makes a step, the last step"
     assert not any(method.folded)
@@ -109,20 +110,20 @@ def test_a_mode_comes_back_after_an_error() -> None:
 
 def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
     """With dropout an artifact scores as its run did, and a resumed run is the whole one; it makes a difference."""
-    values = local.run_values(tmp_path, steps=4, checkpoint_every=2, evaluate_every=2)
+    values = local.run_values(tmp_path, max_steps=4, save_steps=2, eval_steps=2)
     values["prompt"] |= {"method": "prefix-tuning", "site": "kv", "options": {"dropout": 0.5}}
-    values["train"]["rate"] = 0.1
+    values["training"]["learning_rate"] = 0.1
     results = job.run(parse(values))
     run = parse(values)
-    opened = job.open_artifacts([tmp_path / "out" / "prompt"], model=run.model)
-    found = evaluate.evaluate(opened.learner, opened.encoder, job.prepare(run).tasks[0].test, run.evaluate)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
+    found = evaluate.evaluate(opened, job.prepare(run).tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
 
     def stop(_: str, report: Any) -> None:
         if report.step == 3:
             raise KeyboardInterrupt
 
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, job.ProgressReporter(on_step=stop))
     job.run(cut)
@@ -130,14 +131,14 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
     assert torch.equal(whole.prompt, again.prompt)
     assert torch.equal(whole.prompt, whole.state["prompts.0"]), "nothing is left out of what is saved"
     values["prompt"]["options"] = {}
-    job.run(parse({**values, "out": str(tmp_path / "plain")}))
+    job.run(parse({**values, "output_dir": str(tmp_path / "plain")}))
     assert not torch.allclose(artifact.load(tmp_path / "plain" / "prompt").prompt, whole.prompt, atol=1e-4)
 
 
 def test_a_model_judges_until_it_is_told_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model of transformers' from_pretrained: new, loaded and joined prompts are in the model's mode."""
     monkeypatch.setitem(methods.METHODS, "watched", f"{__name__}:Watched")
-    config = PromptConfig(method="watched", length=4)
+    config = PromptConfig(method="watched", num_virtual_tokens=4)
     model = SoftPromptModel(tiny.model("llama"), config, task="one")
     ids = torch.tensor([[5, 6, 7]])
     model(input_ids=ids)
@@ -162,7 +163,9 @@ def test_a_prefix_with_dropout_answers_alike_every_time(tmp_path: Path) -> None:
     folder = local.model_directory(tmp_path / "llama")
     model = SoftPromptModel(
         transformers.AutoModelForCausalLM.from_pretrained(folder),
-        PromptConfig(method="prefix-tuning", site="kv", length=4, options={"dropout": 0.5}, init={"kind": "random"}),
+        PromptConfig(
+            method="prefix-tuning", site="kv", num_virtual_tokens=4, options={"dropout": 0.5}, init={"kind": "random"}
+        ),
     )
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():

@@ -22,6 +22,7 @@ from softprompts.evaluation.evaluate import answers
 from softprompts.injection import Site
 from softprompts.methods import METHODS
 from softprompts.model import initialization
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
 
@@ -35,7 +36,15 @@ FIELDS = {"ids": "input_ids", "mask": "attention_mask", "place": "prompt_offsets
 FIELDS |= {"words": "instruction_mask"}
 """Fields of a Batch that had other names when the batches were stored."""
 
-RENAMED = {"verbalizer": "verbaliser", "normalize": "normalise", "reparametrize": "reparametrise"}
+ATTRIBUTES = {"place": "placement", "format": "template", "sum": "vector_sum"}
+"""What attributes of an Artifact are called today, by their names in expected.json."""
+
+RENAMED = {
+    "verbalizer": "verbaliser",
+    "chat_placement": "chat_place",
+    "normalize": "normalise",
+    "reparametrize": "reparametrise",
+}
 """Keys of a template, of a method's options and of the evaluation that had other names then."""
 
 # What the library is called with --------------------------------------------------------------------------------------
@@ -46,7 +55,8 @@ def facts(directory: Path) -> dict[str, Any]:
     loaded = artifact.load(directory)
     names = ("task", "method", "options", "site", "mode", "place", "segments", "shape", "family", "head", "backbone")
     names += ("revision", "format", "scores", "version", "parents", "digest", "sum")
-    values: dict[str, Any] = json.loads(json.dumps({name: getattr(loaded, name) for name in names}))
+    attributes = {name: getattr(loaded, ATTRIBUTES.get(name, name)) for name in names}
+    values: dict[str, Any] = json.loads(json.dumps(attributes))
     return {**values, "options": as_then(values["options"]), "format": as_then(values["format"])}
 
 
@@ -65,7 +75,7 @@ def tensors(directory: Path) -> dict[str, Tensor]:
 
 def opened(directory: Path) -> Any:
     """The artifact with its backbone, ready to answer."""
-    return job.open_artifacts([directory], model=backbone_config(artifact.load(directory).backbone))
+    return open_prompts([directory], config=backbone_config(artifact.load(directory).backbone))[0]
 
 
 def backbone_config(name: str) -> ModelConfig:
@@ -125,7 +135,7 @@ def resaved(directory: Path, target: Path) -> Path:
 def started(config: InitConfig, length: int) -> Any:
     """A start for the input of the tiny llama."""
     base = job.load_backbone(backbone_config("backbones/llama"))
-    return initialization.initialize(config, base, Site(), injection.prompt_spec(base, Site(), ("new",), length))
+    return initialization.initialize(config, base, Site(), injection.prompt_spec(base, Site(), length))
 
 
 def run_values(out: Path) -> dict[str, Any]:
@@ -136,11 +146,11 @@ def run_values(out: Path) -> dict[str, Any]:
     task |= {"positive": "warm", "split": {"validation_fraction": 0.1, "test_fraction": 0.2}}
     return {
         "model": {"name": "backbones/llama", "dtype": "float32", "threads": 1},
-        "prompt": {"length": 4, "init": {"kind": "random"}},
+        "prompt": {"num_virtual_tokens": 4, "init": {"kind": "random"}},
         "task": task,
-        "train": {"steps": 4, "batch_size": 8, "rate": 0.5, "head_rate": 0.05},
-        "evaluate": {"resamples": 100, "max_new_tokens": 4},
-        "out": str(out),
+        "training": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.5, "head_learning_rate": 0.05},
+        "evaluation": {"resamples": 100, "max_new_tokens": 4},
+        "output_dir": str(out),
     }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -15,7 +16,6 @@ from softprompts import injection
 from softprompts.backbone.kernels import Kernels
 from softprompts.injection import packed_attention
 from softprompts.methods import find
-from softprompts.model.learner import Learner
 from softprompts.training import equivalence, objectives
 from softprompts.types import PromptInit
 
@@ -23,7 +23,7 @@ from softprompts.types import PromptInit
 def learner(name: str, site: injection.Site = INPUT, kernels: Kernels | None = None) -> Learner:
     """Prompt tuning with three tokens on a tiny model."""
     bb = tiny.backbone(name) if kernels is None else replace(tiny.backbone(name), kernels=kernels)
-    slot = injection.prompt_spec(bb, site, ("a",), 3)
+    slot = injection.prompt_spec(bb, site, 3)
     method = find("prompt-tuning")
     return Learner(bb, site, slot, method(method.Config(), slot, PromptInit(rows.random(0, 3, slot.width))))
 

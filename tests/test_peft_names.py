@@ -116,7 +116,7 @@ def test_a_model_takes_the_start_that_peft_would(tokenizer: str) -> None:
     described, start = config.describe(bb)
     assert start is not None
     assert torch.equal(start.prompt, initialization.from_ids(bb, Site(), ids))
-    assert (described.length, described.init.kind) == (4, "text")
+    assert (described.num_virtual_tokens, described.init.kind) == (4, "text")
 
 
 def test_sampled_words_are_words_and_none_comes_twice(words: Any) -> None:

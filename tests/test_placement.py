@@ -15,13 +15,14 @@ import tiny
 import tokenizers_tiny
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, PromptConfig, parse
+from softprompts.config import EvaluationConfig, PromptConfig, parse
 from softprompts.data import ExampleTokenizer, TaskTemplate, collate, place_of
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.model import initialization
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.types import IGNORE
 from test_golden_placement import order
@@ -70,9 +71,9 @@ def test_slots_of_a_template() -> None:
         ),
         (
             ["<prompt:4>{a}", "<prompt:4>"],
-            r"slots have 4 \+ 4 = 8 prompt tokens, but prompt.length is 7; make them equal",
+            r"slots have 4 \+ 4 = 8 prompt tokens, but prompt.num_virtual_tokens is 7; make them equal",
         ),
-        (["<prompt:5>{a}"], r"slots have 5 prompt tokens, but prompt.length is 7"),
+        (["<prompt:5>{a}"], r"slots have 5 prompt tokens, but prompt.num_virtual_tokens is 7"),
         (["<prompt:all>{a}"], "'<prompt:all>' names no number of prompt tokens, as <prompt:10>"),
     ],
 )
@@ -158,7 +159,7 @@ def test_batches_of_rows_with_slots() -> None:
 
 
 def test_where_the_template_puts_the_prompt() -> None:
-    plain, chat = replace(FORM, template="{text}"), replace(FORM, template="{text}", chat=True, chat_place="user")
+    plain, chat = replace(FORM, template="{text}"), replace(FORM, template="{text}", chat=True, chat_placement="user")
     assert [place_of("auto", forms) for forms in ([FORM], [plain], [chat])] == ["template", "auto", "auto"]
     assert place_of("template", [FORM, FORM]) == "template"
     assert place_of("suffix", [plain]) == "suffix"
@@ -167,10 +168,14 @@ def test_where_the_template_puts_the_prompt() -> None:
     assert place_of("auto", [replace(system, chat=False)]) == "auto"  # without a chat nobody reads it
     for asked, forms, message in (
         ("auto", [FORM, replace(plain, name="u")], "t has slots for the prompt in its template, u has none"),
-        ("template", [plain], "prompt.place is template, but the template '{text}' has no slot for the prompt"),
-        ("first", [FORM], "the template has a slot for the prompt, and prompt.place is first; leave one out"),
-        ("suffix", [chat], "chat_place is user, and prompt.place is suffix: both say where the prompt stands"),
-        ("auto", [replace(FORM, chat=True, chat_place="user")], "chat_place is user, and the template has a slot"),
+        ("template", [plain], "prompt.placement is template, but the template '{text}' has no slot for the prompt"),
+        ("first", [FORM], "the template has a slot for the prompt, and prompt.placement is first; leave one out"),
+        ("suffix", [chat], "chat_placement is user, and prompt.placement is suffix: both say where the prompt stands"),
+        (
+            "auto",
+            [replace(FORM, chat=True, chat_placement="user")],
+            "chat_placement is user, and the template has a slot",
+        ),
     ):
         with pytest.raises(DataError, match=message):
             place_of(asked, forms)
@@ -186,19 +191,19 @@ def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
 @pytest.mark.parametrize(
     ("prompt", "task", "message"),
     [
-        ({}, {"template": "<prompt:3>{text}"}, "slots have 3 prompt tokens, but prompt.length is 4"),
+        ({}, {"template": "<prompt:3>{text}"}, "slots have 3 prompt tokens, but prompt.num_virtual_tokens is 4"),
         ({}, {"template": "<prompt>:"}, "the template '<prompt>:' has no slot for the text"),
         ({}, {"template": "Type:"}, "the template 'Type:' has no slot for the text"),
         ({"site": "kv"}, {"template": "{text}<prompt>"}, "place 'template' is not possible .*take <prompt> out of the"),
-        ({"site": "kv", "place": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
-        ({"place": "template"}, {}, "prompt.place is template, but the template '{text}:' has no slot"),
+        ({"site": "kv", "placement": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
+        ({"placement": "template"}, {}, "prompt.placement is template, but the template '{text}:' has no slot"),
         (
             {"site": "kv"},
-            {"chat": True, "chat_place": "user"},
-            "chat_place is user, but at site 'kv' nothing can stand",
+            {"chat": True, "chat_placement": "user"},
+            "chat_placement is user, but at site 'kv' nothing can stand",
         ),
         (
-            {"place": "template", "segments": [1, 3]},
+            {"placement": "template", "segments": [1, 3]},
             {"template": "<prompt:2>{text}<prompt:2>"},
             r"slots have 2 \+ 2 prompt tokens, prompt.segments says 1 \+ 3; leave prompt.segments out",
         ),
@@ -213,14 +218,17 @@ def test_runs_that_cannot_be(tmp_path: Any, prompt: dict[str, Any], task: dict[s
 
 
 def test_segments_are_the_prompt() -> None:
-    assert PromptConfig(length=5, place="template", segments=(2, 3)).segments == (2, 3)
+    assert PromptConfig(num_virtual_tokens=5, placement="template", segments=(2, 3)).segments == (2, 3)
     for given, message in (
         (
-            {"length": 5, "place": "template", "segments": (2, 2)},
+            {"num_virtual_tokens": 5, "placement": "template", "segments": (2, 2)},
             r"prompt.segments 2 \+ 2 must each be at least 1 and sum",
         ),
-        ({"length": 5, "place": "template", "segments": (5, 0)}, r"prompt.segments 5 \+ 0 must each be at least 1"),
-        ({"length": 5, "segments": (2, 3)}, "prompt.segments is for place template, not auto"),
+        (
+            {"num_virtual_tokens": 5, "placement": "template", "segments": (5, 0)},
+            r"prompt.segments 5 \+ 0 must each be at least 1",
+        ),
+        ({"num_virtual_tokens": 5, "segments": (2, 3)}, "prompt.segments is for placement template, not auto"),
     ):
         with pytest.raises(ValueError, match=message):
             PromptConfig(**given)
@@ -240,33 +248,33 @@ def test_segments_are_the_prompt() -> None:
 )
 def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -> None:
     """Trained, judged, saved and opened again: answers are the stock model's with the prompt in its slots."""
-    values = local.run_values(tmp_path, name, steps=3)
+    values = local.run_values(tmp_path, name, max_steps=3)
     values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
-    values["prompt"] |= {"place": "suffix"} if place == "suffix" else {}
+    values["prompt"] |= {"placement": "suffix"} if place == "suffix" else {}
     run.run(parse(values))
     directory = tmp_path / "out" / "prompt"
     found = artifact.load(directory)
-    assert (found.place, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
+    assert (found.placement, found.segments) == (place, (1, 3) if template.count("<prompt:") == 2 else ())
     written = json.loads((directory / "softprompts.json").read_text())
-    assert written["peft"] == f"place {place}: PEFT puts the prompt before the text"
+    assert written["peft"] == f"placement {place}: PEFT puts the prompt before the text"
     assert not (directory / "adapter_config.json").exists()
-    opened = run.open_artifacts([directory], model=parse(values).model)
+    opened = open_prompts([directory], config=parse(values).model)[0]
     made = run.prepare(parse(values))
     test = made.tasks[0].test
-    answers = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    answers = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     if name != "llama":
         ours = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), made.encoders[0], test, EvaluateConfig()
+            made.model, test, prompt=made.prompt(0), encoder=made.encoders[0], config=EvaluationConfig()
         )
         assert [one.scores for one in ours] == [one.scores for one in answers]
         return
-    model = opened.learner.backbone.model
+    model = opened.backbone.model
     for row, found_answer in zip(test, answers, strict=True):
-        text = opened.encoder.encode(row)
+        text = opened.example_tokenizer(opened.task).encode(row)
         places, sizes = (
             (text.prompt_offsets, text.segment_lengths) if place == "template" else ((len(text.input_ids),), (4,))
         )
-        for label, answer in opened.encoder.candidates().items():
+        for label, answer in opened.example_tokenizer(opened.task).candidates().items():
             words = model.get_input_embeddings()(torch.tensor(text.input_ids + answer))
             full = order(places, sizes, len(text.input_ids) + len(answer))
             logits = model(inputs_embeds=torch.cat([found.prompt, words])[full][None]).logits[0].log_softmax(-1)
@@ -277,27 +285,31 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
 
 def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
     """IPT has a prompt token for each of the text's tokens: of a short text the last slot stays partly empty."""
-    values = local.run_values(tmp_path, steps=2)
+    values = local.run_values(tmp_path, max_steps=2)
     values["task"] |= {"template": "<prompt:9>{text}<prompt:9>:", "split": {"test_fraction": 0.2, "limit": {"test": 4}}}
-    values["prompt"] = {"method": "ipt", "length": 18}
+    values["prompt"] = {"method": "ipt", "num_virtual_tokens": 18}
     run.run(parse(values))
     made, opened = (
         run.prepare(parse(values)),
-        run.open_artifacts([tmp_path / "out" / "prompt"], model=parse(values).model),
+        open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0],
     )
     test, encoder = made.tasks[0].test, made.encoders[0]
     batch = collate([encoder.encode(row) for row in test], 0)
-    assert int(opened.learner.prompt(batch).lengths.min()) < 18
-    together = list(evaluate.answers(opened.learner, opened.encoder, test, EvaluateConfig()))
+    assert int(opened.make_prompts(batch).lengths.min()) < 18
+    together = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     for row, one in zip(test, together, strict=True):
         (alone,) = evaluate.answers(
-            replace(made.learner, method=opened.learner.method), encoder, [row], EvaluateConfig()
+            replace(made.learner, method=opened.registry.method(opened.task)),
+            [row],
+            prompt=replace(made.learner, method=opened.registry.method(opened.task)).task,
+            encoder=encoder,
+            config=EvaluationConfig(),
         )
         assert alone.scores == pytest.approx(one.scores, abs=2e-5)
 
 
 def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
-    values = local.run_values(tmp_path, steps=4, checkpoint_every=2)
+    values = local.run_values(tmp_path, max_steps=4, save_steps=2)
     task = values.pop("task") | {"split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
     values["tasks"] = [
         {**task, "name": "one", "template": "{text}<prompt>:"},
@@ -306,8 +318,8 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
     run.run(parse(values))
     whole = {name: artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two")}
     assert [whole[name].segments for name in whole] == [(), (2, 2)]
-    assert [whole[name].place for name in whole] == ["template"] * 2
-    values["out"] = str(tmp_path / "again")
+    assert [whole[name].placement for name in whole] == ["template"] * 2
+    values["output_dir"] = str(tmp_path / "again")
     stop = StopIteration()
 
     def step(_: str, report: Any) -> None:
@@ -323,37 +335,37 @@ def test_tasks_with_other_slots_share_a_run_and_resume(tmp_path: Any) -> None:
 
 def test_runs_of_other_lengths_have_their_own_slots(tmp_path: Any) -> None:
     """Also in models without a limit of positions, where texts of all runs have the same room."""
-    values = local.run_values(tmp_path, "t5", steps=1)
+    values = local.run_values(tmp_path, "t5", max_steps=1)
     values["task"] |= {
         "template": "{text}<prompt>:",
         "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}},
     }
-    values["runs"] = [{"name": "a", "prompt.length": 3}, {"name": "b", "prompt.length": 5}]
+    values["runs"] = [{"name": "a", "prompt.num_virtual_tokens": 3}, {"name": "b", "prompt.num_virtual_tokens": 5}]
     run.run(parse(values))
     for name, length in (("a", 3), ("b", 5)):
         found = artifact.load(tmp_path / "out" / name / "prompt")
-        assert (found.place, found.shape[0]) == ("template", length)
+        assert (found.placement, found.shape[0]) == ("template", length)
 
 
 def test_older_artifacts_load_and_a_prompt_in_a_chat_turn_is_not_written_for_peft(tmp_path: Any) -> None:
-    from artifacts import assert_equal, edit, example
+    from artifacts import assert_equal, edit, example, write_as_format
 
     directory = artifact.save(example(), tmp_path / "a")
-    edit(directory / "softprompts.json", format_version=2, segments=...)
+    write_as_format(directory / "softprompts.json", 2)
     assert_equal(artifact.load(directory), example())
     edit(directory / "softprompts.json", segments=[])
     with pytest.raises(ArtifactError, match="unknown key 'segments': format 2 has none"):
         artifact.load(directory)
-    parted = example(place="template", segments=(2, 3))
+    parted = example(placement="template", segments=(2, 3))
     assert_equal(artifact.load(artifact.save(parted, tmp_path / "b")), parted)
-    assert parted.digest != example(place="template").digest
+    assert parted.digest != example(placement="template").digest
     edit(tmp_path / "b" / "softprompts.json", segments=[2, 2])
     with pytest.raises(ArtifactError, match=r"segments \[2, 2\] do not sum to the prompt's 5 tokens"):
         artifact.load(tmp_path / "b")
-    chat = example(format={"name": "t", "template": "{text}", "chat": True, "chat_place": "user"})
+    chat = example(template={"name": "t", "template": "{text}", "chat": True, "chat_placement": "user"})
     artifact.save(chat, tmp_path / "c")
     assert json.loads((tmp_path / "c" / "softprompts.json").read_text())["peft"].startswith(
-        "chat_place user: PEFT puts"
+        "chat_placement user: PEFT puts"
     )
 
 
@@ -365,7 +377,7 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
     model, words = SoftPromptModel(tiny.model(name)), {}
     for i, (task, config) in enumerate(tasks.items()):
         model.add_task(task, config)
-        words[task] = rows.ids(70 + i, config.length)
+        words[task] = rows.ids(70 + i, config.num_virtual_tokens)
         with torch.no_grad():
             next(iter(model.prompts[task].parameters())).copy_(
                 initialization.from_ids(model.backbone, Site(), words[task])
@@ -374,9 +386,9 @@ def prompted(name: str, **tasks: PromptConfig) -> tuple[SoftPromptModel, dict[st
 
 
 TASKS = {
-    "parted": PromptConfig(length=5, place="template", segments=(2, 3)),
-    "front": PromptConfig(length=3, place="first"),
-    "behind": PromptConfig(length=4, place="suffix"),
+    "parted": PromptConfig(num_virtual_tokens=5, placement="template", segments=(2, 3)),
+    "front": PromptConfig(num_virtual_tokens=3, placement="first"),
+    "behind": PromptConfig(num_virtual_tokens=4, placement="suffix"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import peft
@@ -14,38 +15,33 @@ import rows
 import test_together as together
 import tiny
 import tokenizers_tiny
+from prompted import prompted, rates_of, rows_of, several
 from rows import INPUT, KV, REPLACE, called
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.config import InitConfig
+from softprompts.data import collate
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
-from softprompts.methods import build, check_site
+from softprompts.methods import build, build_tasks, check_site, fold
 from softprompts.methods.prefix_tuning import PrefixTuning
-from softprompts.model import initialization
-from softprompts.model.learner import Learner
-from softprompts.training import loop
-from softprompts.types import Context, PromptInit, PromptSpec
+from softprompts.model import SoftPromptModel, initialization
+from softprompts.training.shared_batch import training_step
+from softprompts.types import PromptInit, PromptSpec
 
 P, D, H = 4, 24, 6
 TASKS = ("one", "two")
 NETWORK = {"reparametrise": True, "hidden": 8}
 
 
-def made(start: Tensor | None = None, tasks: tuple[str, ...] = TASKS, **options: Any) -> PrefixTuning:
+def made(start: Tensor | None = None, tasks: tuple[str, ...] = TASKS, **options: Any) -> Any:
     torch.manual_seed(1)
     start = rows.random(0, P, D) if start is None else start
-    return PrefixTuning(PrefixTuning.Config(**options), PromptSpec(tasks, P, D, H, layers=(8, 8, 8)), PromptInit(start))
+    spec = PromptSpec(P, D, H, layers=(8, 8, 8))
+    return several(PrefixTuning, PrefixTuning.Config(**options), spec, PromptInit(start), tasks)
 
 
-def prompts(method: PrefixTuning, tasks: list[int]) -> Tensor:
-    """The prompt of each row of a batch."""
-    ids = torch.zeros(len(tasks), 1, dtype=torch.long)
-    found = method(Context(torch.tensor(tasks), ids, torch.zeros(len(tasks), 1, H), ids, lambda: torch.zeros(0)))
-    return found.values[found.prompt_index]
-
-
-def perturbed(method: PrefixTuning) -> PrefixTuning:
+def perturbed(method: Any) -> Any:
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
             parameter.add_(rows.random(30 + i, *parameter.shape))
@@ -57,21 +53,21 @@ def perturbed(method: PrefixTuning) -> PrefixTuning:
 
 @torch.no_grad()
 def test_without_a_network_it_is_the_matrix() -> None:
-    method = made()
-    assert [name for name, _ in method.named_parameters()] == ["prompts.0", "prompts.1"]
-    perturbed(method)
-    found = prompts(method, [1, 0, 1])
-    assert torch.equal(found, torch.stack([method.prompts[i] for i in (1, 0, 1)]))
-    assert torch.equal(method.fold("two"), method.prompts[1])
+    methods = made()
+    assert [name for name, _ in methods.named_parameters()] == ["one.prompt", "two.prompt"]
+    perturbed(methods)
+    found = rows_of(methods, [1, 0, 1])
+    assert torch.equal(found, torch.stack([methods[name].prompt for name in ("two", "one", "two")]))
+    assert torch.equal(fold(methods["two"]), methods["two"].prompt)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("output", ["zero", "torch"])
 def test_the_network_number_by_number(output: str) -> None:
-    method = perturbed(made(**NETWORK, output=output))
-    found = prompts(method, [1, 0])
-    for row, task in ((0, 1), (1, 0)):
-        parts = method.networks[task].state_dict()
+    methods = perturbed(made(**NETWORK, output=output))
+    found = rows_of(methods, [1, 0])
+    for row, task in ((0, "two"), (1, "one")):
+        parts = methods[task].network.state_dict()
         for i in range(P):
             given = parts["inputs"][i].tolist()
             hidden = [
@@ -88,15 +84,15 @@ def test_the_network_number_by_number(output: str) -> None:
 def test_it_begins_at_the_start_bit_for_bit_or_where_the_papers_do() -> None:
     start = rows.random(0, P, D)
     for options in ({}, NETWORK):
-        assert torch.equal(made(**options).fold("one"), start)
-    away = made(torch.zeros(P, D), **NETWORK, output="torch").fold("one")
+        assert torch.equal(fold(made(**options)["one"]), start)
+    away = fold(made(torch.zeros(P, D), **NETWORK, output="torch")["one"])
     assert 0.01 < float(away.std()) < 1
-    assert not torch.equal(away, made(torch.zeros(P, D), **NETWORK, output="torch").fold("two"))
+    assert not torch.equal(away, fold(made(torch.zeros(P, D), **NETWORK, output="torch")["two"]))
 
 
 def test_numbers_of_trained_parameters() -> None:
     def count(**options: Any) -> int:
-        slot = PromptSpec(("a",), 20, 11_520, 576, layers=(384,) * 30)
+        slot = PromptSpec(20, 11_520, 576, layers=(384,) * 30)
         method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(20, 11_520)))
         return sum(p.numel() for p in method.parameters())
 
@@ -117,12 +113,12 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
     bb = b.wrap(tiny.model(name, tokenizer=tokenizer), tokenizer, name=name)
     text = "Review: a warm film."
     words = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    slot = injection.prompt_spec(bb, site, ("a",), len(words))
+    slot = injection.prompt_spec(bb, site, len(words))
     start = initialization.initialize(InitConfig(kind="text", text=text), bb, site, slot)
-    learner = Learner(bb, site, slot, PrefixTuning(PrefixTuning.Config(**options), slot, start))
+    model = prompted(bb, site, PrefixTuning(PrefixTuning.Config(**options), slot, start))
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
-    output = learner.forward(batch, learner.prompt(batch))
+    output = model.score(batch)
     without = injection.score(bb, batch, None, site)
     for i, row in enumerate(texts):
         expected = rows.read_words(bb, site, words, row)
@@ -136,7 +132,8 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
 def test_pefts_encoder(projection: bool) -> None:
     """The same weights give the same prefix and the same gradients; both begin without a start."""
     options = NETWORK | {"output": "torch"} if projection else {}
-    method = perturbed(made(torch.zeros(P, D), ("a",), **options))
+    methods = perturbed(made(torch.zeros(P, D), ("a",), **options))
+    method = methods["a"]
     sizes = {"num_virtual_tokens": P, "token_dim": H, "num_layers": 2, "encoder_hidden_size": 8}  # 2 · 2 · H = D
     theirs = PrefixEncoder(peft.PrefixTuningConfig(task_type="CAUSAL_LM", prefix_projection=projection, **sizes))
     own = dict(method.named_parameters())
@@ -144,14 +141,14 @@ def test_pefts_encoder(projection: bool) -> None:
         pairs = {"inputs": theirs.embedding.weight, "hidden.weight": theirs.transform[0].weight}
         pairs |= {"hidden.bias": theirs.transform[0].bias, "output.weight": theirs.transform[2].weight}
         pairs |= {"output.bias": theirs.transform[2].bias}
-        pairs = {f"networks.0.{key}": value for key, value in pairs.items()}
+        pairs = {f"network.{key}": value for key, value in pairs.items()}
     else:
-        pairs = {"prompts.0": theirs.embedding.weight}
+        pairs = {"prompt": theirs.embedding.weight}
     assert own.keys() == pairs.keys()
     with torch.no_grad():
         for key, value in pairs.items():
             value.copy_(own[key])
-    expected, found = theirs(torch.arange(P)), prompts(method, [0])[0]
+    expected, found = theirs(torch.arange(P)), rows_of(methods, [0])[0]
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     weights = rows.random(9, P, D)
     (expected * weights).sum().backward()
@@ -170,14 +167,14 @@ def test_pefts_scores() -> None:
             tiny.model("gpt2"), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
         ).eval()
     bb = b.wrap(model, name="gpt2")
-    slot = injection.prompt_spec(bb, KV, ("a",), P)
+    slot = injection.prompt_spec(bb, KV, P)
     values = rows.random(2, P, slot.width)
     theirs.prompt_encoder.default.embedding.weight.copy_(values)
-    learner = Learner(bb, KV, slot, PrefixTuning(PrefixTuning.Config(), slot, PromptInit(values)))
+    model = prompted(bb, KV, PrefixTuning(PrefixTuning.Config(), slot, PromptInit(values)))
     for row in rows.texts("gpt2")[:2]:
         batch = rows.batch("gpt2", [row])
         expected = theirs(input_ids=row[None], attention_mask=torch.ones(1, len(row))).logits[0, :-1]
-        found = learner.forward(batch, learner.prompt(batch)).logits
+        found = model.score(batch).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -186,77 +183,73 @@ def test_pefts_scores() -> None:
 
 def test_dropout_is_of_training_alone() -> None:
     start = rows.random(0, 50, D) + 3
-    slot = PromptSpec(TASKS, 50, D, H, layers=(8, 8, 8))
+    slot = PromptSpec(50, D, H, layers=(8, 8, 8))
     for options in ({}, NETWORK):
-        method = PrefixTuning(PrefixTuning.Config(dropout=0.25, **options), slot, PromptInit(start))
+        config = PrefixTuning.Config(dropout=0.25, **options)
+        methods = several(PrefixTuning, config, slot, PromptInit(start), TASKS)
         torch.manual_seed(0)
-        found = prompts(method.train(), [0, 1, 0])
+        found = rows_of(methods.train(), [0, 1, 0])
         kept = found != 0
         assert 0.7 < float(kept.float().mean()) < 0.8
         torch.testing.assert_close(found[kept], (start / 0.75).expand_as(found)[kept])
         assert torch.equal(found[0], found[2]), "rows of a task share a prompt"
         assert not torch.equal(kept[0], kept[1])
-        assert torch.equal(method.fold("one"), start), "folding leaves nothing out, in whatever mode"
-        assert torch.equal(prompts(method.eval(), [0, 1]), start.expand(2, -1, -1))
+        assert torch.equal(fold(methods["one"]), start), "folding leaves nothing out, in whatever mode"
+        assert torch.equal(rows_of(methods.eval(), [0, 1]), start.expand(2, -1, -1))
 
 
 def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
     """Three steps on rows of two tasks equal three steps of each task's own method on its rows."""
     base = together.double("llama")
-    slot = injection.prompt_spec(base, KV, TASKS, P)
+    slot = injection.prompt_spec(base, KV, P)
     data = together.encoded("llama", 8, 3, tasks=2)
+    start = PromptInit(rows.random(4, P, slot.width))
 
-    def learner(names: tuple[str, ...]) -> Learner:
+    def tuned(names: tuple[str, ...]) -> SoftPromptModel:
         torch.manual_seed(3)
-        one = PrefixTuning(PrefixTuning.Config(**NETWORK), slot, PromptInit(rows.random(4, P, slot.width)))
+        methods = several(PrefixTuning, PrefixTuning.Config(**NETWORK), slot, start, TASKS).double()
         with torch.no_grad():
-            for parameter in one.networks[1].parameters():
+            for parameter in methods["two"].parameters():
                 parameter.add_(0.01)
-        if len(names) == 1:
-            del one.networks[0 if names == ("two",) else 1]
-        return Learner(base, KV, slot, one.double())
+        return prompted(base, KV, {name: methods[name] for name in names})
 
-    def losses(one: Learner, task: int, shift: int) -> list[Tensor]:
-        optimizer, found = torch.optim.SGD(one.parameters().values(), lr=0.1), []
+    def losses(model: SoftPromptModel) -> list[Tensor]:
+        optimizer, sums = torch.optim.SGD(model.trainable().values(), lr=0.1), []
         for _ in range(3):
-            batch = loop.collate([row for row in data if task in (row.task, -1)], 0)
-            batch = batch if task < 0 else b_of(batch, shift)
-            step = one.step(batch)
-            scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
-            each = [
-                scores[batch.task_ids[step.output.batch_rows] == i - shift].sum()
-                for i in ((0, 1) if task < 0 else (task,))
+            chosen = [
+                replace(row, task_id=model.tasks.index(TASKS[row.task_id]))
+                for row in data
+                if TASKS[row.task_id] in model.tasks
             ]
-            found.append(torch.stack(each).detach())
+            batch = collate(chosen, 0)
+            step = training_step(model, batch)
+            scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
+            each = [scores[batch.task_ids[step.output.batch_rows] == i].sum() for i in range(len(model.tasks))]
+            sums.append(torch.stack(each).detach())
             optimizer.zero_grad()
             torch.stack(each).sum().backward()
             optimizer.step()
-        return found
+        return sums
 
-    both = losses(learner(TASKS), -1, 0)
+    both = losses(tuned(TASKS))
     for task, name in enumerate(TASKS):
-        alone = losses(learner((name,)), task, task)
+        alone = losses(tuned((name,)))
         torch.testing.assert_close(torch.stack(alone)[:, 0], torch.stack(both)[:, task], rtol=1e-9, atol=1e-9)
     assert float((both[0] - both[2]).abs().min()) > 1e-4
 
 
-def b_of(batch: Any, shift: int) -> Any:
-    """The batch as one whose tasks count from 0."""
-    return type(batch)(batch.ids, batch.mask, batch.task - shift, batch.labels)
-
-
 def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
-    slot = injection.prompt_spec(bb, KV, TASKS, P)
+    slot = injection.prompt_spec(bb, KV, P)
     for options, rates, expected in (
         ({}, {}, {0.2 * bb.embedding_rms: 2}),
         (NETWORK, {}, {1e-3: 10}),
         (NETWORK, {"network": 0.03}, {0.03: 10}),
     ):
-        method = PrefixTuning(PrefixTuning.Config(**options), slot, PromptInit(torch.zeros(P, slot.width)))
-        one = Learner(bb, KV, slot, method)
-        config = together.config(rate=0.2, rate_unit="rms", rates=rates)
-        groups = loop.build_optimizer(one, one.parameters(), config).param_groups
+        start = PromptInit(torch.zeros(P, slot.width))
+        model = prompted(bb, KV, build_tasks("prefix-tuning", options, slot, start, TASKS))
+        config = together.config(learning_rate=0.2, learning_rate_unit="rms", learning_rates=rates)
+        groups = rates_of(model, config)
         assert {group["rate"]: len(group["params"]) for group in groups} == pytest.approx(expected)
 
 
@@ -269,15 +262,15 @@ def test_groups_learn_at_their_own_rates() -> None:
         ({"hidden": 0}, "hidden must be a whole number from 1 on, given 0"),
         ({"reparametrise": "yes"}, "reparametrise must be true or false, given 'yes'"),
         ({"output": "none"}, "output 'none' is unknown; possible: zero, torch"),
-        ({"dropout": 1}, "dropout must be a number from 0 to less than 1, given 1"),
-        ({"dropout": "a tenth"}, "dropout must be a number from 0 to less than 1, given 'a tenth'"),
+        ({"dropout": 1}, "dropout must be a number from 0 to below 1, given 1"),
+        ({"dropout": "a tenth"}, "dropout must be a number from 0 to below 1, given 'a tenth'"),
         ({"mlp": True}, "'mlp'"),
     ],
 )
 @pytest.mark.parametrize("name", ["prefix-tuning", "p-tuning-v2"])
 def test_options_that_cannot_be(name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method {name}: .*{words}"):
-        build(name, options, PromptSpec(TASKS, P, D, H), PromptInit(torch.zeros(P, D)))
+        build(name, options, PromptSpec(P, D, H), PromptInit(torch.zeros(P, D)))
 
 
 def test_sites() -> None:

@@ -29,7 +29,9 @@ def cases(folder):
     joint = trainees("llama", Site(), folder / "joint")
     base = backbone("gpt2")
     rows = [*encoded("gpt2", 6, 5), EncodedExample([5, 6, 7], [-100, -100, -100])]  # one row has no label at all
-    alone = loop.TrainingRun("alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, accumulate=2))
+    alone = loop.TrainingRun(
+        "alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, gradient_accumulation_steps=2)
+    )
     # Most batches hold one task only, whose prompt alone may move.
     two = learner(base, Site(), 3, 8, ("a", "b"))
     sparse = loop.TrainingRun("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
@@ -38,7 +40,7 @@ def cases(folder):
         "watched",
         learner(base, Site(), 3, 4),
         encoded("gpt2", 5, 6),
-        config(6, batch_size=2, evaluate_every=1, patience=2),
+        config(6, batch_size=2, eval_steps=1, early_stopping_patience=2),
         # Each process has scores of its own; the first one's must decide.
         validate=lambda: next(scores) if loop.is_main_process() else 0.0,
     )
@@ -54,7 +56,7 @@ def work(folder, out):
     """Train every case and write losses and prompts of this process."""
     losses, prompts = {}, {}
     for runs in cases(folder):
-        runs = [replace(one, config=one.config.model_copy(update={"steps": 6})) for one in runs]
+        runs = [replace(one, config=one.config.model_copy(update={"max_steps": 6})) for one in runs]
         with closing(loop.train_many(runs, pad=0)) as steps:
             for name, report in steps:
                 losses.setdefault(name, []).append(report.loss)
@@ -95,12 +97,12 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 
 def test_the_command_in_two_processes_writes_and_prints_once(tmp_path):
-    values = local.run_values(tmp_path, steps=4, batch_size=3, evaluate_every=2)
+    values = local.run_values(tmp_path, max_steps=4, batch_size=3, eval_steps=2)
     values["task"]["split"]["limit"] = {"train": 10, "test": 6, "validation": 4}
-    values["runs"] = [{"name": "a", "seed": 1}, {"name": "b", "train.rate": 0.1}]
+    values["runs"] = [{"name": "a", "seed": 1}, {"name": "b", "training.learning_rate": 0.1}]
     for name, run in (("two", launch), ("one", lambda *arguments: cli(arguments))):
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({**values, "out": str(tmp_path / name)}))
+        file.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / name)}))
         done = run("-m", "softprompts", "train", "--config", file)
         assert done.stdout.count("next:") == 1
         assert done.stderr.count("training a 4/4") == 1

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 
 import local
 import rows
@@ -18,7 +19,7 @@ from softprompts.backbone import loading, quantization
 from softprompts.config import parse
 from softprompts.errors import BackboneError, WrongBackboneError
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives
 from softprompts.types import PromptInit
@@ -35,7 +36,7 @@ def quantized(name, kind="int8", dtype=torch.float32, head="lm"):
     model = backbone.freeze(tiny.model(name, head).to(dtype))
     plain = copy.deepcopy(model)
     quantization.quantize(model, kind)
-    for key, module in quantization.quantizable_linears(plain).items():
+    for key, module in quantization.products(plain).items():
         rounded = model.get_submodule(key).dequantize(dtype)
         module.weight.data = rounded if isinstance(module, torch.nn.Linear) else rounded.t()
     return backbone.wrap(model, name=name), backbone.wrap(plain, name=name)
@@ -49,7 +50,7 @@ def loss_of(bb, name, values, site):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "site"), rows.cases((*tiny.MAIN, "falcon", "mpt")), ids=called)
 def test_the_gradient_is_that_of_the_rounded_weights(name, site, kind, monkeypatch):
-    monkeypatch.setattr(quantization, "WEIGHTS_PER_CHUNK", 500)  # several parts, of unequal size
+    monkeypatch.setattr(quantization, "PART", 500)  # several parts, of unequal size
     small, plain = quantized(name, kind)
     found = []
     for bb in (small, plain):
@@ -80,7 +81,7 @@ def test_finite_differences(name, site):
 def test_a_product(kind, dtype, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(192, 40, bias=bias).to(dtype).requires_grad_(False)
-    small = quantization.quantize_linear(linear, kind)
+    small = quantization.made(linear, kind)
     weight = small.dequantize(torch.float32)
     assert float((weight - linear.weight.float()).norm() / linear.weight.float().norm()) < WORST[kind]
     x = torch.randn(2, 7, 192).to(dtype).requires_grad_()
@@ -99,7 +100,7 @@ def test_a_product(kind, dtype, bias):
 def test_int8_uses_its_whole_range_and_survives_zeros():
     linear = torch.nn.Linear(4, 3, bias=False).requires_grad_(False)
     linear.weight.data = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0, 0, 0, 0], [1e-3, 2e-3, -4e-3, 0]])
-    small = quantization.quantize_linear(linear, "int8")
+    small = quantization.made(linear, "int8")
     assert small.weight.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0], [32, 64, -127, 0]]
     assert small.dequantize(torch.float32)[1].tolist() == [0, 0, 0, 0]
 
@@ -135,7 +136,7 @@ def test_memory():
     for one in (model, plain):
         tensors = [*one.parameters(), *one.buffers()]
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    weights = [module.weight for module in quantization.quantizable_linears(plain).values()]
+    weights = [module.weight for module in quantization.products(plain).values()]
     saved = sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
     assert sizes[1] - sizes[0] == saved
 
@@ -188,13 +189,13 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BackboneError, match=r"nf4 and fp4 need .* bitsandbytes; .*softprompts\[quantize\]"):
         quantization.quantize(model, "nf4")
-    assert quantization.quantization_kind(model) is None
+    assert quantization.quantized(model) is None
 
 
 def test_a_model_that_transformers_quantized_is_named():
     model = tiny.model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    assert backbone.wrap(model).quantization == "gptq"
+    assert backbone.wrap(model).quantized == "gptq"
     with pytest.raises(WrongBackboneError, match="sketches in gptq cannot be compared"):
         artifact.check_fingerprint(
             backbone.fingerprint(tiny.backbone("llama")), backbone.fingerprint(backbone.wrap(model))
@@ -203,7 +204,7 @@ def test_a_model_that_transformers_quantized_is_named():
 
 @pytest.mark.parametrize(("trained", "used"), [(None, "int8"), ("int8", None), ("int8", "int8")])
 def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
-    values = local.run_values(tmp_path, steps=3)
+    values = local.run_values(tmp_path, max_steps=3)
     made = values["model"] | {"quantize": trained}
     results = run.run(parse(values | {"model": made}))
     stored = artifact.load(tmp_path / "out" / "prompt")
@@ -211,13 +212,13 @@ def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     assert stored.config["model"]["quantize"] == trained
     assert results["summary"]["after"]["n"] == 16
     config = parse(values | {"model": values["model"] | {"quantize": used}}).model
-    opened = run.open_artifacts([tmp_path / "out" / "prompt"], model=config)
+    opened = open_prompts([tmp_path / "out" / "prompt"], config=config)[0]
     assert opened.warnings == ()
-    assert opened.learner.backbone.quantization == used
+    assert opened.backbone.quantization == used
     # Another model of the same shape is refused in either format.
     other = local.model_directory(tmp_path / "other", seed=1)
     with pytest.raises(WrongBackboneError, match=r"other weights: sketch distance .* allowed 0.07"):
-        run.open_artifacts([tmp_path / "out" / "prompt"], model=config.model_copy(update={"name": str(other)}))
+        open_prompts([tmp_path / "out" / "prompt"], config=config.model_copy(update={"name": str(other)}))[0]
 
 
 def test_int8_on_float32_weights_is_outside_the_band_of_float32(tmp_path):

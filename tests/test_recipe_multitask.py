@@ -33,27 +33,27 @@ def plan_values(folder: Path) -> dict:
         file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         split = {"validation_fraction": 0.2, "test_fraction": 0.2}
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
-    train = {"steps": 4, "batch_size": 4, "rate": 0.3}
+    train = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.3}
     return {
         "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
-        "prompt": {"length": 4},
+        "prompt": {"num_virtual_tokens": 4},
         "sources": tasks[:2],
         "targets": tasks[2:],
-        "teachers": {"train": train},
-        "source": {"train": {**train, "sampling": {"draw": "some"}}},
+        "teachers": {"training": train},
+        "source": {"training": {**train, "sampling": {"draw": "some"}}},
         "target": {
-            "train": train,
+            "training": train,
             "few": train,
             "shots": [None, 2],
             "seeds": [0, 1],
-            "rates": [0.1, 0.3],
+            "learning_rates": [0.1, 0.3],
             "arms": FROZEN,
             "few_arms": ["prompt-tuning", "mpt"],
             "probe_steps": 2,
             "nearest": 2,
         },
-        "evaluate": {"resamples": 100},
-        "out": str(folder / "out"),
+        "evaluation": {"resamples": 100},
+        "output_dir": str(folder / "out"),
     }
 
 
@@ -84,7 +84,7 @@ def test_every_arm_has_a_line_with_mean_and_spread(done):
 
 def test_the_table_holds_the_runs_own_scores(done):
     values, results, _ = done
-    out = Path(values["out"])
+    out = Path(values["output_dir"])
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     tried = next(one["tried"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     assert rate == max(map(float, tried), key=lambda r: (tried[f"{r:g}"], -r))
@@ -150,7 +150,7 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
 
 def test_targets_start_where_their_arm_says(done):
     values, results, _ = done
-    out = Path(values["out"])
+    out = Path(values["output_dir"])
     sources = [artifact.load(out / "sources/mpt/prompt" / name) for name in ("alpha", "beta")]
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     columns = torch.stack([one.state["columns.0"] for one in sources]).mean(0)
@@ -167,7 +167,7 @@ def test_targets_start_where_their_arm_says(done):
     near = similarity.retrieve(probe, teachers, 2)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-weighted", "full"))
     weighted = artifact.load(out / f"targets/gamma-full/rates/spot-weighted-rate{rate:g}-seed0/prompt")
-    expected = similarity.mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
+    expected = similarity.weighted_mean([teachers[name] for name, _, _ in near], [weight for _, weight, _ in near])
     assert weighted.initial.equal(expected)
 
 
@@ -176,7 +176,7 @@ def test_teachers_read_each_row_once_for_all_variants(done, tmp_path, monkeypatc
     calls = []
     original = distillation._compute
     monkeypatch.setattr(distillation, "_compute", lambda *given: calls.append(1) or original(*given))
-    run = source_runs(parse({**values, "out": str(tmp_path / "new"), "teachers": trained(values)}, Plan))
+    run = source_runs(parse({**values, "output_dir": str(tmp_path / "new"), "teachers": trained(values)}, Plan))
     job.run(run)
     assert calls == [1]
 
@@ -194,7 +194,7 @@ def test_a_second_call_trains_nothing(done, monkeypatch):
 
 def trained(values: dict) -> dict:
     """A teacher stage whose teachers are there already."""
-    paths = {name: str(Path(values["out"]) / "teachers" / name / "prompt") for name in ("alpha", "beta")}
+    paths = {name: str(Path(values["output_dir"]) / "teachers" / name / "prompt") for name in ("alpha", "beta")}
     return {**values["teachers"], "trained": paths}
 
 
@@ -202,7 +202,7 @@ def small(values: dict, out: Path, **target: object) -> dict:
     """The same plan with two arms at one size and with teachers that are there."""
     return {
         **values,
-        "out": str(out),
+        "output_dir": str(out),
         "teachers": trained(values),
         "source": {**values["source"], "variants": ["mixture"]},
         "target": {
@@ -211,7 +211,7 @@ def small(values: dict, out: Path, **target: object) -> dict:
             "few_arms": None,
             "shots": [2],
             "seeds": [0],
-            "rates": [0.1],
+            "learning_rates": [0.1],
             **target,
         },
     }
@@ -223,11 +223,11 @@ def test_a_changed_plan_does_anew_what_changed_and_what_came_from_it(done, tmp_p
     plan = small(values, tmp_path / "out")
     ran: list[str] = []
     original = job.run
-    monkeypatch.setattr(job, "run", lambda run, screen: ran.append(Path(run.out).name) or original(run, screen))
+    monkeypatch.setattr(job, "run", lambda run, screen: ran.append(Path(run.output_dir).name) or original(run, screen))
     first = execute(parse(plan, Plan))
     assert ran == ["sources", "rates", "rates"]
     ran.clear()
-    longer = {**plan, "target": {**plan["target"], "few": {**plan["target"]["few"], "steps": 6}}}
+    longer = {**plan, "target": {**plan["target"], "few": {**plan["target"]["few"], "max_steps": 6}}}
     changed = execute(parse(longer, Plan))
     assert ran == ["rates", "rates"]
     assert changed["curves"][0]["lines"]["prompt-tuning"][-1][0] == 6
@@ -265,15 +265,18 @@ def test_a_stage_that_is_cut_inside_goes_on(done, tmp_path, monkeypatch):
 def test_rates_that_fail_are_left_out(done, tmp_path):
     """A rate at which the loss is no number costs only its own runs, also where weights are trained."""
     values, _, _ = done
-    plan = small(values, tmp_path / "out", rates=[0.1, 1e8], arms=["prompt-tuning", "fine-tuning"])
-    plan["target"] |= {"weight_rates": {"fine-tuning": [1e-3, 1e9]}}
+    plan = small(values, tmp_path / "out", learning_rates=[0.1, 1e8], arms=["prompt-tuning", "fine-tuning"])
+    plan["target"] |= {"weight_learning_rates": {"fine-tuning": [1e-3, 1e9]}}
     results = execute(parse(plan, Plan))
     rates = {one["arm"]: (one["rate"], list(one["tried"])) for one in results["rates"]}
     assert rates["fine-tuning"] == (1e-3, ["0.001"])
     assert rates["prompt-tuning"][0] == 0.1
     with pytest.raises(TrainingError, match=r"arm 'fine-tuning', 2-shot, failed at every rate"):
         execute(
-            parse(small(values, tmp_path / "none", arms=["fine-tuning"], weight_rates={"fine-tuning": [1e9]}), Plan)
+            parse(
+                small(values, tmp_path / "none", arms=["fine-tuning"], weight_learning_rates={"fine-tuning": [1e9]}),
+                Plan,
+            )
         )
 
 
@@ -291,7 +294,7 @@ def test_other_arms_run_too(done, tmp_path):
 
 def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeypatch):
     values, results, _ = done
-    cut = {**values, "out": str(tmp_path / "cut")}
+    cut = {**values, "output_dir": str(tmp_path / "cut")}
     calls = 0
     original = job.run
 
@@ -311,7 +314,7 @@ def test_an_interrupted_plan_goes_on_to_the_same_results(done, tmp_path, monkeyp
 
 def test_the_page_shows_tables_curves_and_similarities(done):
     values, _, _ = done
-    page = (Path(values["out"]) / "report.html").read_text()
+    page = (Path(values["output_dir"]) / "report.html").read_text()
     for words in ("Targets, full", "Targets, 2-shot", "Shared prompts on their sources", "Rates chosen", "± "):
         assert words in page
     assert page.count("<svg") >= 5
@@ -343,7 +346,7 @@ def test_the_upper_lines(tmp_path):
         "few_arms": None,
         "shots": [2],
         "weight_targets": ["gamma"],
-        "weight_rates": {"fine-tuning": [1e-3], "lora": [1e-2]},
+        "weight_learning_rates": {"fine-tuning": [1e-3], "lora": [1e-2]},
     }
     (few,) = execute(parse(values, Plan))["arms"]
     lines = {line["arm"]: line for line in few["lines"]}
@@ -369,11 +372,14 @@ def test_the_upper_lines(tmp_path):
         ),
         (lambda v: v["source"].update(variants=["mpt"]), "arm 'spot-mixture' starts from variant 'mixture'"),
         (
-            lambda v: v["source"]["train"].update(objectives={"task": 2.0}),
-            "source.train.objectives is set by the recipe",
+            lambda v: v["source"]["training"].update(objectives={"task": 2.0}),
+            "source.training.objectives is set by the recipe",
         ),
         (lambda v: v["sources"].append(v["sources"][0]), "task names must differ, given alpha, beta, alpha"),
-        (lambda v: v["target"].update(weight_rates={}, arms=["lora"]), "arm 'lora' needs rates to choose from"),
+        (
+            lambda v: v["target"].update(weight_learning_rates={}, arms=["lora"]),
+            "arm 'lora' needs rates to choose from",
+        ),
         (lambda v: v["target"].update(shots=[0], few_arms=["lora"]), "arm 'lora' needs rows of the target"),
         (lambda v: v["target"].update(shots=[0], few_arms=["spot-nearest"]), "needs rows of the target"),
         (lambda v: v.update(sources=v["sources"][:1]) or v["target"].update(arms=["spot-second"]), "a second source"),
@@ -384,7 +390,7 @@ def test_the_upper_lines(tmp_path):
             "target.few.objectives is set by the",
         ),
         (lambda v: v["prompt"].update(method="attempt"), "prompt.method is set by the recipe itself"),
-        (lambda v: v["target"].update(rates=[0.0]), "greater than 0"),
+        (lambda v: v["target"].update(learning_rates=[0.0]), "greater than 0"),
         (lambda v: v["target"].update(seed=[1]), "unknown key 'target.seed'; did you mean 'seeds'"),
     ],
 )
@@ -401,10 +407,10 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
     given = trained(values)
 
     def tried(**changes):
-        execute(parse({**values, "out": str(tmp_path / "new"), **changes}, Plan))
+        execute(parse({**values, "output_dir": str(tmp_path / "new"), **changes}, Plan))
 
     with pytest.raises(ArtifactError, match=r"the teacher of alpha, .* has length 4 and the plan wants 6"):
-        tried(teachers=given, prompt={"length": 6})
+        tried(teachers=given, prompt={"num_virtual_tokens": 6})
     other = {**values["model"], "name": str(local.model_directory(tmp_path / "other", seed=3))}
     with pytest.raises(ArtifactError, match="weights"):
         tried(teachers=given, model=other)
@@ -416,7 +422,7 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
     with pytest.raises(ConfigError, match="target gamma has no rows to judge by"):
         tried(targets=[target])
     with pytest.raises(ConfigError, match="arm 'labels' is not possible for target gamma"):
-        tried(prompt={"length": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
+        tried(prompt={"num_virtual_tokens": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
     with pytest.raises(BackboneError, match="there is no layer 9"):
         tried(source={**values["source"], "layers": [9]})
     monkeypatch.setattr(weights, "_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]")))
@@ -429,10 +435,10 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
 
 def test_teachers_that_are_there_are_not_trained(done):
     values, _, _ = done
-    alpha = {"alpha": str(Path(values["out"]) / "teachers/alpha/prompt")}
+    alpha = {"alpha": str(Path(values["output_dir"]) / "teachers/alpha/prompt")}
     plan = parse({**values, "teachers": {**values["teachers"], "trained": alpha}}, Plan)
     assert [entry["name"] for entry in teacher_runs(plan).runs] == ["beta"]
-    taught = source_runs(plan).runs[0]["train.distil"]
+    taught = source_runs(plan).runs[0]["training.distillation"]
     assert taught["teachers"]["alpha"] == alpha["alpha"]
 
 
@@ -447,8 +453,8 @@ def test_what_a_plan_asks_of_each_arm(done):
     origins = Origins({"alpha": "a", "beta": "b"}, {"mpt": Path("s/mpt")}, {})
     run = target_run(plan, "gamma", 2, origins, [Cell("mpt", 0.3, 7)], "rates")
     entry = run.runs[0]
-    assert entry["train.rates"] == {"factors": pytest.approx(0.4)}
+    assert entry["training.learning_rates"] == {"factors": pytest.approx(0.4)}
     assert entry["tasks"][0]["split"] | {"shots": 2, "shots_seed": 7} == entry["tasks"][0]["split"]
-    assert run.train.evaluate_every == run.train.steps
+    assert run.training.eval_steps == run.training.max_steps
     both = target_run(plan, TOGETHER, 2, origins, [Cell("mpt-together", 0.3, 7)], "rates")
-    assert (both.train.sampling.draw, both.train.batch_size) == ("all", 8)
+    assert (both.training.sampling.draw, both.training.batch_size) == ("all", 8)

@@ -87,7 +87,7 @@ def results():
         ],
         "nearest_words": [{"row": 0, "norm": 1.25, "words": [["<b>", 0.5], ["who", 0.25]]}],
         "rows": {"train": 4000, "validation": 500, "test": 120},
-        "config": {"prompt": {"length": 20, "init": {"kind": "words"}}, "names": ["a", "b"]},
+        "config": {"prompt": {"num_virtual_tokens": 20, "init": {"kind": "words"}}, "names": ["a", "b"]},
         "seeds": {"init": 0},
         "versions": {"softprompts": "0.1.0"},
         "warnings": ["12 rows were cut <here>"],

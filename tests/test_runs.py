@@ -24,13 +24,13 @@ from softprompts.training.loop import CHECKPOINT
 
 @pytest.fixture
 def values(tmp_path):
-    return local.run_values(tmp_path, steps=4)
+    return local.run_values(tmp_path, max_steps=4)
 
 
 RUNS = [
     {"name": "a", "seed": 1},
     {"name": "b", "seed": 2},
-    {"name": "c", "train.rate": 0.1, "prompt": {"length": 6}, "task.template": "{text} is"},
+    {"name": "c", "training.learning_rate": 0.1, "prompt": {"num_virtual_tokens": 6}, "task.template": "{text} is"},
 ]
 
 
@@ -38,21 +38,21 @@ RUNS = [
 
 
 def test_entries_change_the_run_they_stand_in(values):
-    options = {"name": "d", "train": {"objectives": {"other": 0.5}, "warmup": 3}, "task": {"separator": ""}}
+    options = {"name": "d", "training": {"objectives": {"other": 0.5}, "warmup_steps": 3}, "task": {"separator": ""}}
     found = sweep(parse({**values, "runs": [*RUNS, options]}))
     assert list(found) == ["a", "b", "c", "d"]
     base = parse(values)
-    assert found["a"] == base.model_copy(update={"seed": 1, "out": f"{values['out']}/a"})
-    assert (found["c"].train.rate, found["c"].train.steps) == (0.1, 4)
-    assert (found["c"].prompt.length, found["c"].tasks[0].template) == (6, "{text} is")
-    assert (found["d"].train.objectives, found["d"].train.warmup) == ({"other": 0.5}, 3)
+    assert found["a"] == base.model_copy(update={"seed": 1, "output_dir": f"{values['output_dir']}/a"})
+    assert (found["c"].training.learning_rate, found["c"].training.max_steps) == (0.1, 4)
+    assert (found["c"].prompt.num_virtual_tokens, found["c"].tasks[0].template) == (6, "{text} is")
+    assert (found["d"].training.objectives, found["d"].training.warmup_steps) == ({"other": 0.5}, 3)
     assert (found["d"].tasks[0].separator, found["d"].tasks[0].template) == ("", "{text}:")
     assert sweep(base) == {"": base}
 
 
 def test_lists_are_crossed(values):
-    crossed = grid(parse(values), {"seed": [0, 1], "train.rate": [0.05, 1e-5]})
-    found = {name: (run.seed, run.train.rate) for name, run in sweep(crossed).items()}
+    crossed = grid(parse(values), {"seed": [0, 1], "training.learning_rate": [0.05, 1e-5]})
+    found = {name: (run.seed, run.training.learning_rate) for name, run in sweep(crossed).items()}
     assert found == {
         "seed0-rate0.05": (0, 0.05),
         "seed0-rate1e-05": (0, 1e-5),
@@ -69,10 +69,13 @@ def test_lists_are_crossed(values):
         ([{"seed": 1}], r"entry 1 needs a name that can be a folder, given None"),
         ([{"name": "a/b"}], r"needs a name that can be a folder, given 'a/b'"),
         ([{"name": "a"}, {"name": "a"}], r"two entries are called 'a'"),
-        ([{"name": "a", "train.rat": 1}], r"runs 'a': unknown key 'train.rat'; did you mean 'rate'\?"),
-        ([{"name": "a", "train": {"rate": "fast"}}], r"runs 'a': train.rate: .*'fast'"),
+        (
+            [{"name": "a", "training.learning_rat": 1}],
+            r"runs 'a': unknown key 'training.learning_rat'; did you mean 'learning_rate'\?",
+        ),
+        ([{"name": "a", "training": {"learning_rate": "fast"}}], r"runs 'a': training.learning_rate: .*'fast'"),
         ([{"name": "a", "seed.x": 1}], r"seed.x of runs 'a': 'seed' is a value, not a section"),
-        ([{"name": "a", "out": "x"}], r"runs 'a': 'out' is set for all of them"),
+        ([{"name": "a", "output_dir": "x"}], r"runs 'a': 'output_dir' is set for all of them"),
         ([{"name": "a"}, {"name": "b", "prompt.site": "kv"}], r"'a' and 'b' differ in prompt.site \(input, kv\)"),
         ([{"name": "a"}, {"name": "b", "model.attention": "eager"}], r"differ in model.attention \(None, eager\)"),
         ([{"name": "a", "model.head": "sequence"}, {"name": "b", "model.head": "sequence"}], r"use model.head: lm"),
@@ -97,7 +100,7 @@ def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch
     results = job.run(parse({**values, "runs": RUNS}))
     assert judged == [True, True, False, False, False]  # the stock model once for a and b, and once for c's template
     for name, run in sweep(parse({**values, "runs": RUNS})).items():
-        alone = job.run(run.model_copy(update={"out": str(tmp_path / "alone" / name)}))
+        alone = job.run(run.model_copy(update={"output_dir": str(tmp_path / "alone" / name)}))
         here, there = tmp_path / "out" / name, tmp_path / "alone" / name
         assert sorted(p.name for p in here.iterdir()) == sorted(p.name for p in there.iterdir())
         found = json.loads((here / "results.json").read_text())
@@ -116,10 +119,10 @@ def test_runs_are_compared(values, tmp_path):
     results = job.run(parse({**values, "runs": RUNS}))
     rows = {row["name"]: row for row in results["runs"]}
     assert rows["c"]["differs"] == {
-        "prompt.length": 6,
+        "prompt.num_virtual_tokens": 6,
         "seed": 0,
         "task.template": "{text} is",
-        "train.rate": 0.1,
+        "training.learning_rate": 0.1,
     }
     for name, row in rows.items():
         own = json.loads((tmp_path / "out" / name / "results.json").read_text())
@@ -133,7 +136,7 @@ def test_runs_are_compared(values, tmp_path):
     assert (group["n"], group["mean"]) == (2, pytest.approx(mean))
     assert group["sd"] == pytest.approx(sum((s - mean) ** 2 for s in scores) ** 0.5)
     page = (tmp_path / "out" / "report.html").read_text()
-    assert re.search(r"<th scope=\"row\">c</th><td>colors</td><td>[^<]*train.rate 0.1", page)
+    assert re.search(r"<th scope=\"row\">c</th><td>colors</td><td>[^<]*training.learning_rate 0.1", page)
     assert "Over the seeds" in page
     one, two = (str(tmp_path / "out" / name / "prompt") for name in ("a", "b"))
     assert results["next"][-1] == f"softprompts evaluate {one} {two}"
@@ -160,7 +163,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_finished(values, call, tmp
 
     poisoned.calls = 0
     monkeypatch.setitem(objectives.OBJECTIVES, "poison", poisoned)
-    bad = {"name": "bad", "train.objectives": {"poison": 1.0}}
+    bad = {"name": "bad", "training.objectives": {"poison": 1.0}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**values, "runs": [*RUNS[:2], bad]}))
     status, out, err = call("train", "--config", tmp_path / "run.yaml")
     assert status == 1
@@ -185,8 +188,8 @@ def test_the_command_takes_lists_of_seeds_and_rates(values, call, tmp_path):
     lines = out.splitlines()
     assert lines[0].endswith("run, what differs, last loss, score (95 % interval)")
     assert [line.split("  ")[0] for line in lines[1:5]] == names
-    assert lines[1].split("  ")[1] == "seed 0, train.rate 0.1"
-    assert re.fullmatch(r"train.rate 0.1  accuracy 0\.\d{3}  0\.\d{3}  2", lines[6])
+    assert lines[1].split("  ")[1] == "seed 0, training.learning_rate 0.1"
+    assert re.fullmatch(r"training.learning_rate 0.1  accuracy 0\.\d{3}  0\.\d{3}  2", lines[6])
     assert err.count("training seed1-rate0.5 4/4 loss") == 1
     assert err.count("before training") == 1
     for name in names:
@@ -234,7 +237,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
 
     interrupted.calls = 0
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
-    whole = job.run(parse({**values, "runs": RUNS[:2], "out": str(tmp_path / "whole")}))
+    whole = job.run(parse({**values, "runs": RUNS[:2], "output_dir": str(tmp_path / "whole")}))
     monkeypatch.setattr(loop, "_gradients", interrupted)
     command = ("train", "--config", tmp_path / "run.yaml", "--set", f"runs={json.dumps(RUNS[:2])}")
     status, _, err = call(*command)
@@ -262,7 +265,7 @@ def test_the_example_and_the_page_list_runs_that_can_be():
     ]
     (block,) = re.findall(r"^```yaml\n(.*?)^```", (root / "docs" / "many-prompts.md").read_text(), re.M | re.S)
     found = sweep(parse(yaml.safe_load(block)))
-    assert (found["long"].prompt.length, found["films"].tasks[0].source) == (50, "movies")
+    assert (found["long"].prompt.num_virtual_tokens, found["films"].tasks[0].source) == (50, "movies")
 
 
 def test_names_that_may_be_one_folder_are_refused(values):
@@ -273,7 +276,7 @@ def test_names_that_may_be_one_folder_are_refused(values):
 
 
 def test_next_commands_can_be_pasted_where_a_folder_has_a_space(values, tmp_path):
-    values |= {"out": str(tmp_path / "my runs"), "runs": [{"name": "a"}, {"name": "b c", "seed": 1}]}
+    values |= {"output_dir": str(tmp_path / "my runs"), "runs": [{"name": "a"}, {"name": "b c", "seed": 1}]}
     lines = [shlex.split(line) for line in job.run(parse(values))["next"]]
     prompts = [str(tmp_path / "my runs" / name / "prompt") for name in ("a", "b c")]
     assert [line[2] for line in lines[:3]] == prompts[:1] * 3
@@ -282,14 +285,19 @@ def test_next_commands_can_be_pasted_where_a_folder_has_a_space(values, tmp_path
 
 def test_a_rate_that_the_optimizer_cannot_hold_is_refused(values):
     """Adam's step would not fit a float32, and its error would take the other runs along."""
-    runs = [{"name": "a"}, {"name": "b", "train.rate": 1e38, "train.rate_unit": "absolute"}]
-    with pytest.raises(ConfigError, match=r"runs 'b': train.rate: .* less than or equal to 1000000000 \(given: 1e\+38"):
+    runs = [{"name": "a"}, {"name": "b", "training.learning_rate": 1e38, "training.learning_rate_unit": "absolute"}]
+    with pytest.raises(
+        ConfigError, match=r"runs 'b': training.learning_rate: .* less than or equal to 1000000000 \(given: 1e\+38"
+    ):
         sweep(parse({**values, "runs": runs}))
 
 
 def test_the_largest_rate_that_is_allowed_does_not_break_the_optimizer(values):
-    wild = {"name": "b", "train": {"rate": 1e9, "rate_unit": "absolute", "schedule": "constant"}}
+    wild = {
+        "name": "b",
+        "training": {"learning_rate": 1e9, "learning_rate_unit": "absolute", "lr_scheduler_type": "constant"},
+    }
     found = job.run(parse({**values, "runs": [{"name": "a"}, wild]}))
-    alone = job.run(parse({**values, "out": f"{values['out']}-alone"}))
+    alone = job.run(parse({**values, "output_dir": f"{values['output_dir']}-alone"}))
     assert found["runs"][0]["steps"] == 4
     assert found["runs"][0]["loss"] == pytest.approx(alone["curve"][-1]["loss"], abs=1e-4)

@@ -353,7 +353,6 @@ def test_a_broken_file_is_named(name, tmp_path):
         ({"template": "{text"}, "template '{text': '{' at character 1 names no column; write {column}, and {{ or }}"),
         ({"split": {"test": "tset"}}, "has no split 'tset' for test; it has no named splits; or give a file"),
         ({"split": {"test": "no.csv"}}, "no file no.csv"),
-        ({"split": {"limit": {"train": 0}}}, "split.limit.train must be at least 1, given 0"),
         ({"split": {"test_fraction": 0.99, "validation_fraction": 0.99}}, "no rows are left to train on"),
     ],
 )  # fmt: skip

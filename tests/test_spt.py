@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
@@ -20,7 +21,6 @@ from softprompts.methods import METHODS, build, groups, shares
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.methods.spt import SemiParametric, best, products
 from softprompts.model import initialization
-from softprompts.model.learner import Learner
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, mix_prompts
 
@@ -33,7 +33,7 @@ def made(memory: Tensor | None = None, tasks: tuple[str, ...] = ("one",), **opti
     """A method whose memory is `memory [N, D]`, by default random; one long trained prompt of which all is."""
     memory = rows.random(1, N, D) if memory is None else memory
     config = SemiParametric.Config(**{"k": K, **options})
-    slot = PromptSpec(tasks, P, memory.shape[1], memory.shape[1])
+    slot = PromptSpec(P, memory.shape[1], memory.shape[1])
     return SemiParametric(config, slot, PromptInit(rows.random(2, P, memory.shape[1]), memory[None]))
 
 
@@ -226,7 +226,7 @@ def test_soft_retrieval_teaches_the_memory_by_values_and_by_products() -> None:
 def learner(name: str = "llama", bank: int = 30, **options: Any) -> Learner:
     """The method for two tasks on a tiny model, whose memory is its vocabulary's first words."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, INPUT, ("one", "two"), P)
+    slot = injection.prompt_spec(bb, INPUT, P)
     memory = bb.embed(torch.arange(5, 5 + bank)).float()
     config = SemiParametric.Config(**{"k": K, **options})
     return Learner(
@@ -312,7 +312,7 @@ def test_start_tasks_and_names() -> None:
     assert shares(method)
     assert {name: group.unit for name, group in groups(method).items()} == {"prompt": "rms", "memory": "rms"}
     sources = rows.random(3, 2, P, D)
-    found = build(NAME, {"k": 2}, PromptSpec(("a",), P, D, D), PromptInit(torch.zeros(P, D), sources))
+    found = build(NAME, {"k": 2}, PromptSpec(P, D, D), PromptInit(torch.zeros(P, D), sources))
     assert torch.equal(found.memory, torch.cat([sources[0], sources[1]]))
     calls = []
 
@@ -323,7 +323,7 @@ def test_start_tasks_and_names() -> None:
     found = build(
         NAME,
         {"k": 2, "bank": 9, "population": 50},
-        PromptSpec(("a",), P, D, D),
+        PromptSpec(P, D, D),
         PromptInit(torch.zeros(P, D), draw=draw),
     )
     assert calls == [(9, 50)]
@@ -333,7 +333,7 @@ def test_start_tasks_and_names() -> None:
 @pytest.mark.parametrize(
     ("options", "sources", "message"),
     [
-        ({}, None, f"method {NAME}: .*k 5 leaves no room .* prompt.length 5 counts both"),
+        ({}, None, f"method {NAME}: .*k 5 leaves no room .* prompt.num_virtual_tokens 5 counts both"),
         ({"k": 3}, None, "its memory needs words of a model or, in prompt.init.sources, trained prompts"),
         ({"k": 3}, torch.zeros(1, 2, D), "a memory of 2 rows cannot give k = 3; enlarge prompt.init.sources"),
         ({"k": -1}, None, f"options of method {NAME}: k must be a whole number from 0 on, given -1"),
@@ -351,26 +351,26 @@ def test_start_tasks_and_names() -> None:
 )
 def test_what_is_refused(options: dict[str, Any], sources: Tensor | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        build(NAME, options, PromptSpec(("a",), P, D, D), PromptInit(torch.zeros(P, D), sources))
+        build(NAME, options, PromptSpec(P, D, D), PromptInit(torch.zeros(P, D), sources))
 
 
 def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Words too few for the memory, sites of another width, faiss where it is not."""
     start = PromptInit(torch.zeros(P, D), draw=lambda count, population: torch.zeros(count, D))
     with pytest.raises(ConfigError, match=r"a memory of 2 rows cannot give k = 3; enlarge prompt.options.bank"):
-        build(NAME, {"k": 3, "bank": 2}, PromptSpec(("a",), P, D, D), start)
+        build(NAME, {"k": 3, "bank": 2}, PromptSpec(P, D, D), start)
     few = functools.partial(initialization.sample_vocabulary, tiny.backbone("llama"), generator=torch.Generator())
     start = PromptInit(torch.zeros(P, D), draw=lambda count, population: few(count, population).float())
     message = "its memory, prompt.options.bank: 40 different words are wanted, but only 20 can be drawn; ask for fewer"
     with pytest.raises(ConfigError, match=message + ", or set a population above 20$"):
-        build(NAME, {"k": 2, "bank": 40, "population": 20}, PromptSpec(("a",), P, D, D), start)
+        build(NAME, {"k": 2, "bank": 40, "population": 20}, PromptSpec(P, D, D), start)
     with pytest.raises(ConfigError, match=r"1000 different words are wanted, but only .* can be drawn; ask for fewer$"):
-        build(NAME, {"k": 2}, PromptSpec(("a",), P, D, D), start)
-    for slot in (PromptSpec(("a",), P, D, D - 1), PromptSpec(("a",), P, D, D, 0, (D,))):
+        build(NAME, {"k": 2}, PromptSpec(P, D, D), start)
+    for slot in (PromptSpec(P, D, D - 1), PromptSpec(P, D, D, 0, (D,))):
         with pytest.raises(
             ConfigError, match=r"its memory has the width of the embeddings, ., and .* use site input or"
         ):
             build(NAME, {"k": 3}, slot, start)
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ConfigError, match=r"faiss, which is not installed: pip install 'softprompts\[retrieval\]'"):
-        build(NAME, {"k": 3, "index": "faiss"}, PromptSpec(("a",), P, D, D), start)
+        build(NAME, {"k": 3, "index": "faiss"}, PromptSpec(P, D, D), start)

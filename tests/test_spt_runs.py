@@ -13,11 +13,12 @@ import transformers
 import local
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
-from softprompts.config import EvaluateConfig, parse
+from softprompts.config import EvaluationConfig, parse
 from softprompts.data import EncodedExample, ExampleTokenizer, TaskTemplate, collate
 from softprompts.evaluation import evaluate
 from softprompts.injection import Site
 from softprompts.model.initialization import from_ids
+from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import objectives
 from softprompts.types import Batch
@@ -70,7 +71,7 @@ def test_in_masked_models_and_pairs() -> None:
 @pytest.mark.parametrize("place", ["start", "user"])
 def test_in_chats(place: Any) -> None:
     """Neither the chat template's words nor the system's."""
-    form = replace(QUESTION, chat=True, system="Be short: Type:", chat_place=place)
+    form = replace(QUESTION, chat=True, system="Be short: Type:", chat_placement=place)
     encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200)
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 
@@ -147,22 +148,26 @@ def values(folder: Path, tmp_path: Path) -> dict[str, Any]:
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {
             "method": "spt-reconstruction",
-            "length": 4,
+            "num_virtual_tokens": 4,
             "options": {"k": 2, "bank": 40, "population": 200},
         },
         "tasks": [
             {**task, "name": "one", "template": "Say of {text} whether:"},
             {**task, "name": "two", "template": "{text} is? human"},
         ],
-        "train": {"steps": 4, "batch_size": 8, "rate": 0.3, "checkpoint_every": 1},
-        "evaluate": {"resamples": 100},
-        "out": str(tmp_path / "out"),
+        "training": {"max_steps": 4, "batch_size": 8, "learning_rate": 0.3, "save_steps": 1},
+        "evaluation": {"resamples": 100},
+        "output_dir": str(tmp_path / "out"),
     }
 
 
 def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
     """One row by itself, and the log-probability of `answer` behind it, the memory's rows chosen by hand."""
-    text, method, bb = opened.encoder.encode(row), opened.learner.method, opened.learner.backbone
+    text, method, bb = (
+        opened.example_tokenizer(opened.task).encode(row),
+        opened.registry.method(opened.task),
+        opened.backbone,
+    )
     words = bb.embed(torch.tensor([i for i, mark in zip(text.ids, text.words, strict=True) if mark])[None])[0]
     chosen = (method.memory @ words.mean(0)).argsort(descending=True)[:2]
     prompt = torch.cat([method.soft, method.memory[chosen]])
@@ -192,14 +197,14 @@ def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None
     assert torch.equal(one.state["sources"][0], start.draw(40, 200))
     assert not torch.equal(one.state["soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
-        opened = job.open_artifacts([tmp_path / "out" / "prompt" / name], model=run.model)
-        found = list(evaluate.answers(opened.learner, opened.encoder, task.train[:20], EvaluateConfig()))
+        opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
+        found = list(evaluate.answers(opened, task.train[:20], prompt=opened.task, config=EvaluationConfig()))
         for row, answer in zip(task.train[:20], found, strict=True):
-            for label, ids in opened.encoder.candidates().items():
+            for label, ids in opened.example_tokenizer(opened.task).candidates().items():
                 assert answer.scores[label] == pytest.approx(alone(opened, row, ids)[1], abs=2e-5)
-        config = EvaluateConfig(by="generate", max_new_tokens=3)
-        together = list(evaluate.answers(opened.learner, opened.encoder, task.test, config))
-        each = [next(iter(evaluate.answers(opened.learner, opened.encoder, [row], config))) for row in task.test]
+        config = EvaluationConfig(by="generate", max_new_tokens=3)
+        together = list(evaluate.answers(opened, task.test, prompt=opened.task, config=config))
+        each = [next(iter(evaluate.answers(opened, [row], prompt=opened.task, config=config))) for row in task.test]
         assert [one.text for one in together] == [one.text for one in each]
 
 
@@ -212,7 +217,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     whole = job.run(parse(values))
-    cut = parse({**values, "out": str(tmp_path / "cut")})
+    cut = parse({**values, "output_dir": str(tmp_path / "cut")})
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, job.ProgressReporter(on_step=stop))
     again = job.run(cut)
@@ -242,8 +247,8 @@ def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
     job.run(run)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.load_prompt(tmp_path / "out" / "prompt" / "one")
-    opened = job.open_artifacts([tmp_path / "out" / "prompt" / "one"], model=run.model)
-    rows = [opened.encoder.example(row) for row in job.prepare(run).tasks[0].test[:5]]
+    opened = open_prompts([tmp_path / "out" / "prompt" / "one"], config=run.model)[0]
+    rows = [opened.example_tokenizer(opened.task).example(row) for row in job.prepare(run).tasks[0].test[:5]]
     batch = collate(rows, 0)
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
     with torch.no_grad():

@@ -39,36 +39,39 @@ def study_values(folder: Path) -> dict:
     for i, name in enumerate(("alpha", "beta")):
         file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         tasks.append({"source": str(file), "name": name, "template": "The words: {text}\nThe answer:", "split": split})
-    train = {"steps": 2, "batch_size": 4}
+    train = {"max_steps": 2, "batch_size": 4}
     small = {"options": {"hidden": 16, "phm": 4, "encoder": "static"}}
     return {
         "model": {"name": str(local.model_directory(folder / "llama")), "dtype": "float32", "threads": 1},
-        "prompt": {"length": 6},
+        "prompt": {"num_virtual_tokens": 6},
         "tasks": tasks,
         "own": {
             "idpg-s": {"about": "small", "prompt": {"method": "idpg", **small}, "follow": {"output": 0.1}},
             "idpg-m": {
                 "about": "small",
                 "prompt": {"method": "idpg", "site": "layers", "mode": "add", **small},
-                "rates": [0.2],
+                "learning_rates": [0.2],
             },
             "spt": {"about": "small", "prompt": {"method": "spt-reconstruction", "options": {"bank": 50, "k": 2}}},
         },
         "upper": ["lora"],
         "compare": {
-            "train": train,
+            "training": train,
             "few": train,
             "shots": [None, 2],
             "seeds": [0, 1],
-            "rates": [0.1, 0.3],
+            "learning_rates": [0.1, 0.3],
             "tune_on": ["alpha"],
-            "weight_rates": {"lora": [0.01]},
+            "weight_learning_rates": {"lora": [0.01]},
             "weight_targets": ["beta"],
         },
-        "pretrain": {"task": {**tasks[0], "template": "{text}"}, "train": {"steps": 2, "batch_size": 8, "rate": 0.1}},
+        "pretrain": {
+            "task": {**tasks[0], "template": "{text}"},
+            "training": {"max_steps": 2, "batch_size": 8, "learning_rate": 0.1},
+        },
         "speed": {"steps": 3, "repeats": 2},
-        "evaluate": {"resamples": 100},
-        "out": str(folder / "out"),
+        "evaluation": {"resamples": 100},
+        "output_dir": str(folder / "out"),
     }
 
 
@@ -80,7 +83,7 @@ def done(tmp_path_factory):
 
 
 def page(values: dict, *parts: str) -> dict:
-    return json.loads(Path(values["out"], *parts, "results.json").read_text())
+    return json.loads(Path(values["output_dir"], *parts, "results.json").read_text())
 
 
 def test_every_arm_has_a_line_at_every_size(done):
@@ -91,14 +94,14 @@ def test_every_arm_has_a_line_at_every_size(done):
         for line in size["lines"][1:]:
             assert set(line["scores"]) == ({"beta"} if line["arm"] == "lora" else {"alpha", "beta"})
     assert [size["size"] for size in results["arms"]] == ["full", "2-shot"]
-    assert json.loads(Path(values["out"], "results.json").read_text())["arms"] == json.loads(
+    assert json.loads(Path(values["output_dir"], "results.json").read_text())["arms"] == json.loads(
         json.dumps(results["arms"])
     )
 
 
 def test_scores_are_those_of_the_runs_at_the_rate_that_validation_chose(done):
     values, results = done
-    chosen = {(one["arm"], one["size"]): one for one in results["rates"]}
+    chosen = {(one["arm"], one["size"]): one for one in results["learning_rates"]}
     for size, name in ((0, "full"), (1, "2-shot")):
         for arm in TRAINED:
             one = chosen[arm, name]
@@ -119,19 +122,25 @@ def test_scores_are_those_of_the_runs_at_the_rate_that_validation_chose(done):
 def test_arms_train_what_they_say(done):
     values, results = done
     for arm in TRAINED:
-        rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == (arm, "full"))
+        rate = next(
+            one["learning_rate"] for one in results["learning_rates"] if (one["arm"], one["size"]) == (arm, "full")
+        )
         run = page(values, "tasks", "beta-full", "seeds", arm, f"{arm}-rate{rate:g}-seed1")["config"]
         known = parse(values, Study).known[arm]
         for key, value in known.prompt.items():
             found = run["prompt"][key]
             assert found == value or key == "options", (arm, key)
-        assert run["train"]["rates"] == pytest.approx({group: share * rate for group, share in known.follow.items()})
-        assert run["train"]["rate"] == rate
-        assert run["prompt"]["length"] == 6
+        assert run["training"]["learning_rates"] == pytest.approx(
+            {group: share * rate for group, share in known.follow.items()}
+        )
+        assert run["training"]["learning_rate"] == rate
+        assert run["prompt"]["num_virtual_tokens"] == 6
         state = run["prompt"]["init"]["state"]
-        assert state == (str(Path(values["out"], "pretrain", arm, "prompt")) if known.pretrain else None)
+        assert state == (str(Path(values["output_dir"], "pretrain", arm, "prompt")) if known.pretrain else None)
     for name, seed in (("alpha-2-shot", 1), ("beta-2-shot", 1)):
-        rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spt", "2-shot"))
+        rate = next(
+            one["learning_rate"] for one in results["learning_rates"] if (one["arm"], one["size"]) == ("spt", "2-shot")
+        )
         run = page(values, "tasks", name, "seeds", "spt", f"spt-rate{rate:g}-seed{seed}")
         assert run["config"]["tasks"][0]["split"]["shots_seed"] == seed
         assert run["rows"]["train"] == 4
@@ -141,9 +150,9 @@ def test_the_arms_that_are_not_asked_for_can_be(tmp_path):
     """Every other arm trains what it says, beside one that is there anyway."""
     more = [name for name in ARMS if name not in COMPARED]
     values = study_values(tmp_path)
-    few = {"shots": [2], "seeds": [0], "rates": [0.2], "tune_on": ["alpha"]}
+    few = {"shots": [2], "seeds": [0], "learning_rates": [0.2], "tune_on": ["alpha"]}
     values |= {"arms": ["prompt-tuning", *more], "upper": [], "speed": None, "tasks": values["tasks"][:1]}
-    values["compare"] = {"train": {"steps": 2, "batch_size": 4}, "few": {"steps": 2, "batch_size": 4}, **few}
+    values["compare"] = {"training": {"max_steps": 2, "batch_size": 4}, "few": {"max_steps": 2, "batch_size": 4}, **few}
     results = execute(parse(values, Study))
     lines = {line["arm"]: line for line in results["arms"][0]["lines"]}
     assert list(lines) == ["no prompt", "prompt-tuning", *more]
@@ -155,9 +164,9 @@ def test_the_arms_that_are_not_asked_for_can_be(tmp_path):
     for name in more:
         run = page(values, "tasks", "alpha-2-shot", "rates", name, f"{name}-rate0.2-seed0")
         assert run["summary"]["moved"] > 0
-        assert run["config"]["train"]["rate"] == 0.2
+        assert run["config"]["training"]["learning_rate"] == 0.2
         for group, share in ARMS[name].follow.items():
-            assert run["config"]["train"]["rates"][group] == pytest.approx(0.2 * share)
+            assert run["config"]["training"]["learning_rates"][group] == pytest.approx(0.2 * share)
 
 
 def test_step_times_are_medians_of_all_but_first_steps(done):
@@ -203,7 +212,10 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
     assert again["speed"] == results["speed"]
     assert not [line for line in said if "steps" in line and "runs" in line]
     said.clear()
-    values = {**values, "pretrain": {**values["pretrain"], "train": {"steps": 3, "batch_size": 8, "rate": 0.1}}}
+    values = {
+        **values,
+        "pretrain": {**values["pretrain"], "training": {"max_steps": 3, "batch_size": 8, "learning_rate": 0.1}},
+    }
     execute(parse(values, Study), ProgressReporter(log=said.append))
     anew = {line.partition(":")[0] for line in said if line.endswith("done anew")}
     assert anew == {
@@ -213,7 +225,7 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
         *(f"beta {size}, ipt-pretrained, seeds" for size in ("full", "2-shot")),
     }
     said.clear()
-    values = {**values, "pretrain": {**values["pretrain"], "train": results["config"]["pretrain"]["train"]}}
+    values = {**values, "pretrain": {**values["pretrain"], "training": results["config"]["pretrain"]["training"]}}
     back = execute(parse(values, Study), ProgressReporter(log=said.append))
     assert not [line for line in said if line.endswith("done anew") or " steps" in line], "what was finished is kept"
     assert back["arms"] == results["arms"]
@@ -222,8 +234,8 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
 def small(values: dict, folder: Path) -> dict:
     """The same study with three arms on one task, one of them taught first, and without timed steps."""
     arms = ["prompt-tuning", "ipt-pretrained", "idpg-m"]
-    compare = {**values["compare"], "shots": [2], "rates": [0.1]}
-    return {**values, "arms": arms, "upper": [], "speed": None, "compare": compare, "out": str(folder)}
+    compare = {**values["compare"], "shots": [2], "learning_rates": [0.1]}
+    return {**values, "arms": arms, "upper": [], "speed": None, "compare": compare, "output_dir": str(folder)}
 
 
 @pytest.mark.parametrize("at", [2, 5])
@@ -309,20 +321,26 @@ def test_verdict():
         ({"arms": ["prompt-tunning"]}, "arms: 'prompt-tunning' is unknown; did you mean 'prompt-tuning'"),
         ({"upper": ["adapter"]}, "upper: 'adapter' is unknown"),
         ({"pretrain": None}, "arm 'ipt-pretrained' begins at what was pretrained; give the section pretrain"),
-        ({"prompt": {"length": 6, "method": "idpg"}}, "prompt.method is set by each arm"),
+        ({"prompt": {"num_virtual_tokens": 6, "method": "idpg"}}, "prompt.method is set by each arm"),
         ({"compare": {"shots": [0]}}, "leave 0 out"),
         ({"compare": {"tune_on": ["gamma"]}}, "compare.tune_on: 'gamma' is unknown"),
-        ({"compare": {"weight_rates": {"fine-tuning": [1e-3]}}}, "arm 'lora' needs rates"),
+        ({"compare": {"weight_learning_rates": {"fine-tuning": [1e-3]}}}, "arm 'lora' needs rates"),
         ({"model": {"head": "sequence"}}, "share a language model's head, not 'sequence'"),
         ({"arms": ["prompt-tuning", "prompt-tuning"]}, "arms: .*every value may stand there once"),
         ({"upper": ["lora", "lora"]}, "upper: .*every value may stand there once"),
-        ({"compare": {"weight_rates": {"lora": [0.01, 0.01]}}}, "every value may stand there once"),
-        ({"own": {"spt": {"rates": [0.1, 0.1]}}}, "every value may stand there once"),
+        ({"compare": {"weight_learning_rates": {"lora": [0.01, 0.01]}}}, "every value may stand there once"),
+        ({"own": {"spt": {"learning_rates": [0.1, 0.1]}}}, "every value may stand there once"),
         ({"own": {"lora": {"prompt": {"method": "residual"}}}}, "own: 'lora' is another line of the table"),
         ({"own": {"no prompt": {}}}, "own: 'no prompt' is another line of the table"),
-        ({"compare": {"train": {"steps": 0}}}, "train.steps must be at least 1"),
-        ({"compare": {"few": {"rate": 0.2}}}, "compare.few.rate: arms try the rates of compare.rates"),
-        ({"compare": {"train": {"rates": {"codes": 0.1}}}}, "compare.train.rates: arms try the rates of compare.rates"),
+        ({"compare": {"training": {"max_steps": 0}}}, "training.max_steps must be at least 1"),
+        (
+            {"compare": {"few": {"learning_rate": 0.2}}},
+            "compare.few.learning_rate: arms try the rates of compare.learning_rates",
+        ),
+        (
+            {"compare": {"training": {"learning_rates": {"codes": 0.1}}}},
+            "compare.training.learning_rates: arms try the rates of compare.learning_rates",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
@@ -332,9 +350,9 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, changes, message):
 
 def test_own_arms_change_what_they_name(tmp_path):
     """An arm of a known name is that arm with what is set; the stored plan can be given again."""
-    own = {"ipt-encoder": {"rates": [0.01]}, "mine": {"about": "of my own", "prompt": {"method": "residual"}}}
+    own = {"ipt-encoder": {"learning_rates": [0.01]}, "mine": {"about": "of my own", "prompt": {"method": "residual"}}}
     study = parse({**study_values(tmp_path), "own": own}, Study)
-    assert study.known["ipt-encoder"] == ARMS["ipt-encoder"].model_copy(update={"rates": (0.01,)})
+    assert study.known["ipt-encoder"] == ARMS["ipt-encoder"].model_copy(update={"learning_rates": (0.01,)})
     assert study.known["mine"] == study.own["mine"]
     assert {name: arm for name, arm in study.known.items() if name not in own} == {
         name: arm for name, arm in ARMS.items() if name not in own
@@ -343,8 +361,8 @@ def test_own_arms_change_what_they_name(tmp_path):
 
 
 def test_a_rate_can_be_chosen_whatever_is_evaluated_on_the_way(tmp_path):
-    train = {"steps": 3, "batch_size": 4, "evaluate_every": 5}
-    values = {**study_values(tmp_path), "compare": {"train": train, "few": train, "weight_steps": [2, 9]}}
+    train = {"max_steps": 3, "batch_size": 4, "eval_steps": 5}
+    values = {**study_values(tmp_path), "compare": {"training": train, "few": train, "weight_max_steps": [2, 9]}}
     stage = parse(values, Study).compare
     assert [stage.training(shots).evaluate_every for shots in (None, 16)] == [3, 3]
     assert [stage.training(shots, weights=True).evaluate_every for shots in (None, 16)] == [2, 5]
@@ -357,7 +375,7 @@ def test_every_task_is_read_before_any_training(tmp_path, first):
     values["tasks"][1]["template"] = "{words}"
     with pytest.raises(DataError, match="no column 'words'"):
         execute(parse(values, Study))
-    assert not Path(values["out"]).exists() or not list(Path(values["out"]).rglob("prompt"))
+    assert not Path(values["output_dir"]).exists() or not list(Path(values["output_dir"]).rglob("prompt"))
 
 
 @pytest.mark.parametrize(
@@ -372,5 +390,5 @@ def test_an_arm_that_cannot_be_is_refused_before_any_training(tmp_path, own, mes
     values = study_values(tmp_path) | {"arms": ["prompt-tuning", "odd"], "own": {"odd": {"about": "odd", **own}}}
     with pytest.raises(ConfigError, match=message):
         execute(parse(values, Study))
-    assert not Path(values["out"], "tasks").exists()
-    assert not Path(values["out"], "speed").exists()
+    assert not Path(values["output_dir"], "tasks").exists()
+    assert not Path(values["output_dir"], "speed").exists()

@@ -34,33 +34,33 @@ def study_values(folder: Path, model: str = "llama") -> dict:
         file = local.colors(folder / f"{name}.csv", rows=60, seed=i)
         split = {"validation_fraction": 0.2, "test_fraction": 0.2}
         tasks.append({"source": str(file), "name": name, "template": "{text}:", "split": split})
-    train = {"steps": 4, "batch_size": 4, "rate": 0.3}
+    train = {"max_steps": 4, "batch_size": 4, "learning_rate": 0.3}
     return {
         "model": {"name": str(local.model_directory(folder / model, model)), "dtype": "float32", "threads": 1},
-        "prompt": {"length": P},
+        "prompt": {"num_virtual_tokens": P},
         "tasks": tasks[:3],
         "groups": {"first": ["alpha", "beta"]},
         "vectors": {
-            "train": train,
+            "training": train,
             "starts": [{"kind": "vocabulary", "seed": 0}, {"kind": "random", "seed": 1}],
-            "rates": [0.1, 0.3],
+            "learning_rates": [0.1, 0.3],
             "tune_on": ["alpha"],
         },
-        "sums": {"starts": 2, "coefficients": [0, 0.5, 1], "few": {**train, "steps": 2}, "shots": 2},
+        "sums": {"starts": 2, "coefficients": [0, 0.5, 1], "few": {**train, "max_steps": 2}, "shots": 2},
         "few": {
             "targets": [{"target": tasks[3], "sources": ["alpha", "beta"]}],
-            "source": {"train": {**train, "sampling": {"draw": "some"}}, "variants": ["mixture"]},
+            "source": {"training": {**train, "sampling": {"draw": "some"}}, "variants": ["mixture"]},
             "target": {
                 "few": train,
                 "shots": [0, 4],
                 "shots_per": "set",
                 "seeds": [0, 1],
-                "rates": [0.3],
+                "learning_rates": [0.3],
                 "arms": ["prompt-tuning", "spot-first", "spot-second", "spot-mixture", "vectors"],
             },
         },
-        "evaluate": {"resamples": 100},
-        "out": str(folder / "out"),
+        "evaluation": {"resamples": 100},
+        "output_dir": str(folder / "out"),
     }
 
 
@@ -103,7 +103,7 @@ def done(watched):
 
 
 def page(values: dict, *parts: str) -> dict:
-    return json.loads(Path(values["out"], *parts, "results.json").read_text())
+    return json.loads(Path(values["output_dir"], *parts, "results.json").read_text())
 
 
 def test_vectors_differ_by_their_start_alone(done):
@@ -116,15 +116,15 @@ def test_vectors_differ_by_their_start_alone(done):
     for task in TASKS:
         runs = [page(values, "vectors", task, f"start{place}") for place in (0, 1)]
         assert [run["config"]["prompt"]["init"]["kind"] for run in runs] == ["vocabulary", "random"]
-        configs = [{**run["config"], "out": "", "prompt": ""} for run in runs]
+        configs = [{**run["config"], "output_dir": "", "prompt": ""} for run in runs]
         assert configs[0] == configs[1]
-        assert configs[0]["train"]["rate"] == results["rate"]["rate"]
+        assert configs[0]["training"]["learning_rate"] == results["rate"]["rate"]
 
 
 def test_all_starts_of_a_task_train_in_one_batch(watched):
     """One call of the training a task, with every start and one backbone; so do the rates of a task that chooses."""
     values, _, _, watch = watched
-    out = Path(values["out"])
+    out = Path(values["output_dir"])
     for part, tasks, names in (("vectors", TASKS, ("start0", "start1")), ("rates", ["alpha"], ("rate0.1", "rate0.3"))):
         calls = [where for where, _ in watch.fits if Path(where[0]).parent.parent == out / part]
         assert calls == [[str(out / part / task / name) for name in names] for task in tasks]
@@ -140,7 +140,7 @@ def test_own_scores_are_those_of_the_trained_prompts(done):
         assert found["scores"]["own"]["each"] == [run["after"]["value"] for run in trained]
         assert found["stock"] == trained[0]["before"]["value"]
         for place in (0, 1):
-            one = artifact.load(Path(values["out"], "vectors", task, f"start{place}", "prompt"))
+            one = artifact.load(Path(values["output_dir"], "vectors", task, f"start{place}", "prompt"))
             ratio = float((one.prompt.double() - one.initial).norm() / one.initial.double().norm())
             assert found["ratios"][place] == pytest.approx(ratio)
 
@@ -151,7 +151,7 @@ def test_conditions():
     starts = [torch.randn(P, 8, generator=generator) for _ in range(3)]
     tuned = [start + torch.randn(P, 8, generator=generator) for start in starts]
     like = local_artifacts(starts, tuned)
-    found = [vectors.vector(one, str(i)) for i, one in enumerate(like)]
+    found = [vectors.task_vector(one, str(i)) for i, one in enumerate(like)]
     made = independence.prompts(found, starts)
     assert {name: len(each) for name, each in made.items()} == {
         "own": 3, "cross": 6, "start": 3, "shuffled": 6, "random": 6, "alone": 3,
@@ -203,7 +203,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
     The judge's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
     """
     values, _, _ = done
-    shutil.copytree(Path(values["out"], "vectors"), tmp_path / "vectors")
+    shutil.copytree(Path(values["output_dir"], "vectors"), tmp_path / "vectors")
     pair, grid = ("alpha", "gamma"), (0.5, 1)
     trained = {
         task: [artifact.load(tmp_path / "vectors" / task / f"start{place}" / "prompt") for place in (0, 1)]
@@ -227,7 +227,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
         return [number(judge.task.name, prompt) for prompt in prompts]
 
     monkeypatch.setattr(Evaluator, "scores", scores)
-    study = parse({**values, "out": str(tmp_path)}, Study)
+    study = parse({**values, "output_dir": str(tmp_path)}, Study)
     found = stages._pair(stages._AtHand(study, ProgressReporter()), pair)
     assert found["tasks"] == list(pair)
     assert found["coefficients"] == list(grid)
@@ -250,7 +250,7 @@ def test_sums_are_trained_on_from_where_they_are(done):
     values, results, _ = done
     assert set(results["again"]) == set(TASKS)
     assert set(results["again"]["alpha"]) == {"start", "alpha+beta", "alpha+gamma"}
-    out = Path(values["out"])
+    out = Path(values["output_dir"])
     trained = artifact.load(out / "again/alpha/alpha+beta-seed1/prompt")
     begun = trained.initial
     parts = [artifact.load(out / f"vectors/{name}/start1/prompt") for name in ("alpha", "beta")]
@@ -265,10 +265,12 @@ def test_unseen_targets_start_from_their_sources(done):
     values, results, _ = done
     zero, four = results["few"]["delta"]["arms"]
     assert (zero["size"], four["size"]) == ("0-shot", "4-shot")
-    out = Path(values["out"], "few", "delta")
+    out = Path(values["output_dir"], "few", "delta")
     first = artifact.load(out / "targets/delta-0-shot/seeds/spot-first-rate0.3-seed0/prompt")
     second = artifact.load(out / "targets/delta-0-shot/seeds/spot-second-rate0.3-seed0/prompt")
-    sources = [artifact.load(Path(values["out"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")]
+    sources = [
+        artifact.load(Path(values["output_dir"], "vectors", name, "start0", "prompt")) for name in ("alpha", "beta")
+    ]
     assert first.prompt.equal(sources[0].prompt)
     assert second.prompt.equal(sources[1].prompt)
     plain = artifact.load(out / "targets/delta-0-shot/seeds/prompt-tuning-rate0.3-seed1/prompt")
@@ -297,7 +299,7 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     asked = []
     original = independence.measure
     monkeypatch.setattr(independence, "measure", lambda *given: asked.append(1) or original(*given))
-    small = {**values, "sums": None, "few": None, "out": str(tmp_path / "out")}
+    small = {**values, "sums": None, "few": None, "output_dir": str(tmp_path / "out")}
     execute(parse(small, Study))
     assert len(asked) == 3
     execute(parse(small, Study))
@@ -305,7 +307,7 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
     place = tmp_path / "out/vectors/beta/start1/prompt"
     one = artifact.load(place)
     moved = one.prompt + 0.01
-    artifact.save(vectors.made(vectors.vector(one), moved), place)
+    artifact.save(vectors.to_artifact(vectors.task_vector(one), moved), place)
     execute(parse(small, Study))
     assert len(asked) == 4
 
@@ -348,25 +350,27 @@ CUTS = (
 def test_an_interrupted_study_goes_on_to_the_same_results(watched, tmp_path, monkeypatch):
     """Cut in every question, one after the other: in the end it has made each step once, and found the same."""
     before, _, _, whole = watched
-    values = {**before, "out": str(tmp_path / "out")}
+    values = {**before, "output_dir": str(tmp_path / "out")}
     watch = Watch(monkeypatch)
     for line, at in CUTS:
         with pytest.raises(KeyboardInterrupt):
             execute(parse(values, Study), Cut(line, at).screen())
-        assert not Path(values["out"], "results.json").exists()
+        assert not Path(values["output_dir"], "results.json").exists()
     execute(parse(values, Study))
     assert watch.steps == whole.steps
-    found, expected = (json.loads(Path(out, "results.json").read_text()) for out in (values["out"], before["out"]))
+    found, expected = (
+        json.loads(Path(out, "results.json").read_text()) for out in (values["output_dir"], before["output_dir"])
+    )
     for one in (found, expected):
         for key in ("created", "seconds"):
             del one[key]
-        del one["config"]["out"]
+        del one["config"]["output_dir"]
     assert found == expected
 
 
 def test_the_page_says_what_held(done):
     values, results, _ = done
-    text = Path(values["out"], "report.html").read_text()
+    text = Path(values["output_dir"], "report.html").read_text()
     for claim in results["claims"].values():
         assert claim["words"].split(".")[0].replace("'", "&#x27;") in text
     assert "Question 3: few examples of delta" in text
@@ -539,10 +543,10 @@ def test_starts_of_zeros_have_no_relative_length(tmp_path):
 def test_a_rate_that_failed_anywhere_is_not_chosen(tmp_path, monkeypatch, scores, rate):
     """None is a run that failed; of those that are left everywhere the best mean counts, of equal ones the smaller."""
     values = study_values(tmp_path)
-    values["vectors"] |= {"rates": [0.1, 0.3, 1], "tune_on": ["alpha", "beta"]}
+    values["vectors"] |= {"learning_rates": [0.1, 0.3, 1], "tune_on": ["alpha", "beta"]}
 
     def runs(title, run, *_):
-        each = scores[Path(run.out).name]
+        each = scores[Path(run.output_dir).name]
         return {
             "runs": [{"name": f"rate{at}", "failed": "" if score else "not a number"} for at, score in each.items()]
         }
@@ -572,12 +576,15 @@ def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
 
     monkeypatch.setitem(objectives.OBJECTIVES, "near", near)
     values = study_values(tmp_path)
-    values["vectors"] |= {"rates": [0.1, 1e6], "train": {**values["vectors"]["train"], "objectives": {"near": 1.0}}}
+    values["vectors"] |= {
+        "learning_rates": [0.1, 1e6],
+        "training": {**values["vectors"]["training"], "objectives": {"near": 1.0}},
+    }
     rate, tried = stages._rate(parse(values, Study), ProgressReporter())
     assert (rate, list(tried)) == (0.1, ["0.1"])
-    values["vectors"] |= {"rates": [1e6, 1e7]}
+    values["vectors"] |= {"learning_rates": [1e6, 1e7]}
     with pytest.raises(TrainingError, match="not a number"):
-        stages._rate(parse({**values, "out": str(tmp_path / "none")}, Study), ProgressReporter())
+        stages._rate(parse({**values, "output_dir": str(tmp_path / "none")}, Study), ProgressReporter())
 
 
 @pytest.mark.parametrize("model", ["gpt2", "t5"])
@@ -585,7 +592,7 @@ def test_vectors_of_other_models(tmp_path, model):
     """The first question on another kind of model: every condition, with a prompt for each start or ordered pair."""
     values = study_values(tmp_path, model)
     values |= {"tasks": values["tasks"][:2], "sums": None, "few": None}
-    values["vectors"] |= {"rates": [0.3]}
+    values["vectors"] |= {"learning_rates": [0.3]}
     results = execute(parse(values, Study))
     assert set(results["independence"]) == {"alpha", "beta"}
     for task, one in results["independence"].items():
@@ -634,7 +641,7 @@ def test_the_search_never_reads_test_rows(done):
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
-    start = one.like.initial
+    start = one.reference.initial
     found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
     assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), ProgressReporter())

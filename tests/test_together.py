@@ -16,12 +16,13 @@ import tiny
 from softprompts import backbone as b
 from softprompts import errors, injection
 from softprompts.artifacts.io import read_tensors
-from softprompts.config import TrainConfig
+from softprompts.config import InitConfig, PromptConfig, TrainConfig
 from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
-from softprompts.model.learner import Learner, copy_head
+from softprompts.model import SoftPromptModel
+from softprompts.model.registry import NewPrompt, PromptRecord
 from softprompts.training import checkpoint, loop, objectives, shared_batch
 from softprompts.training.loop import TrainingRun
 from softprompts.types import IGNORE, Output, PromptInit
@@ -44,39 +45,68 @@ def encoded(name, count, seed, tasks=1):
     return found
 
 
-def learner(base, site, length, seed, tasks=("a",)):
-    """Prompt tuning in float64 from a random start."""
-    slot = injection.prompt_spec(base, site, tasks, length)
-    start = torch.randn(length, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
-    with torch.no_grad():
-        for parameter in method.prompts:
-            parameter.copy_(start)
-    return Learner(base, site, slot, method)
+def random_start(base, site, length, seed):
+    """A random prompt in float64."""
+    width = injection.prompt_width(base, site)
+    return torch.randn(length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
+
+
+def tuned(base, site, length, seed, tasks=("a",), model=None):
+    """A model with prompts of prompt tuning in float64, all from one random start; or these prompts in `model`."""
+    spec, start = injection.prompt_spec(base, site, length), random_start(base, site, length, seed)
+    model = SoftPromptModel(base) if model is None else model
+    for task in tasks:
+        method = PromptTuning(PromptTuning.Config(), spec, PromptInit(start)).double()
+        with torch.no_grad():
+            method.prompt.copy_(start)
+        record = PromptRecord(site, PromptConfig(num_virtual_tokens=length))
+        model.registry.add(NewPrompt(task, method, record), base.device)
+    model.task = model.tasks[0]
+    return model
+
+
+def run_of(name, model, rows, settings, **more):
+    """A run that trains the prompts of `model` whose names begin with its own, or all where none does."""
+    own = tuple(task for task in model.tasks if task.startswith(f"{name}/"))
+    return TrainingRun(name, model, own or model.tasks, rows, settings, **more)
 
 
 def config(steps=STEPS, **changes):
-    return TrainConfig(**{"steps": steps, "batch_size": 4, "rate": 0.05, "rate_unit": "absolute", **changes})
+    return TrainConfig(
+        **{"max_steps": steps, "batch_size": 4, "learning_rate": 0.05, "learning_rate_unit": "absolute", **changes}
+    )
 
 
 def trainees(name, site, folder=None, length=True):
     """Three runs that differ in seed, start, rows, tasks, rate, optimizer, schedule, length and batch size."""
     base = double(name)
     same = 4 if not length else None
+    model = tuned(base, site, 4, 1, ("plain/a",))
+    tuned(base, site, same or 6, 2, ("factored/a", "factored/b"), model)
+    tuned(base, site, same or 3, 3, ("accumulated/a",), model)
     made = [
-        TrainingRun("plain", learner(base, site, 4, 1), encoded(name, 13, 1), config()),
-        TrainingRun(
+        run_of("plain", model, encoded(name, 13, 1), config()),
+        run_of(
             "factored",
-            learner(base, site, same or 6, 2, ("a", "b")),
+            model,
             encoded(name, 9, 2, tasks=2),
-            config(optimizer="adafactor", schedule="constant", rate=0.02, batch_size=3, weight_decay=0.01),
+            config(
+                optimizer="adafactor", lr_scheduler_type="constant", learning_rate=0.02, batch_size=3, weight_decay=0.01
+            ),
             seed=7,
         ),
-        TrainingRun(
+        run_of(
             "accumulated",
-            learner(base, site, same or 3, 3),
+            model,
             encoded(name, 17, 3),
-            config(rate=0.2, clip=None, accumulate=2, batch_size=2, schedule="cosine", warmup=3),
+            config(
+                learning_rate=0.2,
+                max_grad_norm=None,
+                gradient_accumulation_steps=2,
+                batch_size=2,
+                lr_scheduler_type="cosine",
+                warmup_steps=3,
+            ),
             seed=3,
         ),
     ]
@@ -102,15 +132,15 @@ def rms_norm(weight, extra, eps, states):
 def alone(trainee):
     """The losses of a run by itself, and its prompts after every step."""
     losses, prompts = [], []
-    learner, rows, config = trainee.learner, trainee.rows, trainee.config
-    for report in loop.fit(learner, rows, config, pad=0, seed=trainee.seed, validate=trainee.validate):
+    options = {"prompts": trainee.prompts, "seed": trainee.seed, "validate": trainee.validate}
+    for report in loop.fit(trainee.model, trainee.rows, trainee.config, pad=0, **options):
         losses.append(report.loss)
         prompts.append(values(trainee))
     return losses, prompts
 
 
 def values(trainee):
-    return torch.stack([parameter.detach().clone() for parameter in trainee.learner.method.prompts])
+    return torch.stack([trainee.model.registry.method(name).prompt.detach().clone() for name in trainee.prompts])
 
 
 def together(runs, stop=None):
@@ -156,8 +186,7 @@ def test_what_methods_and_objectives_draw_is_their_own(monkeypatch):
 
     class Noisy(PromptTuning):
         def forward(self, context):
-            found = super().forward(context)
-            return replace(found, values=found.values + 0.1 * torch.randn_like(found.values))
+            return self.prompt + 0.1 * torch.randn_like(self.prompt)
 
     def noise(step):
         return objectives.task(step) * torch.rand((), dtype=torch.float64)
@@ -166,9 +195,12 @@ def test_what_methods_and_objectives_draw_is_their_own(monkeypatch):
 
     def made():
         runs = trainees("llama", Site())
-        for one in runs:
-            one.learner.method.__class__ = Noisy
-        return [replace(one, config=config(6, accumulate=2, objectives={"task": 1.0, "noise": 0.5})) for one in runs]
+        for method in runs[0].model.prompts.values():
+            method.__class__ = Noisy
+        return [
+            replace(one, config=config(6, gradient_accumulation_steps=2, objectives={"task": 1.0, "noise": 0.5}))
+            for one in runs
+        ]
 
     losses, prompts = together(made())
     for one in made():
@@ -182,7 +214,7 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
     def made():
         plain, factored, accumulated = trainees("llama", Site())
         scores = iter([0.1, 0.3, 0.2, 0.2, 0.9])
-        impatient = config(12, evaluate_every=2, patience=2)
+        impatient = config(12, eval_steps=2, early_stopping_patience=2)
         return [
             replace(plain, config=config(3)),
             replace(factored, config=impatient, validate=lambda: next(scores)),
@@ -191,9 +223,9 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
 
     rows, original = [], shared_batch.joint_steps
 
-    def counted(learners, parts, seeds, pad, targets):
+    def counted(model, prompts, parts, seeds, pad, targets):
         rows.append([len(part) for part in parts])
-        return original(learners, parts, seeds, pad, targets)
+        return original(model, prompts, parts, seeds, pad, targets)
 
     monkeypatch.setattr(loop, "joint_steps", counted)
     runs = made()
@@ -222,16 +254,16 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     def made(folder):
         plain, factored, accumulated = trainees("llama", Site(), folder)
         return [
-            replace(plain, config=config(9, checkpoint_every=4)),
-            replace(factored, config=factored.config.model_copy(update={"steps": 6, "checkpoint_every": 5})),
-            replace(accumulated, config=accumulated.config.model_copy(update={"steps": 12, "checkpoint_every": 50})),
+            replace(plain, config=config(9, save_steps=4)),
+            replace(factored, config=factored.config.model_copy(update={"max_steps": 6, "save_steps": 5})),
+            replace(accumulated, config=accumulated.config.model_copy(update={"max_steps": 12, "save_steps": 50})),
         ]
 
     moments = (1, 14, 16, 21, 25)
     (tmp_path / "whole").mkdir()
     snapshots(tmp_path / "whole", made(tmp_path / "whole"), moments)
     whole = {one.name: read_tensors(tmp_path / "whole" / one.name / loop.CHECKPOINT)[0] for one in made(tmp_path)}
-    assert [int(tensors["optimizer.method.prompts.0.step"]) for tensors in whole.values()] == [9, 6, 12]
+    assert [int(tensors["optimizer.prompts.a.prompt.step"]) for tensors in whole.values()] == [9, 6, 12]
     began = []
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
@@ -261,7 +293,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize(("cut", "step"), [("staging", 1), ("renaming", 2)])
 def test_a_joint_write_that_is_cut_is_undone_or_finished(tmp_path, monkeypatch, cut, step):
     """All three runs stand at the same step again, whichever file was the last to be written."""
-    runs = [replace(one, config=config(2, checkpoint_every=1)) for one in trainees("gpt2", Site(), tmp_path)]
+    runs = [replace(one, config=config(2, save_steps=1)) for one in trainees("gpt2", Site(), tmp_path)]
     write, rename, done = checkpoint.write_tensors, os.replace, []
 
     def staging(file, *arguments):
@@ -320,11 +352,11 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
     assert list(e.value.failed) == ["factored"]
     assert [len(found) for found in losses.values()] == [STEPS, 4, STEPS]
     poison(monkeypatch, 999)
-    good = replace(made()[1], config=made()[1].config.model_copy(update={"steps": 3}))
+    good = replace(made()[1], config=made()[1].config.model_copy(update={"max_steps": 3}))
     assert losses["factored"][:3] == pytest.approx(alone(good)[0], rel=1e-9)
     torch.testing.assert_close(values(runs[1]), values(good), rtol=1e-9, atol=1e-10)
     kept = read_tensors(runs[1].directory / loop.CHECKPOINT)[0]
-    assert torch.equal(kept["method.prompts.0"], runs[1].learner.method.prompts[0])
+    assert torch.equal(kept["prompts.a.prompt"], values(runs[1])[0])
     for one, two in zip(trainees(name, site), runs, strict=True):
         if one.name == "factored":
             continue
@@ -339,7 +371,7 @@ def test_inf_in_one_prompt_stays_there():
     """The rows of a run whose values overflow stand in the same pass as those of the others."""
     runs = trainees("llama", Site())
     with torch.no_grad():
-        runs[1].learner.method.prompts[0].fill_(float("inf"))
+        runs[1].model.prompts["factored/a"].prompt.fill_(float("inf"))
     with pytest.raises(errors.TrainingError, match="run 'factored'"):
         together(runs)
     first = trainees("llama", Site())[0]
@@ -349,10 +381,11 @@ def test_inf_in_one_prompt_stays_there():
 
 def test_what_cannot_share_a_batch_is_refused():
     plain, factored, _ = trainees("llama", Site())
-    other = TrainingRun("other", learner(double("gpt2"), Site(), 4, 1), plain.rows, config())
-    with pytest.raises(ConfigError, match=r"'plain' and 'other' have backbones of their own \(llama, gpt2\)"):
+    other = run_of("other", tuned(double("gpt2"), Site(), 4, 1), plain.rows, config())
+    with pytest.raises(ConfigError, match=r"'plain' and 'other' have models of their own \(llama, gpt2\)"):
         next(loop.train_many([plain, other], pad=0))
-    deep = TrainingRun("deep", learner(double("llama"), DEEP, 4, 1), plain.rows, config())
+    tuned(double("llama"), DEEP, 4, 1, ("deep/a",), plain.model)
+    deep = run_of("deep", plain.model, plain.rows, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'deep' differ in the name of their site \(input, layers\)"):
         next(loop.train_many([plain, deep], pad=0))
     with pytest.raises(ConfigError, match="names that differ, given plain, plain"):
@@ -360,8 +393,10 @@ def test_what_cannot_share_a_batch_is_refused():
     with pytest.raises(ConfigError, match="run 'empty' has no rows"):
         next(loop.train_many([plain, replace(factored, name="empty", rows=[])], pad=0))
     base = b.wrap(tiny.model("bert", "sequence"))
-    heads = [replace(learner(base, Site(), 4, seed), head=copy_head(base)) for seed in (1, 2)]
-    runs = [TrainingRun(str(i), one, [EncodedExample([1, 7, 8], 1)], config(1)) for i, one in enumerate(heads)]
+    model = SoftPromptModel(base)
+    for name in ("0/a", "1/a"):
+        model.add_prompt(name, PromptConfig(num_virtual_tokens=4, init=InitConfig(kind="random")))
+    runs = [run_of(name, model, [EncodedExample([1, 7, 8], 1)], config(1)) for name in ("0", "1")]
     with pytest.raises(ConfigError, match=r"classification head of its own.*one after the other"):
         next(loop.train_many(runs, pad=0))
 
@@ -381,12 +416,12 @@ def test_scores_find_their_run_in_any_order():
 def test_only_labels_that_are_scored_count():
     """At site kv no state scores a causal text's first token, so parts would otherwise get a wrong share."""
     row = EncodedExample([5, 6, 7], [5, 6, IGNORE])
-    counts = {
-        site: shared_batch.label_count(row, learner(double("llama"), Site(site), 4, 1)) for site in ("input", "kv")
-    }
+    base = double("llama")
+    counts = {site: shared_batch.label_count(row, base, Site(site)) for site in ("input", "kv")}
     assert counts == {"input": 2, "kv": 1}
-    assert shared_batch.label_count(replace(row, prompt_offsets=1), learner(double("llama"), Site(), 4, 1)) == 1
-    assert shared_batch.label_count(EncodedExample([5], 2), learner(double("llama"), Site(), 4, 1)) == 1
+    assert shared_batch.label_count(replace(row, prompt_offsets=1), base, Site()) == 1
+    assert shared_batch.label_count(row, base, None) == 1
+    assert shared_batch.label_count(EncodedExample([5], 2), base, Site()) == 1
 
 
 @pytest.mark.golden
@@ -394,10 +429,13 @@ def test_only_labels_that_are_scored_count():
 def test_accumulated_halves_equal_one_batch(site):
     """An epoch of eight rows in one batch, and in two halves with unequal numbers of labels."""
     rows = encoded("llama", 8, 4)
-    rows[0] = EncodedExample(rows[0].ids, rows[0].ids)
+    rows[0] = EncodedExample(rows[0].input_ids, rows[0].input_ids)
     runs = [
-        TrainingRun(
-            f"{size}", learner(double("llama"), site, 4, 1), rows, config(10, batch_size=size, accumulate=8 // size)
+        run_of(
+            f"{size}",
+            tuned(double("llama"), site, 4, 1),
+            rows,
+            config(10, batch_size=size, gradient_accumulation_steps=8 // size),
         )
         for size in (8, 4, 2)
     ]

@@ -30,11 +30,11 @@ def values(tmp_path):
 
 def fitted(values, directory=None, steps=None, validate=None, **changes):
     """The learner after training `values` with `changes`, and its reports (stopped after `steps`)."""
-    run = parse({**values, "train": {**values["train"], **changes}})
+    run = parse({**values, "training": {**values["training"], **changes}})
     made = job.prepare(run)
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     reports = []
-    fitting = loop.fit(made.learner, rows, run.train, pad=0, seed=run.seed, validate=validate, directory=directory)
+    fitting = loop.fit(made.learner, rows, run.training, pad=0, seed=run.seed, validate=validate, directory=directory)
     with closing(fitting):
         for report in fitting:
             reports.append(report)
@@ -48,7 +48,7 @@ def prompt_of(made):
 
 
 def test_training_lowers_the_loss_and_reports_every_step(values):
-    made, reports = fitted(values, steps=None, rate=1.0)
+    made, reports = fitted(values, steps=None, learning_rate=1.0)
     assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].loss < reports[0].loss
     assert reports[0].path in ("shared", "packed")
@@ -78,11 +78,11 @@ def test_resuming_equals_never_stopping(values, tmp_path, optimizer):
 
 def test_a_killed_run_goes_on_bit_for_bit(values, tmp_path):
     """The whole command, killed with SIGKILL in the middle of training, then called again."""
-    values["train"] |= {"steps": 200, "checkpoint_every": 1}
+    values["training"] |= {"max_steps": 200, "save_steps": 1}
     outs = []
     for name in ("whole", "killed"):
         file = tmp_path / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({**values, "out": str(tmp_path / name)}))
+        file.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / name)}))
         outs.append(file)
     command = [sys.executable, "-m", "softprompts", "train", "--json", "--config"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), "OMP_NUM_THREADS": "1"}
@@ -109,8 +109,8 @@ def test_accumulated_batches_equal_one_large_batch(values):
     """Two micro-batches of four in another order have the rows of no batch of eight, so one epoch is compared whole."""
     values["task"]["split"]["limit"] = {"train": 8}
     values["task"]["verbalizer"] = {"warm": "warm", "cold": "as cold as ice"}  # parts with unequal numbers of labels
-    large, reports = fitted(values, steps=2, batch_size=8, clip=None)
-    small, parts = fitted(values, steps=2, batch_size=4, accumulate=2, clip=None)
+    large, reports = fitted(values, steps=2, batch_size=8, max_grad_norm=None)
+    small, parts = fitted(values, steps=2, batch_size=4, gradient_accumulation_steps=2, max_grad_norm=None)
     assert [r.loss for r in parts[:2]] == pytest.approx([r.loss for r in reports[:2]], rel=1e-5)
     torch.testing.assert_close(prompt_of(small), prompt_of(large), rtol=1e-4, atol=1e-5)
 
@@ -123,18 +123,18 @@ def test_the_best_state_is_what_remains(values):
         seen.append(prompt_of(holder[0]).clone())
         return next(scores)
 
-    run = parse({**values, "train": {**values["train"], "evaluate_every": 2}})
+    run = parse({**values, "training": {**values["training"], "eval_steps": 2}})
     made = job.prepare(run)
     holder = [made]
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(loop.fit(made.learner, rows, run.train, pad=0, validate=validate))
+    list(loop.fit(made.learner, rows, run.training, pad=0, validate=validate))
     assert len(seen) == 3
     assert torch.equal(prompt_of(made), seen[1])
 
 
 def test_patience_stops_early(values):
     scores = iter([0.5, 0.4, 0.4, 0.4, 0.4, 0.4])
-    _, reports = fitted(values, validate=lambda: next(scores), evaluate_every=1, patience=2)
+    _, reports = fitted(values, validate=lambda: next(scores), eval_steps=1, early_stopping_patience=2)
     assert len(reports) == 3
 
 
@@ -162,17 +162,23 @@ def test_a_checkpoint_of_other_settings_is_refused(values, tmp_path):
     run = parse(values)
     made = job.prepare(run)
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    list(loop.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 1.0}}))
-    again = loop.fit(made.learner, rows, run.train, pad=0, directory=tmp_path, settings={"train": {"rate": 2.0}})
-    with pytest.raises(errors.TrainingError, match=r"train\.rate was 1\.0, is now 2\.0"):
+    list(
+        loop.fit(
+            made.learner, rows, run.training, pad=0, directory=tmp_path, settings={"training": {"learning_rate": 1.0}}
+        )
+    )
+    again = loop.fit(
+        made.learner, rows, run.training, pad=0, directory=tmp_path, settings={"training": {"learning_rate": 2.0}}
+    )
+    with pytest.raises(errors.TrainingError, match=r"training\.learning_rate was 1\.0, is now 2\.0"):
         next(again)
 
 
 def test_the_rate_follows_its_schedule(values):
-    _, reports = fitted(values, schedule="linear", warmup=2, rate=1.0)
+    _, reports = fitted(values, lr_scheduler_type="linear", warmup_steps=2, learning_rate=1.0)
     unit = reports[1].rate
     assert [r.rate / unit for r in reports] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
-    made, absolute = fitted(values, schedule="constant", rate=0.25, rate_unit="absolute")
+    made, absolute = fitted(values, lr_scheduler_type="constant", learning_rate=0.25, learning_rate_unit="absolute")
     assert {r.rate for r in absolute} == {0.25}
     assert unit == pytest.approx(made.learner.backbone.embedding_rms)
 
@@ -186,7 +192,13 @@ def test_nothing_to_train_on_is_said(values):
 def test_adafactor_keeps_the_whole_second_moment(values):
     made = job.prepare(parse(values))
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
-    config = TrainConfig(optimizer="adafactor", steps=1, schedule="constant", rate=0.3, rate_unit="absolute")
+    config = TrainConfig(
+        optimizer="adafactor",
+        max_steps=1,
+        lr_scheduler_type="constant",
+        learning_rate=0.3,
+        learning_rate_unit="absolute",
+    )
     captured = {}
     original = loop.build_optimizer
 
@@ -216,12 +228,12 @@ def test_the_backbone_is_never_touched(values):
 
 
 def replace_steps(run, steps):
-    return run.model_copy(update={"train": run.train.model_copy(update={"steps": steps})})
+    return run.model_copy(update={"training": run.training.model_copy(update={"max_steps": steps})})
 
 
 def test_a_batch_of_tokens(values, tmp_path):
     """`batch_tokens` bounds each step's tokens; a run that stops goes on with the same batches, epochs later too."""
-    values["train"]["steps"] = 30
+    values["training"]["max_steps"] = 30
     changes = {"batch_tokens": 90, "batch_size": 8}
     whole, reports = fitted(values, **changes)
     rows = [whole.encoders[0].example(row) for row in whole.tasks[0].train]
@@ -235,7 +247,7 @@ def test_a_batch_of_tokens(values, tmp_path):
 
 def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     plain, _ = fitted(values)
-    checked, reports = fitted(values, parity="check")
+    checked, reports = fitted(values, equivalence="check")
     assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
     assert reports[0].parity.startswith("packed against concatenation: asked for: loss differs by ")
     assert [r.parity for r in reports[1:]] == [""] * (len(reports) - 1)
@@ -244,7 +256,7 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     def wrong(part, *rest):
         return honest(replace(part, values=part.values * 1.01), *rest)
 
-    made = job.prepare(parse({**values, "train": {**values["train"], "parity": "check"}}))
+    made = job.prepare(parse({**values, "training": {**values["training"], "equivalence": "check"}}))
     injection.why_not_packed(made.learner.backbone)  # the model is found fit, and goes wrong after that
     monkeypatch.setitem(
         packed_attention.ALL_ATTENTION_FUNCTIONS,
@@ -254,13 +266,13 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()
     with pytest.raises(errors.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
-        next(loop.fit(made.learner, rows, made.run.train, pad=0))
+        next(loop.fit(made.learner, rows, made.run.training, pad=0))
     assert torch.equal(prompt_of(made), before)
 
 
 def test_checkpointed_layers_train_the_same_prompt(values):
     plain, reports = fitted(values)
-    again, others = fitted({**values, "model": {**values["model"], "checkpointing": True}})
+    again, others = fitted({**values, "model": {**values["model"], "gradient_checkpointing": True}})
     assert again.learner.backbone.kernels.gradient_checkpointing
     assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=1e-6)
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))

@@ -68,7 +68,7 @@ def test_the_two_ways_differ() -> None:
 @pytest.mark.parametrize("how", HOWS)
 def test_matrix(how: similarity.SimilarityMeasure) -> None:
     every = [rows.random(i, 2 + i, 6) for i in range(4)]
-    found = similarity.matrix(every, how)
+    found = similarity.similarity_matrix(every, how)
     assert found.dtype == torch.float64
     assert torch.equal(found, found.T)
     for i, one in enumerate(every):
@@ -118,14 +118,14 @@ def test_retrieve_in_a_case_that_can_be_checked_by_eye() -> None:
 def test_mean_is_rounded_once(seed: int, weights: list[float]) -> None:
     """In exact fractions, rounded to float32 at the end; only the ratio of weights counts."""
     every = [rows.random(seed + i, 2, 3) for i in range(len(weights))]
-    found = similarity.mean(every, weights)
+    found = similarity.weighted_mean(every, weights)
     assert found.dtype == torch.float32
     total = sum(map(Fraction, weights))
     for place in ((0, 0), (1, 2)):
         exact = sum(Fraction(w) * Fraction(float(p[place])) for w, p in zip(weights, every, strict=True)) / total
         assert float(found[place]) == pytest.approx(float(exact), rel=6e-8, abs=1e-15)
-    torch.testing.assert_close(similarity.mean(every, [3 * w for w in weights]), found, rtol=1e-6, atol=1e-12)
-    torch.testing.assert_close(similarity.mean(every), torch.stack(every).double().mean(0).float())
+    torch.testing.assert_close(similarity.weighted_mean(every, [3 * w for w in weights]), found, rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(similarity.weighted_mean(every), torch.stack(every).double().mean(0).float())
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,10 @@ from softprompts.artifacts.vectors import (
     cosine,
     cosines,
     distances,
-    made,
     norm,
     norm_ratio,
-    vector,
+    task_vector,
+    to_artifact,
 )
 from softprompts.config import parse
 from softprompts.errors import ArtifactError, WrongBackboneError
@@ -53,9 +53,9 @@ def tuned(seed: int, start: Tensor = START, **changes: Any) -> Artifact:
     return trained(start + rows.random(seed, *start.shape), start, **changes)
 
 
-FOUR = tuple(vector(tuned(i, rows.random(10 + i, P, D), task=f"t{i}")) for i in range(1, 5))
+FOUR = tuple(task_vector(tuned(i, rows.random(10 + i, P, D), task=f"t{i}")) for i in range(1, 5))
 """Vectors of four tasks from four starts."""
-BY_KEY = sorted((tuned(1), tuned(2)), key=lambda found: vector(found).key)
+BY_KEY = sorted((tuned(1), tuned(2)), key=lambda found: task_vector(found).key)
 
 
 def numbers(*shape: int) -> st.SearchStrategy[Tensor]:
@@ -120,29 +120,29 @@ def assert_rounded_once(found: Tensor, start: Tensor, terms: Sequence[tuple[Frac
 @case(torch.tensor([[0.1, 1.0, -0.0]]), torch.tensor([[1e30, 1e-30, -0.0]]), -1)
 def test_scale_one_is_the_trained_prompt_and_zero_the_start(after: Tensor, start: Tensor, halves: int) -> None:
     """Bit for bit with any numbers, also where the scale and the vector's coefficient make one together."""
-    one = vector(trained(after, start))
+    one = task_vector(trained(after, start))
     assert bits(apply(one, start)) == bits(after)
     assert bits(apply(one, start, 0)) == bits(start)
     assert bits(apply(one - one, start)) == bits(start)
     assert bits(apply(-one, start, -1)) == bits(after)
     scale = Fraction(2) ** halves / 3
     assert bits(apply(one * (1 / scale), start, scale)) == bits(after)
-    assert bits(made(one, start).matrix("")) == bits(after)
+    assert bits(to_artifact(one, start).require_prompt("")) == bits(after)
 
 
 def test_what_is_applied_is_not_the_artifact_itself() -> None:
     """To change the result in place must not change the trained prompt, or its start."""
     found = tuned(1)
-    one = vector(found)
+    one = task_vector(found)
     for scale in (1, 0):
         apply(one, START, scale).zero_()
-    one_more = made(one, START)
-    one_more.matrix("").zero_()
+    one_more = to_artifact(one, START)
+    one_more.require_prompt("").zero_()
     assert one_more.initial is not None
     one_more.initial.zero_()
-    assert found.matrix("").equal(START + rows.random(1, P, D))
+    assert found.require_prompt("").equal(START + rows.random(1, P, D))
     assert START.equal(rows.random(0, P, D))
-    assert vector(found).value.any()
+    assert task_vector(found).value.any()
 
 
 @settings(deadline=None, max_examples=60)
@@ -158,7 +158,10 @@ def test_apply_is_rounded_once(
 ) -> None:
     """In exact fractions, rounded to float32 at the end, on another start and on that of a summand."""
     found = [trained(after, start) for after, start in zip(afters, starts, strict=True)]
-    total = sum((vector(one) * factor for one, factor in zip(found[1:], by[1:], strict=True)), vector(found[0]) * by[0])
+    total = sum(
+        (task_vector(one) * factor for one, factor in zip(found[1:], by[1:], strict=True)),
+        task_vector(found[0]) * by[0],
+    )
     start = starts[0] if own else torch.tensor([[1.0, -2.5, 1e-20]])
     terms = [(Fraction(factor) * Fraction(scale), one) for factor, one in zip(by, found, strict=True)]
     assert_rounded_once(apply(total, start, scale), start, terms)
@@ -167,7 +170,7 @@ def test_apply_is_rounded_once(
 def test_the_value_is_the_difference_in_float64() -> None:
     """Where float32 would lose it."""
     after, start = torch.tensor([[1.0, 3.4e38]]), torch.tensor([[1e-8, -3.4e38]])
-    found = vector(trained(after, start)).value
+    found = task_vector(trained(after, start)).value
     assert found.dtype == torch.float64
     assert found.tolist() == [[1 - float(start[0, 0]), 2 * float(after[0, 1])]]
     assert found[0, 0] != 1
@@ -183,8 +186,8 @@ def test_laws(x: Any, y: Any, z: Any, p: Any, q: Any) -> None:
     (x, shares), (y, _), (z, _) = x, y, z
     wanted = sum(float(share) * one.value for share, one in zip(shares, FOUR, strict=True))
     torch.testing.assert_close(x.value, wanted, rtol=1e-12, atol=1e-10)
-    assert {part.key: part.coefficient for part in x.parts} == {
-        one.parts[0].key: share for one, share in zip(FOUR, shares, strict=True) if share
+    assert {part.key: part.coefficient for part in x.summands} == {
+        one.summands[0].key: share for one, share in zip(FOUR, shares, strict=True) if share
     }
     assert_same(x + y, y + x)
     assert_same((x + y) + z, x + (y + z))
@@ -197,19 +200,19 @@ def test_laws(x: Any, y: Any, z: Any, p: Any, q: Any) -> None:
     assert_same(x * p * q, x * (Fraction(p) * Fraction(q)))
     assert_same(p * x, x * p)
     assert_same(x + y - y, x)
-    assert (x.key == y.key) == ((x - y).parts == ())
+    assert (x.key == y.key) == ((x - y).summands == ())
     none = x - x
-    assert none.parts == ()
+    assert none.summands == ()
     assert none.name == "0"
     assert not none.value.any()
     assert_same(none, FOUR[0] * 0)
 
 
 def test_a_sum_of_one_task_with_itself_at_one_half_is_the_single() -> None:
-    one = vector(tuned(1))
+    one = task_vector(tuned(1))
     for twice in ((one + one) * 0.5, one * 0.5 + 0.5 * one, vectors.average([one, one]), vectors.average([one])):
         assert_same(twice, one)
-        assert bits(apply(twice, START)) == bits(tuned(1).matrix(""))
+        assert bits(apply(twice, START)) == bits(tuned(1).require_prompt(""))
     assert_same(vectors.weighted([one, one], [0.25, 0.75]), one)
 
 
@@ -219,43 +222,43 @@ def test_thirds_are_exact() -> None:
     third = one * Fraction(1, 3)
     assert_same(third + third + third, one)
     assert_same(vectors.average([one, FOUR[1], one]) * 3, one * 2 + FOUR[1])
-    by_text = vectors.weigh("0.1*a + 0.2*a - 0.3*a", lambda name: one)
-    assert by_text.parts == ()
+    by_text = vectors.evaluate_expression("0.1*a + 0.2*a - 0.3*a", lambda name: one)
+    assert by_text.summands == ()
 
 
 def test_the_order_of_many_summands() -> None:
     """Whatever the order and the brackets: key, name, bits of the value, and the artifact made of it."""
     parts = [one * by for one, by in zip(FOUR, (1, -0.3, Fraction(2, 7), 0.7), strict=True)]
-    first = made(parts[0] + parts[1] + parts[2] + parts[3], START, 0.9)
+    first = to_artifact(parts[0] + parts[1] + parts[2] + parts[3], START, 0.9)
     found = []
     for order in itertools.permutations(parts):
         for total in (order[0] + order[1] + order[2] + order[3], (order[0] + order[1]) + (order[2] + order[3])):
-            found.append(made(total, START, 0.9))
+            found.append(to_artifact(total, START, 0.9))
     for one in found:
         assert_equal(first, one)
-    assert first.digest != made(parts[0] + parts[1] + parts[2], START, 0.9).digest
+    assert first.digest != to_artifact(parts[0] + parts[1] + parts[2], START, 0.9).digest
 
 
 def test_one_prompt_under_two_names() -> None:
     """It is one summand, and what it is called hangs on the names, not on which came first."""
     found = tuned(1)
-    one, other = vector(found, "movies"), vector(found, "films")
+    one, other = task_vector(found, "movies"), task_vector(found, "films")
     assert one.key == other.key
-    assert len((one + other).parts) == 1
+    assert len((one + other).summands) == 1
     assert (one + other).name == (other + one).name
-    assert_equal(made(one + other, START), made(other + one, START))
-    renamed = vector(dataclasses.replace(found, task="zebra"), "movies")
-    assert_equal(made(one + renamed, START), made(renamed + one, START))
+    assert_equal(to_artifact(one + other, START), to_artifact(other + one, START))
+    renamed = task_vector(dataclasses.replace(found, task="zebra"), "movies")
+    assert_equal(to_artifact(one + renamed, START), to_artifact(renamed + one, START))
 
 
 def test_prompts_that_differ_in_their_start_alone_are_two() -> None:
     """Their artifacts have one digest."""
     after = rows.random(1, P, D)
-    one, other = vector(trained(after, START)), vector(trained(after, START * 2))
+    one, other = task_vector(trained(after, START)), task_vector(trained(after, START * 2))
     assert one.key != other.key
     assert one.parents == other.parents
     assert (one - other).value.equal(START.double())
-    assert_equal(made(one - other, START), made(-other + one, START))
+    assert_equal(to_artifact(one - other, START), to_artifact(-other + one, START))
 
 
 @pytest.mark.parametrize(
@@ -272,16 +275,16 @@ def test_prompts_that_differ_in_their_start_alone_are_two() -> None:
 )
 def test_a_sum_is_named_as_people_write_it(by: tuple[Any, Any], name: str) -> None:
     """In the order of the prompts' keys."""
-    one, other = (vector(found, word) for found, word in zip(BY_KEY, "ab", strict=True))
+    one, other = (task_vector(found, word) for found, word in zip(BY_KEY, "ab", strict=True))
     assert (other * by[1] + one * by[0]).name == name
 
 
 @pytest.mark.parametrize("name", ["mnli + sst2", "my runs/a", "a*b", "-a", "+a", "f(x)", "2", "1e5", "a + -b", "0.5*a"])
 def test_a_name_that_looks_like_a_sum_is_quoted(name: str) -> None:
     """A sum's own name is one: what was made of mnli + sst2 counts half as a whole."""
-    one, other = vector(tuned(1), name), vector(tuned(2), "other")
-    assert vectors.terms((one * 0.5 - other).name) == {name: Fraction(1, 2), "other": Fraction(-1)}
-    assert vectors.terms((-one).name) == {name: Fraction(-1)}
+    one, other = task_vector(tuned(1), name), task_vector(tuned(2), "other")
+    assert vectors.parse_expression((one * 0.5 - other).name) == {name: Fraction(1, 2), "other": Fraction(-1)}
+    assert vectors.parse_expression((-one).name) == {name: Fraction(-1)}
 
 
 @pytest.mark.parametrize(
@@ -330,12 +333,12 @@ def test_dead_rows_are_exactly_zero_in_any_sum(dead: set[int], by: list[Any], hu
         after = rows.random(seed, 4, 2)
         after[list(dead)] = start[list(dead)]
         found.append(trained(after, start))
-    total = vector(found[0]) * by[0] + vector(found[1]) * by[1] + vector(found[2]) * by[2]
-    for one in (vector(found[0]), total):
+    total = task_vector(found[0]) * by[0] + task_vector(found[1]) * by[1] + task_vector(found[2]) * by[2]
+    for one in (task_vector(found[0]), total):
         assert bits(one.value[list(dead)]) == bits(torch.zeros(len(dead), 2, dtype=torch.float64))
     other = rows.random(9, 4, 2)
     assert apply(total, other)[list(dead)].equal(other[list(dead)])
-    assert made(total, other).matrix("")[list(dead)].equal(other[list(dead)])
+    assert to_artifact(total, other).require_prompt("")[list(dead)].equal(other[list(dead)])
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
@@ -347,7 +350,7 @@ def test_rows_without_a_gradient_are_dead_unless_decay_moves_them(decay: float) 
         optimizer.zero_grad()
         (prompt[:2] - 3).square().sum().backward()
         optimizer.step()
-    found = vector(trained(prompt.detach(), START)).value
+    found = task_vector(trained(prompt.detach(), START)).value
     assert found[:2].all()
     if decay:
         torch.testing.assert_close(found[2:], ((1 - 0.05 * decay) ** 20 - 1) * START[2:].double(), rtol=1e-4, atol=1e-7)
@@ -364,7 +367,7 @@ def descend(start: Tensor, target: Tensor, steps: int = 60, rate: float = 0.1) -
     for _ in range(steps):
         (gradient,) = torch.autograd.grad((prompt - target).square().sum(), prompt)
         prompt = (prompt - rate * gradient).detach().requires_grad_()
-    return vector(trained(prompt.detach(), start))
+    return task_vector(trained(prompt.detach(), start))
 
 
 def orthogonal(count: int) -> list[Tensor]:
@@ -519,7 +522,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "site": ({"site": "decoder"}, "site is input and decoder"),
     "mode": ({"mode": "add"}, "mode is replace and add"),
-    "place": ({"place": "after_start"}, "place is first and after_start"),
+    "placement": ({"placement": "after_start"}, "placement is first and after_start"),
     "family": ({"family": "masked"}, "family is causal and masked"),
     "architecture": (
         {"fingerprint": fingerprint(architecture={**fingerprint().architecture, "hidden_size": 16})},
@@ -546,7 +549,7 @@ COMBINE: dict[str, Callable[[Vector, Vector], Any]] = {
 def test_prompts_that_do_not_belong_together(what: str, how: str) -> None:
     """The message names both, and what differs; the other way round as well."""
     changes, message = OTHER[what]
-    one, other = vector(tuned(1), "movies"), vector(tuned(2, **changes), "tweets")
+    one, other = task_vector(tuned(1), "movies"), task_vector(tuned(2, **changes), "tweets")
     with pytest.raises(ArtifactError, match=message) as caught:
         COMBINE[how](one, other)
     told = str(caught.value)
@@ -558,17 +561,17 @@ def test_prompts_that_do_not_belong_together(what: str, how: str) -> None:
 
 def test_no_refusal_advises_an_option_that_is_not_there() -> None:
     """A run may be told to use a prompt on other weights; a sum may not."""
-    other = vector(tuned(2, **OTHER["weights"][0]))
+    other = task_vector(tuned(2, **OTHER["weights"][0]))
     with pytest.raises(WrongBackboneError) as caught:
-        vector(tuned(1)) + other
+        task_vector(tuned(1)) + other
     assert "--allow-other-weights" not in str(caught.value)
 
 
 def test_a_prompt_that_knows_no_weights_hides_nobody_elses() -> None:
     """What PEFT wrote fits any weights, but two others that it stands between must still fit each other."""
     for seed in range(4):  # whichever of the digests is first
-        free = vector(tuned(seed, fingerprint=None, family=None, backbone=""), "free")
-        one, away = vector(tuned(5), "one"), vector(tuned(6, **OTHER["weights"][0]), "away")
+        free = task_vector(tuned(seed, fingerprint=None, family=None, backbone=""), "free")
+        one, away = task_vector(tuned(5), "one"), task_vector(tuned(6, **OTHER["weights"][0]), "away")
         for three in itertools.permutations([free, one, away]):
             with pytest.raises(WrongBackboneError, match="made for other weights"):
                 three[0] + three[1] + three[2]
@@ -577,7 +580,7 @@ def test_a_prompt_that_knows_no_weights_hides_nobody_elses() -> None:
                     vectors.merge(three, how)
         for pair in ((free, one), (one, free)):
             for total in (pair[0] + pair[1], vectors.ties(pair)):
-                found = made(total, START)
+                found = to_artifact(total, START)
                 assert found.fingerprint is not None, "what is made of both knows what the one knows"
                 assert found.family == "causal"
                 assert found.backbone == "smollm2-135m"
@@ -586,9 +589,9 @@ def test_a_prompt_that_knows_no_weights_hides_nobody_elses() -> None:
 def test_prompts_that_know_no_weights_must_name_one_model() -> None:
     """PEFT's files say what their model is called, and nothing more of it."""
     gpt, opt, silent, known = (
-        vector(tuned(seed, fingerprint=None, backbone=name), f"for {name}")
+        task_vector(tuned(seed, fingerprint=None, backbone=name), f"for {name}")
         if name != "ours"
-        else vector(tuned(seed), "ours")
+        else task_vector(tuned(seed), "ours")
         for seed, name in enumerate(("gpt2", "opt", "", "ours"))
     )
     with pytest.raises(
@@ -600,27 +603,27 @@ def test_prompts_that_know_no_weights_must_name_one_model() -> None:
 
 
 def test_a_head_may_be_scaled_but_not_added() -> None:
-    one = vector(tuned(1, heads={"score.weight": torch.ones(2, D)}))
-    assert made((one + one) * 0.25, START).heads["score.weight"].equal(torch.ones(2, D))
+    one = task_vector(tuned(1, heads={"score.weight": torch.ones(2, D)}))
+    assert to_artifact((one + one) * 0.25, START).heads["score.weight"].equal(torch.ones(2, D))
 
 
 def test_start_of_another_shape() -> None:
     with pytest.raises(ArtifactError, match=r"the start is \[4, 8\] and the vector \[5, 8\]: give a start of the same"):
         apply(FOUR[0], START[:-1])
     with pytest.raises(ArtifactError, match=r"the start is \[5, 4\]"):
-        made(FOUR[0], START[:, :4])
+        to_artifact(FOUR[0], START[:, :4])
     start = tuned(1, rows.random(1, P + 1, D))
     with pytest.raises(ArtifactError, match=r"t1 and there cannot be combined: their shape is \[5, 8\] and \[6, 8\]"):
-        vectors.fits(start, FOUR[0], "there")
+        vectors.check_start(start, FOUR[0], "there")
     with pytest.raises(WrongBackboneError, match=r"t1 and there cannot be combined: .*other weights"):
-        vectors.fits(tuned(1, **OTHER["weights"][0]), FOUR[0], "there")
-    vectors.fits(tuned(1), FOUR[0], "there")
+        vectors.check_start(tuned(1, **OTHER["weights"][0]), FOUR[0], "there")
+    vectors.check_start(tuned(1), FOUR[0], "there")
 
 
 def test_a_prompt_that_depends_on_the_text_has_no_vector() -> None:
     found = tuned(1, prompt=None, method="attempt", state={"x": torch.ones(1)})
     with pytest.raises(ArtifactError, match="movies holds no plain prompt: attempt makes one from each text"):
-        vector(found, "movies")
+        task_vector(found, "movies")
 
 
 def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
@@ -630,10 +633,10 @@ def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
         (path / name).unlink()
     theirs = artifact.load(path)
     with pytest.raises(ArtifactError, match="softprompts vector make theirs --start START --out DIRECTORY") as caught:
-        vector(theirs)
+        task_vector(theirs)
     assert "PEFT does not keep the start" in str(caught.value)
     named = dataclasses.replace(theirs, initial=START)
-    assert bits(vector(named).value) == bits(vector(tuned(1)).value)
+    assert bits(task_vector(named).value) == bits(task_vector(tuned(1)).value)
 
 
 # What is made
@@ -641,7 +644,7 @@ def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
 
 def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
     """Its vector is of the product of shared prompt and factors, and what is made of it is plain prompt tuning."""
-    slot = PromptSpec(("mnli",), P, D, D)
+    slot = PromptSpec(P, D, D)
     method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(START))
     with torch.no_grad():
         for i, parameter in enumerate(method.parameters()):
@@ -656,21 +659,21 @@ def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
         state=state,
         options={"ranks": 1},
     )
-    one = vector(artifact.load(artifact.save(found, tmp_path / "mnli")))
+    one = task_vector(artifact.load(artifact.save(found, tmp_path / "mnli")))
     torch.testing.assert_close(one.value, shared * (columns @ factors) - START.double(), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(one.value, shared - START.double(), atol=1e-2)
-    plain = made(one, START)
-    assert bits(plain.matrix("")) == bits(found.matrix(""))
+    plain = to_artifact(one, START)
+    assert bits(plain.require_prompt("")) == bits(found.require_prompt(""))
     assert (plain.method, plain.options, list(plain.state)) == ("prompt-tuning", {}, ["prompts.0"])
     again = stored.rebuilt(artifact.load(artifact.save(plain, tmp_path / "plain")), slot, "plain")
-    assert again.fold("mnli").equal(found.matrix(""))
+    assert again.fold("mnli").equal(found.require_prompt(""))
 
 
 @pytest.mark.parametrize("case", ["lstm", "mlp", "residual", "tokens", "low"])
 def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None:
     """The vector is of what the network made before training and after it; on its own start it is the prompt."""
     local.run_values(tmp_path)
-    run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], steps=2))
+    run = parse(test_deep_runs.values(tmp_path, tmp_path / "out", test_deep_runs.PROMPTS[case], max_steps=2))
     begun = job.prepare(run).learner.method
     job.run(run)
     found = artifact.load(tmp_path / "out" / "prompt")
@@ -678,22 +681,22 @@ def test_prompts_of_networks_are_folded_first(tmp_path: Path, case: str) -> None
     assert start is not None
     assert found.initial is not None
     assert bits(found.initial) == bits(start)
-    one = vector(found)
-    assert bits(apply(one, found.initial)) == bits(found.matrix(""))
-    assert bits(one.value) == bits(found.matrix("").double() - start.double())
+    one = task_vector(found)
+    assert bits(apply(one, found.initial)) == bits(found.require_prompt(""))
+    assert bits(one.value) == bits(found.require_prompt("").double() - start.double())
     assert one.value.any(1).all()
     begun.load_state_dict(dict(found.state))
-    assert bits(found.matrix("")) == bits(stored.folded(begun, "colors"))
-    assert bits(made(one, found.initial).matrix("")) == bits(found.matrix(""))
+    assert bits(found.require_prompt("")) == bits(stored.folded(begun, "colors"))
+    assert bits(to_artifact(one, found.initial).require_prompt("")) == bits(found.require_prompt(""))
 
 
 def test_what_is_made_says_what_of(tmp_path: Path) -> None:
     """Digests of the parents, sorted, and each with its coefficient, through save and load."""
-    config = {"model": {"name": "m"}, "evaluate": {"by": "rank"}, "task": {"name": "x"}, "train": {"steps": 3}}
+    config = {"model": {"name": "m"}, "evaluation": {"by": "rank"}, "task": {"name": "x"}, "training": {"max_steps": 3}}
     found = [tuned(i, rows.random(i, P, D), task=f"t{i}", config=config, parents=("a" * 64,)) for i in range(3)]
-    parts = [vector(one, f"runs/{one.task}") for one in found]
+    parts = [task_vector(one, f"runs/{one.task}") for one in found]
     total = parts[0] - parts[1] * 0.5 + parts[2] * 2
-    one = made(total, START, 0.5)
+    one = to_artifact(total, START, 0.5)
     assert one.parents == tuple(sorted(part.digest for part in found)) == total.parents
     assert one.config["vector"]["sum"] == (total * 0.5).name
     told = {part["name"]: part for part in one.config["vector"]["parts"]}
@@ -703,25 +706,27 @@ def test_what_is_made_says_what_of(tmp_path: Path) -> None:
         assert (told[name]["task"], told[name]["parents"]) == (part.task, [part.digest])
     assert one.task == "t0 + t1 + t2"
     assert one.scores == {}
-    assert one.format == {**found[0].format, "name": "t0 + t1 + t2"}, "all read their rows alike"
-    assert one.config == {"model": {"name": "m"}, "evaluate": {"by": "rank"}, "vector": one.config["vector"]}
+    assert one.template == {**found[0].template, "name": "t0 + t1 + t2"}, "all read their rows alike"
+    assert one.config == {"model": {"name": "m"}, "evaluation": {"by": "rank"}, "vector": one.config["vector"]}
     loaded = artifact.load(artifact.save(one, tmp_path / "made"))
     assert_equal(one, loaded)
     assert json.loads((tmp_path / "made" / "softprompts.json").read_text())["parents"] == list(one.parents)
-    assert made(parts[0], START).config["task"] == {"name": "x"}, "of one task it is that task's prompt"
-    assert made(parts[0], START).task == "t0"
+    assert to_artifact(parts[0], START).config["task"] == {"name": "x"}, "of one task it is that task's prompt"
+    assert to_artifact(parts[0], START).task == "t0"
 
 
 def test_tasks_that_read_their_rows_otherwise_have_no_format_together() -> None:
-    one = vector(tuned(1, task="a", format={"name": "a", "template": "{text}"}))
-    other = vector(tuned(2, task="b", format={"name": "b", "template": "{x}"}))
-    alike = vector(tuned(3, task="c", format={"name": "c", "template": "{text}"}))
-    assert made(one + other, START).format is None
-    assert made(one + alike, START).format == {"name": "a + c", "template": "{text}"}
+    one = task_vector(tuned(1, task="a", template={"name": "a", "template": "{text}"}))
+    other = task_vector(tuned(2, task="b", template={"name": "b", "template": "{x}"}))
+    alike = task_vector(tuned(3, task="c", template={"name": "c", "template": "{text}"}))
+    assert to_artifact(one + other, START).template is None
+    assert to_artifact(one + alike, START).template == {"name": "a + c", "template": "{text}"}
     for three in itertools.permutations([one, other, alike]):
-        found = made(three[0] + three[1] + three[2], START)
-        assert (found.task, found.format) == ("a + b + c", None)
-    assert made(one + vector(tuned(4, task="a", format={"name": "a", "template": "{text}"})), START).format == {
+        found = to_artifact(three[0] + three[1] + three[2], START)
+        assert (found.task, found.template) == ("a + b + c", None)
+    assert to_artifact(
+        one + task_vector(tuned(4, task="a", template={"name": "a", "template": "{text}"})), START
+    ).template == {
         "name": "a",
         "template": "{text}",
     }
@@ -732,19 +737,19 @@ def test_tasks_that_read_their_rows_otherwise_have_no_format_together() -> None:
 def test_what_is_made_is_a_vector_again(total: Any, scale: Any, seed: int) -> None:
     """And equals the sum, but for the rounding of the prompt."""
     one, start = total[0], rows.random(seed, P, D)
-    found = made(one, start, scale)
+    found = to_artifact(one, start, scale)
     assert bits(found.initial) == bits(start)
-    assert bits(found.state["prompts.0"]) == bits(found.matrix(""))
-    again = vector(found)
+    assert bits(found.state["prompts.0"]) == bits(found.require_prompt(""))
+    again = task_vector(found)
     wanted = (one * scale).value
-    allowed = found.matrix("").double().abs() / 2**24 + wanted.abs() * 1e-13 + 1e-15
+    allowed = found.require_prompt("").double().abs() / 2**24 + wanted.abs() * 1e-13 + 1e-15
     assert bool(((again.value - wanted).abs() <= allowed).all())
     assert again.parents == (found.digest,)
-    assert bits(apply(again, start)) == bits(found.matrix(""))
+    assert bits(apply(again, start)) == bits(found.require_prompt(""))
 
 
 def test_the_start_that_all_have_in_common() -> None:
-    one, other, away = vector(tuned(1)), vector(tuned(2)), FOUR[0]
+    one, other, away = task_vector(tuned(1)), task_vector(tuned(2)), FOUR[0]
     found = common_start(one + other * 0.5)
     assert found is not None
     assert found.equal(START)
@@ -758,15 +763,15 @@ def test_the_start_that_all_have_in_common() -> None:
 def test_on_the_common_start_a_sum_begins_at_one_prompt_and_adds_what_the_other_learned() -> None:
     one, other = tuned(1), tuned(2)
     terms = [(Fraction(1), one), (Fraction(1), other)]
-    assert_rounded_once(apply(vector(one) + vector(other), START), START, terms)
+    assert_rounded_once(apply(task_vector(one) + task_vector(other), START), START, terms)
 
 
 def test_the_average_of_twelve_seeds_in_any_order() -> None:
-    every = [vector(tuned(i, rows.random(40 + i, P, D)), f"seed{i}") for i in range(12)]
+    every = [task_vector(tuned(i, rows.random(40 + i, P, D)), f"seed{i}") for i in range(12)]
     first = vectors.average(every)
     shuffler = random.Random(0)
     for _ in range(5):
         shuffler.shuffle(every)
         assert_same(vectors.average(every), first)
     torch.testing.assert_close(first.value, torch.stack([one.value for one in every]).mean(0), rtol=1e-12, atol=1e-12)
-    assert made(first, START).task == "sst2"
+    assert to_artifact(first, START).task == "sst2"

@@ -7,10 +7,11 @@ H hidden, D site width, L layers, V vocabulary, C classes, N scored positions.
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 Row = dict[str, Any]
 """One row of a data set: column name to value."""
@@ -27,16 +28,20 @@ SOURCES = "sources"
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """What a method must fill: one prompt of `[length, width]` for each of `tasks`.
+    """What a method must fill: one prompt of `[length, width]`.
 
-    `features` is the width of the backbone's input embeddings (what a method that reads the text sees), `vocabulary`
-    the number of its token ids; `layers` are the widths of each layer's part where a prompt has one for every layer
-    (sites layers and kv), and sum to `width`. `encoders` are the frozen models that make vectors of whole texts, by
-    name, with the vectors' widths: "backbone", and what the method asks for; `pool`: which of the backbone's states of
-    a text usually stands for all of it, as `pooled` takes it.
+    Attributes:
+        length: P, the number of prompt tokens.
+        width: D, the numbers of a prompt token at the site.
+        features: H, the width of the backbone's input embeddings, which a method that reads the text sees.
+        vocabulary: The number of the backbone's token ids.
+        layers: The widths of each layer's part of a prompt that has one for every layer (sites layers and kv); they
+            sum to `width`.
+        encoders: The widths of the vectors that frozen encoders make of whole texts, by the encoder's name:
+            "backbone", and the encoders that the method asks for.
+        pool: Which of the backbone's states of a text usually represents all of it, as `pool_states` takes it.
     """
 
-    tasks: tuple[str, ...]
     length: int
     width: int
     features: int
@@ -70,8 +75,9 @@ class ParamGroup:
     """Parameters of a method that learn at a rate of their own: those whose names begin with one of `parameters`.
 
     unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
-    right for factors around one and for weights. rate: what it is unless `train.rates` says otherwise; None: the run's.
-    decay: whether `train.weight_decay` counts: it would shrink rows of a table in every step, used or not.
+    right for factors around one and for weights. rate: what it is unless `training.learning_rates` says otherwise;
+    None: the run's. decay: whether `training.weight_decay` counts: it would shrink rows of a table in every step, used
+    or not.
     """
 
     parameters: tuple[str, ...]
@@ -127,23 +133,65 @@ def _no_encoder(name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Context:
-    """What a method may look at.
+    """What a method may look at: the rows of one task. None of the tensors has a gradient.
 
-    task [B]; ids [B, T]; embeds [B, T, H]; mask [B, T], 1 for what the prompt may be made from (see `unscored`);
-    `encode()` gives the frozen backbone's last hidden states of the text without a prompt, `[B, T, H]`, computed when
-    first asked for; `sentence(name)` gives what a frozen encoder makes of each text as a whole, `[B, E]`: one of
-    `Slot.encoders`, of the backbone with the way its states are pooled ("backbone-last"). Each text is read alone, by
-    what `mask` leaves of it, and its vector kept. None of these has a gradient.
-    words [B, T], 1 for a template's own words, is None where nobody said which these are.
+    Attributes:
+        input_ids: Token ids, [B, T].
+        inputs_embeds: Their embeddings, [B, T, H].
+        attention_mask: 1 for what the prompt may be made from, [B, T]; see `mask_before_labels`.
+        encode: Gives the frozen backbone's last hidden states of the text without a prompt, [B, T, H].
+        sentence_embedding: Gives the vectors [B, E] of whole texts by the name of a frozen encoder: one of
+            `PromptSpec.encoders`; the backbone's name says how its states are pooled ("backbone-last"). Each text is
+            read alone, by what `attention_mask` leaves of it, and its vector is kept.
+        instruction_mask: 1 for a template's own words, [B, T]; None where nobody said which these are.
+        batch_mask: `attention_mask` of the whole batch, of which this holds the rows of one task; None: it holds all.
     """
 
-    task_ids: Tensor
     input_ids: Tensor
     inputs_embeds: Tensor
     attention_mask: Tensor
     encode: Callable[[], Tensor]
     sentence_embedding: Callable[[str], Tensor] = _no_encoder
     instruction_mask: Tensor | None = None
+    batch_mask: Tensor | None = None
+
+    def rows(self, index: Tensor) -> "Context":
+        """The same of the rows named by `index [R]`, in that order."""
+        return Context(
+            input_ids=self.input_ids[index],
+            inputs_embeds=self.inputs_embeds[index],
+            attention_mask=self.attention_mask[index],
+            encode=lambda: self.encode()[index],
+            sentence_embedding=lambda name: self.sentence_embedding(name)[index],
+            instruction_mask=None if self.instruction_mask is None else self.instruction_mask[index],
+            batch_mask=self.attention_mask if self.batch_mask is None else self.batch_mask,
+        )
+
+    @staticmethod
+    def empty() -> "Context":
+        """The context of no rows: for methods whose prompt does not depend on the text."""
+        ids = torch.zeros(0, 0, dtype=torch.long)
+        embeds = torch.zeros(0, 0, 0)
+        return Context(ids, embeds, ids, lambda: embeds)
+
+
+@dataclass(frozen=True)
+class PromptOutput:
+    """What a method returns that makes more than one matrix.
+
+    Attributes:
+        prompt: The prompt of all rows, [P, D]; of an input-dependent method the distinct prompts, [U, P, D].
+        mask: 0 where a short prompt is padded on the left, [U, P]; None: no prompt is shorter than P.
+        prompt_index: Which of the U prompts each row reads, [B]; None: each row has its own, U = B.
+        embedding_delta: What is added to the embeddings of the first S text tokens of each row, [S, H].
+        measures: What objectives may look at, [B, ...]; single numbers [] also go into the history of a run.
+    """
+
+    prompt: Tensor
+    mask: Tensor | None = None
+    prompt_index: Tensor | None = None
+    embedding_delta: Tensor | None = None
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -268,23 +316,6 @@ class Fingerprint:
     dtype: str
 
 
-class Method(Protocol):
-    """A module that turns (task ids, input) into a prompt; one file each in `methods/`.
-
-    It may have `fold(task) -> [P, D]`, where the prompt does not depend on the text; `per_task`, names of its lists
-    with one parameter or module a task; `groups`, parameters with learning rates of their own (name -> Group);
-    `sentence_encoders(config)`, the frozen encoders of whole texts that it reads with, beside the backbone; `sites`,
-    where it can be used, if not everywhere; and `paper` and `sees_input`, which the list of methods shows.
-    `Config` is a frozen dataclass of the options, annotated with their types.
-    """
-
-    Config: type
-
-    def __init__(self, config: Any, slot: PromptSpec, start: PromptInit) -> None: ...
-
-    def __call__(self, context: Context) -> Prompt: ...
-
-
 @contextlib.contextmanager
 def in_mode(method: Any, training: bool) -> Iterator[None]:
     """Inside, the method is in training mode, or in the mode of judging, folding and answering; then as it was."""
@@ -294,12 +325,6 @@ def in_mode(method: Any, training: bool) -> Iterator[None]:
         yield
     finally:
         method.train(before)
-
-
-def distinct(task: Tensor) -> tuple[Tensor, Tensor]:
-    """The tasks of a batch without repetition `[U]`, and each row's index into them `[B]`."""
-    found, row = torch.unique(task, return_inverse=True)
-    return found, row
 
 
 def pool_states(states: Tensor, mask: Tensor, how: str) -> Tensor:
@@ -316,13 +341,6 @@ def pool_states(states: Tensor, mask: Tensor, how: str) -> Tensor:
     place = columns.masked_fill(~there, -1).amax(1) if how == "last" else there.long().argmax(1)
     found = states[torch.arange(len(states), device=states.device), place.clamp(min=0)]
     return found.masked_fill(~there.any(1, keepdim=True), 0)
-
-
-def for_tasks(task: Tensor, made: Callable[[int], Tensor]) -> Prompt:
-    """The prompts of a batch whose rows are of tasks `[B]`, from `made(index) -> [P, D]`, once for each task in it."""
-    used, row = distinct(task)
-    values = torch.stack([made(index) for index in used.tolist()])
-    return Prompt(values, torch.ones(values.shape[:2], dtype=torch.bool, device=values.device), row)
 
 
 def mask_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
@@ -352,14 +370,36 @@ def mix_prompts(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
     if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
         raise ValueError(f"rows {order.tolist()} must name each of the {len(order)} batch rows exactly once")
     length = max(p.values.shape[1] for p in prompts)
-    values, mask, row, before = [], [], torch.empty_like(order), 0
+    prompt_index, before = torch.empty_like(order), 0
+    values, masks = [], []
     for prompt, index in zip(prompts, rows, strict=True):
         pad = length - prompt.values.shape[1]
-        values.append(torch.nn.functional.pad(prompt.values, (0, 0, pad, 0)))
-        mask.append(torch.nn.functional.pad(prompt.mask, (pad, 0)))
-        row[index] = prompt.prompt_index + before
+        values.append(functional.pad(prompt.values, (0, 0, pad, 0)) if pad else prompt.values)
+        masks.append(functional.pad(prompt.mask, (pad, 0)) if pad else prompt.mask)
+        prompt_index[index] = prompt.prompt_index + before
         before += len(prompt.values)
-    return Prompt(torch.cat(values), torch.cat(mask), row, embedding_delta=_mix_embedding_deltas(prompts, rows))
+    return Prompt(
+        torch.cat(values),
+        torch.cat(masks),
+        prompt_index,
+        aux=_mix_measures(prompts, rows),
+        embedding_delta=_mix_embedding_deltas(prompts, rows),
+    )
+
+
+def _mix_measures(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The measures that all prompts of a mixed batch have: numbers as means over rows, the others row by row."""
+    names = [name for name in prompts[0].aux if all(name in prompt.aux for prompt in prompts)]
+    order = torch.cat(list(rows)).argsort()
+    mixed: dict[str, Tensor] = {}
+    for name in names:
+        parts = [prompt.aux[name] for prompt in prompts]
+        if all(part.dim() == 0 for part in parts):
+            counts = torch.tensor([len(index) for index in rows], device=parts[0].device, dtype=parts[0].dtype)
+            mixed[name] = (torch.stack(parts) * counts).sum() / counts.sum()
+        elif len({part.shape[1:] for part in parts}) == 1:
+            mixed[name] = torch.cat(parts)[order]
+    return mixed
 
 
 def _mix_embedding_deltas(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> EmbeddingDelta | None:
@@ -375,6 +415,6 @@ def _mix_embedding_deltas(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> 
             values.append(nothing.expand(len(prompt.values), -1, -1))
         else:
             own = prompt.embedding_delta.values
-            values.append(torch.nn.functional.pad(own, (0, 0, 0, size - own.shape[1])))
+            values.append(functional.pad(own, (0, 0, 0, size - own.shape[1])))
             reach[index] = prompt.embedding_delta.reach.to(reach.dtype)
     return EmbeddingDelta(torch.cat(values), reach)

@@ -5,20 +5,30 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
-from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Count, Rate, check_known, distinct
+from softprompts.config import EvaluationConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.config.schema import Count
+from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Rate, check_known, distinct
 
 
 class Arm(Section):
-    """A line of the table: a method as it is used. Rates of its groups follow the rate that is being tried."""
+    """A line of the table: a method as it is used."""
 
     about: str = ""
-    prompt: dict[str, Any] = Field(default={})  # what it sets of the study's section `prompt`
-    rates: tuple[Rate, ...] = ()  # of train.rate, of which the best is chosen; empty: the study's
-    follow: dict[str, Rate] = Field(default={})  # group of parameters -> its rate over train.rate
-    pretrain: bool = False  # begins at what stage `pretrain` taught the same method
+    """What the arm is, in a few words."""
 
-    @field_validator("rates")
+    prompt: dict[str, Any] = Field(default={})
+    """Keys of the section `prompt` in which the arm differs from the study."""
+
+    learning_rates: tuple[Rate, ...] = ()
+    """Learning rates that are tried, of which the best is taken; empty: the study's."""
+
+    follow: dict[str, Rate] = Field(default={})
+    """Learning rates of parameter groups, as multiples of the rate that is tried."""
+
+    pretrain: bool = False
+    """Whether the arm starts from what the stage `pretrain` taught its method."""
+
+    @field_validator("learning_rates")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return distinct(values)
@@ -61,7 +71,7 @@ ARMS: dict[str, Arm] = {
     "spt": Arm(about="with rows of a memory (reconstruction)", prompt={"method": "spt-reconstruction"}),
     "prefix-network": Arm(
         about="keys and values from a network",
-        prompt={"method": "prefix-tuning", "site": "kv", "options": {"reparametrise": True, "hidden": 128}},
+        prompt={"method": "prefix-tuning", "site": "kv", "options": {"reparametrize": True, "hidden": 128}},
         follow={"network": 0.01},
     ),
     "p-tuning-v2": Arm(
@@ -71,7 +81,7 @@ ARMS: dict[str, Arm] = {
     "residual": Arm(about="a prompt and a network of it", prompt={"method": "residual"}, follow={"network": 0.01}),
     "dept": Arm(
         about="a shorter prompt, and texts changed",
-        prompt={"method": "dept", "length": 12, "options": {"rank": 7, "positions": 48}},
+        prompt={"method": "dept", "num_virtual_tokens": 12, "options": {"rank": 7, "positions": 48}},
         follow={"matrices": 0.01},
     ),
     "low-rank": Arm(about="a product of two matrices", prompt={"method": "low-rank", "options": {"rank": 5}}),
@@ -86,33 +96,60 @@ COMPARED = (
 
 
 class PretrainStage(Section):
-    """What `softprompts pretrain` teaches the method of arms that ask for it, on the classes of a task."""
+    """What `softprompts pretrain` teaches the methods of arms that ask for it."""
 
     task: TaskConfig
-    train: TrainConfig = TrainConfig(steps=200, batch_size=32, rate=0.03, head_rate=0.01)
+    """A task of classes."""
+
+    training: TrainConfig = TrainConfig(max_steps=200, batch_size=32, learning_rate=0.03, head_learning_rate=0.01)
+    """How the classes are taught."""
 
 
 class SpeedStage(Section):
     """Steps that are timed, of each arm alone on the first task, the arms in turns; run it on a quiet machine."""
 
     steps: Count = 6
+    """Steps of one measurement."""
+
     repeats: Count = 2
+    """Measurements of each arm."""
 
 
 class Study(Section):
-    """The whole study; `prompt` says length and start, and the site where an arm does not."""
+    """The whole study."""
 
     model: ModelConfig = ModelConfig()
+    """The frozen backbone."""
+
     prompt: PromptConfig = PromptConfig()
+    """Length and start of the prompts, and their site where an arm has none; each arm sets its method."""
+
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    """The tasks."""
+
     arms: tuple[str, ...] = Field(default=COMPARED, min_length=1)
-    own: dict[str, Arm] = Field(default={})  # arms beside those that there are, or what these set otherwise
-    upper: tuple[str, ...] = tuple(WEIGHTS)  # what trains weights
+    """The arms that are compared."""
+
+    own: dict[str, Arm] = Field(default={})
+    """Arms of your own, and keys in which an arm of a known name differs."""
+
+    upper: tuple[str, ...] = tuple(WEIGHTS)
+    """The arms that train weights, the upper lines of the table."""
+
     compare: ComparisonStage = ComparisonStage()
+    """How the arms are compared."""
+
     pretrain: PretrainStage | None = None
+    """What is taught to the methods of arms that start from it."""
+
     speed: SpeedStage | None = SpeedStage()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/instance"
+    """The measurement of step times; null: none."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How rows are answered and answers scored."""
+
+    output_dir: str = "runs/instance"
+    """The directory of all stages, results.json and report.html."""
 
     @property
     def known(self) -> Mapping[str, Arm]:
@@ -148,19 +185,19 @@ class Study(Section):
         for name in self.own:
             if name in (*WEIGHTS, NO_PROMPT):
                 raise ValueError(f"own: '{name}' is another line of the table; call the arm otherwise")
-        for stage in ("train", "few"):
-            for key in ("rate", "rates"):
+        for stage in ("training", "few"):
+            for key in ("learning_rate", "learning_rates"):
                 if getattr(getattr(self.compare, stage), key) != getattr(TrainConfig(), key):
                     raise ValueError(
-                        f"compare.{stage}.{key}: arms try the rates of compare.rates, or rates of their own, and those "
-                        f"of their groups follow (own: rates, follow); leave it out"
+                        f"compare.{stage}.{key}: arms try the rates of compare.learning_rates, or rates of their own, "
+                        f"and those of their groups follow (own: learning_rates, follow); leave it out"
                     )
         lists = {
             "arms": (self.arms, list(self.known)),
             "upper": (self.upper, list(WEIGHTS)),
             "compare.tune_on": (self.compare.tune_on or (), self.titles),
             "compare.weight_targets": (self.compare.weight_targets or (), self.titles),
-            "compare.weight_rates": (self.compare.weight_rates, list(WEIGHTS)),
+            "compare.weight_learning_rates": (self.compare.weight_learning_rates, list(WEIGHTS)),
         }
         for where, (given, possible) in lists.items():
             check_known(where, given, possible)
@@ -168,8 +205,8 @@ class Study(Section):
             if self.known[name].pretrain and self.pretrain is None:
                 raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")
         for name in self.upper:
-            if not self.compare.weight_rates.get(name):
-                raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_rates")
+            if not self.compare.weight_learning_rates.get(name):
+                raise ValueError(f"arm '{name}' needs rates to choose from in compare.weight_learning_rates")
         if 0 in self.compare.shots:
             raise ValueError("compare.shots: methods are compared by what they learn; leave 0 out")
         return self

@@ -24,16 +24,16 @@ def arm_run(
         }
         for cell in cells
     ]
-    out = Path(study.out) / "tasks" / f"{task.title}-{size_name(shots)}" / part / name
+    out = Path(study.output_dir) / "tasks" / f"{task.title}-{size_name(shots)}" / part / name
     return stages.run_of(
-        study, (task,), study.compare.training(shots), out, prompt=prompt_of(study, name, begun), runs=entries
+        study, (task,), study.compare.training_for(shots), out, prompt=prompt_of(study, name, begun), runs=entries
     )
 
 
 def weights_run(study: Study, task: TaskConfig, shots: int | None, cell: Cell) -> Run:
     """A run that trains weights of a copy of the backbone."""
-    out = Path(study.out) / "tasks" / f"{task.title}-{size_name(shots)}" / "weights" / cell.name
-    train = parse(study.compare.weights(cell, shots), TrainConfig)
+    out = Path(study.output_dir) / "tasks" / f"{task.title}-{size_name(shots)}" / "weights" / cell.name
+    train = parse(study.compare.weight_training(cell, shots), TrainConfig)
     return stages.run_of(study, (study.compare.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
@@ -41,21 +41,21 @@ def pretrain_run(study: Study, name: str) -> Run:
     """What `softprompts pretrain` does for an arm."""
     assert study.pretrain is not None
     prompt = prompt_of(study, name, begun=False)
-    return stages.run_of(study, (study.pretrain.task,), study.pretrain.train, pretrained(study, name), prompt=prompt)
+    return stages.run_of(study, (study.pretrain.task,), study.pretrain.training, pretrained(study, name), prompt=prompt)
 
 
 def speed_run(study: Study, name: str, turn: int) -> Run:
     """A few steps of an arm alone on the first task, of which few rows are judged."""
     assert study.speed is not None
-    task, out = study.tasks[0], Path(study.out) / "speed" / f"{name}-{turn}"
+    task, out = study.tasks[0], Path(study.output_dir) / "speed" / f"{name}-{turn}"
     limit = {**task.split.limit, "validation": 1, "test": 1}
     task = task.model_copy(update={"split": task.split.model_copy(update={"limit": limit})})
-    changes = {"steps": study.speed.steps, "evaluate_every": None, "patience": None, "warmup": 0}
+    changes = {"max_steps": study.speed.steps, "eval_steps": None, "early_stopping_patience": None, "warmup_steps": 0}
     if name not in study.known:
-        cell = Cell(name, study.compare.weight_rates[name][0], 0)
-        weights = study.compare.weights(cell, None)
+        cell = Cell(name, study.compare.weight_learning_rates[name][0], 0)
+        weights = study.compare.weight_training(cell, None)
         return stages.run_of(study, (task,), parse({**weights, **changes}, TrainConfig), out)
-    train = study.compare.train.model_copy(update=changes)
+    train = study.compare.training.model_copy(update=changes)
     return stages.run_of(study, (task,), train, out, prompt=prompt_of(study, name))
 
 
@@ -70,8 +70,11 @@ def prompt_of(study: Study, name: str, begun: bool = True) -> dict[str, Any]:
 
 def pretrained(study: Study, name: str) -> Path:
     """The directory of an arm's pretraining."""
-    return Path(study.out) / "pretrain" / name
+    return Path(study.output_dir) / "pretrain" / name
 
 
 def _rates(arm: Arm, rate: float) -> Mapping[str, Any]:
-    return {"train.rate": rate, "train.rates": {group: rate * share for group, share in arm.follow.items()}}
+    return {
+        "training.learning_rate": rate,
+        "training.learning_rates": {group: rate * share for group, share in arm.follow.items()},
+    }

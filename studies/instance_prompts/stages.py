@@ -22,7 +22,7 @@ from studies.instance_prompts.summary import page_of, summarize
 
 
 def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Pretrain, train every arm on every task, time steps; write results.json and report.html into study.out.
+    """Pretrain, train every arm on every task, time steps; write results.json and report.html into study.output_dir.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; runs whose settings
     changed, or the states they start from, are done anew.
@@ -30,20 +30,20 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     TrainingError for an arm that fails at every rate.
     """
     began = time.time()
-    stages.check_place("the study", study.out)
+    stages.check_place("the study", study.output_dir)
     _check(study, screen)
     taught = {}
     for name in (name for name in study.arms if study.known[name].pretrain):
         run = pretrain_run(study, name)
         told = {"run": stages.set_in(run)}
         make = functools.partial(pretrain.execute, run, screen)
-        taught[name] = stages.kept(f"pretraining of {name}", Path(run.out), told, screen, make)
+        taught[name] = stages.kept(f"pretraining of {name}", Path(run.output_dir), told, screen, make)
     speed = _speed(study, screen)
 
     def runs(task: str, shots: int | None, cells: Sequence[Cell], part: str) -> list[Found]:
         return _runs(study, screen, task, shots, cells, part)
 
-    rates = {name: arm.rates for name, arm in study.known.items()}
+    rates = {name: arm.learning_rates for name, arm in study.known.items()}
     filled = Comparison(study.compare, runs, rates)
     for shots in study.compare.shots:
         filled.fill(shots, study.arms, study.titles)
@@ -51,8 +51,8 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     for shots in study.compare.shots:  # the slowest, one run after the other
         filled.fill(shots, study.upper, [title for title in study.titles if chosen is None or title in chosen])
     results = summarize(study, filled, speed, taught, time.time() - began)
-    report.write_results(Path(study.out) / stages.RESULTS, results)
-    report.write_page(Path(study.out) / "report.html", page_of(results))
+    report.write_results(Path(study.output_dir) / stages.RESULTS, results)
+    report.write_page(Path(study.output_dir) / "report.html", page_of(results))
     return results
 
 
@@ -63,16 +63,16 @@ def _check(study: Study, screen: ProgressReporter) -> None:
     """
     first = study.compare.seeds[0]
     for name in study.arms:
-        cells = [Cell(name, study.compare.rates[0], first)]
+        cells = [Cell(name, study.compare.learning_rates[0], first)]
         for task in study.tasks if name == study.arms[0] else study.tasks[:1]:
             (run,) = sweep(arm_run(study, task, None, cells, "rates", begun=False)).values()
             screen.log(f"checking {name}, {task.title}")
             job = prepare(run)
             _check_rows(job.tasks)
     for name in study.upper:
-        run = weights_run(study, study.tasks[0], None, Cell(name, study.compare.weight_rates[name][0], first))
-        weights.check_installed(run.train)
-        weights.check_trainable(job.learner.backbone)
+        run = weights_run(study, study.tasks[0], None, Cell(name, study.compare.weight_learning_rates[name][0], first))
+        weights.check_installed(run.training)
+        weights.check_trainable(job.model.backbone)
 
 
 def _check_rows(tasks: Sequence[Task]) -> None:

@@ -6,8 +6,9 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from softprompts import assets
-from softprompts.config import EvaluateConfig, InitConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
-from softprompts.recipes.comparison import Count, Rate, check_known
+from softprompts.config import EvaluationConfig, InitConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
+from softprompts.config.schema import Count, Seed
+from softprompts.recipes.comparison import Rate, check_known
 from softprompts.recipes.multitask import Plan
 from softprompts.recipes.multitask.plan import SourceStage, TargetStage
 
@@ -15,56 +16,99 @@ FEW_ARMS = ("random", "prompt-tuning", "spot-first", "spot-second", "spot-mixtur
 
 
 class VectorStage(Section):
-    """The vectors: each task from each start, all starts of a task in one frozen batch and over the same rows."""
+    """The vectors: each task from each start, all starts of a task in the same batches of the same rows."""
 
-    train: TrainConfig = TrainConfig(steps=150, batch_size=8, warmup=15)
+    training: TrainConfig = TrainConfig(max_steps=150, batch_size=8, warmup_steps=15)
+    """How the prompts are trained."""
+
     starts: tuple[InitConfig, ...] = Field(
         default=(*(InitConfig(seed=seed) for seed in range(3)), InitConfig(kind="random", seed=3)), min_length=2
     )
-    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)  # chosen on validation rows, one for all
-    tune_on: tuple[str, ...] | None = Field(default=None, min_length=1)  # tasks on which it is chosen; None: all
-    seed: int = Field(default=0, ge=0)  # of the order of rows, the same for all
+    """The starts."""
+
+    learning_rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    """Learning rates that are tried; the best on validation rows is taken for all."""
+
+    tune_on: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Tasks on which the learning rate is chosen; null: all."""
+
+    seed: Seed = 0
+    """Seed of the order of rows, the same for all."""
 
 
 class SumStage(Section):
-    """Sums of two vectors from the same start: judged as they are, and trained on with few rows."""
+    """Sums of two vectors from the same start: evaluated as they are, and trained with few rows."""
 
-    pairs: tuple[tuple[str, str], ...] | None = None  # None: all
-    starts: Count = 3  # of how many starts; also the seeds of the training with few rows
+    pairs: tuple[tuple[str, str], ...] | None = None
+    """The pairs of tasks; null: all."""
+
+    starts: Count = 3
+    """From how many starts; also the number of seeds of the training with few rows."""
+
     coefficients: tuple[Annotated[float, Field(allow_inf_nan=False)], ...] = Field(
         default=tuple(round(0.1 * n, 1) for n in range(11)), min_length=1
     )
-    few: TrainConfig | None = TrainConfig(steps=32, batch_size=8, warmup=3)  # None: sums are not trained on
-    shots: Count = 16  # rows of each class
+    """Coefficients of the sum that are tried on validation rows."""
+
+    few: TrainConfig | None = TrainConfig(max_steps=32, batch_size=8, warmup_steps=3)
+    """How sums are trained with few rows; null: they are not."""
+
+    shots: Count = 16
+    """Rows of each class."""
 
 
 class Unseen(Section):
-    """A task that no vector was trained on, and the tasks whose vectors are to help it."""
+    """A task that no vector was trained on."""
 
     target: TaskConfig
+    """The task."""
+
     sources: tuple[str, ...] = Field(min_length=1)
+    """The tasks whose vectors are to help it."""
 
 
 class FewStage(Section):
-    """Few examples of unseen targets, by the recipe of multitask prompt tuning; its keys `source` and `target`."""
+    """Few rows of unseen targets, by the recipe of multitask prompt tuning."""
 
     targets: tuple[Unseen, ...] = Field(min_length=1)
+    """The unseen targets."""
+
     source: SourceStage = SourceStage(variants=("mpt", "mixture"))
+    """The shared prompts."""
+
     target: TargetStage = TargetStage(shots=(0, 10, 50, 100, 500), shots_per="set", arms=FEW_ARMS)
+    """The arms on the targets."""
 
 
 class Study(Section):
-    """The whole study; `prompt` says length and site. A question without its section is left out."""
+    """The whole study. A question without its section is left out."""
 
     model: ModelConfig = ModelConfig()
+    """The frozen backbone."""
+
     prompt: PromptConfig = PromptConfig()
+    """Length and site of the prompts."""
+
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
-    groups: dict[str, tuple[str, ...]] = Field(default={})  # tasks that are related, by what they have in common
+    """The tasks."""
+
+    groups: dict[str, tuple[str, ...]] = Field(default={})
+    """Tasks that are related, by what they have in common."""
+
     vectors: VectorStage = VectorStage()
+    """The vectors of the tasks."""
+
     sums: SumStage | None = SumStage()
+    """Sums of two vectors; null: none."""
+
     few: FewStage | None = None
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/vectors"
+    """Few rows of unseen targets; null: none."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How rows are answered and answers scored."""
+
+    output_dir: str = "runs/vectors"
+    """The directory of all stages, results.json and report.html."""
 
     @property
     def titles(self) -> list[str]:
@@ -152,8 +196,8 @@ class Study(Section):
             teachers={"trained": {name: prompt_path(self, name, 0) for name in one.sources}},  # type: ignore[arg-type]
             source=self.few.source,
             target=self.few.target,
-            evaluate=self.evaluate,
-            out=f"{self.out}/few/{one.target.title}",
+            evaluation=self.evaluation,
+            output_dir=f"{self.output_dir}/few/{one.target.title}",
         )
 
 
@@ -165,4 +209,4 @@ def _rows_of(task: TaskConfig) -> Any:
 
 def prompt_path(study: Study, task: str, start: int) -> str:
     """Where the prompt of a task that was trained from a start lies."""
-    return f"{study.out}/vectors/{task}/start{start}/prompt"
+    return f"{study.output_dir}/vectors/{task}/start{start}/prompt"

@@ -17,8 +17,8 @@ def task_of(study: Study, title: str) -> TaskConfig:
 
 def rate_run(study: Study, title: str) -> Run:
     """A task from the first start at every rate."""
-    entries = [{"name": f"rate{rate:g}", "train.rate": rate} for rate in study.vectors.rates]
-    return _run(study, task_of(study, title), _judged(study.vectors.train), f"rates/{title}", entries)
+    entries = [{"name": f"rate{rate:g}", "training.learning_rate": rate} for rate in study.vectors.learning_rates]
+    return _run(study, task_of(study, title), _judged(study.vectors.training), f"rates/{title}", entries)
 
 
 def vector_run(study: Study, title: str, rate: float) -> Run:
@@ -27,7 +27,7 @@ def vector_run(study: Study, title: str, rate: float) -> Run:
         {"name": f"start{place}", "prompt.init": init.model_dump(mode="json")}
         for place, init in enumerate(study.vectors.starts)
     ]
-    train = study.vectors.train.model_copy(update={"rate": rate})
+    train = study.vectors.training.model_copy(update={"learning_rate": rate})
     return _run(study, task_of(study, title), train, f"vectors/{title}", entries)
 
 
@@ -46,7 +46,7 @@ def again_run(study: Study, title: str, rate: float) -> Run:
             {"name": f"{name}-seed{place}", "seed": place, "prompt.init": init, "task": task.model_dump(mode="json")}
             for name, init in begins.items()
         ]
-    train = study.sums.few.model_copy(update={"rate": rate})
+    train = study.sums.few.model_copy(update={"learning_rate": rate})
     return _run(study, task_of(study, title), train, f"again/{title}", entries)
 
 
@@ -56,10 +56,10 @@ def _few(task: TaskConfig, shots: int, seed: int) -> TaskConfig:
 
 def _judged(train: TrainConfig) -> TrainConfig:
     """With one validation at the end, which chooses the rate."""
-    return train.model_copy(update={"evaluate_every": train.evaluate_every or max(1, train.steps)})
+    return train.model_copy(update={"eval_steps": train.eval_steps or max(1, train.max_steps)})
 
 
 def _run(study: Study, task: TaskConfig, train: TrainConfig, folder: str, entries: Sequence[Mapping[str, Any]]) -> Run:
     prompt = {"init": study.vectors.starts[0].model_dump(mode="json")}
-    out = Path(study.out) / folder
+    out = Path(study.output_dir) / folder
     return stages.run_of(study, (task,), train, out, prompt=prompt, runs=entries, seed=study.vectors.seed)

@@ -19,10 +19,11 @@ from softprompts.data import load
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import page as report
 from softprompts.injection import Site
+from softprompts.model.setup import load_backbone
 from softprompts.recipes import multitask, stages
 from softprompts.recipes.judging import Evaluator, judge
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import ProgressReporter, load_backbone
+from softprompts.recipes.run.run import ProgressReporter
 from studies.task_prompt_vectors import independence, sums
 from studies.task_prompt_vectors.plan import Study, prompt_path
 from studies.task_prompt_vectors.runs import again_run, rate_run, task_of, vector_run
@@ -30,7 +31,7 @@ from studies.task_prompt_vectors.summary import page_of, summarize
 
 
 def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Train the vectors, answer the questions, write results.json and report.html into study.out.
+    """Train the vectors, answer the questions, write results.json and report.html into study.output_dir.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; parts whose settings
     changed, or the prompts they start from, are done anew.
@@ -38,7 +39,7 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     and TrainingError where a vector could not be trained.
     """
     began = time.time()
-    stages.check_place("the study", study.out)
+    stages.check_place("the study", study.output_dir)
     _check(study)
     rate, tried = _rate(study, screen)
     for title in study.titles:
@@ -57,8 +58,8 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     found = {title: at_hand.vectors(title) for title in study.titles}
     chosen = {"rate": rate, "tried": tried}
     results = summarize(study, chosen, found, measured, pairs, again, few, time.time() - began)
-    report.write_results(Path(study.out) / stages.RESULTS, results)
-    report.write_page(Path(study.out) / "report.html", page_of(results))
+    report.write_results(Path(study.output_dir) / stages.RESULTS, results)
+    report.write_page(Path(study.output_dir) / "report.html", page_of(results))
     return results
 
 
@@ -69,7 +70,7 @@ def _check(study: Study) -> None:
         for role, rows in (("choose by", loaded.validation), ("judge by", loaded.test)):
             if not rows:
                 raise ConfigError(f"task {title} has no rows to {role}; set its split's fractions")
-        sweep(vector_run(study, title, study.vectors.rates[0]))
+        sweep(vector_run(study, title, study.vectors.learning_rates[0]))
         sweep(rate_run(study, title))
     for one in study.few.targets if study.few else ():
         loaded = load(one.target)
@@ -81,20 +82,20 @@ def _check(study: Study) -> None:
 
 def _rate(study: Study, screen: ProgressReporter) -> tuple[float, dict[str, float]]:
     """The rate with the best mean validation score over the tasks that choose, of equal ones the smaller; and all."""
-    if len(study.vectors.rates) == 1:
-        return study.vectors.rates[0], {}
+    if len(study.vectors.learning_rates) == 1:
+        return study.vectors.learning_rates[0], {}
     names = [name for name in study.titles if study.vectors.tune_on is None or name in study.vectors.tune_on]
-    scores: dict[float, list[float]] = {rate: [] for rate in study.vectors.rates}
+    scores: dict[float, list[float]] = {rate: [] for rate in study.vectors.learning_rates}
     for title in names:
         run = rate_run(study, title)
         failed = {row["name"] for row in stages.runs(f"rates of {title}", run, screen)["runs"] if row["failed"]}
         for rate in scores:
             if (name := f"rate{rate:g}") not in failed:
-                page = stages.read_results(Path(run.out) / name)
+                page = stages.read_results(Path(run.output_dir) / name)
                 scores[rate].append(max(point["value"] for point in page["validation"]))
     means = {rate: fmean(found) for rate, found in scores.items() if len(found) == len(names)}
     if not means:
-        raise TrainingError("every rate failed on some task; give lower ones in vectors.rates")
+        raise TrainingError("every rate failed on some task; give lower ones in vectors.learning_rates")
     return max(means, key=lambda rate: (means[rate], -rate)), {f"{rate:g}": mean for rate, mean in means.items()}
 
 
@@ -108,33 +109,33 @@ class _AtHand:
 
     @functools.cached_property
     def backbone(self) -> Backbone:
-        return load_backbone(self.study.model, say=self.screen.log)
+        return load_backbone(self.study.model, log=self.screen.log)
 
     def judge(self, title: str) -> Evaluator:
         if title not in self.judges:
             prompt = self.study.prompt
-            site = Site(prompt.site, prompt.mode, prompt.place)
+            site = Site(prompt.site, prompt.mode, prompt.placement)
             task = task_of(self.study, title)
-            self.judges[title] = judge(self.backbone, site, prompt.length, task, self.study.evaluate)
+            self.judges[title] = judge(self.backbone, site, prompt.num_virtual_tokens, task, self.study.evaluation)
         return self.judges[title]
 
     def vectors(self, title: str) -> list[Vector]:
         places = range(len(self.study.vectors.starts))
         return [
-            vectors.vector(artifact.load(prompt_path(self.study, title, place)), f"{title} from start {place}")
+            vectors.task_vector(artifact.load(prompt_path(self.study, title, place)), f"{title} from start {place}")
             for place in places
         ]
 
 
 def _starts(found: Sequence[Vector]) -> list[Tensor]:
-    starts = [one.like.initial for one in found]
+    starts = [one.reference.initial for one in found]
     return [start for start in starts if start is not None]
 
 
 def _inputs(study: Study, *titles: str) -> list[str]:
     """The directories of the prompts that a part starts from: of `titles` and of the tasks paired with them."""
     paired = {name for pair in study.pairs if set(pair) & set(titles) for name in pair}
-    return [f"{study.out}/vectors/{name}" for name in sorted(paired | set(titles))]
+    return [f"{study.output_dir}/vectors/{name}" for name in sorted(paired | set(titles))]
 
 
 def _told(study: Study, titles: Sequence[str], **more: Any) -> dict[str, Any]:
@@ -143,8 +144,8 @@ def _told(study: Study, titles: Sequence[str], **more: Any) -> dict[str, Any]:
         "version": __version__,
         "model": stages.set_in(study.model),
         "tasks": [stages.set_in(task_of(study, title)) for title in titles],
-        "evaluate": stages.set_in(study.evaluate),
-        "inputs": {title: stages.digest(f"{study.out}/vectors/{title}") for title in titles},
+        "evaluation": stages.set_in(study.evaluation),
+        "inputs": {title: stages.digest(f"{study.output_dir}/vectors/{title}") for title in titles},
         **more,
     }
 
@@ -158,7 +159,7 @@ def _independence(at_hand: _AtHand, title: str) -> Mapping[str, Any]:
         found = at_hand.vectors(title)
         return independence.measure(at_hand.judge(title), found, _starts(found), screen)
 
-    out = Path(study.out) / "independence" / title
+    out = Path(study.output_dir) / "independence" / title
     return stages.kept(f"independence of {title}", out, _told(study, [title], starts=starts), screen, make)
 
 
@@ -175,5 +176,5 @@ def _pair(at_hand: _AtHand, pair: tuple[str, str]) -> Mapping[str, Any]:
         return sums.measure(judges, found, _starts(one), stage_of.coefficients, screen)
 
     told = _told(study, pair, starts=stage_of.starts, coefficients=list(stage_of.coefficients))
-    found = stages.kept(name, Path(study.out) / "sums" / "+".join(pair), told, screen, make)
+    found = stages.kept(name, Path(study.output_dir) / "sums" / "+".join(pair), told, screen, make)
     return {**found, "related": study.related(pair)}

@@ -79,7 +79,7 @@ def _similarity(found: Mapping[str, Sequence[Vector]]) -> dict[str, Any]:
     from the same start, and across both."""
     labels = [(title, place) for title, own in found.items() for place in range(len(own))]
     every = [one for own in found.values() for one in own]
-    prompts = [one.like.matrix(one.name) for one in every]
+    prompts = [one.reference.require_prompt(one.name) for one in every]
     matrices = {f"vectors, {how}": vectors.cosines([one.value for one in every], how) for how in vectors.COSINES}
     matrices["prompts, flat"] = vectors.cosines(prompts)
     kinds = {

@@ -1,6 +1,6 @@
 """A trained prompt on disk: save, load, inspect.
 
-The format is specified in docs/artifact.md. safetensors and JSON only: nothing is unpickled, nothing is executed.
+docs/artifact.md specifies the format. Its files are safetensors and JSON: reading them unpickles and executes nothing.
 """
 
 import hashlib
@@ -16,18 +16,23 @@ import torch
 from torch import Tensor
 
 from softprompts.artifacts import collection, peft_files
-from softprompts.artifacts import manifest as manifests
-from softprompts.artifacts.fingerprint import BANDS as BANDS
 from softprompts.artifacts.fingerprint import check_fingerprint as check_fingerprint
 from softprompts.artifacts.fingerprint import rms
-from softprompts.artifacts.fingerprint import sketch_distance as sketch_distance
-from softprompts.artifacts.io import dump, number, pack, plain, read_bytes, replace_directory, unpack
-from softprompts.artifacts.io import read_json as read_json
-from softprompts.artifacts.io import read_tensors as read_tensors
-from softprompts.artifacts.io import write_json as write_json
-from softprompts.artifacts.io import write_tensors as write_tensors
+from softprompts.artifacts.io import (
+    decode_tensors,
+    encode_json,
+    encode_tensors,
+    read_bytes,
+    read_json,
+    read_tensors,
+    replace_directory,
+    to_json,
+    to_number,
+)
 from softprompts.artifacts.manifest import MANIFEST as MANIFEST
-from softprompts.artifacts.manifest import Manifest
+from softprompts.artifacts.manifest import Manifest, parse_manifest
+from softprompts.artifacts.upgrades import FORMAT, old_state_name, upgrade_state
+from softprompts.config import original_options
 from softprompts.errors import ArtifactError
 from softprompts.types import SOURCES, START, Fingerprint
 
@@ -39,14 +44,30 @@ _MARKS = (MANIFEST, peft_files.CONFIG)
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """One trained prompt and what is needed to use it, to train on from it and to know where it came from.
+    """One trained prompt: what is needed to use it, to train it further and to know where it came from.
 
-    prompt [P, D] and initial [P, D] are float32: the folded prompt (None where the method has no plain one;
-    then `state` is what answers), and where training began (None: PEFT does not say). `state` holds all of the method
-    under its own names; `heads` a per-task copy of a classification head, keyed as in the model's state_dict. family
-    None and backbone "" mean that PEFT's files do not say. `format` is the task's data format, `options` the method's,
-    `config` the run's; all are JSON, so tuples load as lists. segments: prompt tokens of each segment, where the prompt
-    stands in several of the template's slots.
+    Attributes:
+        task: The task's name.
+        prompt: The plain prompt, [P, D] float32; None where the method makes one from each text, or changes the text.
+        initial: Where training began, [P, D] float32; None where PEFT wrote the artifact.
+        method: The method's name.
+        options: The method's options, as JSON.
+        state: The method's tensors under its own names; without a `prompt` they answer.
+        heads: The task's copy of a classification head, keyed as in the model's `state_dict`.
+        site: Where the prompt enters: input, decoder, layers or kv.
+        mode: At site layers, whether the prompt replaces hidden states or is added to them: replace, add.
+        placement: Where in the row the prompt is: first, after_start, suffix or template.
+        family: causal, seq2seq or masked; None where PEFT's files do not say.
+        head: lm, sequence, token, span or features.
+        backbone: The model's name; empty where PEFT's files do not say.
+        revision: The model's revision.
+        fingerprint: What ties the prompt to the model's weights; None where PEFT wrote the artifact.
+        template: The task's `TaskTemplate`, as JSON, whose tuples load as lists.
+        config: The configuration of the run, as JSON.
+        scores: The results of the run, as JSON.
+        parents: Digests of the artifacts from which this one was made.
+        version: The library that wrote the artifact.
+        segments: The prompt tokens of each slot, where the template has several.
     """
 
     task: str
@@ -58,13 +79,13 @@ class Artifact:
     heads: dict[str, Tensor]
     site: str
     mode: str
-    place: str
+    placement: str
     family: str | None
     head: str
     backbone: str
     revision: str | None
     fingerprint: Fingerprint | None
-    format: dict[str, Any] | None
+    template: dict[str, Any] | None
     config: dict[str, Any]
     scores: dict[str, Any]
     parents: tuple[str, ...]
@@ -73,37 +94,60 @@ class Artifact:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(P, D) of the prompt, or of each that the method makes."""
-        held = self.initial if self.prompt is None else self.prompt
-        return () if held is None else tuple(held.shape)
+        """(P, D) of the prompt, or of each prompt that the method makes."""
+        matrix = self.initial if self.prompt is None else self.prompt
+        return () if matrix is None else tuple(matrix.shape)
 
     @property
     def digest(self) -> str:
-        """The artifact's identity, 64 hex digits: prompt bits, site, mode, place and the backbone's architecture.
+        """The artifact's identity, 64 hex digits of a sha256.
 
-        Where there is no one prompt: the bits of the state, and the method and its options, instead of the prompt's.
+        It covers the bits of the prompt, its site, mode, placement and segments, and the backbone's architecture.
+        Without a plain prompt it covers the bits of the state, the method and its options instead of the prompt's.
+        Names are those of format 3, so that an artifact keeps its identity when it is upgraded.
         """
-        keys = ("site", "mode", "place", "segments") if self.segments else ("site", "mode", "place")
-        facts: dict[str, Any] = {key: getattr(self, key) for key in keys}
-        facts["shape"] = list(self.shape)
-        facts["architecture"] = self.fingerprint.architecture if self.fingerprint else None
-        held = [self.state[name] for name in sorted(self.state)] if self.prompt is None else [self.prompt]
+        facts: dict[str, Any] = {
+            "site": self.site,
+            "mode": self.mode,
+            "place": self.placement,
+            "shape": list(self.shape),
+            "architecture": self.fingerprint.architecture if self.fingerprint else None,
+        }
+        if self.segments:
+            facts["segments"] = self.segments
         if self.prompt is None:
-            kinds = {name: [str(value.dtype), list(value.shape)] for name, value in self.state.items()}
-            facts |= {"method": self.method, "options": self.options, "state": kinds}
-        done = hashlib.sha256(json.dumps(plain(facts, "digest"), sort_keys=True).encode() + b"\0")
-        for value in held:
-            done.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return done.hexdigest()
+            state = {old_state_name(self.method, name): value for name, value in self.state.items()}
+            facts["method"] = self.method
+            facts["options"] = original_options(self.method, self.options)
+            facts["state"] = {name: [str(value.dtype), list(value.shape)] for name, value in state.items()}
+            tensors = [state[name] for name in sorted(state)]
+        else:
+            tensors = [self.prompt]
+        sha256 = hashlib.sha256(json.dumps(to_json(facts, "digest"), sort_keys=True).encode() + b"\0")
+        for tensor in tensors:
+            sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return sha256.hexdigest()
 
     @property
-    def sum(self) -> str | None:
-        """What was added to its start, where it was made by arithmetic on trained prompts and not by training."""
-        made = self.config.get("vector")
-        return str(made["sum"]) if isinstance(made, Mapping) and "sum" in made else None
+    def vector_sum(self) -> str | None:
+        """The sum of task vectors that was added to the start; None where the prompt was trained."""
+        vector = self.config.get("vector")
+        return str(vector["sum"]) if isinstance(vector, Mapping) and "sum" in vector else None
 
-    def matrix(self, origin: str | Path) -> Tensor:
-        """The prompt [P, D]; raises ArtifactError that names `origin` where the method has no plain one."""
+    def settings(self, section: str) -> dict[str, Any]:
+        """A section of the run's configuration, as it was resolved; empty where nothing usable is stored."""
+        values = self.config.get(section)
+        return dict(values) if isinstance(values, Mapping) else {}
+
+    def require_prompt(self, origin: str | Path) -> Tensor:
+        """The plain prompt, [P, D].
+
+        Args:
+            origin: What the message calls the artifact.
+
+        Raises:
+            ArtifactError: The method has no plain prompt.
+        """
         if self.prompt is None:
             raise ArtifactError(
                 f"{origin} holds no plain prompt: {self.method} makes one from each text, or changes the text too; "
@@ -112,33 +156,48 @@ class Artifact:
         return self.prompt
 
 
-_COPIED = tuple(key for key in Manifest.model_fields if key in {field.name for field in fields(Artifact)})
+_SHARED_KEYS = tuple(key for key in Manifest.model_fields if key in {field.name for field in fields(Artifact)})
+"""The keys of the manifest that are attributes of an Artifact too."""
 
 
 def save(artifact: Artifact, directory: str | Path) -> Path:
-    """Writes the artifact and returns its directory; an artifact already there is replaced once the new one is whole.
+    """Write an artifact; one that is there already is replaced once the new one is whole. Other files stay.
 
-    Other files of that directory stay. PEFT's two files are written where PEFT can reproduce the prompt.
-    Raises ArtifactError for an artifact that would not load again, for a directory that holds something else, and for
-    a disk that does not take it: what was there before is then still there.
+    PEFT's two files are written where PEFT can reproduce the prompt.
+
+    Args:
+        artifact: The artifact.
+        directory: Where it is written.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ArtifactError: The artifact would not load again, the directory holds something else, or the disk does not take
+            the files. The directory is then as it was.
     """
-    collection.refuse(Path(directory))
-    replace_directory(Path(directory), _contents(artifact, Path(directory)), _FILES, _MARKS)
-    return Path(directory)
+    path = Path(directory)
+    collection.refuse_collection(path)
+    replace_directory(path, _contents(artifact, path), _FILES, _MARKS)
+    return path
 
 
 def load(directory: str | Path, task: int | str | None = None) -> Artifact:
-    """The artifact in a directory written by `save` or by PEFT (prompt tuning, multitask prompt tuning).
+    """The artifact in a directory that `save` wrote, or PEFT (prompt tuning, multitask prompt tuning).
 
-    task: which one, by name or place, of a directory that holds several.
-    Raises ArtifactError with one line for whatever is wrong with it.
+    Args:
+        directory: The directory.
+        task: The name or position of the task, where the directory has the prompts of several.
+
+    Raises:
+        ArtifactError: Something is wrong with the artifact; one line says what.
     """
-    path, task = collection.find(Path(directory), task)
+    path, task = collection.find_task(Path(directory), task)
     if (path / MANIFEST).is_file():
-        found = _load_own(path)
-        if task not in (None, 0, found.task):
-            raise ArtifactError(f"{path} holds one prompt, '{found.task}', and none called '{task}'")
-        return found
+        artifact = _load_softprompts(path)
+        if task not in (None, 0, artifact.task):
+            raise ArtifactError(f"{path} holds one prompt, '{artifact.task}', and none called '{task}'")
+        return artifact
     if (path / TENSORS).is_file():
         raise ArtifactError(f"{path}: {TENSORS} is there but {MANIFEST} is missing; copy the whole directory")
     if (path / peft_files.CONFIG).is_file():
@@ -147,80 +206,107 @@ def load(directory: str | Path, task: int | str | None = None) -> Artifact:
 
 
 def inspect(directory: str | Path) -> dict[str, Any]:
-    """Facts about an artifact for people, as JSON; rms are per number of the prompt, `distance` that of its change."""
+    """Facts about an artifact for people, as JSON.
+
+    `rms`, `rms_initial` and `distance` are root mean squares over the numbers of the prompt, of its start and of their
+    difference.
+    """
     artifact, path = load(directory), Path(directory)
-    prompt, start = artifact.prompt, artifact.initial
-    state = artifact.state or ({} if prompt is None else {"prompt": prompt})
-    fixed = (START,) if artifact.options.get("trained") else (START, SOURCES)  # a memory's rows may learn
-    trained = [value for key, value in state.items() if key.split(".")[-1] not in fixed]
+    prompt, initial = artifact.prompt, artifact.initial
     files = {entry.name: entry.stat().st_size for entry in sorted(path.iterdir()) if entry.name in _FILES}
+    distance = None
+    if prompt is not None and initial is not None:
+        distance = rms(prompt.double() - initial.double())
     return {
         "directory": str(path),
         "origin": "softprompts" if MANIFEST in files else "peft",
-        **{key: getattr(artifact, key) for key in _COPIED if key not in ("fingerprint", "parents", "config")},
-        "fixed": prompt is not None,
+        **{key: getattr(artifact, key) for key in _SHARED_KEYS if key not in ("fingerprint", "parents", "config")},
+        "plain_prompt": prompt is not None,
         "length": artifact.shape[0],
         "width": artifact.shape[1],
-        "parameters": sum(value.numel() for value in (*trained, *artifact.heads.values())),
+        "parameters": _count_parameters(artifact),
         "heads": {key: list(value.shape) for key, value in artifact.heads.items()},
         "rms": None if prompt is None else rms(prompt),
-        "rms_initial": None if start is None else rms(start),
-        "distance": None if prompt is None or start is None else rms(prompt.double() - start.double()),
-        "fingerprint": _weights(artifact.fingerprint),
-        "peft": _obstacle(artifact) or True,
+        "rms_initial": None if initial is None else rms(initial),
+        "distance": distance,
+        "fingerprint": _fingerprint_facts(artifact.fingerprint),
+        "peft": _why_not_peft(artifact) or True,
         "parents": list(artifact.parents),
         "segments": list(artifact.segments),
-        "sum": artifact.sum,
+        "sum": artifact.vector_sum,
         "digest": artifact.digest,
         "bytes": sum(files.values()),
         "files": files,
     }
 
 
+def _count_parameters(artifact: Artifact) -> int:
+    """How many numbers of the method and of the head training changed."""
+    frozen = {START} if artifact.options.get("trained") else {START, SOURCES}  # a memory's rows may be trained
+    state = artifact.state
+    if not state and artifact.prompt is not None:
+        state = {"prompt": artifact.prompt}
+    count = sum(value.numel() for value in artifact.heads.values())
+    for name, value in state.items():
+        if name.split(".")[-1] not in frozen:
+            count += value.numel()
+    return count
+
+
 def _contents(artifact: Artifact, path: Path) -> dict[str, bytes]:
     """Every file of the directory, made and checked before the disk is touched."""
     _check(artifact, path)
-    obstacle = _obstacle(artifact)
-    weights = artifact.fingerprint
-    packed = {TENSORS: pack(_tensors(artifact), {"format": "pt"}, path / TENSORS)}
-    if obstacle is None:
-        stored = peft_files.tensors(artifact.matrix(path), artifact.heads)
-        packed[peft_files.TENSORS] = pack(stored, {"format": "pt"}, path / peft_files.TENSORS)
-    manifest = {
-        **{key: getattr(artifact, key) for key in _COPIED},
-        "format_version": manifests.FORMAT,
-        "fixed": artifact.prompt is not None,
+    reason = _why_not_peft(artifact)
+    tensor_files = {TENSORS: encode_tensors(_tensors(artifact), {"format": "pt"}, path / TENSORS)}
+    if reason is None:
+        tensors = peft_files.adapter_tensors(artifact.require_prompt(path), artifact.heads)
+        tensor_files[peft_files.TENSORS] = encode_tensors(tensors, {"format": "pt"}, path / peft_files.TENSORS)
+    values = {
+        **{key: getattr(artifact, key) for key in _SHARED_KEYS},
+        "format_version": FORMAT,
+        "plain_prompt": artifact.prompt is not None,
         "shape": list(artifact.shape),
-        "fingerprint": _weights(weights),
+        "fingerprint": _fingerprint_facts(artifact.fingerprint),
         "scores": _null_nonfinite(artifact.scores),
-        "peft": obstacle or True,
+        "peft": reason or True,
         "digest": artifact.digest,
-        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in packed.items()},
+        "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in tensor_files.items()},
     }
-    manifest = {key: plain(manifest[key], f"{path / MANIFEST}: {key}") for key in Manifest.model_fields}
-    manifests.check(manifest, path / MANIFEST)
-    files = {**packed, MANIFEST: dump(manifest, path / MANIFEST), CARD: _card(artifact, obstacle).encode()}
-    if obstacle is None:
-        shape = (artifact.shape[0], artifact.shape[1])
-        backbone, facts = (artifact.backbone, artifact.revision), weights.architecture if weights else {}
-        config = peft_files.config(shape, artifact.family, artifact.head, artifact.heads, *backbone, facts)
-        files[peft_files.CONFIG] = dump(config, path / peft_files.CONFIG)
+    manifest = {key: to_json(values[key], f"{path / MANIFEST}: {key}") for key in Manifest.model_fields}
+    parse_manifest(manifest, path / MANIFEST)
+    files = dict(tensor_files)
+    files[MANIFEST] = encode_json(manifest, path / MANIFEST)
+    files[CARD] = _card(artifact, reason).encode()
+    if reason is None:
+        config = peft_files.adapter_config(
+            shape=(artifact.shape[0], artifact.shape[1]),
+            family=artifact.family,
+            head=artifact.head,
+            heads=artifact.heads,
+            backbone=artifact.backbone,
+            revision=artifact.revision,
+            architecture=artifact.fingerprint.architecture if artifact.fingerprint else {},
+        )
+        files[peft_files.CONFIG] = encode_json(config, path / peft_files.CONFIG)
     return files
 
 
 def _check(artifact: Artifact, path: Path) -> None:
-    """What must hold of the tensors of every artifact, on the way in and on the way out."""
-    shape = artifact.shape
-    if artifact.prompt is None and (artifact.initial is None or not artifact.state):
-        lacks = "state" if artifact.initial is not None else "initial prompt"
-        raise ArtifactError(f"{path}: without a prompt the method's state answers from its initial prompt; no {lacks}")
+    """Check the tensors of an artifact, on the way in and on the way out."""
+    shape, prompt, initial = artifact.shape, artifact.prompt, artifact.initial
+    if prompt is None and (initial is None or not artifact.state):
+        missing = "initial prompt" if initial is None else "state"
+        raise ArtifactError(
+            f"{path}: without a prompt the method's state answers from its initial prompt; no {missing}"
+        )
     if len(shape) != 2 or 0 in shape:
         raise ArtifactError(f"{path}: the prompt must be [P, D], found {list(shape)}")
-    for name, value in (("prompt", artifact.prompt), ("initial", artifact.initial)):
+    matrices = {"prompt": prompt, "initial": initial}
+    for name, value in matrices.items():
         if value is not None and (value.dtype != torch.float32 or tuple(value.shape) != shape):
-            found = f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
-            raise ArtifactError(f"{path}: {name} must be float32 {list(shape)}, found {found}")
-    for name, value in (("prompt", artifact.prompt), ("initial", artifact.initial), *artifact.heads.items()):
+            actual = f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+            raise ArtifactError(f"{path}: {name} must be float32 {list(shape)}, found {actual}")
+    for name, value in (*matrices.items(), *artifact.heads.items()):
         if value is not None and (bad := int((~torch.isfinite(value)).sum())):
             raise ArtifactError(f"{path}: {name} has NaN or Inf in {bad} of {value.numel()} numbers")
     if artifact.fingerprint and artifact.fingerprint.sketch.dtype != torch.float32:
@@ -228,38 +314,35 @@ def _check(artifact: Artifact, path: Path) -> None:
 
 
 def _tensors(artifact: Artifact) -> dict[str, Tensor]:
-    sketch = artifact.fingerprint.sketch if artifact.fingerprint else None
-    single = {"prompt": artifact.prompt, "initial": artifact.initial, "sketch": sketch}
-    return {
-        **{key: value for key, value in single.items() if value is not None},
-        **{f"state.{key}": value for key, value in artifact.state.items()},
-        **{f"head.{key}": value for key, value in artifact.heads.items()},
-    }
+    """The tensors of `softprompts.safetensors`."""
+    tensors = {f"state.{name}": value for name, value in artifact.state.items()}
+    tensors |= {f"head.{name}": value for name, value in artifact.heads.items()}
+    if artifact.prompt is not None:
+        tensors["prompt"] = artifact.prompt
+    if artifact.initial is not None:
+        tensors["initial"] = artifact.initial
+    if artifact.fingerprint is not None:
+        tensors["sketch"] = artifact.fingerprint.sketch
+    return tensors
 
 
-def _load_own(path: Path) -> Artifact:
-    values = read_json(path / MANIFEST)
-    manifest = manifests.check(values, path / MANIFEST)
+def _load_softprompts(path: Path) -> Artifact:
+    manifest = parse_manifest(read_json(path / MANIFEST), path / MANIFEST)
     data = read_bytes(path / TENSORS)
-    tensors, _ = unpack(data, path / TENSORS)
-    known = {"initial"} | ({"prompt"} if manifest.fixed else set()) | ({"sketch"} if manifest.fingerprint else set())
-    strange = sorted(key for key in tensors if key not in known and not key.startswith(("state.", "head.")))
-    missing = sorted(known - ({"initial"} if manifest.fixed else set()) - set(tensors))
-    if strange or missing:
-        found = "; ".join([*(f"unknown tensor '{key}'" for key in strange), *(f"no tensor '{key}'" for key in missing)])
-        raise ArtifactError(f"{path / TENSORS}: {found}")
-    held = "prompt" if manifest.fixed else "initial"
-    if (stored := list(tensors[held].shape)) != manifest.shape:
-        what = "the prompt" if manifest.fixed else "the initial prompt"
-        raise ArtifactError(f"{path / TENSORS}: {what} is {stored}, but {MANIFEST} says {manifest.shape}")
-    weights = manifest.fingerprint
+    tensors, _ = decode_tensors(data, path / TENSORS)
+    _check_names(tensors, manifest, path)
+    fingerprint = None
+    if manifest.fingerprint is not None:
+        fingerprint = Fingerprint(sketch=tensors["sketch"], **manifest.fingerprint.model_dump())
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    converted = ("fingerprint", "parents", "segments")
     artifact = Artifact(
-        **{key: getattr(manifest, key) for key in _COPIED if key not in ("fingerprint", "parents", "segments")},
+        **{key: getattr(manifest, key) for key in _SHARED_KEYS if key not in converted},
         prompt=tensors.get("prompt"),
         initial=tensors.get("initial"),
-        state={key.removeprefix("state."): value for key, value in tensors.items() if key.startswith("state.")},
-        heads={key.removeprefix("head."): value for key, value in tensors.items() if key.startswith("head.")},
-        fingerprint=Fingerprint(sketch=tensors["sketch"], **weights.model_dump()) if weights else None,
+        state=upgrade_state(manifest.method, state, manifest.format_version),
+        heads={name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")},
+        fingerprint=fingerprint,
         parents=tuple(manifest.parents),
         segments=tuple(manifest.segments),
     )
@@ -268,36 +351,61 @@ def _load_own(path: Path) -> Artifact:
     return artifact
 
 
+def _check_names(tensors: Mapping[str, Tensor], manifest: Manifest, path: Path) -> None:
+    """Raise ArtifactError for unknown and missing tensors, and for a shape that contradicts the manifest."""
+    required = {"prompt"} if manifest.plain_prompt else {"initial"}
+    if manifest.fingerprint is not None:
+        required.add("sketch")
+    problems = []
+    for name in sorted(tensors):
+        if name not in required | {"initial"} and not name.startswith(("state.", "head.")):
+            problems.append(f"unknown tensor '{name}'")
+    for name in sorted(required - set(tensors)):
+        problems.append(f"no tensor '{name}'")
+    if problems:
+        raise ArtifactError(f"{path / TENSORS}: {'; '.join(problems)}")
+    shape = list(tensors["prompt" if manifest.plain_prompt else "initial"].shape)
+    if shape != manifest.shape:
+        title = "the prompt" if manifest.plain_prompt else "the initial prompt"
+        raise ArtifactError(f"{path / TENSORS}: {title} is {shape}, but {MANIFEST} says {manifest.shape}")
+
+
 def _check_sums(artifact: Artifact, manifest: Manifest, path: Path, data: bytes) -> None:
-    """Files of two artifacts mixed in one directory, or edited, would load without a word."""
+    """Refuse files that were edited, and files of two artifacts that were mixed in one directory."""
     if hashlib.sha256(data).hexdigest() != manifest.sha256.get(TENSORS):
         raise ArtifactError(f"{path / TENSORS} is not the file that {MANIFEST} was written with: its sha256 differs")
     if artifact.digest != manifest.digest:
         raise ArtifactError(f"{path / MANIFEST}: the digest is not that of the prompt: one of them was edited")
-    theirs = path / peft_files.TENSORS
-    if theirs.is_file() and hashlib.sha256(read_bytes(theirs)).hexdigest() != manifest.sha256.get(theirs.name):
+    adapter = path / peft_files.TENSORS
+    if adapter.is_file() and hashlib.sha256(read_bytes(adapter)).hexdigest() != manifest.sha256.get(adapter.name):
         raise ArtifactError(
-            f"{theirs} was not written by softprompts: PEFT saved here later; delete {MANIFEST} and {TENSORS} to load "
-            f"PEFT's prompt, or {peft_files.CONFIG} and {theirs.name} to load ours"
+            f"{adapter} was not written by softprompts: PEFT saved here later; delete {MANIFEST} and {TENSORS} to load "
+            f"PEFT's prompt, or {peft_files.CONFIG} and {adapter.name} to load ours"
         )
 
 
-def read_peft(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """PEFT's two files in a directory; raises ArtifactError for a pickle, which is not opened, and for no object."""
-    if not isinstance(values := read_json(path / peft_files.CONFIG), dict):
-        raise ArtifactError(f"{path / peft_files.CONFIG} must hold an object, found {type(values).__name__}")
+def read_peft_files(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The configuration and the tensors of PEFT's two files in a directory.
+
+    Raises:
+        ArtifactError: The configuration is not a JSON object, the tensors are not safetensors, or PEFT pickled them;
+            a pickle is not opened.
+    """
+    config = read_json(path / peft_files.CONFIG)
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{path / peft_files.CONFIG} must hold an object, found {type(config).__name__}")
     if not (path / peft_files.TENSORS).is_file() and (path / peft_files.PICKLE).is_file():
         raise ArtifactError(
             f"{path / peft_files.PICKLE} is a pickle, which can execute code when read, and is not opened; convert it "
             "where you trust it: load it in PEFT and call save_pretrained(directory, safe_serialization=True)"
         )
-    return values, read_tensors(path / peft_files.TENSORS)[0]
+    return config, read_tensors(path / peft_files.TENSORS)[0]
 
 
 def _load_peft(path: Path, task: int | str | None) -> Artifact:
-    values, tensors = read_peft(path)
+    config, tensors = read_peft_files(path)
     try:
-        adapter = peft_files.read(values, tensors, task)
+        adapter = peft_files.read_adapter(config, tensors, task)
     except ValueError as error:
         raise ArtifactError(f"{path / peft_files.CONFIG}: {error}") from None
     artifact = Artifact(
@@ -310,91 +418,104 @@ def _load_peft(path: Path, task: int | str | None) -> Artifact:
         heads=adapter.heads,
         site="input",
         mode="replace",
-        place="first",
+        placement="first",
         family=adapter.family,
         head=adapter.head,
         backbone=adapter.backbone,
         revision=adapter.revision,
         fingerprint=None,
-        format=None,
-        config={"peft": values},
+        template=None,
+        config={"peft": config},
         scores={},
         parents=(),
-        version=f"peft {values.get('peft_version') or 'unknown'}",
+        version=f"peft {config.get('peft_version') or 'unknown'}",
     )
     _check(artifact, path / peft_files.TENSORS)
     return artifact
 
 
-def _weights(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
+def _fingerprint_facts(fingerprint: Fingerprint | None) -> dict[str, Any] | None:
+    """The fingerprint without its sketch, as JSON."""
     if fingerprint is None:
         return None
     return {key: getattr(fingerprint, key) for key in ("architecture", "tokenizer", "dtype")}
 
 
-def _obstacle(artifact: Artifact) -> str | None:
+def _why_not_peft(artifact: Artifact) -> str | None:
+    """Why PEFT cannot load the prompt; None where it can."""
     if artifact.prompt is None:
         return f"method {artifact.method}: it has no plain prompt, and PEFT stores one matrix"
-    facts = (artifact.site, artifact.place, artifact.family, artifact.head, artifact.heads, artifact.format)
-    return peft_files.obstacle(*facts)
+    return peft_files.why_peft_cannot_load(
+        site=artifact.site,
+        placement=artifact.placement,
+        family=artifact.family,
+        head=artifact.head,
+        heads=artifact.heads,
+        template=artifact.template,
+    )
 
 
-def _card(artifact: Artifact, obstacle: str | None) -> str:
-    """The model card; it says nothing that the files beside it do not."""
+def _card(artifact: Artifact, why_not_peft: str | None) -> str:
+    """The model card. It says nothing that the other files do not say."""
     length, width = artifact.shape
-    task, backbone = " ".join(artifact.task.split()), artifact.backbone or "an unnamed model"
-    base = [f"base_model: {backbone}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", backbone) else []
-    head = [
-        "---",
-        *base,
-        f"library_name: {'softprompts' if obstacle else 'peft'}",
-        "tags: [soft-prompt, softprompts]",
-        "---",
-    ]
+    backbone = artifact.backbone or "an unnamed model"
+    header = ["---"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", backbone):
+        header.append(f"base_model: {backbone}")
+    header += [f"library_name: {'softprompts' if why_not_peft else 'peft'}", "tags: [soft-prompt, softprompts]", "---"]
     revision = f" at revision `{artifact.revision}`" if artifact.revision else ""
-    how = f"trained with {artifact.method}"
-    if artifact.sum is not None:
-        how = f"made of trained prompts: `{' '.join(artifact.sum.split())}` added to its start"
-    parts = f" in segments of {', '.join(map(str, artifact.segments))} tokens" if artifact.segments else ""
-    about = [
-        f"# Soft prompt: {task}",
-        f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, {how}. "
-        f"It enters at site `{artifact.site}`, place `{artifact.place}`{parts}.",
-        "It is of use with exactly these weights only.",
+    origin = f"trained with {artifact.method}"
+    if artifact.vector_sum is not None:
+        origin = f"made of trained prompts: `{' '.join(artifact.vector_sum.split())}` added to its start"
+    segments = f" in segments of {', '.join(map(str, artifact.segments))} tokens" if artifact.segments else ""
+    paragraphs = [
+        f"# Soft prompt: {' '.join(artifact.task.split())}",
+        f"A prompt of {length} vectors of width {width} for the frozen `{backbone}`{revision}, {origin}. "
+        f"It enters at site `{artifact.site}`, placement `{artifact.placement}`{segments}.",
+        "It works with exactly these weights only.",
     ]
     if artifact.prompt is None:
-        about.append(
+        paragraphs.append(
             "There is no plain prompt, the method answers each text: `SoftPromptModel.from_pretrained(model, "
             '"path/to/this/directory")`, or `softprompts predict path/to/this/directory TEXT`.'
         )
     else:
         load = 'prompt = artifact.load("path/to/this/directory").prompt'
-        about.append(f"```python\nfrom softprompts import artifact\n\n{load}\n```")
-    if obstacle:
-        about.append(f"PEFT cannot load it ({obstacle}).")
+        paragraphs.append(f"```python\nfrom softprompts.artifacts import artifact\n\n{load}\n```")
+    if why_not_peft:
+        paragraphs.append(f"PEFT cannot load it ({why_not_peft}).")
     else:
-        about.append('PEFT loads this directory too: `PeftModel.from_pretrained(model, "path/to/this/directory")`.')
-    scores = [f"| {name} | {value} |" for name, value in _leaves(plain(_null_nonfinite(artifact.scores), "scores"))]
-    table = ["\n".join(["| score | value |", "|---|---|", *scores])] if scores else []
-    return "\n".join(head) + "\n\n" + "\n\n".join(about + table) + "\n"
+        load = 'PeftModel.from_pretrained(model, "path/to/this/directory")'
+        paragraphs.append(f"PEFT loads this directory too: `{load}`.")
+    scores = [
+        f"| {name} | {value} |" for name, value in _score_cells(to_json(_null_nonfinite(artifact.scores), "scores"))
+    ]
+    if scores:
+        paragraphs.append("\n".join(["| score | value |", "|---|---|", *scores]))
+    return "\n".join(header) + "\n\n" + "\n\n".join(paragraphs) + "\n"
 
 
-def _leaves(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Scores by dotted name, as cells of a Markdown table; lists and what is not known are left to the manifest."""
+def _score_cells(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Scores by dotted name, as cells of a Markdown table; lists and nulls are in the manifest only."""
     if isinstance(value, Mapping):
-        return [leaf for key, part in value.items() for leaf in _leaves(part, f"{name}.{key}" if name else key)]
+        cells = []
+        for key, score in value.items():
+            cells += _score_cells(score, f"{name}.{key}" if name else key)
+        return cells
     if not isinstance(value, int | float | str):
         return []
-    texts = (name, f"{value:.6g}" if isinstance(value, float) else str(value))
-    key, cell = (" ".join(text.split()).replace("|", "\\|") for text in texts)
-    return [(key, cell)]
+    return [(_cell(name), _cell(f"{value:.6g}" if isinstance(value, float) else str(value)))]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _null_nonfinite(value: Any) -> Any:
-    """A score that is no number must not cost the user the prompt: it is stored as null."""
+    """Scores with null for each number that is not finite, so that such a score does not cost the user the prompt."""
     if isinstance(value, Mapping):
-        return {key: _null_nonfinite(part) for key, part in value.items()}
+        return {key: _null_nonfinite(score) for key, score in value.items()}
     if isinstance(value, list | tuple):
-        return [_null_nonfinite(part) for part in value]
-    value = number(value)
+        return [_null_nonfinite(score) for score in value]
+    value = to_number(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,11 @@
-"""Several prompts in one directory: a sub-directory each, their order, and which of them one method holds together.
+"""Several prompts in one directory: a sub-directory each, their order, and which of them share a method's tensors.
 
-The format is specified in docs/artifact.md.
+docs/artifact.md specifies the format.
 """
 
 import contextlib
 import hashlib
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,20 +21,31 @@ from softprompts.artifacts.manifest import MANIFEST
 from softprompts.config import closest
 from softprompts.errors import ArtifactError
 
-ORDER = "tasks.json"
+INDEX = "tasks.json"
 
 
 class CollectionMember(NamedTuple):
-    """Where one prompt is: a directory, and which of those in it; `place` counts all that were found."""
+    """One prompt of a directory.
 
-    place: int
+    Attributes:
+        position: The position of the prompt among all prompts of the collection.
+        path: The directory with its files.
+        task: Its position in that directory, where PEFT's files hold several prompts; else None.
+    """
+
+    position: int
     path: Path
     task: int | None
 
 
 @dataclass(frozen=True)
 class PeftFiles:
-    """PEFT's two files for a group."""
+    """PEFT's two files for the tasks of a group.
+
+    Attributes:
+        config: The values of `adapter_config.json`.
+        tensors: The tensors of `adapter_model.safetensors`.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
@@ -41,133 +53,166 @@ class PeftFiles:
 
 @dataclass(frozen=True)
 class CollectionIndex:
-    """Sub-directories in the order that task_ids count; groups: those of them that one method holds together."""
+    """The contents of `tasks.json`.
+
+    Attributes:
+        tasks: The sub-directories, in the order of `task_ids`.
+        groups: The sub-directories whose prompts share tensors of one method, for each such group.
+    """
 
     tasks: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...] = ()
 
 
-def write(path: Path, order: CollectionIndex, peft: PeftFiles | str | None) -> None:
-    """Write `tasks.json`, and PEFT's files for the group beside it, or why there are none.
+def write_index(path: Path, index: CollectionIndex, peft: PeftFiles | str | None) -> None:
+    """Write `tasks.json`, and PEFT's files for the group beside it.
 
-    Raises ArtifactError for a disk that does not take them.
+    Args:
+        path: The directory of the collection.
+        index: The sub-directories and groups.
+        peft: PEFT's files for the group, or why there are none; None where there is no group.
+
+    Raises:
+        ArtifactError: The disk does not take the files.
     """
-    values: dict[str, Any] = {"tasks": list(order.tasks)}
-    if order.groups:
-        values["groups"] = [list(group) for group in order.groups]
+    values: dict[str, Any] = {"tasks": list(index.tasks)}
+    if index.groups:
+        values["groups"] = [list(group) for group in index.groups]
     if isinstance(peft, PeftFiles):
         write_tensors(path / peft_files.TENSORS, peft.tensors, {"format": "pt"})
         write_json(path / peft_files.CONFIG, peft.config)
-        values |= {"peft": True, "sha256": {peft_files.TENSORS: _sum(path / peft_files.TENSORS)}}
-    elif peft is not None:
-        values["peft"] = peft
-    if not isinstance(peft, PeftFiles) and (path / ORDER).is_file():  # a group may have been saved here before
-        for name in (peft_files.TENSORS, peft_files.CONFIG):
-            (path / name).unlink(missing_ok=True)
-    write_json(path / ORDER, values)
+        values["peft"] = True
+        values["sha256"] = {peft_files.TENSORS: _sha256(path / peft_files.TENSORS)}
+    else:
+        if peft is not None:
+            values["peft"] = peft
+        if (path / INDEX).is_file():  # an earlier save may have left PEFT's files of a group
+            for name in (peft_files.TENSORS, peft_files.CONFIG):
+                (path / name).unlink(missing_ok=True)
+    write_json(path / INDEX, values)
 
 
-def read(path: Path) -> CollectionIndex | None:
-    """What `tasks.json` says; None where there is none, or the directory is one artifact itself.
+def read_index(path: Path) -> CollectionIndex | None:
+    """The contents of `tasks.json`; None where there is none, or where the directory itself is one artifact.
 
-    Raises ArtifactError for what `write` did not write, and where PEFT saved over its tensor file later.
+    Raises:
+        ArtifactError: The file is not as `write_index` writes it, or PEFT saved over its tensor file later.
     """
-    if (path / MANIFEST).is_file() or not (path / ORDER).is_file():
+    if (path / MANIFEST).is_file() or not (path / INDEX).is_file():
         return None
-    values = read_json(path / ORDER)
+    values = read_json(path / INDEX)
     tasks: Any = values.get("tasks") if isinstance(values, dict) else None
-    if not _names(tasks):
-        raise ArtifactError(f"{path / ORDER} must list the sub-directories of its tasks")
+    if not _are_names(tasks):
+        raise ArtifactError(f"{path / INDEX} must list the sub-directories of its tasks")
     groups: Any = values.get("groups", [])
-    grouped = [name for group in groups for name in group] if _lists(groups) else [""]
-    if len(set(grouped)) != len(grouped) or not set(grouped) <= set(tasks):
-        raise ArtifactError(f"{path / ORDER}: each of groups must list some of its tasks, and no task twice")
-    theirs, sums = path / peft_files.TENSORS, values.get("sha256")
-    if theirs.is_file() and _sum(theirs) != (sums.get(theirs.name) if isinstance(sums, dict) else None):
+    if not _are_groups(groups, tasks):
+        raise ArtifactError(f"{path / INDEX}: each of groups must list some of its tasks, and no task twice")
+    adapter, sums = path / peft_files.TENSORS, values.get("sha256")
+    expected = sums.get(adapter.name) if isinstance(sums, dict) else None
+    if adapter.is_file() and _sha256(adapter) != expected:
         raise ArtifactError(
-            f"{theirs} was not written by softprompts: PEFT saved here later; delete {ORDER} to load PEFT's prompts, "
-            f"or {peft_files.CONFIG} and {theirs.name} to load ours"
+            f"{adapter} was not written by softprompts: PEFT saved here later; delete {INDEX} to load PEFT's prompts, "
+            f"or {peft_files.CONFIG} and {adapter.name} to load ours"
         )
     return CollectionIndex(tuple(tasks), tuple(map(tuple, groups)))
 
 
-def units(path: Path) -> list[list[CollectionMember]]:
-    """The prompts in a directory, ours or PEFT's, those together that one method holds.
+def member_groups(path: Path) -> list[list[CollectionMember]]:
+    """The prompts in a directory, written by softprompts or PEFT; those that share a method's tensors are together.
 
-    Raises ArtifactError as `read` does.
+    Raises:
+        ArtifactError: As in `read_index`.
     """
-    order = read(path)
-    if order is not None:
-        parts = {name: CollectionMember(place, path / name, None) for place, name in enumerate(order.tasks)}
-        group_of = {name: group for group in order.groups for name in group}
-        return [[parts[n] for n in group] for group in dict.fromkeys(group_of.get(n, (n,)) for n in order.tasks)]
+    index = read_index(path)
+    if index is not None:
+        members = {name: CollectionMember(place, path / name, None) for place, name in enumerate(index.tasks)}
+        group_of: dict[str, tuple[str, ...]] = {name: (name,) for name in index.tasks}
+        for group in index.groups:
+            group_of |= dict.fromkeys(group, group)
+        distinct = dict.fromkeys(group_of[name] for name in index.tasks)
+        return [[members[name] for name in group] for group in distinct]
     count = 1
     if not (path / MANIFEST).is_file() and (path / peft_files.CONFIG).is_file():
-        count = peft_files.count(read_json(path / peft_files.CONFIG))
-    return [[CollectionMember(place, path, place if count > 1 else None) for place in range(count)]]
+        count = peft_files.count_tasks(read_json(path / peft_files.CONFIG))
+    if count == 1:
+        return [[CollectionMember(0, path, None)]]
+    return [[CollectionMember(position, path, position) for position in range(count)]]
 
 
-def find(path: Path, task: int | str | None) -> tuple[Path, int | str | None]:
-    """The directory that holds `task`, by name or place, and what is left to choose in it.
+def find_task(path: Path, task: int | str | None) -> tuple[Path, int | str | None]:
+    """The directory that holds a task's prompt, and what remains to be chosen in it.
 
-    Raises ArtifactError where it is none of several, or which one is not said, and for a missing directory.
+    Args:
+        path: The directory of one artifact, or of several.
+        task: The name or position of the task; None where there is only one.
+
+    Raises:
+        ArtifactError: The directory is missing, has no such task, or has several and `task` is None.
     """
     if not os.path.isdir(path):
         raise ArtifactError(_missing(path))
-    order = read(path)
-    if order is None:
+    index = read_index(path)
+    if index is None:
         return path, task
-    if isinstance(task, int) and 0 <= task < len(order.tasks):
-        return path / order.tasks[task], None
-    if isinstance(task, str) and folder(task) in order.tasks:
-        return path / folder(task), None
-    here = f"its prompts are in {', '.join(order.tasks)}"
+    if isinstance(task, int) and 0 <= task < len(index.tasks):
+        return path / index.tasks[task], None
+    if isinstance(task, str) and folder_name(task) in index.tasks:
+        return path / folder_name(task), None
+    prompts = f"its prompts are in {', '.join(index.tasks)}"
     if task is None:
-        raise ArtifactError(f"{path} holds {len(order.tasks)} prompts; give the directory of one: {here}")
-    raise ArtifactError(f"{path} holds no prompt {task!r}{closest(str(task), order.tasks)} {here}")
+        raise ArtifactError(f"{path} holds {len(index.tasks)} prompts; give the directory of one: {prompts}")
+    raise ArtifactError(f"{path} holds no prompt {task!r}{closest(str(task), index.tasks)} {prompts}")
 
 
-def refuse(path: Path) -> None:
+def refuse_collection(path: Path) -> None:
     """Raise ArtifactError where one artifact would be written among the sub-directories of several."""
-    if read(path) is not None:
+    if read_index(path) is not None:
         raise ArtifactError(f"{path} is not empty and is not an artifact: it holds several; give another directory")
 
 
-def is_ours(path: Path) -> bool:
-    """Whether the directory is an artifact of ours, or holds several in their order."""
-    return (path / MANIFEST).is_file() or (path / ORDER).is_file()
+def written_by_softprompts(path: Path) -> bool:
+    """Whether softprompts wrote the directory: one artifact or several."""
+    return (path / MANIFEST).is_file() or (path / INDEX).is_file()
 
 
-def holds_one(path: Path) -> bool:
-    """Whether the directory itself is an artifact, ours or PEFT's."""
+def is_artifact(path: Path) -> bool:
+    """Whether the directory itself is an artifact, written by softprompts or PEFT."""
     if (path / MANIFEST).is_file():
         return True
-    return (path / peft_files.CONFIG).is_file() and not (path / ORDER).is_file()
+    return (path / peft_files.CONFIG).is_file() and not (path / INDEX).is_file()
 
 
-def folder(task: str) -> str:
-    """A task's name as the name of its sub-directory."""
+def folder_name(task: str) -> str:
+    """The name of a task's sub-directory: its own name, percent-encoded."""
     quoted = quote(task, safe=" ")
     return quoted if quoted.strip(".") else quoted.replace(".", "%2E")
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, str) and n == Path(n).name and n.strip(".") for n in value)
+def _are_names(value: Any) -> bool:
+    """Whether a JSON value is a list of names of sub-directories."""
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(name, str) and name == Path(name).name and name.strip(".") for name in value)
 
 
-def _lists(value: Any) -> bool:
-    return isinstance(value, list) and all(_names(part) for part in value)
+def _are_groups(value: Any, tasks: list[str]) -> bool:
+    """Whether a JSON value is a list of lists with names of tasks, each at most once."""
+    if not isinstance(value, list) or not all(_are_names(group) for group in value):
+        return False
+    names = list(itertools.chain.from_iterable(value))
+    return len(set(names)) == len(names) and set(names) <= set(tasks)
 
 
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     return hashlib.sha256(read_bytes(path)).hexdigest()
 
 
 def _missing(path: Path) -> str:
+    """What is wrong with a path that is not a directory."""
     if os.path.exists(path):
         return f"{path} is a file; give the directory of an artifact"
-    # a save that is killed between its two renames leaves the old artifact under this name
-    kept: list[Path] = []
+    # A save that is killed between its two renames leaves the old artifact under this name.
+    old: list[Path] = []
     with contextlib.suppress(OSError):
-        kept = sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(f".{path.name}.old-"))
-    return f"no directory {path}" + (f"; an interrupted save left the artifact in {kept[-1]}" if kept else "")
+        old = sorted(entry for entry in path.parent.iterdir() if entry.name.startswith(f".{path.name}.old-"))
+    return f"no directory {path}" + (f"; an interrupted save left the artifact in {old[-1]}" if old else "")

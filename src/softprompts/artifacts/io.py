@@ -1,6 +1,6 @@
 """Safe files: tensors as safetensors, values as strict JSON, written whole or not at all, each fault in one line.
 
-The only module that imports safetensors. Nothing is unpickled, nothing is executed.
+This is the only module of artifacts that imports safetensors. It unpickles nothing and executes nothing.
 """
 
 import contextlib
@@ -20,142 +20,198 @@ from softprompts.errors import ArtifactError
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file in one step: a reader, or a crash, sees the old file or the new one.
+    """Write a safetensors file in one step: a reader, or a crash, sees the old file or the new one.
 
-    Raises ArtifactError for what safetensors cannot hold and for a disk that does not take it.
+    Args:
+        path: The file.
+        tensors: Tensors of any shape and dtype, by name.
+        metadata: Texts for the header of the file.
+
+    Raises:
+        ArtifactError: safetensors cannot hold the tensors, or the disk does not take the file.
     """
-    _write(Path(path), pack(tensors, metadata, Path(path)))
+    _write(Path(path), encode_tensors(tensors, metadata, Path(path)))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; raises ArtifactError for a file that is missing, cut or no such."""
-    return unpack(read_bytes(path), Path(path))
+    """The tensors and the metadata of a safetensors file.
+
+    Raises:
+        ArtifactError: The file is missing, cut short or not safetensors.
+    """
+    return decode_tensors(read_bytes(path), Path(path))
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes strict JSON in one step, as `write_tensors` does; raises ArtifactError for what JSON cannot hold."""
-    _write(Path(path), dump(value, Path(path)))
+    """Write strict JSON in one step, as `write_tensors` does.
+
+    Raises:
+        ArtifactError: JSON cannot hold the value, or the disk does not take the file.
+    """
+    _write(Path(path), encode_json(value, Path(path)))
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file; raises ArtifactError for a file that is missing or is not JSON."""
+    """The value of a JSON file.
+
+    Raises:
+        ArtifactError: The file is missing or is not strict JSON.
+    """
     data = read_bytes(path)
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not valid JSON: {_line(error)}") from None
+        raise ArtifactError(f"{path} is not valid JSON: {_one_line(error)}") from None
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The whole file; raises ArtifactError where the system refuses."""
+    """The whole file.
+
+    Raises:
+        ArtifactError: The system refuses to read it.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {_reason(error)}") from None
 
 
-def pack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> bytes:
-    """The bytes of a safetensors file; `path` is for the message of the ArtifactError it may raise."""
+def encode_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> bytes:
+    """The bytes of a safetensors file.
+
+    Args:
+        tensors: Tensors of any shape and dtype, by name.
+        metadata: Texts for the header of the file.
+        path: The file, for messages.
+
+    Raises:
+        ArtifactError: safetensors cannot hold the tensors.
+    """
     try:
-        # a copy each, because safetensors refuses tensors that share memory and strides that are not plain
+        # safetensors refuses tensors that share memory or have strides, so each is copied.
         copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-        # None, because an empty map beside no tensors comes out as broken JSON (safetensors 0.8)
+        # safetensors 0.8 writes broken JSON for an empty map beside no tensors, so None replaces it.
         return safetensors.torch.save(copies, dict(metadata) or None)
     except (safetensors.SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: safetensors cannot hold these tensors: {_line(error)}") from None
+        raise ArtifactError(f"{path}: safetensors cannot hold these tensors: {_one_line(error)}") from None
 
 
-def unpack(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, in the order of their names, and metadata in the bytes of a safetensors file.
+def decode_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, in the order of their names, and the metadata in the bytes of a safetensors file.
 
-    path: for the message of the ArtifactError.
+    Args:
+        data: The bytes.
+        path: The file, for messages.
+
+    Raises:
+        ArtifactError: The bytes are a pickle, are cut short or are not safetensors.
     """
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        # asked only now: the header of a sound file may begin with the same bytes as a pickle
+        # A sound file may begin with the bytes of a pickle, so only a file that fails is tested for them.
         if data[:4] == b"PK\x03\x04" or data[:1] == b"\x80":
             raise ArtifactError(f"{path} is a pickle under a safetensors name; it was not opened") from None
-        raise ArtifactError(f"{path} is cut short or is not safetensors: {_line(error)}") from None
-    # safetensors gives them in another order each time, and what is computed over all of them must be the same.
+        raise ArtifactError(f"{path} is cut short or is not safetensors: {_one_line(error)}") from None
+    # safetensors returns tensors in a random order, and sums over all of them must not depend on it.
     return dict(sorted(tensors.items())), header.get("__metadata__", {})
 
 
-def plain(value: Any, where: str) -> Any:
-    """`value` as strict JSON holds it: tuples as lists, numpy numbers as numbers.
+def to_json(value: Any, name: str) -> Any:
+    """The value as strict JSON holds it: tuples as lists, scalars of numpy and torch as numbers.
 
-    Raises ArtifactError that names the place of anything else, such as NaN, a path or a key that is no string.
+    Args:
+        value: The value.
+        name: What messages call it.
+
+    Raises:
+        ArtifactError: JSON cannot hold a part of it, such as NaN, a path or a key that is not a string.
     """
     if isinstance(value, Mapping):
-        if strange := [key for key in value if not isinstance(key, str)]:
-            raise ArtifactError(f"{where}: the key {strange[0]!r} is not a string; JSON has no other keys")
-        return {plain(key, where): plain(part, f"{where}.{key}") for key, part in value.items()}
+        mapping = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ArtifactError(f"{name}: the key {key!r} is not a string; JSON has no other keys")
+            mapping[to_json(key, name)] = to_json(item, f"{name}.{key}")
+        return mapping
     if isinstance(value, list | tuple):
-        return [plain(part, f"{where}.{index}") for index, part in enumerate(value)]
-    value = number(value)
+        return [to_json(item, f"{name}.{index}") for index, item in enumerate(value)]
+    value = to_number(value)
     if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        raise ArtifactError(f"{where}: {value!r} is not valid Unicode")
+        raise ArtifactError(f"{name}: {value!r} is not valid Unicode")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ArtifactError(f"{where} is {value}; JSON has no such number")
+        raise ArtifactError(f"{name} is {value}; JSON has no such number")
     if value is not None and not isinstance(value, str | int | float):
-        raise ArtifactError(f"{where} is a {type(value).__name__}; JSON cannot hold it")
+        raise ArtifactError(f"{name} is a {type(value).__name__}; JSON cannot hold it")
     return value
 
 
-def number(value: Any) -> Any:
-    """A numpy or torch scalar as Python's number; anything else as it is."""
+def to_number(value: Any) -> Any:
+    """A scalar of numpy or torch as a number of Python; any other value as it is."""
     return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
-def dump(value: Any, path: Path) -> bytes:
-    """The bytes of a JSON file; keys keep their order (that of a verbalizer is the order of the classes)."""
-    return (json.dumps(plain(value, str(path)), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+def encode_json(value: Any, path: Path) -> bytes:
+    """The bytes of a JSON file. Keys keep their order, because a verbalizer's order is that of the classes.
+
+    Raises:
+        ArtifactError: JSON cannot hold the value.
+    """
+    return (json.dumps(to_json(value, str(path)), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def replace_directory(
     target: Path, contents: Mapping[str, bytes], known: Collection[str], marks: Collection[str]
 ) -> None:
-    """Puts a directory with the files of `contents` in the place of `target`, in one step.
+    """Replace a directory in one step by one with new files; other files of the old directory are moved across.
 
-    An existing target must be empty or hold a file of `marks`. Its files of `known` names go, all others stay.
-    Raises ArtifactError, with the target as it was, when that is not so or the disk does not take it.
+    Args:
+        target: The directory.
+        contents: The new files, by name.
+        known: The names of files that are not moved across.
+        marks: A directory with none of these files is only replaced where it is empty.
+
+    Raises:
+        ArtifactError: The target is a file or holds something else, or the disk does not take the files. The target
+            is then as it was.
     """
-    real = Path(os.path.realpath(target))  # a link to a directory stays a link
+    resolved = Path(os.path.realpath(target))  # a link to a directory stays a link
     token = secrets.token_hex(4)
-    new, old = real.with_name(f".{real.name}.new-{token}"), real.with_name(f".{real.name}.old-{token}")
+    new = resolved.with_name(f".{resolved.name}.new-{token}")
+    old = resolved.with_name(f".{resolved.name}.old-{token}")
     try:
-        if real.exists() and not real.is_dir():
+        if resolved.exists() and not resolved.is_dir():
             raise ArtifactError(f"{target} is a file; give a directory")
-        if real.exists() and any(real.iterdir()) and not any((real / name).is_file() for name in marks):
+        if resolved.exists() and any(resolved.iterdir()) and not any((resolved / name).is_file() for name in marks):
             raise ArtifactError(f"{target} is not empty and is not an artifact; give another directory")
         try:
             new.mkdir(parents=True)
             for name, data in contents.items():
                 _write_through(new / name, data)
             _sync(new)
-            if real.exists():
-                os.rename(real, old)
-            os.rename(new, real)
+            if resolved.exists():
+                os.rename(resolved, old)
+            os.rename(new, resolved)
         except BaseException:
-            if old.exists() and not real.exists():
-                os.rename(old, real)
+            if old.exists() and not resolved.exists():
+                os.rename(old, resolved)
             shutil.rmtree(new, ignore_errors=True)
             raise
-        _sync(real.parent)
+        _sync(resolved.parent)
     except OSError as error:
         raise ArtifactError(f"{target} cannot be written: {_reason(error)}") from None
     if old.exists():
-        _clear(old, real, known)
+        _move_other_files(old, resolved, known)
 
 
-def _clear(old: Path, real: Path, known: Collection[str]) -> None:
+def _move_other_files(old: Path, new: Path, known: Collection[str]) -> None:
     try:
         for entry in list(old.iterdir()):
             if entry.name not in known:
-                os.rename(entry, real / entry.name)
+                os.rename(entry, new / entry.name)
     except OSError as error:
-        raise ArtifactError(f"{real} is saved, but its other files are still in {old}: {_reason(error)}") from None
+        raise ArtifactError(f"{new} is saved, but its other files are still in {old}: {_reason(error)}") from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -182,7 +238,7 @@ def _write_through(path: Path, data: bytes) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Makes renames in a directory survive a power cut, where the system can."""
+    """Make renames in a directory survive a power cut, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(directory, os.O_RDONLY)
         try:
@@ -191,13 +247,13 @@ def _sync(directory: Path) -> None:
             os.close(handle)
 
 
-def _no_constant(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"it has no number {name}")
 
 
-def _line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _reason(error: OSError) -> str:
-    return error.strerror or _line(error)
+    return error.strerror or _one_line(error)

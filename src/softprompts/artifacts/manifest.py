@@ -1,17 +1,17 @@
-"""`softprompts.json`: its keys, what is refused, and what older formats said."""
+"""`softprompts.json`: its keys, and what is refused."""
 
 from pathlib import Path
 from typing import Any, Literal
 
+from softprompts.artifacts.upgrades import FORMAT, upgrade_manifest
 from softprompts.config import Head, Section, parse
 from softprompts.errors import ArtifactError, ConfigError
 
-FORMAT = 3
 MANIFEST = "softprompts.json"
 
 
-class Weights(Section, strict=True):
-    """What the manifest says of the fingerprint; the sketch is among the tensors."""
+class FingerprintFacts(Section, strict=True):
+    """The fingerprint without its sketch, which is a tensor and has its place among the tensors."""
 
     architecture: dict[str, Any]
     tokenizer: str | None
@@ -19,52 +19,69 @@ class Weights(Section, strict=True):
 
 
 class Manifest(Section, strict=True):
-    """`softprompts.json`; every key must be there and no other."""
+    """The JSON object of `softprompts.json`. Every key is required, and no other is allowed."""
 
     format_version: int
     version: str
     task: str
     method: str
     options: dict[str, Any]
-    fixed: bool  # whether the prompt is one matrix; else the state answers
+
+    plain_prompt: bool
+    """Whether the prompt is one matrix, the same for every text. If not, the method answers from its state."""
+
     shape: list[int]
     site: Literal["input", "decoder", "layers", "kv"]
     mode: Literal["replace", "add"]
-    place: Literal["first", "after_start", "suffix", "template"]
-    segments: list[int]  # prompt tokens of each, where the prompt stands in several
+    placement: Literal["first", "after_start", "suffix", "template"]
+
+    segments: list[int]
+    """The prompt tokens of each slot of the template, where it has several."""
+
     family: Literal["causal", "seq2seq", "masked"] | None
     head: Head
     backbone: str
     revision: str | None
-    fingerprint: Weights | None
-    format: dict[str, Any] | None
+    fingerprint: FingerprintFacts | None
+    template: dict[str, Any] | None
     config: dict[str, Any]
     scores: dict[str, Any]
     parents: list[str]
-    peft: bool | str  # true, or why PEFT's two files are not written
+
+    peft: bool | str
+    """True, or why PEFT's two files are missing."""
+
     digest: str
-    sha256: dict[str, str]  # of each tensor file
+
+    sha256: dict[str, str]
+    """The sha256 of each tensor file, by the file's name."""
 
 
-def check(values: Any, path: Path) -> Manifest:
-    """The manifest in the JSON value of the file `path`; raises ArtifactError for what is wrong with it."""
+def parse_manifest(values: Any, path: Path) -> Manifest:
+    """The manifest in the JSON value of a file, with the keys of format 4. `format_version` stays that of the file.
+
+    Args:
+        values: The JSON value.
+        path: The file, for messages.
+
+    Raises:
+        ArtifactError: The value is not a manifest, or a newer version of the library wrote it.
+    """
     if not isinstance(values, dict):
         raise ArtifactError(f"{path} must hold an object, found {type(values).__name__}")
-    # asked before anything else: what a newer version adds would be reported as a wrong key
     version = values.get("format_version")
-    if isinstance(version, int) and version > FORMAT:
-        raise ArtifactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
-    if isinstance(version, int) and version < 1:
-        raise ArtifactError(f"{path}: there is no format {version}")
-    for key, since, value in (("fixed", 2, True), ("segments", 3, [])):
-        if isinstance(version, int) and version < since:
-            if key in values:
-                raise ArtifactError(f"{path}: unknown key '{key}': format {version} has none")
-            values = {**values, key: value}
+    if type(version) is int:
+        # The version comes first, because the new keys of a newer format would be reported as wrong ones.
+        if version > FORMAT:
+            raise ArtifactError(f"{path}: written by a newer softprompts, format {version} > {FORMAT}; upgrade")
+        if version < 1:
+            raise ArtifactError(f"{path}: there is no format {version}")
+        values = upgrade_manifest(values, path)
     try:
-        result: Manifest = parse(values, Manifest, str(path))
+        manifest: Manifest = parse(values, Manifest, str(path))
     except ConfigError as error:
         raise ArtifactError("; ".join(str(error).splitlines())) from None
-    if result.segments and (min(result.segments) < 1 or sum(result.segments) != result.shape[0]):
-        raise ArtifactError(f"{path}: segments {result.segments} do not sum to the prompt's {result.shape[0]} tokens")
-    return result
+    segments = manifest.segments
+    if segments and (min(segments) < 1 or sum(segments) != manifest.shape[0]):
+        raise ArtifactError(f"{path}: segments {segments} do not sum to the prompt's {manifest.shape[0]} tokens")
+    return manifest

@@ -51,10 +51,10 @@ app.add_typer(study_app, name="study")
 
 QUICKSTART: dict[str, Any] = {
     "model": {"name": "smollm2-135m"},
-    "prompt": {"length": 20, "init": {"kind": "labels"}},
+    "prompt": {"num_virtual_tokens": 20, "init": {"kind": "labels"}},
     "task": {"source": "trec"},
-    "train": {"steps": 500, "batch_size": 16, "rate": 0.1, "warmup": 30},
-    "out": "runs/quickstart",
+    "training": {"max_steps": 500, "batch_size": 16, "learning_rate": 0.1, "warmup_steps": 30},
+    "output_dir": "runs/quickstart",
 }
 """The main job."""
 
@@ -96,7 +96,7 @@ def quickstart(
 ) -> None:
     """The main job: teach the packaged model to classify questions, in a few minutes."""
     model = QUICKSTART["model"] | on_machine(device, dtype, quantize)
-    values = override({**QUICKSTART, "model": model, "out": str(out_dir)}, sets)
+    values = override({**QUICKSTART, "model": model, "output_dir": str(out_dir)}, sets)
     _run(parse(values), as_json)
 
 
@@ -122,28 +122,31 @@ def train(
 ) -> None:
     """Train a prompt, judge it before and after, and write prompt, results.json and report.html.
 
-    With --set train.train=lora or train.train=backbone weights are trained instead, to compare with.
+    With --set training.target=lora or training.target=backbone weights are trained instead, to compare with.
     """
     given: list[tuple[str, Any]] = [
         ("model.name", model),
         ("task.source", data),
         ("task.template", None if text is None else text if "{" in text else f"{{{text}}}"),
         ("task.label", label),
-        ("prompt.length", length),
-        ("train.steps", steps),
-        ("train.rate", rate),
+        ("prompt.num_virtual_tokens", length),
+        ("training.max_steps", steps),
+        ("training.learning_rate", rate),
         ("seed", seed),
-        ("out", None if out_dir is None else str(out_dir)),
+        ("output_dir", None if out_dir is None else str(out_dir)),
     ]
     changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
     changes += [f"model.{key}={json.dumps(value)}" for key, value in on_machine(device, dtype, quantize).items()]
     if config is None:
         if data is None:
             raise ConfigError("nothing to train on: give --data, or a configuration with --config")
-        run = parse(override({"out": f"runs/{TaskConfig(source=data).title}"}, [*changes, *sets]))
+        run = parse(override({"output_dir": f"runs/{TaskConfig(source=data).title}"}, [*changes, *sets]))
     else:
         run = read_config(config, [*changes, *sets])
-    lists = {"seed": _listed("--seeds", seeds, seed, int), "train.rate": _listed("--rates", rates, rate, float)}
+    lists = {
+        "seed": _listed("--seeds", seeds, seed, int),
+        "training.learning_rate": _listed("--rates", rates, rate, float),
+    }
     given_lists = {key: values for key, values in lists.items() if values}
     _run(grid(run, given_lists) if given_lists else run, as_json)
 
@@ -167,13 +170,13 @@ def _run(run: Run, as_json: bool) -> None:
     from softprompts.training.loop import CHECKPOINT
 
     quiet()
-    out_dir = Path(run.out)
+    out_dir = Path(run.output_dir)
     try:
         with progress() as screen:
             results = job.run(run, screen)
     except KeyboardInterrupt:
         kept = out_dir.glob(f"*/{CHECKPOINT}") if run.runs else out_dir.glob(CHECKPOINT)
-        if run.train.train != "prompt":
+        if run.training.target != "prompt":
             say("interrupted; weights are kept when they are finished only: the same command begins anew")
         elif any(kept):
             say(f"interrupted; the state is kept in {out_dir}: the same command goes on from there")
@@ -191,7 +194,7 @@ def _run(run: Run, as_json: bool) -> None:
 
 
 def _show_results(run: Run, results: dict[str, Any]) -> None:
-    out_dir = Path(run.out)
+    out_dir = Path(run.output_dir)
     if run.runs:
         show_runs(results)
         prompts = out_dir / "*" / "prompt"
@@ -200,8 +203,8 @@ def _show_results(run: Run, results: dict[str, Any]) -> None:
             show(page)
         prompts = out_dir / "prompt"
     where = sorted(str(p) for p in out_dir.glob("report*.html"))
-    kept = {"prompt": f"prompt   {prompts}\n", "lora": f"adapter  {out_dir / 'lora'}\n"}.get(run.train.train, "")
-    kept = f"model    {out_dir / 'model'}\n" if run.train.keep else kept
+    kept = {"prompt": f"prompt   {prompts}\n", "lora": f"adapter  {out_dir / 'lora'}\n"}.get(run.training.target, "")
+    kept = f"model    {out_dir / 'model'}\n" if run.training.save_model else kept
     out.print(f"\n{kept}results  {out_dir / 'results.json'}\nreport   {', '.join(where)}")
     if results["next"]:
         out.print("\nnext:")
@@ -228,7 +231,7 @@ def inspect(
     if words:
         quiet()
         opened = open_prompts([prompt], model, {}, True)
-        near = nearest_tokens(opened.learner.backbone, opened.artifacts[0].matrix(prompt))
+        near = nearest_tokens(opened.backbone, artifact.load(prompt).require_prompt(prompt))
         facts["nearest_words"] = [vars(row) for row in near]
     if as_json:
         show_json(facts)
@@ -249,9 +252,9 @@ def fold(
 ) -> None:
     """Write a prompt that a method made, such as multitask prompt tuning, as an ordinary one: a single matrix."""
     from softprompts.artifacts import artifact
-    from softprompts.model import stored
+    from softprompts.model.persistence import plain
 
-    made = stored.plain(artifact.load(prompt), prompt)
+    made = plain(artifact.load(prompt), prompt)
     artifact.save(made, out_dir)
     length, width = made.shape
     out.print(f"{out_dir}: {length} vectors of width {width}, as prompt-tuning", markup=False, soft_wrap=True)

@@ -40,24 +40,24 @@ def evaluate(
 ) -> None:
     """Judge a prompt on held-out rows, its own or those of another data set; several prompts vote."""
     from softprompts.evaluation.evaluate import evaluate as judge
-    from softprompts.recipes.run import run as job
+    from softprompts.evaluation.evaluate import evaluation_config
 
     quiet()
     opened = open_prompts(prompts, model, on_machine(device, dtype, quantize), allow_other_weights)
-    if opened.encoder is None:
+    record = opened.registry.records[opened.task]
+    if record.task_template is None:
         raise ConfigError(f"{prompts[0]} holds no task (template and label words), so its answers cannot be judged")
     renamed = _renamed(mapping)
-    name, split, rows = _rows(opened, prompts[0], data, split, label, renamed)
+    name, split, rows = _rows(record, prompts[0], data, split, label, renamed)
     total = len(rows)
     with progress() as screen:
         found = judge(
-            opened.learner,
-            opened.encoder,
+            opened,
             rows,
-            job.judging_of(opened.artifacts[0], by=by, normalize=normalize, max_new_tokens=max_new_tokens),
+            prompt=opened.tasks,
+            config=evaluation_config(record.artifact, by=by, normalize=normalize, max_new_tokens=max_new_tokens),
             mapping=renamed,
-            votes=len(prompts),
-            progress=lambda done: screen.judged(name, done, total),
+            progress=lambda done: screen.on_eval(name, done, total),
         )
     scores = {metric: vars(score) for metric, score in found.scores.items()}
     if as_json:
@@ -71,13 +71,12 @@ def evaluate(
 
 
 def _rows(
-    opened: Any, prompt: Path, data: str | None, split: str | None, label: str | None, renamed: dict[str, str] | None
+    record: Any, prompt: Path, data: str | None, split: str | None, label: str | None, renamed: dict[str, str] | None
 ) -> tuple[str, str, Any]:
     """The rows to judge, with the names of their set and split: the prompt's own test rows, or those of `data`."""
     from softprompts.data import load
-    from softprompts.recipes.run import run as job
 
-    own, form = job.settings_of(opened.artifacts[0], "task"), opened.encoder.format
+    own, form = record.artifact.settings("task"), record.task_template
     if data is None and not own:
         raise ConfigError(f"{prompt} does not say which rows it was made for; give --data")
     task: TaskConfig = (
@@ -129,32 +128,32 @@ def predict(
 ) -> None:
     """Answer texts with a trained prompt; one JSON line each, in order. Takes little memory, however many there are."""
     from softprompts.data.streams import stream
-    from softprompts.evaluation.evaluate import answers
-    from softprompts.recipes.run import run as job
+    from softprompts.evaluation.evaluate import answers, evaluation_config
 
     quiet()
     if file is not None and text is not None:
         raise ConfigError("give either a text or --file, not both")
     given = None if file is None else stream(file)
     opened = open_prompts([prompt], model, on_machine(device, dtype, quantize), allow_other_weights)
-    if opened.encoder is None:
+    record = opened.registry.records[opened.task]
+    if record.task_template is None:
         raise ConfigError(f"{prompt} holds no task (template and label words); use `softprompts generate`")
-    columns = opened.encoder.format.columns
+    columns = record.task_template.columns
     if file is None and len(columns) > 1:
         raise ConfigError(f"the task reads columns {', '.join(columns)}: give them as a file with --file")
     if given is None:
         given = _lines(columns[0]) if text is None or text == "-" else iter([{columns[0]: text}])
     rows, kept = _asked(given, columns, str(file)), deque[dict[str, Any]]()
-    config = job.judging_of(opened.artifacts[0], max_new_tokens=max_new_tokens)
-    base = opened.learner.backbone
+    config = evaluation_config(record.artifact, max_new_tokens=max_new_tokens)
+    base = opened.backbone
     made_by = {
         "prompt": digest(prompt),
         "model": [base.name, str(base.dtype), base.quantization],
-        "evaluate": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
+        "evaluation": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
     }
     shown = file is not None or text is None
     with writing(out_file, rows, columns, made_by) as (done, write), counting(shown, done, out_file) as count:
-        for found in answers(opened.learner, opened.encoder, _keeping(rows, kept), config):
+        for found in answers(opened, _keeping(rows, kept), prompt=opened.task, config=config):
             write(_line(kept.popleft(), columns, found))
             count()
 
@@ -216,36 +215,31 @@ def generate(
     """Continue a text behind a trained prompt."""
     import torch
 
-    from softprompts.injection.generation import generate as write
-    from softprompts.types import Batch
-
     quiet()
     opened = open_prompts([prompt], model, on_machine(device, dtype, quantize), allow_other_weights)
-    base = opened.learner.backbone
-    if opened.learner.site.place == "template":
+    base = opened.backbone
+    if opened.registry.site_of(opened.tasks).place == "template":
         raise ConfigError(
             f"{prompt} stands in slots of its task's template, and generate continues a bare text; use predict"
         )
     ids = base.tokenizer(text, return_tensors="pt")["input_ids"].to(base.device)
-    batch = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long, device=base.device))
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": sample, "num_beams": beams, "max_new_tokens": max_new_tokens}
     if sample:
         options["temperature"] = temperature
-    with torch.no_grad():
-        found = write(base, batch, opened.learner.prompt(batch), opened.learner.site, **options)
-    new = found[0, ids.shape[1] :] if base.family.scores_next_token else found[0]
+    written = opened.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    new = written[0, ids.shape[1] :] if base.family.scores_next_token else written[0]
     print(base.tokenizer.decode(new, skip_special_tokens=True))
 
 
 def open_prompts(prompts: list[Path], model: str | None, machine: dict[str, Any], allow_other_weights: bool) -> Any:
-    """The prompts with their model, which stands as `machine` (keys of the section `model`) and the first run say."""
+    """A model with the prompts, loaded as `machine` (keys of the section `model`) and the first prompt's run say."""
     from softprompts.artifacts import artifact
     from softprompts.config import ModelConfig
-    from softprompts.recipes.run import run as job
+    from softprompts.model import soft_prompt_model
 
     first = artifact.load(prompts[0])
-    run = job.settings_of(first, "model")
+    run = first.settings("model")
     kept: dict[str, Any] = {key: run[key] for key in ("attention", "quantize") if key in run}
     if run.get("device_map") == "auto" and "device" not in machine:
         kept["device_map"] = "auto"
@@ -255,9 +249,9 @@ def open_prompts(prompts: list[Path], model: str | None, machine: dict[str, Any]
     values = {"name": name, **kept, **machine}
     if model is None:
         values["revision"] = first.revision
-    opened = job.open_artifacts(
-        prompts, model=parse(values, ModelConfig), allow_other_weights=allow_other_weights, say=say
+    opened, warnings = soft_prompt_model.open_prompts(
+        prompts, config=parse(values, ModelConfig), allow_other_weights=allow_other_weights, log=say
     )
-    for warning in opened.warnings:
+    for warning in warnings:
         say(f"warning: {warning}")
     return opened

@@ -46,7 +46,7 @@ def methods(
             f"{row['trained']['numbers']:,} at {row['trained']['site']}" if row["trained"] else row["why"] or "-",
             ", ".join(row["sites"] or ()) or "-",
             _told(row["folds"]),
-            _told(row["sees_input"]),
+            _told(row["input_dependent"]),
         )
         for name, row in rows.items()
     ]
@@ -59,14 +59,13 @@ def _told(answer: bool | None) -> str:
 
 def _row(name: str, kind: Any, slot: Callable[[str, int], Any], length: int) -> dict[str, Any]:
     """What is known of a method; of what one by third parties does not say, nothing is."""
-    sites = getattr(kind, "sites", None)
-    trained, why = _trained(name, sites or SITES, slot, length)
+    trained, why = _trained(name, kind.sites, slot, length)
     return {
         "about": (python.getdoc(kind) or "-").splitlines()[0],
-        "paper": getattr(kind, "paper", None),
-        "sites": None if sites is None else list(sites),
-        "folds": hasattr(kind, "fold"),
-        "sees_input": getattr(kind, "sees_input", None),
+        "paper": kind.paper or None,
+        "sites": list(kind.sites),
+        "folds": not kind.input_dependent and not kind.changes_text,
+        "input_dependent": kind.input_dependent,
         "trained": trained,
         "why": why,
     }
@@ -110,7 +109,7 @@ def _default_slot(site: str, length: int) -> Any:
     parts = {"input": (), "layers": (WIDTH,) * LAYERS, "kv": (KEYS,) * LAYERS}.get(site)
     if parts is None:
         return None
-    return PromptSpec(("task",), length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
+    return PromptSpec(length, sum(parts) or WIDTH, WIDTH, VOCABULARY, parts, {"backbone": WIDTH})
 
 
 def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
@@ -118,15 +117,15 @@ def _slots_of(model: str, length: int) -> Callable[[str, int], Any]:
     from softprompts import injection
     from softprompts.config import ModelConfig
     from softprompts.errors import BackboneError
-    from softprompts.recipes.run import run
+    from softprompts.model.setup import load_backbone
 
     quiet()
-    backbone = run.load_backbone(ModelConfig(name=model, attention="eager", products="torch"))
-    injection.prompt_spec(backbone, injection.Site(), ("task",), length)
+    backbone = load_backbone(ModelConfig(name=model, attention="eager", matmul_backend="torch"))
+    injection.prompt_spec(backbone, injection.Site(), length)
 
     def slot(site: str, length: int) -> Any:
         try:
-            return injection.prompt_spec(backbone, injection.Site(site), ("task",), length)
+            return injection.prompt_spec(backbone, injection.Site(site), length)
         except BackboneError:
             return None
 

@@ -106,7 +106,7 @@ def _read(
     sets: list[str],
 ) -> Any:
     """The plan in a file, with what the command line changes."""
-    given = [("out", None if out_dir is None else str(out_dir)), ("model.name", model)]
+    given = [("output_dir", None if out_dir is None else str(out_dir)), ("model.name", model)]
     changes = [f"{key}={json.dumps(value)}" for key, value in given if value is not None]
     changes += [f"model.{key}={json.dumps(value)}" for key, value in machine.items()]
     return read_config(config, [*changes, *sets], kind)
@@ -120,10 +120,10 @@ def _carry_out(
         with progress() as screen:
             results = execute(plan, screen)
     except KeyboardInterrupt:
-        where = Path(plan.out)
+        where = Path(plan.output_dir)
         kept = where.is_dir() and any(where.iterdir())
         told = (
-            f"what is done is kept in {plan.out}: the same command goes on from there"
+            f"what is done is kept in {plan.output_dir}: the same command goes on from there"
             if kept
             else "nothing was done yet"
         )
@@ -133,4 +133,4 @@ def _carry_out(
         show_json(results)
         return
     present(results)
-    show_files(results=Path(plan.out) / "results.json", report=Path(plan.out) / "report.html")
+    show_files(results=Path(plan.output_dir) / "results.json", report=Path(plan.output_dir) / "report.html")

@@ -46,19 +46,19 @@ def make(
     from dataclasses import replace
 
     from softprompts.artifacts import artifact, vectors
-    from softprompts.model import stored
+    from softprompts.model import persistence
 
-    found = stored.plain(artifact.load(vectors.locate(prompt)), prompt)
+    found = persistence.plain(artifact.load(vectors.locate_prompt(prompt)), prompt)
     given = _start(start, start_of)
-    if given is not None and found.initial is not None and not found.initial.equal(given.matrix("the start")):
+    if given is not None and found.initial is not None and not found.initial.equal(given.require_prompt("the start")):
         raise ConfigError(
             f"{prompt} says itself where its training began, and the start given is another one; leave --start and "
             f"--start-of out, or put its vector on that start with: softprompts vector apply {prompt} --start PROMPT"
         )
     if given is not None:
-        vectors.fits(given, vectors.vector(replace(found, initial=given.prompt), prompt), "the start")
+        vectors.check_start(given, vectors.task_vector(replace(found, initial=given.prompt), prompt), "the start")
         found = replace(found, initial=given.prompt)
-    _written(vectors.vector(found, prompt), found, out_dir, as_json)
+    _written(vectors.task_vector(found, prompt), found, out_dir, as_json)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def merge(
     """One vector of several as in the literature on merging models, added to a start."""
     from softprompts.artifacts import vectors
 
-    chosen = vectors.Merge(None if weights is None else _numbers("--weights", weights), density, t, seed)
+    chosen = vectors.MergeOptions(None if weights is None else _numbers("--weights", weights), density, t, seed)
     found = _read(prompts)
     _combine(vectors.merge(found, how, chosen), out_dir, start, start_of, as_json, found)
 
@@ -218,7 +218,7 @@ def search(
     from softprompts.recipes import coefficient_search
 
     quiet()
-    like = vectors.read(prompt).like
+    like = vectors.read_expression(prompt).reference
     changes = on_machine(device, dtype, quantize) | ({} if model is None else {"name": model})
     config = parse({"name": like.backbone, "revision": like.revision, **changes}, ModelConfig, "model")
     grid = coefficient_search.GRID if coefficients is None else _numbers("--coefficients", coefficients)
@@ -241,7 +241,7 @@ def search(
 def _read(prompts: list[str]) -> list[Any]:
     from softprompts.artifacts import vectors
 
-    return [vectors.read(text) for text in prompts]
+    return [vectors.read_expression(text) for text in prompts]
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
@@ -260,10 +260,10 @@ def _start(start: str | None, start_of: str | None) -> Any:
     if start is not None and start_of is not None:
         raise ConfigError("give either --start or --start-of, not both")
     if start is not None:
-        return artifact.load(vectors.locate(start))
+        return artifact.load(vectors.locate_prompt(start))
     if start_of is None:
         return None
-    found = artifact.load(vectors.locate(start_of))
+    found = artifact.load(vectors.locate_prompt(start_of))
     if found.initial is None:
         raise ConfigError(f"{start_of} does not say where its training began; give a start with --start")
     return replace(found, prompt=found.initial)
@@ -284,7 +284,7 @@ def _combine(
 
     # What a merge makes has no start of its own; that of its sources' sum is the one they have in common.
     begins = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
-    _written(total * by, vectors.made(total, begins, by), out_dir, as_json)
+    _written(total * by, vectors.to_artifact(total, begins, by), out_dir, as_json)
 
 
 def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:

@@ -3,10 +3,17 @@
 Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
 """
 
+from softprompts.config.old_keys import (
+    OLD_KEYS,
+    find_old_keys,
+    original_options,
+    update_old_keys,
+    update_old_options,
+)
 from softprompts.config.parsing import assign, closest, override, parse, read
 from softprompts.config.schema import (
-    DistilConfig,
-    EvaluateConfig,
+    DistillationConfig,
+    EvaluationConfig,
     Head,
     InitConfig,
     Kind,
@@ -22,8 +29,9 @@ from softprompts.config.schema import (
 )
 
 __all__ = [
-    "DistilConfig",
-    "EvaluateConfig",
+    "OLD_KEYS",
+    "DistillationConfig",
+    "EvaluationConfig",
     "Head",
     "InitConfig",
     "Kind",
@@ -38,7 +46,11 @@ __all__ = [
     "TrainConfig",
     "assign",
     "closest",
+    "find_old_keys",
+    "original_options",
     "override",
     "parse",
     "read",
+    "update_old_keys",
+    "update_old_options",
 ]

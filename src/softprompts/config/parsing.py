@@ -1,15 +1,15 @@
 """From YAML and `--set a.b=c` to checked sections; what cannot be is told with what is possible."""
 
 import difflib
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from softprompts.config.old_keys import find_old_keys, section_in
 from softprompts.config.schema import Run, Section
 from softprompts.errors import ConfigError
 
@@ -23,12 +23,17 @@ def closest(word: str, known: Iterable[str]) -> str:
 def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "configuration") -> Any:
     """`values` as a checked section.
 
-    Raises ConfigError that names each wrong key with the closest known one, and each wrong value with what is allowed.
+    Raises ConfigError that names each wrong key with the closest known one, each key of an earlier release with its
+    name of today, and each wrong value with what is allowed.
     """
+    if renames := find_old_keys(values, model):
+        lines = [f"{origin}: unknown key '{old}'; it is called '{new}' now" for old, new in renames]
+        raise ConfigError("; ".join(lines))
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e, model, origin) for e in error.errors())) from None
+        problems = [problem for problem in error.errors() if not _follows(problem, error.errors())]
+        raise ConfigError("; ".join(_explain(problem, model, origin) for problem in problems)) from None
 
 
 def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] = Run) -> Any:
@@ -53,7 +58,7 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
     for item in overrides:
         path, equals, text = item.partition("=")
         if not equals or not path.strip():
-            raise ConfigError(f"--set {item}: write it as section.key=value, for example train.steps=500")
+            raise ConfigError(f"--set {item}: write it as section.key=value, for example training.max_steps=500")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -82,7 +87,13 @@ def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
             raise ConfigError(f"{item}: '{'.'.join(keys[:here])}' is a value, not a section")
 
 
-def _explain(error: Any, model: type[BaseModel], origin: str) -> str:
+def _follows(problem: Any, problems: Iterable[Any]) -> bool:
+    """Whether a list is too short only because one of its items is wrong."""
+    loc = problem["loc"]
+    return problem["type"] == "too_short" and any(other["loc"][: len(loc)] == loc < other["loc"] for other in problems)
+
+
+def _explain(error: Any, model: type[Section], origin: str) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         owner = _section_at(model, error["loc"][:-1])
@@ -101,19 +112,13 @@ def _near(given: Any, error: Any) -> str:
     return closest(str(given), options).removesuffix(";") if isinstance(given, str) and expected else ""
 
 
-def _section_at(model: type[BaseModel], loc: Iterable[Any]) -> type[BaseModel] | None:
-    """The section class at a pydantic error location, looking through optionals and tuples."""
-    current: Any = model
+def _section_at(model: type[Section], loc: Iterable[Any]) -> type[Section] | None:
+    """The section class at a pydantic error location, looking through optionals, lists and mappings."""
+    current: type[Section] | None = model
     for part in loc:
-        if isinstance(part, int):
-            continue
-        current = next(iter(_sections(current.model_fields[part].annotation)), None) if current else None
-    return typing.cast("type[BaseModel] | None", current)
-
-
-def _sections(annotation: Any) -> Iterable[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    elif typing.get_origin(annotation) in (tuple, list, typing.Union, types.UnionType):
-        for part in typing.get_args(annotation):
-            yield from _sections(part)
+        if current is None:
+            return None
+        field = current.model_fields.get(part) if isinstance(part, str) else None
+        if field is not None:
+            current = section_in(field.annotation)
+    return current

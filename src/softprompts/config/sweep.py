@@ -7,15 +7,19 @@ from typing import Any
 from softprompts.config import ModelConfig, Run, assign, parse
 from softprompts.errors import ConfigError
 
-OPEN = ("options", "limit", "verbalizer", "objectives", "rates", "teachers", "distil")
+OPEN = ("options", "limit", "verbalizer", "objectives", "learning_rates", "teachers", "distillation")
 """Keys whose value is a mapping of the user's own: a run of several that gives one replaces it whole."""
 
-SHARED = (*(f"model.{name}" for name in ModelConfig.model_fields), "prompt.site", "prompt.mode", "prompt.place")
+SHARED = (*(f"model.{name}" for name in ModelConfig.model_fields), "prompt.site", "prompt.mode", "prompt.placement")
 """What runs that train together have in common: they are read by the same frozen model in the same batch."""
 
 
+SHORT = {"training.learning_rate": "rate"}
+"""What a key is called in the name of a run, where that is not the last part of the key."""
+
+
 def sweep(run: Run) -> dict[str, Run]:
-    """The runs that `run` stands for, by name: those of its list `runs`, each written to a folder of `run.out`.
+    """The runs that `run` stands for, by name: those of its list `runs`, each written to a folder of `run.output_dir`.
 
     A run without a list stands for itself, under the name "".
     Raises ConfigError for names that are no folders or not distinct, for keys that cannot be set and for runs that
@@ -27,20 +31,20 @@ def sweep(run: Run) -> dict[str, Run]:
     for number, entry in enumerate(run.runs):
         name = _variant_name(entry, number, found)
         changes = {key: value for key, value in entry.items() if key != "name"}
-        if forbidden := [key for key in changes if str(key).split(".")[0] in ("out", "runs")]:
+        if forbidden := [key for key in changes if str(key).split(".")[0] in ("output_dir", "runs")]:
             raise ConfigError(f"runs '{name}': '{forbidden[0]}' is set for all of them; it stands beside runs")
-        values = run.model_dump(mode="json", exclude={"runs"}) | {"out": str(Path(run.out) / name)}
+        values = run.model_dump(mode="json", exclude={"runs"}) | {"output_dir": str(Path(run.output_dir) / name)}
         if len(run.tasks) == 1 and not any(str(key).startswith("tasks") for key in changes):
             values["task"] = values.pop("tasks")[0]
         _merge(values, changes, f"runs '{name}'")
         found[name] = parse(values, origin=f"runs '{name}'")
     first = next(iter(found))
     for name, one in found.items():
-        if one.train.train != "prompt":
+        if one.training.target != "prompt":
             raise ConfigError(
-                f"run '{name}' changes weights (train: {one.train.train}), and runs that train together share a frozen "
-                f"backbone; start such runs one after the other, each with an --out of its own, without --seeds, "
-                f"--rates and runs"
+                f"run '{name}' changes weights (target: {one.training.target}), and runs that train together share a "
+                f"frozen backbone; start such runs one after the other, each with an --out of its own, without "
+                f"--seeds, --rates and runs"
             )
         for key in SHARED:
             here, there = _at(one, key), _at(found[first], key)
@@ -66,7 +70,7 @@ def grid(run: Run, lists: Mapping[str, Iterable[Any]]) -> Run:
     entries: list[dict[str, Any]] = [dict(entry) for entry in run.runs] or [{"name": ""}]
     for key, values in lists.items():
         entries = [
-            {**entry, "name": f"{entry['name']}-{key.split('.')[-1]}{value}".strip("-"), key: value}
+            {**entry, "name": f"{entry['name']}-{SHORT.get(key, key.split('.')[-1])}{value}".strip("-"), key: value}
             for entry in entries
             for value in values
         ]

@@ -85,7 +85,7 @@ class ExampleTokenizer:
             raise DataError(f"{name}: the tokenizer has no chat template; set chat: false or use an instruction model")
         if self.slots and self.head in ("token", "span"):
             raise DataError(f"{name}: head '{self.head}' cannot have a slot for the prompt in its template; take "
-                            "<prompt> out and set prompt.place: first, after_start or suffix")  # fmt: skip
+                            "<prompt> out and set prompt.placement: first, after_start or suffix")  # fmt: skip
         if self.slots and not form.columns:
             raise DataError(f"{name}: the template has a slot for the prompt, but none for the text; write the column "
                             f"in braces too, as in '{form.template}{{text}}'")  # fmt: skip

@@ -81,8 +81,6 @@ def divide(tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[st
     if split.shots:
         _shots(parts, split, config, columns, notes)
     for name, limit in split.limit.items():
-        if limit < 1:
-            raise DataError(f"split.limit.{name} must be at least 1, given {limit}")
         parts[name] = _sample(parts[name], limit, f"limit {name}", config, columns)
     if not parts["train"]:
         raise DataError(

@@ -32,7 +32,7 @@ class TaskTemplate:
     truncate: tuple[str, ...] | None = None
     max_length: int | None = None
     chat: bool = False
-    chat_place: Literal["start", "user"] = "start"
+    chat_placement: Literal["start", "user"] = "start"
     system: str | None = None
     metrics: tuple[str, ...] = ()
     positive: str | None = None
@@ -118,7 +118,7 @@ def load(config: TaskConfig) -> Task:
         truncate=config.truncate,
         max_length=config.max_length,
         chat=config.chat,
-        chat_place=config.chat_place,
+        chat_placement=config.chat_placement,
         system=config.system,
         metrics=config.metrics or (),
         positive=config.positive,
@@ -130,7 +130,7 @@ def load(config: TaskConfig) -> Task:
 
 
 def place_of(asked: str, forms: Sequence[TaskTemplate]) -> str:
-    """What `prompt.place` means for tasks of these formats: `template` where their templates have slots.
+    """What `prompt.placement` means for tasks of these formats: `template` where their templates have slots.
 
     Raises DataError where one has slots and another none, where `asked` says another place than the slots, where it
     asks for slots that are not there, and where a chat's place says another than either.
@@ -144,18 +144,18 @@ def place_of(asked: str, forms: Sequence[TaskTemplate]) -> str:
         )
     if asked == "template" and without is not None:
         raise DataError(
-            f"{without.name}: prompt.place is template, but the template {without.template!r} has no slot for the "
+            f"{without.name}: prompt.placement is template, but the template {without.template!r} has no slot for the "
             f"prompt; write <prompt> where it shall stand, or choose another place"
         )
     if slotted and asked not in ("auto", "template"):
         raise DataError(
-            f"{slotted[0].name}: the template has a slot for the prompt, and prompt.place is {asked}; leave one out"
+            f"{slotted[0].name}: the template has a slot for the prompt, and prompt.placement is {asked}; leave one out"
         )
-    said = "the template has a slot" if slotted else f"prompt.place is {asked}"
+    said = "the template has a slot" if slotted else f"prompt.placement is {asked}"
     for form in forms:
-        if form.chat and form.chat_place == "user" and (slotted or asked not in ("auto", "first")):
+        if form.chat and form.chat_placement == "user" and (slotted or asked not in ("auto", "first")):
             raise DataError(
-                f"{form.name}: chat_place is user, and {said}: both say where the prompt stands; leave one out"
+                f"{form.name}: chat_placement is user, and {said}: both say where the prompt stands; leave one out"
             )
     return "template" if slotted else asked
 

@@ -86,7 +86,8 @@ def slot_sizes(templates: Sequence[str | None], length: int, name: str) -> tuple
     if sizes and sum(sizes) != length:
         told = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
         raise DataError(
-            f"{name}: the template's slots have {told} prompt tokens, but prompt.length is {length}; make them equal"
+            f"{name}: the template's slots have {told} prompt tokens, but prompt.num_virtual_tokens is {length}; make "
+            "them equal"
         )
     return sizes
 

@@ -171,12 +171,12 @@ class TextTokenizer:
         text = self._rendered(content[0], self.format.system)
         whole = _inside(text, content)
         ids, spans = self._spelt(text)
-        if self.format.chat_place == "start":
+        if self.format.chat_placement == "start":
             return Tokens(ids, place=0, words=self._own(spans, [whole]))
         begin = len(self._opening)
         if not text.startswith(self._opening):
             raise DataError(f"{self.format.name}: the chat template does not begin the same for every row, so that "
-                            "chat_place 'user' is not defined; use chat_place: start")  # fmt: skip
+                            "chat_placement 'user' is not defined; use chat_placement: start")  # fmt: skip
         if self.tokenizer.is_fast:
             place = next((i for i, (_, _, end) in enumerate(spans) if end > begin), len(ids))
             if place == len(ids) or spans[place][1] >= begin:
@@ -191,7 +191,7 @@ class TextTokenizer:
         """What the chat template writes before the user's words."""
         before, found, _ = self._rendered(SENTINELS[0], self.format.system).partition(SENTINELS[0])
         if not found:
-            raise DataError(f"{self.format.name}: the chat template hides the user's words; use chat_place: start")
+            raise DataError(f"{self.format.name}: the chat template hides the user's words; use chat_placement: start")
         return before
 
     def _rendered(self, content: str, system: str | None) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts import injection
-from softprompts.config import EvaluateConfig
+from softprompts.artifacts.artifact import Artifact
+from softprompts.config import EvaluationConfig, parse
 from softprompts.data import (
     EncodedExample,
     ExampleTokenizer,
@@ -24,9 +25,11 @@ from softprompts.data import (
 from softprompts.data.spans import split_words
 from softprompts.data.task import need_label
 from softprompts.data.templates import label_names, need
+from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import generation
-from softprompts.model.learner import Learner, Reader
+from softprompts.model import SoftPromptModel
+from softprompts.model.prefix_cache import PrefixCache
 from softprompts.types import IGNORE, Batch
 
 LONGEST_SPAN = 30
@@ -67,32 +70,44 @@ class Evaluation:
         return next(iter(self.scores.values()))
 
 
+Prompts = str | Sequence[str] | None
+"""The prompt that answers; several that vote; None: the stock model."""
+
+
 def evaluate(
-    learner: Learner,
-    encoder: ExampleTokenizer,
+    model: SoftPromptModel,
     rows: Sequence[Row],
-    config: EvaluateConfig,
     *,
+    prompt: Prompts,
+    encoder: ExampleTokenizer | None = None,
+    config: EvaluationConfig | None = None,
     seed: int = 0,
     mapping: Mapping[str, str] | None = None,
-    votes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Answer `rows` and score the answers.
 
-    mapping: what the task's labels are called in `rows`, where these come from another data set (predictions are
-    mapped after decoding and before the metric, as in the domain transfer of Lester et al. 2021, section 5);
-    votes: how many prompts of the learner vote on each row; progress: called with the number of rows done.
+    Args:
+        model: The model that answers.
+        rows: Rows of one task, with their labels.
+        prompt: The prompt that answers, or several that vote on each row; None: the stock model without a prompt.
+        encoder: What turns rows into tokens; None: the prompt's own template says it.
+        config: How answers are made and scored.
+        seed: Of the resampling behind the intervals.
+        mapping: What the task's labels are called in `rows`, where these come from another data set (predictions are
+            mapped after decoding and before the metric, as in the domain transfer of Lester et al. 2021, section 5).
+        progress: Is called with the number of rows done.
     """
-    mapping = mapping or {}
+    config, mapping = config or EvaluationConfig(), mapping or {}
+    encoder = encoder or _encoder_of(model, prompt)
     for label in mapping:
         need_label(encoder.template, label, "the mapped label")
-    found = []
-    for one in answers(learner, encoder, rows, config, votes=votes):
-        found.append(one)
+    given: list[Answer] = []
+    for one in answers(model, rows, prompt=prompt, encoder=encoder, config=config):
+        given.append(one)
         if progress is not None:
-            progress(len(found))
-    predictions = [mapping.get(a.value, a.value) if isinstance(a.value, str) else a.value for a in found]
+            progress(len(given))
+    predictions = [mapping.get(a.value, a.value) if isinstance(a.value, str) else a.value for a in given]
     golds = [reference(encoder, row, mapping) for row in rows]
     form = encoder.template
     names = form.metrics or metrics.default_metrics(form.kind)
@@ -103,23 +118,51 @@ def evaluate(
         )
         for name in names
     }
-    return Evaluation(tuple(replace(a, value=p) for a, p in zip(found, predictions, strict=True)), tuple(golds), scores)
+    return Evaluation(tuple(replace(a, value=p) for a, p in zip(given, predictions, strict=True)), tuple(golds), scores)
 
 
 def answers(
-    learner: Learner, encoder: ExampleTokenizer, rows: Iterable[Row], config: EvaluateConfig, *, votes: int = 1
+    model: SoftPromptModel,
+    rows: Iterable[Row],
+    *,
+    prompt: Prompts,
+    encoder: ExampleTokenizer | None = None,
+    config: EvaluationConfig | None = None,
 ) -> Iterator[Answer]:
     """The answer to each of `rows`, in order, with memory for a few batches only.
 
-    rows: taken as they are needed, at most a chunk of them ahead; where taking one fails, those before it are answered
-    first. Prompts that do not depend on the text are computed and read once.
-    votes: prompts 0..votes-1 of the learner all answer a row in one batch, and the majority's string is the answer; of
-    several strings with as many votes, the one of the lowest prompt wins (Lester et al. 2021, section 6).
+    Prompts that do not depend on the text are computed and read once.
+
+    Args:
+        model: The model that answers.
+        rows: Taken as they are needed, at most a chunk of them ahead; where taking one fails, those before it are
+            answered first.
+        prompt: The prompt that answers; None: the stock model. Of several, all answer a row in one batch, and the
+            majority's string is the answer; of several strings with as many votes, the one of the first prompt wins
+            (Lester et al. 2021, section 6).
+        encoder: What turns rows into tokens; None: the prompt's own template says it.
+        config: How answers are made.
     """
+    encoder = encoder or _encoder_of(model, prompt)
+    names = () if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
     with torch.no_grad():
-        reader = learner.reader([encoder.task] if votes == 1 else range(votes))
+        cache = model.prefix_cache(names)
     for part in _chunks(rows):
-        yield from _answers(reader, encoder, part, config, votes)
+        yield from _answers(cache, encoder, part, config or EvaluationConfig())
+
+
+def evaluation_config(artifact: Artifact, **changes: Any) -> EvaluationConfig:
+    """How the run that made an artifact evaluated its answers, with the `changes` that are not None."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    config: EvaluationConfig = parse({**artifact.settings("evaluation"), **given}, EvaluationConfig, "evaluation")
+    return config
+
+
+def _encoder_of(model: SoftPromptModel, prompt: Prompts) -> ExampleTokenizer:
+    name = prompt if isinstance(prompt, str) or prompt is None else prompt[0]
+    if name is None:
+        raise ConfigError("the stock model has no template of its own; give the encoder of a task")
+    return model.example_tokenizer(name)
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -155,7 +198,7 @@ def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | 
     return names[0] if form.kind == "label" else list(names)
 
 
-def by_generation(encoder: ExampleTokenizer, config: EvaluateConfig) -> bool:
+def by_generation(encoder: ExampleTokenizer, config: EvaluationConfig) -> bool:
     """Whether answers are generated: asked for, or because there are no label words to rank."""
     if encoder.head != "lm":
         return False
@@ -163,17 +206,20 @@ def by_generation(encoder: ExampleTokenizer, config: EvaluateConfig) -> bool:
 
 
 def _answers(
-    reader: Reader, encoder: ExampleTokenizer, rows: Sequence[Row], config: EvaluateConfig, votes: int
+    cache: PrefixCache, encoder: ExampleTokenizer, rows: Sequence[Row], config: EvaluationConfig
 ) -> list[Answer]:
     if by_generation(encoder, config):
         ask: Callable[..., list[Answer]] = _generated
     else:
         ask = _ranked if encoder.head == "lm" else _from_head
+    places = [cache.model.index(name) for name in cache.names] or [0]
+    asked = [(row, place) for row in rows for place in places]
     with torch.no_grad():
-        found = ask(reader, encoder, [(row, reader.first + i) for row in rows for i in range(votes)], config)
+        each = ask(cache, encoder, asked, config)
+    votes = len(places)
     if votes == 1:
-        return found
-    return [_elect(found[i : i + votes]) for i in range(0, len(found), votes)]
+        return each
+    return [_elect(each[i : i + votes]) for i in range(0, len(each), votes)]
 
 
 def _elect(ballots: Sequence[Answer]) -> Answer:
@@ -187,9 +233,9 @@ Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each
 
 def _batches(
     encoded: Sequence[EncodedExample],
-    reader: Reader,
+    cache: PrefixCache,
     encoder: ExampleTokenizer,
-    config: EvaluateConfig,
+    config: EvaluationConfig,
     more: int = 0,
     most: int = CHUNK,
 ) -> Iterator[tuple[list[int], Batch]]:
@@ -197,7 +243,7 @@ def _batches(
 
     more: tokens that are read behind each text; most: rows that a batch may have, whatever the configuration says.
     """
-    pad, device = encoder.tokenizer.pad_token_id or 0, reader.learner.backbone.device
+    pad, device = encoder.tokenizer.pad_token_id or 0, cache.model.backbone.device
     usual = TOKENS_WRITTEN if by_generation(encoder, config) else TOKENS if device.type == "cpu" else TOKENS_THERE
     lengths = [len(row.input_ids) + more for row in encoded]
     for index in evaluation_order(lengths, max(1, min(config.batch_size, most)), config.batch_tokens or usual):
@@ -213,21 +259,21 @@ def _texts(encoder: ExampleTokenizer, asked: Asked) -> list[EncodedExample]:
     return found
 
 
-def _leading(reader: Reader, encoded: list[EncodedExample]) -> tuple[tuple[int, ...], list[EncodedExample]]:
+def _leading(cache: PrefixCache, encoded: list[EncodedExample]) -> tuple[tuple[int, ...], list[EncodedExample]]:
     """The tokens that all rows begin with, such as a template's words, where they can be read once; and the rest."""
-    if not reader.leads or len(encoded) < FEW or any(row.prompt_offsets for row in encoded):
+    if not cache.reads_leading or len(encoded) < FEW or any(row.prompt_offsets for row in encoded):
         return (), encoded
     low, high = min(row.input_ids for row in encoded), max(row.input_ids for row in encoded)
     count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
     return tuple(low[:count]), [replace(row, input_ids=row.input_ids[count:], instruction_mask=None) for row in encoded]
 
 
-def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _ranked(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
     """The label whose words are most probable as a whole (rank classification)."""
     candidates = encoder.candidates()
     labels = list(candidates)
     rank = _continued if encoder.family == "causal" else _filled
-    total = rank(reader, encoder, asked, candidates, config)
+    total = rank(cache, encoder, asked, candidates, config)
     if config.normalize:
         total = total / torch.tensor([len(candidates[label]) for label in labels])
     best = total.argmax(1).tolist()
@@ -238,23 +284,30 @@ def _ranked(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: Eva
 
 
 def _continued(
-    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+    cache: PrefixCache,
+    encoder: ExampleTokenizer,
+    asked: Asked,
+    candidates: Mapping[str, list[int]],
+    config: EvaluationConfig,
 ) -> Tensor:
     """The log-probability [rows, labels] of each label behind each text, of causal models: one pass for all labels."""
-    learner, answers = reader.learner, list(candidates.values())
+    model, answers = cache.model, list(candidates.values())
     total = torch.empty(len(asked), len(answers), dtype=torch.float64)
-    leading, encoded = _leading(reader, _texts(encoder, asked))
-    for index, batch in _batches(
-        encoded, reader, encoder, config, more=len(injection.candidate_tree(answers).token_ids)
-    ):
-        prompt, prefix = reader.prompts(batch, leading)
-        found = injection.score_continuations(learner.backbone, batch, prompt, learner.site, answers, prefix=prefix)
+    leading, encoded = _leading(cache, _texts(encoder, asked))
+    more = len(injection.candidate_tree(answers).token_ids)
+    for index, batch in _batches(encoded, cache, encoder, config, more=more):
+        prompt, prefix = cache.prompts(batch, leading)
+        found = injection.score_continuations(model.backbone, batch, prompt, cache.site, answers, prefix=prefix)
         total[torch.tensor(index)] = found.cpu()
     return total
 
 
 def _filled(
-    reader: Reader, encoder: ExampleTokenizer, asked: Asked, candidates: Mapping[str, list[int]], config: EvaluateConfig
+    cache: PrefixCache,
+    encoder: ExampleTokenizer,
+    asked: Asked,
+    candidates: Mapping[str, list[int]],
+    config: EvaluationConfig,
 ) -> Tensor:
     """The same of encoder-decoder and masked models: labels of one token from one pass, a pass for each longer one."""
     labels = list(candidates)
@@ -262,7 +315,7 @@ def _filled(
     single = [i for i, label in enumerate(labels) if len(candidates[label]) == 1]
     groups = ([single] if single else []) + [[i] for i in range(len(labels)) if i not in single]
     texts = _texts(encoder, asked) if encoder.family == "seq2seq" else []
-    most = injection.MAX_LOGITS // reader.learner.backbone.vocab_size
+    most = injection.MAX_LOGITS // cache.model.backbone.vocab_size
     for group in groups:
         label = labels[group[0]]
         if encoder.family == "seq2seq":
@@ -270,8 +323,8 @@ def _filled(
         else:  # in place of the mask tokens, whose number is the answer's
             word = (encoder.template.verbalizer or {})[label]
             encoded = [replace(encoder.encode(row, word), task_id=task) for row, task in asked]
-        for index, batch in _batches(encoded, reader, encoder, config, most=most):
-            output = reader.forward(batch, logits=group is single)
+        for index, batch in _batches(encoded, cache, encoder, config, most=most):
+            output = cache.score(batch, logits=group is single)
             assert output.labels is not None
             if group is single:
                 assert output.logits is not None
@@ -289,15 +342,15 @@ def _filled(
     return total
 
 
-def _generated(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _generated(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
     """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
     found: list[Answer] = [Answer(None)] * len(asked)
     new_tokens = config.max_new_tokens
     if encoder.family == "causal":  # what is written takes positions too, at most half of them
         new_tokens = min(new_tokens, max(1, encoder.room // 2))
         encoder = replace(encoder, room=encoder.room - new_tokens)
-    learner, tokenizer = reader.learner, encoder.tokenizer
-    for index, batch in _batches(_texts(encoder, asked), reader, encoder, config, more=new_tokens):
+    model, tokenizer = cache.model, encoder.tokenizer
+    for index, batch in _batches(_texts(encoder, asked), cache, encoder, config, more=new_tokens):
         if encoder.family == "causal":  # the stock model (no prompt) continues only what is padded on the left
             left = batch.attention_mask.argsort(dim=1, stable=True)
             words = None if batch.instruction_mask is None else batch.instruction_mask.gather(1, left)
@@ -308,10 +361,10 @@ def _generated(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: 
                 instruction_mask=words,
             )
         ids = generation.generate(
-            learner.backbone,
+            model.backbone,
             batch,
-            learner.prompt(batch),
-            learner.site,
+            model.make_prompts(batch, training=False) if cache.names else None,
+            cache.site,
             max_new_tokens=new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
@@ -336,20 +389,20 @@ def _parsed(encoder: ExampleTokenizer, text: str) -> Any:
     return [part for part in value.split(", " if kind == "multilabel" else " ") if part]
 
 
-def _from_head(reader: Reader, encoder: ExampleTokenizer, asked: Asked, config: EvaluateConfig) -> list[Answer]:
+def _from_head(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
     """What a classification head says."""
     found: list[Answer] = [Answer(None)] * len(asked)
     read = {"sequence": _classes, "token": _tags, "span": _span}[encoder.head]
     texts = _texts(encoder, asked)
     # The other heads look at every token of the text.
-    leading, encoded = _leading(reader, texts) if encoder.head == "sequence" else ((), texts)
-    for index, batch in _batches(encoded, reader, encoder, config):
+    leading, encoded = _leading(cache, texts) if encoder.head == "sequence" else ((), texts)
+    for index, batch in _batches(encoded, cache, encoder, config):
         if encoder.head == "token":
             # Every text position is asked for by giving it a label; which one does not matter.
             batch = replace(
                 batch, labels=torch.zeros_like(batch.input_ids).masked_fill(batch.attention_mask == 0, IGNORE)
             )
-        output = reader.forward(batch, leading)
+        output = cache.score(batch, leading)
         assert output.logits is not None
         rows = [asked[i][0] for i in index]
         for i, one in zip(index, read(encoder, rows, output.logits.float(), output.batch_rows), strict=True):

@@ -50,7 +50,7 @@ def place_prompts(backbone: Backbone, batch: Batch, site: Site, prompt: Prompt |
         if batch.prompt_offsets is not None and bool((batch.prompt_offsets > 0).any()):
             raise BackboneError(
                 f"a prompt at site '{site.name}' stands before everything, but the rows put text before it (slots in "
-                f"the template, chat_place: user, Batch.prompt_offsets); leave that out, or use site 'input' or "
+                f"the template, chat_placement: user, Batch.prompt_offsets); leave that out, or use site 'input' or "
                 f"'layers'"
             )
         return _at_the_front(batch)

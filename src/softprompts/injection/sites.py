@@ -88,15 +88,12 @@ def _layer_input_size(backbone: Backbone) -> int:
     return int(getattr(backbone.config, "d_model", None) or backbone.hidden_size)
 
 
-def prompt_spec(
-    backbone: Backbone, site: Site, tasks: tuple[str, ...], length: int, encoders: Mapping[str, int] | None = None
-) -> PromptSpec:
+def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[str, int] | None = None) -> PromptSpec:
     """The shape that a method's prompt must have at `site`.
 
     Args:
         backbone: The frozen model.
         site: Where the prompt enters.
-        tasks: Names of the tasks.
         length: Number of prompt tokens P.
         encoders: Name and vector width of each frozen encoder of whole texts, besides the backbone.
 
@@ -115,7 +112,6 @@ def prompt_spec(
     elif backbone.family.default_place == "after_start":
         pool = "first"
     return PromptSpec(
-        tasks=tasks,
         length=length,
         width=width,
         features=backbone.embedding_size,

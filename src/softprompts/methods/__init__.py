@@ -1,15 +1,29 @@
 """The methods: each makes one task's prompt. One file a method; `registry` finds them by name."""
 
+from softprompts.methods.base import SITES, MethodConfig, PromptMethod, fold, make_prompts
 from softprompts.methods.registry import (
     METHODS,
     build,
+    build_tasks,
     check_site,
     find,
-    groups,
     names,
+    parse_options,
     sentence_encoders,
-    shares,
-    state_of,
 )
 
-__all__ = ["METHODS", "build", "check_site", "find", "groups", "names", "sentence_encoders", "shares", "state_of"]
+__all__ = [
+    "METHODS",
+    "SITES",
+    "MethodConfig",
+    "PromptMethod",
+    "build",
+    "build_tasks",
+    "check_site",
+    "find",
+    "fold",
+    "make_prompts",
+    "names",
+    "parse_options",
+    "sentence_encoders",
+]

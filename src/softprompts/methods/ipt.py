@@ -1,19 +1,20 @@
 """Instance-wise prompt tuning (Jiang et al. 2022, arXiv 2206.01958): a text's own first words choose its prompt."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from softprompts.errors import PromptError
+from softprompts.methods.base import MethodConfig, PromptMethod
 from softprompts.methods.text import require_text
-from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec, distinct
+from softprompts.types import Context, ParamGroup, PromptInit, PromptOutput, PromptSpec
 
 
-class InstancePromptTuning(nn.Module):
+class InstancePromptTuning(PromptMethod):
     """Each text's prompt is looked up for its first words in a trained table T [V, d], or encoded from T's vectors.
 
     With x_1 ... x_n the first n tokens of the text that may be seen, the paper's strategies are
@@ -24,95 +25,138 @@ class InstancePromptTuning(nn.Module):
     At sites input and decoder p is the prompt; at layers and kv the task's own prompt stays and `scale` p is added to
     its part for the first layer. Tables and encoders are shared by the tasks of a run.
 
-    Raises ValueError for options that contradict each other or the slot.
+    Raises:
+        ValueError: The options contradict each other or the spec.
     """
 
     paper: ClassVar[str] = "Jiang et al. 2022, arXiv 2206.01958"
-    sites: ClassVar[tuple[str, ...]] = ("input", "decoder", "layers", "kv")
-    sees_input: ClassVar[bool] = True
-    pretrained: ClassVar[tuple[str, ...]] = ("table", "encoder")
+    input_dependent: ClassVar[bool] = True
+    pretrained: ClassVar[tuple[str, ...]] = ("shared.table.", "shared.encoder.")
     groups: ClassVar[Mapping[str, ParamGroup]] = {
-        "prompt": ParamGroup(("prompts", "linear.bias")),
-        "table": ParamGroup(("table.rows", "table.directions"), decay=False),
-        "codes": ParamGroup(("table.codes",), unit="one", decay=False),
-        "encoder": ParamGroup(("encoder", "linear.weight"), unit="one", rate=1e-3),
+        "prompt": ParamGroup(("prompt", "shared.linear.bias")),
+        "table": ParamGroup(("shared.table.rows", "shared.table.directions"), decay=False),
+        "codes": ParamGroup(("shared.table.codes",), unit="one", decay=False),
+        "encoder": ParamGroup(("shared.encoder", "shared.linear.weight"), unit="one", rate=1e-3),
     }
+    shared: "TextReader"
 
-    @dataclass(frozen=True)
-    class Config:
-        """`strategy`: how a text becomes a prompt; `table`: how T is held, as `Table` says, with `rank` and `rows`.
-
-        base: `none`, the text's prompt replaces the task's, or `start`, it is added to a trained one that begins at the
-        start; None: the paper's, none at sites input and decoder, start at layers and kv. scale: of the text's prompt;
-        None: the paper's, 0.05 at layers and kv, else 1. start: of T, `uniform` around zero, `zero`, or `words`, the
-        backbone's own embeddings; None: zero where it is looked up and added to a base, else uniform. spread: root mean
-        square of a uniform T; None: that of the start. tokens: how many tokens an encoder reads; None: the prompt's
-        length. dropout: of strategy mlp, in training.
-        """
+    class Config(MethodConfig):
+        """The options of ipt."""
 
         strategy: Literal["lookup", "cnn", "rnn", "mlp"] = "lookup"
-        table: Literal["full", "low-rank", "hashed", "common"] = "full"
-        rank: int = 16
-        rows: int = 2048
-        base: Literal["none", "start"] | None = None
-        scale: float | None = None
-        start: Literal["uniform", "zero", "words"] | None = None
-        spread: float | None = None
-        tokens: int | None = None
-        dropout: float = 0.5
+        """How a text becomes a prompt."""
 
-        def __post_init__(self) -> None:
-            for name, given, possible in (
-                ("strategy", self.strategy, ("lookup", "cnn", "rnn", "mlp")),
-                ("table", self.table, ("full", "low-rank", "hashed", "common")),
-                ("base", self.base, ("none", "start", None)),
-                ("start", self.start, ("uniform", "zero", "words", None)),
-            ):
-                if given not in possible:
-                    shown = ", ".join(str(one) for one in possible if one is not None)
-                    raise ValueError(f"{name} '{given}' is unknown; possible: {shown}")
-            for name, count in (("rank", self.rank), ("rows", self.rows), ("tokens", self.tokens)):
-                if count is not None and (not isinstance(count, int) or count < 1):
-                    raise ValueError(f"{name} must be a whole number from 1 on, given {count!r}")
-            for name, size in (("scale", self.scale), ("spread", self.spread)):
-                if size is not None and not (isinstance(size, int | float) and 0 <= size < math.inf):
-                    raise ValueError(f"{name} must be a number from 0 on, given {size!r}")
-            if not (isinstance(self.dropout, int | float) and 0 <= self.dropout < 1):
-                raise ValueError(f"dropout must be a number from 0 to below 1, given {self.dropout!r}")
+        table: Literal["full", "low-rank", "hashed", "common"] = "full"
+        """How T is stored; see `Table`."""
+
+        rank: int = Field(default=16, ge=1)
+        """The rank of a `low-rank` table."""
+
+        rows: int = Field(default=2048, ge=1)
+        """The rows of a `hashed` or `common` table."""
+
+        base: Literal["none", "start"] | None = None
+        """What the text's prompt is added to.
+
+        `none`: it replaces the task's. `start`: it is added to a trained one that begins at the start. None: the
+        paper's, none at sites input and decoder, start at layers and kv.
+        """
+
+        scale: float | None = Field(default=None, ge=0)
+        """The scale of the text's prompt; None is the paper's, 0.05 at layers and kv, else 1."""
+
+        start: Literal["uniform", "zero", "words"] | None = None
+        """Where T begins: uniform around zero, at zero, or at the backbone's own embeddings.
+
+        None is zero where T is looked up and added to a base, else uniform.
+        """
+
+        spread: float | None = Field(default=None, ge=0)
+        """The root mean square of a uniform T; None is that of the start."""
+
+        tokens: int | None = Field(default=None, ge=1)
+        """How many tokens an encoder reads; None is the prompt's length."""
+
+        dropout: float = Field(default=0.5, ge=0, lt=1)
+        """The share of the prompt that a training step of strategy mlp leaves out."""
+
+        @model_validator(mode="after")
+        def _strategy_options(self) -> Self:
             if self.strategy == "lookup" and self.tokens is not None:
                 raise ValueError("tokens is for strategies that encode; lookup reads as many as the prompt is long")
             if self.strategy != "lookup" and self.start == "zero":
                 raise ValueError(
                     f"strategy {self.strategy} would learn nothing from a table of zeros; use uniform or words"
                 )
+            return self
 
-    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
+    def __init__(self, config: Config, spec: PromptSpec, init: PromptInit, shared: nn.Module | None = None) -> None:
+        super().__init__(config, spec, init, shared)
+        self.config = config
+        self.scale = config.scale if config.scale is not None else 0.05 if spec.layers else 1.0
+        self.prompt = nn.Parameter(init.prompt.detach().clone().float()) if _has_base(config, spec) else None
+
+    @classmethod
+    def share(cls, config: Config, spec: PromptSpec, init: PromptInit, tasks: Sequence[str]) -> "TextReader":
+        """The table and the encoder."""
+        return TextReader(config, spec, init.prompt.detach().float())
+
+    def forward(self, context: Context) -> PromptOutput:
+        """A prompt for each row, [B, P, D]; without a base, a text with fewer tokens than P has a shorter one.
+
+        Raises:
+            PromptError: The text was given as embeddings, or no row of a batch to learn from has text.
+        """
+        require_text(context)
+        prompts, exists = self.shared(context)
+        prompts = prompts * self.scale
+        if self.prompt is not None:
+            return PromptOutput(self.prompt + nn.functional.pad(prompts, (0, self.spec.width - prompts.shape[2])))
+        order = exists.long().argsort(dim=1, stable=True)  # what is missing goes to the left
+        prompts = prompts.gather(1, order[:, :, None].expand_as(prompts))
+        return PromptOutput(prompts, mask=exists.gather(1, order))
+
+    def features(self, context: Context) -> Tensor:
+        """What a classifier reads in pretraining, [B, F]: what the encoder makes, or the mean of the looked-up rows."""
+        return self.shared.features(context)
+
+    def rms(self) -> None:
+        """Only the prompts of a batch say how large they are."""
+        return
+
+
+def _has_base(config: InstancePromptTuning.Config, spec: PromptSpec) -> bool:
+    """Whether the text's prompt is added to a prompt of the task."""
+    deep = bool(spec.layers)
+    based = (config.base or ("start" if deep else "none")) == "start"
+    if deep and not based:
+        raise ValueError("base none would leave all layers but the first without a prompt; use start")
+    return based
+
+
+class TextReader(nn.Module):
+    """The table T, the encoder and the linear layer that make a prompt of a text's first tokens."""
+
+    def __init__(self, config: InstancePromptTuning.Config, spec: PromptSpec, prompt: Tensor) -> None:
         super().__init__()
-        lookup, deep = config.strategy == "lookup", bool(slot.layers)
-        based = (config.base or ("start" if deep else "none")) == "start"
-        if deep and not based:
-            raise ValueError("base none would leave all layers but the first without a prompt; use start")
-        part = slot.layers[0] if deep else slot.width
-        width = part if lookup else slot.features
-        prompt = start.prompt.detach().float()
-        self.slot, self.config = slot, config
-        self.scale = config.scale if config.scale is not None else 0.05 if deep else 1.0
+        lookup, based = config.strategy == "lookup", _has_base(config, spec)
+        part = spec.layers[0] if spec.layers else spec.width
+        width = part if lookup else spec.features
+        self.config = config
+        self.length = spec.length
         self.words = config.start == "words"
-        if self.words and width != slot.features:
+        if self.words and width != spec.features:
             raise ValueError(
-                f"start words needs prompts as wide as the embeddings, {slot.features}, not {width}; use uniform"
+                f"start words needs prompts as wide as the embeddings, {spec.features}, not {width}; use uniform"
             )
-        self.prompts = nn.ParameterList(prompt.clone() for _ in slot.tasks if based)
-        self.per_task: tuple[str, ...] = ("prompts",) if based else ()
         unit = float(prompt[:, :part].square().mean().sqrt()) if config.spread is None else config.spread
         zero = self.words or (config.start or ("zero" if lookup and based else "uniform")) == "zero"
-        self.table = Table(config, slot.vocabulary, width, unit, zero)
+        self.table = Table(config, spec.vocabulary, width, unit, zero)
         self.encoder = ENCODERS[config.strategy](width)
         if not lookup:
-            self.linear = nn.Linear(self.encoder.size, slot.length * part)
+            self.linear = nn.Linear(self.encoder.size, spec.length * part)
             self._begin(None if based else prompt)
         self.dropout = nn.Dropout(config.dropout)
-        self._made = prompt.square().mean().sqrt()
 
     def _begin(self, prompt: Tensor | None) -> None:
         """Let W f + b begin at `prompt [P, d]`, or at zero: whatever the encoder says, W is zero.
@@ -127,61 +171,36 @@ class InstancePromptTuning(nn.Module):
             with torch.no_grad():
                 self.linear.bias.copy_(prompt.flatten())
 
-    def forward(self, context: Context) -> Prompt:
-        """A prompt for each row, [B, P, D]; without a base, a text with fewer tokens than P has a shorter one.
-
-        Raises PromptError where the text was given as embeddings, and where no row of a batch to learn from has text.
-        """
-        require_text(context)
-        own, there = self._instances(context)
-        own = own * self.scale
-        if self.per_task:
-            used, row = distinct(context.task_ids)
-            base = torch.stack([self.prompts[i] for i in used.tolist()])[row]
-            values = base + nn.functional.pad(own, (0, self.slot.width - own.shape[2]))
-            there = torch.ones_like(there)
-        else:
-            order = there.long().argsort(dim=1, stable=True)  # what is missing goes to the left of the slot
-            values = own.gather(1, order[:, :, None].expand_as(own))
-            there = there.gather(1, order)
-        kept = values.detach()[there]
-        self._made = kept.square().mean().sqrt() if kept.numel() else self._made
-        return Prompt(values, there, torch.arange(len(values), device=values.device))
+    def forward(self, context: Context) -> tuple[Tensor, Tensor]:
+        """The texts' own prompts [B, P, d], from the first token on, and where there is one, [B, P]."""
+        seen, exists = self._read(context)
+        if self.config.strategy == "lookup":
+            return seen, exists
+        prompts = self.linear(self.encoder(seen, exists)).unflatten(1, (self.length, -1))
+        if self.config.strategy == "mlp":
+            prompts = self.dropout(prompts.relu())
+        return prompts, torch.ones(prompts.shape[:2], dtype=torch.bool, device=prompts.device)
 
     def features(self, context: Context) -> Tensor:
-        """What a classifier reads in pretraining, [B, F]: what the encoder makes, or the mean of the looked-up rows."""
-        found: Tensor = self.encoder(*self._read(context))
-        return found
-
-    def size(self) -> Tensor:
-        """The root mean square of the prompts made last; before any was made that of the start."""
-        return self._made
-
-    def _instances(self, context: Context) -> tuple[Tensor, Tensor]:
-        """The texts' own prompts [B, P, d], from the first token on, and where there is one, [B, P]."""
-        seen, there = self._read(context)
-        if self.config.strategy == "lookup":
-            return seen, there
-        made = self.linear(self.encoder(seen, there)).unflatten(1, (self.slot.length, -1))
-        if self.config.strategy == "mlp":
-            made = self.dropout(made.relu())
-        return made, torch.ones(made.shape[:2], dtype=torch.bool, device=made.device)
+        """What a classifier reads of each text, [B, F]."""
+        features: Tensor = self.encoder(*self._read(context))
+        return features
 
     def _read(self, context: Context) -> tuple[Tensor, Tensor]:
         """T's vectors of the first n tokens that may be seen, [B, n, d], and where there are such, [B, n]."""
-        count = self.config.tokens or self.slot.length
+        count = self.config.tokens or self.length
         visible = context.attention_mask.bool()
         order = (~visible).long().argsort(dim=1, stable=True)[:, :count]
         spare = count - order.shape[1]
-        there = nn.functional.pad(visible.gather(1, order), (0, spare))
-        ids = nn.functional.pad(context.input_ids.gather(1, order), (0, spare)).masked_fill(~there, 0)
+        exists = nn.functional.pad(visible.gather(1, order), (0, spare))
+        ids = nn.functional.pad(context.input_ids.gather(1, order), (0, spare)).masked_fill(~exists, 0)
         if bool((ids < 0).any()):
             raise PromptError("the method looks tokens up, and the text was given as embeddings; give input_ids")
         seen: Tensor = self.table(ids)
         if self.words:
             embeds = context.inputs_embeds.gather(1, order[:, :, None].expand(-1, -1, context.inputs_embeds.shape[2]))
             seen = seen + nn.functional.pad(embeds, (0, 0, 0, spare)).to(seen.dtype)
-        return seen.masked_fill(~there[:, :, None], 0), there
+        return seen.masked_fill(~exists[:, :, None], 0), exists
 
 
 class Table(nn.Module):
@@ -198,7 +217,7 @@ class Table(nn.Module):
     ) -> None:
         super().__init__()
         if vocabulary < 1:
-            raise ValueError("it has a row for each token, and the slot says nothing of the vocabulary")
+            raise ValueError("it has a row for each token, and the spec says nothing of the vocabulary")
         if config.table in ("hashed", "common") and config.rows >= vocabulary:
             raise ValueError(
                 f"table {config.table} of {config.rows} rows would not be smaller than that of all {vocabulary} "

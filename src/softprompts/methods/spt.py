@@ -4,142 +4,168 @@ A RECONSTRUCTION: of the paper only the abstract was at hand, so what is not sai
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from softprompts.methods.base import MethodConfig, PromptMethod
 from softprompts.methods.text import require_text
-from softprompts.types import Context, ParamGroup, Prompt, PromptInit, PromptSpec
+from softprompts.types import Context, ParamGroup, PromptInit, PromptOutput, PromptSpec
 
 
-class SemiParametric(nn.Module):
+class SemiParametric(PromptMethod):
     """One prompt for all tasks, then `k` rows of a memory that the text's instructions retrieve: `[S ; R(h) ; text]`.
 
-    `S [P - k, D]` starts at the first rows of `start.prompt`. The memory `B [N, D]` holds the rows of `start.sources`
-    or, without any, words drawn by `start.draw`; it has the embeddings' width. h, the template's own words (all words
+    `S [P - k, D]` starts at the first rows of `init.prompt`. The memory `B [N, D]` holds the rows of `init.sources`
+    or, without any, words drawn by `init.draw`; it has the embeddings' width. h, the template's own words (all words
     where nobody says which these are), asks by inner products, not normalized: with its mean embedding, or with every
     word, of which the best answer counts. R(h) are the k rows of the largest products, the largest first, of equal ones
     the first (hard), or mixtures of them (soft): the i-th of all rows but the i - 1 best, weighed by the softmax of
     their products over the temperature, which near 0 are the same rows. The k rows of the memory do not start at
-    `start.prompt`; with k = 0 this is prompt tuning with one prompt for all tasks.
+    `init.prompt`; with k = 0 this is prompt tuning with one prompt for all tasks.
 
-    Raises ValueError for a memory of fewer than k rows, no room for S, sites of another width than the embeddings, and
-    for faiss where it is not installed.
+    Raises:
+        ValueError: A memory of fewer than k rows, no room for S, a site of another width than the embeddings, or faiss
+            where it is not installed.
     """
 
     paper: ClassVar[str] = "a reconstruction of Bari et al. 2022, arXiv 2212.10929"
     sites: ClassVar[tuple[str, ...]] = ("input", "decoder")
-    sees_input: ClassVar[bool] = True
-    per_task: ClassVar[tuple[str, ...]] = ()
-    groups: ClassVar[Mapping[str, ParamGroup]] = {"prompt": ParamGroup(("soft",)), "memory": ParamGroup(("sources",))}
+    input_dependent: ClassVar[bool] = True
+    groups: ClassVar[Mapping[str, ParamGroup]] = {
+        "prompt": ParamGroup(("shared.soft",)),
+        "memory": ParamGroup(("shared.sources",)),
+    }
+    shared: "Memory"
 
-    @dataclass(frozen=True)
-    class Config:
-        """`k`: memory rows of a prompt; `bank`: N, drawn from the `population` most common words (None: all).
+    class Config(MethodConfig):
+        """The options of spt-reconstruction."""
 
-        query: `mean` or `words`; retrieval: `hard` or `soft` at `temperature`; trained: whether the memory learns too
-        (hard retrieval: only the rows that were retrieved); index: `torch`, or `faiss` for large frozen memories.
-        """
+        k: int = Field(default=5, ge=0)
+        """How many rows of the memory a prompt has."""
 
-        k: int = 5
-        bank: int = 1000
-        population: int | None = None
+        bank: int = Field(default=1000, ge=1)
+        """N, the words that the memory draws where it has no sources."""
+
+        population: int | None = Field(default=None, ge=1)
+        """How many of the most common words they are drawn from; None is all."""
+
         query: Literal["mean", "words"] = "mean"
-        retrieval: Literal["hard", "soft"] = "hard"
-        temperature: float = 1.0
-        trained: bool = False
-        index: Literal["torch", "faiss"] = "torch"
+        """What asks the memory: the mean embedding of the instructions, or each of their words."""
 
-        def __post_init__(self) -> None:
-            for name, possible in (
-                ("query", ("mean", "words")),
-                ("retrieval", ("hard", "soft")),
-                ("index", ("torch", "faiss")),
-            ):
-                if (given := getattr(self, name)) not in possible:
-                    raise ValueError(f"{name} '{given}' is unknown; possible: {', '.join(possible)}")
-            for name, least in (("k", 0), ("bank", 1), ("population", 1)):
-                given = getattr(self, name)
-                if not (isinstance(given, int) and given >= least) and not (name == "population" and given is None):
-                    raise ValueError(f"{name} must be a whole number from {least} on, given {given!r}")
-            number = isinstance(self.temperature, int | float)
-            if not (number and 0 < self.temperature < math.inf):
-                raise ValueError(f"temperature must be a number above 0, given {self.temperature!r}")
+        retrieval: Literal["hard", "soft"] = "hard"
+        """Whether rows are retrieved as they are, or mixed."""
+
+        temperature: float = Field(default=1.0, gt=0)
+        """The temperature of soft retrieval."""
+
+        trained: bool = False
+        """Whether the memory learns too; with hard retrieval, only the rows that were retrieved."""
+
+        index: Literal["torch", "faiss"] = "torch"
+        """What finds the rows; `faiss` is for large frozen memories."""
+
+        @model_validator(mode="after")
+        def _index_options(self) -> Self:
             if self.index == "faiss" and (self.trained or self.retrieval == "soft"):
                 raise ValueError("index 'faiss' finds rows of a frozen memory by hard retrieval; use index 'torch'")
+            return self
 
-    def __init__(self, config: Config, slot: PromptSpec, start: PromptInit) -> None:
-        super().__init__()
-        if config.k >= slot.length:
-            raise ValueError(
-                f"k {config.k} leaves no room for a trained prompt: prompt.length {slot.length} counts both; choose a "
-                f"smaller k or a longer prompt"
-            )
-        if config.k and (slot.width != slot.features or slot.layers):
-            raise ValueError(
-                f"its memory has the width of the embeddings, {slot.features}, and the site has {slot.width}; use "
-                f"site input or decoder"
-            )
-        self.slot, self.config = slot, config
-        self.soft = nn.Parameter(start.prompt.detach().float()[: slot.length - config.k].clone())
-        self.sources: Tensor
-        self._index: _Index | None = None
-        if config.index == "faiss":
-            _faiss()
-        if config.k and config.trained:
-            self.sources = nn.Parameter(_memory(config, start))
-        elif config.k:
-            self.register_buffer("sources", _memory(config, start))
+    def __init__(self, config: Config, spec: PromptSpec, init: PromptInit, shared: nn.Module | None = None) -> None:
+        super().__init__(config, spec, init, shared)
+        self.config = config
+
+    @classmethod
+    def share(cls, config: Config, spec: PromptSpec, init: PromptInit, tasks: Sequence[str]) -> "Memory":
+        """The trained prompt and the memory."""
+        return Memory(config, spec, init)
 
     @property
     def memory(self) -> Tensor:
         """B, [N, D]."""
-        return self.sources.flatten(0, 1)
+        return self.shared.rows
 
-    def forward(self, context: Context) -> Prompt:
-        """The distinct prompts `[U, P, D]`, one for each h of the batch; `[B]` rows with the same h share one.
+    def forward(self, context: Context) -> PromptOutput:
+        """The distinct prompts [U, P, D], one for each h of the batch; rows with the same h share one.
 
-        aux `retrieval_entropy []`: of how the batch's rows spread over the memory, in nats; log k where all retrieve
-        the same k rows.
-        Raises PromptError where no row of a batch to learn from has text and there is a memory to ask.
+        `retrieval_entropy []` measures how the batch's rows spread over the memory, in nats; it is log k where all
+        retrieve the same k rows.
+
+        Raises:
+            PromptError: No row of a batch to learn from has text, and there is a memory to ask.
         """
         if not self.config.k:
-            row = torch.zeros_like(context.task_ids)
-            mask = torch.ones(1, self.slot.length, dtype=torch.bool, device=row.device)
-            return Prompt(self.soft[None], mask, row)
+            row = torch.zeros(len(context.input_ids), dtype=torch.long, device=context.input_ids.device)
+            return PromptOutput(self.shared.soft[None], prompt_index=row)
         require_text(context)
         words, counts, row = _instructions(context)
         share = torch.bincount(row, minlength=len(words)) / len(row)
-        weigh = self._mixed if self.config.retrieval == "soft" else self._retrieved
-        rows, spread = [], torch.zeros(len(self.memory), device=row.device)
-        for own, count, part in zip(words, counts.tolist(), share, strict=True):
-            found, weights = weigh(_queries(own[:count], self.config.query))
-            rows.append(torch.cat([self.soft, found]))
+        prompts, spread = [], torch.zeros(len(self.memory), device=row.device)
+        for instruction, count, part in zip(words, counts.tolist(), share, strict=True):
+            retrieved, weights = self.shared(_queries(instruction[:count], self.config.query))
+            prompts.append(torch.cat([self.shared.soft, retrieved]))
             spread = spread + part * weights
-        values = torch.stack(rows)
-        mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-        return Prompt(values, mask, row, {"retrieval_entropy": torch.special.entr(spread).sum()})
+        entropy = torch.special.entr(spread).sum()
+        return PromptOutput(torch.stack(prompts), prompt_index=row, measures={"retrieval_entropy": entropy})
 
-    def size(self) -> Tensor:
+    def rms(self) -> Tensor:
         """The root mean square of the trained prompt."""
-        return self.soft.square().mean().sqrt()
+        return self.shared.soft.square().mean().sqrt()
+
+
+class Memory(nn.Module):
+    """The trained prompt `soft [P - k, D]` and the memory `sources [S, n, D]`, with what finds its rows."""
+
+    sources: Tensor
+
+    def __init__(self, config: SemiParametric.Config, spec: PromptSpec, init: PromptInit) -> None:
+        super().__init__()
+        if config.k >= spec.length:
+            raise ValueError(
+                f"k {config.k} leaves no room for a trained prompt: prompt.num_virtual_tokens {spec.length} counts "
+                f"both; choose a smaller k or a longer prompt"
+            )
+        if config.k and (spec.width != spec.features or spec.layers):
+            raise ValueError(
+                f"its memory has the width of the embeddings, {spec.features}, and the site has {spec.width}; use "
+                f"site input or decoder"
+            )
+        self.config = config
+        self.soft = nn.Parameter(init.prompt.detach().float()[: spec.length - config.k].clone())
+        self._index: _Index | None = None
+        if config.index == "faiss":
+            _faiss()
+        if config.k and config.trained:
+            self.sources = nn.Parameter(_memory(config, init))
+        elif config.k:
+            self.register_buffer("sources", _memory(config, init))
+
+    @property
+    def rows(self) -> Tensor:
+        """B, [N, D]."""
+        return self.sources.flatten(0, 1)
+
+    def forward(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """The k rows, or mixtures of rows, [k, D] for `queries [Q, D]`, and each memory row's share of them, [N]."""
+        return self._mixed(queries) if self.config.retrieval == "soft" else self._retrieved(queries)
 
     def _retrieved(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """The k rows [k, D] that `queries [Q, D]` retrieve, and each memory row's share of them, [N]."""
+        memory = self.rows
         with torch.no_grad():
             if self.config.index == "faiss":
-                self._index = _current(self._index, self.memory)
-                chosen = self._index.best(self.memory, queries, self.config.k)
+                self._index = _current(self._index, memory)
+                chosen = self._index.best(memory, queries, self.config.k)
             else:
-                chosen = best(products(self.memory, queries), self.config.k)
-        return self.memory[chosen], _share(chosen, len(self.memory))
+                chosen = best(products(memory, queries), self.config.k)
+        return memory[chosen], _share(chosen, len(memory))
 
     def _mixed(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """The k mixtures [k, D], and each memory row's share of them, [N]."""
-        memory, scores = self.memory, products(self.memory, queries)
+        memory = self.rows
+        scores = products(memory, queries)
         first = best(scores.detach(), self.config.k)
         taken = torch.zeros(len(first), len(memory), dtype=torch.bool, device=memory.device)
         for i in range(1, len(first)):
@@ -151,19 +177,19 @@ class SemiParametric(nn.Module):
         return {**self.__dict__, "_index": None}  # it cannot be copied, and is made again where it is needed
 
 
-def _memory(config: SemiParametric.Config, start: PromptInit) -> Tensor:
+def _memory(config: SemiParametric.Config, init: PromptInit) -> Tensor:
     """The memory as sources, [S, n, D]: trained prompts that were named, or one set of words."""
-    if start.sources is None and start.draw is None:
+    if init.sources is None and init.draw is None:
         raise ValueError("its memory needs words of a model or, in prompt.init.sources, trained prompts")
-    size = config.bank if start.sources is None else start.sources.shape[:2].numel()
+    size = config.bank if init.sources is None else init.sources.shape[:2].numel()
     if size < config.k:
-        where = "prompt.options.bank" if start.sources is None else "prompt.init.sources"
+        where = "prompt.options.bank" if init.sources is None else "prompt.init.sources"
         raise ValueError(f"a memory of {size} rows cannot give k = {config.k}; enlarge {where}, or choose a smaller k")
-    if start.sources is not None:
-        return start.sources.detach().clone().float()
-    assert start.draw is not None
+    if init.sources is not None:
+        return init.sources.detach().clone().float()
+    assert init.draw is not None
     try:
-        drawn = start.draw(config.bank, config.population)
+        drawn = init.draw(config.bank, config.population)
     except ValueError as error:
         raise ValueError(f"its memory, prompt.options.bank: {error}") from None
     return drawn.detach().clone().float()[None]

@@ -15,7 +15,8 @@ def require_text(context: Context) -> None:
     Raises:
         PromptError: Prompts are being learned, and no row has such a token.
     """
-    if torch.is_grad_enabled() and not bool(context.attention_mask.any()):
+    mask = context.attention_mask if context.batch_mask is None else context.batch_mask
+    if torch.is_grad_enabled() and not bool(mask.any()):
         raise PromptError(
             "no row of the batch has text in front of what is to be learned, and this method makes prompts from text; "
             "give a template with text before the answer, or use a method that does not look at the text"

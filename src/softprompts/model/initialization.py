@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts import errors
-from softprompts.artifacts import artifact, collection, vectors
+from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
@@ -39,7 +39,7 @@ def initialize(
     config: InitConfig,
     backbone: Backbone,
     site: Site,
-    slot: PromptSpec,
+    spec: PromptSpec,
     *,
     seed: int = 0,
     labels: Sequence[str] = (),
@@ -55,26 +55,26 @@ def initialize(
     paths = {"artifact": (config.path or "",), "mean": config.paths}.get(config.kind, ())
     state = (config.state,) if config.state else ()
     read = _fitting(
-        [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, slot, allow_other_weights
+        [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, spec, allow_other_weights
     )
-    sources = [one.matrix(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
-    found = [one.matrix(path).clone() for one, path in zip(read, paths, strict=False)]
+    sources = [one.require_prompt(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
+    found = [one.require_prompt(path).clone() for one, path in zip(read, paths, strict=False)]
     if config.kind == "artifact":
         made = PromptInit(found[0])
     elif config.kind == "mean":
-        made = PromptInit(similarity.mean(found, config.weights))
+        made = PromptInit(similarity.weighted_mean(found, config.weights))
     elif config.kind == "multitask":
         assert config.path is not None
-        parts = _fitting(_parts(config.path), backbone, site, slot, allow_other_weights)
+        parts = _fitting(_parts(config.path), backbone, site, spec, allow_other_weights)
         made = replace(_from_multitask(config, config.path, parts), parents=tuple(one.digest for one in parts))
     elif config.kind == "vector":
-        made = _from_vector(config, backbone, site, slot, seed, labels, allow_other_weights)
+        made = _from_vector(config, backbone, site, spec, seed, labels, allow_other_weights)
     else:
-        made = PromptInit(_made(config, backbone, site, slot, torch.Generator().manual_seed(seed), labels))
+        made = PromptInit(_made(config, backbone, site, spec, torch.Generator().manual_seed(seed), labels))
     return replace(
         made,
         sources=torch.stack(sources) if sources else None,
-        state=dict(read[-1].state) if state else None,
+        state=read[-1].state if state else None,
         draw=functools.partial(_draw, backbone, seed),
         parents=tuple(dict.fromkeys([*made.parents, *(one.digest for one in read)])),
     )
@@ -90,21 +90,21 @@ def _made(
     config: InitConfig,
     backbone: Backbone,
     site: Site,
-    slot: PromptSpec,
+    spec: PromptSpec,
     generator: torch.Generator,
     labels: Sequence[str],
 ) -> Tensor:
     """The start of the kinds that need no other artifact."""
     if config.kind == "random":
-        return _random(config.distribution, backbone, site, slot, generator)
+        return _random(config.distribution, backbone, site, spec, generator)
     if config.kind == "zeros":
-        return torch.zeros(slot.length, slot.width)
+        return torch.zeros(spec.length, spec.width)
     if config.kind == "text":
-        return from_ids(backbone, site, text_ids(backbone.tokenizer, config.text or "", slot.length))
+        return from_ids(backbone, site, text_ids(backbone.tokenizer, config.text or "", spec.length))
     if config.kind == "labels":
         words = config.labels or tuple(labels)
-        return _from_labels(words, backbone, site, slot, config.population or LABEL_POPULATION, generator)
-    return from_ids(backbone, site, sample_vocabulary(backbone, slot.length, config.population, generator))
+        return _from_labels(words, backbone, site, spec, config.population or LABEL_POPULATION, generator)
+    return from_ids(backbone, site, sample_vocabulary(backbone, spec.length, config.population, generator))
 
 
 def text_ids(tokenizer: Any, text: str, length: int, special: bool = False) -> Tensor:
@@ -191,32 +191,32 @@ def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
     return [torch.stack([layer.keys[0], layer.values[0]]).permute(2, 0, 1, 3) for layer in layers]
 
 
-def _random(distribution: str, backbone: Backbone, site: Site, slot: PromptSpec, generator: torch.Generator) -> Tensor:
+def _random(distribution: str, backbone: Backbone, site: Site, spec: PromptSpec, generator: torch.Generator) -> Tensor:
     if distribution == "uniform":  # Lester et al. 2021, section 3.2; the released code draws from [0, 0.5) instead
-        return torch.rand(slot.length, slot.width, generator=generator) - 0.5
-    noise = torch.randn(slot.length, slot.width, generator=generator)
+        return torch.rand(spec.length, spec.width, generator=generator) - 0.5
+    noise = torch.randn(spec.length, spec.width, generator=generator)
     if distribution == "normal":  # PEFT's start: about 50 times a Llama's embeddings
         return noise
     if site.name in ("input", "decoder"):
         return noise * backbone.embedding_rms
-    words = from_ids(backbone, site, sample_vocabulary(backbone, slot.length, None, generator))
+    words = from_ids(backbone, site, sample_vocabulary(backbone, spec.length, None, generator))
     return noise * words.square().mean().sqrt()
 
 
 def _from_labels(
-    words: Sequence[str], backbone: Backbone, site: Site, slot: PromptSpec, population: int, generator: torch.Generator
+    words: Sequence[str], backbone: Backbone, site: Site, spec: PromptSpec, population: int, generator: torch.Generator
 ) -> Tensor:
     """Row i is the mean of label i's piece embeddings; rows left over are common words (section 3.2 of the paper)."""
     if backbone.tokenizer is None or not words:
         raise BackboneError("a start from class labels needs label words (a verbalizer or init.labels) and a tokenizer")
-    if len(words) > slot.length:
+    if len(words) > spec.length:
         raise BackboneError(
-            f"{len(words)} labels do not fit into a prompt of {slot.length} tokens; lengthen the prompt or list fewer "
+            f"{len(words)} labels do not fit into a prompt of {spec.length} tokens; lengthen the prompt or list fewer "
             f"words in init.labels"
         )
     if site.name not in ("input", "decoder"):
         raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
-    filler = sample_vocabulary(backbone, slot.length - len(words), population, generator)
+    filler = sample_vocabulary(backbone, spec.length - len(words), population, generator)
     pieces = {word: text_pieces(backbone.tokenizer, word) for word in words}
     empty = [word for word, ids in pieces.items() if not len(ids)]
     if empty:
@@ -234,7 +234,7 @@ def _fitting(
     places: Sequence[tuple[str | Path, int | None]],
     backbone: Backbone,
     site: Site,
-    slot: PromptSpec,
+    spec: PromptSpec,
     allow_other_weights: bool,
 ) -> list[Artifact]:
     """The artifacts in directories (and which of several there, or None).
@@ -245,21 +245,21 @@ def _fitting(
     weights = fingerprint(backbone) if places else None
     for (path, _), found in zip(places, every, strict=True):
         assert weights is not None
-        _check_fits(found, path, weights, site, slot, allow_other_weights)
+        _check_fits(found, path, weights, site, spec, allow_other_weights)
     return every
 
 
 def _check_fits(
-    found: Artifact, path: str | Path, weights: Fingerprint, site: Site, slot: PromptSpec, allow_other_weights: bool
+    found: Artifact, path: str | Path, weights: Fingerprint, site: Site, spec: PromptSpec, allow_other_weights: bool
 ) -> None:
     try:
         artifact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
     except errors.WrongBackboneError as error:
         raise errors.WrongBackboneError(f"{path}: {error}") from None
-    if found.site != site.name or found.shape != (slot.length, slot.width):
+    if found.site != site.name or found.shape != (spec.length, spec.width):
         raise ArtifactError(
             f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
-            f"[{slot.length}, {slot.width}] at site {site.name}; set prompt.length and prompt.site to match"
+            f"[{spec.length}, {spec.width}] at site {site.name}; set prompt.num_virtual_tokens and prompt.site to match"
         )
 
 
@@ -267,22 +267,22 @@ def _from_vector(
     config: InitConfig,
     backbone: Backbone,
     site: Site,
-    slot: PromptSpec,
+    spec: PromptSpec,
     seed: int,
     labels: Sequence[str],
     allow_other_weights: bool,
 ) -> PromptInit:
     """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
-    total = vectors.read(config.vector)
-    _check_fits(total.like, config.vector, fingerprint(backbone), site, slot, allow_other_weights)
+    total = vectors.read_expression(config.vector)
+    _check_fits(total.reference, config.vector, fingerprint(backbone), site, spec, allow_other_weights)
     if config.start is not None:
         began = initialize(
-            config.start, backbone, site, slot, seed=seed, labels=labels, allow_other_weights=allow_other_weights
+            config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
     common = vectors.common_start(total)
-    if common is None and not total.parts:
+    if common is None and not total.summands:
         raise ConfigError(
             f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
             f"such as init.start: {{kind: vocabulary}}"
@@ -300,35 +300,33 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
 
     Columns and rows are averaged on their own; the average of their products would not be of the same rank.
     """
-    sources = {one.task: one for one in artifacts}
-    for name, one in sources.items():
-        if not {"shared", "columns.0", "rows.0"} <= set(one.state):
+    states = {one.task: one.state for one in artifacts}
+    for one in artifacts:
+        if not set(peft_files.MULTITASK_STATE) <= set(states[one.task]):
             raise ArtifactError(
-                f"{path}: the prompt of {name} was trained with {one.method}, which has no shared prompt and factors; "
-                f"start from a multitask prompt, or use init kind 'artifact'"
+                f"{path}: the prompt of {one.task} was trained with {one.method}, which has no shared prompt and "
+                f"factors; start from a multitask prompt, or use init kind 'artifact'"
             )
-    first = artifacts[0].state
-    if any(not torch.equal(one.state["shared"], first["shared"]) for one in artifacts):
-        raise ArtifactError(f"{path}: {', '.join(sources)} do not share one prompt; they come from different runs")
+    prompt, columns, rows = peft_files.MULTITASK_STATE
+    shared = next(iter(states.values()))[prompt]
+    if any(not torch.equal(state[prompt], shared) for state in states.values()):
+        raise ArtifactError(f"{path}: {', '.join(states)} do not share one prompt; they come from different runs")
     if config.factors == "ones":
-        return PromptInit(first["shared"].clone())
+        return PromptInit(shared.clone())
     if config.factors == "task":
-        if config.task not in sources:
+        if config.task not in states:
             raise ConfigError(
-                f"{path} has no source task '{config.task}'{closest(str(config.task), sources)} there are: "
-                f"{', '.join(sources)}"
+                f"{path} has no source task '{config.task}'{closest(str(config.task), states)} there are: "
+                f"{', '.join(states)}"
             )
-        sources = {config.task: sources[config.task]}
-    columns, rows = (
-        torch.stack([one.state[name].double() for one in sources.values()]).mean(0).float()
-        for name in ("columns.0", "rows.0")
-    )
-    return PromptInit(first["shared"].clone(), factors=(columns, rows))
+        states = {config.task: states[config.task]}
+    factors = [torch.stack([state[name].double() for state in states.values()]) for name in (columns, rows)]
+    return PromptInit(shared.clone(), factors=(factors[0].mean(0).float(), factors[1].mean(0).float()))
 
 
 def _parts(path: str) -> list[tuple[str | Path, int | None]]:
     """The prompts in a directory: what a run of several tasks or a SoftPromptModel left, PEFT's, or a single one."""
     found = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
-    if found and not (Path(path) / collection.ORDER).is_file():
+    if found and not (Path(path) / collection.INDEX).is_file():
         return [(one, None) for one in found]
-    return [(part.path, part.task) for unit in collection.units(Path(path)) for part in unit]
+    return [(part.path, part.task) for unit in collection.member_groups(Path(path)) for part in unit]

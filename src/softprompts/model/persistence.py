@@ -1,9 +1,9 @@
-"""The tasks of a SoftPromptModel: made from a configuration, or from artifacts, and written back as one each."""
+"""Prompts made from a configuration, opened from artifacts, and packed into artifacts again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,34 +13,49 @@ from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import PromptConfig, closest
+from softprompts.data import TaskTemplate
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
-from softprompts.methods import build, check_site, sentence_encoders
-from softprompts.model import initialization, stored
-from softprompts.model.registry import Held, Made, Task, absorb
-from softprompts.model.sentence_encoders import Sentences
-from softprompts.types import SOURCES, Fingerprint, PromptInit
+from softprompts.methods import (
+    PromptMethod,
+    build,
+    build_tasks,
+    check_site,
+    find,
+    fold,
+    sentence_encoders,
+)
+from softprompts.model import initialization
+from softprompts.model.peft.prompt_tuning import PromptTuningConfig
+from softprompts.model.registry import NewPrompt, PromptRecord, PromptRegistry
+from softprompts.model.sentence_encoders import SentenceEncoders
+from softprompts.types import SOURCES, Fingerprint, PromptInit, PromptSpec
+
+AnyConfig = PromptConfig | PromptTuningConfig
+"""A configuration of ours, or one under PEFT's names."""
 
 
-class Described(Protocol):
-    """A configuration in other words, such as peft.PromptTuningConfig."""
+@dataclass(frozen=True)
+class Start:
+    """Where new prompts begin, beside what their configuration says.
 
-    modules_to_save: list[str] | None
+    Attributes:
+        init: The start itself; None: what the configuration describes.
+        seed: Of the start's random draws and of what the method draws for itself; None: the start is drawn with seed
+            0, and the method draws from torch's global generator.
+        labels: The tasks' label words, for starts from labels where the configuration names none.
+    """
 
-    @property
-    def count(self) -> int:
-        """Number of tasks that share what their method shares."""
-        ...
-
-    def describe(self, backbone: Backbone) -> tuple[PromptConfig, PromptInit | None]:
-        """The same as a PromptConfig, and the start where it has rules of its own."""
-        ...
+    init: PromptInit | None = None
+    seed: int | None = None
+    labels: tuple[str, ...] = ()
 
 
-def names_of(config: PromptConfig | Described, task: str, tasks: Sequence[str] | None) -> Sequence[str]:
+def prompt_names(config: AnyConfig, task: str, tasks: Sequence[str] | None) -> Sequence[str]:
     """What a model's first prompts are called: `tasks` or, without them, `task`, or places where `config` has several.
 
-    Raises ConfigError where one name is given for several prompts.
+    Raises:
+        ConfigError: One name is given for several prompts.
     """
     count = 1 if isinstance(config, PromptConfig) else config.count
     if task != "default" and (tasks is not None or count > 1):
@@ -52,66 +67,88 @@ def names_of(config: PromptConfig | Described, task: str, tasks: Sequence[str] |
 
 def create(
     backbone: Backbone,
-    sentences: Sentences,
+    encoders: SentenceEncoders,
     names: tuple[str, ...],
-    config: PromptConfig | Described,
-    modules_to_save: Sequence[str] | None,
-) -> Made:
-    """New tasks of one method at its start, each with a copy of the head.
+    config: AnyConfig,
+    *,
+    start: Start | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    templates: Sequence[TaskTemplate | None] | None = None,
+) -> list[NewPrompt]:
+    """New prompts of one method at its start, each with a copy of the head.
 
-    sentences: gets the encoders of whole texts that the method reads with.
+    Args:
+        backbone: The frozen backbone.
+        encoders: Gets the encoders of whole texts that the method reads with.
+        names: The prompts' names.
+        config: What they are.
+        start: Where they begin.
+        modules_to_save: Modules of the head that are trained along; None: what `config` says, else all of it.
+        templates: The template of each task.
+
+    Raises:
+        ConfigError: The configuration makes no sense.
+        BackboneError: The model does not have the site.
     """
     count = len(names) if isinstance(config, PromptConfig) else config.count
     if count != len(names):
         raise ConfigError(f"num_tasks is {count}, but {len(names)} are named: {', '.join(names) or 'none'}")
-    start, saved = None, modules_to_save
+    start = start or Start()
+    init = start.init
     if not isinstance(config, PromptConfig):
-        saved = config.modules_to_save if saved is None else saved
-        config, start = config.describe(backbone)
+        modules_to_save = config.modules_to_save if modules_to_save is None else modules_to_save
+        config, described = config.describe(backbone)
+        init = described if init is None else init
     check_site(config.method, config.site)
-    site = Site(config.site, config.mode, config.place, config.segments)
-    sentences.fetch(sentence_encoders(config.method, config.options), backbone)
-    slot = injection.prompt_spec(backbone, site, names, config.length, sentences.widths)
-    if start is None:
-        start = initialization.initialize(config.init, backbone, site, slot)
-    method = build(config.method, config.options, slot, start).to(backbone.device)
-    if count > 1 and not hasattr(method, "per_task"):
-        raise ConfigError(f"method {config.method} does not say which parameters are one task's; add tasks one by one")
+    site = Site(config.site, config.mode, config.placement, config.segments)
+    encoders.fetch(sentence_encoders(config.method, config.options), backbone)
+    spec = injection.prompt_spec(backbone, site, config.num_virtual_tokens, encoders.widths)
+    if init is None:
+        init = initialization.initialize(config.init, backbone, site, spec, seed=start.seed or 0, labels=start.labels)
+    if start.seed is not None:
+        torch.manual_seed(start.seed)
+    methods = build_tasks(config.method, config.options, spec, init, names)
     site = replace(site, place=injection.resolve_place(backbone, site))
-    firsts = [stored.folded(method, name) for name in names]
-    given = start.prompt.detach().float().cpu()
-    tasks = [
-        Task(name, site, config, given.clone() if first is None else first, names)
-        for name, first in zip(names, firsts, strict=True)
-    ]
-    return Made(tasks, method, [_new_head(backbone, saved) for _ in names])
+    prompts = []
+    for name, template in zip(names, templates or [None] * len(names), strict=True):
+        prompt = fold(methods[name])
+        initial = init.prompt.detach().float().cpu().clone() if prompt is None else prompt
+        record = PromptRecord(site, config, initial, template, parents=init.parents)
+        head = _new_head(backbone, modules_to_save)
+        prompts.append(NewPrompt(name, methods[name].to(backbone.device), record, head))
+    return prompts
 
 
-def alike(backbone: Backbone, held: Held, name: str, old: str, modules_to_save: Sequence[str] | None) -> Made:
-    """A new task for the method that holds the task `old`, its own parameters where the method lets them start."""
-    task, method = held.tasks[old], held.method(old)
-    # Only what is the new task's own will be kept: factors at one, or a prompt that starts where the other did.
-    begin = torch.zeros(method.slot.length, method.slot.width) if task.initial is None else task.initial
-    start = PromptInit(begin, getattr(method, SOURCES, None))
-    made = build(task.config.method, task.config.options, replace(method.slot, tasks=(name,)), start)
-    new = replace(task, name=name, initial=None, found=None)
-    return Made([new], made.to(backbone.device), [_new_head(backbone, modules_to_save)])
+def create_sharing(
+    backbone: Backbone, registry: PromptRegistry, name: str, other: str, modules_to_save: Sequence[str] | None
+) -> NewPrompt:
+    """A new prompt that shares with the prompt `other` what its method shares; its own parameters start anew."""
+    record, method = registry.records[other], registry.method(other)
+    begin = torch.zeros(method.spec.length, method.spec.width) if record.initial is None else record.initial
+    init = PromptInit(begin, method.sources)
+    created = build(record.config.method, record.config.options, method.spec, init, method.shared)
+    prompt = fold(created)
+    record = replace(record, initial=record.initial if prompt is None else prompt, artifact=None)
+    return NewPrompt(name, created.to(backbone.device), record, _new_head(backbone, modules_to_save))
 
 
 def _new_head(backbone: Backbone, modules: Sequence[str] | None) -> nn.Module | None:
-    own = dict(backbone.model.named_parameters())
-    return _tree({key: own[key] for key in head_names(backbone, modules)})
+    parameters = dict(backbone.model.named_parameters())
+    return _tree({name: parameters[name] for name in head_names(backbone, modules)})
 
 
 def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, ...]:
     """Parameters of the classification head that belong to `modules` (their names may be the end of a path); None: all.
 
-    Raises ConfigError for a module that the head does not have.
+    Raises:
+        ConfigError: The head does not have such a module.
     """
     if modules is None:
         return backbone.head_names
     known = list(dict.fromkeys(name.rpartition(".")[0] for name in backbone.head_names))
-    known += [part for name in known for part in (name.split(".")[0],) if part not in known]
+    for name in tuple(known):
+        if name.split(".")[0] not in known:
+            known.append(name.split(".")[0])
     for module in modules:
         if not any(name == module or name.endswith(f".{module}") for name in known):
             raise ConfigError(
@@ -123,7 +160,7 @@ def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, 
 
 
 def _tree(tensors: Mapping[str, Tensor]) -> nn.Module | None:
-    """Trainable float32 copies of `tensors` as a module whose parameters bear the same dotted names; None for none."""
+    """Trainable float32 copies of `tensors` as a module whose parameters have the same dotted names; None for none."""
     root = nn.Module()
     for name, tensor in tensors.items():
         *path, last = name.split(".")
@@ -136,151 +173,273 @@ def _tree(tensors: Mapping[str, Tensor]) -> nn.Module | None:
     return root if tensors else None
 
 
-def restore(
+def open_artifact(
     backbone: Backbone,
-    sentences: Sentences,
+    encoders: SentenceEncoders,
     path: str | Path,
-    name: str | None,
-    allow_other_weights: bool,
-    place: int | None = None,
-) -> tuple[Made, list[str]]:
-    """The task in an artifact's directory, ready to be used or trained on, and warnings; `place`: which of several.
+    *,
+    name: str | None = None,
+    member: int | str | None = None,
+    allow_other_weights: bool = False,
+    trainable: bool = True,
+) -> tuple[NewPrompt, list[str]]:
+    """The prompt in an artifact's directory, and warnings. Every way to open one is this function.
 
-    sentences: gets the encoders of whole texts that its method reads with.
+    Args:
+        backbone: The frozen backbone.
+        encoders: Gets the encoders of whole texts that the method reads with.
+        path: The directory, ours or PEFT's.
+        name: The prompt's name; None: the artifact's.
+        member: Which of several prompts in the directory, by name or place.
+        allow_other_weights: Whether weights of another fingerprint only cost a warning.
+        trainable: Whether the method is built as it was trained. If not, a plain prompt is opened as such, whatever
+            method trained it.
+
+    Raises:
+        ArtifactError: The artifact cannot be read, was made for other weights or does not fit, saying how.
+        ConfigError: Its method or options are not known here.
     """
-    found = artifact.load(path, place)
-    warnings = artifact.check_fingerprint(found.fingerprint, fingerprint(backbone), allow_other_weights)
-    if found.head != backbone.head or found.family not in (None, backbone.family.name):
+    opened = artifact.load(path, member)
+    warnings = artifact.check_fingerprint(opened.fingerprint, fingerprint(backbone), allow_other_weights)
+    if opened.head != backbone.head or opened.family not in (None, backbone.family.name):
         raise ArtifactError(
-            f"{path} holds a prompt for a {found.family or 'any'} model with head '{found.head}', but "
+            f"{path} holds a prompt for a {opened.family or 'any'} model with head '{opened.head}', but "
             f"{type(backbone.model).__name__} is a {backbone.family.name} model with head '{backbone.head}'"
         )
-    name, site = name or found.task, Site(found.site, found.mode, found.place, found.segments)
-    sentences.fetch(sentence_encoders(found.method, found.options), backbone)
-    slot = injection.prompt_spec(backbone, site, (name,), found.shape[0], sentences.widths)
-    if slot.width != found.shape[1]:
+    site = Site(opened.site, opened.mode, opened.placement, opened.segments)
+    plain = opened.prompt is not None and not trainable
+    if not plain:
+        encoders.fetch(sentence_encoders(opened.method, opened.options), backbone)
+    spec = injection.prompt_spec(backbone, site, opened.shape[0], encoders.widths)
+    if spec.width != opened.shape[1]:
         raise ArtifactError(
-            f"{path} holds a prompt of width {found.shape[1]}; site '{site.name}' of this model is {slot.width}"
+            f"{path} holds a prompt of width {opened.shape[1]}; site '{site.name}' of this model is {spec.width}"
         )
-    method = stored.rebuilt(found, slot, path)
-    own = dict(backbone.model.named_parameters())
-    wrong = [
-        name for name, value in found.heads.items() if name not in backbone.head_names or value.shape != own[name].shape
-    ]
-    if wrong:
-        here = {name: list(own[name].shape) for name in backbone.head_names}
-        raise ArtifactError(f"{path}: its head {', '.join(wrong)} does not fit this model's, which is {here}")
-    config = PromptConfig.model_validate(
-        {"method": found.method, "length": slot.length, "site": site.name, "mode": site.mode, "place": site.place}
-        | {"options": found.options, "segments": site.segments}
+    name_of_method, options = ("prompt-tuning", {}) if plain else (opened.method, opened.options)
+    method = (
+        build(name_of_method, {}, spec, PromptInit(opened.require_prompt(path)))
+        if plain
+        else rebuild(opened, spec, path)
     )
-    head = {key: found.heads[key] for key in backbone.head_names if key in found.heads}  # safetensors sorts them
-    return Made([Task(name, site, config, found.initial, (name,), found)], method, [_tree(head)]), warnings
+    head = _tree(_fitting_head(opened, backbone, path))
+    if not trainable:
+        method.requires_grad_(False)
+        if head is not None:
+            head.requires_grad_(False)
+    config = PromptConfig.model_validate(
+        {"method": name_of_method, "num_virtual_tokens": spec.length, "site": site.name, "mode": site.mode}
+        | {"placement": site.place, "options": options, "segments": site.segments}
+    )
+    record = PromptRecord(site, config, opened.initial, artifact=opened)
+    return NewPrompt(name or opened.task, method, record, head), warnings
 
 
-def restore_all(
-    backbone: Backbone, sentences: Sentences, path: Path, allow_other_weights: bool
-) -> tuple[list[Made], tuple[str, ...], list[str]]:
-    """All tasks in a directory, those of a group with one method; their names in their order, and warnings.
+def _fitting_head(opened: Artifact, backbone: Backbone, path: str | Path) -> dict[str, Tensor]:
+    """The artifact's head in the model's order; raises ArtifactError where it does not fit the model's."""
+    parameters = dict(backbone.model.named_parameters())
+    shapes = {name: list(parameters[name].shape) for name in backbone.head_names}
+    wrong = [name for name, value in opened.heads.items() if shapes.get(name) != list(value.shape)]
+    if wrong:
+        raise ArtifactError(f"{path}: its head {', '.join(wrong)} does not fit this model's, which is {shapes}")
+    return {name: opened.heads[name] for name in backbone.head_names if name in opened.heads}  # safetensors sorts them
 
-    Raises ArtifactError as `restore` does, and where tasks of a group do not share what they should.
+
+def rebuild(opened: Artifact, spec: PromptSpec, origin: str | Path) -> PromptMethod:
+    """The method of an artifact as it was saved; PEFT's starts at its prompt.
+
+    Raises:
+        ConfigError: A method or options that are not known here.
+        ArtifactError: The state does not fit.
     """
-    found: list[Made] = []
+    start = opened.initial if opened.state and opened.initial is not None else opened.require_prompt(origin)
+    state = opened.state
+    sources = next((value for name, value in state.items() if name.split(".")[-1] == SOURCES), None)
+    method = build(opened.method, opened.options, spec, PromptInit(start, sources))
+    if not state:
+        return method
+    try:
+        method.load_state_dict(state)
+    except RuntimeError as error:
+        taught = find(opened.method).pretrained
+        if taught and all(name.startswith(taught) for name in state):
+            raise ArtifactError(
+                f"{origin} holds what pretraining taught method {opened.method} and answers no task; train a run "
+                f"that begins with it (prompt.init.state)"
+            ) from None
+        told = " ".join(str(error).split())
+        raise ArtifactError(f"{origin}: the tensors of method {opened.method} do not fit: {told}") from None
+    return method
+
+
+def open_directory(
+    backbone: Backbone, encoders: SentenceEncoders, path: Path, allow_other_weights: bool
+) -> tuple[list[NewPrompt], tuple[str, ...], list[str]]:
+    """All prompts in a directory, those of a group with one shared module; their names in order, and warnings.
+
+    Raises:
+        ArtifactError: As `open_artifact` does, and where prompts of a group do not share what they should.
+    """
+    prompts: list[NewPrompt] = []
     warnings: list[str] = []
     places: list[tuple[int, str]] = []
-    for unit in collection.units(path):
-        parts = [restore(backbone, sentences, part.path, None, allow_other_weights, part.task) for part in unit]
-        places += [(part.place, made.tasks[0].name) for part, (made, _) in zip(unit, parts, strict=True)]
-        warnings += [warning for _, said in parts for warning in said]
-        found.append(_together(path, [made for made, _ in parts]))
-    return found, tuple(name for _, name in sorted(places)), warnings
+    for unit in collection.member_groups(path):
+        group = []
+        for member in unit:
+            prompt, told = open_artifact(
+                backbone, encoders, member.path, member=member.task, allow_other_weights=allow_other_weights
+            )
+            group.append(prompt)
+            warnings += told
+            places.append((member.position, prompt.name))
+        _share(path, group)
+        prompts += group
+    return prompts, tuple(name for _, name in sorted(places)), warnings
 
 
-def _together(path: Path, parts: Sequence[Made]) -> Made:
-    """One method for the tasks of all parts; raises ArtifactError where what they should share differs."""
-    method, group = parts[0].method, tuple(made.tasks[0].name for made in parts)
-    for made, name in zip(parts[1:], group[1:], strict=True):
-        theirs = made.method.state_dict()
-        for key, value in method.state_dict().items():
-            if key.partition(".")[0] in method.per_task:
-                continue
-            if not torch.equal(value, theirs.get(key, value[:0])):
+def _share(path: Path, group: Sequence[NewPrompt]) -> None:
+    """Give the methods of a group one shared module; raises ArtifactError where what they should share differs."""
+    shared = group[0].method.shared
+    for prompt in group[1:]:
+        own = prompt.method.shared
+        tensors = {} if own is None else own.state_dict()
+        for name, value in ({} if shared is None else shared.state_dict()).items():
+            if not torch.equal(value, tensors.get(name, value[:0])):
                 raise ArtifactError(
-                    f"{path}: '{key}', which {group[0]} and {name} share, differs between them: they were not saved "
-                    "together; load them one by one"
+                    f"{path}: 'shared.{name}', which {group[0].name} and {prompt.name} share, differs between them: they were "
+                    "not saved together; load them one by one"
                 )
-        absorb(method, made.method)
-    tasks = [replace(made.tasks[0], group=group) for made in parts]
-    return Made(tasks, method, [made.heads[0] for made in parts])
+        prompt.method.shared = shared
 
 
-def save(backbone: Backbone, held: Held, directory: Path) -> None:
-    """Write one artifact into `directory`, several into sub-directories of it."""
-    if not held.tasks:
-        raise ConfigError("no prompt is loaded; use add_task or load_prompt first")
-    weights = fingerprint(backbone)
-    made = {name: _artifact(backbone, weights, held, name) for name in held.tasks}
-    if len(made) == 1:
-        artifact.save(next(iter(made.values())), directory)
-        return
-    if collection.holds_one(directory):
-        raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(made)} of them")
-    for name, one in made.items():
-        artifact.save(one, directory / collection.folder(name))
-    groups = [group for group in dict.fromkeys(task.group for task in held.tasks.values()) if len(group) > 1]
-    folders = tuple(tuple(map(collection.folder, group)) for group in groups)
-    peft = _peft([[made[name] for name in group] for group in groups]) if groups else None
-    collection.write(directory, collection.CollectionIndex(tuple(map(collection.folder, made)), folders), peft)
+def plain(opened: Artifact, origin: str | Path) -> Artifact:
+    """The artifact's folded prompt as ordinary prompt tuning, to be trained on as such; its parent is the artifact.
+
+    Raises:
+        ArtifactError: The prompt depends on the text.
+    """
+    state = {"prompt": opened.require_prompt(origin).clone()}
+    return replace(opened, method="prompt-tuning", options={}, state=state, parents=(opened.digest,))
 
 
-def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
-    """PEFT's files for the tasks that share a prompt, or why it cannot reproduce them."""
-    first = groups[0][0]
-    if len(groups) > 1:
-        return f"{len(groups)} groups: PEFT's files hold one"
-    if first.method != peft_files.MULTITASK:
-        return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
-    reason = peft_files.obstacle(first.site, first.place, first.family, first.head, first.heads, first.format)
-    if reason is not None:
-        return reason
-    if any(not torch.equal(value, one.heads[key]) for one in groups[0] for key, value in first.heads.items()):
-        return f"head {first.head} of each task: PEFT has one for all"
-    facts = first.fingerprint.architecture if first.fingerprint else {}
-    shape = (first.shape[0], first.shape[1])
-    place = (first.family, first.head, first.heads, first.backbone, first.revision, facts)
-    states = [one.state for one in groups[0]]
-    ranks = states[0][peft_files.STATE[1]].shape[1]
-    config = peft_files.shared_config(peft_files.config(shape, *place), len(states), ranks)
-    return collection.PeftFiles(config, peft_files.shared_tensors(states, first.heads))
+def pack(
+    backbone: Backbone,
+    registry: PromptRegistry,
+    name: str,
+    *,
+    task: str | None = None,
+    scores: Mapping[str, Any] | None = None,
+    weights: Fingerprint | None = None,
+) -> Artifact:
+    """The artifact of a prompt as it is now, with all that is known of it.
 
-
-def _artifact(backbone: Backbone, weights: Fingerprint, held: Held, name: str) -> Artifact:
-    task, method, head = held.tasks[name], held.method(name), held.head(name)
-    found = task.found
-    made = Artifact(
-        task=task.name,
-        prompt=stored.folded(method, task.name),
-        initial=task.initial,
-        method=task.config.method,
-        options=dict(task.config.options),
-        state=stored.state(method, name),
-        heads={key: value.detach().cpu().clone() for key, value in head.items()},
-        site=task.site.name,
-        mode=task.site.mode,
-        place=task.site.place,
+    Args:
+        backbone: The frozen backbone.
+        registry: The prompts.
+        name: Which one.
+        task: What the artifact calls the task; None: the prompt's name.
+        scores: The scores of the prompt; None: those of the artifact that it came from, where it is the same still.
+        weights: The backbone's fingerprint, where it is there already.
+    """
+    record, method, source = registry.records[name], registry.method(name), registry.records[name].artifact
+    template = None if record.template is None else record.template.to_json()
+    config = dict(record.run) or {"prompt": record.config.model_dump(mode="json")}
+    packed = Artifact(
+        task=task or name,
+        prompt=fold(method),
+        initial=record.initial,
+        method=record.config.method,
+        options=dict(record.config.options),
+        state={key: value.detach().cpu().clone() for key, value in method.state_dict().items()},
+        heads={key: value.detach().cpu().clone() for key, value in registry.head(name).items()},
+        site=record.site.name,
+        mode=record.site.mode,
+        placement=record.site.place,
         family=backbone.family.name,
         head=backbone.head,
         backbone=backbone.name,
         revision=backbone.revision,
-        fingerprint=weights,
-        format=None if found is None else found.format,
-        config={"prompt": task.config.model_dump(mode="json")} if found is None else found.config,
-        scores={},
-        parents=(),
+        fingerprint=fingerprint(backbone) if weights is None else weights,
+        template=template if source is None or template is not None else source.template,
+        config=config if source is None or record.run else source.config,
+        scores=dict(scores or {}),
+        parents=record.parents,
         version=__version__,
-        segments=task.site.segments,
+        segments=record.site.segments,
     )
-    if found is None:
-        return made
-    same = stored.unchanged(found, made)
-    return replace(made, scores=found.scores if same else {}, parents=found.parents if same else (found.digest,))
+    if source is None:
+        return packed
+    same = unchanged(source, packed)
+    kept = source.scores if same and scores is None else packed.scores
+    return replace(packed, scores=kept, parents=source.parents if same else (source.digest,))
+
+
+def unchanged(before: Artifact, now: Artifact) -> bool:
+    """Whether two artifacts answer alike: the same prompt, or without one the same state, and the same heads."""
+    pairs = [(before.heads, now.heads)]
+    if before.prompt is not None and now.prompt is not None:
+        pairs.append(({"prompt": before.prompt}, {"prompt": now.prompt}))
+    else:
+        pairs.append((before.state, now.state))
+    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+
+
+def save(backbone: Backbone, registry: PromptRegistry, directory: Path) -> None:
+    """Write one prompt as an artifact into `directory`, several each into a sub-directory of it.
+
+    Raises:
+        ConfigError: There is no prompt.
+        ArtifactError: The disk, or what is in the directory, forbids it.
+    """
+    if not registry.records:
+        raise ConfigError("no prompt is loaded; use add_task or load_prompt first")
+    weights = fingerprint(backbone)
+    packed = {name: pack(backbone, registry, name, weights=weights) for name in registry.names}
+    if len(packed) == 1:
+        artifact.save(next(iter(packed.values())), directory)
+        return
+    if collection.is_artifact(directory):
+        raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(packed)} of them")
+    for name, one in packed.items():
+        artifact.save(one, directory / collection.folder_name(name))
+    groups = [group for group in dict.fromkeys(registry.group(name) for name in packed) if len(group) > 1]
+    folders = tuple(tuple(map(collection.folder_name, group)) for group in groups)
+    peft = _peft([[packed[name] for name in group] for group in groups]) if groups else None
+    collection.write_index(
+        directory, collection.CollectionIndex(tuple(map(collection.folder_name, packed)), folders), peft
+    )
+
+
+def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
+    """PEFT's files for the prompts that share one, or why PEFT cannot load them."""
+    members = groups[0]
+    first = members[0]
+    if len(groups) > 1:
+        return f"{len(groups)} groups: PEFT's files hold one"
+    if first.method != peft_files.MULTITASK:
+        return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
+    reason = peft_files.why_peft_cannot_load(
+        site=first.site,
+        placement=first.placement,
+        family=first.family,
+        head=first.head,
+        heads=first.heads,
+        template=first.template,
+    )
+    if reason is not None:
+        return reason
+    for member in members:
+        if any(not torch.equal(value, member.heads[name]) for name, value in first.heads.items()):
+            return f"head {first.head} of each task: PEFT has one for all"
+    single = peft_files.adapter_config(
+        shape=(first.shape[0], first.shape[1]),
+        family=first.family,
+        head=first.head,
+        heads=first.heads,
+        backbone=first.backbone,
+        revision=first.revision,
+        architecture=first.fingerprint.architecture if first.fingerprint else {},
+    )
+    states = [member.state for member in members]
+    columns = peft_files.MULTITASK_STATE[1]
+    config = peft_files.multitask_config(single, tasks=len(members), ranks=states[0][columns].shape[1])
+    return collection.PeftFiles(config, peft_files.multitask_tensors(states, first.heads))

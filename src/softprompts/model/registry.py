@@ -1,8 +1,8 @@
-"""The tasks that a SoftPromptModel holds: which method has their prompts, which head is theirs, what a batch gets."""
+"""The prompts of a SoftPromptModel by name: the method that makes each, its head, and what is known of it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,70 +10,105 @@ from torch import Tensor, nn
 from softprompts import injection
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone
-from softprompts.config import PromptConfig
+from softprompts.config import PromptConfig, closest
+from softprompts.data import TaskTemplate
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.injection import Site
-from softprompts.model import stored
-from softprompts.model.sentence_encoders import Sentences
-from softprompts.types import Batch, Prompt, mix_prompts
+from softprompts.methods import PromptMethod, make_prompts
+from softprompts.model.sentence_encoders import SentenceEncoders
+from softprompts.types import Batch, Prompt
 
 
 @dataclass(frozen=True)
-class Task:
-    """What is known of a prompt beside its tensors; `initial [P, D]` is where it began, `found` what it came from.
+class PromptRecord:
+    """What is known of a prompt beside its tensors.
 
-    group: all tasks that its method holds, in the method's order.
+    Attributes:
+        site: Where it enters.
+        config: How it was configured.
+        initial: Where training began, [P, D]; None where nobody says.
+        template: The task's template: how a row is put into words.
+        artifact: The artifact that it was loaded from.
+        run: The configuration of the run that trains it, which its artifact keeps.
+        parents: Digests of the artifacts that it starts from.
     """
 
-    name: str
     site: Site
     config: PromptConfig
-    initial: Tensor | None
-    group: tuple[str, ...]
-    found: Artifact | None = None
+    initial: Tensor | None = field(default=None, repr=False)
+    template: TaskTemplate | None = None
+    artifact: Artifact | None = field(default=None, repr=False)
+    run: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    parents: tuple[str, ...] = ()
+
+    @property
+    def task_template(self) -> TaskTemplate | None:
+        """How a row is put into words: as `template` or the artifact says."""
+        if self.template is not None or self.artifact is None or self.artifact.template is None:
+            return self.template
+        return TaskTemplate.from_json(self.artifact.template)
 
 
-class Made(NamedTuple):
-    """Tasks with the method that holds their prompts, and each one's head (None: it has no head of its own)."""
+@dataclass(frozen=True)
+class NewPrompt:
+    """A prompt that is ready to be registered: its method, its record and its head (None: it has none of its own)."""
 
-    tasks: Sequence[Task]
-    method: Any
-    heads: Sequence[nn.Module | None]
-
-
-def key(*names: str) -> str:
-    """Tasks' names as torch takes them for a module: no dots, none of a module's own attributes; commas between."""
-    safe = [name.replace("%", "%25").replace(".", "%2E").replace(",", "%2C") for name in names]
-    one = ",".join(safe)
-    return f"%{one}" if hasattr(nn.ModuleDict(), one) else one
+    name: str
+    method: PromptMethod
+    record: PromptRecord
+    head: nn.Module | None = None
 
 
-def absorb(method: Any, other: Any) -> None:
-    """Give `method` the tasks of `other`, a method of the same kind; what they share is kept from `method`."""
-    for part in method.per_task:
-        getattr(method, part).extend(getattr(other, part))
-    method.slot = replace(method.slot, tasks=(*method.slot.tasks, *other.slot.tasks))
+def key(name: str) -> str:
+    """A prompt's name as torch takes it for a module: no dots, none of a module's own attributes."""
+    safe = name.replace("%", "%25").replace(".", "%2E")
+    return f"%{safe}" if hasattr(nn.ModuleDict(), safe) else safe
 
 
 @dataclass(eq=False)
-class Held:
-    """Tasks by name; `prompts` has a method for each group of tasks, `heads` a head for each task that has one.
+class PromptRegistry:
+    """Prompts by name, in the order that `task_ids` count.
 
-    sentences: the encoders of whole texts that methods read with.
+    Attributes:
+        prompts: The method of each prompt, by `key(name)`. Methods that share something have one module `shared`.
+        heads: The head of each prompt that has one of its own.
+        records: What is known of each prompt.
+        encoders: The frozen encoders of whole texts that methods read with.
     """
 
     prompts: nn.ModuleDict
     heads: nn.ModuleDict
-    tasks: dict[str, Task] = field(default_factory=dict)
-    sentences: Sentences = field(default_factory=Sentences)
+    records: dict[str, PromptRecord] = field(default_factory=dict)
+    encoders: SentenceEncoders = field(default_factory=SentenceEncoders)
 
-    def method(self, name: str) -> Any:
-        """The method that holds the prompt of a task."""
-        return self.prompts[key(*self.tasks[name].group)]
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All prompts, in their order."""
+        return tuple(self.records)
 
-    def head(self, name: str) -> dict[str, Tensor]:
-        """The task's own head by the names of the model's; empty where it has none."""
+    def index(self, name: str) -> int:
+        """The place of a prompt; raises ConfigError that suggests what was meant."""
+        names = self.names
+        if name not in names:
+            raise ConfigError(f"no prompt '{name}'{closest(name, names)} loaded: {', '.join(sorted(names)) or 'none'}")
+        return names.index(name)
+
+    def method(self, name: str) -> PromptMethod:
+        """The method that makes a prompt."""
+        method = self.prompts[key(name)]
+        assert isinstance(method, PromptMethod)
+        return method
+
+    def head(self, name: str) -> dict[str, nn.Parameter]:
+        """The prompt's own head by the names of the model's parameters; empty where it has none."""
         return dict(self.heads[key(name)].named_parameters()) if key(name) in self.heads else {}
+
+    def group(self, name: str) -> tuple[str, ...]:
+        """The prompts whose methods share a module with this one, in their order; the prompt alone if none does."""
+        shared = self.method(name).shared
+        if shared is None:
+            return (name,)
+        return tuple(other for other in self.records if self.method(other).shared is shared)
 
     def check_new(self, names: Sequence[str]) -> None:
         """Raise ConfigError unless each is a name and none is taken."""
@@ -82,105 +117,85 @@ class Held:
         for i, name in enumerate(names):
             if not name:
                 raise ConfigError("a task needs a name")
-            if name in self.tasks or name in names[:i]:
+            if name in self.records or name in names[:i]:
                 raise ConfigError(
                     f"there is a prompt '{name}' already; remove_task('{name}') first, or give another name"
                 )
 
-    def put(self, made: Made, device: torch.device) -> None:
-        """Take tasks in and move them to `device`; tasks that bear their names already give up their places."""
-        for task, head in zip(made.tasks, made.heads, strict=True):
-            if task.name in self.tasks:
-                self._leave(task.name)
-            self.tasks[task.name] = task
-            if head is not None:
-                self.heads[key(task.name)] = head.to(device)
-        self.prompts[key(*made.tasks[0].group)] = made.method.to(device).train(self.prompts.training)
-
-    def join(self, made: Made, old: str) -> None:
-        """Take in a task that the method of the task `old` shall hold; it begins at what they share."""
-        group, (new,), (head,) = self.tasks[old].group, made.tasks, made.heads
-        method: Any = self.prompts.pop(key(*group))
-        absorb(method, made.method)
-        first = stored.folded(method, new.name)
-        self.tasks[new.name] = replace(new, initial=self.tasks[old].initial if first is None else first)
-        if head is not None:
-            self.heads[key(new.name)] = head
-        self._regroup((*group, new.name), method)
+    def add(self, prompt: NewPrompt, device: torch.device) -> None:
+        """Register a prompt and move it to `device`; it takes the place of one that has its name."""
+        if prompt.name in self.records:
+            self.heads.pop(key(prompt.name)) if key(prompt.name) in self.heads else None
+        self.records[prompt.name] = prompt.record
+        self.prompts[key(prompt.name)] = prompt.method.to(device).train(self.prompts.training)
+        if prompt.head is not None:
+            self.heads[key(prompt.name)] = prompt.head.to(device)
 
     def remove(self, name: str) -> None:
-        """Forget a task, its parameters and its head; other tasks of its method keep theirs, the same objects."""
-        self._leave(name)
-        del self.tasks[name]
-
-    def last(self, names: Sequence[str]) -> None:
-        """Put these tasks behind all others, in this order."""
-        for name in names:
-            self.tasks[name] = self.tasks.pop(name)
-
-    def _leave(self, name: str) -> None:
-        group = self.tasks[name].group
-        method: Any = self.prompts.pop(key(*group))
+        """Forget a prompt and its head; prompts that share a module with it keep that module."""
+        del self.records[name], self.prompts[key(name)]
         if key(name) in self.heads:
             del self.heads[key(name)]
-        rest = tuple(other for other in group if other != name)
-        if not rest:
-            return
-        for part in method.per_task:
-            kept = [one for one, other in zip(getattr(method, part), group, strict=True) if other != name]
-            setattr(method, part, type(getattr(method, part))(kept))
-        method.slot = replace(method.slot, tasks=rest)
-        self._regroup(rest, method)
 
-    def _regroup(self, group: tuple[str, ...], method: Any) -> None:
-        self.prompts[key(*group)] = method.train(self.prompts.training)
-        for name in group:
-            self.tasks[name] = replace(self.tasks[name], group=group)
+    def move_last(self, names: Sequence[str]) -> None:
+        """Put these prompts behind all others, in this order."""
+        for name in names:
+            self.records[name] = self.records.pop(name)
 
-    def of_batch(self, backbone: Backbone, batch: Batch, mask: Tensor) -> tuple[Batch, Prompt, Site]:
-        """The prompts of all rows, whatever their tasks (places among `tasks`), and the site where they enter.
+    def describe(self, name: str, segments: tuple[int, ...], run: Mapping[str, Any]) -> None:
+        """Note the segments that its template gives a prompt, and the configuration of the run that trains it."""
+        record = self.records[name]
+        self.records[name] = replace(record, site=replace(record.site, segments=segments), run=run)
 
-        mask [B, T]: what of the text prompts may be made from, as of `rows.readable`.
+    def used(self, task_ids: Tensor) -> dict[int, str]:
+        """The prompts of a batch by their places; task_ids [B]."""
+        names = self.names
+        return {index: names[index] for index in task_ids.unique().tolist()}
 
-        Raises BackboneError where the sites differ.
-        """
-        names = tuple(self.tasks)
-        used = {names[i]: self.tasks[names[i]] for i in batch.task_ids.unique().tolist()}
-        sites = {name: task.site for name, task in used.items()}
+    def site_of(self, names: Sequence[str]) -> Site:
+        """The site where all of these prompts enter; raises BackboneError where they differ."""
+        sites = {name: self.records[name].site for name in names}
         if len({(site.name, site.mode) for site in sites.values()}) > 1:
             where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
             raise BackboneError(
                 f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
             )
-        device = batch.task_ids.device
-        batch = self._placed(backbone, batch, mask, sites)
-        groups = dict.fromkeys(task.group for task in used.values())
-        made, places = [], []
-        for group in groups:
-            own = torch.tensor([group.index(name) if name in group else -1 for name in names], device=device)[
-                batch.task_ids
-            ]
-            places.append((own >= 0).nonzero()[:, 0])
-            part, seen = (batch, mask) if len(groups) == 1 else (batch.rows(places[-1]), mask[places[-1]])
-            context = self.sentences.context(
-                backbone, part, own[places[-1]], seen, ids_are_text=part.inputs_embeds is None
-            )
-            made.append(self.prompts[key(*group)](context))
-        return batch, made[0] if len(made) == 1 else mix_prompts(made, places), next(iter(sites.values()))
+        return next(iter(sites.values()))
 
-    def _placed(self, backbone: Backbone, batch: Batch, mask: Tensor, sites: Mapping[str, Site]) -> Batch:
-        """The batch with the place of each row's prompt, where rows differ or the text says it."""
-        names = tuple(self.tasks)
-        own = [names[i] for i in batch.task_ids.tolist()]
-        places = {name: site.place for name, site in sites.items()}
-        if batch.prompt_offsets is None and (len(set(places.values())) > 1 or "suffix" in places.values()):
+    def make(self, backbone: Backbone, batch: Batch, mask: Tensor, ids_are_text: bool = True) -> Prompt:
+        """The prompts of all rows, whatever their tasks.
+
+        Args:
+            backbone: The frozen backbone, whose embeddings and states methods may look at.
+            batch: Its `task_ids` are places among the prompts.
+            mask: What of the text prompts may be made from, [B, T].
+            ids_are_text: Whether the batch's token ids are its text.
+        """
+        used = self.used(batch.task_ids)
+        context = self.encoders.context(backbone, batch, mask, ids_are_text=ids_are_text)
+        return make_prompts({index: self.method(name) for index, name in used.items()}, batch.task_ids, context)
+
+    def place(self, backbone: Backbone, batch: Batch, mask: Tensor) -> Batch:
+        """The batch with each row's prompt offsets and segments, where rows differ in them or the text decides.
+
+        Args:
+            backbone: The frozen backbone.
+            batch: Its `task_ids` are places among the prompts.
+            mask: What of the text prompts may be made from, [B, T]; it ends where the labels begin.
+        """
+        used = self.used(batch.task_ids)
+        sites = {index: self.records[name].site for index, name in used.items()}
+        rows = batch.task_ids.tolist()
+        places = {site.place for site in sites.values()}
+        if batch.prompt_offsets is None and (len(places) > 1 or "suffix" in places):
             # In a batch of the stock model's arguments only `mask` knows where the labels begin.
             texts, free = batch.attention_mask.bool().sum(1), mask.bool().sum(1)
-            each = {place: injection.prompt_offsets(backbone, place, texts, free) for place in set(places.values())}
-            batch = replace(batch, prompt_offsets=torch.stack([each[places[name]][i] for i, name in enumerate(own)]))
-        if not any(site.segments for site in sites.values()):
+            each = {place: injection.prompt_offsets(backbone, place, texts, free) for place in places}
+            offsets = torch.stack([each[sites[index].place][row] for row, index in enumerate(rows)])
+            batch = replace(batch, prompt_offsets=offsets)
+        if batch.segment_lengths is not None or not any(site.segments for site in sites.values()):
             return batch
-        sizes = {name: site.segments or (self.tasks[name].config.length,) for name, site in sites.items()}
+        sizes = {i: site.segments or (self.records[used[i]].config.num_virtual_tokens,) for i, site in sites.items()}
         most = max(map(len, sizes.values()))
-        rows_sizes = [[*sizes[name], *[0] * (most - len(sizes[name]))] for name in own]
-        return replace(batch, segment_lengths=torch.tensor(rows_sizes, device=batch.task_ids.device))
+        lengths = [[*sizes[index], *[0] * (most - len(sizes[index]))] for index in rows]
+        return replace(batch, segment_lengths=torch.tensor(lengths, device=batch.task_ids.device))

@@ -43,7 +43,7 @@ class SentenceEncoder:
 
 
 @dataclass(frozen=True)
-class Sentences:
+class SentenceEncoders:
     """Encoders of whole texts by name, beside the backbone, and the vectors of the texts that were read."""
 
     encoders: dict[str, SentenceEncoder] = field(default_factory=dict)
@@ -76,22 +76,36 @@ class Sentences:
             model = loading.load(asset, path=path, head="features", dtype="float32", device=str(backbone.device))
             self.encoders[name] = SentenceEncoder(model, longest)
 
-    def context(
-        self, backbone: Backbone, batch: Batch, task: Tensor, mask: Tensor, ids_are_text: bool = True
-    ) -> Context:
+    def context(self, backbone: Backbone, batch: Batch, mask: Tensor, ids_are_text: bool = True) -> Context:
         """What a method may look at.
 
-        task [B] counts the method's own tasks; mask [B, T] is what of the text it may use; ids_are_text: whether the
-        batch's ids are its text, and not put there for a text that was given as embeddings.
+        Args:
+            backbone: The frozen backbone that `batch` is for.
+            batch: The rows.
+            mask: What of the text the method may use, [B, T].
+            ids_are_text: Whether the batch's ids are its text, and not put there for a text that was given as
+                embeddings.
         """
         with torch.no_grad():
             embeds = backbone.embed(batch.input_ids) if batch.inputs_embeds is None else batch.inputs_embeds
 
-        def encode() -> Tensor:
+        @functools.cache
+        def encode() -> Tensor:  # once for the methods of all tasks in the batch
             return _states(backbone, replace(batch, labels=None))
 
-        read = functools.partial(self._read, backbone, replace(batch, inputs_embeds=embeds), mask.bool(), ids_are_text)
-        return Context(task, batch.input_ids, embeds, mask, encode, read, batch.instruction_mask)
+        @functools.cache
+        def read(name: str) -> Tensor:
+            rows = replace(batch, inputs_embeds=embeds)
+            return self._read(backbone, rows, mask.bool(), ids_are_text, name)
+
+        return Context(
+            input_ids=batch.input_ids,
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            encode=encode,
+            sentence_embedding=read,
+            instruction_mask=batch.instruction_mask,
+        )
 
     def _read(self, backbone: Backbone, batch: Batch, mask: Tensor, ids_are_text: bool, name: str) -> Tensor:
         """The vectors [B, E] that the encoder `name` makes of each row of `batch`."""
@@ -129,11 +143,11 @@ def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name
     if not bool(mask.any()):
         return torch.zeros(backbone.output_size, device=mask.device)
     given = {
-        key: None if value is None else value[row][mask][None]
-        for key, value in (
-            ("types", batch.token_type_ids),
-            ("embeds", batch.inputs_embeds),
-            ("positions", batch.position_ids),
+        name: None if value is None else value[row][mask][None]
+        for name, value in (
+            ("token_type_ids", batch.token_type_ids),
+            ("inputs_embeds", batch.inputs_embeds),
+            ("position_ids", batch.position_ids),
         )
     }
     ids = batch.input_ids[row][mask][None]

@@ -1,24 +1,30 @@
-"""Which kernels a model runs with on this machine: measured once, remembered in the cache.
+"""A backbone loaded and made ready: by its name, on its device, with the kernels that are fastest here.
 
-A choice changes results by rounding only, but a run must be repeatable to the bit: so what was measured is kept, and a
-run stores what it was made with.
+Kernels are measured once and remembered in the cache. A choice changes results by rounding only, but a run must be
+repeatable to the bit: so the cache keeps what was measured, and a run stores what it was made with.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softprompts import injection
+from softprompts import assets, injection
 from softprompts.artifacts.io import read_json, write_json
 from softprompts.assets import cache_dir
-from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.backbone import SEQ2SEQ, Backbone, devices, loading
 from softprompts.backbone.devices import chip_name, synchronize
 from softprompts.backbone.kernels import Kernels, frozen_linears, use_kernels
+from softprompts.config import ModelConfig, closest
+from softprompts.data import ExampleTokenizer, TaskTemplate, classes
+from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import ArtifactError, BackboneError
 from softprompts.injection import Site
 from softprompts.types import IGNORE, Batch, Prompt
@@ -36,6 +42,119 @@ BUDGET = 20.0
 """Seconds after which no further candidate is begun: where steps take that long, the first in the list is kept."""
 
 SHAPE = (8, 24, 20)  # rows, tokens a row, prompt tokens of the step that is measured
+
+UNBOUNDED = 1_000_000
+"""Room for models with relative positions, which nothing bounds."""
+
+
+def no_log(line: str) -> None:
+    """Show nothing."""
+
+
+def load_backbone(config: ModelConfig, *, labels: int | None = None, log: Callable[[str], None] = no_log) -> Backbone:
+    """The backbone that `config` names, fetched first where it is a packaged one, with the fastest kernels.
+
+    Args:
+        config: The model, its number format, device and kernels.
+        labels: Classes of the head; None: as the model has them.
+        log: Is told what is done.
+
+    Raises:
+        AssetError: It cannot be fetched.
+        BackboneError: It cannot be loaded.
+    """
+    devices.choose_threads(config.threads)
+    _check_model_name(config.name)
+    _check_attention(config.attention)
+    path = assets.fetch(config.name, log) if assets.is_asset(config.name) else None
+    log(f"loading {config.name}")
+    try:
+        loaded = loading.load(
+            config.name,
+            path=path,
+            revision=config.revision,
+            head=config.head,
+            dtype=config.dtype,
+            device=config.device,
+            attention=None if config.attention in PACKED else config.attention,
+            labels=labels,
+            quantize=config.quantize,
+            device_map=config.device_map,
+        )
+    except ImportError as error:
+        if config.attention is None:
+            raise
+        raise BackboneError(
+            f"attention '{config.attention}' cannot be used here: {error} Leave model.attention out, or use sdpa"
+        ) from None
+    return _with_kernels(loaded, config, log)
+
+
+def _with_kernels(loaded: Backbone, config: ModelConfig, log: Callable[[str], None]) -> Backbone:
+    """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
+    if config.torch_compile:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
+    choice = autotune(
+        loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log
+    )
+    ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
+    log(f"running with {choice}")
+    if config.torch_compile:
+        log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
+    return ready
+
+
+def _check_model_name(name: str) -> None:
+    """Raise BackboneError for a name that is nearly a packaged one, and for a directory that is not there."""
+    models = [asset.name for asset in assets.ASSETS.values() if asset.kind == "model"]
+    if name in models or Path(name).exists():
+        return
+    if name.startswith((".", "/", "~")):
+        raise BackboneError(f"no model directory {name}; say where it is now (--model DIRECTORY)")
+    if "/" not in name and closest(name, models) != ";":
+        raise BackboneError(
+            f"no model '{name}'{closest(name, models)} packaged: {', '.join(models)} (`softprompts assets list`); or "
+            f"give a local directory, or a hub name such as owner/model"
+        )
+
+
+def _check_attention(name: str | None) -> None:
+    """Raise BackboneError for an attention that neither we nor transformers have; names with a slash are its own."""
+    known = [*PACKED, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
+    if name is not None and name not in known and "/" not in name:
+        plain = [one for one in known if "|" not in one]
+        raise BackboneError(
+            f"no attention '{name}'{closest(name, known)} possible: {', '.join(plain)}; or leave it out"
+        )
+
+
+def example_tokenizer(
+    backbone: Backbone, template: TaskTemplate, length: int, task: int = 0, place: str = "auto"
+) -> ExampleTokenizer:
+    """What turns rows of a task into tokens for this backbone, with room for a prompt of `length` tokens.
+
+    Args:
+        backbone: The backbone.
+        template: How a row is put into words.
+        length: The number of prompt tokens.
+        task: The number of the task, which its rows bear.
+        place: As of the site; `template` makes slots of the `<prompt>` in the templates, without a prompt of none.
+    """
+    room = UNBOUNDED if backbone.max_positions is None else backbone.max_positions - length
+    slots: tuple[int, ...] = ()
+    if place == "template":
+        count = sum(len(split_slots(part)[1]) for part in template.templates)
+        slots = slot_sizes(template.templates, length, template.name) if length else (0,) * count
+    family: Any = backbone.family.name
+    head: Any = backbone.head
+    return ExampleTokenizer(template, backbone.tokenizer, family, head, room, task, slots)
+
+
+def head_size(head: str, template: TaskTemplate) -> int | None:
+    """Rows of a classification head for tasks like this one; None where the head or the task has no classes."""
+    if head == "sequence" and template.kind == "regression":
+        return 1
+    return len(classes(template)) or None if head in ("sequence", "token") else None
 
 
 @dataclass(frozen=True)
@@ -94,9 +213,10 @@ def autotune(
 
 def _check_packable(backbone: Backbone, attention: str) -> None:
     tried = replace(backbone, kernels=Kernels(packed_attention=PACKED[attention]), facts={})
-    reason = (
-        injection.why_not_packed(tried) if backbone.family.scores_next_token else "an encoder's prompt sees the text"
-    )
+    if backbone.family.scores_next_token:
+        reason = injection.why_not_packed(tried)
+    else:
+        reason = "an encoder's prompt sees the text"
     if reason is not None:
         raise BackboneError(f"attention '{attention}' is not possible: {reason}; leave model.attention out")
 
@@ -111,22 +231,14 @@ def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any
     known = known if isinstance(known, dict) else {}
     key = _key(backbone)
     entry = known.get(key)
-    if not _is_measurement(entry):
+    fields = set(asdict(Kernels()))  # an entry of an earlier release has other names
+    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys() or set(entry["kernels"]) != fields:
         say("measuring which kernels are fastest here, once for this model and machine")
         kernels, seconds = measure(backbone)
         entry = {"kernels": asdict(kernels), "seconds": seconds}
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {**known, key: entry})
-    measurement: dict[str, Any] = entry
-    return measurement
-
-
-def _is_measurement(entry: Any) -> bool:
-    """Whether an entry of the file names every kernel of today; a file of an older version may not."""
-    if not isinstance(entry, dict) or "seconds" not in entry:
-        return False
-    kernels = entry.get("kernels")
-    return isinstance(kernels, dict) and kernels.keys() == asdict(Kernels()).keys()
+    return entry
 
 
 def _key(backbone: Backbone) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,65 +12,132 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softprompts import injection
+from softprompts.artifacts import artifact, collection
+from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, wrap
-from softprompts.config import PromptConfig
+from softprompts.config import ModelConfig
+from softprompts.data import ExampleTokenizer, TaskTemplate
 from softprompts.errors import BackboneError, ConfigError
-from softprompts.injection import Site, generation
-from softprompts.methods import shares
-from softprompts.model import persistence, stock_inputs
+from softprompts.injection import Prefix, Site, generation
+from softprompts.model import persistence, setup, stock_inputs
 from softprompts.model import stock_outputs as stock
-from softprompts.model.persistence import Described
-from softprompts.model.registry import Held, Made
-from softprompts.types import Batch, Prompt
+from softprompts.model.persistence import AnyConfig, Start
+from softprompts.model.prefix_cache import PrefixCache
+from softprompts.model.registry import NewPrompt, PromptRegistry, key
+from softprompts.types import Batch, Context, Output, Prompt, PromptInit, mask_before_labels
 
 
 class SoftPromptModel(nn.Module):
-    """A stock `model`, which it freezes in place, with a prompt for `task` as `config` says.
+    """A stock model, which it freezes in place, with any number of named prompts.
 
-    config: a PromptConfig, a peft.PromptTuningConfig or peft.MultitaskPromptTuningConfig, or None to begin without a
-    prompt; tokenizer: for prompts that start from words; tasks: names of several tasks that share what their method
-    shares (without them the tasks of a MultitaskPromptTuningConfig are called 0, 1, ...). More tasks come with
-    `add_task`, `add_tasks` and `load_prompt`. Of all tensors only the prompts and, in classification models, a copy of
-    the head for each task require a gradient, and only they are in `state_dict`; the model's own head stays as it was.
-    It begins in eval mode, as models of from_pretrained do; `train()` turns on what prompts do in training only.
-    The object's class is a subclass that bears the stock class's name, because Trainer and pipelines go by that name
-    (whether labels are shifted, which arguments are labels, which tasks a model is for).
-    Raises BackboneError for a site the model does not have, ConfigError for a configuration that makes no sense.
+    It has two doors. `score` gives scores that line up with a batch's labels: objectives, ranking and serving read it.
+    `forward` gives the stock model's ModelOutput: Trainer and people read it. Both run on the same kernels.
+
+    Of all tensors only the prompts and, in classification models, a copy of the head for each prompt require a
+    gradient, and only they are in `state_dict`; the model's own head stays as it was. The model begins in eval mode, as
+    models of from_pretrained do; `train()` turns on what prompts do in training only. The object's class is a subclass
+    with the stock class's name, because Trainer and pipelines go by that name (whether labels are shifted, which
+    arguments are labels, which tasks a model is for).
+
+    Args:
+        model: A stock transformers model, or a `Backbone`.
+        config: What the first prompt is: a PromptConfig, or a PromptTuningConfig or MultitaskPromptTuningConfig under
+            PEFT's names; None: begin without a prompt.
+        task: The first prompt's name.
+        tokenizer: The model's tokenizer, for prompts that start from words and for templates.
+        tasks: Names of several prompts that share what their method shares; without them the tasks of a
+            MultitaskPromptTuningConfig are called 0, 1, ...
+
+    Attributes:
+        backbone: The frozen model as the library sees it.
+        prompts: The method of each prompt.
+        heads: The head of each prompt that has one of its own.
+        registry: What is known of each prompt.
+
+    Raises:
+        BackboneError: The model does not have the site.
+        ConfigError: The configuration makes no sense.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        config: PromptConfig | Described | None = None,
+        model: PreTrainedModel | Backbone,
+        config: AnyConfig | None = None,
         task: str = "default",
         tokenizer: Any = None,
         tasks: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        self.backbone: Backbone = wrap(model, tokenizer)
-        self.model = model
+        self.backbone: Backbone = model if isinstance(model, Backbone) else wrap(model, tokenizer)
+        stock_model = self.backbone.model
+        self.model = stock_model
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
         self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.scores_next_token
-        self._held = Held(self.prompts, self.heads)
+        self.registry = PromptRegistry(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
         self.eval()  # as transformers' from_pretrained leaves its models: who trains says train()
-        if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # data collators look for it
-            self.prepare_decoder_input_ids_from_labels = model.prepare_decoder_input_ids_from_labels
+        if hasattr(stock_model, "prepare_decoder_input_ids_from_labels"):  # data collators look for it
+            self.prepare_decoder_input_ids_from_labels = stock_model.prepare_decoder_input_ids_from_labels
         if type(self) is SoftPromptModel:
-            stock_class: Any = type(model)
+            stock_class: Any = type(stock_model)
             self.__class__ = _called(stock_class, self.backbone.head)
         if config is not None:
-            self.add_tasks(persistence.names_of(config, task, tasks), config)
+            self.add_tasks(persistence.prompt_names(config, task, tasks), config)
         elif tasks is not None:
             raise ConfigError("tasks are named, but there is no config that says what they are")
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel | str | Path,
+        path: str | Path | None = None,
+        tokenizer: Any = None,
+        allow_other_weights: bool = False,
+        *,
+        config: ModelConfig | None = None,
+        log: Callable[[str], None] = setup.no_log,
+    ) -> "SoftPromptModel":
+        """A model in eval mode, with prompts where there are some.
+
+        Args:
+            model: A stock model; or the name of a packaged model, a local model directory, or a hub name; or a
+                directory of prompts, ours or PEFT's, which name the model that they were made for.
+            path: A directory of prompts that `save_pretrained` or PEFT wrote; None: no prompts.
+            tokenizer: The stock model's tokenizer.
+            allow_other_weights: Whether prompts that were made for other weights only cost a warning.
+            config: How a named model is loaded: number format, device, head, kernels; its name is `model`.
+            log: Is told what is done while a named model is loaded.
+
+        Raises:
+            ArtifactError: As `load_prompt` does.
+            BackboneError: A named model cannot be loaded.
+            AssetError: A packaged model cannot be fetched.
+        """
+        if isinstance(model, str | Path):
+            if path is None and (collection.is_artifact(Path(model)) or collection.written_by_softprompts(Path(model))):
+                path = model
+                first = artifact.load(
+                    collection.member_groups(Path(path))[0][0].path, collection.member_groups(Path(path))[0][0].task
+                )
+                made = cls(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
+            else:
+                loading = (config or ModelConfig()).model_copy(update={"name": str(model)})
+                made = cls(setup.load_backbone(loading, log=log))
+        else:
+            made = cls(model, tokenizer=tokenizer)
+        if path is not None:
+            made.load_prompts(path, allow_other_weights)
+        return made.eval()
+
+    # The prompts
+
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the loaded prompts, in the order that `task_ids` count."""
-        return tuple(self._held.tasks)
+        """Names of the prompts, in the order that `task_ids` count."""
+        return self.registry.names
 
     @property
     def task(self) -> str:
@@ -81,84 +148,173 @@ class SoftPromptModel(nn.Module):
 
     @task.setter
     def task(self, name: str) -> None:
-        self._active = self.tasks[stock_inputs.index(name, self.tasks)]
+        self._active = self.tasks[self.index(name)]
 
-    def add_task(
-        self, name: str, config: PromptConfig | Described | None = None, modules_to_save: Sequence[str] | None = None
+    def index(self, name: str) -> int:
+        """The place of a prompt in `tasks`; raises ConfigError that suggests what was meant."""
+        return self.registry.index(name)
+
+    def add_prompt(
+        self,
+        name: str,
+        config: AnyConfig | None = None,
+        template: TaskTemplate | None = None,
+        *,
+        init: PromptInit | None = None,
+        seed: int | None = None,
+        modules_to_save: Sequence[str] | None = None,
     ) -> None:
-        """Add a prompt called `name`; without `config` like the active one, sharing with it what its method shares.
+        """Add a prompt called `name`.
 
-        modules_to_save: modules of the head that are trained along; None takes what `config` says, else the whole
-        classification head.
-        Raises ConfigError for a name that is taken and for modules that the head does not have.
+        Args:
+            name: Its name.
+            config: What it is; None: like the active prompt, sharing with it what its method shares.
+            template: How a row of the task is put into words; its label words are those of `init: labels`.
+            init: Where it starts; None: as `config` says.
+            seed: Of the start and of what the method draws for itself.
+            modules_to_save: Modules of the head that are trained along; None takes what `config` says, else the whole
+                classification head.
+
+        Raises:
+            ConfigError: The name is taken, or the head does not have the modules.
+            BackboneError: The model does not have the site.
         """
         if config is None:
-            config = self._held.tasks[self.task].config
-            if shares(self._held.method(self.task)):
-                self._held.check_new((name,))
-                made = persistence.alike(self.backbone, self._held, name, self.task, modules_to_save)
-                self._held.join(made, self.task)
+            config = self.registry.records[self.task].config
+            if self.registry.method(self.task).shares_parameters:
+                self.registry.check_new((name,))
+                shared = persistence.create_sharing(self.backbone, self.registry, name, self.task, modules_to_save)
+                self.registry.add(shared, self.device)
                 return
-        self.add_tasks((name,), config, modules_to_save)
+        labels = () if template is None else label_words(template)
+        start = Start(init, seed, labels)
+        self.add_prompts((name,), config, (template,), start=start, modules_to_save=modules_to_save)
 
-    def add_tasks(
-        self, names: Sequence[str], config: PromptConfig | Described, modules_to_save: Sequence[str] | None = None
+    def add_prompts(
+        self,
+        names: Sequence[str],
+        config: AnyConfig,
+        templates: Sequence[TaskTemplate | None] | None = None,
+        *,
+        start: Start | None = None,
+        modules_to_save: Sequence[str] | None = None,
     ) -> None:
-        """Add prompts that share what the method of `config` shares; arguments and errors as for `add_task`."""
-        self._held.check_new(names)
-        self._put(persistence.create(self.backbone, self._held.sentences, tuple(names), config, modules_to_save))
+        """Add prompts that share what the method of `config` shares; arguments and errors as for `add_prompt`."""
+        self.registry.check_new(names)
+        created = persistence.create(
+            self.backbone,
+            self.registry.encoders,
+            tuple(names),
+            config,
+            start=start,
+            modules_to_save=modules_to_save,
+            templates=templates,
+        )
+        for prompt in created:
+            self._add(prompt)
 
-    def remove_task(self, name: str) -> None:
+    def add_task(
+        self, name: str, config: AnyConfig | None = None, modules_to_save: Sequence[str] | None = None
+    ) -> None:
+        """The same as `add_prompt`, by PEFT's word."""
+        self.add_prompt(name, config, modules_to_save=modules_to_save)
+
+    def add_tasks(self, names: Sequence[str], config: AnyConfig, modules_to_save: Sequence[str] | None = None) -> None:
+        """The same as `add_prompts`, by PEFT's word."""
+        self.add_prompts(names, config, modules_to_save=modules_to_save)
+
+    def remove_prompt(self, name: str) -> None:
         """Forget the prompt called `name` and its head; the first of the others takes its place where it was active."""
-        name = self.tasks[stock_inputs.index(name, self.tasks)]
-        self._held.remove(name)
+        self.index(name)
+        self.registry.remove(name)
         if self._active == name:
             self._active = next(iter(self.tasks), None)
 
-    def load_prompt(
-        self, path: str | Path, task: str | None = None, allow_other_weights: bool = False
-    ) -> tuple[str, list[str]]:
-        """Load a trained prompt, ours or PEFT's, to use it or to train it on; returns its name and warnings.
+    remove_task = remove_prompt
 
-        task: a name other than the artifact's own; a prompt of that name is replaced.
-        Raises ArtifactError for a prompt that was made for other weights or does not fit, saying how.
+    def load_prompt(
+        self,
+        path: str | Path,
+        task: str | None = None,
+        allow_other_weights: bool = False,
+        *,
+        trainable: bool = True,
+    ) -> tuple[str, list[str]]:
+        """Load a trained prompt, ours or PEFT's, to use it or to train it on.
+
+        Args:
+            path: The directory of the artifact.
+            task: A name other than the artifact's own; a prompt of that name is replaced.
+            allow_other_weights: Whether a prompt that was made for other weights only costs a warning.
+            trainable: Whether it is to be trained on; if not, a plain prompt is opened without its method.
+
+        Returns:
+            The prompt's name, and warnings.
+
+        Raises:
+            ArtifactError: The prompt was made for other weights or does not fit, saying how.
         """
-        made, warnings = persistence.restore(self.backbone, self._held.sentences, path, task, allow_other_weights)
-        self._put(made)
-        return made.tasks[0].name, warnings
+        prompt, warnings = persistence.open_artifact(
+            self.backbone,
+            self.registry.encoders,
+            path,
+            name=task,
+            allow_other_weights=allow_other_weights,
+            trainable=trainable,
+        )
+        self._add(prompt)
+        return prompt.name, warnings
 
     def load_prompts(self, path: str | Path, allow_other_weights: bool = False) -> tuple[tuple[str, ...], list[str]]:
-        """Load all prompts of a directory, those together that share a method; returns their names and warnings.
+        """Load all prompts of a directory, those together that share something; returns their names and warnings.
 
-        Raises ArtifactError as `load_prompt` does.
+        Raises:
+            ArtifactError: As `load_prompt` does.
         """
-        found, order, warnings = persistence.restore_all(
-            self.backbone, self._held.sentences, Path(path), allow_other_weights
+        prompts, order, warnings = persistence.open_directory(
+            self.backbone, self.registry.encoders, Path(path), allow_other_weights
         )
-        for made in found:
-            self._put(made)
-        self._held.last(order)
+        for prompt in prompts:
+            self._add(prompt)
+        self.registry.move_last(order)
         return order, warnings
 
+    def pack(self, name: str, *, task: str | None = None, scores: Mapping[str, Any] | None = None) -> Artifact:
+        """The artifact of a prompt as it is now; `task`: what it calls the task, if not the prompt's name."""
+        self.index(name)
+        return persistence.pack(self.backbone, self.registry, name, task=task, scores=scores)
+
+    def save_prompt(self, name: str, directory: str | Path) -> Path:
+        """Write one prompt as an artifact into `directory`; `load_prompt` is the way back.
+
+        Raises:
+            ArtifactError: The disk, or what is in the directory, forbids it.
+        """
+        return artifact.save(self.pack(name), directory)
+
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write one task as an artifact into `directory`, several each into a sub-directory of it.
+        """Write one prompt as an artifact into `directory`, several each into a sub-directory of it.
 
-        Beside the sub-directories stand PEFT's two files for tasks that share a prompt, where PEFT can reproduce them.
-        Raises ArtifactError where the disk or what is in the directory forbids it.
+        Beside the sub-directories lie PEFT's two files for prompts that share one, where PEFT can reproduce them.
+
+        Raises:
+            ArtifactError: The disk, or what is in the directory, forbids it.
         """
-        persistence.save(self.backbone, self._held, Path(directory))
+        persistence.save(self.backbone, self.registry, Path(directory))
 
-    @classmethod
-    def from_pretrained(
-        cls, model: PreTrainedModel, path: str | Path, tokenizer: Any = None, allow_other_weights: bool = False
-    ) -> "SoftPromptModel":
-        """`model`, in eval mode, with what `save_pretrained` wrote to `path`, or with a directory of ours or PEFT's.
+    def example_tokenizer(self, name: str) -> ExampleTokenizer:
+        """What turns rows of a prompt's task into tokens.
 
-        Raises ArtifactError as `load_prompt` does.
+        Raises:
+            ConfigError: Nobody said how a row is put into words.
         """
-        made = cls(model, tokenizer=tokenizer)
-        made.load_prompts(path, allow_other_weights)
-        return made.eval()
+        place, record = self.index(name), self.registry.records[name]
+        template = record.task_template
+        if template is None:
+            raise ConfigError(f"prompt '{name}' has no template; give one to add_prompt")
+        return setup.example_tokenizer(
+            self.backbone, template, record.config.num_virtual_tokens, place, record.site.place
+        )
 
     @contextlib.contextmanager
     def no_prompt(self) -> Iterator[None]:
@@ -169,9 +325,144 @@ class SoftPromptModel(nn.Module):
         finally:
             self._prompted = before
 
-    def _put(self, made: Made) -> None:
-        self._held.put(made, self.device)
-        self._active = self._active or made.tasks[0].name
+    def _add(self, prompt: NewPrompt) -> None:
+        self.registry.add(prompt, self.device)
+        self._active = self._active or prompt.name
+
+    # Scores that line up with labels
+
+    def score(
+        self,
+        batch: Batch,
+        *,
+        prompts: Prompt | None = None,
+        prefix: Prefix | None = None,
+        logits: bool | None = None,
+        layers: Collection[int] = (),
+        path: str | None = None,
+    ) -> Output:
+        """Scores that line up with the labels of `batch`, for the labeled positions only.
+
+        Args:
+            batch: The rows; `task_ids` [B] are places in `tasks`.
+            prompts: Their prompts, as `make_prompts` gives them; None: they are made.
+            prefix: What was read of these prompts before; see `PrefixCache`.
+            logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N] alone
+                (False); None takes the latter where scores would be large.
+            layers: Layers whose states of the text are returned too; 1 is the first, -1 what the head reads.
+            path: `packed`, `shared` or `concatenation`; None takes the best that is possible.
+
+        Raises:
+            BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
+        """
+        options: dict[str, Any] = {"prefix": prefix, "logits": logits, "layers": layers, "path": path}
+        if not self._prompted:
+            return injection.score(self.backbone, batch, None, Site(), **options)
+        if prompts is None:
+            prompts = self.make_prompts(batch)
+        names = tuple(self.registry.used(batch.task_ids).values())
+        site = self.registry.site_of(names)
+        if len({self.registry.records[name].site for name in names}) > 1:
+            batch = self.registry.place(self.backbone, batch, self._readable(batch))
+        with self._own_head(names):
+            return injection.score(self.backbone, batch, prompts, site, **options)
+
+    def make_prompts(self, batch: Batch, training: bool | None = None) -> Prompt:
+        """The distinct prompts [U, P, D] of the rows of `batch`.
+
+        Args:
+            batch: The rows; `task_ids` [B] are places in `tasks`.
+            training: Whether methods do what they do in training only, such as dropout; None: as `train()` and
+                `eval()` have set it.
+        """
+        with self._in_mode(training):
+            return self.registry.make(self.backbone, batch, self._readable(batch))
+
+    def fixed_prompts(self, names: Sequence[str]) -> Prompt | None:
+        """The prompts called `names` for any text, one row each; None where one depends on the text or changes it."""
+        methods = [self.registry.method(name) for name in names]
+        if any(method.input_dependent or method.changes_text for method in methods):
+            return None
+        task_ids = torch.tensor([self.index(name) for name in names], device=self.device)
+        word = torch.zeros(len(names), 1, dtype=torch.long, device=self.device)  # what a text says does not matter
+        return self.make_prompts(Batch(word, torch.ones_like(word), task_ids), training=False)
+
+    def context(self, batch: Batch) -> Context:
+        """What a method may look at of `batch`: of a causal text nothing from its first label on."""
+        return self.registry.encoders.context(self.backbone, batch, self._readable(batch))
+
+    def trainable(self, names: Sequence[str] | Mapping[str, str] | None = None) -> dict[str, nn.Parameter]:
+        """What is trained of some prompts, each parameter once, by its name in `state_dict`.
+
+        Args:
+            names: The prompts, or the prompts with what each is called in the result; None: all.
+        """
+        trainable: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        names = self.tasks if names is None else names
+        labels = names if isinstance(names, Mapping) else {name: name for name in names}
+        for part, modules in (("prompts", self.prompts), ("heads", self.heads)):
+            for name, label in labels.items():
+                if key(name) not in modules:
+                    continue
+                for tensor, parameter in modules[key(name)].named_parameters():
+                    if parameter.requires_grad and id(parameter) not in seen:
+                        seen.add(id(parameter))
+                        trainable[f"{part}.{key(label)}.{tensor}"] = parameter
+        return trainable
+
+    def rms_ratio(self, names: Sequence[str]) -> float | None:
+        """rms(P)/rms(E) over the prompts called `names`; None where only the prompts of a batch say how large they are.
+
+        P are the prompts, or what their methods call `rms`; E are the word embeddings.
+        """
+        sizes = []
+        with torch.no_grad():
+            for name in names:
+                size = self.registry.method(name).rms()
+                if size is None:
+                    return None
+                sizes.append(float(size))
+        if len(sizes) == 1:
+            return sizes[0] / self.backbone.embedding_rms
+        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.embedding_rms
+
+    def prefix_cache(self, names: Sequence[str]) -> PrefixCache:
+        """Prompts and leading words read once for many batches; no names: the stock model without a prompt."""
+        return PrefixCache(self, names)
+
+    def _readable(self, batch: Batch) -> Tensor:
+        """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
+        scored = self.backbone.head == "lm" and self.backbone.family.scores_next_token
+        return mask_before_labels(batch.attention_mask, batch.labels if scored else None)
+
+    @contextlib.contextmanager
+    def _in_mode(self, training: bool | None) -> Iterator[None]:
+        before = self.prompts.training
+        if training is None or training == before:
+            yield
+            return
+        self.prompts.train(training)
+        try:
+            yield
+        finally:
+            self.prompts.train(before)
+
+    @contextlib.contextmanager
+    def _own_head(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, the model's head is the prompts' own copy; the model's own stays as it was."""
+        if not any(key(name) in self.heads for name in names):
+            yield
+            return
+        if len(names) > 1:
+            raise BackboneError(
+                f"prompts with classification heads of their own are scored one by one, given {', '.join(names)}"
+            )
+        # The copy is trained in float32 and used in the model's own number format.
+        parameter = self.model.get_parameter
+        head = self.registry.head(names[0])
+        with self.backbone.with_head({name: value.to(parameter(name).dtype) for name, value in head.items()}):
+            yield
 
     # What a stock model does
 
@@ -228,7 +519,7 @@ class SoftPromptModel(nn.Module):
         wish = stock.OutputOptions(
             None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch
         )
-        heads = {i: self._held.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
+        heads = {i: self.registry.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
         made = stock.output(self.backbone, batch, reading, wish, heads)
         return made.to_tuple() if return_dict is False else made
 
@@ -274,11 +565,15 @@ class SoftPromptModel(nn.Module):
         self, given: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places
     ) -> tuple[Batch, Prompt, Site]:
         """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
-        where = functools.partial(stock_inputs.places, names, ids, loaded=self.tasks, active=lambda: self.task)
-        batch = stock_inputs.batch(self.backbone, given, where)
-        return self._held.of_batch(
-            self.backbone, batch, stock_inputs.readable(self.backbone, batch.attention_mask, given)
+        places = functools.partial(
+            stock_inputs.places, names, ids, loaded=self.tasks, index=self.index, active=lambda: self.task
         )
+        batch = stock_inputs.batch(self.backbone, given, places)
+        site = self.registry.site_of(tuple(self.registry.used(batch.task_ids).values()))
+        readable = stock_inputs.readable(self.backbone, batch.attention_mask, given)
+        batch = self.registry.place(self.backbone, batch, readable)
+        ids_are_text = batch.inputs_embeds is None
+        return batch, self.registry.make(self.backbone, batch, readable, ids_are_text=ids_are_text), site
 
     # What Trainer, pipelines and people ask a model for
 
@@ -289,13 +584,31 @@ class SoftPromptModel(nn.Module):
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Prompts and heads only: `prompts.<task>.*`, `heads.<task>.*`."""
-        found: dict[str, Any] = self._trained().state_dict(*args, **kwargs)
-        return found
+        """Prompts and heads only: `prompts.<name>.*`, `heads.<name>.*`; what prompts share is there once."""
+        state: dict[str, Any] = self._trained().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        for names in self._shared_names():
+            for name in names[1:]:
+                state.pop(prefix + name, None)
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Load what `state_dict` gave; the frozen model is not looked for."""
-        return self._trained().load_state_dict(state_dict, strict=strict, assign=assign)
+        state = dict(state_dict)
+        for names in self._shared_names():
+            stored = next((state[name] for name in names if name in state), None)
+            if stored is not None:
+                state |= dict.fromkeys(names, stored)
+        return self._trained().load_state_dict(state, strict=strict, assign=assign)
+
+    def _shared_names(self) -> list[list[str]]:
+        """The names of each tensor that has several, because prompts share it."""
+        trained = self._trained()
+        names: dict[int, list[str]] = {}
+        for kind in (trained.named_parameters, trained.named_buffers):
+            for name, tensor in kind(remove_duplicate=False):
+                names.setdefault(id(tensor), []).append(name)
+        return [each for each in names.values() if len(each) > 1]
 
     def _trained(self) -> nn.ModuleDict:
         return nn.ModuleDict({"prompts": self.prompts, "heads": self.heads})
@@ -330,8 +643,8 @@ class SoftPromptModel(nn.Module):
     @property
     def loss_type(self) -> str | None:
         """What Trainer goes by when it counts labels: keys, values and prompts behind text score no row's first one."""
-        site = self._held.tasks[self._active].site if self._active is not None else None
-        unscored = site is not None and (site.name == "kv" or site.place in ("after_start", "template"))
+        site = self.registry.records[self._active].site if self._active is not None else None
+        unscored = site is not None and (not site.scores_first_token or site.place in ("after_start", "template"))
         return "ForCausalLM" if self.accepts_loss_kwargs and unscored else None
 
     @property
@@ -406,3 +719,68 @@ def _called(stock: type, head: str) -> type[SoftPromptModel]:
 def _empty(stock: type, head: str) -> SoftPromptModel:
     kind = _called(stock, head)
     return kind.__new__(kind)
+
+
+def label_words(template: TaskTemplate) -> tuple[str, ...]:
+    """The words that a task's answers begin with, for starts from labels."""
+    return tuple(f"{template.separator}{word}" for word in (template.verbalizer or {}).values())
+
+
+def backbone_config(opened: Artifact, config: ModelConfig | None) -> ModelConfig:
+    """Which backbone an artifact was made for; `config`: where it is now, when not where the artifact says."""
+    named = config or ModelConfig(name=opened.backbone, revision=opened.revision)
+    return named.model_copy(update={"head": opened.head})
+
+
+def head_rows(opened: Artifact) -> int | None:
+    """Classes of an artifact's head: the task's, or, where none is stored, the rows of its last weight."""
+    if opened.template is not None:
+        return setup.head_size(opened.head, TaskTemplate.from_json(opened.template))
+    sizes = [value.shape[0] for name, value in opened.heads.items() if name.endswith("weight")]
+    return sizes[-1] if sizes and opened.head in ("sequence", "token") else None
+
+
+def open_prompts(
+    paths: Sequence[str | Path],
+    *,
+    config: ModelConfig | None = None,
+    allow_other_weights: bool = False,
+    log: Callable[[str], None] = setup.no_log,
+) -> tuple[SoftPromptModel, tuple[str, ...]]:
+    """A model whose prompts answer as artifacts of one backbone, site and length do, which can share a batch.
+
+    Args:
+        paths: The artifacts' directories; prompt i of the model is that of path i.
+        config: Where the backbone is, when not where the artifact says; its head is the artifact's all the same.
+        allow_other_weights: Whether prompts that were made for other weights only cost a warning.
+        log: Is told what is done.
+
+    Returns:
+        The model, and warnings. A single prompt has its own name; several are called 0:NAME, 1:NAME, ...
+
+    Raises:
+        ArtifactError, BackboneError, AssetError: They cannot be opened.
+        ConfigError: The artifacts cannot share a batch.
+    """
+    opened = [artifact.load(path) for path in paths]
+    first = opened[0]
+    for other, path in zip(opened, paths, strict=True):
+        differs = [
+            fact
+            for fact in ("site", "mode", "placement", "segments", "head", "method")
+            if getattr(other, fact) != getattr(first, fact)
+        ]
+        if {**(other.template or {}), "name": ""} != {**(first.template or {}), "name": ""}:
+            differs.append("task format")
+        if differs or other.shape != first.shape:
+            raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
+    if len(opened) > 1 and any(one.heads for one in opened):
+        raise ConfigError(
+            "prompts with classification heads of their own cannot vote in one batch; open them one by one"
+        )
+    model = SoftPromptModel(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
+    warnings: list[str] = []
+    for place, (path, one) in enumerate(zip(paths, opened, strict=True)):
+        name = one.task if len(paths) == 1 else f"{place}:{one.task}"
+        warnings += model.load_prompt(path, name, allow_other_weights, trainable=False)[1]
+    return model, tuple(dict.fromkeys(warnings))

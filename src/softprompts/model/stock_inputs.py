@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import SEQ2SEQ, Backbone
-from softprompts.config import closest
 from softprompts.errors import ConfigError
 from softprompts.types import Batch, mask_before_labels
 
@@ -15,20 +14,29 @@ Names = Sequence[str] | str | None
 Places = Tensor | Sequence[int] | None
 
 
-def index(name: str, loaded: Sequence[str]) -> int:
-    """The place of `name` among the loaded tasks; raises ConfigError that suggests what was meant."""
-    if name not in loaded:
-        raise ConfigError(f"no prompt '{name}'{closest(name, loaded)} loaded: {', '.join(sorted(loaded)) or 'none'}")
-    return loaded.index(name)
+def places(
+    names: Names,
+    ids: Places,
+    count: int,
+    loaded: Sequence[str],
+    index: Callable[[str], int],
+    active: Callable[[], str],
+) -> Tensor:
+    """Each row's place among the loaded tasks, [B]: by names, by places, or the active task for all.
 
-
-def places(names: Names, ids: Places, count: int, loaded: Sequence[str], active: Callable[[], str]) -> Tensor:
-    """Each row's place among the loaded tasks, [B]: by names, by places, or the active task for all."""
+    Args:
+        names: A name for all rows, or one for each.
+        ids: Places instead of names.
+        count: B, the number of rows.
+        loaded: The names of the prompts.
+        index: Gives the place of a name.
+        active: Gives the name for rows that say none.
+    """
     if names is not None and ids is not None:
         raise ConfigError("give either tasks or task_ids, not both")
     if ids is None:
         given = [names or active()] if names is None or isinstance(names, str) else list(names)
-        found = torch.tensor([index(str(name), loaded) for name in given])
+        found = torch.tensor([index(str(name)) for name in given])
     else:
         found = torch.as_tensor(ids).reshape(-1).long().cpu()
         if bool(((found < 0) | (found >= len(loaded))).any()):

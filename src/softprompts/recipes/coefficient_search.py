@@ -20,10 +20,12 @@ from softprompts.backbone import fingerprint
 from softprompts.config import ModelConfig, TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation import page
+from softprompts.evaluation.evaluate import evaluation_config
 from softprompts.injection import Site
+from softprompts.model.setup import load_backbone
 from softprompts.recipes.judging import Evaluator, judge
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import ProgressReporter, judging_of, load_backbone, settings_of, versions
+from softprompts.recipes.run.run import ProgressReporter, versions
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
 """The paper's coefficients: 0, 0.05, ..., 1."""
@@ -76,20 +78,21 @@ def search(
     Raises VectorError, ArtifactError, DataError, BackboneError and ConfigError before anything is judged.
     """
     began = time.time()
-    total = vectors.read(text)
+    total = vectors.read_expression(text)
     begins = begin(total, start)
-    found = {name: artifact.load(vectors.locate(name)) for name in (on or vectors.terms(text))}
-    tasks, like = _tasks(found), total.like
-    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), say=screen.log)
+    found = {name: artifact.load(vectors.locate_prompt(name)) for name in (on or vectors.parse_expression(text))}
+    tasks, like = _tasks(found), total.reference
+    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), log=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
-    site = Site(like.site, like.mode, like.place)
+    site = Site(like.site, like.mode, like.placement)
     judges = [
-        judge(base, site, like.shape[0], config, judging_of(own, resamples=100)) for config, own in tasks.values()
+        judge(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
+        for config, own in tasks.values()
     ]
     choice = choose(judges, total, begins, grid, screen)
-    made = vectors.made(total, begins, choice.best)
+    made = vectors.to_artifact(total, begins, choice.best)
     assert made.prompt is not None
-    exact = [replace(one, config=judging_of(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
+    exact = [replace(one, config=evaluation_config(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
     told, warnings = _tested(exact, made.prompt, screen)
     artifact.save(replace(made, scores=told), Path(out) / "prompt")
     results = {
@@ -139,10 +142,10 @@ def begin(total: Vector, start: Artifact | None) -> Tensor:
     Raises ConfigError where they have none, ArtifactError for a start of another backbone, length or site.
     """
     if start is not None:
-        vectors.fits(start, total, "the start")
-        return start.matrix("the start")
+        vectors.check_start(start, total, "the start")
+        return start.require_prompt("the start")
     common = vectors.common_start(total)
-    if common is None and not total.parts:
+    if common is None and not total.summands:
         raise ConfigError(
             "the sum is zero, so no prompt of it says where to begin; say what to add it to: --start PROMPT, or "
             "--start-of PROMPT for where the training of that prompt began"
@@ -179,7 +182,7 @@ def _tasks(found: Mapping[str, Artifact]) -> dict[str, tuple[TaskConfig, Artifac
     """The tasks that prompts were trained on, by name, each once, with a prompt that says how it is judged."""
     tasks: dict[str, tuple[TaskConfig, Artifact]] = {}
     for name, one in found.items():
-        values = settings_of(one, "task")
+        values = one.settings("task")
         if not values:
             raise ArtifactError(
                 f"{name} does not say on which rows it was trained, so it cannot choose; name prompts that "

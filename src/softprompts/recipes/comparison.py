@@ -10,17 +10,16 @@ from pydantic import Field, field_validator, model_validator
 
 from softprompts.artifacts.io import read_json
 from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
+from softprompts.config.schema import Count, Seed
 from softprompts.errors import TrainingError
 from softprompts.recipes import stages as stage
 from softprompts.recipes.run.run import ProgressReporter
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
 Shots = Annotated[int, Field(ge=0)]
 
 WEIGHTS = {"fine-tuning": "backbone", "lora": "lora"}
-"""The arms that do not leave the backbone frozen, the upper lines of a table, and their `train.train`."""
+"""The arms that do not leave the backbone frozen, the upper lines of a table, and their `training.target`."""
 
 NO_PROMPT = "no prompt"
 """The line of the stock model."""
@@ -32,44 +31,67 @@ TOGETHER = "together"
 class ComparisonStage(Section):
     """How arms are compared, with all rows and with few."""
 
-    train: TrainConfig = TrainConfig(steps=200, batch_size=8, warmup=10)
-    few: TrainConfig = TrainConfig(steps=60, batch_size=8, warmup=5)
-    shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)  # None: all rows; 0: the start as it is
-    shots_per: Literal["class", "set"] = "class"  # set: so many rows in all
-    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)  # of start and order, and of the draw of shots
-    rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
-    weight_rates: dict[str, tuple[Rate, ...]] = Field(default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)})
-    weight_steps: tuple[Count, Count] | None = None  # of these, with all rows and with few; None: as prompts
-    tune_on: tuple[str, ...] | None = None  # tasks on which rates are chosen; None: all
-    weight_targets: tuple[str, ...] | None = None  # tasks of fine-tuning and lora; None: all
+    training: TrainConfig = TrainConfig(max_steps=200, batch_size=8, warmup_steps=10)
+    """How an arm is trained with all rows."""
 
-    @field_validator("shots", "seeds", "rates")
+    few: TrainConfig = TrainConfig(max_steps=60, batch_size=8, warmup_steps=5)
+    """How an arm is trained with few rows."""
+
+    shots: tuple[Shots | None, ...] = Field(default=(None, 16), min_length=1)
+    """Sizes of the training set, in rows per class; null: all rows; 0: the start as it is, untrained."""
+
+    shots_per: Literal["class", "set"] = "class"
+    """`set`: `shots` counts all training rows, whatever their classes."""
+
+    seeds: tuple[Seed, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Seeds of the start, of the order of rows and of the draw of few rows."""
+
+    learning_rates: tuple[Rate, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    """Learning rates that are tried; the best on validation rows is taken for every seed."""
+
+    weight_learning_rates: dict[str, tuple[Rate, ...]] = Field(
+        default={"fine-tuning": (1e-5, 3e-5), "lora": (3e-4, 1e-3)}
+    )
+    """Learning rates that are tried for the arms that train weights."""
+
+    weight_max_steps: tuple[Count, Count] | None = None
+    """Steps of the arms that train weights, with all rows and with few; null: as many as for prompts."""
+
+    tune_on: tuple[str, ...] | None = None
+    """Tasks on which learning rates are chosen; null: all."""
+
+    weight_targets: tuple[str, ...] | None = None
+    """Tasks on which weights are trained; null: all."""
+
+    @field_validator("shots", "seeds", "learning_rates")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return distinct(values)
 
     @model_validator(mode="after")
     def _runs(self) -> "ComparisonStage":
-        for name, train in (("train", self.train), ("few", self.few)):
-            if not train.steps:
-                raise ValueError(f"{name}.steps must be at least 1; what the start does untrained is size 0 in shots")
-        for rates in self.weight_rates.values():
+        for name, train in (("training", self.training), ("few", self.few)):
+            if not train.max_steps:
+                raise ValueError(
+                    f"{name}.max_steps must be at least 1; what the start does untrained is size 0 in shots"
+                )
+        for rates in self.weight_learning_rates.values():
             distinct(rates)
         return self
 
-    def training(self, shots: int | None, weights: bool = False) -> TrainConfig:
+    def training_for(self, shots: int | None, weights: bool = False) -> TrainConfig:
         """How a task is trained; at the latest an evaluation at the end serves to choose the rate."""
-        train = self.train if shots is None else self.few
+        train = self.training if shots is None else self.few
         if shots == 0:
-            return train.model_copy(update={"steps": 0, "evaluate_every": None, "patience": None})
-        own = self.weight_steps if weights else None
-        steps = train.steps if own is None else own[shots is not None]
-        return train.model_copy(update={"steps": steps, "evaluate_every": min(train.evaluate_every or steps, steps)})
+            return train.model_copy(update={"max_steps": 0, "eval_steps": None, "early_stopping_patience": None})
+        own = self.weight_max_steps if weights else None
+        steps = train.max_steps if own is None else own[shots is not None]
+        return train.model_copy(update={"max_steps": steps, "eval_steps": min(train.eval_steps or steps, steps)})
 
-    def weights(self, cell: "Cell", shots: int | None) -> dict[str, Any]:
+    def weight_training(self, cell: "Cell", shots: int | None) -> dict[str, Any]:
         """The section `train` of a run that trains weights of the backbone."""
-        train = self.training(shots, weights=True).model_dump(mode="json")
-        return {**train, "train": WEIGHTS[cell.arm], "rate": cell.rate, "rate_unit": "absolute"}
+        train = self.training_for(shots, weights=True).model_dump(mode="json")
+        return {**train, "target": WEIGHTS[cell.arm], "learning_rate": cell.rate, "learning_rate_unit": "absolute"}
 
     def drawn(self, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
         """The task with all rows, or with few of them drawn by `seed`; the rows that judge are the same for all."""
@@ -170,7 +192,7 @@ class Comparison:
             self.found.setdefault((name, shots), []).extend([*done, *more])
 
     def _tried(self, arm: str) -> Sequence[float]:
-        return self.rates.get(arm) or self.stage.weight_rates.get(arm) or self.stage.rates
+        return self.rates.get(arm) or self.stage.weight_learning_rates.get(arm) or self.stage.learning_rates
 
     def _best(self, arm: str, tried: Sequence[Cell], runs: Mapping[str, Sequence[Found]], shots: int | None) -> Cell:
         """The rate with the best mean validation score over the tasks it was tried on; of equal ones the smaller."""
@@ -203,7 +225,8 @@ def together(
         return [Found(cell, []) for cell in cells]
     failed = {row["name"] for row in rows if row["failed"]}
     return [
-        Found(cell, [] if cell.name in failed else _pages(Path(run.out) / cell.name / "results.json")) for cell in cells
+        Found(cell, [] if cell.name in failed else _pages(Path(run.output_dir) / cell.name / "results.json"))
+        for cell in cells
     ]
 
 

@@ -5,17 +5,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from softprompts import injection
 from softprompts.backbone import Backbone
-from softprompts.config import EvaluateConfig, TaskConfig
+from softprompts.config import EvaluationConfig, PromptConfig, TaskConfig
 from softprompts.data import ExampleTokenizer, Row, Task, load, place_of
 from softprompts.errors import BackboneError
 from softprompts.evaluation import evaluate, metrics
 from softprompts.evaluation.evaluate import Evaluation
 from softprompts.injection import Site
-from softprompts.methods import build
-from softprompts.model.learner import Learner
-from softprompts.recipes.run.prepare import encoder_for
+from softprompts.model import SoftPromptModel
+from softprompts.model.setup import example_tokenizer
 from softprompts.types import PromptInit
 
 Judged = Callable[[str, int, int], None]
@@ -31,15 +29,17 @@ class Evaluator:
     length: int
     task: Task
     encoder: ExampleTokenizer
-    config: EvaluateConfig
+    config: EvaluationConfig
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Row]) -> Evaluation:
         """Answers to `rows` behind the prompt `[P, D]`, or by the stock model, with their scores."""
-        slot = injection.prompt_spec(self.backbone, self.site, (self.task.name,), self.length)
-        method = None
+        model, name = SoftPromptModel(self.backbone), None
         if prompt is not None:
-            method = build("prompt-tuning", {}, slot, PromptInit(prompt)).to(self.backbone.device).requires_grad_(False)
-        return evaluate.evaluate(Learner(self.backbone, self.site, slot, method), self.encoder, rows, self.config)
+            name = self.task.name
+            site = {"site": self.site.name, "mode": self.site.mode, "placement": self.site.place}
+            config = PromptConfig.model_validate({"num_virtual_tokens": self.length, **site})
+            model.add_prompt(name, config, init=PromptInit(prompt))
+        return evaluate.evaluate(model, rows, prompt=name, encoder=self.encoder, config=self.config)
 
     def scores(self, prompts: Sequence[Tensor], rows: Sequence[Row], title: str, judged: Judged) -> list[float]:
         """The headline score of each of `prompts` on `rows`."""
@@ -56,7 +56,7 @@ class Evaluator:
         return names[0]
 
 
-def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluateConfig) -> Evaluator:
+def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluationConfig) -> Evaluator:
     """The judge of a task, its rows loaded.
 
     Raises DataError for rows that cannot be read; BackboneError for a backbone with a classification head.
@@ -65,5 +65,5 @@ def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evalu
         raise BackboneError(f"prompts are judged by the words of a language model, not by head '{backbone.head}'")
     task = load(config)
     site = replace(site, place=place_of(site.place, [task.template]))
-    encoder = encoder_for(backbone, task.template, length, place=site.place)
+    encoder = example_tokenizer(backbone, task.template, length, place=site.place)
     return Evaluator(backbone, site, length, task, encoder, evaluation)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from softprompts import __version__
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_json, write_json
-from softprompts.config import EvaluateConfig, ModelConfig, PromptConfig, Run, Section, TaskConfig, TrainConfig, parse
+from softprompts.config import EvaluationConfig, ModelConfig, PromptConfig, Run, Section, TaskConfig, TrainConfig, parse
 from softprompts.config.sweep import sweep
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes.run import run as job
@@ -82,10 +82,10 @@ def runs(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] =
 
     def make() -> dict[str, Any]:
         count = len(run.runs) or 1
-        screen.log(f"{title}: {count} run{'s' * (count > 1)}, {run.train.steps} steps")
+        screen.log(f"{title}: {count} run{'s' * (count > 1)}, {run.training.max_steps} steps")
         return job.run(run, screen)
 
-    return kept(title, Path(run.out), told, screen, make)
+    return kept(title, Path(run.output_dir), told, screen, make)
 
 
 class Settings(Protocol):
@@ -93,7 +93,7 @@ class Settings(Protocol):
 
     model: ModelConfig
     prompt: PromptConfig
-    evaluate: EvaluateConfig
+    evaluation: EvaluationConfig
 
 
 def run_of(
@@ -113,9 +113,9 @@ def run_of(
             "model": plan.model.model_dump(mode="json"),
             "prompt": {**plan.prompt.model_dump(mode="json"), **(prompt or {})},
             "tasks": [task.model_dump(mode="json") for task in tasks],
-            "train": train.model_dump(mode="json"),
-            "evaluate": plan.evaluate.model_dump(mode="json"),
-            "out": str(out),
+            "training": train.model_dump(mode="json"),
+            "evaluation": plan.evaluation.model_dump(mode="json"),
+            "output_dir": str(out),
             "seed": seed,
             "runs": list(runs),
         }

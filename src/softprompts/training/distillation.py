@@ -18,7 +18,7 @@ from softprompts import injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone, fingerprint
-from softprompts.config import DistilConfig, closest
+from softprompts.config import DistillationConfig, closest
 from softprompts.data import EncodedExample, collate, evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
@@ -67,7 +67,7 @@ class TeacherOutputs:
         return TeacherBatch(torch.cat([self.states[i] for i in at]).to(device), layers, self.temperature)
 
 
-def load_teachers(backbone: Backbone, config: DistilConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
+def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
     """The teacher of each of `tasks`, in their order.
 
     Raises ConfigError when one is missing or names no task, and when a teacher is no plain prompt of this model's
@@ -76,11 +76,13 @@ def load_teachers(backbone: Backbone, config: DistilConfig, tasks: Sequence[str]
     for name in config.teachers:
         if name not in tasks:
             raise ConfigError(
-                f"train.distil.teachers: there is no task '{name}'{closest(name, tasks)} tasks: {', '.join(tasks)}"
+                f"training.distillation.teachers: there is no task '{name}'{closest(name, tasks)} tasks: "
+                f"{', '.join(tasks)}"
             )
     if missing := [name for name in tasks if name not in config.teachers]:
         raise ConfigError(
-            f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in train.distil.teachers"
+            f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in "
+            "training.distillation.teachers"
         )
     injection.check_layers(backbone, config.layers)
     weights = fingerprint(backbone)
@@ -95,21 +97,21 @@ def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher
             f"the teacher of {task}, {path}, reads head '{found.head}' and the model has '{backbone.head}'; teachers "
             f"and students need a language model's head (model.head: lm)"
         )
-    site = Site(found.site, found.mode, found.place, found.segments)
+    site = Site(found.site, found.mode, found.placement, found.segments)
     width = injection.prompt_width(backbone, site)
     if found.shape[1] != width:
         raise ConfigError(
             f"the teacher of {task}, {path}, has rows of width {found.shape[1]}; site '{site.name}' of "
             f"{backbone.name} takes {width}"
         )
-    return TaskTeacher(task, found.matrix(path), site, found.digest)
+    return TaskTeacher(task, found.require_prompt(path), site, found.digest)
 
 
 def targets(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
     rows: Sequence[EncodedExample],
-    config: DistilConfig,
+    config: DistillationConfig,
     file: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> TeacherOutputs:

@@ -1,14 +1,15 @@
 """Does the fast path give what plain concatenation gives? The same batch both ways: loss and gradient compared."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.backbone.kernels import Kernels
-from softprompts.model.learner import Learner
+from softprompts.model import SoftPromptModel
 from softprompts.types import Batch, Objective, Output, Prompt, Step, TeacherBatch
 
 ALLOWED: dict[torch.dtype, tuple[float, float]] = {
@@ -64,22 +65,38 @@ class Equivalence:
         )
 
 
-def compare(learner: Learner, batch: Batch, objective: Objective, teacher: TeacherBatch | None = None) -> Equivalence:
-    """One step of `learner` on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
+def compare(
+    model: SoftPromptModel,
+    batch: Batch,
+    objective: Objective,
+    teacher: TeacherBatch | None = None,
+    prompts: Sequence[str] | None = None,
+) -> Equivalence:
+    """One step on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
 
     In half precision the plain way is run with both of transformers' usual attention implementations, where the model
     has them, to see how far rounding alone goes. Nothing is changed: gradients are returned to where they were. At site
-    kv, where nothing can be concatenated, the plain way is the model's own cache. teacher: of the rows, where the
-    objective compares with one.
+    kv, where nothing can be concatenated, the plain way is the model's own cache.
+
+    Args:
+        model: The model.
+        batch: The rows; `task_ids` are places in the model's tasks.
+        objective: What is minimized.
+        teacher: Of the rows, where the objective compares with one.
+        prompts: The prompts whose gradients are compared; None: those of the rows.
     """
-    backbone = learner.backbone
-    asked = (
-        None if not backbone.family.scores_next_token else "shared" if learner.site.name == "kv" else "concatenation"
-    )
-    fast, path, gradient = _once(learner, batch, objective, None, teacher)
-    found = [_once(_plain(learner, name), batch, objective, asked, teacher) for name in _ways(backbone)]
-    slow, plain, expected = found[0]
-    noise = (_apart(found[-1][0], slow), _far(found[-1][2], expected))
+    backbone = model.backbone
+    names = tuple(model.registry.used(batch.task_ids).values())
+    parameters = list(model.trainable(names if prompts is None else prompts).values())
+    in_cache = model.registry.site_of(names).in_cache
+    asked = None if not backbone.family.scores_next_token else "shared" if in_cache else "concatenation"
+    fast, path, gradient = _once(model, batch, objective, None, teacher, parameters)
+    plain_steps = []
+    for attention in _ways(backbone):
+        with _plain(model, attention):
+            plain_steps.append(_once(model, batch, objective, asked, teacher, parameters))
+    slow, plain, expected = plain_steps[0]
+    noise = (_apart(plain_steps[-1][0], slow), _far(plain_steps[-1][2], expected))
     return Equivalence(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
 
 
@@ -91,10 +108,15 @@ def _ways(backbone: Backbone) -> list[str | None]:
     return [None, other] if other == "eager" or backbone.model._supports_sdpa else [None]
 
 
-def _plain(learner: Learner, attention: str | None) -> Learner:
-    return replace(
-        learner, backbone=replace(learner.backbone, kernels=Kernels(path="shared", attn_implementation=attention))
-    )
+@contextlib.contextmanager
+def _plain(model: SoftPromptModel, attention: str | None) -> Iterator[None]:
+    """Inside, the model runs with stock kernels and this attention implementation."""
+    backbone = model.backbone
+    model.backbone = replace(backbone, kernels=Kernels(path="shared", attn_implementation=attention))
+    try:
+        yield
+    finally:
+        model.backbone = backbone
 
 
 def _apart(one: float, other: float) -> float:
@@ -106,30 +128,30 @@ def _far(one: Tensor, other: Tensor) -> float:
 
 
 def _once(
-    learner: Learner, batch: Batch, objective: Objective, path: str | None, teacher: TeacherBatch | None
+    model: SoftPromptModel,
+    batch: Batch,
+    objective: Objective,
+    path: str | None,
+    teacher: TeacherBatch | None,
+    parameters: Sequence[nn.Parameter],
 ) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; both ways draw the same, and the random stream is put back."""
-    parameters: list[nn.Parameter] = list(learner.parameters().values())
     layers = sorted({number for _, number in teacher.layer_states}) if teacher else []
 
     def run(prompt: Prompt | None) -> Output:
-        with learner.own_head():
-            return injection.score(
-                learner.backbone,
-                batch,
-                prompt,
-                learner.site,
-                path=path,
-                return_logits=True if teacher else None,
-                layers=layers,
-            )
+        if prompt is None:
+            with model.no_prompt():
+                return model.score(batch, path=path)
+        return model.score(batch, prompts=prompt, path=path, logits=True if teacher else None, layers=layers)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # of every device, so that both ways drop out the same; each step seeds itself anyway
-        prompt = learner.prompt(batch, training=True)
-        assert prompt is not None
+        prompt = model.make_prompts(batch, training=True)
         output = run(prompt)
         loss = objective(Step(batch, prompt, output, run, teacher))
-    found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    flat = [torch.zeros(p.numel()) if g is None else g for p, g in zip(parameters, found, strict=True)]
-    return float(loss.detach()), output.path, torch.cat([g.detach().cpu().double().flatten() for g in flat])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    flat = []
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        filled = torch.zeros(parameter.numel()) if gradient is None else gradient
+        flat.append(filled.detach().cpu().double().flatten())
+    return float(loss.detach()), output.path, torch.cat(flat)

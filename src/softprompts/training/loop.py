@@ -20,14 +20,15 @@ from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
 
 from softprompts.config import TrainConfig
-from softprompts.data import EncodedExample, ExampleBatches, TaskBatches, collate
+from softprompts.data import EncodedExample, ExampleBatches, TaskBatches
 from softprompts.errors import ConfigError, TrainingError
-from softprompts.model.learner import Learner
+from softprompts.injection import Site
+from softprompts.model import SoftPromptModel
 from softprompts.training import checkpoint, equivalence, objectives
 from softprompts.training.checkpoint import CHECKPOINT, Checkpoint, CheckpointFile, Progress, check_checkpoint
 from softprompts.training.distillation import TeacherOutputs
 from softprompts.training.optimizer import build_optimizer, set_rates
-from softprompts.training.shared_batch import check_together, joint_steps, label_count
+from softprompts.training.shared_batch import check_together, joint_steps, label_count, task_batch
 from softprompts.types import Objective
 
 __all__ = [
@@ -43,13 +44,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One run: what is trained on which rows and how, and where its checkpoints go; see `fit` for each.
+    """One run: which prompts of a model are trained on which rows and how, and where its checkpoints go; see `fit`.
 
+    prompts: in the order that the rows' task numbers count; a checkpoint knows each by what follows its last slash.
     targets: what the teachers make of the rows, for the objectives that compare with them.
     """
 
     name: str
-    learner: Learner
+    model: SoftPromptModel
+    prompts: tuple[str, ...]
     rows: Sequence[EncodedExample]
     config: TrainConfig
     seed: int = 0
@@ -58,6 +61,19 @@ class TrainingRun:
     settings: Mapping[str, Any] | None = None
     targets: TeacherOutputs | None = None
 
+    @property
+    def site(self) -> Site:
+        """Where the prompts enter."""
+        return self.model.registry.site_of(self.prompts)
+
+    def label_count(self, row: EncodedExample) -> int:
+        """How many labels of a row count in its loss."""
+        return label_count(row, self.model.backbone, self.site)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names that it would have in a model of this run alone."""
+        return self.model.trainable({name: name.rpartition("/")[2] for name in self.prompts})
+
 
 def is_main_process() -> bool:
     """Whether this process is the one that writes and prints: the first of those that a launcher started."""
@@ -65,27 +81,29 @@ def is_main_process() -> bool:
 
 
 def fit(
-    learner: Learner,
+    model: SoftPromptModel,
     rows: Sequence[EncodedExample],
     config: TrainConfig,
     *,
     pad: int,
+    prompts: Sequence[str] | None = None,
     seed: int = 0,
     validate: Callable[[], float] | None = None,
     directory: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     targets: TeacherOutputs | None = None,
 ) -> Generator[Progress, None, None]:
-    """Train the learner's parameters in place on `rows`, one Report a step; afterwards they are the best ones.
+    """Train prompts of `model` in place on `rows`, one report a step; afterwards they are the best ones.
 
-    validate: a score (higher is better), asked every `config.evaluate_every` steps, that chooses the best checkpoint
-    and stops early; directory: where checkpoints go, and where training goes on from if one is there; settings: what
-    must be the same for going on; targets: as of a Trainee. Reports of steps done before a resume come first, so a
-    history is always whole.
+    prompts: in the order that the rows' task numbers count; None: all. validate: a score (higher is better), asked
+    every `config.eval_steps` steps, that chooses the best checkpoint and stops early; directory: where checkpoints go,
+    and where training resumes if one is there; settings: what must be the same for resuming; targets: as of a
+    TrainingRun. Reports of steps done before a resume come first, so a history is always whole.
     Raises TrainingError when the loss stops being a number (the last good state is saved) and when a checkpoint
     belongs to other settings; ConfigError when there is nothing to train on.
     """
-    one = TrainingRun("", learner, rows, config, seed, validate, directory, settings, targets)
+    names = model.tasks if prompts is None else tuple(prompts)
+    one = TrainingRun("", model, names, rows, config, seed, validate, directory, settings, targets)
     with closing(train_many([one], pad=pad)) as steps:
         for _, report in steps:
             yield report
@@ -136,12 +154,13 @@ def train_many(trainees: Sequence[TrainingRun], *, pad: int) -> Generator[tuple[
 
 @dataclass(frozen=True)
 class _Measured:
-    """Loss, tokens read and path of a step, and the method's own figures; `failed` where there was no label."""
+    """Loss, tokens and path of a step, the method's own figures, the prompts' rms; `failed` where no label was."""
 
     loss: float
     tokens: int
     path: str
     measures: dict[str, float]
+    rms: float
     failed: str = ""
 
 
@@ -153,7 +172,7 @@ class _State:
     good: Checkpoint
 
     def due(self, course: "_Course") -> bool:
-        return self.now.step % course.trainee.config.checkpoint_every == 0
+        return self.now.step % course.trainee.config.save_steps == 0
 
 
 @dataclass(frozen=True)
@@ -169,7 +188,7 @@ class _Course:
 
     def goes_on(self, states: Mapping[str, _State]) -> bool:
         now, config = states[self.trainee.name].now, self.trainee.config
-        return not now.failed and now.step < config.steps and not _patience_spent(now, config)
+        return not now.failed and now.step < config.max_steps and not _patience_spent(now, config)
 
     def keep_best(self, states: Mapping[str, _State]) -> None:
         """Leave the best parameters in place; those of a run that failed are its last good ones."""
@@ -187,14 +206,15 @@ def _begin(trainees: Sequence[TrainingRun]) -> tuple[list[_Course], Accelerator]
         if not trainee.rows:
             which = f"run '{trainee.name}' has" if trainee.name else "there are"
             raise ConfigError(f"{which} no rows to train on; check the task's source and split")
-    check_together([trainee.learner for trainee in trainees], names)
+    check_together([(trainee.model, trainee.prompts) for trainee in trainees], names)
     # One process has no use for accelerate's device, which is fixed by the first run and may be another one's.
     several = get_cpu_distributed_information().world_size > 1
-    accelerator = Accelerator(cpu=several and trainees[0].learner.backbone.device.type == "cpu")
+    accelerator = Accelerator(cpu=several and trainees[0].model.device.type == "cpu")
     courses = []
     for one in trainees:
-        parameters = one.learner.parameters()
-        optimizer = build_optimizer(one.learner, parameters, one.config)
+        parameters = one.parameters()
+        groups = one.model.registry.method(one.prompts[0]).groups
+        optimizer = build_optimizer(groups, parameters, one.config, one.model.backbone.embedding_rms)
         batches = _batches(one)
         written = checkpoint.place(one.directory, one.rows, one.seed, one.settings)
         courses.append(_Course(one, parameters, objectives.weigh(one.config.objectives), optimizer, batches, written))
@@ -232,15 +252,18 @@ def _compared(course: _Course, step: int, pad: int) -> str:
     Raises TrainingError when the two differ by more than rounding.
     """
     one = course.trainee
-    if one.config.parity == "off":
+    if one.config.equivalence == "off":
         return ""
-    rows, device = course.batches.at(step * one.config.accumulate), one.learner.backbone.device
-    batch, teacher = collate(rows, pad).to(device), None if one.targets is None else one.targets.of(rows, device)
-    found = equivalence.compare(one.learner, batch, course.objective, teacher)
+    rows, device = course.batches.at(step * one.config.gradient_accumulation_steps), one.model.device
+    batch, teacher = (
+        task_batch(one.model, one.prompts, rows, pad).to(device),
+        None if one.targets is None else one.targets.of(rows, device),
+    )
+    found = equivalence.compare(one.model, batch, course.objective, teacher, one.prompts)
     if not found.holds:
         raise TrainingError(
             f"the next batch does not come out as by plain concatenation: {found}. No step was made; set "
-            f"model.attention to eager and model.products to torch, and please report the model"
+            f"model.attention to eager and model.matmul_backend to torch, and please report the model"
         )
     return str(found)
 
@@ -250,40 +273,45 @@ def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, acceler
 
     Each part counts with its share of the labels, so accumulation and several processes equal one large batch.
     """
-    backbone = going[0].trainee.learner.backbone
+    model = going[0].trainee.model
+    backbone = model.backbone
     zero = torch.zeros((), device=backbone.device, dtype=torch.promote_types(backbone.dtype, torch.float32))
     parts, totals, losses, paths = [], [], [zero] * len(going), [""] * len(going)
     measures: list[dict[str, float]] = [{}] * len(going)
+    sizes = [0.0] * len(going)
     for course, step in zip(going, steps, strict=True):
         course.optimizer.zero_grad(set_to_none=True)
-        count = course.trainee.config.accumulate
+        count = course.trainee.config.gradient_accumulation_steps
         parts.append([course.batches.at(step * count + i) for i in range(count)])
-        totals.append(sum(label_count(row, course.trainee.learner) for part in parts[-1] for row in part))
+        totals.append(sum(course.trainee.label_count(row) for part in parts[-1] for row in part))
     for number in range(max(map(len, parts))):
         mine, labels = [], []
         for course, own in zip(going, parts, strict=True):
             part = own[number] if number < len(own) else []
             mine.append(part[accelerator.process_index :: accelerator.num_processes])
-            labels.append(sum(label_count(row, course.trainee.learner) for row in mine[-1]))
+            labels.append(sum(course.trainee.label_count(row) for row in mine[-1]))
         here = [i for i, found in enumerate(labels) if found]
         if not here:
             continue
         seeds = [_stream(going[i].trainee.seed, steps[i], 2 * number) for i in here]
         trainees = [going[i].trainee for i in here]
         targets = [trainee.targets for trainee in trainees]
-        found = joint_steps([one.learner for one in trainees], [mine[i] for i in here], seeds, pad, targets)
+        found = joint_steps(model, [one.prompts for one in trainees], [mine[i] for i in here], seeds, pad, targets)
         values = []
         for i, made in zip(here, found, strict=True):
             torch.manual_seed(_stream(going[i].trainee.seed, steps[i], 2 * number + 1))
             values.append(going[i].objective(made).to(zero.dtype) * (labels[i] / totals[i]))
             losses[i], paths[i] = losses[i] + values[-1].detach(), made.output.path
+            sizes[i] = float(made.prompt.values.detach()[made.prompt.mask.bool()].square().mean().sqrt())
             measures[i] = {name: float(value) for name, value in made.prompt.aux.items() if value.dim() == 0}
         torch.stack(values).sum().backward()
     tokens = [sum(len(row.input_ids) for part in own for row in part) for own in parts]
     none = "a batch holds no label to learn from; check the template and the label column"
     return [
-        _Measured(_summed(course, loss, accelerator), count, path, said, "" if total else none)
-        for course, loss, count, path, said, total in zip(going, losses, tokens, paths, measures, totals, strict=True)
+        _Measured(_summed(course, loss, accelerator), count, path, said, size, "" if total else none)
+        for course, loss, count, path, said, size, total in zip(
+            going, losses, tokens, paths, measures, sizes, totals, strict=True
+        )
     ]
 
 
@@ -326,7 +354,7 @@ def _update(
     """The run's state after one optimizer step, or its last good one, put back, where the loss was not a number."""
     began, one, now = time.perf_counter(), course.trainee, state.now
     config, parameters, optimizer = one.config, course.parameters, course.optimizer
-    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.clip or math.inf))
+    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.max_grad_norm or math.inf))
     if measured.failed or not math.isfinite(measured.loss + norm):
         checkpoint.restore(state.good, parameters, optimizer)
         optimizer.zero_grad(set_to_none=True)
@@ -336,21 +364,24 @@ def _update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     score = None
-    if one.validate is not None and config.evaluate_every and (now.step + 1) % config.evaluate_every == 0:
+    if one.validate is not None and config.eval_steps and (now.step + 1) % config.eval_steps == 0:
         score = _agreed(one.validate(), accelerator)
-    ratio, seconds = one.learner.rms_ratio(), spent + time.perf_counter() - began
+    ratio = one.model.rms_ratio(one.prompts)
+    if ratio is None:
+        ratio = measured.rms / one.model.backbone.embedding_rms
+    seconds = spent + time.perf_counter() - began
     loss, tokens, path = measured.loss, measured.tokens, measured.path
-    machine = _machine_if_new(one.learner, now)
-    done, own = (now.step + 1, config.steps, loss, rate, ratio, tokens, seconds), measured.measures
+    machine = _machine_if_new(one.model, now)
+    done, own = (now.step + 1, config.max_steps, loss, rate, ratio, tokens, seconds), measured.measures
     report = Progress(*done, score, path, compared, machine, own)
     # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
     return _State(checkpoint.capture(now, parameters, optimizer, report), now)
 
 
-def _machine_if_new(learner: Learner, now: Checkpoint) -> str:
+def _machine_if_new(model: SoftPromptModel, now: Checkpoint) -> str:
     """What this step is computed with, where the last one was computed with something else; else an empty string."""
     before = next((report.machine for report in reversed(now.history) if report.machine), "")
-    machine = checkpoint.machine_line(learner.backbone)
+    machine = checkpoint.machine_line(model.backbone)
     return "" if machine == before else machine
 
 
@@ -362,9 +393,9 @@ def _agreed(score: float, accelerator: Accelerator) -> float:
 
 
 def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:
-    if config.patience is None or config.evaluate_every is None or now.best is None:
+    if config.early_stopping_patience is None or config.eval_steps is None or now.best is None:
         return False
-    return now.step - now.best_step >= config.patience * config.evaluate_every
+    return now.step - now.best_step >= config.early_stopping_patience * config.eval_steps
 
 
 def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile | None) -> str:
@@ -372,6 +403,7 @@ def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile
         f"the state after step {good} is kept in {written.file}" if written else f"the state after step {good} is kept"
     )
     return (
-        f"the loss of step {step} is not a number; {kept}. Try a lower rate (train.rate was {config.rate:g} "
-        f"{config.rate_unit}) or gradient clipping (train.clip), in another output directory or with that file deleted"
+        f"the loss of step {step} is not a number; {kept}. Try a lower rate (training.learning_rate was "
+        f"{config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping (training.max_grad_norm), in "
+        "another output directory or with that file deleted"
     )

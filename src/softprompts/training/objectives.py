@@ -71,7 +71,9 @@ def distil_hidden(step: Step) -> Tensor:
 
 def _teacher(step: Step) -> TeacherBatch:
     if step.teacher is None:
-        raise ValueError("this objective compares with a teacher, and the step has none; name them in train.distil")
+        raise ValueError(
+            "this objective compares with a teacher, and the step has none; name them in training.distillation"
+        )
     return step.teacher
 
 

@@ -9,8 +9,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from softprompts.config import TrainConfig
-from softprompts.methods import groups
-from softprompts.model.learner import Learner
+from softprompts.types import ParamGroup
 
 
 class _UnfactoredAdafactor(Adafactor):
@@ -21,37 +20,50 @@ class _UnfactoredAdafactor(Adafactor):
         return False, param_group["beta1"] is not None
 
 
-def build_optimizer(learner: Learner, parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> Any:
-    """The optimizer of a learner's `parameters`, in groups that each remember their full rate under `rate`.
+def build_optimizer(
+    groups: Mapping[str, ParamGroup], parameters: Mapping[str, nn.Parameter], config: TrainConfig, rms: float
+) -> Any:
+    """The optimizer of `parameters`, in groups that each remember their full rate under `rate`.
 
-    A rate counts in units of rms(E), where the group and the configuration say so.
+    Args:
+        groups: The method's groups of parameters.
+        parameters: What is trained, by the names of `SoftPromptModel.trainable`.
+        config: The rates.
+        rms: rms(E) of the word embeddings, in units of which a rate counts where group and configuration say so.
     """
-    found = []
-    for name, group in groups(learner.method).items():
-        unit = learner.backbone.embedding_rms if config.rate_unit == "rms" and group.unit == "rms" else 1.0
-        rate = config.rates.get(name, config.rate if group.rate is None else group.rate)
+    rates = []
+    for name, group in groups.items():
+        unit = rms if config.learning_rate_unit == "rms" and group.unit == "rms" else 1.0
+        rate = config.learning_rates.get(name, config.learning_rate if group.rate is None else group.rate)
         decay = config.weight_decay if group.decay else 0.0
-        found.append((tuple(f"method.{prefix}" for prefix in group.parameters), rate * unit, decay))
+        rates.append(("prompts", group.parameters, rate * unit, decay))
+    rates.append(("heads", ("",), config.head_learning_rate, config.weight_decay))
     parts = []
-    for prefixes, rate, decay in (*found, (("head.",), config.head_rate, config.weight_decay)):
-        chosen = [p for name, p in parameters.items() if name.startswith(prefixes)]
+    for part, prefixes, rate, decay in rates:
+        chosen = [value for name, value in parameters.items() if _belongs(name, part, prefixes)]
         if chosen:
             parts.append({"params": chosen, "lr": rate, "rate": rate, "weight_decay": decay})
     if config.optimizer == "adamw":
         return torch.optim.AdamW(parts, weight_decay=config.weight_decay)
     return _UnfactoredAdafactor(
-        parts, lr=config.rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+        parts, lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
     )
+
+
+def _belongs(name: str, part: str, prefixes: tuple[str, ...]) -> bool:
+    """Whether a parameter `prompts.TASK.TENSOR` or `heads.TASK.TENSOR` is of that part and its tensor of the group."""
+    kind, _, tensor = name.split(".", 2)
+    return kind == part and tensor.startswith(prefixes)
 
 
 def set_rates(optimizer: Any, config: TrainConfig, step: int) -> float:
     """Set every group's rate for `step` (counted from 0) and return the first, the prompt's."""
     factor = 1.0
-    if step < config.warmup:
-        factor = (step + 1) / config.warmup
-    elif config.schedule != "constant":
-        done = (step - config.warmup) / max(1, config.steps - config.warmup)
-        factor = 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    if step < config.warmup_steps:
+        factor = (step + 1) / config.warmup_steps
+    elif config.lr_scheduler_type != "constant":
+        done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        factor = 1 - done if config.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
     return float(optimizer.param_groups[0]["lr"])

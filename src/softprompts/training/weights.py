@@ -28,13 +28,12 @@ from softprompts.backbone.kernels import Kernels
 from softprompts.config import LoraConfig, TrainConfig, closest
 from softprompts.data import EncodedExample, ExampleBatches, collate
 from softprompts.errors import BackboneError, ConfigError, TrainingError
-from softprompts.injection import Site
-from softprompts.model.learner import Learner
+from softprompts.model import SoftPromptModel
 from softprompts.training import objectives
 from softprompts.training.checkpoint import Progress, machine_line
 from softprompts.training.optimizer import set_rates
 from softprompts.training.shared_batch import label_count
-from softprompts.types import Batch, Objective, Output, Prompt, PromptSpec, Step
+from softprompts.types import Batch, Objective, Output, Prompt, Step
 
 MARKS = {"lora": "adapter_config.json", "model": "config.json"}
 """The folders that a run keeps weights in, and the file by which each is known as one."""
@@ -47,11 +46,11 @@ KINDS = {"sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 class Weights:
     """A copy of a backbone whose weights are trained, read without a prompt.
 
-    learner: the copy, run with the stock model's own modules; trained: the parameters that are trained, by their names
+    model: the copy, run with the stock model's own modules; trained: the parameters that are trained, by their names
     in the copy; heads: its modules that make up a classification head; adapter: PEFT's model around it, for LoRA.
     """
 
-    learner: Learner
+    model: SoftPromptModel
     trained: dict[str, nn.Parameter]
     heads: tuple[str, ...] = ()
     adapter: Any = None
@@ -61,18 +60,18 @@ class Weights:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.trained.values())
 
-    def judged_with(self, kernels: Kernels) -> Learner:
+    def judged_with(self, kernels: Kernels) -> SoftPromptModel:
         """The same weights to be judged with `kernels`, which are faster and equal up to rounding."""
-        return replace(self.learner, backbone=replace(self.learner.backbone, kernels=kernels, facts={}))
+        return SoftPromptModel(replace(self.model.backbone, kernels=kernels, facts={}))
 
 
 def check_installed(config: TrainConfig) -> None:
     """Raise ConfigError where `config` asks for LoRA and PEFT is not here."""
-    if config.train == "lora":
+    if config.target == "lora":
         _peft()
 
 
-def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("task",), seed: int = 0) -> Weights:
+def copied(backbone: Backbone, config: TrainConfig, seed: int = 0) -> Weights:
     """A copy of `backbone`, in float32 (float64 where it is), that `fit` can train as `config.train` says.
 
     seed: of the start of LoRA's matrices; at the start the copy answers as the backbone does.
@@ -87,14 +86,13 @@ def copied(backbone: Backbone, config: TrainConfig, tasks: tuple[str, ...] = ("t
     own = replace(backbone, model=model, kernels=plain, facts={})
     heads = tuple(dict.fromkeys(name.split(".")[0] for name in own.head_names))
     adapter = None
-    if config.train == "lora":
+    if config.target == "lora":
         adapter = _with_lora(own, config.lora, heads, seed)
     else:
         model.requires_grad_(True)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     freeze(model)
-    slot = PromptSpec(tasks, 0, own.embedding_size, own.embedding_size)
-    return Weights(Learner(own, Site(), slot), trained, heads, adapter)
+    return Weights(SoftPromptModel(own), trained, heads, adapter)
 
 
 def fit(
@@ -122,26 +120,29 @@ def fit(
     try:
         for parameter in weights.trained.values():
             parameter.requires_grad_(True)
-        for step in range(config.steps):
+        for step in range(config.max_steps):
             began = time.perf_counter()
-            parts = [batches.at(step * config.accumulate + i) for i in range(config.accumulate)]
+            parts = [
+                batches.at(step * config.gradient_accumulation_steps + i)
+                for i in range(config.gradient_accumulation_steps)
+            ]
             loss, path = _gradients(weights, parts, objective, pad)
             rate = _update(weights, optimizer, config, step, loss)
             score = None
-            if validate is not None and config.evaluate_every and (step + 1) % config.evaluate_every == 0:
+            if validate is not None and config.eval_steps and (step + 1) % config.eval_steps == 0:
                 score = validate()
                 best = best.after(step + 1, score, weights)
             tokens = sum(len(row.input_ids) for part in parts for row in part)
-            machine = machine_line(weights.learner.backbone) if step == 0 else ""
+            machine = machine_line(weights.model.backbone) if step == 0 else ""
             spent = time.perf_counter() - began
             yield Progress(
-                step + 1, config.steps, loss, rate, None, tokens, spent, score=score, path=path, machine=machine
+                step + 1, config.max_steps, loss, rate, None, tokens, spent, score=score, path=path, machine=machine
             )
             if best.patience_spent(step + 1, config):
                 break
     finally:
         optimizer.zero_grad(set_to_none=True)
-        freeze(weights.learner.backbone.model)
+        freeze(weights.model.backbone.model)
     best.put_back(weights)
 
 
@@ -150,7 +151,7 @@ def kept_at(config: TrainConfig, out: str | Path) -> Path | None:
 
     Raises ConfigError where something else bears that name.
     """
-    name = "lora" if config.train == "lora" else "model" if config.keep else None
+    name = "lora" if config.target == "lora" else "model" if config.save_model else None
     if name is None:
         return None
     place = Path(out) / name
@@ -164,7 +165,7 @@ def save(weights: Weights, directory: str | Path) -> None:
 
     It is written under another name and renamed when complete; an older one in its place is removed.
     """
-    target, backbone = Path(directory), weights.learner.backbone
+    target, backbone = Path(directory), weights.model.backbone
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         if weights.adapter is not None:
@@ -193,9 +194,9 @@ class _Best:
         return _Best(step, score, {name: value.detach().clone() for name, value in weights.trained.items()})
 
     def patience_spent(self, step: int, config: TrainConfig) -> bool:
-        if config.patience is None or config.evaluate_every is None or self.score is None:
+        if config.early_stopping_patience is None or config.eval_steps is None or self.score is None:
             return False
-        return step - self.step >= config.patience * config.evaluate_every
+        return step - self.step >= config.early_stopping_patience * config.eval_steps
 
     def put_back(self, weights: Weights) -> None:
         with torch.no_grad():
@@ -209,8 +210,8 @@ def _peft() -> Any:
         import peft
     except ImportError:
         raise ConfigError(
-            "train: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the whole "
-            "backbone (train: backbone)"
+            "target: lora needs the package peft; install it with `pip install 'softprompts[lora]'`, or train the "
+            "whole backbone (training.target: backbone)"
         ) from None
     return peft
 
@@ -220,8 +221,8 @@ def check_trainable(backbone: Backbone) -> None:
     name, attention = backbone.name or type(backbone.model).__name__, str(backbone.model.config._attn_implementation)
     if backbone.quantization:
         raise BackboneError(
-            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, "
-            f"or train a prompt"
+            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, or "
+            f"train a prompt"
         )
     places = getattr(backbone.model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1 or any(hasattr(part, "_hf_hook") for part in backbone.model.modules()):
@@ -241,8 +242,8 @@ def _check_ready(rows: Sequence[EncodedExample], config: TrainConfig) -> None:
         raise ConfigError("there are no rows to train on; check the task's source and split")
     if get_cpu_distributed_information().world_size > 1:
         raise ConfigError(
-            f"train: {config.train} runs in one process; start it without a launcher, and accumulate batches "
-            f"(train.accumulate) where memory is short"
+            f"target: {config.target} runs in one process; start it without a launcher, and accumulate batches "
+            f"(training.gradient_accumulation_steps) where memory is short"
         )
 
 
@@ -284,17 +285,17 @@ def _wrong_targets(model: nn.Module, config: LoraConfig, error: ValueError) -> C
     text = given if isinstance(given, str) else ", ".join(given)
     wrong = [name for name in given if name not in names] if not isinstance(given, str) else [given]
     if not wrong:
-        return ConfigError(f"train.lora: {' '.join(str(error).split())}")
+        return ConfigError(f"training.lora: {' '.join(str(error).split())}")
     return ConfigError(
-        f"train.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} possible: "
-        f"{', '.join(names)}, all-linear"
+        f"training.lora.targets: {text} cannot be updated in {type(model).__name__}{closest(wrong[0], names)} "
+        f"possible: {', '.join(names)}, all-linear"
     )
 
 
 def _optimizer(weights: Weights, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with a group for the weights and, where there is one, a group for the head."""
     groups: list[dict[str, Any]] = []
-    for of_head, rate in ((False, config.rate), (True, config.head_rate)):
+    for of_head, rate in ((False, config.learning_rate), (True, config.head_learning_rate)):
         chosen = [value for name, value in weights.trained.items() if (name.split(".")[0] in weights.heads) == of_head]
         if chosen:
             groups.append({"params": chosen, "lr": rate, "rate": rate})
@@ -308,28 +309,29 @@ def _gradients(
 
     Each part counts with its share of the labels, so accumulation equals one large batch.
     """
-    learner, loss, path = weights.learner, 0.0, ""
-    counts = [sum(label_count(row, learner) for row in part) for part in parts]
+    model, loss, path = weights.model, 0.0, ""
+    counts = [sum(label_count(row, model.backbone, None) for row in part) for part in parts]
     if not sum(counts):
         raise TrainingError("a batch holds no label to learn from; check the template and the label column")
     for part, count in zip(parts, counts, strict=True):
         if count:
-            made = _step(learner, collate(part, pad).to(learner.backbone.device))
+            made = _step(model, collate(part, pad).to(model.device))
             value = objective(made) * (count / sum(counts))
             value.backward()
             loss, path = loss + float(value.detach()), made.output.path
     return loss, path
 
 
-def _step(learner: Learner, batch: Batch) -> Step:
+def _step(model: SoftPromptModel, batch: Batch) -> Step:
     """What the objective looks at; no prompt is one of no tokens."""
 
     def run(prompt: Prompt | None) -> Output:
         # Labels' scores made in parts, as large vocabularies have them, give the head's weights no gradient.
-        return learner.forward(batch, prompt, logits=True)
+        with model.no_prompt():
+            return model.score(batch, logits=True)
 
     row = torch.zeros_like(batch.task_ids)
-    values = torch.zeros(1, 0, learner.slot.width, device=row.device)
+    values = torch.zeros(1, 0, model.backbone.embedding_size, device=row.device)
     none = Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
     return Step(batch, none, run(None), run)
 
@@ -339,11 +341,12 @@ def _update(weights: Weights, optimizer: torch.optim.AdamW, config: TrainConfig,
 
     Raises TrainingError where loss or gradient are not numbers.
     """
-    norm = float(nn.utils.clip_grad_norm_(list(weights.trained.values()), config.clip or math.inf))
+    norm = float(nn.utils.clip_grad_norm_(list(weights.trained.values()), config.max_grad_norm or math.inf))
     if not math.isfinite(loss + norm):
         raise TrainingError(
-            f"the loss of step {step + 1} is not a number, and nothing was written. Try a lower rate (train.rate was "
-            f"{config.rate:g} {config.rate_unit}) or gradient clipping (train.clip)"
+            f"the loss of step {step + 1} is not a number, and nothing was written. Try a lower rate "
+            f"(training.learning_rate was {config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping "
+            "(training.max_grad_norm)"
         )
     rate = set_rates(optimizer, config, step)
     optimizer.step()

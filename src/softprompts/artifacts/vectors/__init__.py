@@ -1,40 +1,53 @@
 """Task prompt vectors (Belanec, Ostermann, Srba, Bielikova 2024, arXiv 2408.01119): arithmetic on trained prompts.
 
-A task's vector is what training added: its prompt minus the prompt it began with. Every artifact holds both, so any two
-of one backbone, length and site can be combined. Sums are kept as sums and computed once, in float64 and in the order
-of the parents' hashes: no result depends on the order of arguments, and what cancels is exactly zero.
+A task's vector is its trained prompt minus the prompt from which training began. Every artifact holds both, so any two
+prompts of one backbone, length and site can be combined. A sum keeps its summands and is computed once, in float64, in
+the order of the parents' hashes. No result depends on the order of arguments, and what cancels is exactly zero.
 """
 
-from softprompts.artifacts.vectors.expression import locate, read, terms, weigh
+from softprompts.artifacts.vectors.expression import (
+    evaluate_expression,
+    locate_prompt,
+    parse_expression,
+    read_expression,
+)
 from softprompts.artifacts.vectors.measures import COSINES, compare, cosine, cosines, distances, norm, norm_ratio
-from softprompts.artifacts.vectors.merging import MERGES, Merge, average, dare, merge, slerp, ties, weighted
-from softprompts.artifacts.vectors.vector import Part, Vector, apply, common_start, fits, made, vector
+from softprompts.artifacts.vectors.merging import MERGES, MergeOptions, average, dare, merge, slerp, ties, weighted
+from softprompts.artifacts.vectors.vector import (
+    Summand,
+    Vector,
+    apply,
+    check_start,
+    common_start,
+    task_vector,
+    to_artifact,
+)
 
 __all__ = [
     "COSINES",
     "MERGES",
-    "Merge",
-    "Part",
+    "MergeOptions",
+    "Summand",
     "Vector",
     "apply",
     "average",
+    "check_start",
     "common_start",
     "compare",
     "cosine",
     "cosines",
     "dare",
     "distances",
-    "fits",
-    "locate",
-    "made",
+    "evaluate_expression",
+    "locate_prompt",
     "merge",
     "norm",
     "norm_ratio",
-    "read",
+    "parse_expression",
+    "read_expression",
     "slerp",
-    "terms",
+    "task_vector",
     "ties",
-    "vector",
-    "weigh",
+    "to_artifact",
     "weighted",
 ]

@@ -8,136 +8,190 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from softprompts.artifacts.vectors.vector import Number, Vector, exactly, in_order, merged
+from softprompts.artifacts.vectors.vector import (
+    Coefficient,
+    Vector,
+    canonical_order,
+    exact_fraction,
+    merged_vector,
+)
 from softprompts.errors import ArtifactError
 
 
 @dataclass(frozen=True)
-class Merge:
-    """What a merge may be told.
+class MergeOptions:
+    """The options of all merges; each reads those that it has.
 
-    weights: of each vector (None: all 1); density: the part of the numbers that ties keeps, and dare too; t: how far
-    slerp goes from the first vector to the second; seed: of dare's draws.
+    Attributes:
+        weights: The weight of each vector; None: all 1.
+        density: The share of the numbers that ties and dare keep.
+        t: How far slerp goes from the first vector to the second.
+        seed: The seed of dare's draws.
     """
 
-    weights: Sequence[Number] | None = None
+    weights: Sequence[Coefficient] | None = None
     density: float = 0.2
     t: float = 0.5
     seed: int = 0
 
 
-def weighted(vectors: Sequence[Vector], weights: Sequence[Number] | None = None) -> Vector:
-    """The sum of `vectors` by `weights` (None: all 1), one for each (Ilharco et al. 2022, arXiv 2212.04089)."""
-    shares = _weights(vectors, weights)
-    order = in_order(vectors, shares)
-    total = vectors[order[0]] * shares[order[0]]
-    for place in order[1:]:
-        total = total + vectors[place] * shares[place]
+def weighted(vectors: Sequence[Vector], weights: Sequence[Coefficient] | None = None) -> Vector:
+    """The weighted sum Σ w_i τ_i (Ilharco et al. 2022, arXiv 2212.04089).
+
+    Args:
+        vectors: τ_i.
+        weights: w_i, one for each vector; None: all 1.
+
+    Raises:
+        ArtifactError: The vectors cannot be combined, or there are more or fewer weights than vectors.
+    """
+    checked = _check_weights(vectors, weights)
+    order = canonical_order(vectors, checked)
+    total = vectors[order[0]] * checked[order[0]]
+    for index in order[1:]:
+        total = total + vectors[index] * checked[index]
     return total
 
 
 def average(vectors: Sequence[Vector]) -> Vector:
-    """The mean of `vectors`, as over the seeds of one task."""
-    return weighted(vectors) * (exactly(1) / len(vectors)) if vectors else weighted(vectors)
+    """The mean of vectors, for example over the seeds of one task.
+
+    Raises:
+        ArtifactError: The vectors cannot be combined.
+    """
+    total = weighted(vectors)
+    return total * (exact_fraction(1) / len(vectors))
 
 
-def ties(vectors: Sequence[Vector], weights: Sequence[Number] | None = None, density: float = 0.2) -> Vector:
-    """TIES (Yadav et al. 2023, arXiv 2306.01708): trim, elect signs, and average what agrees.
+def ties(vectors: Sequence[Vector], weights: Sequence[Coefficient] | None = None, density: float = 0.2) -> Vector:
+    """TIES (Yadav et al. 2023, arXiv 2306.01708): trim, elect signs, average the numbers that agree.
 
-    Of each vector the `density` part of largest magnitude is kept; the sign of each number is that of the weighted sum
-    of what was kept; the result is the weighted mean of the kept numbers that have this sign.
-    Raises ArtifactError for a density outside ]0, 1], and for weights that are not positive.
+    Of each vector the share `density` of largest magnitude is kept. The elected sign of each number is that of the
+    weighted sum of what was kept. The result is the weighted mean of the kept numbers that have the elected sign.
+
+    Args:
+        vectors: The vectors.
+        weights: One positive weight for each; None: all 1.
+        density: From above 0 to 1.
+
+    Raises:
+        ArtifactError: The vectors cannot be combined, or the density or a weight is out of range.
     """
     _check_density(density)
-    shares = _weights(vectors, weights)
-    if any(share <= 0 for share in shares):
+    checked = _check_weights(vectors, weights)
+    if any(weight <= 0 for weight in checked):
         raise ArtifactError("ties takes a mean: its weights must be positive")
-    order = in_order(vectors, shares)
-    kept = torch.stack([_largest(vectors[place].value, density) for place in order])
-    by = torch.tensor([float(shares[place]) for place in order], dtype=torch.float64)[:, None, None]
-    sign = (kept * by).sum(0).sign()
-    agrees = (kept.sign() == sign) & (sign != 0)
-    value = (kept * by * agrees).sum(0) / (by * agrees).sum(0).clamp_min(torch.finfo(torch.float64).tiny)
-    return merged(value, vectors, {"how": "ties", "density": density, **_told(vectors, shares, order)})
+    order = canonical_order(vectors, checked)
+    trimmed = torch.stack([_trim(vectors[index].value, density) for index in order])
+    factors = torch.tensor([float(checked[index]) for index in order], dtype=torch.float64)[:, None, None]
+    sign = (trimmed * factors).sum(0).sign()
+    agrees = (trimmed.sign() == sign) & (sign != 0)
+    total_weight = (factors * agrees).sum(0).clamp_min(torch.finfo(torch.float64).tiny)
+    value = (trimmed * factors * agrees).sum(0) / total_weight
+    provenance = {"how": "ties", "density": density, "of": _describe(vectors, checked, order)}
+    return merged_vector(value, vectors, provenance)
 
 
 def dare(
-    vectors: Sequence[Vector], weights: Sequence[Number] | None = None, density: float = 0.2, seed: int = 0
+    vectors: Sequence[Vector], weights: Sequence[Coefficient] | None = None, density: float = 0.2, seed: int = 0
 ) -> Vector:
-    """DARE (Yu et al. 2023, arXiv 2311.03099): of each vector numbers are dropped at random, and the sum is taken.
+    """DARE (Yu et al. 2023, arXiv 2311.03099): numbers of each vector are dropped at random, and the sum is taken.
 
-    A number is kept with the chance `density` and divided by it, so that its expectation stays. The draws of a vector
-    hang on the seed and on what it is, not on its place among the others.
-    Raises ArtifactError for a density outside ]0, 1].
+    A number is kept with probability `density` and divided by it, so that its expectation stays. The draws of a vector
+    depend on the seed and on the vector's identity, not on its position among the others.
+
+    Args:
+        vectors: The vectors.
+        weights: One weight for each; None: all 1.
+        density: From above 0 to 1.
+        seed: The seed of the draws.
+
+    Raises:
+        ArtifactError: The vectors cannot be combined, or the density is out of range.
     """
     _check_density(density)
-    shares = _weights(vectors, weights)
-    order = in_order(vectors, shares)
-    total = torch.zeros(vectors[0].like.shape, dtype=torch.float64)
-    for place in order:
-        drawn = hashlib.sha256(f"{seed} {vectors[place].key}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(drawn[:8], "little") % 2**63)
-        kept = torch.rand(total.shape, generator=generator, dtype=torch.float64) < density
-        total += float(shares[place]) * vectors[place].value * kept / density
-    return merged(total, vectors, {"how": "dare", "density": density, "seed": seed, **_told(vectors, shares, order)})
+    checked = _check_weights(vectors, weights)
+    order = canonical_order(vectors, checked)
+    total = torch.zeros(vectors[0].reference.shape, dtype=torch.float64)
+    for index in order:
+        seed_bytes = hashlib.sha256(f"{seed} {vectors[index].key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(seed_bytes[:8], "little") % 2**63)
+        mask = torch.rand(total.shape, generator=generator, dtype=torch.float64) < density
+        total += float(checked[index]) * vectors[index].value * mask / density
+    provenance = {"how": "dare", "density": density, "seed": seed, "of": _describe(vectors, checked, order)}
+    return merged_vector(total, vectors, provenance)
 
 
 def slerp(vectors: Sequence[Vector], t: float = 0.5) -> Vector:
-    """Spherical interpolation of two vectors (Shoemake 1985): `t` 0 is the first, 1 the second.
+    """Spherical interpolation of two vectors (Shoemake 1985): sin((1-t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b.
 
-    sin((1-t)Ω)/sin Ω · a + sin(tΩ)/sin Ω · b, Ω the angle between them; on a straight line where they are parallel.
-    Raises ArtifactError for other than two vectors, and for two that point opposite ways: no way between is shortest.
+    Ω is the angle between the vectors. Parallel vectors are interpolated on a straight line.
+
+    Args:
+        vectors: a and b.
+        t: From 0, which is a, to 1, which is b.
+
+    Raises:
+        ArtifactError: There are not two vectors, they cannot be combined, one is zero, or they point opposite ways, so
+            that no way between them is shortest.
     """
     if len(vectors) != 2:
         raise ArtifactError(f"slerp goes from one vector to another, given {len(vectors)}; give two")
     if not 0 <= t <= 1:
         raise ArtifactError(f"slerp's t must be from 0 to 1, given {t}")
-    shares = (1 - t, t)
-    order = in_order(vectors, shares)
-    first, second = (vectors[place] for place in order)
+    weights = (1 - t, t)
+    order = canonical_order(vectors, weights)
+    first, second = vectors[order[0]], vectors[order[1]]
     a, b = first.value, second.value
-    length = float(a.norm() * b.norm())
-    if length == 0:
+    if float(a.norm() * b.norm()) == 0:
         raise ArtifactError("slerp needs two directions, and one of the vectors is zero")
     if t in (0, 1):
         return vectors[int(t)]
-    angle = 2 * math.atan2(float((a / a.norm() - b / b.norm()).norm()), float((a / a.norm() + b / b.norm()).norm()))
+    unit_a, unit_b = a / a.norm(), b / b.norm()
+    angle = 2 * math.atan2(float((unit_a - unit_b).norm()), float((unit_a + unit_b).norm()))
     if math.pi - angle < 1e-6:
         raise ArtifactError(f"{first.name} and {second.name} point opposite ways: there are many ways between them")
-    if angle < 1e-6:
-        by = [shares[place] for place in order]
-    else:
-        by = [math.sin(shares[place] * angle) / math.sin(angle) for place in order]
-    return merged(by[0] * a + by[1] * b, vectors, {"how": "slerp", **_told(vectors, shares, order)})
+    factors = [weights[index] for index in order]
+    if angle >= 1e-6:
+        factors = [math.sin(factor * angle) / math.sin(angle) for factor in factors]
+    provenance = {"how": "slerp", "of": _describe(vectors, weights, order)}
+    return merged_vector(factors[0] * a + factors[1] * b, vectors, provenance)
 
 
-MERGES: dict[str, Callable[[Sequence[Vector], Merge], Vector]] = {
-    "weighted": lambda vectors, chosen: weighted(vectors, chosen.weights),
-    "average": lambda vectors, chosen: average(vectors),
-    "ties": lambda vectors, chosen: ties(vectors, chosen.weights, chosen.density),
-    "dare": lambda vectors, chosen: dare(vectors, chosen.weights, chosen.density, chosen.seed),
-    "slerp": lambda vectors, chosen: slerp(vectors, chosen.t),
+MERGES: dict[str, Callable[[Sequence[Vector], MergeOptions], Vector]] = {
+    "weighted": lambda vectors, options: weighted(vectors, options.weights),
+    "average": lambda vectors, options: average(vectors),
+    "ties": lambda vectors, options: ties(vectors, options.weights, options.density),
+    "dare": lambda vectors, options: dare(vectors, options.weights, options.density, options.seed),
+    "slerp": lambda vectors, options: slerp(vectors, options.t),
 }
 
 
-def merge(vectors: Sequence[Vector], how: str, chosen: Merge | None = None) -> Vector:
-    """One vector of several by the merge called `how`.
+def merge(vectors: Sequence[Vector], name: str, options: MergeOptions | None = None) -> Vector:
+    """One vector made of several.
 
-    Raises ArtifactError for a name that is not in MERGES, for weights where it takes none, and as the merge does.
+    Args:
+        vectors: The vectors.
+        name: The merge, one of MERGES.
+        options: Its options; None: the defaults.
+
+    Raises:
+        ArtifactError: The merge is unknown, does not take the weights that are given, or fails as it says.
     """
-    if how not in MERGES:
-        raise ArtifactError(f"no merge '{how}'; possible: {', '.join(MERGES)}")
-    if how in ("average", "slerp") and chosen is not None and chosen.weights is not None:
-        raise ArtifactError(f"merge '{how}' takes no weights; possible with weights: weighted, ties, dare")
-    return MERGES[how](vectors, chosen or Merge())
+    if name not in MERGES:
+        raise ArtifactError(f"no merge '{name}'; possible: {', '.join(MERGES)}")
+    if name in ("average", "slerp") and options is not None and options.weights is not None:
+        raise ArtifactError(f"merge '{name}' takes no weights; possible with weights: weighted, ties, dare")
+    return MERGES[name](vectors, options or MergeOptions())
 
 
-def _weights(vectors: Sequence[Vector], weights: Sequence[Number] | None) -> list[Number]:
+def _check_weights(vectors: Sequence[Vector], weights: Sequence[Coefficient] | None) -> list[Coefficient]:
+    """The weights as exact fractions; 1 for each vector where there are none."""
     if weights is None:
         return [1] * len(vectors)
     if len(weights) != len(vectors):
         raise ArtifactError(f"{len(weights)} weights for {len(vectors)} vectors; give one for each")
-    return [exactly(weight) for weight in weights]
+    return [exact_fraction(weight) for weight in weights]
 
 
 def _check_density(density: float) -> None:
@@ -145,16 +199,18 @@ def _check_density(density: float) -> None:
         raise ArtifactError(f"the density is the part of the numbers that is kept, above 0 and at most 1: {density}")
 
 
-def _largest(value: Tensor, density: float) -> Tensor:
-    """`value` with its smallest numbers zero: of n, the round(density · n) largest stay, of equal ones the first."""
-    flat = value.reshape(-1)
-    order = flat.abs().sort(descending=True, stable=True).indices
-    kept = torch.zeros_like(flat)
-    chosen = order[: max(1, round(density * len(flat)))]
-    kept[chosen] = flat[chosen]
-    return kept.reshape(value.shape)
+def _trim(value: Tensor, density: float) -> Tensor:
+    """The matrix with only its round(density · n) numbers of largest magnitude; of equal ones, the first stay."""
+    numbers = value.reshape(-1)
+    order = numbers.abs().sort(descending=True, stable=True).indices
+    largest = order[: max(1, round(density * len(numbers)))]
+    trimmed = torch.zeros_like(numbers)
+    trimmed[largest] = numbers[largest]
+    return trimmed.reshape(value.shape)
 
 
-def _told(vectors: Sequence[Vector], weights: Sequence[Number], order: Sequence[int]) -> dict[str, object]:
-    """What is kept of a merge's inputs."""
-    return {"of": [{"sum": vectors[place].name, "weight": float(weights[place])} for place in order]}
+def _describe(
+    vectors: Sequence[Vector], weights: Sequence[Coefficient], order: Sequence[int]
+) -> list[dict[str, object]]:
+    """The inputs of a merge, as artifacts store them."""
+    return [{"sum": vectors[index].name, "weight": float(weights[index])} for index in order]

@@ -1,7 +1,7 @@
 """SPoT (Vu, Lester, Constant, Al-Rfou, Cer 2022, arXiv 2110.07904): which trained prompts suit a new task.
 
-A task is told by its prompt: similar tasks have similar prompts, and a prompt of a similar task is a good start. Plain
-functions on prompts [P, D]; everything is computed in float64.
+A prompt represents its task: similar tasks have similar prompts, and the prompt of a similar task is a good start. The
+functions take prompts [P, D] and compute in float64.
 """
 
 import math
@@ -15,59 +15,91 @@ from torch.nn import functional
 SimilarityMeasure = Literal["mean", "pairs"]
 
 
-def similarity(one: Tensor, other: Tensor, how: SimilarityMeasure = "mean") -> float:
-    """How alike the tasks of two prompts `[P, D]` are, from -1 to 1; their lengths may differ (section 4.1).
+def similarity(first: Tensor, second: Tensor, measure: SimilarityMeasure = "mean") -> float:
+    """How similar the tasks of two prompts are, from -1 to 1 (section 4.1 of the paper).
 
-    how: "mean", the cosine of the mean tokens; "pairs", the mean cosine over all pairs of tokens. A vector of zeros has
-    the cosine 0 with every other.
-    Raises ValueError for prompts of other shapes and for another `how`.
+    A vector of zeros has the cosine 0 with every other.
+
+    Args:
+        first: A prompt, [P, D].
+        second: A prompt of the same width D and any length.
+        measure: "mean", the cosine of the mean tokens; "pairs", the mean cosine over all pairs of tokens.
+
+    Raises:
+        ValueError: The prompts have other shapes, or the measure is unknown.
     """
-    if one.dim() != 2 or other.dim() != 2 or one.shape[1] != other.shape[1] or 0 in (len(one), len(other)):
-        shapes = f"{list(one.shape)} and {list(other.shape)}"
+    matrices = first.dim() == 2 and second.dim() == 2
+    if not matrices or first.shape[1] != second.shape[1] or 0 in (len(first), len(second)):
+        shapes = f"{list(first.shape)} and {list(second.shape)}"
         raise ValueError(f"prompts to compare must be [P, D] with the same D, given {shapes}")
-    if how not in ("mean", "pairs"):
-        raise ValueError(f"no similarity '{how}'; possible: mean, pairs")
-    a, b = _direction(one, how), _direction(other, how)
-    # Rounding may lead a hair beyond what a cosine can be.
-    return max(-1.0, min(1.0, float(a @ b)))
+    if measure not in ("mean", "pairs"):
+        raise ValueError(f"no similarity '{measure}'; possible: mean, pairs")
+    cosine = float(_direction(first, measure) @ _direction(second, measure))
+    return max(-1.0, min(1.0, cosine))  # rounding may leave the range by one unit
 
 
-def _direction(prompt: Tensor, how: SimilarityMeasure) -> Tensor:
-    """What is multiplied: the mean token made a unit vector, or the mean of the tokens made unit vectors, [D]."""
+def _direction(prompt: Tensor, measure: SimilarityMeasure) -> Tensor:
+    """The mean token as a unit vector, or the mean of the tokens as unit vectors, [D]."""
     rows = prompt.detach().cpu().double()
-    rows = rows.mean(0, keepdim=True) if how == "mean" else rows
-    # Divided by its largest number first: torch takes what is shorter than 1e-12 for zero.
+    rows = rows.mean(0, keepdim=True) if measure == "mean" else rows
+    # torch takes a vector shorter than 1e-12 for zero, so each row is divided by its largest number first.
     scaled = rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
     return functional.normalize(scaled, dim=1).mean(0)
 
 
-def matrix(prompts: Sequence[Tensor], how: SimilarityMeasure = "mean") -> Tensor:
-    """The similarity of every two of `prompts`, each [P, D], as [N, N] in float64."""
-    return torch.tensor([[similarity(one, other, how) for other in prompts] for one in prompts], dtype=torch.float64)
+def similarity_matrix(prompts: Sequence[Tensor], measure: SimilarityMeasure = "mean") -> Tensor:
+    """The similarity of every two prompts.
+
+    Args:
+        prompts: N prompts, [P, D] each.
+        measure: As in `similarity`.
+
+    Returns:
+        [N, N] float64.
+    """
+    rows = []
+    for first in prompts:
+        rows.append([similarity(first, second, measure) for second in prompts])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def retrieve(
-    target: Tensor, sources: Mapping[str, Tensor], k: int = 3, how: SimilarityMeasure = "mean"
+    target: Tensor, sources: Mapping[str, Tensor], k: int = 3, measure: SimilarityMeasure = "mean"
 ) -> list[tuple[str, float, float]]:
-    """The `k` sources most similar to `target [P, D]`, best first, as (name, weight, similarity).
+    """The k sources most similar to the target, best first (section 4.2 of the paper).
 
-    Weights are the similarities divided by their sum (section 4.2), and sum to one. A source whose similarity is not
-    positive has weight 0: it points away from the target; where none of the `k` is positive, all have the same weight.
-    Of sources that are equally similar the one whose name sorts first comes first.
-    Raises ValueError where `k` is not between 1 and the number of sources, and as `similarity` does.
+    The weights are the similarities divided by their sum. A source whose similarity is not positive points away from
+    the target and has weight 0. Where none of the k is positive, all have the same weight.
+
+    Args:
+        target: The target's prompt, [P, D].
+        sources: The sources' prompts by name. Of equally similar ones, the name that sorts first is first.
+        k: How many.
+        measure: As in `similarity`.
+
+    Returns:
+        (name, weight, similarity) of each; the weights sum to one.
+
+    Raises:
+        ValueError: k is not between 1 and the number of sources, or as in `similarity`.
     """
     if not 1 <= k <= len(sources):
         raise ValueError(f"k must be from 1 to the number of sources, {len(sources)}; given {k}")
-    found = {name: similarity(target, prompt, how) for name, prompt in sources.items()}
-    best = sorted(found, key=lambda name: (-found[name], name))[:k]
-    kept = [max(found[name], 0.0) for name in best]
-    total = math.fsum(kept)
-    weights = [one / total for one in kept] if total > 0 else [1 / k] * k
-    return [(name, weight, found[name]) for name, weight in zip(best, weights, strict=True)]
+    similarities = {name: similarity(target, prompt, measure) for name, prompt in sources.items()}
+    best = sorted(similarities, key=lambda name: (-similarities[name], name))[:k]
+    positive = [max(similarities[name], 0.0) for name in best]
+    total = math.fsum(positive)
+    weights = [value / total for value in positive] if total > 0 else [1 / k] * k
+    return [(name, weight, similarities[name]) for name, weight in zip(best, weights, strict=True)]
 
 
-def mean(prompts: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """The mean [P, D] of `prompts`, each [P, D], by `weights` of any sum (None: all alike), rounded once to float32."""
+def weighted_mean(prompts: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """The weighted mean of prompts, [P, D], rounded once to float32.
+
+    Args:
+        prompts: [P, D] each.
+        weights: Of any sum; None: all prompts count alike.
+    """
     shares = torch.tensor([1.0] * len(prompts) if weights is None else list(weights), dtype=torch.float64)
-    every = torch.stack([prompt.detach().cpu().double() for prompt in prompts])
-    return ((shares / shares.sum())[:, None, None] * every).sum(0).float()
+    stacked = torch.stack([prompt.detach().cpu().double() for prompt in prompts])
+    return ((shares / shares.sum())[:, None, None] * stacked).sum(0).float()

@@ -16,70 +16,83 @@ from torch import Tensor
 from softprompts.artifacts.artifact import Artifact, check_fingerprint
 from softprompts.errors import ArtifactError, WrongBackboneError
 
-Number = int | float | Fraction
-"""What a vector can be multiplied by; kept exactly, so that (a + b) + c is a + (b + c)."""
+Coefficient = int | float | Fraction
+"""What multiplies a vector. It is kept exactly, so that (a + b) + c equals a + (b + c)."""
 
-_PLAIN = re.compile(r'[^\s*()"+-][^\s*()"]*')
+_PLAIN_NAME = re.compile(r'[^\s*()"+-][^\s*()"]*')
 _NUMBER = re.compile(r"[\d.]+([eE][+-]?\d+)?")
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One summand: `coefficient · (tuned - initial)`, both `[P, D]`.
+class Summand:
+    """One summand of a vector: `coefficient · (tuned - initial)`.
 
-    key: its identity, 64 hex digits, by which summands are ordered and collected; facts: what is told of it in the
-    results it goes into (name, task, parents and, for a merge, how it was made). A merge has no start: its `initial` is
-    zero and its `tuned` is in float64.
+    Attributes:
+        key: The identity of the difference, 64 hex digits. Summands are ordered and collected by it.
+        coefficient: The factor.
+        tuned: The trained prompt, [P, D] float32; of a merge, the merged matrix in float64.
+        initial: The start of its training, [P, D] float32; of a merge, zeros.
+        provenance: Name, task, parents and, of a merge, how it was made, as artifacts store them.
     """
 
     key: str
     coefficient: Fraction
     tuned: Tensor
     initial: Tensor
-    facts: dict[str, Any]
+    provenance: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """A task prompt vector, or a sum of several: what is added to a start.
+    """A task prompt vector, or a sum of several, which is added to a start.
 
-    parts: the summands, in the order of their keys, none twice and none with coefficient 0; like: an artifact that
-    says which backbone, length and site they belong to, and what the task is where all have the same.
+    Attributes:
+        summands: In the order of their keys, none twice and none with coefficient 0.
+        reference: An artifact with the backbone, length and site of all summands, and their task where they share it.
     """
 
-    parts: tuple[Part, ...]
-    like: Artifact
+    summands: tuple[Summand, ...]
+    reference: Artifact
 
     @cached_property
     def value(self) -> Tensor:
-        """The vector as one matrix `[P, D]` in float64."""
-        total = torch.zeros(self.like.shape, dtype=torch.float64)
-        for part in self.parts:
-            total += float(part.coefficient) * (part.tuned.double() - part.initial.double())
+        """The vector as one matrix, [P, D] float64."""
+        total = torch.zeros(self.reference.shape, dtype=torch.float64)
+        for summand in self.summands:
+            total += float(summand.coefficient) * (summand.tuned.double() - summand.initial.double())
         return total
 
     @property
     def key(self) -> str:
-        """The vector's identity, 64 hex digits: the same for the same sum, however it was written."""
-        told = [f"{part.key} {part.coefficient}" for part in self.parts]
-        return hashlib.sha256("\n".join([_frame(self.like), *told]).encode()).hexdigest()
+        """The identity of the vector, 64 hex digits: equal for equal sums, in whatever order they were written."""
+        lines = [_frame(self.reference)]
+        lines += [f"{summand.key} {summand.coefficient}" for summand in self.summands]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def name(self) -> str:
-        """The sum as people write it."""
-        text = "".join(f" {'-' if part.coefficient < 0 else '+'} {_written(part)}" for part in self.parts)
-        return (text[3:] if text.startswith(" +") else f"-{text[3:]}") if text else "0"
+        """The sum as people write it, such as `movies + 0.5*tweets`."""
+        text = ""
+        for summand in self.summands:
+            sign = "-" if summand.coefficient < 0 else "+"
+            text += f" {sign} {_term(summand)}"
+        if not text:
+            return "0"
+        return text.removeprefix(" + ") if text.startswith(" + ") else f"-{text.removeprefix(' - ')}"
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Digests of the artifacts it is made of, sorted."""
-        return tuple(sorted({digest for part in self.parts for digest in part.facts["parents"]}))
+        """The digests of the artifacts from which the vector is made, sorted."""
+        digests: set[str] = set()
+        for summand in self.summands:
+            digests |= set(summand.provenance["parents"])
+        return tuple(sorted(digests))
 
     def __add__(self, other: "Vector") -> "Vector":
         if not isinstance(other, Vector):
             return NotImplemented
-        _check_together(self, other)
-        return _collected([*self.parts, *other.parts], _alike(self.like, other.like))
+        _check_pair(self, other)
+        return _collect([*self.summands, *other.summands], _common_reference(self.reference, other.reference))
 
     def __sub__(self, other: "Vector") -> "Vector":
         if not isinstance(other, Vector):
@@ -89,206 +102,272 @@ class Vector:
     def __neg__(self) -> "Vector":
         return self * -1
 
-    def __mul__(self, coefficient: Number) -> "Vector":
+    def __mul__(self, coefficient: Coefficient) -> "Vector":
         if not isinstance(coefficient, int | float | Fraction):
             return NotImplemented
-        by = exactly(coefficient)
-        return _collected([replace(part, coefficient=part.coefficient * by) for part in self.parts], self.like)
+        factor = exact_fraction(coefficient)
+        summands = [replace(summand, coefficient=summand.coefficient * factor) for summand in self.summands]
+        return _collect(summands, self.reference)
 
     __rmul__ = __mul__
 
 
-def vector(found: Artifact, name: str | Path = "") -> Vector:
-    """The task prompt vector of a trained prompt: its folded prompt minus its start (section 3 of the paper).
+def task_vector(artifact: Artifact, name: str | Path = "") -> Vector:
+    """The task prompt vector of a trained prompt: τ = θ_trained - θ_initial (section 3 of arXiv 2408.01119).
 
-    name: what it is called in messages and results (its task, if not given).
-    Raises ArtifactError where the prompt depends on the text, and where the artifact does not say where it began.
+    Args:
+        artifact: The trained prompt, folded where its method made it from other tensors.
+        name: What messages and results call it; its task where it is empty.
+
+    Raises:
+        ArtifactError: The prompt depends on the text, or the artifact does not hold the start of its training.
     """
-    called = str(name) or found.task
-    tuned = found.matrix(called)
-    if found.initial is None:
+    title = str(name) or artifact.task
+    tuned = artifact.require_prompt(title)
+    if artifact.initial is None:
         raise ArtifactError(
-            f"{called} does not say where its training began, so there is no difference to take (PEFT does not keep "
-            f"the start); name the start: softprompts vector make {called} --start START --out DIRECTORY"
+            f"{title} does not say where its training began, so there is no difference to take (PEFT does not keep "
+            f"the start); name the start: softprompts vector make {title} --start START --out DIRECTORY"
         )
-    # The digest says nothing of the start, and two artifacts may differ in that alone.
-    key = hashlib.sha256(found.digest.encode() + _bits(found.initial)).hexdigest()
-    facts = {"name": called, "task": found.task, "parents": [found.digest]}
-    return Vector((Part(key, Fraction(1), tuned, found.initial, facts),), found)
+    # The digest does not cover the start, and two artifacts may differ in their starts alone.
+    key = hashlib.sha256(artifact.digest.encode() + _bits(artifact.initial)).hexdigest()
+    provenance = {"name": title, "task": artifact.task, "parents": [artifact.digest]}
+    return Vector((Summand(key, Fraction(1), tuned, artifact.initial, provenance),), artifact)
 
 
-def apply(one: Vector, start: Tensor, scale: Number = 1) -> Tensor:
-    """The prompt `start + scale · vector`, `[P, D]`, computed in float64 and rounded once, to float32.
+def apply(vector: Vector, start: Tensor, scale: Coefficient = 1) -> Tensor:
+    """The prompt θ' + λ τ, [P, D], computed in float64 and rounded once, to float32.
 
-    Where the start is the one a summand was trained from, and it counts 1, it becomes the trained prompt bit for bit.
-    Raises ArtifactError for a start of another shape.
+    On the start from which a summand with coefficient 1 was trained, the result is the trained prompt bit for bit.
+
+    Args:
+        vector: τ.
+        start: θ', [P, D].
+        scale: λ.
+
+    Raises:
+        ArtifactError: The start has another shape.
     """
-    if tuple(start.shape) != one.like.shape:
+    if tuple(start.shape) != vector.reference.shape:
         raise ArtifactError(
-            f"the start is {list(start.shape)} and the vector {list(one.like.shape)}: give a start of the same length "
-            f"and site"
+            f"the start is {list(start.shape)} and the vector {list(vector.reference.shape)}: give a start of the same "
+            f"length and site"
         )
-    scaled = one * scale
-    own = next((part for part in scaled.parts if part.coefficient == 1 and torch.equal(part.initial, start)), None)
-    if own is not None:
-        rest = [part for part in scaled.parts if part is not own]
-        if not rest:
-            return own.tuned.to(torch.float32, copy=True)
-        return (own.tuned.double() + Vector(tuple(rest), one.like).value).float()
-    return (start.double() + scaled.value).float() if scaled.parts else start.clone().float()
+    scaled = vector * scale
+    if not scaled.summands:
+        return start.clone().float()
+    for summand in scaled.summands:
+        if summand.coefficient == 1 and torch.equal(summand.initial, start):
+            others = tuple(other for other in scaled.summands if other is not summand)
+            if not others:
+                return summand.tuned.to(torch.float32, copy=True)
+            return (summand.tuned.double() + Vector(others, vector.reference).value).float()
+    return (start.double() + scaled.value).float()
 
 
-def common_start(one: Vector) -> Tensor | None:
-    """The start `[P, D]` that all of the vector's summands were trained from; None where they differ, or are merged."""
-    starts = [part.initial for part in one.parts]
-    trained = starts and not any("how" in part.facts for part in one.parts)
-    return starts[0] if trained and all(torch.equal(start, starts[0]) for start in starts) else None
+def common_start(vector: Vector) -> Tensor | None:
+    """The start [P, D] from which all summands were trained; None where they differ, or where one is a merge."""
+    if not vector.summands:
+        return None
+    start = vector.summands[0].initial
+    for summand in vector.summands:
+        if "how" in summand.provenance or not torch.equal(summand.initial, start):
+            return None
+    return start
 
 
-def made(one: Vector, start: Tensor, scale: Number = 1) -> Artifact:
-    """`start + scale · vector` as an ordinary prompt-tuning artifact, to be judged, served or trained on from.
+def to_artifact(vector: Vector, start: Tensor, scale: Coefficient = 1) -> Artifact:
+    """θ' + λ τ as an ordinary prompt-tuning artifact. Its parents and `config["vector"]` hold what it is made of.
 
-    Its parents and `config["vector"]` say what it is made of; its start is `start`, so it is a vector again.
+    Args:
+        vector: τ.
+        start: θ', [P, D], which becomes the artifact's `initial`, so that the artifact is a vector again.
+        scale: λ.
+
+    Raises:
+        ArtifactError: The start has another shape.
     """
-    prompt = apply(one, start, scale)
-    by = exactly(scale)
-    single = len({part.facts["task"] for part in one.parts}) == 1
-    kept: dict[str, Any] = {
-        key: one.like.config[key] for key in ("model", "evaluate", "task") if key in one.like.config
-    }
-    if not single:
-        kept.pop("task", None)
-    parts = [{**part.facts, "coefficient": float(part.coefficient * by)} for part in one.parts]
+    prompt = apply(vector, start, scale)
+    factor = exact_fraction(scale)
+    tasks = {summand.provenance["task"] for summand in vector.summands}
+    sections = ("model", "evaluation", "task") if len(tasks) == 1 else ("model", "evaluation")
+    config: dict[str, Any] = {key: value for key, value in vector.reference.config.items() if key in sections}
+    parts = []
+    for summand in vector.summands:
+        parts.append({**summand.provenance, "coefficient": float(summand.coefficient * factor)})
+    config["vector"] = {"sum": (vector * factor).name, "parts": parts}
     return replace(
-        one.like,
+        vector.reference,
         prompt=prompt,
         initial=start.clone().float(),
         method="prompt-tuning",
         options={},
-        state={"prompts.0": prompt.clone()},
-        config={**kept, "vector": {"sum": (one * by).name, "parts": parts}},
+        state={"prompt": prompt.clone()},
+        config=config,
         scores={},
-        parents=one.parents,
+        parents=vector.parents,
     )
 
 
-def fits(start: Artifact, one: Vector, name: str | Path) -> None:
-    """Raise ArtifactError unless the artifact `start`, called `name`, belongs to the vector's backbone and site."""
-    _check_like(one.like, start, one.name, str(name))
+def check_start(start: Artifact, vector: Vector, name: str | Path) -> None:
+    """Check that a start belongs to the backbone and site of a vector.
+
+    Args:
+        start: The artifact that is the start.
+        vector: The vector.
+        name: What messages call the start.
+
+    Raises:
+        ArtifactError: It does not.
+    """
+    _check_artifacts(vector.reference, start, vector.name, str(name))
 
 
-def exactly(coefficient: Number) -> Fraction:
-    """A coefficient as it is meant, without rounding; raises ArtifactError for nan and what no float can hold."""
+def exact_fraction(coefficient: Coefficient) -> Fraction:
+    """The exact value of a coefficient.
+
+    Raises:
+        ArtifactError: The coefficient is not finite, or is larger than any float.
+    """
     try:
-        found = Fraction(coefficient)
-        float(found)
+        fraction = Fraction(coefficient)
+        float(fraction)
     except (ValueError, OverflowError):
         shown = coefficient if isinstance(coefficient, float) else "what is larger than any float"
         raise ArtifactError(f"a vector cannot be multiplied by {shown}; give a finite number") from None
-    return found
+    return fraction
 
 
-def merged(value: Tensor, sources: Sequence[Vector], facts: dict[str, Any]) -> Vector:
-    """The matrix `value [P, D]`, made of `sources` otherwise than by a sum, as a vector; `facts` say how."""
-    like = sources[0].like
-    for other in sources[1:]:
-        like = _alike(like, other.like)
-    parents = sorted({digest for one in sources for digest in one.parents})
-    # Not of all facts: what a merge is does not hang on what its sources are called.
-    key = hashlib.sha256(f"{_frame(like)}\n{facts['how']} {parents}\n".encode() + _bits(value)).hexdigest()
-    told = {"name": facts["how"], "task": like.task, "parents": parents, **facts}
-    part = Part(key, Fraction(1), value, torch.zeros_like(value), told)
-    return Vector((part,) if value.any() else (), like)
+def merged_vector(value: Tensor, sources: Sequence[Vector], provenance: dict[str, Any]) -> Vector:
+    """A matrix that a merge made of vectors, as a vector with one summand.
+
+    Args:
+        value: The matrix, [P, D] float64.
+        sources: The vectors.
+        provenance: How it was made; `how` names the merge.
+    """
+    reference = sources[0].reference
+    for source in sources[1:]:
+        reference = _common_reference(reference, source.reference)
+    digests: set[str] = set()
+    for source in sources:
+        digests |= set(source.parents)
+    parents = sorted(digests)
+    # The provenance is not part of the identity, because the names of the sources do not change the merge.
+    identity = f"{_frame(reference)}\n{provenance['how']} {parents}\n".encode() + _bits(value)
+    summand = Summand(
+        key=hashlib.sha256(identity).hexdigest(),
+        coefficient=Fraction(1),
+        tuned=value,
+        initial=torch.zeros_like(value),
+        provenance={"name": provenance["how"], "task": reference.task, "parents": parents, **provenance},
+    )
+    return Vector((summand,) if value.any() else (), reference)
 
 
-def check_fit(vectors: Sequence[Vector]) -> None:
-    """Raise ArtifactError for no vectors, and unless every two may be combined."""
+def check_combinable(vectors: Sequence[Vector]) -> None:
+    """Check that vectors may be combined.
+
+    Raises:
+        ArtifactError: There are none, or two of them have other backbones, sites or lengths.
+    """
     if not vectors:
         raise ArtifactError("there are no vectors to combine; give at least one")
-    for one, other in combinations(vectors, 2):
-        _check_together(one, other)
+    for first, second in combinations(vectors, 2):
+        _check_pair(first, second)
 
 
-def in_order(vectors: Sequence[Vector], weights: Sequence[Number]) -> list[int]:
-    """The places of `vectors` in the order of their keys, of equal ones in that of their `weights` and names.
+def canonical_order(vectors: Sequence[Vector], weights: Sequence[Coefficient]) -> list[int]:
+    """The positions of vectors in the order of their keys; of equal keys, in that of their weights and names.
 
-    Raises ArtifactError as `check_fit` does.
+    Raises:
+        ArtifactError: As in `check_combinable`.
     """
-    check_fit(vectors)
-    known = [(one.key, weight, one.name) for one, weight in zip(vectors, weights, strict=True)]
-    return sorted(range(len(vectors)), key=known.__getitem__)
+    check_combinable(vectors)
+    keys = [(vector.key, weight, vector.name) for vector, weight in zip(vectors, weights, strict=True)]
+    return sorted(range(len(vectors)), key=keys.__getitem__)
 
 
-def _collected(parts: Sequence[Part], like: Artifact) -> Vector:
-    """The sum of `parts` with each summand once; of what is told of it in several ways, the first by the alphabet."""
-    by_key: dict[str, Part] = {}
-    for part in parts:
-        known = by_key.get(part.key)
-        total = part.coefficient if known is None else known.coefficient + part.coefficient
-        facts = part.facts if known is None else min(known.facts, part.facts, key=repr)
-        by_key[part.key] = replace(part, coefficient=exactly(total), facts=facts)
-    return Vector(tuple(by_key[key] for key in sorted(by_key) if by_key[key].coefficient), like)
+def _collect(summands: Sequence[Summand], reference: Artifact) -> Vector:
+    """The sum of summands, each key once. Of several provenances of one key, the first in the alphabet stays."""
+    by_key: dict[str, Summand] = {}
+    for summand in summands:
+        coefficient, provenance = summand.coefficient, summand.provenance
+        if summand.key in by_key:
+            earlier = by_key[summand.key]
+            coefficient += earlier.coefficient
+            provenance = min(earlier.provenance, provenance, key=repr)
+        by_key[summand.key] = replace(summand, coefficient=exact_fraction(coefficient), provenance=provenance)
+    return Vector(tuple(by_key[key] for key in sorted(by_key) if by_key[key].coefficient), reference)
 
 
-def _alike(one: Artifact, other: Artifact) -> Artifact:
-    """What stands for the sum of two: the task and its format where both have the same.
+def _common_reference(first: Artifact, second: Artifact) -> Artifact:
+    """The reference of a sum: the first of two artifacts, with the template where both have the same one.
 
-    One that says for which weights it was made goes first, else what is added next would fit any.
+    An artifact with a fingerprint is first. Without one, any prompt could be added to the sum.
     """
-    first, second = sorted((one, other), key=lambda found: (found.fingerprint is None, found.digest))
+    first, second = sorted((first, second), key=lambda artifact: (artifact.fingerprint is None, artifact.digest))
     task = " + ".join(sorted({*first.task.split(" + "), *second.task.split(" + ")}))
-    forms = [{**(found.format or {}), "name": task} for found in (first, second)]
-    same = first.format is not None and forms[0] == forms[1]
-    return replace(first, task=task, format=forms[0] if same else None)
+    if first.template is None:
+        return replace(first, task=task)
+    template = {**first.template, "name": task}
+    same = template == {**(second.template or {}), "name": task}
+    return replace(first, task=task, template=template if same else None)
 
 
-def _check_together(one: Vector, other: Vector) -> None:
-    _check_like(one.like, other.like, one.name, other.name)
+def _check_pair(first: Vector, second: Vector) -> None:
+    _check_artifacts(first.reference, second.reference, first.name, second.name)
 
 
-def _check_like(one: Artifact, other: Artifact, first: str, second: str) -> None:
-    """Raise ArtifactError unless prompts of two artifacts may be added."""
-    for fact in ("shape", "site", "mode", "place", "segments", "family"):
-        here, there = getattr(one, fact), getattr(other, fact)
-        if fact == "family" and None in (here, there):  # PEFT's files do not say
+def _check_artifacts(first: Artifact, second: Artifact, first_name: str, second_name: str) -> None:
+    """Raise ArtifactError unless the prompts of two artifacts may be added."""
+    pair = f"{first_name} and {second_name} cannot be combined"
+    for fact in ("shape", "site", "mode", "placement", "segments", "family"):
+        values = getattr(first, fact), getattr(second, fact)
+        if fact == "family" and None in values:  # PEFT's files do not say
             continue
-        if here != there:
-            shown = [list(value) if isinstance(value, tuple) else value for value in (here, there)]
+        if values[0] != values[1]:
+            shown = [list(value) if isinstance(value, tuple) else value for value in values]
             raise ArtifactError(
-                f"{first} and {second} cannot be combined: their {fact} is {shown[0]} and {shown[1]}; vectors add up "
-                f"only where they enter the same model at the same place with the same length"
+                f"{pair}: their {fact} is {shown[0]} and {shown[1]}; vectors add up only where they enter the same "
+                f"model at the same place with the same length"
             )
-    if (one.heads or other.heads) and one.digest != other.digest:
+    if (first.heads or second.heads) and first.digest != second.digest:
         raise ArtifactError(
-            f"{first} and {second} cannot be combined: each was trained with a classification head of its own; train "
-            f"with model.head: lm to add prompts"
+            f"{pair}: each was trained with a classification head of its own; train with model.head: lm to add prompts"
         )
-    if one.fingerprint is None or other.fingerprint is None:
-        names = {found.backbone for found in (one, other) if found.backbone and found.fingerprint is None}
-        if len(names) > 1:  # PEFT's files have no more than the model's name
-            raise WrongBackboneError(
-                f"{first} and {second} cannot be combined: one was made for {one.backbone}, the other for "
-                f"{other.backbone}; vectors add up only on the same weights"
-            )
+    if first.fingerprint is None or second.fingerprint is None:
+        _check_backbone_names(first, second, pair)
         return
     try:
-        check_fingerprint(one.fingerprint, other.fingerprint, False)
+        check_fingerprint(first.fingerprint, second.fingerprint, False)
     except WrongBackboneError as error:
-        told = str(error).partition("; --allow-other-weights")[0]  # a run may be told so; a sum may not
-        raise WrongBackboneError(f"{first} and {second} cannot be combined: {told}") from None
+        reason = str(error).partition("; --allow-other-weights")[0]  # a sum has no such option
+        raise WrongBackboneError(f"{pair}: {reason}") from None
 
 
-def _frame(like: Artifact) -> str:
-    parted = f" {like.segments}" if like.segments else ""
-    return f"{like.site} {like.mode} {like.place} {like.shape}{parted}"
+def _check_backbone_names(first: Artifact, second: Artifact, pair: str) -> None:
+    """Raise WrongBackboneError for artifacts without a fingerprint that name different models."""
+    names = {artifact.backbone for artifact in (first, second) if artifact.backbone and artifact.fingerprint is None}
+    if len(names) > 1:
+        raise WrongBackboneError(
+            f"{pair}: one was made for {first.backbone}, the other for {second.backbone}; vectors add up only on the "
+            f"same weights"
+        )
 
 
-def _written(part: Part) -> str:
-    """The summand without its sign; a name that would be read as a sum or a number stands in quotation marks."""
-    by, name = abs(part.coefficient), part.facts["name"]
-    if not _PLAIN.fullmatch(name) or _NUMBER.fullmatch(name):
+def _frame(reference: Artifact) -> str:
+    """Where the summands of a vector enter, as part of its identity."""
+    segments = f" {reference.segments}" if reference.segments else ""
+    return f"{reference.site} {reference.mode} {reference.placement} {reference.shape}{segments}"
+
+
+def _term(summand: Summand) -> str:
+    """The summand without its sign; its name is quoted where it would be read as a sum or a number."""
+    coefficient, name = abs(summand.coefficient), summand.provenance["name"]
+    if not _PLAIN_NAME.fullmatch(name) or _NUMBER.fullmatch(name):
         name = f'"{name}"'
-    return name if by == 1 else f"{float(by):g}*{name}"
+    return name if coefficient == 1 else f"{float(coefficient):g}*{name}"
 
 
 def _bits(value: Tensor) -> bytes:

@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from softprompts.artifacts import peft_files
 from softprompts.artifacts.artifact import check_fingerprint
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import InitConfig, PromptConfig
 from softprompts.errors import ConfigError
-from softprompts.methods.multitask import MultitaskPromptTuning
+from softprompts.methods import build_tasks
 from softprompts.model.peft import source
 from softprompts.model.peft.prompt_tuning import (
     PeftType,
@@ -160,13 +161,15 @@ class MultitaskPromptEmbedding(nn.Module):
         with torch.no_grad():
             start = _start(config, word_embeddings)
         count, width = start.prompt.shape
-        kind = MultitaskPromptTuning
-        options = kind.Config(config.num_ranks, start=str(config.factors_init))  # type: ignore[arg-type]
-        made = kind(options, PromptSpec(tuple(map(str, range(config.num_tasks))), count, width, width), start)
+        options = {"ranks": config.num_ranks, "start": str(config.factors_init)}
+        names = tuple(map(str, range(config.num_tasks)))
+        methods = build_tasks(peft_files.MULTITASK, options, PromptSpec(count, width, width), start, names)
+        states = [methods[name].state_dict() for name in names]
+        prompt, columns, rows = peft_files.MULTITASK_STATE
         device = word_embeddings.weight.device
-        self.embedding = nn.Embedding(count, width, _weight=made.shared.detach().to(device))
-        self.prefix_task_cols = nn.Parameter(torch.stack([part.detach() for part in made.columns]).to(device))
-        self.prefix_task_rows = nn.Parameter(torch.stack([part.detach() for part in made.rows]).to(device))
+        self.embedding = nn.Embedding(count, width, _weight=states[0][prompt].to(device))
+        self.prefix_task_cols = nn.Parameter(torch.stack([state[columns] for state in states]).to(device))
+        self.prefix_task_rows = nn.Parameter(torch.stack([state[rows] for state in states]).to(device))
 
     def forward(self, indices: Tensor, task_ids: Tensor | None) -> Tensor:
         """indices (batch, virtual_tokens), task_ids (batch) or one for all -> (batch, virtual_tokens, token_dim).

@@ -135,7 +135,7 @@ class PromptTuningConfig:
                 f"{backbone.family.name} model with head '{backbone.head}'; leave task_type out or load another class"
             )
         check_width(self.token_dim, backbone.embedding_size)
-        return PromptConfig(length=self.length, init=self._init()), self._start(backbone)
+        return PromptConfig(num_virtual_tokens=self.length, init=self._init()), self._start(backbone)
 
     def _init(self) -> InitConfig:
         kind, text = self.prompt_tuning_init, self.prompt_tuning_init_text
@@ -197,7 +197,7 @@ def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
         return _words(embed, _sample(embed.weight.shape[0], count))
     if kind == PromptTuningInit.CLASS_LABELS:
         return _label_rows(config, embed, count)
-    found = artifact.load(str(config.prompt_tuning_init_text)).matrix(str(config.prompt_tuning_init_text))
+    found = artifact.load(str(config.prompt_tuning_init_text)).require_prompt(str(config.prompt_tuning_init_text))
     if tuple(found.shape) != (count, width):
         raise ConfigError(
             f"{config.prompt_tuning_init_text} holds a prompt of {list(found.shape)}, wanted is {[count, width]}; set "

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.io import read_tensors
 from softprompts.config import closest
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.types import Fingerprint
@@ -78,17 +79,17 @@ def load(given: str) -> Source:
                 "convert it where you trust it with safetensors.torch.save_file(torch.load(path, weights_only=True), "
                 "'source.safetensors')"
             )
-        stored, _ = artifact.read_tensors(path)
+        stored, _ = read_tensors(path)
         return _checked(path, lambda: _of_peft(path, {}, stored))
     except ArtifactError as error:
         raise ConfigError(f"{FIELD}: {error}") from None
 
 
 def _of_directory(path: Path) -> Source:
-    if collection.is_ours(path):
-        return _of_ours(path, [[artifact.load(part.path) for part in unit] for unit in collection.units(path)])
+    if collection.written_by_softprompts(path):
+        return _of_ours(path, [[artifact.load(part.path) for part in unit] for unit in collection.member_groups(path)])
     if (path / peft_files.CONFIG).is_file():
-        values, stored = artifact.read_peft(path)
+        values, stored = artifact.read_peft_files(path)
         return _checked(path, lambda: _of_peft(path, values, stored))
     # what a run of several tasks leaves
     parts = sorted(part.parent for part in path.glob(f"*/{artifact.MANIFEST}"))
@@ -103,9 +104,9 @@ def _checked(path: Path, read: Callable[[], Source]) -> Source:
 
 
 def _of_peft(path: Path, values: dict[str, Any], stored: dict[str, Tensor]) -> Source:
-    found = peft_files.multitask(values, stored)
+    found = peft_files.read_multitask(values, stored)
     names = tuple(map(str, range(len(found.columns))))
-    copies = peft_files.copies(values) if values else 1
+    copies = peft_files.count_prompt_copies(values) if values else 1
     return Source(str(path), found.shared, found.columns, found.rows, names, copies)
 
 
@@ -119,8 +120,8 @@ def _of_ours(path: Path, groups: Sequence[Sequence[Artifact]]) -> Source:
 
 def _stacked(path: Path, group: Sequence[Artifact]) -> Source:
     try:
-        states = [{name: one.state[name].float() for name in peft_files.STATE} for one in group]
-        shared, columns, rows = (torch.stack([state[name] for state in states]) for name in peft_files.STATE)
+        states = [{name: one.state[name].float() for name in peft_files.MULTITASK_STATE} for one in group]
+        shared, columns, rows = (torch.stack([state[name] for state in states]) for name in peft_files.MULTITASK_STATE)
     except (KeyError, RuntimeError):
         raise ArtifactError(f"{path}: the tensors of {peft_files.MULTITASK} are missing or differ in shape") from None
     if not bool((shared == shared[0]).all()):

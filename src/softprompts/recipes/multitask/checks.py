@@ -13,6 +13,7 @@ from softprompts.data import Task, load
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
 from softprompts.model import initialization
+from softprompts.model.setup import load_backbone
 from softprompts.recipes.comparison import Cell
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
@@ -23,7 +24,7 @@ from softprompts.recipes.multitask.runs import (
     weight_targets,
     weights_run,
 )
-from softprompts.recipes.run.run import ProgressReporter, load_backbone
+from softprompts.recipes.run.run import ProgressReporter
 from softprompts.training import weights as finetune
 
 
@@ -44,14 +45,14 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     for run in (teacher_runs(plan), source_runs(plan), probe_runs(plan)):
         if run.runs:
             sweep(run)
-    backbone = load_backbone(plan.model, say=screen.log)
+    backbone = load_backbone(plan.model, log=screen.log)
     injection.check_layers(backbone, plan.source.layers)
     _check_labels(plan, backbone, targets)
     _check_teachers(plan, backbone)
     for shots in plan.target.shots:
         for arm, target in product(arms_of(plan, shots, weights=True), weight_targets(plan)):
-            for rate in plan.target.weight_rates[arm]:
-                finetune.check_installed(weights_run(plan, target, shots, Cell(arm, rate, 0)).train)
+            for rate in plan.target.weight_learning_rates[arm]:
+                finetune.check_installed(weights_run(plan, target, shots, Cell(arm, rate, 0)).training)
             finetune.check_trainable(backbone)
 
 
@@ -59,10 +60,10 @@ def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -
     """A start from class labels, where an arm has one, must be possible for every target."""
     if not any("labels" in arms_of(plan, shots, weights=False) for shots in plan.target.shots):
         return
-    site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.place)
+    site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.placement)
     for name, task in targets.items():
         words = tuple(f"{task.template.separator}{word}" for word in (task.template.verbalizer or {}).values())
-        slot = injection.prompt_spec(backbone, site, (name,), plan.prompt.length)
+        slot = injection.prompt_spec(backbone, site, plan.prompt.num_virtual_tokens)
         try:
             initialization.initialize(InitConfig(kind="labels"), backbone, site, slot, labels=words)
         except ValueError as error:
@@ -71,23 +72,23 @@ def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -
 
 def _check_teachers(plan: Plan, backbone: Backbone) -> None:
     weights = fingerprint(backbone) if plan.teachers.trained else None
-    site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.place)
+    site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.placement)
     wanted = {
-        "length": plan.prompt.length,
+        "length": plan.prompt.num_virtual_tokens,
         "site": site.name,
         "mode": site.mode,
-        "place": injection.resolve_place(backbone, site),
+        "placement": injection.resolve_place(backbone, site),
         "head": backbone.head,
     }
     for name, path in plan.teachers.trained.items():
         one = artifact.load(path)
         assert weights is not None
         artifact.check_fingerprint(one.fingerprint, weights, False)
-        one.matrix(Path(path))
-        found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "place", "head")}}
-        slotted = plan.prompt.place == "auto" and one.place == "template"  # as the source's own template says
+        one.require_prompt(Path(path))
+        found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "placement", "head")}}
+        slotted = plan.prompt.placement == "auto" and one.placement == "template"  # as the source's own template says
         for key, value in wanted.items():
-            if found[key] != value and not (key == "place" and slotted):
+            if found[key] != value and not (key == "placement" and slotted):
                 raise ArtifactError(
                     f"the teacher of {name}, {path}, has {key} {found[key]} and the plan wants {value}: change the "
                     f"plan's prompt, or leave the teacher out so that it is trained"

@@ -3,7 +3,7 @@
 from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import (
-    EvaluateConfig,
+    EvaluationConfig,
     ModelConfig,
     PromptConfig,
     SamplingConfig,
@@ -11,41 +11,71 @@ from softprompts.config import (
     TaskConfig,
     TrainConfig,
 )
+from softprompts.config.schema import Count, Seed
 from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_known, distinct
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
-KEPT = ("train", "distil", "objectives", "rates")
+KEPT = ("target", "distillation", "objectives", "learning_rates")
 """Keys of a stage's training that the recipe sets itself."""
 
 
 class TeacherStage(Section):
-    """A prompt for each source, all in one frozen batch; `trained` names those that are there already."""
+    """A prompt for each source, all trained in the same batches."""
 
-    train: TrainConfig = TrainConfig(steps=300, batch_size=16, warmup=30, schedule="linear")
-    trained: dict[str, str] = Field(default={})  # source -> directory of its prompt
+    training: TrainConfig = TrainConfig(max_steps=300, batch_size=16, warmup_steps=30, lr_scheduler_type="linear")
+    """How the teachers are trained."""
+
+    trained: dict[str, str] = Field(default={})
+    """Directories of prompts that exist already, by source."""
 
 
 class SourceStage(Section):
-    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1); batches draw their tasks."""
+    """The shared prompt: task loss + logits · L_Logits + hidden · L_Hidden (section 3.1)."""
 
-    train: TrainConfig = TrainConfig(steps=400, batch_size=16, warmup=30, sampling=SamplingConfig(draw="some"))
+    training: TrainConfig = TrainConfig(
+        max_steps=400, batch_size=16, warmup_steps=30, sampling=SamplingConfig(draw="some")
+    )
+    """How the shared prompt is trained; by default each batch draws its tasks."""
+
     variants: tuple[str, ...] = tuple(VARIANTS)
+    """The shared prompts to train: with and without distillation and decomposition."""
+
     logits: float = Field(default=0.9, ge=0)
+    """Weight of the distillation of logits."""
+
     hidden: float = Field(default=0.9, ge=0)
+    """Weight of the distillation of hidden states."""
+
     temperature: float = Field(default=1.0, gt=0)
+    """Temperature of both softmaxes in the distillation of logits."""
+
     layers: tuple[int, ...] = Field(default=(-1,), min_length=1)
-    ranks: int = Field(default=1, ge=1)  # of the factors, here and on targets
-    seed: int = Field(default=0, ge=0)
+    """The states that are distilled: those behind layer 1, 2, ...; -1: what the head reads."""
+
+    ranks: Count = 1
+    """Rank of the factors, here and on targets."""
+
+    seed: Seed = 0
+    """Seed of the shared prompt."""
 
 
 class TargetStage(ComparisonStage):
-    """Every arm on every target, with all rows and with few; the rate of each arm is chosen on validation rows."""
+    """Every arm on every target, with all rows and with few."""
 
     arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.asked)
-    few_arms: tuple[str, ...] | None = None  # with few rows; None: the same
-    factor_rate: float = Field(default=4 / 3, gt=0)  # rate of a task's factors over that of the shared prompt
-    probe_steps: int = Field(default=30, ge=1)  # after so many steps a target's prompt is its embedding (SPoT)
-    nearest: int = Field(default=3, ge=1)  # how many sources the weighted start of SPoT mixes
+    """The arms with all rows."""
+
+    few_arms: tuple[str, ...] | None = None
+    """The arms with few rows; null: the same."""
+
+    factor_learning_rate: float = Field(default=4 / 3, gt=0)
+    """Learning rate of a task's factors, as a multiple of that of the shared prompt."""
+
+    probe_steps: Count = 30
+    """Steps after which a target's prompt is its embedding (SPoT)."""
+
+    nearest: Count = 3
+    """How many sources the weighted start of SPoT mixes."""
 
     @field_validator("arms", "few_arms")
     @classmethod
@@ -54,17 +84,34 @@ class TargetStage(ComparisonStage):
 
 
 class Plan(Section):
-    """The whole study; `prompt` says length, site and where teachers, shared prompts and probes start."""
+    """The whole recipe."""
 
     model: ModelConfig = ModelConfig()
+    """The frozen backbone."""
+
     prompt: PromptConfig = PromptConfig()
+    """Length, site and start of teachers, shared prompts and probes; each arm sets its method."""
+
     sources: tuple[TaskConfig, ...] = Field(min_length=1)
+    """The tasks that share a prompt."""
+
     targets: tuple[TaskConfig, ...] = Field(min_length=1)
+    """The tasks that the shared prompt is adapted to."""
+
     teachers: TeacherStage = TeacherStage()
+    """A prompt for each source."""
+
     source: SourceStage = SourceStage()
+    """The shared prompt."""
+
     target: TargetStage = TargetStage()
-    evaluate: EvaluateConfig = EvaluateConfig()
-    out: str = "runs/multitask"
+    """The arms on the targets."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How rows are answered and answers scored."""
+
+    output_dir: str = "runs/multitask"
+    """The directory of all stages, results.json and report.html."""
 
     @field_validator("sources", "targets")
     @classmethod
@@ -84,7 +131,7 @@ class Plan(Section):
         check_known("target.arms", (*self.target.arms, *(self.target.few_arms or ())), list(ARMS))
         check_known("target.tune_on", self.target.tune_on or (), targets)
         check_known("target.weight_targets", self.target.weight_targets or (), targets)
-        check_known("target.weight_rates", self.target.weight_rates, list(WEIGHTS))
+        check_known("target.weight_learning_rates", self.target.weight_learning_rates, list(WEIGHTS))
         few = self.target.arms if self.target.few_arms is None else self.target.few_arms
         for arm in few if 0 in self.target.shots else ():
             if arm in WEIGHTS or ARMS[arm].start in ("nearest", "weighted"):
@@ -95,12 +142,12 @@ class Plan(Section):
             variant = ARMS[arm].variant
             if variant and variant not in self.source.variants:
                 raise ValueError(f"arm '{arm}' starts from variant '{variant}'; add it to source.variants")
-            if arm in WEIGHTS and not self.target.weight_rates.get(arm):
-                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_rates")
+            if arm in WEIGHTS and not self.target.weight_learning_rates.get(arm):
+                raise ValueError(f"arm '{arm}' needs rates to choose from in target.weight_learning_rates")
         for name, stage in (
-            ("teachers.train", self.teachers.train),
-            ("source.train", self.source.train),
-            ("target.train", self.target.train),
+            ("teachers.training", self.teachers.training),
+            ("source.training", self.source.training),
+            ("target.training", self.target.training),
             ("target.few", self.target.few),
         ):
             for key in KEPT:

@@ -30,18 +30,20 @@ def teacher_runs(plan: Plan) -> Run:
         for task in plan.sources
         if task.title not in plan.teachers.trained
     ]
-    return stages.run_of(plan, plan.sources[:1], plan.teachers.train, Path(plan.out) / "teachers", runs=entries)
+    return stages.run_of(
+        plan, plan.sources[:1], plan.teachers.training, Path(plan.output_dir) / "teachers", runs=entries
+    )
 
 
 def teacher_paths(plan: Plan) -> dict[str, str]:
     """Where the prompt of each source lies."""
-    own = {task.title: str(Path(plan.out) / "teachers" / task.title / "prompt") for task in plan.sources}
+    own = {task.title: str(Path(plan.output_dir) / "teachers" / task.title / "prompt") for task in plan.sources}
     return own | dict(plan.teachers.trained)
 
 
 def source_runs(plan: Plan) -> Run:
     """Each variant of the shared prompt on all sources, all in one frozen batch; the teachers' states are shared."""
-    own, out = plan.source, Path(plan.out) / "sources"
+    own, out = plan.source, Path(plan.output_dir) / "sources"
     distil = {
         "teachers": teacher_paths(plan),
         "temperature": own.temperature,
@@ -57,12 +59,12 @@ def source_runs(plan: Plan) -> Run:
             {
                 "name": name,
                 "prompt.options": {"ranks": own.ranks, "factors": "trained" if variant.decompose else "fixed"},
-                "train.objectives": {"task": 1.0, **used},
-                "train.distil": distil if used else None,
+                "training.objectives": {"task": 1.0, **used},
+                "training.distillation": distil if used else None,
             }
         )
     shared = {"method": "multitask-prompt-tuning"}
-    return stages.run_of(plan, plan.sources, own.train, out, prompt=shared, runs=entries, seed=own.seed)
+    return stages.run_of(plan, plan.sources, own.training, out, prompt=shared, runs=entries, seed=own.seed)
 
 
 def probe_runs(plan: Plan) -> Run:
@@ -81,8 +83,10 @@ def probe_runs(plan: Plan) -> Run:
         for task in plan.targets
         for seed in plan.target.seeds
     ]
-    train = plan.target.few.model_copy(update={"steps": plan.target.probe_steps, "warmup": 0, "schedule": "constant"})
-    return stages.run_of(plan, plan.targets[:1], train, Path(plan.out) / "probes", runs=entries)
+    train = plan.target.few.model_copy(
+        update={"max_steps": plan.target.probe_steps, "warmup_steps": 0, "lr_scheduler_type": "constant"}
+    )
+    return stages.run_of(plan, plan.targets[:1], train, Path(plan.output_dir) / "probes", runs=entries)
 
 
 def probe_name(target: str, shots: int | None, seed: int) -> str:
@@ -94,15 +98,15 @@ def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cel
     """The runs of `cells` on one target, or on all of them, in one frozen batch; `part` is their folder."""
     tasks = plan.targets if target == TOGETHER else tuple(t for t in plan.targets if t.title == target)
     entries = [_entry(plan, tasks, shots, origins, cell) for cell in cells]
-    out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / part
+    out = Path(plan.output_dir) / "targets" / f"{target}-{size_name(shots)}" / part
     return stages.run_of(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
 
 
 def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
     """A run that trains weights of the backbone: by itself, because nothing of it is shared."""
     task = next(task for task in plan.targets if task.title == target)
-    out = Path(plan.out) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
-    train = parse(plan.target.weights(cell, shots), TrainConfig)
+    out = Path(plan.output_dir) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
+    train = parse(plan.target.weight_training(cell, shots), TrainConfig)
     return stages.run_of(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
@@ -120,7 +124,7 @@ def weight_targets(plan: Plan) -> list[str]:
 
 def _training(plan: Plan, shots: int | None, tasks: int) -> TrainConfig:
     """How targets are trained: every batch has rows of all `tasks`, of each as many as it would have alone."""
-    train = plan.target.training(shots)
+    train = plan.target.training_for(shots)
     if tasks == 1:
         return train
     return train.model_copy(update={"batch_size": train.batch_size * tasks, "sampling": SamplingConfig(draw="all")})
@@ -129,7 +133,7 @@ def _training(plan: Plan, shots: int | None, tasks: int) -> TrainConfig:
 def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: Cell) -> dict[str, Any]:
     arm = ARMS[cell.arm]
     factors = arm.start == "factors"
-    rates = {"factors": cell.rate * plan.target.factor_rate} if factors else {}
+    rates = {"factors": cell.rate * plan.target.factor_learning_rate} if factors else {}
     target = TOGETHER if len(tasks) > 1 else tasks[0].title
     return {
         "name": cell.name,
@@ -138,8 +142,8 @@ def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: 
         "prompt.method": arm.method,
         "prompt.options": {"ranks": plan.source.ranks} if factors else {},
         "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots, cell.seed), ())),
-        "train.rate": cell.rate,
-        "train.rates": rates,
+        "training.learning_rate": cell.rate,
+        "training.learning_rates": rates,
     }
 
 

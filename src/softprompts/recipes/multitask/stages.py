@@ -34,7 +34,7 @@ from softprompts.recipes.run.run import ProgressReporter
 
 
 def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.out.
+    """Teachers, shared prompts, targets; writes each stage, then results.json and report.html into plan.output_dir.
 
     Returns what results.json holds. Interrupted, it goes on where it was when called again; stages whose settings
     changed, or the prompts that they start from, are done anew.
@@ -42,16 +42,16 @@ def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     TrainingError where a teacher or a shared prompt could not be trained.
     """
     began = time.time()
-    stages.check_place("the recipe", plan.out)
+    stages.check_place("the recipe", plan.output_dir)
     check(plan, screen)
     teachers = teacher_paths(plan)
     run = teacher_runs(plan)
     if run.runs:
         stages.whole("teachers", run, screen)
-    variants = {name: Path(plan.out) / "sources" / name for name in plan.source.variants}
+    variants = {name: Path(plan.output_dir) / "sources" / name for name in plan.source.variants}
     run = source_runs(plan)
     sources = stages.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
-    similar = {name: artifact.load(path).matrix(path) for name, path in teachers.items()}
+    similar = {name: artifact.load(path).require_prompt(path) for name, path in teachers.items()}
     origins = Origins(teachers, variants, _nearest(plan, similar, screen))
     filled = Comparison(plan.target, functools.partial(_runs, plan, origins, screen))
     for shots in plan.target.shots:
@@ -60,8 +60,8 @@ def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     for shots in plan.target.shots:  # the slowest, one run after the other
         filled.fill(shots, arms_of(plan, shots, weights=True), weight_targets(plan))
     results = summarize(plan, filled, sources, origins, similar, time.time() - began)
-    page.write_results(Path(plan.out) / "results.json", results)
-    page.write_page(Path(plan.out) / "report.html", page_of(results))
+    page.write_results(Path(plan.output_dir) / "results.json", results)
+    page.write_page(Path(plan.output_dir) / "report.html", page_of(results))
     return results
 
 
@@ -75,9 +75,9 @@ def _nearest(
     stages.whole("probes", run, screen)
     found: dict[tuple[str, int | None, int], Sequence[tuple[str, float]]] = {}
     for task, shots, seed in product(plan.targets, plan.target.shots, plan.target.seeds):
-        path = Path(run.out) / probe_name(task.title, shots, seed) / "prompt"
+        path = Path(run.output_dir) / probe_name(task.title, shots, seed) / "prompt"
         if path.exists():
-            own, count = artifact.load(path).matrix(path), min(plan.target.nearest, len(teachers))
+            own, count = artifact.load(path).require_prompt(path), min(plan.target.nearest, len(teachers))
             found[task.title, shots, seed] = [(name, w) for name, w, _ in similarity.retrieve(own, teachers, count)]
     return found
 

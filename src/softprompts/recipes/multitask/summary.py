@@ -36,7 +36,7 @@ def summarize(
         "curves": comparison.curves(filled.found),
         "similarity": {
             "labels": list(teachers),
-            "matrix": similarity.matrix(list(teachers.values())).tolist(),
+            "matrix": similarity.similarity_matrix(list(teachers.values())).tolist(),
         },
         "nearest": [
             {"target": target, "size": size_name(shots), "seed": seed, "sources": dict(near)}

@@ -18,7 +18,7 @@ from softprompts.config import Run
 from softprompts.data import ExampleTokenizer, Row, Task, classes
 from softprompts.evaluation import metrics
 from softprompts.evaluation.evaluate import Answer, Evaluation
-from softprompts.model import stored
+from softprompts.methods import fold
 from softprompts.model.nearest_tokens import nearest_tokens
 from softprompts.recipes.run.prepare import PreparedRun
 from softprompts.training.checkpoint import Progress, machine_of
@@ -60,13 +60,13 @@ def page_of(
     seconds: float,
 ) -> dict[str, Any]:
     """What results.json and the page hold of the job's task number `index`."""
-    run, learner, task = job.run, job.learner, job.tasks[index]
+    run, backbone, task = job.run, job.model.backbone, job.tasks[index]
     tokens, spent = sum(r.tokens for r in history), sum(r.seconds for r in history)
     rate = tokens / spent if spent else None
     metric = next(iter(after.scores)) if after else None
     page: dict[str, Any] = {
         "format": 1,
-        "title": f"{task.name} with {learner.backbone.name}{TRAINED[run.train.train]}",
+        "title": f"{task.name} with {backbone.name}{TRAINED[run.training.target]}",
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": {
@@ -87,9 +87,9 @@ def page_of(
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
-        "versions": {**versions(), **({"peft": version("peft")} if run.train.train == "lora" else {})},
+        "versions": {**versions(), **({"peft": version("peft")} if run.training.target == "lora" else {})},
         "machine": {
-            **machine_of((job.weights or job).learner.backbone),
+            **machine_of((job.weights or job).model.backbone),
             "paths": dict(Counter(r.path for r in history)),
         },
         "warnings": [*task.notes, *machine_changes(history)],
@@ -97,26 +97,27 @@ def page_of(
     }
     if after is not None:
         page |= _details(job, index, before, after)
-    prompt = None if job.weights is not None else stored.folded(learner.method, task.name)
-    if prompt is not None and learner.site.name in ("input", "decoder"):
-        words = nearest_tokens(learner.backbone, prompt)
+    name, registry = job.prompt(index), job.model.registry
+    prompt = None if name is None else fold(registry.method(name))
+    if name is not None and prompt is not None and registry.records[name].site.at_embeddings:
+        words = nearest_tokens(backbone, prompt)
         page["nearest_words"] = [asdict(row) for row in words]
     return page
 
 
 def _prompt_size(job: PreparedRun) -> int:
     """Trained numbers a task."""
-    return sum(parameter.numel() for parameter in job.learner.parameters().values()) // len(job.tasks)
+    return sum(parameter.numel() for parameter in job.model.trainable(job.prompts).values()) // len(job.tasks)
 
 
 def _size(job: PreparedRun) -> int:
     """Numbers of the backbone, however they are stored."""
-    return int(job.learner.backbone.model.num_parameters())
+    return int(job.model.backbone.model.num_parameters())
 
 
 def _moved(job: PreparedRun) -> int:
     """Trained numbers a task that training moved: of a table these are the rows of tokens that it met."""
-    now = job.learner.parameters()
+    now = job.model.trainable(job.prompts)
     return sum(int((now[name] != began).sum()) for name, began in job.begin.items()) // len(job.tasks)
 
 
@@ -144,12 +145,12 @@ def compare(
             "loss": histories[name][-1].loss if histories[name] else None,
             **{key: pages[name][i]["summary"][key] if name in pages else None for key in ("metric", "before", "after")},
             "failed": failed.get(name),
-            "directory": job.run.out,
+            "directory": job.run.output_dir,
         }
         for name, job in jobs.items()
         for i, task in enumerate(job.tasks)
     ]
-    backbone = next(iter(jobs.values())).learner.backbone
+    backbone = next(iter(jobs.values())).model.backbone
     return {
         "format": 1,
         "title": f"{len(jobs)} runs with {backbone.name}",
@@ -168,7 +169,7 @@ def compare(
 
 def _different(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """The settings that are not the same in all runs, as dotted keys, and each run's value."""
-    flat = {name: _flat(run.model_dump(mode="json", exclude={"out", "runs"})) for name, run in runs.items()}
+    flat = {name: _flat(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
     keys = sorted({key for values in flat.values() for key in values})
     different = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
     return {name: {key: values.get(key) for key in different} for name, values in flat.items()}
@@ -209,11 +210,12 @@ def _next_of_several(jobs: Mapping[str, PreparedRun], pages: Mapping[str, Sequen
     lines: list[str] = list(pages[name][0]["next"])
     job, task = jobs[name], jobs[name].tasks[0]
     alike = [
-        shlex.quote(str(prompt_directory(Path(other.run.out), task.name, len(other.tasks))))
+        shlex.quote(str(prompt_directory(Path(other.run.output_dir), task.name, len(other.tasks))))
         for key, other in jobs.items()
         if key in pages
         and other.tasks[0].template == task.template
-        and (other.run.prompt.length, other.run.prompt.method) == (job.run.prompt.length, job.run.prompt.method)
+        and (other.run.prompt.num_virtual_tokens, other.run.prompt.method)
+        == (job.run.prompt.num_virtual_tokens, job.run.prompt.method)
     ]
     return [*lines, f"softprompts evaluate {' '.join(alike)}"] if len(alike) > 1 else lines
 
@@ -278,7 +280,7 @@ def _plain(value: Any) -> str | None:
 
 def next_commands(run: Run, task: Task) -> list[str]:
     """What a user may want to type after a run."""
-    where = shlex.quote(str(prompt_directory(Path(run.out), task.name, len(run.tasks))))
+    where = shlex.quote(str(prompt_directory(Path(run.output_dir), task.name, len(run.tasks))))
     lines = [f"softprompts evaluate {where}", f"softprompts inspect {where}"]
     if not task.template.columns:  # the prompt alone makes the answer
         return lines

@@ -1,6 +1,7 @@
-"""Runs from their configuration to artifact, results.json and report page; `open_artifacts` is the way back.
+"""Runs from their configuration to artifact, results.json and report page.
 
-A run that trains weights (`train.train`) goes the same way; what it keeps instead of an artifact, finetune.py writes.
+A run that trains weights (`training.target`) goes the same way; what it keeps instead of an artifact, finetune.py
+writes.
 """
 
 import functools
@@ -14,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from softprompts import __version__, backbone, injection
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run
@@ -24,9 +24,9 @@ from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.evaluation import page as report
 from softprompts.evaluation.evaluate import Evaluation
-from softprompts.model import initialization, stored
-from softprompts.model.opening import Opened, judging_of, open_artifacts, settings_of
-from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, load_backbone, prepare, prepare_many
+from softprompts.model import initialization
+from softprompts.model.setup import load_backbone
+from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, prepare, prepare_many
 from softprompts.recipes.run.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
 from softprompts.training import distillation, weights
 from softprompts.training.distillation import TeacherOutputs
@@ -34,41 +34,38 @@ from softprompts.training.loop import Progress, TrainingRun, check_checkpoint, i
 from softprompts.training.shared_batch import label_count
 
 __all__ = [
-    "Opened",
     "PreparedRun",
     "ProgressReporter",
     "fixed_settings",
     "is_main_process",
-    "judging_of",
     "load_backbone",
     "next_commands",
-    "open_artifacts",
     "pack",
     "prepare",
     "run",
-    "settings_of",
     "versions",
 ]
 
 
 def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into run.out.
+    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into
+    run.output_dir.
 
     Returns what results.json holds. An interrupted run goes on from its checkpoint when called again. With a list
-    `runs` all of them train together, each is written to a folder of run.out as it would be alone, and results.json
-    and the page of run.out compare them; a run that failed is named there, the others are finished all the same.
-    Of several processes that a launcher started, all train, and the first one writes and shows.
+    `runs` all of them train together, each is written to a folder of run.output_dir as it would be alone, and
+    results.json and the page of run.output_dir compare them; a run that failed is named there, the others are finished
+    all the same. Of several processes that a launcher started, all train, and the first one writes and shows.
     """
     began, main = time.time(), is_main_process()
     screen = screen if main else SILENT
     runs = sweep(run)
     for one in runs.values() if main else ():
-        check_writable(Path(one.out))
-        weights.kept_at(one.train, one.out)
+        check_writable(Path(one.output_dir))
+        weights.kept_at(one.training, one.output_dir)
     jobs = prepare_many(runs, screen)
     rows = _encode(jobs, screen)
     for name, one in runs.items():
-        check_checkpoint(one.out, rows[name], one.seed, fixed_settings(jobs[name]))
+        check_checkpoint(one.output_dir, rows[name], one.seed, fixed_settings(jobs[name]))
     before = _judge_stock(jobs, screen)
     histories, failed = _train(jobs, rows, screen)
     pages = {}
@@ -79,8 +76,8 @@ def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
         return _results(pages[""])
     results = compare(run, jobs, pages, histories, failed, time.time() - began)
     if main:
-        report.write_results(Path(run.out) / "results.json", results)
-        report.write_page(Path(run.out) / "report.html", results)
+        report.write_results(Path(run.output_dir) / "results.json", results)
+        report.write_page(Path(run.output_dir) / "report.html", results)
     return results
 
 
@@ -93,7 +90,7 @@ def _finish(
     screen: ProgressReporter,
 ) -> list[dict[str, Any]]:
     """Judge a trained run, and write what it trained, results.json and pages; gives the page of each task."""
-    out, count = Path(job.run.out), len(job.tasks)
+    out, count = Path(job.run.output_dir), len(job.tasks)
     after = [_judge(name, job, i, screen, "after") for i in range(count)]
     pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(count)]
     if not is_main_process():
@@ -111,8 +108,8 @@ def _keep(job: PreparedRun, after: list[Evaluation | None]) -> None:
     if job.weights is None:
         for i, scored in enumerate(after):
             one = pack(job, i, scored)
-            artifact.save(one, prompt_directory(Path(job.run.out), one.task, len(job.tasks)))
-    elif place := weights.kept_at(job.run.train, job.run.out):
+            artifact.save(one, prompt_directory(Path(job.run.output_dir), one.task, len(job.tasks)))
+    elif place := weights.kept_at(job.run.training, job.run.output_dir):
         weights.save(job.weights, place)
 
 
@@ -137,7 +134,12 @@ def fixed_settings(job: PreparedRun) -> dict[str, Any]:
 
     Artifacts that the run starts from, mixes or learns from may have been made anew since.
     """
-    others: Any = {"out": True, "evaluate": True, "runs": True, "train": {"checkpoint_every", "lora", "keep"}}
+    others: Any = {
+        "output_dir": True,
+        "evaluation": True,
+        "runs": True,
+        "training": {"save_steps", "lora", "save_model"},
+    }
     settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
     given = job.run.prompt.init
     if job.start is not None and (given.sources or given.state or given.kind in initialization.READ):
@@ -206,19 +208,20 @@ def _targets(
     found: dict[str, TeacherOutputs | None] = {}
     known: dict[tuple[Any, ...], TeacherOutputs] = {}
     for name, job in jobs.items():
-        config = job.run.train.distil
+        config = job.run.training.distillation
         if config is None:
             found[name] = None
             continue
+        site = job.model.registry.site_of(job.prompts)
         own, digests = rows[name], tuple(teacher.digest for teacher in job.teachers)
         key = (digests, config.layers, config.temperature, tuple(_key(job, i) for i in range(len(job.tasks))))
         if key not in known:
-            file = Path(job.run.out) / distillation.FILE if config.cache is None else Path(config.cache)
+            file = Path(job.run.output_dir) / distillation.FILE if config.cache is None else Path(config.cache)
             title = f"{name}: teachers" if name else "teachers"
             show, kept = functools.partial(screen.on_eval, title), file if is_main_process() else None
-            known[key] = distillation.targets(job.learner.backbone, job.teachers, own, config, kept, show)
+            known[key] = distillation.targets(job.model.backbone, job.teachers, own, config, kept, show)
         for row, states in zip(own, known[key].states, strict=True):
-            if len(states) != (count := label_count(row, job.learner)):
+            if len(states) != (count := label_count(row, job.model.backbone, site)):
                 task = job.tasks[row.task_id].name
                 raise ConfigError(
                     f"{task}: its teacher scores {len(states)} tokens of a row and the student {count}, because one of "
@@ -234,11 +237,11 @@ def _steps(
     targets: Mapping[str, TeacherOutputs | None],
 ) -> Generator[tuple[str, Progress], None, None]:
     """The steps of all runs; one that trains weights is always alone."""
-    pad = next(iter(jobs.values())).learner.backbone.tokenizer.pad_token_id or 0
+    pad = next(iter(jobs.values())).model.backbone.tokenizer.pad_token_id or 0
     for name, job in jobs.items():
         if job.weights is not None:
             run, validate = job.run, _validate(job)
-            fitting = weights.fit(job.weights, rows[name], run.train, pad=pad, seed=run.seed, validate=validate)
+            fitting = weights.fit(job.weights, rows[name], run.training, pad=pad, seed=run.seed, validate=validate)
             with closing(fitting) as steps:
                 yield from ((name, step) for step in steps)
             return
@@ -248,21 +251,31 @@ def _steps(
 def _trainee(name: str, job: PreparedRun, rows: list[EncodedExample], targets: TeacherOutputs | None) -> TrainingRun:
     run = job.run
     return TrainingRun(
-        name, job.learner, rows, run.train, run.seed, _validate(job), run.out, fixed_settings(job), targets
+        name,
+        job.model,
+        job.prompts,
+        rows,
+        run.training,
+        run.seed,
+        _validate(job),
+        run.output_dir,
+        fixed_settings(job),
+        targets,
     )
 
 
 def _validate(job: PreparedRun) -> Callable[[], float] | None:
     """What scores the validation rows, where the run asks for that."""
-    return (lambda: _validation(job)) if job.run.train.evaluate_every is not None else None
+    return (lambda: _validation(job)) if job.run.training.eval_steps is not None else None
 
 
 def _validation(job: PreparedRun) -> float:
     """The mean headline score over the tasks' validation rows."""
     values = []
-    config = job.run.evaluate.model_copy(update={"resamples": 100})
-    for encoder, task in zip(job.encoders, job.tasks, strict=True):
-        values.append(evaluate.evaluate(job.learner, encoder, task.validation, config).headline.value)
+    config = job.run.evaluation.model_copy(update={"resamples": 100})
+    for i, (encoder, task) in enumerate(zip(job.encoders, job.tasks, strict=True)):
+        scored = evaluate.evaluate(job.model, task.validation, prompt=job.prompt(i), encoder=encoder, config=config)
+        values.append(scored.headline.value)
     return sum(values) / len(values)
 
 
@@ -271,11 +284,11 @@ def _judge_stock(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> d
     found: dict[str, Evaluation | None] = {}
     for job in jobs.values():
         for i in range(len(job.tasks)):
-            key = _key(job, i) + job.run.evaluate.model_dump_json()
+            key = _key(job, i) + job.run.evaluation.model_dump_json()
             if key not in found:
                 found[key] = _judge("", job, i, screen, "before", stock=True)
     return {
-        name: [found[_key(job, i) + job.run.evaluate.model_dump_json()] for i in range(len(job.tasks))]
+        name: [found[_key(job, i) + job.run.evaluation.model_dump_json()] for i in range(len(job.tasks))]
         for name, job in jobs.items()
     }
 
@@ -284,50 +297,25 @@ def _judge(
     name: str, job: PreparedRun, index: int, screen: ProgressReporter, when: str, stock: bool = False
 ) -> Evaluation | None:
     """Scores on the test rows; None for the stock model where its head has not been trained either."""
-    learner, rows = job.learner, job.tasks[index].test
+    model, rows = job.model, job.tasks[index].test
     title = f"{name}: {job.tasks[index].name}" if name else job.tasks[index].name
     if not rows and not stock:
         screen.log(f"{title} has no test rows: nothing is judged")
-    if not rows or (stock and learner.backbone.head_names):
+    if not rows or (stock and model.backbone.head_names):
         return None
 
     def progress(done: int) -> None:
         screen.on_eval(f"{title} {when}", done, len(rows))
 
-    chosen = learner.stock() if stock else learner
-    encoder, run = job.encoders[index], job.run
-    found = evaluate.evaluate(chosen, encoder, rows, run.evaluate, seed=run.seed, progress=progress)
+    encoder, run, prompt = job.encoders[index], job.run, None if stock else job.prompt(index)
+    found = evaluate.evaluate(
+        model, rows, prompt=prompt, encoder=encoder, config=run.evaluation, seed=run.seed, progress=progress
+    )
     screen.log(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
     return found
 
 
 def pack(job: PreparedRun, index: int, scored: Evaluation | None) -> Artifact:
-    """The artifact of the job's task number `index`: what was trained, where it began, and all that belongs to it."""
-    learner, run, task = job.learner, job.run, job.tasks[index]
-    assert job.start is not None
-    tasks = run.tasks[index].model_dump(mode="json")
-    config = {**run.model_dump(mode="json", exclude={"tasks", "runs"}), "task": tasks}
-    slots = job.encoders[index].slots
-    return Artifact(
-        task=task.name,
-        prompt=stored.folded(learner.method, task.name),
-        initial=job.initial[index],
-        method=run.prompt.method,
-        options=dict(run.prompt.options),
-        state=stored.state(learner.method, task.name),
-        heads={k: v.detach().cpu() for k, v in (learner.head or {}).items()},
-        site=learner.site.name,
-        mode=learner.site.mode,
-        place=injection.resolve_place(learner.backbone, learner.site),
-        family=learner.backbone.family.name,
-        head=learner.backbone.head,
-        backbone=learner.backbone.name,
-        revision=learner.backbone.revision,
-        fingerprint=backbone.fingerprint(learner.backbone),
-        format=task.template.to_json(),
-        config=config,
-        scores={} if scored is None else {k: asdict(v) for k, v in scored.scores.items()},
-        parents=job.start.parents,
-        version=__version__,
-        segments=slots if len(slots) > 1 else (),
-    )
+    """The artifact of the run's task number `index`: what was trained, where it began, and all that belongs to it."""
+    scores = {} if scored is None else {name: asdict(score) for name, score in scored.scores.items()}
+    return job.model.pack(job.prompts[index], task=job.tasks[index].name, scores=scores)
