@@ -12,7 +12,7 @@ from softprompts.errors import BackboneError
 class Family:
     """What a kind of transformer can do with a prompt.
 
-    Args:
+    Attributes:
         name: causal, seq2seq or masked.
         auto_classes: Head -> the Auto class of transformers that loads it.
         sites: Names of the sites that a prompt may have.

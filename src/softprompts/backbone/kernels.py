@@ -28,7 +28,7 @@ Forward = Callable[..., Any]
 class Kernels:
     """With what the frozen model runs; every choice gives the same numbers up to rounding.
 
-    Args:
+    Attributes:
         path: packed: one pass over all rows without padding, where the model can; shared: through its cache.
         packed_attention: The attention of packed rows: math, fused.
         attn_implementation: transformers' own implementation on the other paths; None: as the model was loaded.

@@ -42,7 +42,7 @@ __all__ = [
 class Backbone:
     """A frozen stock model with what the rest of the library needs to know about it.
 
-    Args:
+    Attributes:
         model: The model of transformers, frozen.
         family: Its kind.
         head: lm, sequence, token, span or features.

@@ -27,7 +27,7 @@ Tokens = tuple[int, ...]
 class CandidateTree:
     """Candidates as chains of K tokens that the model reads, and the tokens that it scores behind each of them.
 
-    Args:
+    Attributes:
         token_ids: [K], the tokens to read, chain by chain.
         branches: [K], the number of each token's chain, from 1.
         depths: [K], the place of each token within its chain, from 0.

@@ -18,7 +18,7 @@ from softprompts.types import IGNORE, Batch, Prompt
 class DecoderInput:
     """What the decoder reads.
 
-    Args:
+    Attributes:
         ids: [B, S], token ids at the left edge.
         mask: [B, S], true for tokens, false for padding.
         token_order: [B, S], the column of the labels that each token scores.
@@ -33,7 +33,7 @@ class DecoderInput:
 class DecoderOutput:
     """The decoder's output, in a layout where nothing but the positions shows the prompt.
 
-    Args:
+    Attributes:
         output: The decoder's own output.
         text_positions: [B, S], the position of each token of the DecoderInput in it.
         end_positions: [B], the last position of each row's run.

@@ -41,7 +41,7 @@ class TrunkOutput:
 
     Of an encoder-decoder model it describes the decoder, and `encoder` the encoder.
 
-    Args:
+    Attributes:
         hidden_states: [B, S, H], the last hidden states of the full rows.
         text_positions: [B, T], the position of each text token in them.
         token_order: [B, T], the original column of each text token, all at the left edge.
@@ -72,7 +72,7 @@ class TrunkOutput:
 class _TrunkCall:
     """A call of `run_trunk` whose texts are at the left edge.
 
-    Args:
+    Attributes:
         backbone: The frozen model.
         batch: attention_mask [B, T], inputs_embeds [B, T, H], token_type_ids and position_ids at the left edge, with
             the places of the prompts; everything else as the caller gave it.

@@ -17,7 +17,7 @@ from softprompts.types import Batch, Prompt
 class Layout:
     """Where the prompt and the text of each row are in full rows of S positions.
 
-    Args:
+    Attributes:
         gather_index: [B, S], the index into `[prompt | text]` of what is at each position.
         attention_mask: [B, S], true for prompt and text, false for padding.
         text_positions: [B, T], the position of each text token.

@@ -32,7 +32,7 @@ from softprompts.types import Batch, Prompt
 class Prefix:
     """The U distinct prompts of a causal model, computed once and reused for any number of batches.
 
-    Args:
+    Attributes:
         keys_values: Each layer's keys and values [U, heads, P, head_dim]; empty where `cache` holds them.
         mask: [U, P], false where a short prompt is padded.
         last_state: [U, H], the state that scores the first text token; None at site kv, where no prompt token is run.
@@ -54,7 +54,7 @@ class Prefix:
 class PackedOutput:
     """The states of one packed pass.
 
-    Args:
+    Attributes:
         prompt_states: [U, H], the last state of each prompt; None at site kv.
         text_states: [B, T, H] of texts at the left edge, zero for tokens that were not needed.
         output: The trunk's own output.

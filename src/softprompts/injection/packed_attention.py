@@ -32,7 +32,7 @@ class Unpackable(Exception):
 class TokenPositions:
     """Where tokens are, counted from the beginning of their text; those of a prompt are negative.
 
-    Args:
+    Attributes:
         positions: [N, K], UNREACHABLE for padding.
         branches: [N, K], 0 for prompt and text, c for the c-th continuation behind the text, which sees the text and
             itself but no other continuation.
@@ -55,7 +55,7 @@ class TokenPositions:
 class TokenGroup:
     """All prompts, or all texts: N rows of up to K tokens, cut out of the packed sequence and put back.
 
-    Args:
+    Attributes:
         packed_index: [N, K], the place of each token among the packed tokens of the group, 0 for padding.
         padded_index: [tokens], the flat place in [N, K] of each packed token.
         mask: [N, K], false for padding.
@@ -142,7 +142,7 @@ class AttentionMask:
 class Packing:
     """One pass over packed rows, as the attention sees it.
 
-    Args:
+    Attributes:
         prompts: The U prompts, which precede the texts in the sequence; None: `prefix_keys_values` replaces them.
         texts: The B texts; None in a pass over prompts alone.
         prompt_index: [B], the prompt of each text.
@@ -182,7 +182,7 @@ class Packing:
 class AttentionPart:
     """The attention of all prompts, or of all texts, in one layer.
 
-    Args:
+    Attributes:
         name: prompts or texts.
         queries_of: The tokens that ask.
         queries: [N, Q, heads, head_dim].

@@ -21,7 +21,7 @@ PLACES = ("auto", "first", "after_start", "suffix", "template")
 class Site:
     """Where a prompt enters the frozen model. Only this class knows what the name of a site means.
 
-    Args:
+    Attributes:
         name: input, decoder, layers or kv; the table in `injection/__init__.py` explains them.
         mode: At site layers, whether the prompt replaces the hidden states or is added to them: replace, add.
         place: Where in the row the prompt is, one of PLACES; template: in the slots of the text.

@@ -355,7 +355,7 @@ class SoftPromptModel(nn.Module):
         Raises:
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
-        options: dict[str, Any] = {"prefix": prefix, "logits": logits, "layers": layers, "path": path}
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
             return injection.score(self.backbone, batch, None, Site(), **options)
         if prompts is None:

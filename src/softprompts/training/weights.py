@@ -221,8 +221,8 @@ def check_trainable(backbone: Backbone) -> None:
     name, attention = backbone.name or type(backbone.model).__name__, str(backbone.model.config._attn_implementation)
     if backbone.quantization:
         raise BackboneError(
-            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, or "
-            f"train a prompt"
+            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, "
+            f"or train a prompt"
         )
     places = getattr(backbone.model, "hf_device_map", None) or {}
     if len(set(places.values())) > 1 or any(hasattr(part, "_hf_hook") for part in backbone.model.modules()):
