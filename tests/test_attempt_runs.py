@@ -11,6 +11,7 @@ import transformers
 import yaml
 
 import local
+from closeness import assert_close
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
@@ -190,7 +191,7 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
         expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
-        torch.testing.assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0], atol=1e-6, rtol=1e-5)
+        assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0])
     voted = list(evaluate.answers(both, rows, prompt=both.tasks, config=EvaluationConfig()))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
 
@@ -333,7 +334,7 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
         model(input_ids=ids, labels=labels, tasks="mixed")
         model(input_ids=torch.tensor([text]), tasks="mixed")
         model(input_ids=ids, tasks="mixed")
-    torch.testing.assert_close(seen[0], seen[1], atol=1e-6, rtol=1e-5)
+    assert_close(seen[0], seen[1])
     assert not torch.allclose(seen[0], seen[2], atol=1e-4), "the answer would have made a difference"
 
 

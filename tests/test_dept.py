@@ -13,6 +13,7 @@ from torch.nn import functional
 import local
 import rows
 import tiny
+from closeness import GRADIENT_ROUNDINGS, assert_close
 from prompted import methods_of, prompted, spec_of
 from rows import INPUT, called
 from softprompts import SoftPromptModel, injection
@@ -110,7 +111,7 @@ def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, ex
             torch.testing.assert_close(rows.of_row(output, i), each[i].detach(), atol=1e-5, rtol=1e-5)
         functional.cross_entropy(output.logits, output.labels).backward()
         for key, parameter in made.prompts.named_parameters():
-            torch.testing.assert_close(parameter.grad, expected[key], atol=1e-6, rtol=1e-4)
+            assert_close(parameter.grad, expected[key], GRADIENT_ROUNDINGS)
 
 
 @pytest.mark.parametrize(("name", "site"), rows.cases(("llama", "t5", "bert")), ids=called)

@@ -78,7 +78,7 @@ def test_continuations(name: str, site: injection.Site) -> None:
         torch.testing.assert_close(rows.of_row(output, i), rows.of_row(plain, i), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "gptj"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gptj", "bloom"])
 def test_a_row_does_not_know_its_neighbors(name: str) -> None:
     bb, values, texts = tiny.backbone(name), prompts(name, INPUT), rows.texts(name, TEXTS)
     together = injection.score_continuations(bb, rows.batch(name, texts), rows.several(values, USED), INPUT, CANDIDATES)
@@ -89,7 +89,7 @@ def test_a_row_does_not_know_its_neighbors(name: str) -> None:
             torch.testing.assert_close(own[0, 0], together[i, c], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "gptj"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "opt", "gptj", "bloom"])
 def test_without_a_prompt(name: str) -> None:
     """The stock model's own texts are packed too."""
     bb, texts = tiny.backbone(name), rows.texts(name, TEXTS)
@@ -106,7 +106,7 @@ def test_without_a_prompt(name: str) -> None:
     assert len(read) == (1 if name not in rows.UNPACKED else 1 + sum(len(c) > 1 for c in CANDIDATES))
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gptj"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gptj", "bloom"])
 @pytest.mark.parametrize("candidates", [CANDIDATES, [[7], [9]]])
 def test_empty_texts(name: str, candidates: list[list[int]]) -> None:
     """Behind a prompt they are texts like others; at site kv nothing scores a candidate's first token."""

@@ -178,7 +178,7 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
         torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gptj"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "gptj", "bloom"])
 def test_slots_before_the_text_are_shared(name: str) -> None:
     """Where nothing stands before any segment, prompts are computed once, as at place `first`."""
     bb, texts = tiny.backbone(name), rows.texts(name)
@@ -209,7 +209,7 @@ def test_generation_goes_on_from_segments(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "gptj"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma3", "gptj", "bloom"])
 def test_continuations_behind_segments(name: str) -> None:
     """Candidates are scored behind the whole row: the place is the text's, whatever is tried behind it."""
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, sum(SIZES))

@@ -11,6 +11,7 @@ import tiny
 from rows import INPUT, KV, called
 from softprompts import backbone as b
 from softprompts import injection
+from softprompts.backbone.cache import cache_argument
 from softprompts.backbone.kernels import Kernels
 from softprompts.errors import BackboneError
 from softprompts.training import objectives
@@ -137,9 +138,9 @@ def test_reasons() -> None:
     with pytest.raises(BackboneError, match="path 'pack' is unknown; possible: packed, shared, concatenation"):
         injection.score(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
     with pytest.raises(
-        BackboneError, match="path 'packed' is not possible: GPTJForCausalLM has an attention of its own"
+        BackboneError, match="path 'packed' is not possible: BloomForCausalLM has an attention of its own"
     ):
-        injection.score(tiny.backbone("gptj"), batch, prompt, INPUT, path="packed")
+        injection.score(tiny.backbone("bloom"), batch, prompt, INPUT, path="packed")
     shared = replace(tiny.backbone("llama"), kernels=Kernels(path="shared"))
     assert injection.score(shared, batch, prompt, INPUT).path == "shared"
 
@@ -152,7 +153,7 @@ def test_prefill_once_decode_often(name: str, site: injection.Site) -> None:
     text, token = rows.texts(name, (6,))[0], rows.ids(9, 1)
     values = rows.random(0, 4, injection.prompt_width(bb, site))
     output = injection.score(bb, rows.batch(name, [text]), rows.single(values), site, path="shared")
-    again = bb.model(input_ids=token[None], past_key_values=output.cache).logits[0, -1]
+    again = bb.model(input_ids=token[None], **cache_argument(bb.model, output.cache)).logits[0, -1]
     expected = injection.score(bb, rows.batch(name, [torch.cat([text, token, token])]), rows.single(values), site)
     torch.testing.assert_close(again, expected.logits[-1], **CLOSE)
     if site == KV:

@@ -11,6 +11,7 @@ import rows
 import tiny
 from rows import ADD, INPUT, KV, REPLACE, called
 from softprompts import injection
+from softprompts.backbone.cache import cache_argument
 from softprompts.errors import BackboneError
 from softprompts.model import initialization
 from softprompts.types import Batch
@@ -133,7 +134,9 @@ def test_given_positions(name: str, site: injection.Site) -> None:
     ids = torch.tensor([0, 1, 2, 3, 7, 8, 9, 10, 11, 12])[None]
     if site == KV:
         cache = rows.hand_made_cache(bb, values)
-        expected = bb.model(input_ids=row[None], past_key_values=cache, position_ids=ids[:, 4:]).logits[0, :-1]
+        expected = bb.model(input_ids=row[None], **cache_argument(bb.model, cache), position_ids=ids[:, 4:]).logits[
+            0, :-1
+        ]
     else:
         full = torch.cat([values, bb.embedding(row)])[None]
         expected = bb.model(inputs_embeds=full, position_ids=ids).logits[0, 3:-1]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import GRADIENT_ROUNDINGS, assert_close
 from rows import INPUT, called
 from softprompts import injection
 from softprompts.errors import ConfigError
@@ -363,7 +364,7 @@ def test_a_generator_of_zeros_is_prompt_tuning_with_its_bias(name: str, site: in
     for i in range(2):
         mine, other = ours.method.bias[i].grad, theirs.method.prompts[i].grad
         assert float(other.abs().max()) > 1e-4
-        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+        assert_close(mine, other, GRADIENT_ROUNDINGS)
 
 
 @torch.no_grad()

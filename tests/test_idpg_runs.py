@@ -11,6 +11,7 @@ import transformers
 import local
 import tiny
 import tokenizers_tiny
+from closeness import assert_close
 from softprompts import SoftPromptModel, assets, errors
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
@@ -281,7 +282,7 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
         states = model(**encoded).last_hidden_state
     there = encoded["attention_mask"][..., None].float()
     expected = torch.nn.functional.normalize((states * there).sum(1) / there.sum(1), p=2, dim=1)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert_close(found, expected)
     assert float(expected[0] @ expected[1]) < 0.9999
     assert not found.requires_grad
     # The answer is not part of what is read.

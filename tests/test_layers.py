@@ -69,7 +69,7 @@ EXCLUSIVE = {
     "peft": "training.weights training.trainables",
     "faiss": "methods.spt",
     "safetensors": "artifacts.io artifacts.artifact assets.gguf",
-    "transformers.cache_utils": "backbone",
+    "transformers.cache_utils": "backbone.cache",
     "transformers.generation": "backbone injection",
     "transformers.models.auto": "backbone.loading backbone.families",
     "bitsandbytes": "backbone.quantization",
@@ -87,12 +87,6 @@ EXCLUSIVE = {
 KNOWN = {
     "model.opening imports softprompts.recipes.run.prepare",
     "cli.studies imports studies",
-    "injection.encoder_decoder imports transformers.cache_utils",
-    "injection.forward imports transformers.cache_utils",
-    "injection.generation imports transformers.cache_utils",
-    "injection.packed imports transformers.cache_utils",
-    "injection.sites imports transformers.cache_utils",
-    "model.initialization imports transformers.cache_utils",
 }
 """Violations that the rebuild of the core and of the cache removes; the set is to become empty."""
 

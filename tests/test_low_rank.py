@@ -10,6 +10,7 @@ from torch import Tensor
 import rows
 import test_together as together
 import tiny
+from closeness import assert_close
 from prompted import prompted, rates_of, rows_of, several
 from rows import INPUT
 from softprompts import injection
@@ -37,7 +38,7 @@ def test_it_begins_at_the_nearest_matrix_of_its_rank(rank: int) -> None:
     assert torch.linalg.matrix_rank(found, rtol=1e-5) == rank
     left, values, right = np.linalg.svd(start.double().numpy())
     expected = (left[:, :rank] * values[:rank]) @ right[:rank]
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert_close(found, torch.from_numpy(expected).float())
     distance = float((found - start).norm())
     assert distance == pytest.approx(float(np.sqrt((values[rank:] ** 2).sum())), rel=1e-5)
     for seed in range(5):
@@ -64,7 +65,7 @@ def test_it_begins_at_a_start_of_no_higher_rank(start: Tensor, rank: int) -> Non
     method = made(start, rank)["one"]
     assert method.columns.shape == (len(start), rank)
     assert method.rows.shape == (rank, start.shape[1])
-    torch.testing.assert_close(fold(method), start, atol=1e-6, rtol=1e-5)
+    assert_close(fold(method), start)
     torch.testing.assert_close(method.columns.square().mean(0), torch.ones(rank), atol=1e-5, rtol=0)
     assert method.columns.isfinite().all()
 

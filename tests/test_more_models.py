@@ -85,7 +85,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 OTHERWISE = {
     "GptOssConfig": "shared",  # attention sinks
     "Qwen2MoeConfig": "shared",  # its attention does not say its window
-    "CodeGenConfig": "shared",
+    **({} if rows.AT_LEAST_5_24 else {"CodeGenConfig": "shared"}),  # as GPT-J: its attention became switchable
     "XGLMConfig": "shared",
     "BertGenerationConfig": "concatenation: BertGenerationDecoder looks both ways, so its prompt sees the text",
     "MambaConfig": "concatenation: MambaForCausalLM keeps a state that is no key-value cache",

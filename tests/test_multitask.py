@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import rows
 import test_together as together
 import tiny
+from closeness import assert_close
 from prompted import plain, prompted, rates_of, rows_of, several
 from softprompts import injection
 from softprompts.data import collate
@@ -58,7 +59,7 @@ def test_the_product_is_a_scaling_of_rows_and_columns():
     methods = made()
     for method, (u, v) in zip(methods.values(), put(methods, 3), strict=True):
         expected = torch.diag(u[:, 0]) @ method.shared.prompt @ torch.diag(v[0])
-        torch.testing.assert_close(fold(method), expected, rtol=1e-6, atol=1e-6)
+        assert_close(fold(method), expected)
 
 
 @settings(max_examples=30, deadline=None)
@@ -71,7 +72,7 @@ def test_the_gauge_is_free(scale, seed):
     with torch.no_grad():
         method.columns.copy_(pair[0] * scale)
         method.rows.copy_(pair[1] / scale)
-    torch.testing.assert_close(fold(method), before, rtol=1e-5, atol=1e-6)
+    assert_close(fold(method), before)
 
 
 def test_ranks():
@@ -202,7 +203,7 @@ def test_folded_and_decomposed_answer_alike(name, site):
             alone = model.score(part)
             folded = injection.score(bb, part, rows.single(fold(methods[TASKS[task[i]]])), site)
             torch.testing.assert_close(rows.of_row(mixed, i), alone.logits, rtol=1e-5, atol=2e-5)
-            torch.testing.assert_close(folded.logits, alone.logits, rtol=1e-6, atol=1e-6)
+            assert_close(folded.logits, alone.logits)
 
 
 def test_absent_tasks_keep_factors_and_optimizer_state():

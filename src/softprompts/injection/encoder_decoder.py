@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts.backbone import Backbone
+from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
 from softprompts.errors import BackboneError
 from softprompts.injection.layout import assemble_embeddings, check_room, layout_rows, trim_padding
 from softprompts.injection.sites import Site, fill_cache
@@ -117,9 +117,8 @@ def decode(
         self_attention_cache.batch_select_indices(prompt.prompt_index)
         mask = torch.cat([prompt.mask[prompt.prompt_index].bool(), tokens.mask], 1).long()
         cache = EncoderDecoderCache(self_attention_cache, backbone.new_cache())
-        output = backbone.decoder(
-            input_ids=tokens.ids, attention_mask=mask, past_key_values=cache, use_cache=True, **arguments
-        )
+        arguments |= cache_argument(backbone.decoder, cache)
+        output = backbone.decoder(input_ids=tokens.ids, attention_mask=mask, **arguments)
         return DecoderOutput(output, columns, end_columns)
     layout = layout_rows(tokens.mask, torch.zeros_like(tokens.ids[:, 0]), prompt)
     embeddings = assemble_embeddings(backbone.decoder.embed_tokens(tokens.ids), prompt, layout)

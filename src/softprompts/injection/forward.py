@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.backbone.cache import Cache, cache_argument, output_cache
 from softprompts.errors import BackboneError
 from softprompts.injection.encoder_decoder import decode, decoder_input
 from softprompts.injection.hidden_states import CapturedStates, capture, check_layers
@@ -188,8 +188,7 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
         output = backbone.trunk(
             inputs_embeds=values.to(backbone.dtype),
             attention_mask=mask.long(),
-            past_key_values=cache,
-            use_cache=True,
+            **cache_argument(backbone.trunk, cache),
             **_position_argument(backbone, (mask.cumsum(1) - 1).clamp(min=0)),
         )
     return cache, output.last_hidden_state[:, -1]
@@ -334,8 +333,7 @@ def _run_shared(call: _TrunkCall, prefix: Prefix | None) -> TrunkOutput:
     output = backbone.trunk(
         inputs_embeds=call.text_embeddings,
         attention_mask=torch.cat([prompt_mask.bool(), call.text_mask], 1).long(),
-        past_key_values=cache,
-        use_cache=True,
+        **cache_argument(backbone.trunk, cache),
         **_position_argument(backbone, position_ids),
     )
     text_output = _text_output(call, output.last_hidden_state, last_state, call.layer_states())
@@ -483,7 +481,7 @@ def _run_encoder_decoder(call: _TrunkCall) -> TrunkOutput:
         text_mask=tokens.mask,
         end_positions=decoded.end_positions,
         output=decoded.output,
-        cache=decoded.output.past_key_values,
+        cache=output_cache(decoded.output),
         path="concatenation: an encoder's prompt sees the text",
         layer_states=call.layer_states("target"),
         encoder=encoder,

@@ -13,9 +13,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from softprompts.backbone import MASKED, SEQ2SEQ, Backbone
+from softprompts.backbone.cache import (
+    CACHE_OPTIONS,
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+    cache_argument,
+    generate_argument,
+)
 from softprompts.errors import BackboneError
 from softprompts.injection.encoder_decoder import start_id
 from softprompts.injection.forward import TrunkOutput, run_trunk
@@ -32,9 +40,9 @@ REFUSED_OPTIONS = (
     "assistant_model",
     "custom_generate",
     "encoder_outputs",
-    "past_key_values",
     "position_ids",
     "token_type_ids",
+    *CACHE_OPTIONS,
 )
 REFUSED_SETTINGS = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -257,8 +265,7 @@ def _cached_arguments(
     backbone.trunk(
         inputs_embeds=text_embeddings,
         attention_mask=torch.cat([prompt.mask[prompt.prompt_index].bool(), text_mask], 1).long(),
-        past_key_values=full_cache,
-        use_cache=True,
+        **cache_argument(backbone.trunk, full_cache),
         **arguments,
     )
     size = int(run_lengths.max())
@@ -276,7 +283,7 @@ def _cached_arguments(
     return {
         "inputs_embeds": torch.nn.functional.pad(last_embeddings, (0, 0, size - 1, 0)),
         "attention_mask": (columns >= size - run_lengths[:, None]).long(),
-        "past_key_values": cache,
+        **generate_argument(cache),
     }
 
 
@@ -369,7 +376,7 @@ def _decoder_arguments(
     return {
         "decoder_input_ids": decoder_ids,
         "decoder_attention_mask": torch.cat([prompt_mask, torch.ones_like(decoder_ids)], 1),
-        "past_key_values": cache,
+        **generate_argument(cache),
     }
 
 
@@ -401,8 +408,7 @@ def _decoder_cache(backbone: Backbone, prompt: Prompt, site: Site, trunk: TrunkO
         attention_mask=prompt.mask[prompt.prompt_index].long(),
         encoder_hidden_states=trunk.encoder.hidden_states,
         encoder_attention_mask=trunk.encoder_mask.long(),
-        past_key_values=cache,
-        use_cache=True,
+        **cache_argument(backbone.decoder, cache),
     )
     return cache
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from softprompts.backbone import Backbone
+from softprompts.backbone.cache import window_sizes
 from softprompts.injection.layout import check_room
 from softprompts.injection.packed_attention import (
     UNREACHABLE,
@@ -217,8 +217,7 @@ def packed_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
 
 def layer_windows(backbone: Backbone) -> tuple[int | None, ...]:
     """The window that each layer looks through; None where it sees everything."""
-    layers = backbone.new_cache().layers
-    return tuple(x.sliding_window if isinstance(x, DynamicSlidingWindowLayer) else None for x in layers)
+    return window_sizes(backbone.new_cache())
 
 
 def _run_trunk(

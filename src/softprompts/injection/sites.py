@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
 
 from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.backbone.cache import Cache
 from softprompts.errors import BackboneError
 from softprompts.types import Prompt, PromptSpec
 

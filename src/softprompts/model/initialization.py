@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import EncoderDecoderCache
 
 from softprompts import errors
 from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
+from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
 from softprompts.config import InitConfig, closest
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
@@ -179,9 +179,9 @@ def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
     if backbone.family is SEQ2SEQ:
         state = backbone.encoder(input_ids=ids).last_hidden_state
         pair = EncoderDecoderCache(cache, backbone.new_cache())
-        backbone.decoder(input_ids=ids, encoder_hidden_states=state, past_key_values=pair, use_cache=True)
+        backbone.decoder(input_ids=ids, encoder_hidden_states=state, **cache_argument(backbone.decoder, pair))
     else:
-        backbone.trunk(input_ids=ids, past_key_values=cache, use_cache=True)
+        backbone.trunk(input_ids=ids, **cache_argument(backbone.trunk, cache))
     layers: list[Any] = cache.layers
     if any(layer.keys.shape[2] != ids.shape[1] for layer in layers):
         raise BackboneError(
