@@ -49,7 +49,7 @@ def encoded(name, count, seed, tasks=1):
 
 def random_start(base, site, length, seed):
     """A random prompt in float64."""
-    width = injection.width(base, site)
+    width = injection.prompt_width(base, site)
     return torch.randn(length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
 
 
@@ -408,7 +408,7 @@ def test_scores_find_their_run_in_any_order():
     assert [one.row.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
-    assert [one.column.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
+    assert [one.label_columns.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
     assert {one.path for one in found} == {"packed"}
 
 

@@ -74,7 +74,7 @@ class SoftPromptModel(nn.Module):
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
-        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
+        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         self.registry = PromptRegistry(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
@@ -355,9 +355,9 @@ class SoftPromptModel(nn.Module):
         Raises:
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
-        options: dict[str, Any] = {"prefix": prefix, "logits": logits, "layers": layers, "path": path}
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
-            return injection.forward(self.backbone, batch, None, Site(), **options)
+            return injection.score(self.backbone, batch, None, Site(), **options)
         if prompts is None:
             prompts = self.make_prompts(batch)
         names = tuple(self.registry.used(batch.task_ids).values())
@@ -365,7 +365,7 @@ class SoftPromptModel(nn.Module):
         if len({self.registry.records[name].site for name in names}) > 1:
             batch = self.registry.place(self.backbone, batch, self._readable(batch))
         with self._own_head(names):
-            return injection.forward(self.backbone, batch, prompts, site, **options)
+            return injection.score(self.backbone, batch, prompts, site, **options)
 
     def make_prompts(self, batch: Batch, training: bool | None = None) -> Prompt:
         """The distinct prompts [U, P, D] of the rows of `batch`.
@@ -424,8 +424,8 @@ class SoftPromptModel(nn.Module):
                     return None
                 sizes.append(float(size))
         if len(sizes) == 1:
-            return sizes[0] / self.backbone.rms
-        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.rms
+            return sizes[0] / self.backbone.embedding_rms
+        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.embedding_rms
 
     def prefix_cache(self, names: Sequence[str]) -> PrefixCache:
         """Prompts and leading words read once for many batches; no names: the stock model without a prompt."""
@@ -433,7 +433,7 @@ class SoftPromptModel(nn.Module):
 
     def _readable(self, batch: Batch) -> Tensor:
         """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
-        scored = self.backbone.head == "lm" and self.backbone.family.shifted
+        scored = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         return mask_before_labels(batch.attention_mask, batch.labels if scored else None)
 
     @contextlib.contextmanager

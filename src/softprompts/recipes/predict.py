@@ -69,7 +69,7 @@ def predict(
     backbone = opened.backbone
     settings = {
         "prompt": prompt_files_digest(Path(path)),
-        "model": [backbone.name, str(backbone.dtype), backbone.quantized],
+        "model": [backbone.name, str(backbone.dtype), backbone.quantization],
         "evaluation": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
     }
     unanswered: deque[Row] = deque()
@@ -117,7 +117,7 @@ def continue_text(
     ids = backbone.tokenizer(text, return_tensors="pt")["input_ids"].to(backbone.device)
     torch.manual_seed(seed)
     output = opened.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    new = output[0, ids.shape[1] :] if backbone.family.shifted else output[0]
+    new = output[0, ids.shape[1] :] if backbone.family.scores_next_token else output[0]
     return str(backbone.tokenizer.decode(new, skip_special_tokens=True))
 
 
