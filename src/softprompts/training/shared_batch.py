@@ -208,10 +208,10 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
                 last_state=last[index],
                 path=output.path,
                 nll=nll[index],
-                states=states[index],
-                scores=output.head,
-                layers={key: parts[index] for key, parts in layers.items()},
-                tokens={side: parts[index] for side, parts in tokens.items()},
+                label_states=states[index],
+                head=output.head,
+                layer_states={key: parts[index] for key, parts in layers.items()},
+                token_counts={side: parts[index] for side, parts in tokens.items()},
             )
         )
     return outputs
