@@ -52,7 +52,7 @@ def evaluate_prompts(
     artifact = record.artifact
     if artifact is None or record.task_template is None:
         raise ConfigError(f"{paths[0]} holds no task (template and label words), so its answers cannot be scored")
-    task = load_task(record, paths[0], data=data, label=label, whole=split is None, renamed=mapping is not None)
+    task = load_test_rows(record, paths[0], data=data, label=label, whole=split is None, renamed=mapping is not None)
     split, rows = choose_rows(task, split)
     total = len(rows)
     result = evaluate(
@@ -66,7 +66,7 @@ def evaluate_prompts(
     return {"task": task.name, "split": split, "scores": {name: vars(score) for name, score in result.scores.items()}}
 
 
-def load_task(
+def load_test_rows(
     record: PromptRecord, path: str | Path, *, data: str | None, label: str | None, whole: bool, renamed: bool
 ) -> Task:
     """The task that a prompt is evaluated on.
