@@ -403,9 +403,9 @@ def test_what_cannot_share_a_batch_is_refused():
 def test_scores_find_their_run_in_any_order():
     """Rows 0-1 are the first run's, 2 the second's, 3-4 the third's; scores come in no order."""
     row = torch.tensor([4, 0, 2, 3, 1, 0])
-    output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, column=torch.arange(6), path="packed")
+    output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, label_columns=torch.arange(6), path="packed")
     found = shared_batch.split_output(output, [2, 1, 2])
-    assert [one.row.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
+    assert [one.batch_rows.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
     assert [one.label_columns.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]

@@ -93,7 +93,7 @@ def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert setup.autotune(tiny.backbone("llama")) == setup.TunedKernels(Kernels(), {})
     for name in ("bloom", "bert", "t5"):  # nothing is packed, and what is said is true
         found = setup.autotune(tiny.backbone(name))
-        assert found == setup.TunedKernels(Kernels(rows="shared"), {})
+        assert found == setup.TunedKernels(Kernels(path="shared"), {})
         assert str(found) == "attention: the model's own, matmul: torch"
     assert not (tmp_path / "autotune.json").exists()
 

@@ -166,7 +166,11 @@ class TunedKernels:
 
     def __str__(self) -> str:
         kernels = self.kernels
-        attention = f"packed ({kernels.packed_attention})" if kernels.path == "packed" else kernels.attn_implementation or "the model's own"
+        attention = (
+            f"packed ({kernels.packed_attention})"
+            if kernels.path == "packed"
+            else kernels.attn_implementation or "the model's own"
+        )
         compiled = ", norms and MLPs: compiled" if kernels.compiled else ""
         return f"attention: {attention}, matmul: {kernels.matmul_backend}{compiled}"
 

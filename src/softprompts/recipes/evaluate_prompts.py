@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import SplitConfig, TaskConfig, parse
-from softprompts.data import Row, Task, load
+from softprompts.data import Row, Task, load_task
 from softprompts.errors import ConfigError
 from softprompts.evaluation.evaluate import evaluate, evaluation_config
 from softprompts.model.registry import PromptRecord
@@ -86,7 +86,7 @@ def load_task(
     if data is None:
         if not stored:
             raise ConfigError(f"{path} does not say which rows it was made for; give --data")
-        return load(parse(stored, TaskConfig, str(path)))
+        return load_task(parse(stored, TaskConfig, str(path)))
     config = TaskConfig(
         source=data,
         kind=template.kind,
@@ -96,7 +96,7 @@ def load_task(
         verbalizer=None if renamed else template.verbalizer,
         split=SplitConfig(validation_fraction=0, test_fraction=0) if whole else SplitConfig(),
     )
-    return load(config)
+    return load_task(config)
 
 
 def choose_rows(task: Task, split: str | None) -> tuple[str, Sequence[Row]]:

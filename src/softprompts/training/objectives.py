@@ -58,7 +58,7 @@ def distil_logits(step: Step) -> Tensor:
     assert output.logits is not None
     assert output.head is not None
     with torch.no_grad():
-        target = (_wide(output.scores(teacher.label_states)) / teacher.temperature).log_softmax(-1)
+        target = (_wide(output.head(teacher.label_states)) / teacher.temperature).log_softmax(-1)
     log_probs = (_wide(output.logits) / teacher.temperature).log_softmax(-1)
     divergence = functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)
     return divergence.mean() * teacher.temperature**2

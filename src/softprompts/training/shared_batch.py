@@ -190,7 +190,11 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
     for key, layer in output.layer_states.items():
         layers[key] = layer.split([int(counts_of_rows.sum()) for counts_of_rows in tokens[key[0]]])
     logits, nll, labels = split_scores(output.logits), split_scores(output.nll), split_scores(output.labels)
-    rows, columns, states = split_scores(output.batch_rows), split_scores(output.label_columns), split_scores(output.label_states)
+    rows, columns, states = (
+        split_scores(output.batch_rows),
+        split_scores(output.label_columns),
+        split_scores(output.label_states),
+    )
     outputs = []
     for index, first_row in enumerate([0, *ends[:-1].tolist()]):
         row = rows[index]
@@ -204,10 +208,10 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
                 last_state=last[index],
                 path=output.path,
                 nll=nll[index],
-                states=states[index],
-                scores=output.head,
-                layers={key: parts[index] for key, parts in layers.items()},
-                tokens={side: parts[index] for side, parts in tokens.items()},
+                label_states=states[index],
+                head=output.head,
+                layer_states={key: parts[index] for key, parts in layers.items()},
+                token_counts={side: parts[index] for side, parts in tokens.items()},
             )
         )
     return outputs

@@ -272,7 +272,7 @@ class TrainableWeights:
 
         def forward(prompt: Prompt | None) -> Output:
             # The loss of large vocabularies is computed in chunks, which give the head's weights no gradient.
-            return injection.score(self.backbone, collated, prompt, Site(), logits=True)
+            return injection.score(self.backbone, collated, prompt, Site(), return_logits=True)
 
         index = torch.zeros_like(collated.task_ids)
         values = torch.zeros(1, 0, self.backbone.embedding_size, device=self.device)
