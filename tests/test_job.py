@@ -170,7 +170,7 @@ def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
     run.run(parse({**values, "seed": 1, "output_dir": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
     opened = open_prompts(paths, config=parse(values).model)[0]
-    found = [parameter.detach() for parameter in opened.registry.method(opened.task).prompts]
+    found = [method.prompt.detach() for method in opened.prompts.values()]
     assert not torch.equal(*found)
     for prompt, path in zip(found, paths, strict=True):
         assert torch.equal(prompt, artifact.load(path).prompt)

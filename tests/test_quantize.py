@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 
 import local
 import rows
 import tiny
+from prompted import prompted
 from rows import called
 from softprompts import assets, backbone, injection
 from softprompts.artifacts import artifact
@@ -18,10 +18,11 @@ from softprompts.artifacts.fingerprint import BANDS, sketch_distance
 from softprompts.backbone import loading, quantization
 from softprompts.config import parse
 from softprompts.errors import BackboneError, WrongBackboneError
-from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.methods import build
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives
+from softprompts.training.shared_batch import training_step
 from softprompts.types import PromptInit
 from test_golden_contract import snapshot
 
@@ -147,22 +148,20 @@ def test_memory():
 def test_frozen(name, kind):
     """Training leaves every byte as it was, and scoring does."""
     bb, _ = quantized(name, kind)
-    slot = injection.prompt_spec(bb, rows.INPUT, ("a",), 5)
-    learner = Learner(
-        bb, rows.INPUT, slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, 32)))
-    )
+    spec = injection.prompt_spec(bb, rows.INPUT, 5)
+    model = prompted(bb, rows.INPUT, build("prompt-tuning", {}, spec, PromptInit(rows.random(0, 5, 32))))
     batch = rows.batch(name, rows.texts(name))
     before = snapshot(bb.model)
-    optimizer = torch.optim.Adam(learner.parameters().values(), lr=0.1)
+    optimizer = torch.optim.Adam(model.trainable().values(), lr=0.1)
     losses = []
     for _ in range(4):
-        loss = objectives.task(learner.step(batch))
+        loss = objectives.task(training_step(model, batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     with torch.no_grad():
-        learner.step(batch)
+        training_step(model, batch)
     assert losses[-1] < losses[0] - 0.05
     assert snapshot(bb.model) == before
 
@@ -212,8 +211,8 @@ def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     assert stored.config["model"]["quantize"] == trained
     assert results["summary"]["after"]["n"] == 16
     config = parse(values | {"model": values["model"] | {"quantize": used}}).model
-    opened = open_prompts([tmp_path / "out" / "prompt"], config=config)[0]
-    assert opened.warnings == ()
+    opened, warnings = open_prompts([tmp_path / "out" / "prompt"], config=config)
+    assert warnings == ()
     assert opened.backbone.quantization == used
     # Another model of the same shape is refused in either format.
     other = local.model_directory(tmp_path / "other", seed=1)
