@@ -85,7 +85,7 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
     texts = [encoder.encode(row).input_ids for row in rows]
     common = alike(texts) if site == "input" else 0
     assert common > 3 or site != "input"
-    beside = len(injection.candidate_tree(list(encoder.candidates().values())).ids)
+    beside = len(injection.candidate_tree(list(encoder.candidates().values())).token_ids)
     first, *others = read if site != "kv" else [0, *read]
     assert first == (0 if site == "kv" else 4 + common)
     assert len(others) == 4
@@ -96,7 +96,7 @@ def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     made = prepared(tmp_path, verbalizer={"warm": "co", "cold": "cold"})
     model, rows = made.model, list(made.tasks[0].train[:20])
     packed = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
-    model.backbone = replace(model.backbone, kernels=Kernels(rows="shared"))
+    model.backbone = replace(model.backbone, kernels=Kernels(path="shared"))
     read, handle = passes(model)
     found = list(
         evaluate.answers(

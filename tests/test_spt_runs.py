@@ -55,7 +55,7 @@ def test_the_templates_words_are_marked(tokenizer: Any, family: Any) -> None:
     assert len(found) == 1
     for text in TEXTS:
         assert own(encoder, {"text": text})[1] == "question:type:"
-    assert encoder.encode({"text": TEXTS[3]}).cut > 0
+    assert encoder.encode({"text": TEXTS[3]}).truncated_tokens > 0
 
 
 def test_in_masked_models_and_pairs() -> None:
@@ -84,23 +84,23 @@ def test_in_chats(place: Any) -> None:
 def test_with_slots(tokenizer: Any, family: Any) -> None:
     """The template's words are the same with slots for the prompt between them; special tokens are none of them."""
     form = replace(QUESTION, template="<prompt:1>Question: <prompt:2>{text} Type:" + " {mask}" * (family == "masked"))
-    encoder = ExampleTokenizer(form, tokenizer, family, "lm", 30, slots=(1, 2))
+    encoder = ExampleTokenizer(form, tokenizer, family, "lm", 30, segment_lengths=(1, 2))
     for text in TEXTS:
         assert own(encoder, {"text": text}, "human")[1] == "question:type:"
-    assert encoder.encode({"text": TEXTS[3]}).cut > 0
+    assert encoder.encode({"text": TEXTS[3]}).truncated_tokens > 0
 
 
 def test_with_slots_in_chats() -> None:
     """The user's own words, not the same ones of the system, which stand before them in the first turn's piece."""
     form = replace(QUESTION, chat=True, system="The Question: is below", template="Question: <prompt>{text}\nType:")
-    encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200, slots=(3,))
+    encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200, segment_lengths=(3,))
     for text in TEXTS[:2]:
         found = encoder.encode({"text": text})
         assert own(encoder, {"text": text})[1] == "question:type:"
         first = found.instruction_mask.index(1)
         assert "below" in encoder.tokenizer.decode(found.input_ids[:first])
     both = replace(form, system="Be <prompt:1> short: Question:")
-    encoder = ExampleTokenizer(both, byte_bpe(chat=True), "causal", "lm", 200, slots=(1, 3))
+    encoder = ExampleTokenizer(both, byte_bpe(chat=True), "causal", "lm", 200, segment_lengths=(1, 3))
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 
 
