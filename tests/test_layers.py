@@ -84,7 +84,7 @@ EXCLUSIVE = {
 }
 """The modules that alone may import a package; each name on both sides includes everything below it."""
 
-KNOWN: set[str] = {}
+KNOWN: set[str] = set()
 """Violations that the rebuild of the core and of the cache removes; the set is to become empty."""
 
 
