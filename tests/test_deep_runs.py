@@ -86,7 +86,7 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
     assert made.shape == made.prompt.shape == (4, ready.learner.slot.width)
     assert float((made.prompt - made.initial).abs().max()) > 1e-3
     if case != "low":
-        assert torch.equal(made.initial, ready.start.prompt)
+        assert torch.equal(made.initial, ready.init.prompt)
     assert results["summary"]["trainable"] == sum(p.numel() for p in ready.learner.method.parameters())
     assert ("nearest_words" in results) == (run.prompt.site == "input")
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]

@@ -6,26 +6,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 from torch.nn import functional
 
 import local
 import rows
 import test_together as together
 import tiny
+from prompted import methods_of, plain, several
 from softprompts import injection
 from softprompts.artifacts import artifact
-from softprompts.config import DistillationConfig, parse
+from softprompts.config import DistillationConfig, PromptConfig, parse
+from softprompts.data import collate
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
+from softprompts.model import SoftPromptModel
+from softprompts.model.registry import NewPrompt, PromptRecord
 from softprompts.recipes.run import run
-from softprompts.training import distillation, loop, objectives
-from softprompts.training.shared_batch import joint_steps
+from softprompts.training import distillation, objectives
+from softprompts.training.trainables import RunBatch, TrainablePrompts
 from softprompts.types import Output, PromptInit, Step, TeacherBatch
+from trainees import fit, train_many
 
 TASKS = ("a", "b")
 LAYERS = (-1, 1, 2)
+INPUT = Site()
 
 
 # What the objectives compare
@@ -161,22 +166,31 @@ def test_a_step_without_a_teacher_says_so():
 # Teachers
 
 
-def student(name, seed=1, tasks=TASKS, site=None):
-    base = together.double(name)
+def student(name, seed=1, tasks=TASKS, site=None, model=None, run=""):
+    """A model whose prompts of multitask prompt tuning are called as `tasks`; or these prompts in `model`, of a run."""
     site = site or Site()
-    slot = injection.prompt_spec(base, site, 4)
-    start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
+    base = together.double(name) if model is None else model.backbone
+    spec, start = injection.prompt_spec(base, site, 4), together.random_start(base, site, 4, seed)
+    methods = several(MultitaskPromptTuning, MultitaskPromptTuning.Config(), spec, PromptInit(start), tasks).double()
     with torch.no_grad():
-        method.shared.copy_(start)
-    return Learner(base, site, slot, method)
+        methods[tasks[0]].shared.prompt.copy_(start)
+    model = SoftPromptModel(base) if model is None else model
+    for task in tasks:
+        record = PromptRecord(site, PromptConfig(num_virtual_tokens=4))
+        model.registry.add(NewPrompt(f"{run}{task}", methods[task], record), base.device)
+    return model
 
 
-def teachers(one, prompts):
+def teachers(prompts, site=INPUT):
     return tuple(
-        distillation.TaskTeacher(task, prompt, one.site, str(i))
-        for i, (task, prompt) in enumerate(zip(one.slot.tasks, prompts, strict=True))
+        distillation.TaskTeacher(task, prompt, site, str(i))
+        for i, (task, prompt) in enumerate(zip(TASKS, prompts, strict=True))
     )
+
+
+def folded(model):
+    """The plain prompt of each task."""
+    return [plain(method) for method in methods_of(model)]
 
 
 def config(**changes):
@@ -197,18 +211,19 @@ def test_the_same_for_encoder_decoders(name):
 
 
 def check_equal_student(name, site, layers):
-    one = student(name, site=site)
+    model = student(name, site=site)
     data = together.encoded(name, 8, 5, tasks=2)
     if site.name == "kv":  # nothing scores a first token there
         data = [replace(row, labels=[-100, *row.labels[1:]]) for row in data]
-    same = [one.method.fold(task).clone() for task in TASKS]
-    found = distillation.targets(one.backbone, teachers(one, same), data, config(layers=layers))
-    other = distillation.targets(one.backbone, teachers(one, [-p.flip(0) for p in same]), data, config(layers=layers))
-    for targets, equal in ((found, True), (other, False)):
-        (step,) = joint_steps([one], [data[2:7]], [0], 0, [targets])
+    same = folded(model)
+    turned = [-prompt.flip(0) for prompt in same]
+    for prompts, equal in ((same, True), (turned, False)):
+        targets = distillation.targets(model.backbone, teachers(prompts, site), data, config(layers=layers))
+        trainable = TrainablePrompts(model, {"one": TASKS}, {"one": targets})
         for objective in (objectives.distil_logits, objectives.distil_hidden):
-            loss = objective(step)
-            gradient = torch.autograd.grad(loss, list(one.parameters().values()), retain_graph=True)
+            (measured,) = trainable.loss([RunBatch("one", data[2:7], objective)])
+            loss = measured.value
+            gradient = torch.autograd.grad(loss, list(model.trainable().values()), retain_graph=True)
             size = max(float(g.abs().max()) for g in gradient)
             if equal:
                 assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
@@ -225,15 +240,13 @@ def test_kept_states_are_those_of_the_pass(tmp_path):
     prompts = [rows.random(7, 4, 32), rows.random(8, 4, 32)]
     seen = []
     file = tmp_path / "kept.safetensors"
-    made = distillation.targets(
-        one.backbone, teachers(one, prompts), data, config(), file, lambda *done: seen.append(done)
-    )
+    made = distillation.targets(one.backbone, teachers(prompts), data, config(), file, lambda *done: seen.append(done))
     assert seen[-1] == (9, 9)
-    again = distillation.targets(one.backbone, teachers(one, prompts), data, config(), file)
+    again = distillation.targets(one.backbone, teachers(prompts), data, config(), file)
     chosen = [data[3], data[0], data[6]]
     for targets in (made, again):
         teacher = targets.of(chosen, torch.device("cpu"))
-        batch = together.train.collate(chosen, 0)
+        batch = collate(chosen, 0)
         prompt = rows.several(prompts, [row.task_id for row in chosen])
         expected = injection.score(one.backbone, batch, prompt, Site(), layers=LAYERS)
         torch.testing.assert_close(teacher.label_states, expected.label_states)
@@ -252,13 +265,13 @@ def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, mon
     file = tmp_path / "kept.safetensors"
 
     def made(own=data, given=prompts, **changes):
-        distillation.targets(one.backbone, teachers(one, given), own, config(**changes), file)
+        distillation.targets(one.backbone, teachers(given), own, config(**changes), file)
         return len(calls)
 
     assert (made(), made(), made(temperature=3.0)) == (1, 1, 1)
     assert made(layers=(-1,)) == 2
     assert made(data[1:], layers=(-1,)) == 3
-    changed = [replace(teachers(one, prompts)[0], digest="x"), teachers(one, prompts)[1]]
+    changed = [replace(teachers(prompts)[0], digest="x"), teachers(prompts)[1]]
     distillation.targets(one.backbone, changed, data[1:], config(layers=(-1,)), file)
     assert len(calls) == 4
 
@@ -270,23 +283,21 @@ def test_distilled_runs_train_alone_and_together_alike():
 
     def runs():
         base = together.double("llama")
-        made = []
+        model, made = SoftPromptModel(base), []
         for name, layers, changes in (("one", (-1, 2), {}), ("two", (1,), {"learning_rate": 0.1})):
-            learner = replace(student("llama"), backbone=base)
+            student("llama", model=model, run=f"{name}/")
             prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-            targets = distillation.targets(
-                base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0)
-            )
+            targets = distillation.targets(base, teachers(prompts), data, config(layers=layers, temperature=2.0))
             settings = together.config(max_steps=8, objectives=weights, **changes)
-            made.append(loop.TrainingRun(name, learner, data, settings, targets=targets))
-        plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
-        return [*made, loop.TrainingRun("plain", plain, data, together.config(max_steps=8))]
+            made.append(together.run_of(name, model, data, settings, targets=targets))
+        together.tuned(base, Site(), 4, 3, ("plain/a", "plain/b"), model)
+        return [*made, together.run_of("plain", model, data, together.config(max_steps=8))]
 
     alone = {}
     for one in runs():
-        alone[one.name] = [report.loss for _, report in loop.train_many([one], pad=0)]
+        alone[one.name] = [report.loss for _, report in train_many([one])]
     both = {name: [] for name in alone}
-    for name, report in loop.train_many(runs(), pad=0):
+    for name, report in train_many(runs()):
         both[name].append(report.loss)
     for name, losses in alone.items():
         assert both[name] == pytest.approx(losses, rel=1e-9)
@@ -300,10 +311,10 @@ def test_accumulated_batches_equal_one_large_batch():
     for size, parts in ((8, 1), (2, 4)):
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-        targets = distillation.targets(one.backbone, teachers(one, prompts), data, config())
+        targets = distillation.targets(one.backbone, teachers(prompts), data, config())
         settings = together.config(max_steps=4, batch_size=size, gradient_accumulation_steps=parts, objectives=weights)
-        losses = [r.loss for r in loop.fit(one, data, settings, pad=0, targets=targets)]
-        found.append((losses, one.method.fold("a")))
+        losses = [r.loss for r in fit(one, data, settings, targets=targets)]
+        found.append((losses, folded(one)[0]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
 
@@ -317,16 +328,14 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
     def fitted(folder, stop=None):
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-        targets = distillation.targets(
-            one.backbone, teachers(one, prompts), data, config(), folder / "kept.safetensors"
-        )
+        targets = distillation.targets(one.backbone, teachers(prompts), data, config(), folder / "kept.safetensors")
         losses = []
-        with closing(loop.fit(one, data, settings, pad=0, directory=folder, targets=targets)) as steps:
+        with closing(fit(one, data, settings, targets=targets, directory=folder)) as steps:
             for report in steps:
                 losses.append(report.loss)
                 if report.step == stop:
                     break
-        return losses, [one.method.fold(task) for task in TASKS]
+        return losses, folded(one)
 
     whole, prompts = fitted(tmp_path / "whole")
     assert fitted(tmp_path / "cut", stop=3)[0] == whole[:3]
@@ -340,9 +349,9 @@ def test_a_weight_of_zero_is_the_task_alone():
     losses = []
     for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distil-logits": 0.0, "distil-hidden": 0.0}, True)):
         one = student("llama")
-        targets = distillation.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
+        targets = distillation.targets(one.backbone, teachers([rows.random(7, 4, 32)] * 2), data, config())
         settings = together.config(max_steps=6, objectives=weights)
-        fitting = loop.fit(one, data, settings, pad=0, targets=targets if taught else None)
+        fitting = fit(one, data, settings, targets=targets if taught else None)
         losses.append([report.loss for report in fitting])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
@@ -372,11 +381,11 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
     assert len(results["tasks"]) == 2
     assert (tmp_path / "out" / distillation.FILE).exists()
     one = artifact.load(tmp_path / "out" / "prompt" / "a")
-    assert sorted(one.state) == ["columns.0", "rows.0", "shared"]
-    assert one.prompt.equal(one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
+    assert sorted(one.state) == ["columns", "rows", "shared.prompt"]
+    assert one.prompt.equal(one.state["shared.prompt"] * (one.state["columns"] @ one.state["rows"]))
     other = artifact.load(tmp_path / "out" / "prompt" / "b")
-    assert one.state["shared"].equal(other.state["shared"])
-    assert not one.state["columns.0"].equal(other.state["columns.0"])
+    assert one.state["shared.prompt"].equal(other.state["shared.prompt"])
+    assert not one.state["columns"].equal(other.state["columns"])
     curve = [step["loss"] for step in results["tasks"][0]["curve"]]
     assert len(curve) == 4
 

@@ -70,24 +70,25 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     run = parse(values)
     made = job.prepare(run)
     results = job.run(run)
-    table = made.learner.method.table.rows
+    table = made.model.registry.method(made.prompts[0]).table.rows
     assert results["summary"]["trainable"] == table.numel()
-    size = sum(p.numel() for p in made.learner.backbone.model.parameters())
+    size = sum(p.numel() for p in made.model.backbone.model.parameters())
     assert results["summary"]["share"] == pytest.approx(table.numel() / size)
     rows = [made.encoders[0].encode(row).input_ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
     found = artifact.load(tmp_path / "out" / "prompt")
-    changed = (found.state["table.rows"] != made.begin["method.table.rows"]).any(1)
-    assert results["summary"]["moved"] == int((found.state["table.rows"] != made.begin["method.table.rows"]).sum())
+    begin = made.initial_parameters["method.table.rows"]
+    changed = (found.state["table.rows"] != begin).any(1)
+    assert results["summary"]["moved"] == int((found.state["table.rows"] != begin).sum())
     assert set(changed.nonzero()[:, 0].tolist()) <= {token for row in rows for token in row}
     assert 0 < int(changed.sum()) < len(table)
     assert found.prompt is None
-    assert torch.equal(found.initial, made.start.prompt)
+    assert torch.equal(found.initial, made.init.prompt)
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
-        trained.learner.method.load_state_dict(found.state)
+        trained.model.registry.method(trained.prompts[0]).load_state_dict(found.state)
         ours, theirs = (
             list(
                 evaluate.answers(
@@ -208,8 +209,9 @@ def topics(values: dict[str, Any], out: Path, **given: Any) -> dict[str, Any]:
 def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Path, given: dict[str, Any]) -> None:
     """Table and encoder change, topics are told apart, and `init.state` begins with both."""
     run = parse(topics(values, tmp_path / "topics", **given))
-    before = job.prepare(run).learner.method.state_dict()
-    results = pretrain.execute(run)
+    prepared = job.prepare(run)
+    before = prepared.model.registry.method(prepared.prompts[0]).state_dict()
+    results = pretrain.run(run)
     assert json.loads((tmp_path / "topics" / "results.json").read_text())["scores"] == results["scores"]
     assert (tmp_path / "topics" / "report.html").is_file()
     assert results["summary"]["after"]["value"] > max(0.9, results["majority"])
@@ -223,33 +225,33 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     assert results["summary"]["moved"] < results["summary"]["trainable"]
     values["prompt"]["init"] = {"state": str(tmp_path / "topics" / "prompt")}
     begun = job.prepare(parse(options(values, **given)))
-    for name, value in begun.learner.method.state_dict().items():
+    for name, value in begun.model.registry.method(begun.prompts[0]).state_dict().items():
         assert torch.equal(value, found.state.get(name, before[name])), name
     results = job.run(parse(values))
     assert results["summary"]["steps"] == 6
 
 
 def test_pretraining_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
-    pretrain.execute(parse(topics(values, tmp_path / "whole")))
+    pretrain.run(parse(topics(values, tmp_path / "whole")))
     cut = parse(topics(values, tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
-        pretrain.execute(cut, stopping(33))
+        pretrain.run(cut, stopping(33))
     assert not (tmp_path / "cut" / "results.json").exists()
-    results = pretrain.execute(cut)
+    results = pretrain.run(cut)
     assert [step["step"] for step in results["curve"]] == list(range(1, 61))
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("whole", "cut"))
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*rate was 0.3, is now 0.2"):
-        pretrain.execute(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
+        pretrain.run(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
 
 
 def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: Path) -> None:
     """A place that cannot be written to before any step, and, opened, that a table alone answers nothing."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write into .*file/out: .*choose another directory with --out"):
-        pretrain.execute(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
+        pretrain.run(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
     run = parse(topics(values, tmp_path / "topics", base="start"))
-    pretrain.execute(
+    pretrain.run(
         run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})})
     )
     with pytest.raises(
@@ -263,7 +265,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
     for seed in (0, 1):
         run = parse({**topics(values, tmp_path / f"topics{seed}"), "seed": seed})
         short = run.training.model_copy(update={"max_steps": 2, "eval_steps": None})
-        pretrain.execute(run.model_copy(update={"training": short}))
+        pretrain.run(run.model_copy(update={"training": short}))
     values["prompt"]["init"] = {"state": str(tmp_path / "state")}
     (tmp_path / "topics0" / "prompt").rename(tmp_path / "state")
     job.run(parse(values))
@@ -292,7 +294,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
 )
 def test_what_pretraining_refuses(values: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        pretrain.execute(parse({**values, **changes}))
+        pretrain.run(parse({**values, **changes}))
 
 
 def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None:

@@ -45,10 +45,10 @@ def test_the_artifact_tells_where_it_came_from(values, tmp_path):
     results = run.run(parse(values))
     made = artifact.load(tmp_path / "out" / "prompt")
     again = run.prepare(parse(values))
-    assert torch.equal(made.initial, again.start.prompt)
+    assert torch.equal(made.initial, again.init.prompt)
     assert made.config["task"]["template"] == "{text}:"
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
-    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
+    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.model.backbone))
 
 
 class Halved(PromptTuning):
@@ -63,7 +63,7 @@ def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch
     monkeypatch.setitem(methods.METHODS, "halved", f"{__name__}:Halved")
     values["prompt"] |= {"method": "halved"}
     run.run(parse(values))
-    start = run.prepare(parse(values)).start.prompt
+    start = run.prepare(parse(values)).init.prompt
     assert torch.equal(artifact.load(tmp_path / "out" / "prompt").initial, start / 2)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.add_task("a", parse({"prompt": {**values["prompt"], "init": {"kind": "random"}}}).prompt)
@@ -98,7 +98,7 @@ def test_a_run_starts_from_another_artifact(values, tmp_path):
     run.run(parse(values))
     init = {"kind": "artifact", "path": str(tmp_path / "out" / "prompt")}
     made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": init}}))
-    assert torch.equal(made.start.prompt, artifact.load(init["path"]).prompt)
+    assert torch.equal(made.init.prompt, artifact.load(init["path"]).prompt)
     with pytest.raises(ArtifactError, match=r"\[4, 32\] at site input.*\[5, 32\]"):
         run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 5, "init": init}}))
     other = local.model_directory(tmp_path / "other", seed=9)
@@ -116,16 +116,16 @@ def test_a_run_starts_from_another_artifact(values, tmp_path):
 
 def test_label_words_are_a_start(values):
     made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": {"kind": "labels"}}}))
-    base = made.learner.backbone
+    base = made.model.backbone
     pieces = base.tokenizer(" cold", add_special_tokens=False)["input_ids"]
-    assert torch.equal(made.start.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
+    assert torch.equal(made.init.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
 
 
 @pytest.mark.parametrize("site", ["layers", "kv"])
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
     run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": site}}))
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
-    assert opened.learner.site.name == site
+    assert opened.registry.records[opened.task].site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
 
 

@@ -18,12 +18,14 @@ from rows import INPUT
 from softprompts import SoftPromptModel, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.config import PromptConfig, parse
+from softprompts.data import collate
 from softprompts.evaluation import evaluate
 from softprompts.model import stored
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
-from softprompts.training import equivalence, loop, objectives
+from softprompts.training import equivalence, objectives
 from softprompts.types import Prompt, PromptInit, in_mode
+from trainees import train
 
 
 class Watched(torch.nn.Module):
@@ -61,7 +63,7 @@ def learner(name: str = "llama") -> Learner:
 def test_a_step_trains_and_all_else_judges() -> None:
     """In the training loop too: steps in training mode, the size of reports and validation not; modes come back."""
     one, data = learner(), together.encoded("llama", 6, 1)
-    batch = loop.collate(data[:3], 0)
+    batch = collate(data[:3], 0)
     method = one.method
     for before in (True, False):
         method.train(before)
@@ -85,7 +87,7 @@ def test_a_step_trains_and_all_else_judges() -> None:
         return scores[-1]
 
     config = together.config(max_steps=3, eval_steps=2)
-    list(loop.fit(one, data, config, pad=0, validate=validate))
+    list(train(one, data, config, validate=validate))
     assert method.asked == [True, True, True, False, True], "two steps, a validation that makes a step, the last step"
     assert not any(method.folded)
 
@@ -94,7 +96,7 @@ def test_the_comparison_with_concatenation_is_of_a_training_step() -> None:
     """Both ways leave out the same, so that they can be compared."""
     one = learner()
     one = Learner(one.backbone, INPUT, one.slot, one.method.double())
-    batch = loop.collate(together.encoded("llama", 4, 2), 0)
+    batch = collate(together.encoded("llama", 4, 2), 0)
     found = equivalence.compare(one, batch, objectives.task)
     assert set(one.method.asked) == {True}
     assert found.holds, found

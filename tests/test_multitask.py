@@ -16,9 +16,10 @@ from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods import build_tasks, fold, parse_options
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.training import loop, objectives
+from softprompts.training import objectives
 from softprompts.training.shared_batch import training_step
 from softprompts.types import PromptInit, PromptSpec
+from trainees import fit
 
 P, D = 6, 32
 TASKS = ("mnli", "qqp", "sst2")
@@ -164,7 +165,7 @@ def tuned(name, site, tasks, seed=1, **options):
 
 
 def losses(model, data, config, seed=0):
-    return [report.loss for report in loop.fit(model, data, config, pad=0, seed=seed)]
+    return [report.loss for report in fit(model, data, config, seed=seed)]
 
 
 @pytest.mark.parametrize(("name", "site"), [("llama", Site()), ("llama", Site("kv")), ("t5", Site()), ("bert", Site())])

@@ -39,7 +39,7 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
     assert found.seconds == {
         "torch products": 2, "onednn products": 1, "packed": 1, "packed-fused": 2, "sdpa": 4, "eager": 3,
     }  # fmt: skip
-    assert str(found) == "rows packed (math), products by onednn"
+    assert str(found) == "attention: packed (math), matmul: onednn"
     (entry,) = json.loads((tmp_path / "autotune.json").read_text()).values()
     assert entry["kernels"]["matmul_backend"] == "onednn"
     done = clock["products"]
@@ -56,7 +56,7 @@ def test_a_little_faster_is_not_enough(clock: dict[str, float]) -> None:
     assert setup.autotune(tiny.backbone("llama")).kernels == Kernels()
     clock["eager"] = 0.5
     found = setup.autotune(tiny.backbone("qwen2")).kernels
-    assert found == Kernels(path="shared", attn_implementation="eager")
+    assert found == Kernels(path="shared", attention="eager")
 
 
 def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
@@ -80,21 +80,13 @@ def test_a_damaged_memory_only_costs_the_measurement(clock: dict[str, float], tm
     assert json.loads((tmp_path / "autotune.json").read_text())["other"] == 1
 
 
-def test_a_memory_with_other_names_of_kernels_is_measured_again(clock: dict[str, float], tmp_path: Path) -> None:
-    bb, file = tiny.backbone("llama"), tmp_path / "autotune.json"
-    setup.autotune(bb)
-    (key,) = json.loads(file.read_text())
-    file.write_text(json.dumps({key: {"kernels": {"rows": "shared", "core": "math"}, "seconds": {}}}))
-    assert setup.autotune(bb).kernels == Kernels(matmul_backend="onednn")
-
-
 def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
     assert setup.autotune(tiny.backbone("llama")) == setup.TunedKernels(Kernels(), {})
     for name in ("bloom", "bert", "t5"):  # nothing is packed, and what is said is true
         found = setup.autotune(tiny.backbone(name))
         assert found == setup.TunedKernels(Kernels(path="shared"), {})
-        assert str(found) == "attention the model's own, products by torch"
+        assert str(found) == "attention: the model's own, matmul: torch"
     assert not (tmp_path / "autotune.json").exists()
 
 

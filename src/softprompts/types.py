@@ -321,6 +321,39 @@ Objective = Callable[[Step], Tensor]
 
 
 @dataclass(frozen=True)
+class Progress:
+    """One training step of one run, as checkpoints, results.json and the screen have it.
+
+    Attributes:
+        step: The number of the step, counted from 1.
+        steps: The number of steps that the run makes unless it stops early.
+        loss: The mean loss over the labels of the step.
+        rate: The learning rate of the first parameter group: the prompt's, or that of the weights.
+        rms_ratio: rms(P) / rms(E) of the prompts; None where no prompt is trained.
+        tokens: The text tokens of this run in the step.
+        seconds: The time of the step, which runs that share a batch share.
+        score: The validation score, where one was due.
+        path: How the prompt was computed: packed, shared or concatenation, with the reason.
+        parity: The comparison of the first batch with plain concatenation, where the settings ask for it.
+        machine: Device, dtype, threads and kernels: at the first step, and wherever they change.
+        measures: The single numbers that the method reports (`Prompt.aux`).
+    """
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+    rms_ratio: float | None
+    tokens: int
+    seconds: float
+    score: float | None = None
+    path: str = ""
+    parity: str = ""
+    machine: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What ties a prompt to the weights it was made for.
 

@@ -98,7 +98,7 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, log: Callable[[str], No
         loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log
     )
     ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
-    log(f"running with {choice}")
+    log(str(choice))
     if config.torch_compile:
         log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
     return ready
@@ -166,14 +166,13 @@ class TunedKernels:
 
     def __str__(self) -> str:
         kernels = self.kernels
-        own = kernels.attn_implementation or "the model's own"
-        rows = f"rows packed ({kernels.packed_attention})" if kernels.path == "packed" else f"attention {own}"
-        parts = [
-            rows,
-            f"products by {kernels.matmul_backend}",
-            *(["norms and MLPs compiled"] if kernels.compiled else []),
-        ]
-        return ", ".join(parts)
+        attention = (
+            f"packed ({kernels.packed_attention})"
+            if kernels.path == "packed"
+            else kernels.attn_implementation or "the model's own"
+        )
+        compiled = ", norms and MLPs: compiled" if kernels.compiled else ""
+        return f"attention: {attention}, matmul: {kernels.matmul_backend}{compiled}"
 
 
 def autotune(

@@ -25,7 +25,7 @@ from softprompts.recipes.multitask.runs import (
     weights_run,
 )
 from softprompts.recipes.run.run import ProgressReporter
-from softprompts.training import weights as finetune
+from softprompts.training import backbone_weights
 
 
 def check(plan: Plan, screen: ProgressReporter) -> None:
@@ -52,8 +52,8 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     for shots in plan.target.shots:
         for arm, target in product(arms_of(plan, shots, weights=True), weight_targets(plan)):
             for rate in plan.target.weight_learning_rates[arm]:
-                finetune.check_installed(weights_run(plan, target, shots, Cell(arm, rate, 0)).training)
-            finetune.check_trainable(backbone)
+                backbone_weights.check_installed(weights_run(plan, target, shots, Cell(arm, rate, 0)).training)
+            backbone_weights.check_trainable(backbone)
 
 
 def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -> None:
