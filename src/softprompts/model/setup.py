@@ -166,11 +166,9 @@ class TunedKernels:
 
     def __str__(self) -> str:
         kernels = self.kernels
-        attention = (
-            f"packed ({kernels.packed_attention})"
-            if kernels.path == "packed"
-            else kernels.attn_implementation or "the model's own"
-        )
+        attention = kernels.attn_implementation or "the model's own"
+        if kernels.path == "packed":
+            attention = f"packed ({kernels.packed_attention})"
         compiled = ", norms and MLPs: compiled" if kernels.compiled else ""
         return f"attention: {attention}, matmul: {kernels.matmul_backend}{compiled}"
 
