@@ -169,7 +169,7 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
         return [evaluate.Answer(ballots[task][rows.index(row)]) for row, task in asked]
 
     monkeypatch.setattr(evaluate, "_ranked", ask)
-    together = evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
+    together = evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG)
     assert [a.value for a in together] == ["warm", "cold", "cold"]
     assert [vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
 
@@ -178,7 +178,7 @@ def test_identical_prompts_vote_as_one(tmp_path):
     made = three_tasks(tmp_path)
     rows = made.tasks[0].test
     one = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
-    three = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
+    three = list(evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG))
     assert [a.value for a in one] == [a.value for a in three]
 
 

@@ -24,7 +24,7 @@ from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
-from trainees import train
+from trainees import fit
 
 SMALL = {"phm": 4, "hidden": 8}
 
@@ -134,7 +134,7 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     seen.clear()
     method_of(again).register_forward_pre_hook(lambda method, _: seen.append(method.training))
     examples = [again.encoders[0].example(row) for row in again.tasks[0].train]
-    for _ in train(again.model, examples, training.training, validate=lambda: 0.0):
+    for _ in fit(again.model, examples, training.training, validate=lambda: 0.0):
         assert not method_of(again).training
     assert seen == [True, True]
 

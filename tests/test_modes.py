@@ -25,7 +25,7 @@ from softprompts.recipes.run import run as job
 from softprompts.training import equivalence, objectives
 from softprompts.training.shared_batch import training_step
 from softprompts.types import PromptInit, in_mode
-from trainees import train
+from trainees import fit
 
 
 class Watched(PromptMethod):
@@ -77,7 +77,7 @@ def test_a_step_trains_and_all_else_answers() -> None:
         return scores[-1]
 
     config = together.config(max_steps=3, eval_steps=2)
-    list(train(model, data, config, validate=validate))
+    list(fit(model, data, config, validate=validate))
     step, size, validation = [True], [False], [True, False]
     assert method.asked == [*step, *size, *step, *validation, *size, *step, *size]
 
