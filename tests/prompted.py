@@ -66,6 +66,11 @@ def prompts_of(methods: Any, tasks: Sequence[int], context: Context) -> Prompt:
     return make_prompts(dict(enumerate(methods.values())), torch.tensor(tasks), context)
 
 
+def each(prompt: Prompt) -> Tensor:
+    """The prompt of each row, [B, P, D]."""
+    return prompt.values[prompt.prompt_index]
+
+
 def rows_of(methods: Any, tasks: Sequence[int]) -> Tensor:
     """The prompt of each row [B, P, D] of a batch whose texts do not matter."""
     ids, embeds = torch.zeros(len(tasks), 1, dtype=torch.long), torch.zeros(len(tasks), 1, 8)

@@ -330,7 +330,7 @@ def test_the_command(done, tmp_path, capsys):
         cli.app(["multitask", "--config", str(file)], standalone_mode=True)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "targets, full: arm, trained numbers, gamma, delta, mean" in shown
+    assert "targets, full: arm, trainable params, gamma, delta, mean" in shown
     mean = next(line["mean"] for line in results["arms"][0]["lines"] if line["arm"] == "mpt")
     assert f"{mean:.3f}" in next(line for line in shown.splitlines() if line.startswith("mpt  "))
 

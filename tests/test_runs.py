@@ -10,10 +10,10 @@ import torch
 import yaml
 
 import local
-from softprompts import cli
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors
-from softprompts.config import parse
+from softprompts.cli import screen
+from softprompts.config import parse, read
 from softprompts.config.sweep import grid, sweep
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
@@ -200,8 +200,8 @@ def test_a_terminal_shows_a_table(capsys, monkeypatch):
     row = {"name": "a", "task": "t", "differs": {"seed": 1}, "loss": 0.5, "metric": "accuracy", "failed": None}
     score = {"value": 0.75, "low": 0.5, "high": 1.0, "illegal": 0}
     group = {"task": "t", "differs": {}, "metric": "accuracy", "mean": 0.5, "sd": 0.25, "n": 2}
-    monkeypatch.setattr(cli.screen.out, "_force_terminal", True)
-    cli.screen.show_runs({"title": "2 runs", "runs": [{**row, "after": score}], "groups": [group]})
+    monkeypatch.setattr(screen.out, "_force_terminal", True)
+    screen.show_runs({"title": "2 runs", "runs": [{**row, "after": score}], "groups": [group]})
     shown = capsys.readouterr().out
     assert "┃" in shown
     for word in ("what differs", "seed 1", "accuracy 0.750", "0.250"):
@@ -242,7 +242,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
     command = ("train", "--config", tmp_path / "run.yaml", "--set", f"runs={json.dumps(RUNS[:2])}")
     status, _, err = call(*command)
     assert status == 130
-    assert f"the state is kept in {tmp_path / 'out'}: the same command goes on" in err
+    assert f"the checkpoint is in {tmp_path / 'out'}: the same command continues" in err
     assert not (tmp_path / "out" / "results.json").exists()
     status, _, err = call(*command)
     assert status == 0, err
@@ -257,7 +257,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
 
 def test_the_example_and_the_page_list_runs_that_can_be():
     root = Path(__file__).parents[1]
-    assert list(sweep(cli.read_config(root / "examples" / "many-prompts.yaml"))) == [
+    assert list(sweep(read(root / "examples" / "many-prompts.yaml"))) == [
         "words-0",
         "words-1",
         "labels-0",

@@ -278,17 +278,17 @@ def test_numbers_times_and_scores_stand_in_one_table(done):
         assert table["rows"][1][6] == "1.00"
 
 
-def test_the_command_says_how_far_each_arm_came(call, done, tmp_path):
+def test_the_command_says_how_far_each_arm_came(call_study, done, tmp_path):
     values = small(done[0], tmp_path / "out")
     values |= {"arms": ["prompt-tuning", "idpg-m"], "pretrain": None, "speed": {"steps": 2, "repeats": 1}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
-    status, out, err = call("study", "instance", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
+    status, out, err = call_study("instance", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
     assert status == 0, err
     results = json.loads((tmp_path / "o/results.json").read_text())
     assert results["claims"]["2-shot"]["words"] in out
     assert f"{results['speed']['idpg-m']['ms']:.0f}" in out
     assert str(tmp_path / "o/report.html") in out
-    status, _, err = call("study", "instance", "--config", tmp_path / "study.yaml", "--set", "compare.rate=[1]")
+    status, _, err = call_study("instance", "--config", tmp_path / "study.yaml", "--set", "compare.rate=[1]")
     assert status == 1
     assert "unknown key" in err
 

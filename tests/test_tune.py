@@ -26,7 +26,7 @@ def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, float]:
         if once is setup._one_product:
             times["products"] = times.get("products", 0) + 1
             return times[kernels.matmul_backend]
-        return times[kernels.core if kernels.rows == "packed" else kernels.attention]
+        return times[kernels.packed_attention if kernels.path == "packed" else kernels.attn_implementation]
 
     monkeypatch.setattr(setup, "_clock", timed)
     return times
@@ -39,7 +39,7 @@ def test_the_fastest_is_taken_and_remembered(clock: dict[str, float], tmp_path: 
     assert found.seconds == {
         "torch products": 2, "onednn products": 1, "packed": 1, "packed-fused": 2, "sdpa": 4, "eager": 3,
     }  # fmt: skip
-    assert str(found) == "rows packed (math), products by onednn"
+    assert str(found) == "attention: packed (math), matmul: onednn"
     (entry,) = json.loads((tmp_path / "autotune.json").read_text()).values()
     assert entry["kernels"]["matmul_backend"] == "onednn"
     done = clock["products"]
@@ -56,13 +56,15 @@ def test_a_little_faster_is_not_enough(clock: dict[str, float]) -> None:
     assert setup.autotune(tiny.backbone("llama")).kernels == Kernels()
     clock["eager"] = 0.5
     found = setup.autotune(tiny.backbone("qwen2")).kernels
-    assert found == Kernels(rows="shared", attention="eager")
+    assert found == Kernels(path="shared", attn_implementation="eager")
 
 
 def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
     bb = tiny.backbone("llama")
-    assert setup.autotune(bb, attention="packed-fused").kernels == Kernels(core="fused", matmul_backend="onednn")
-    assert setup.autotune(bb, attention="sdpa", products="torch").kernels == Kernels(rows="shared")
+    assert setup.autotune(bb, attention="packed-fused").kernels == Kernels(
+        packed_attention="fused", matmul_backend="onednn"
+    )
+    assert setup.autotune(bb, attention="sdpa", products="torch").kernels == Kernels(path="shared")
     assert setup.autotune(bb, products="torch", compiled=True).kernels == Kernels(compiled=True)
     with pytest.raises(BackboneError, match=r"attention 'packed-fused' is not possible: .*caps scores"):
         setup.autotune(tiny.backbone("gemma2"), attention="packed-fused")
@@ -78,27 +80,35 @@ def test_a_damaged_memory_only_costs_the_measurement(clock: dict[str, float], tm
     assert json.loads((tmp_path / "autotune.json").read_text())["other"] == 1
 
 
+def test_a_memory_with_other_names_of_kernels_is_measured_again(clock: dict[str, float], tmp_path: Path) -> None:
+    bb, file = tiny.backbone("llama"), tmp_path / "autotune.json"
+    setup.autotune(bb)
+    (key,) = json.loads(file.read_text())
+    file.write_text(json.dumps({key: {"kernels": {"rows": "shared", "core": "math"}, "seconds": {}}}))
+    assert setup.autotune(bb).kernels == Kernels(matmul_backend="onednn")
+
+
 def test_small_models_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
     assert setup.autotune(tiny.backbone("llama")) == setup.TunedKernels(Kernels(), {})
     for name in ("bloom", "bert", "t5"):  # nothing is packed, and what is said is true
         found = setup.autotune(tiny.backbone(name))
         assert found == setup.TunedKernels(Kernels(rows="shared"), {})
-        assert str(found) == "attention the model's own, products by torch"
+        assert str(found) == "attention: the model's own, matmul: torch"
     assert not (tmp_path / "autotune.json").exists()
 
 
 @pytest.mark.parametrize(("name", "head"), [("llama", "lm"), ("bloom", "lm"), ("t5", "lm"), ("bert", "sequence")])
 def test_measuring_runs_on_every_family(name: str, head: str) -> None:
     """A kernel that does not run is no candidate; what is chosen is one of those that ran."""
-    bb = replace(tiny.backbone(name, head), known={})
+    bb = replace(tiny.backbone(name, head), facts={})
     kernels, seconds = setup.measure(bb)
     packed = {"packed", "packed-fused"} if name == "llama" else set()
     own = bb.model.config._attn_implementation
     assert packed <= seconds.keys()
     assert all(0 < value < 60 for value in seconds.values())
     assert {"torch products", "onednn products"} <= seconds.keys() or not torch.backends.mkldnn.is_available()
-    assert kernels.attention in (None, own, "eager", "sdpa")
+    assert kernels.attn_implementation in (None, own, "eager", "sdpa")
     assert bb.model.config._attn_implementation == own
 
 
@@ -106,7 +116,7 @@ def test_a_kernel_that_fails_is_no_candidate(clock: dict[str, float], monkeypatc
     given = setup._clock
 
     def timed(backbone: Backbone, kernels: Kernels, once: Any) -> float:
-        if kernels.core == "fused":
+        if kernels.packed_attention == "fused":
             raise RuntimeError("no such kernel")
         return given(backbone, kernels, once)
 

@@ -20,8 +20,8 @@ from softprompts import assets, injection
 from softprompts.artifacts.io import read_json, write_json
 from softprompts.assets import cache_dir
 from softprompts.backbone import SEQ2SEQ, Backbone, devices, loading
-from softprompts.backbone.devices import chip, finish
-from softprompts.backbone.kernels import Kernels, linears, running
+from softprompts.backbone.devices import chip_name, synchronize
+from softprompts.backbone.kernels import Kernels, frozen_linears, use_kernels
 from softprompts.config import ModelConfig, closest
 from softprompts.data import ExampleTokenizer, TaskTemplate, classes
 from softprompts.data.templates import slot_sizes, split_slots
@@ -98,7 +98,7 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, log: Callable[[str], No
         loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log
     )
     ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
-    log(f"running with {choice}")
+    log(str(choice))
     if config.torch_compile:
         log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
     return ready
@@ -140,7 +140,7 @@ def example_tokenizer(
         task: The number of the task, which its rows bear.
         place: As of the site; `template` makes slots of the `<prompt>` in the templates, without a prompt of none.
     """
-    room = UNBOUNDED if backbone.context is None else backbone.context - length
+    room = UNBOUNDED if backbone.max_positions is None else backbone.max_positions - length
     slots: tuple[int, ...] = ()
     if place == "template":
         count = sum(len(split_slots(part)[1]) for part in template.templates)
@@ -166,14 +166,13 @@ class TunedKernels:
 
     def __str__(self) -> str:
         kernels = self.kernels
-        own = kernels.attention or "the model's own"
-        rows = f"rows packed ({kernels.core})" if kernels.rows == "packed" else f"attention {own}"
-        parts = [
-            rows,
-            f"products by {kernels.matmul_backend}",
-            *(["norms and MLPs compiled"] if kernels.compiled else []),
-        ]
-        return ", ".join(parts)
+        attention = (
+            f"packed ({kernels.packed_attention})"
+            if kernels.path == "packed"
+            else kernels.attn_implementation or "the model's own"
+        )
+        compiled = ", norms and MLPs: compiled" if kernels.compiled else ""
+        return f"attention: {attention}, matmul: {kernels.matmul_backend}{compiled}"
 
 
 def autotune(
@@ -192,13 +191,14 @@ def autotune(
     """
     if attention in PACKED:
         _check_packable(backbone, attention)
-    packs = backbone.family.shifted and injection.why_not_packed(backbone) is None
-    usual = Kernels() if packs else Kernels(rows="shared")
+    packs = backbone.family.scores_next_token and injection.why_not_packed(backbone) is None
+    usual = Kernels() if packs else Kernels(path="shared")
     asked: dict[str, Any] = {"compiled": compiled}
     if products != "auto":
         asked["matmul_backend"] = products
     if attention is not None:
-        asked |= {"rows": "packed", "core": PACKED[attention]} if attention in PACKED else {"rows": "shared"}
+        packed = {"path": "packed", "packed_attention": PACKED.get(attention)}
+        asked |= packed if attention in PACKED else {"path": "shared"}
     open_ = [
         name for name, value in (("attention", attention), ("matmul_backend", products)) if value in (None, "auto")
     ]
@@ -211,8 +211,11 @@ def autotune(
 
 
 def _check_packable(backbone: Backbone, attention: str) -> None:
-    tried = replace(backbone, kernels=Kernels(core=PACKED[attention]), known={})
-    reason = injection.why_not_packed(tried) if backbone.family.shifted else "an encoder's prompt sees the text"
+    tried = replace(backbone, kernels=Kernels(packed_attention=PACKED[attention]), facts={})
+    if backbone.family.scores_next_token:
+        reason = injection.why_not_packed(tried)
+    else:
+        reason = "an encoder's prompt sees the text"
     if reason is not None:
         raise BackboneError(f"attention '{attention}' is not possible: {reason}; leave model.attention out")
 
@@ -240,7 +243,7 @@ def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any
 def _key(backbone: Backbone) -> str:
     config, device = backbone.config, backbone.device
     shape = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    facts = [type(backbone.model).__name__, *shape, str(backbone.dtype), chip(device), torch.get_num_threads()]
+    facts = [type(backbone.model).__name__, *shape, str(backbone.dtype), chip_name(device), torch.get_num_threads()]
     return " ".join(map(str, [*facts, torch.__version__, transformers.__version__]))
 
 
@@ -286,36 +289,36 @@ def _fastest(
 def _clock(backbone: Backbone, kernels: Kernels, once: Callable[[Backbone, Kernels], None]) -> float:
     began = time.perf_counter()
     once(backbone, kernels)
-    finish(backbone.device)
+    synchronize(backbone.device)
     return time.perf_counter() - began
 
 
 def _products(backbone: Backbone) -> dict[str, Kernels]:
     found = {"torch products": Kernels()}
-    if linears(backbone.model) and torch.backends.mkldnn.is_available():
+    if frozen_linears(backbone.model) and torch.backends.mkldnn.is_available():
         found["onednn products"] = Kernels(matmul_backend="onednn")
     return found
 
 
 def _attentions(backbone: Backbone, kernels: Kernels) -> dict[str, Kernels]:
     found: dict[str, Kernels] = {}
-    if backbone.family.shifted and injection.why_not_packed(backbone) is None:
-        found |= {name: replace(kernels, core=core) for name, core in PACKED.items()}
+    if backbone.family.scores_next_token and injection.why_not_packed(backbone) is None:
+        found |= {name: replace(kernels, packed_attention=core) for name, core in PACKED.items()}
     own = backbone.model.config._attn_implementation
-    found[own] = replace(kernels, rows="shared", attention=own)
+    found[own] = replace(kernels, path="shared", attn_implementation=own)
     if backbone.model._can_set_attn_implementation():
         names = [name for name in ("eager", "sdpa") if name != own]
-        found |= {name: replace(kernels, rows="shared", attention=name) for name in names}
+        found |= {name: replace(kernels, path="shared", attn_implementation=name) for name in names}
     return found
 
 
 def _one_product(backbone: Backbone, kernels: Kernels) -> None:
     """The widest product, forward and back, with as many tokens as an ordinary step has."""
-    products: list[Any] = linears(backbone.model)
+    products: list[Any] = frozen_linears(backbone.model)
     widest = max(products, key=lambda m: m.weight.numel() if m.weight.shape[0] < 20_000 else 0)
     width = widest.nx if hasattr(widest, "nx") else widest.in_features
     x = torch.randn(512, width, dtype=widest.weight.dtype, requires_grad=True)
-    with running(backbone.model, kernels, backbone.known):
+    with use_kernels(backbone.model, kernels, backbone.facts):
         widest(x).sum().backward()
 
 
@@ -323,7 +326,7 @@ def _one_step(backbone: Backbone, kernels: Kernels) -> None:
     """A training step with these kernels."""
     rows, length, slots = SHAPE
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, backbone.vocabulary, (rows, length), generator=random).to(backbone.device)
+    ids = torch.randint(0, backbone.vocab_size, (rows, length), generator=random).to(backbone.device)
     start = backbone.embed(ids[0, torch.arange(slots, device=ids.device) % length]).float()
     labels = ids.masked_fill(torch.arange(length, device=ids.device) < length - 1, IGNORE)
     batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids[:, 0]), labels)
@@ -334,8 +337,8 @@ def _one_step(backbone: Backbone, kernels: Kernels) -> None:
     values = start[None].clone().requires_grad_()
     prompt = Prompt(values, torch.ones(1, slots, dtype=torch.bool, device=ids.device), batch.task_ids)
     tried = replace(backbone, kernels=kernels)
-    output = injection.forward(tried, batch, prompt, Site(), hidden=batch.labels is None)
+    output = injection.score(tried, batch, prompt, Site(), return_hidden_states=batch.labels is None)
     if output.labels is not None and output.logits is not None:
         functional.cross_entropy(output.logits.float(), output.labels).backward()
-    elif output.hidden is not None:
-        output.hidden.float().square().mean().backward()
+    elif output.hidden_states is not None:
+        output.hidden_states.float().square().mean().backward()
