@@ -84,7 +84,7 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
     texts = [encoder.encode(row).input_ids for row in rows]
     common = alike(texts) if site == "input" else 0
     assert common > 3 or site != "input"
-    beside = len(injection.candidate_tree(list(encoder.candidates().values())).ids)
+    beside = len(injection.candidate_tree(list(encoder.candidates().values())).token_ids)
     first, *others = read if site != "kv" else [0, *read]
     assert first == (0 if site == "kv" else 4 + common)
     assert len(others) == 4

@@ -489,7 +489,7 @@ def test_the_slot_tells_the_width_of_states(name: str) -> None:
     batch = rows.batch(name, rows.texts(name, (3,)))
     states = injection.score(
         bb, Batch(batch.input_ids, batch.attention_mask, batch.task_ids), None, INPUT, return_hidden_states=True
-    ).hidden
+    ).hidden_states
     assert injection.prompt_spec(bb, INPUT, P, {"minilm": 384}).encoders == {
         "backbone": states.shape[-1],
         "minilm": 384,

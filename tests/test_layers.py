@@ -68,7 +68,7 @@ THIRD_PARTY = {
 EXCLUSIVE = {
     "peft": "training.backbone_weights",
     "faiss": "methods.spt",
-    "safetensors": "artifacts.io artifacts.artifact assets.gguf",
+    "safetensors": "artifacts.io assets.gguf",
     "transformers.cache_utils": "backbone.cache",
     "transformers.generation": "backbone injection",
     "transformers.models.auto": "backbone.loading backbone.families",

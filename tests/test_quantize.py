@@ -195,7 +195,7 @@ def test_what_is_refused(monkeypatch):
 def test_a_model_that_transformers_quantized_is_named():
     model = tiny.model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    assert backbone.wrap(model).quantized == "gptq"
+    assert backbone.wrap(model).quantization == "gptq"
     with pytest.raises(WrongBackboneError, match="sketches in gptq cannot be compared"):
         artifact.check_fingerprint(
             backbone.fingerprint(tiny.backbone("llama")), backbone.fingerprint(backbone.wrap(model))

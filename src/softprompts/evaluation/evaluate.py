@@ -16,15 +16,15 @@ from softprompts.data import (
     EncodedExample,
     ExampleTokenizer,
     Row,
-    answer,
+    answer_text,
     classes,
     collate,
     decode_answer,
     evaluation_order,
 )
 from softprompts.data.spans import split_words
-from softprompts.data.task import need_label
-from softprompts.data.templates import label_names, need
+from softprompts.data.task import require_label
+from softprompts.data.templates import label_names, require_column
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import generation
@@ -101,7 +101,7 @@ def evaluate(
     config, mapping = config or EvaluationConfig(), mapping or {}
     encoder = encoder or _encoder_of(model, prompt)
     for label in mapping:
-        need_label(encoder.template, label, "the mapped label")
+        require_label(encoder.template, label, "the mapped label")
     given: list[Answer] = []
     for one in answers(model, rows, prompt=prompt, encoder=encoder, config=config):
         given.append(one)
@@ -184,17 +184,17 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
     """What `row` should be answered with, in the form the metrics want it."""
     form = encoder.template
-    need(form.label, row, "label", form.name)
+    require_column(form.label, row, "label", form.name)
     value = row[form.label]
     if form.kind == "regression":
         return float(value)
     if form.kind == "span" and isinstance(value, Mapping):
         return list(value.get("text", ()))
     if form.kind not in ("label", "multilabel", "tagging"):
-        return answer(form, row)
+        return answer_text(form, row)
     names = label_names(value, form.kind)
     for name in names if not mapping else ():
-        need_label(form, name, "the row's label")
+        require_label(form, name, "the row's label")
     return names[0] if form.kind == "label" else list(names)
 
 

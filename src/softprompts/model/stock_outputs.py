@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts import injection
-from softprompts.backbone import Backbone
-from softprompts.injection import TrunkOutput
-from softprompts.types import IGNORE, Batch
+from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.injection import Site, TrunkOutput
+from softprompts.types import IGNORE, Batch, Prompt
 
 Heads = Mapping[int, Mapping[str, Tensor]]
 """Tensors that replace the model's head, for each place in Batch.task; empty where no task has a head of its own."""
@@ -61,6 +61,38 @@ def output(backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputO
             scores = {"logits": logits}
             loss = None if wish.labels is None else token_loss(logits, wish.labels)
     return kinds[0](loss=loss, **scores)
+
+
+def training_output(
+    backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, labels: Tensor, items: Tensor | int | None
+) -> Any:
+    """The stock language model's ModelOutput with a loss and without logits: only labeled positions are projected.
+
+    Args:
+        backbone: A backbone with a language model's head.
+        batch: The rows.
+        prompt: Their prompts.
+        site: Where the prompts enter.
+        labels: Labels [B, T] (encoder-decoder: [B, S]) as the stock model takes them.
+        items: The number of labels that divides the loss of a causal model; None: those of the batch.
+
+    Returns:
+        The stock class of outputs. Its loss is the mean cross-entropy of the labels in float32, as in eval mode.
+    """
+    if backbone.family is not SEQ2SEQ:
+        labels = labels.masked_fill(batch.attention_mask == 0, IGNORE)  # padding is no text, whatever its label says
+    with _class_of_outputs(backbone) as kinds:
+        output = injection.score(backbone, replace(batch, labels=labels), prompt, site)
+    if output.nll is not None:
+        losses = output.nll
+    else:
+        assert output.logits is not None
+        assert output.labels is not None
+        wide = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        losses = functional.cross_entropy(wide, output.labels, reduction="none")
+    if items is None or not backbone.family.scores_next_token:
+        return kinds[0](loss=losses.mean(), logits=None)
+    return kinds[0](loss=losses.sum() / (items.to(losses.device) if isinstance(items, Tensor) else items), logits=None)
 
 
 def _each(backbone: Backbone, batch: Batch, heads: Heads, score: Callable[[], Tensor]) -> Tensor:

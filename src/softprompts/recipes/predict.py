@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic_core import to_jsonable_python
 
-from softprompts.data.templates import need
+from softprompts.data.templates import require_column
 from softprompts.errors import ConfigError
 from softprompts.evaluation.evaluate import Answer, answers, evaluation_config
 from softprompts.model import SoftPromptModel
@@ -199,7 +199,7 @@ def _with_columns(rows: Iterator[Row], columns: Sequence[str], origin: str) -> I
     if first is None:
         raise ConfigError(f"nothing to answer: {origin} was empty")
     for column in columns:
-        need(column, first, "template", origin)
+        require_column(column, first, "template", origin)
     return ({**dict.fromkeys(columns), **row} for row in itertools.chain([first], rows))
 
 
