@@ -250,7 +250,7 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
     assert reports[0].equivalence.startswith("packed against concatenation: asked for: loss differs by ")
     assert [r.equivalence for r in reports[1:]] == [""] * (len(reports) - 1)
-    honest = packed_attention._math_attention
+    honest = packed_attention._math
 
     def wrong(seen, q, k, v, *rest):
         return honest(seen, q, k, v * 1.01, *rest)
