@@ -419,9 +419,9 @@ def test_slots_are_those_of_models() -> None:
     bb = tiny.backbone("llama")
     facts = (listing.WIDTH, listing.LAYERS, listing.KEYS)
     for site in ("input", "layers", "kv"):
-        slot, own = injection.prompt_spec(bb, injection.Site(site), 5), listing._default_slot(site, 5)
+        slot, own = injection.prompt_spec(bb, injection.Site(site), 5), listing._default_spec(site, 5)
         parts = {"input": (facts[0], 32), "layers": (facts[1] * facts[0], 96), "kv": (facts[1] * facts[2], 96)}[site]
         assert (own.width, slot.width) == parts
         assert len(own.layers) == (0 if site == "input" else facts[1])
         assert (sum(own.layers) or own.width) == own.width
-    assert listing._default_slot("decoder", 5) is None
+    assert listing._default_spec("decoder", 5) is None

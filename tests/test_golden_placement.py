@@ -168,7 +168,7 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
     output = injection.score(made.backbone, seen, prompt, parted)
     for i, place in enumerate(places):
         row, own = batch.input_ids[i][batch.attention_mask[i].bool()], prompt.prompt_index[i]
-        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.backbone.features)
+        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.backbone.embedding_size)
         if prompt.embedding_delta is not None:
             reach = min(int(prompt.embedding_delta.reach[i]), prompt.embedding_delta.values.shape[1])
             added[:reach] = prompt.embedding_delta.values[own, :reach]

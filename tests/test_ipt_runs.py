@@ -89,12 +89,9 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
         trained.model.registry.method(trained.prompts[0]).load_state_dict(found.state)
-        ours, theirs = (
-            list(
-                evaluate.answers(model, made.tasks[0].test, prompt=model.task, encoder=made.encoders[0], config=config)
-            )
-            for model in (opened, trained.model)
-        )
+        rows, encoder = made.tasks[0].test, made.encoders[0]
+        ours = list(evaluate.answers(opened, rows, prompt=opened.task, encoder=encoder, config=config))
+        theirs = list(evaluate.answers(trained.model, rows, prompt=trained.prompt(0), encoder=encoder, config=config))
         assert [one.text for one in ours] == [one.text for one in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
@@ -216,7 +213,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     assert [one["step"] for one in results["validation"]] == [20, 40, 60]
     found = artifact.load(tmp_path / "topics" / "prompt")
     # of mlp f is a mean, and what stands behind f is never pretrained
-    parts = ("shared.table.", "shared.encoder.")[: 1 if given in ({}, {"strategy": "mlp"}) else 2]
+    parts = ("shared.table.",) if given in ({}, {"strategy": "mlp"}) else ("shared.table.", "shared.encoder.")
     assert set(found.state) == {name for name in before if name.startswith(parts)}
     assert all(not torch.equal(value, before[name]) for name, value in found.state.items())
     assert results["summary"]["trainable"] == sum(value.numel() for value in found.state.values())
@@ -285,7 +282,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
         ),
         (
             {"training": {"early_stopping_patience": 2, "eval_steps": 1}},
-            "training.early_stopping_patience means nothing in pretraining; possible: steps,",
+            "training.early_stopping_patience means nothing in pretraining; possible: max_steps,",
         ),
         ({"runs": [{"name": "a"}]}, "pretraining takes one task and no list of runs"),
     ],

@@ -37,7 +37,7 @@ def quantized(name, kind="int8", dtype=torch.float32, head="lm"):
     model = backbone.freeze(tiny.model(name, head).to(dtype))
     plain = copy.deepcopy(model)
     quantization.quantize(model, kind)
-    for key, module in quantization.products(plain).items():
+    for key, module in quantization.quantizable_linears(plain).items():
         rounded = model.get_submodule(key).dequantize(dtype)
         module.weight.data = rounded if isinstance(module, torch.nn.Linear) else rounded.t()
     return backbone.wrap(model, name=name), backbone.wrap(plain, name=name)
@@ -82,7 +82,7 @@ def test_finite_differences(name, site):
 def test_a_product(kind, dtype, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(192, 40, bias=bias).to(dtype).requires_grad_(False)
-    small = quantization.made(linear, kind)
+    small = quantization.quantize_linear(linear, kind)
     weight = small.dequantize(torch.float32)
     assert float((weight - linear.weight.float()).norm() / linear.weight.float().norm()) < WORST[kind]
     x = torch.randn(2, 7, 192).to(dtype).requires_grad_()
@@ -101,7 +101,7 @@ def test_a_product(kind, dtype, bias):
 def test_int8_uses_its_whole_range_and_survives_zeros():
     linear = torch.nn.Linear(4, 3, bias=False).requires_grad_(False)
     linear.weight.data = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0, 0, 0, 0], [1e-3, 2e-3, -4e-3, 0]])
-    small = quantization.made(linear, "int8")
+    small = quantization.quantize_linear(linear, "int8")
     assert small.weight.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0], [32, 64, -127, 0]]
     assert small.dequantize(torch.float32)[1].tolist() == [0, 0, 0, 0]
 
@@ -137,7 +137,7 @@ def test_memory():
     for one in (model, plain):
         tensors = [*one.parameters(), *one.buffers()]
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    weights = [module.weight for module in quantization.products(plain).values()]
+    weights = [module.weight for module in quantization.quantizable_linears(plain).values()]
     saved = sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
     assert sizes[1] - sizes[0] == saved
 
@@ -188,7 +188,7 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BackboneError, match=r"nf4 and fp4 need .* bitsandbytes; .*softprompts\[quantize\]"):
         quantization.quantize(model, "nf4")
-    assert quantization.quantized(model) is None
+    assert quantization.quantization_kind(model) is None
 
 
 def test_a_model_that_transformers_quantized_is_named():
