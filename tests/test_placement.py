@@ -264,6 +264,7 @@ def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -
     test = made.tasks[0].test
     answers = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     if name != "llama":
+        method_of(made).load_state_dict(found.state)
         ours = evaluate.answers(
             made.model, test, prompt=made.prompt(0), encoder=made.encoders[0], config=EvaluationConfig()
         )
