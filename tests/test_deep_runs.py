@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def values(folder: Path, out: Path, prompt: dict[str, Any], **train: Any) -> dict[str, Any]:
     """The configuration of a small run of a method."""
-    known = [name for name in methods.groups(methods.find(prompt["method"])) if name in RATES]
+    known = [name for name in methods.find(prompt["method"]).groups if name in RATES]
     return {
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {"num_virtual_tokens": 4, **prompt},
