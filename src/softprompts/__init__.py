@@ -16,12 +16,17 @@ _PUBLIC = {
     "PromptTuningInit": "softprompts.model.peft",
     "TaskType": "softprompts.model.peft",
     "Artifact": "softprompts.artifacts.artifact",
+    "PromptConfig": "softprompts.config",
     "Run": "softprompts.config",
+    "TrainConfig": "softprompts.config",
+    "train": "softprompts.training.loop",
 }
 
 if TYPE_CHECKING:
     from softprompts.artifacts.artifact import Artifact as Artifact
+    from softprompts.config import PromptConfig as PromptConfig
     from softprompts.config import Run as Run
+    from softprompts.config import TrainConfig as TrainConfig
     from softprompts.model import SoftPromptModel as SoftPromptModel
     from softprompts.model.peft import MultitaskPromptEmbedding as MultitaskPromptEmbedding
     from softprompts.model.peft import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
@@ -30,18 +35,22 @@ if TYPE_CHECKING:
     from softprompts.model.peft import PromptTuningConfig as PromptTuningConfig
     from softprompts.model.peft import PromptTuningInit as PromptTuningInit
     from softprompts.model.peft import TaskType as TaskType
+    from softprompts.training.loop import train as train
 
 __all__ = [
     "Artifact",
     "MultitaskPromptEmbedding",
     "MultitaskPromptTuningConfig",
     "MultitaskPromptTuningInit",
+    "PromptConfig",
     "PromptEmbedding",
     "PromptTuningConfig",
     "PromptTuningInit",
     "Run",
     "SoftPromptModel",
     "TaskType",
+    "TrainConfig",
+    "train",
 ]
 
 
