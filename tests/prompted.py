@@ -87,4 +87,4 @@ def plain(method: PromptMethod) -> Tensor:
 def rates_of(model: SoftPromptModel, config: TrainConfig) -> list[dict[str, Any]]:
     """The optimizer's groups for all prompts of a model."""
     groups = methods_of(model)[0].groups
-    return prompt_param_groups(groups, model.trainable(), config, model.backbone.rms)
+    return prompt_param_groups(groups, model.trainable(), config, model.backbone.embedding_rms)

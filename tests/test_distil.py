@@ -53,9 +53,9 @@ def test_states_are_the_stock_models(name, path):
     texts = rows.texts(name)
     for side in ("left", "right"):
         batch = rows.batch(name, texts, side)
-        output = injection.forward(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
-        parts = {key: states.split(output.tokens["text"].tolist()) for key, states in output.layers.items()}
-        assert output.tokens["text"].tolist() == [len(text) for text in texts]
+        output = injection.score(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
+        parts = {key: states.split(output.token_counts["text"].tolist()) for key, states in output.layer_states.items()}
+        assert output.token_counts["text"].tolist() == [len(text) for text in texts]
         for i, text in enumerate(texts):
             expected = stock_states(bb, prompt, text, LAYERS)
             for key, states in expected.items():
@@ -69,14 +69,14 @@ def test_states_of_both_stacks(name):
     prompt = rows.random(3, 4, 32)
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
-    output = injection.forward(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
+    output = injection.score(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
     for i, (text, target) in enumerate(zip(texts, rows.targets(texts), strict=True)):
         full = torch.cat([prompt, bb.model.get_input_embeddings()(text)])[None]
         out = bb.model(inputs_embeds=full, decoder_input_ids=rows.shifted(bb, target)[None], output_hidden_states=True)
         sides = {"text": (out.encoder_hidden_states, 4), "target": (out.decoder_hidden_states, 0)}
         for side, (states, before) in sides.items():
             for number in (-1, 1):
-                own = output.layers[side, number].split(output.tokens[side].tolist())[i]
+                own = output.layer_states[side, number].split(output.token_counts[side].tolist())[i]
                 torch.testing.assert_close(own, states[number][0, before:], rtol=1e-4, atol=1e-5)
 
 
@@ -85,11 +85,13 @@ def test_states_of_an_encoder():
     bb = tiny.backbone("bert")
     prompt, text = rows.random(3, 4, 32), rows.texts("bert")[1]
     batch = rows.batch("bert", [text], "right", extra=3)
-    output = injection.forward(bb, batch, rows.single(prompt), Site(), layers=(2,))
+    output = injection.score(bb, batch, rows.single(prompt), Site(), layers=(2,))
     words = bb.model.get_input_embeddings()(text)
     full = torch.cat([words[:1], prompt, words[1:]])[None]
     states = bb.model(inputs_embeds=full, output_hidden_states=True).hidden_states[2][0]
-    torch.testing.assert_close(output.layers["text", 2], torch.cat([states[:1], states[5:]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.layer_states["text", 2], torch.cat([states[:1], states[5:]]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_layers_that_are_not_there():
@@ -107,7 +109,7 @@ def test_layers_that_are_not_there():
 def step_of(student, teacher, temperature=1.0, row=None):
     """A step whose head is the identity, so that states are scores."""
     row = torch.arange(len(student)) if row is None else row
-    output = Output(student, torch.zeros(len(student), dtype=torch.long), row, states=student, scores=lambda s: s)
+    output = Output(student, torch.zeros(len(student), dtype=torch.long), row, label_states=student, head=lambda s: s)
     batch = rows.batch("llama", rows.texts("llama")[: int(row.max()) + 1])
     return Step(batch, None, output, None, TeacherBatch(teacher, {}, temperature))
 
@@ -136,7 +138,7 @@ def test_hidden_by_the_mean_of_rows():
     student, teacher = rows.random(1, 5, 4), rows.random(2, 5, 4)
     key = ("text", -1)
     output = Output(
-        None, None, torch.tensor([0, 1, 1, 1]), layers={key: student}, tokens={"text": torch.tensor([2, 3])}
+        None, None, torch.tensor([0, 1, 1, 1]), layer_states={key: student}, token_counts={"text": torch.tensor([2, 3])}
     )
     step = Step(
         rows.batch("llama", rows.texts("llama")[:2]), None, output, None, TeacherBatch(torch.zeros(0), {key: teacher})
@@ -146,7 +148,9 @@ def test_hidden_by_the_mean_of_rows():
     torch.testing.assert_close(objectives.distil_hidden(step), expected)
     two = {key: student, ("text", 1): student * 0}
     both = replace(
-        step, output=replace(output, layers=two), teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher))
+        step,
+        output=replace(output, layer_states=two),
+        teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher)),
     )
     zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
     torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)
@@ -244,11 +248,11 @@ def test_kept_states_are_those_of_the_pass(tmp_path):
         teacher = targets.of(chosen, torch.device("cpu"))
         batch = collate(chosen, 0)
         prompt = rows.several(prompts, [row.task_id for row in chosen])
-        expected = injection.forward(one.backbone, batch, prompt, Site(), layers=LAYERS)
-        torch.testing.assert_close(teacher.states, expected.states)
-        torch.testing.assert_close(expected.scores(teacher.states), expected.logits)
-        for key, states in expected.layers.items():
-            torch.testing.assert_close(teacher.layers[key], states)
+        expected = injection.score(one.backbone, batch, prompt, Site(), layers=LAYERS)
+        torch.testing.assert_close(teacher.label_states, expected.label_states)
+        torch.testing.assert_close(expected.head(teacher.label_states), expected.logits)
+        for key, states in expected.layer_states.items():
+            torch.testing.assert_close(teacher.layer_states[key], states)
 
 
 def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, monkeypatch):

@@ -57,7 +57,7 @@ def one_by_one(learner, encoder, rows, task=0):
             )
             batch = replace(batch, labels=torch.tensor([[IGNORE] * len(text) + ids]))
             path = None if learner.site.name == "kv" else "concatenation"
-            output = injection.forward(learner.backbone, batch, learner.prompt(batch), learner.site, path=path)
+            output = injection.score(learner.backbone, batch, learner.prompt(batch), learner.site, path=path)
             logits = output.logits.log_softmax(-1)
             scores[label] = float(logits.gather(1, output.labels[:, None]).sum())
         found.append(scores)
@@ -84,7 +84,7 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
     texts = [encoder.encode(row).input_ids for row in rows]
     common = alike(texts) if site == "input" else 0
     assert common > 3 or site != "input"
-    beside = len(injection.candidate_tree(list(encoder.candidates().values())).ids)
+    beside = len(injection.candidate_tree(list(encoder.candidates().values())).token_ids)
     first, *others = read if site != "kv" else [0, *read]
     assert first == (0 if site == "kv" else 4 + common)
     assert len(others) == 4
@@ -95,7 +95,7 @@ def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     made = prepared(tmp_path, verbalizer={"warm": "co", "cold": "cold"})
     learner, rows = made.learner, list(made.tasks[0].train[:20])
     packed = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
-    shared = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(rows="shared")))
+    shared = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(path="shared")))
     read, handle = passes(learner)
     found = list(
         evaluate.answers(

@@ -208,7 +208,7 @@ def test_parts_count_with_their_share_of_the_labels():
 
 @pytest.mark.parametrize("chosen", [ALL, LORA], ids=["backbone", "lora"])
 @pytest.mark.parametrize(
-    "kernels", [Kernels(matmul_backend="onednn", core="fused"), Kernels(gradient_checkpointing=True)]
+    "kernels", [Kernels(matmul_backend="onednn", packed_attention="fused"), Kernels(gradient_checkpointing=True)]
 )
 def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     """Products by oneDNN give weights no gradient, so they are not taken: the steps are the same to the bit."""

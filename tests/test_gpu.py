@@ -29,7 +29,7 @@ from softprompts.methods import find
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 
-DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.devices() if d != "cpu"), None)
+DEVICE = os.environ.get("SOFTPROMPTS_TEST_DEVICE") or next((d for d in devices.available_devices() if d != "cpu"), None)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(

@@ -429,7 +429,7 @@ def test_layer_prompts_touch_the_prompts_positions_alone(name: str) -> None:
     handles = [layer.register_forward_hook(left) for layer in bb.layers]
     handles += [module.register_forward_pre_hook(entered, with_kwargs=True) for module in inner]
     try:
-        injection.forward(bb, batch, prompt, rows.ADD, path="concatenation")
+        injection.score(bb, batch, prompt, rows.ADD, path="concatenation")
     finally:
         for handle in handles:
             handle.remove()
@@ -487,9 +487,9 @@ def test_the_backbone_reads_the_text_alone(name: str, pool: str) -> None:
 def test_the_slot_tells_the_width_of_states(name: str) -> None:
     bb = tiny.backbone(name)
     batch = rows.batch(name, rows.texts(name, (3,)))
-    states = injection.forward(
-        bb, Batch(batch.input_ids, batch.attention_mask, batch.task_ids), None, INPUT, hidden=True
-    ).hidden
+    states = injection.score(
+        bb, Batch(batch.input_ids, batch.attention_mask, batch.task_ids), None, INPUT, return_hidden_states=True
+    ).hidden_states
     assert injection.prompt_spec(bb, INPUT, P, {"minilm": 384}).encoders == {
         "backbone": states.shape[-1],
         "minilm": 384,

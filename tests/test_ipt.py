@@ -495,7 +495,9 @@ def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = tuned("llama", table=table)
     config = TrainConfig(learning_rate=0.1, weight_decay=0.1, max_steps=4)
-    adamw = optimizer.build_optimizer(InstancePromptTuning.groups, made.trainable(), config, made.backbone.rms)
+    adamw = optimizer.build_optimizer(
+        InstancePromptTuning.groups, made.trainable(), config, made.backbone.embedding_rms
+    )
     shared = made.prompts["one"].shared
     held = shared.table.rows if table == "full" else shared.table.codes
     moved = []

@@ -192,13 +192,13 @@ def test_the_default_model_shares_its_prefix_exactly():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40_000, (4, 12), generator=generator)
     mask = torch.arange(12)[None] < torch.tensor([12, 7, 9, 12])[:, None]
-    start = base.rms * torch.randn(2, 20, 576, generator=generator)
+    start = base.embedding_rms * torch.randn(2, 20, 576, generator=generator)
     found = []
     for path in ("packed", "shared", "concatenation"):
         values = start.clone().requires_grad_()
         prompt = Prompt(values, torch.ones(2, 20, dtype=torch.bool), torch.tensor([0, 1, 1, 0]))
         batch = Batch(ids, mask.long(), prompt.prompt_index, ids.masked_fill(~mask, -100))
-        out = injection.forward(base, batch, prompt, Site(), path=path)
+        out = injection.score(base, batch, prompt, Site(), path=path)
         loss = torch.nn.functional.cross_entropy(out.logits, out.labels)
         loss.backward()
         found.append((loss.detach(), values.grad))
@@ -222,7 +222,7 @@ def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     assert {key: machine["kernels"][key] for key in chosen} == chosen
     assert (machine["device"], machine["dtype"], machine["threads"]) == ("cpu", "float32", 1)
     assert machine["paths"] == {"packed": 3}
-    assert "kernels.core" in (tmp_path / "out" / "report.html").read_text()
+    assert "kernels.packed_attention" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
 
     with pytest.raises(KeyboardInterrupt):
         run.run(parse(values), run.ProgressReporter(on_step=stop))
-    choice = setup.TunedKernels(Kernels(core="fused"), {})
+    choice = setup.TunedKernels(Kernels(packed_attention="fused"), {})
     monkeypatch.setattr(setup, "autotune", lambda *_, **__: choice)
     said = []
     results = run.run(parse(values), run.ProgressReporter(log=said.append))

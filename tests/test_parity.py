@@ -68,17 +68,19 @@ def test_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     one, objective = learner("llama"), objectives.weigh({"task": 1.0})
     batch = rows.batch("llama", rows.texts("llama"))
     injection.why_not_packed(one.backbone)
-    honest = packed_attention._math
+    honest = packed_attention._math_attention
 
-    def wrong(seen: packed_attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        return honest(seen, q, k, v * 1.01, *rest)
+    def wrong(part: packed_attention.AttentionPart, *rest: Any) -> Tensor:
+        return honest(replace(part, values=part.values * 1.01), *rest)
 
-    def cut(seen: packed_attention.Seen, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        return honest(seen, q, k.detach(), v, *rest)
+    def cut(part: packed_attention.AttentionPart, *rest: Any) -> Tensor:
+        return honest(replace(part, keys=part.keys.detach()), *rest)
 
     for core, loss_moves in ((wrong, True), (cut, False)):
         monkeypatch.setitem(
-            packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(core)
+            packed_attention.ALL_ATTENTION_FUNCTIONS,
+            packed_attention.ATTENTION_NAMES["math"],
+            packed_attention._attention_function(core),
         )
         found = equivalence.compare(one, batch, objective)
         assert not found.holds

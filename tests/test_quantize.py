@@ -37,13 +37,13 @@ def quantized(name, kind="int8", dtype=torch.float32, head="lm"):
     plain = copy.deepcopy(model)
     quantization.quantize(model, kind)
     for key, module in quantization.products(plain).items():
-        rounded = model.get_submodule(key).dequantized(dtype)
+        rounded = model.get_submodule(key).dequantize(dtype)
         module.weight.data = rounded if isinstance(module, torch.nn.Linear) else rounded.t()
     return backbone.wrap(model, name=name), backbone.wrap(plain, name=name)
 
 
 def loss_of(bb, name, values, site):
-    output = injection.forward(bb, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
+    output = injection.score(bb, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
     return torch.nn.functional.cross_entropy(output.logits, output.labels), output.logits
 
 
@@ -54,7 +54,7 @@ def test_the_gradient_is_that_of_the_rounded_weights(name, site, kind, monkeypat
     small, plain = quantized(name, kind)
     found = []
     for bb in (small, plain):
-        values = rows.random(1, 4, injection.width(bb, site)).requires_grad_()
+        values = rows.random(1, 4, injection.prompt_width(bb, site)).requires_grad_()
         loss, logits = loss_of(bb, name, values, site)
         found.append((logits.detach(), torch.autograd.grad(loss, values)[0]))
     (ours, gradient), (logits, expected) = found
@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_the_rounded_weights(name, site, kind, monkeypat
 def test_finite_differences(name, site):
     """In float64: families that compute their norms in float32 whatever the dtype cannot be measured like this."""
     small, _ = quantized(name, dtype=torch.float64)
-    values = rows.random(1, 4, injection.width(small, site)).double().requires_grad_()
+    values = rows.random(1, 4, injection.prompt_width(small, site)).double().requires_grad_()
     gradient = torch.autograd.grad(loss_of(small, name, values, site)[0], values)[0]
     direction, step = rows.random(2, *values.shape).double(), 1e-6
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_a_product(kind, dtype, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(192, 40, bias=bias).to(dtype).requires_grad_(False)
     small = quantization.made(linear, kind)
-    weight = small.dequantized(torch.float32)
+    weight = small.dequantize(torch.float32)
     assert float((weight - linear.weight.float()).norm() / linear.weight.float().norm()) < WORST[kind]
     x = torch.randn(2, 7, 192).to(dtype).requires_grad_()
     exact = torch.nn.functional.linear(x.detach().float(), weight, None if linear.bias is None else linear.bias.float())
@@ -102,7 +102,7 @@ def test_int8_uses_its_whole_range_and_survives_zeros():
     linear.weight.data = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0, 0, 0, 0], [1e-3, 2e-3, -4e-3, 0]])
     small = quantization.made(linear, "int8")
     assert small.weight.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0], [32, 64, -127, 0]]
-    assert small.dequantized(torch.float32)[1].tolist() == [0, 0, 0, 0]
+    assert small.dequantize(torch.float32)[1].tolist() == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bert", "albert", "opt_projected"])
@@ -195,7 +195,7 @@ def test_what_is_refused(monkeypatch):
 def test_a_model_that_transformers_quantized_is_named():
     model = tiny.model("llama")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    assert backbone.wrap(model).quantized == "gptq"
+    assert backbone.wrap(model).quantization == "gptq"
     with pytest.raises(WrongBackboneError, match="sketches in gptq cannot be compared"):
         artifact.check_fingerprint(
             backbone.fingerprint(tiny.backbone("llama")), backbone.fingerprint(backbone.wrap(model))
@@ -214,7 +214,7 @@ def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     config = parse(values | {"model": values["model"] | {"quantize": used}}).model
     opened = open_prompts([tmp_path / "out" / "prompt"], config=config)[0]
     assert opened.warnings == ()
-    assert opened.backbone.quantized == used
+    assert opened.backbone.quantization == used
     # Another model of the same shape is refused in either format.
     other = local.model_directory(tmp_path / "other", seed=1)
     with pytest.raises(WrongBackboneError, match=r"other weights: sketch distance .* allowed 0.07"):

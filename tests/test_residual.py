@@ -158,7 +158,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     spec, start = injection.prompt_spec(bb, Site(), P), PromptInit(torch.zeros(P, 32))
     config = together.config(learning_rate=0.2, learning_rate_unit="rms")
     groups = rates_of(prompted(bb, Site(), build_tasks("residual", {}, spec, start, TASKS)), config)
-    assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
+    assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.embedding_rms: 6, 1e-3: 8})
     usual = rates_of(prompted(bb, Site(), build("prompt-tuning", {}, spec, start)), config)[0]["rate"]
     assert groups[0]["rate"] == usual, "the prompt learns as it does in prompt tuning"
 

@@ -53,7 +53,7 @@ def test_the_templates_words_are_marked(tokenizer: Any, family: Any) -> None:
     assert len(found) == 1
     for text in TEXTS:
         assert own(encoder, {"text": text})[1] == "question:type:"
-    assert encoder.encode({"text": TEXTS[3]}).cut > 0
+    assert encoder.encode({"text": TEXTS[3]}).truncated_tokens > 0
 
 
 def test_in_masked_models_and_pairs() -> None:
@@ -82,23 +82,23 @@ def test_in_chats(place: Any) -> None:
 def test_with_slots(tokenizer: Any, family: Any) -> None:
     """The template's words are the same with slots for the prompt between them; special tokens are none of them."""
     form = replace(QUESTION, template="<prompt:1>Question: <prompt:2>{text} Type:" + " {mask}" * (family == "masked"))
-    encoder = ExampleTokenizer(form, tokenizer, family, "lm", 30, slots=(1, 2))
+    encoder = ExampleTokenizer(form, tokenizer, family, "lm", 30, segment_lengths=(1, 2))
     for text in TEXTS:
         assert own(encoder, {"text": text}, "human")[1] == "question:type:"
-    assert encoder.encode({"text": TEXTS[3]}).cut > 0
+    assert encoder.encode({"text": TEXTS[3]}).truncated_tokens > 0
 
 
 def test_with_slots_in_chats() -> None:
     """The user's own words, not the same ones of the system, which stand before them in the first turn's piece."""
     form = replace(QUESTION, chat=True, system="The Question: is below", template="Question: <prompt>{text}\nType:")
-    encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200, slots=(3,))
+    encoder = ExampleTokenizer(form, byte_bpe(chat=True), "causal", "lm", 200, segment_lengths=(3,))
     for text in TEXTS[:2]:
         found = encoder.encode({"text": text})
         assert own(encoder, {"text": text})[1] == "question:type:"
         first = found.instruction_mask.index(1)
         assert "below" in encoder.tokenizer.decode(found.input_ids[:first])
     both = replace(form, system="Be <prompt:1> short: Question:")
-    encoder = ExampleTokenizer(both, byte_bpe(chat=True), "causal", "lm", 200, slots=(1, 3))
+    encoder = ExampleTokenizer(both, byte_bpe(chat=True), "causal", "lm", 200, segment_lengths=(1, 3))
     assert own(encoder, {"text": TEXTS[0]})[1] == "question:type:"
 
 
@@ -168,14 +168,16 @@ def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
         opened.registry.method(opened.task),
         opened.backbone,
     )
-    words = bb.embed(torch.tensor([i for i, mark in zip(text.ids, text.words, strict=True) if mark])[None])[0]
+    words = bb.embed(
+        torch.tensor([i for i, mark in zip(text.input_ids, text.instruction_mask, strict=True) if mark])[None]
+    )[0]
     chosen = (method.memory @ words.mean(0)).argsort(descending=True)[:2]
     prompt = torch.cat([method.soft, method.memory[chosen]])
-    full = torch.cat([prompt, bb.embed(torch.tensor([text.ids + answer]))[0]])
+    full = torch.cat([prompt, bb.embed(torch.tensor([text.input_ids + answer]))[0]])
     with torch.no_grad():
         chances = bb.model(inputs_embeds=full[None]).logits[0].log_softmax(-1)
-    begin = len(prompt) + len(text.ids) - 1
-    return collate([replace(text, task=0)], 0), float(sum(chances[begin + i, t] for i, t in enumerate(answer)))
+    begin = len(prompt) + len(text.input_ids) - 1
+    return collate([replace(text, task_id=0)], 0), float(sum(chances[begin + i, t] for i, t in enumerate(answer)))
 
 
 def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None:

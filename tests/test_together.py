@@ -49,7 +49,7 @@ def encoded(name, count, seed, tasks=1):
 
 def random_start(base, site, length, seed):
     """A random prompt in float64."""
-    width = injection.width(base, site)
+    width = injection.prompt_width(base, site)
     return torch.randn(length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
 
 
@@ -403,12 +403,12 @@ def test_what_cannot_share_a_batch_is_refused():
 def test_scores_find_their_run_in_any_order():
     """Rows 0-1 are the first run's, 2 the second's, 3-4 the third's; scores come in no order."""
     row = torch.tensor([4, 0, 2, 3, 1, 0])
-    output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, column=torch.arange(6), path="packed")
+    output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, label_columns=torch.arange(6), path="packed")
     found = shared_batch.split_output(output, [2, 1, 2])
-    assert [one.row.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
+    assert [one.batch_rows.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
-    assert [one.column.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
+    assert [one.label_columns.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
     assert {one.path for one in found} == {"packed"}
 
 

@@ -250,15 +250,17 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
     assert reports[0].parity.startswith("packed against concatenation: asked for: loss differs by ")
     assert [r.parity for r in reports[1:]] == [""] * (len(reports) - 1)
-    honest = packed_attention._math
+    honest = packed_attention._math_attention
 
-    def wrong(seen, q, k, v, *rest):
-        return honest(seen, q, k, v * 1.01, *rest)
+    def wrong(part, *rest):
+        return honest(replace(part, values=part.values * 1.01), *rest)
 
     made = job.prepare(parse({**values, "training": {**values["training"], "equivalence": "check"}}))
     injection.why_not_packed(made.model.backbone)  # the model is found fit, and goes wrong after that
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(wrong)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(wrong),
     )
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()

@@ -102,7 +102,7 @@ def predict(
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer texts with a trained prompt; one JSON line each, in order. Takes little memory, however many there are."""
-    from softprompts.data.streams import stream
+    from softprompts.data.streams import stream_rows
     from softprompts.recipes.predict import json_line
     from softprompts.recipes.predict import predict as predict_rows
 
@@ -112,7 +112,7 @@ def predict(
     one_text = text is not None and text != "-"
     predictions = predict_rows(
         prompt,
-        rows=None if file is None else stream(file),
+        rows=None if file is None else stream_rows(file),
         texts=[text or ""] if one_text else _standard_input(),
         origin="standard input" if file is None else str(file),
         out=out_file,

@@ -242,7 +242,7 @@ def env(as_json: Json = False) -> None:
     facts: dict[str, Any] = {
         **versions(),
         "device": str(device),
-        "devices": ", ".join(devices.devices()),
+        "devices": ", ".join(devices.available_devices()),
         "dtype": str(devices.choose_dtype("auto", device)).removeprefix("torch."),
         "native_bfloat16": devices.native_bf16(device),
         "threads": devices.choose_threads(None),

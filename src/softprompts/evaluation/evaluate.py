@@ -16,15 +16,15 @@ from softprompts.data import (
     EncodedExample,
     ExampleTokenizer,
     Row,
-    answer,
+    answer_text,
     classes,
     collate,
     decode_answer,
     evaluation_order,
 )
 from softprompts.data.spans import split_words
-from softprompts.data.task import need_label
-from softprompts.data.templates import label_names, need
+from softprompts.data.task import require_label
+from softprompts.data.templates import label_names, require_column
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import generation
@@ -101,7 +101,7 @@ def evaluate(
     config, mapping = config or EvaluationConfig(), mapping or {}
     encoder = encoder or _encoder_of(model, prompt)
     for label in mapping:
-        need_label(encoder.template, label, "the mapped label")
+        require_label(encoder.template, label, "the mapped label")
     given: list[Answer] = []
     for one in answers(model, rows, prompt=prompt, encoder=encoder, config=config):
         given.append(one)
@@ -184,17 +184,17 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
     """What `row` should be answered with, in the form the metrics want it."""
     form = encoder.template
-    need(form.label, row, "label", form.name)
+    require_column(form.label, row, "label", form.name)
     value = row[form.label]
     if form.kind == "regression":
         return float(value)
     if form.kind == "span" and isinstance(value, Mapping):
         return list(value.get("text", ()))
     if form.kind not in ("label", "multilabel", "tagging"):
-        return answer(form, row)
+        return answer_text(form, row)
     names = label_names(value, form.kind)
     for name in names if not mapping else ():
-        need_label(form, name, "the row's label")
+        require_label(form, name, "the row's label")
     return names[0] if form.kind == "label" else list(names)
 
 
@@ -294,9 +294,10 @@ def _continued(
     model, answers = cache.model, list(candidates.values())
     total = torch.empty(len(asked), len(answers), dtype=torch.float64)
     leading, encoded = _leading(cache, _texts(encoder, asked))
-    for index, batch in _batches(encoded, cache, encoder, config, more=len(injection.candidate_tree(answers).ids)):
+    more = len(injection.candidate_tree(answers).token_ids)
+    for index, batch in _batches(encoded, cache, encoder, config, more=more):
         prompt, prefix = cache.prompts(batch, leading)
-        found = injection.continuations(model.backbone, batch, prompt, cache.site, answers, prefix=prefix)
+        found = injection.score_continuations(model.backbone, batch, prompt, cache.site, answers, prefix=prefix)
         total[torch.tensor(index)] = found.cpu()
     return total
 
@@ -314,7 +315,7 @@ def _filled(
     single = [i for i, label in enumerate(labels) if len(candidates[label]) == 1]
     groups = ([single] if single else []) + [[i] for i in range(len(labels)) if i not in single]
     texts = _texts(encoder, asked) if encoder.family == "seq2seq" else []
-    most = injection.LOGITS // cache.model.backbone.vocabulary
+    most = injection.MAX_LOGITS // cache.model.backbone.vocab_size
     for group in groups:
         label = labels[group[0]]
         if encoder.family == "seq2seq":
@@ -329,13 +330,15 @@ def _filled(
                 assert output.logits is not None
                 chances = output.logits.float().log_softmax(-1).double()
                 wanted = torch.tensor([candidates[labels[i]][0] for i in group], device=chances.device)
-                # Not every row order is the batch's: output.row says which row a score belongs to.
-                rows = torch.tensor(index)[output.row.cpu()]
+                # Not every row order is the batch's: output.batch_rows says which row a score belongs to.
+                rows = torch.tensor(index)[output.batch_rows.cpu()]
                 total[rows[:, None], torch.tensor(group)[None]] = chances[:, wanted].cpu()
             else:
                 assert output.nll is not None
                 summed = torch.zeros(len(index), dtype=torch.float64, device=output.nll.device)
-                total[torch.tensor(index), group[0]] = summed.index_add(0, output.row, -output.nll.double()).cpu()
+                total[torch.tensor(index), group[0]] = summed.index_add(
+                    0, output.batch_rows, -output.nll.double()
+                ).cpu()
     return total
 
 
@@ -402,7 +405,7 @@ def _from_head(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, conf
         output = cache.score(batch, leading)
         assert output.logits is not None
         rows = [asked[i][0] for i in index]
-        for i, one in zip(index, read(encoder, rows, output.logits.float(), output.row), strict=True):
+        for i, one in zip(index, read(encoder, rows, output.logits.float(), output.batch_rows), strict=True):
             found[i] = one
     return found
 

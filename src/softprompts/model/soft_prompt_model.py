@@ -47,6 +47,8 @@ class SoftPromptModel(nn.Module):
         tokenizer: The model's tokenizer, for prompts that start from words and for templates.
         tasks: Names of several prompts that share what their method shares; without them the tasks of a
             MultitaskPromptTuningConfig are called 0, 1, ...
+        autotune: Whether a stock model runs with the kernels that are fastest on its device. They are measured before
+            its first pass, once per model and machine, and cached. A `Backbone` keeps its kernels.
 
     Attributes:
         backbone: The frozen model as the library sees it.
@@ -66,15 +68,19 @@ class SoftPromptModel(nn.Module):
         task: str = "default",
         tokenizer: Any = None,
         tasks: Sequence[str] | None = None,
+        *,
+        autotune: bool = True,
     ) -> None:
         super().__init__()
         self.backbone: Backbone = model if isinstance(model, Backbone) else wrap(model, tokenizer)
         stock_model = self.backbone.model
         self.model = stock_model
+        self._autotune = autotune and not isinstance(model, Backbone)
+        self._tuned_for: tuple[torch.device, torch.dtype] | None = None
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
-        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
+        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         self.registry = PromptRegistry(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
@@ -355,9 +361,10 @@ class SoftPromptModel(nn.Module):
         Raises:
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
-        options: dict[str, Any] = {"prefix": prefix, "logits": logits, "layers": layers, "path": path}
+        self._tune()
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
-            return injection.forward(self.backbone, batch, None, Site(), **options)
+            return injection.score(self.backbone, batch, None, Site(), **options)
         if prompts is None:
             prompts = self.make_prompts(batch)
         names = tuple(self.registry.used(batch.task_ids).values())
@@ -365,7 +372,7 @@ class SoftPromptModel(nn.Module):
         if len({self.registry.records[name].site for name in names}) > 1:
             batch = self.registry.place(self.backbone, batch, self._readable(batch))
         with self._own_head(names):
-            return injection.forward(self.backbone, batch, prompts, site, **options)
+            return injection.score(self.backbone, batch, prompts, site, **options)
 
     def make_prompts(self, batch: Batch, training: bool | None = None) -> Prompt:
         """The distinct prompts [U, P, D] of the rows of `batch`.
@@ -424,8 +431,8 @@ class SoftPromptModel(nn.Module):
                     return None
                 sizes.append(float(size))
         if len(sizes) == 1:
-            return sizes[0] / self.backbone.rms
-        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.rms
+            return sizes[0] / self.backbone.embedding_rms
+        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.embedding_rms
 
     def prefix_cache(self, names: Sequence[str]) -> PrefixCache:
         """Prompts and leading words read once for many batches; no names: the stock model without a prompt."""
@@ -433,7 +440,7 @@ class SoftPromptModel(nn.Module):
 
     def _readable(self, batch: Batch) -> Tensor:
         """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
-        scored = self.backbone.head == "lm" and self.backbone.family.shifted
+        scored = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         return mask_before_labels(batch.attention_mask, batch.labels if scored else None)
 
     @contextlib.contextmanager
@@ -482,11 +489,14 @@ class SoftPromptModel(nn.Module):
         task_ids: stock_inputs.Places = None,
         words: Tensor | None = None,
         prompt_places: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """The stock model's ModelOutput, with stock shapes and loss: nothing in it knows about prompt positions.
+
+        In training mode, a language model with labels projects labeled positions only. Its logits are then None, unless
+        `logits_to_keep` asks for them (0: all). This is the convention of fused losses. Eval mode returns all logits.
 
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
@@ -511,13 +521,19 @@ class SoftPromptModel(nn.Module):
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
             "return_dict": return_dict,
         }
+        self._tune()
         if not self._prompted:
             return self.model(**{name: value for name, value in given.items() if value is not None})
         batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+        if self.training and labels is not None and logits_to_keep is None and self.backbone.head == "lm":
+            loss = stock.training_output(self.backbone, batch, prompt, site, labels.to(self.device), num_items_in_batch)
+            return loss.to_tuple() if return_dict is False else loss
         reading = injection.run_trunk(self.backbone, batch, prompt, site)
         wanted = stock_inputs.labels(given)
         wish = stock.OutputOptions(
-            None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch
+            labels=None if wanted is None else wanted.to(self.device),
+            keep=0 if logits_to_keep is None else logits_to_keep,
+            items=num_items_in_batch,
         )
         heads = {i: self.registry.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
         made = stock.output(self.backbone, batch, reading, wish, heads)
@@ -552,6 +568,7 @@ class SoftPromptModel(nn.Module):
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
+        self._tune()
         if not self._prompted:
             stock_model: Any = self.model
             return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
@@ -560,6 +577,14 @@ class SoftPromptModel(nn.Module):
             if inputs_embeds is not None:
                 batch = replace(batch, input_ids=batch.input_ids[:, :0])
             return generation.generate(self.backbone, batch, prompt, site, **options)
+
+    def _tune(self) -> None:
+        """Measure or look up the fastest kernels, where that was not done for the model's device and dtype."""
+        place = (self.device, self.dtype)
+        if self._autotune and self._tuned_for != place:
+            tuned = setup.autotune(self.backbone, log=setup.log_to_logger)
+            self.backbone = replace(self.backbone, kernels=tuned.kernels, facts={})
+            self._tuned_for = place
 
     def _read(
         self, given: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places

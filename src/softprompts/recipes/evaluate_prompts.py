@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from softprompts.config import SplitConfig, TaskConfig, parse
-from softprompts.data import Row, Task, load
+from softprompts.data import Row, Task, load_task
 from softprompts.errors import ConfigError
 from softprompts.evaluation.evaluate import evaluate, evaluation_config
 from softprompts.model.registry import PromptRecord
@@ -52,7 +52,7 @@ def evaluate_prompts(
     artifact = record.artifact
     if artifact is None or record.task_template is None:
         raise ConfigError(f"{paths[0]} holds no task (template and label words), so its answers cannot be scored")
-    task = load_task(record, paths[0], data=data, label=label, whole=split is None, renamed=mapping is not None)
+    task = load_test_rows(record, paths[0], data=data, label=label, whole=split is None, renamed=mapping is not None)
     split, rows = choose_rows(task, split)
     total = len(rows)
     result = evaluate(
@@ -66,7 +66,7 @@ def evaluate_prompts(
     return {"task": task.name, "split": split, "scores": {name: vars(score) for name, score in result.scores.items()}}
 
 
-def load_task(
+def load_test_rows(
     record: PromptRecord, path: str | Path, *, data: str | None, label: str | None, whole: bool, renamed: bool
 ) -> Task:
     """The task that a prompt is evaluated on.
@@ -86,7 +86,7 @@ def load_task(
     if data is None:
         if not stored:
             raise ConfigError(f"{path} does not say which rows it was made for; give --data")
-        return load(parse(stored, TaskConfig, str(path)))
+        return load_task(parse(stored, TaskConfig, str(path)))
     config = TaskConfig(
         source=data,
         kind=template.kind,
@@ -96,7 +96,7 @@ def load_task(
         verbalizer=None if renamed else template.verbalizer,
         split=SplitConfig(validation_fraction=0, test_fraction=0) if whole else SplitConfig(),
     )
-    return load(config)
+    return load_task(config)
 
 
 def choose_rows(task: Task, split: str | None) -> tuple[str, Sequence[Row]]:

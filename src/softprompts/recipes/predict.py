@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic_core import to_jsonable_python
 
-from softprompts.data.templates import need
+from softprompts.data.templates import require_column
 from softprompts.errors import ConfigError
 from softprompts.evaluation.evaluate import Answer, answers, evaluation_config
 from softprompts.model import SoftPromptModel
@@ -69,7 +69,7 @@ def predict(
     backbone = opened.backbone
     settings = {
         "prompt": prompt_files_digest(Path(path)),
-        "model": [backbone.name, str(backbone.dtype), backbone.quantized],
+        "model": [backbone.name, str(backbone.dtype), backbone.quantization],
         "evaluation": config.model_dump(mode="json", exclude={"batch_size", "batch_tokens"}),
     }
     unanswered: deque[Row] = deque()
@@ -117,7 +117,7 @@ def continue_text(
     ids = backbone.tokenizer(text, return_tensors="pt")["input_ids"].to(backbone.device)
     torch.manual_seed(seed)
     output = opened.generate(ids, attention_mask=torch.ones_like(ids), **options)
-    new = output[0, ids.shape[1] :] if backbone.family.shifted else output[0]
+    new = output[0, ids.shape[1] :] if backbone.family.scores_next_token else output[0]
     return str(backbone.tokenizer.decode(new, skip_special_tokens=True))
 
 
@@ -199,7 +199,7 @@ def _with_columns(rows: Iterator[Row], columns: Sequence[str], origin: str) -> I
     if first is None:
         raise ConfigError(f"nothing to answer: {origin} was empty")
     for column in columns:
-        need(column, first, "template", origin)
+        require_column(column, first, "template", origin)
     return ({**dict.fromkeys(columns), **row} for row in itertools.chain([first], rows))
 
 

@@ -60,7 +60,7 @@ class BackboneWeights:
 
     def with_kernels(self, kernels: Kernels) -> Backbone:
         """The same weights with faster kernels for evaluation, which are equal up to rounding."""
-        return replace(self.backbone, kernels=kernels, known={})
+        return replace(self.backbone, kernels=kernels, facts={})
 
 
 def check_installed(config: TrainConfig) -> None:
@@ -73,9 +73,9 @@ def check_trainable(backbone: Backbone) -> None:
     """Raise BackboneError for a backbone whose weights cannot be trained."""
     name = backbone.name or type(backbone.model).__name__
     attention = str(backbone.model.config._attn_implementation)
-    if backbone.quantized:
+    if backbone.quantization:
         raise BackboneError(
-            f"{name} is quantized ({backbone.quantized}), and rounded weights cannot be trained; load it without, or "
+            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, or "
             f"train a prompt"
         )
     device_map = getattr(backbone.model, "hf_device_map", None) or {}
@@ -109,8 +109,8 @@ def copy_backbone(backbone: Backbone, config: TrainConfig, seed: int = 0) -> Bac
     check_trainable(backbone)
     model = copy.deepcopy(backbone.model)
     model.to(torch.promote_types(backbone.dtype, torch.float32))  # type: ignore[arg-type]
-    kernels = Kernels(rows="shared", gradient_checkpointing=backbone.kernels.gradient_checkpointing)
-    copied = replace(backbone, model=model, kernels=kernels, known={})
+    kernels = Kernels(path="shared", gradient_checkpointing=backbone.kernels.gradient_checkpointing)
+    copied = replace(backbone, model=model, kernels=kernels, facts={})
     heads = tuple(dict.fromkeys(name.split(".")[0] for name in copied.head_names))
     adapter = None
     if config.target == "lora":

@@ -18,7 +18,7 @@ from transformers.optimization import Adafactor
 
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone
-from softprompts.backbone.devices import chip
+from softprompts.backbone.devices import chip_name
 from softprompts.errors import TrainingError
 from softprompts.types import Progress
 
@@ -95,7 +95,7 @@ def machine_of(backbone: Backbone) -> dict[str, Any]:
     Other kernels round otherwise, so only steps with equal facts are repeatable to the bit.
     """
     dtype = str(backbone.dtype).removeprefix("torch.")
-    facts = {"device": str(backbone.device), "chip": chip(backbone.device), "dtype": dtype}
+    facts = {"device": str(backbone.device), "chip": chip_name(backbone.device), "dtype": dtype}
     return {**facts, "threads": torch.get_num_threads(), "kernels": asdict(backbone.kernels)}
 
 

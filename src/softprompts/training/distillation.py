@@ -114,7 +114,7 @@ def _load_teacher(backbone: Backbone, task: str, path: str, weights: Any) -> Tas
             f"and students need a language model's head (model.head: lm)"
         )
     site = Site(loaded.site, loaded.mode, loaded.placement, loaded.segments)
-    width = injection.width(backbone, site)
+    width = injection.prompt_width(backbone, site)
     if loaded.shape[1] != width:
         raise ConfigError(
             f"the teacher of {task}, {path}, has rows of width {loaded.shape[1]}; site '{site.name}' of "
@@ -208,16 +208,16 @@ def _read(
     mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     prompt = Prompt(values, mask, torch.zeros(len(examples), dtype=torch.long, device=values.device))
     with torch.no_grad():
-        return injection.forward(backbone, batch, prompt, teacher.site, logits=False, layers=layers)
+        return injection.score(backbone, batch, prompt, teacher.site, return_logits=False, layers=layers)
 
 
 def _by_row(output: Output, rows: int) -> list[dict[str, Tensor]]:
     """The tensors of each row, on the CPU."""
-    assert output.states is not None
-    counts = torch.bincount(output.row, minlength=rows).tolist()
-    split = {"states": output.states.cpu().split(counts)}
-    for (side, number), states in output.layers.items():
-        split[f"layers.{side}.{number}"] = states.cpu().split(output.tokens[side].tolist())
+    assert output.label_states is not None
+    counts = torch.bincount(output.batch_rows, minlength=rows).tolist()
+    split = {"states": output.label_states.cpu().split(counts)}
+    for (side, number), states in output.layer_states.items():
+        split[f"layers.{side}.{number}"] = states.cpu().split(output.token_counts[side].tolist())
     return [{name: tensors[row] for name, tensors in split.items()} for row in range(rows)]
 
 

@@ -118,7 +118,7 @@ def compare(
     names = tuple(model.registry.used(batch.task_ids).values())
     parameters = list(model.trainable(names if prompts is None else prompts).values())
     in_cache = model.registry.site_of(names).in_cache
-    plain_path = None if not backbone.family.shifted else "shared" if in_cache else "concatenation"
+    plain_path = None if not backbone.family.scores_next_token else "shared" if in_cache else "concatenation"
     loss, path, gradient = _loss_and_gradient(model, batch, objective, None, teacher, parameters)
     plain_steps = []
     for attention in _plain_attentions(backbone):
@@ -148,7 +148,7 @@ def _plain_attentions(backbone: Backbone) -> list[str | None]:
 def _stock_kernels(model: SoftPromptModel, attention: str | None) -> Iterator[None]:
     """Inside, the model runs with stock kernels and this attention implementation."""
     backbone = model.backbone
-    model.backbone = replace(backbone, kernels=Kernels(rows="shared", attention=attention))
+    model.backbone = replace(backbone, kernels=Kernels(path="shared", attn_implementation=attention))
     try:
         yield
     finally:
@@ -172,7 +172,7 @@ def _loss_and_gradient(
     parameters: Sequence[nn.Parameter],
 ) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; all ways draw the same, and the random stream is put back."""
-    layers = sorted({number for _, number in teacher.layers}) if teacher else []
+    layers = sorted({number for _, number in teacher.layer_states}) if teacher else []
 
     def score(prompt: Prompt | None) -> Output:
         if prompt is None:

@@ -56,9 +56,9 @@ def distil_logits(step: Step) -> Tensor:
     """
     teacher, output = _teacher(step), step.output
     assert output.logits is not None
-    assert output.scores is not None
+    assert output.head is not None
     with torch.no_grad():
-        target = (_wide(output.scores(teacher.states)) / teacher.temperature).log_softmax(-1)
+        target = (_wide(output.head(teacher.label_states)) / teacher.temperature).log_softmax(-1)
     log_probs = (_wide(output.logits) / teacher.temperature).log_softmax(-1)
     divergence = functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)
     return divergence.mean() * teacher.temperature**2
@@ -82,11 +82,11 @@ def distil_hidden(step: Step) -> Tensor:
     """
     teacher, output = _teacher(step), step.output
     rows = len(step.batch.input_ids)
-    labels = torch.bincount(output.row, minlength=rows)
+    labels = torch.bincount(output.batch_rows, minlength=rows)
     of_layers = []
-    for key, states in output.layers.items():
-        counts = output.tokens[key[0]]
-        of_tokens = (_wide(states) - _wide(teacher.layers[key].to(states.device))).square().mean(-1)
+    for key, states in output.layer_states.items():
+        counts = output.token_counts[key[0]]
+        of_tokens = (_wide(states) - _wide(teacher.layer_states[key].to(states.device))).square().mean(-1)
         share = labels.to(of_tokens.dtype) / labels.sum()
         row = torch.arange(rows, device=of_tokens.device).repeat_interleave(counts)
         of_layers.append((of_tokens * (share / counts.clamp(min=1))[row]).sum())

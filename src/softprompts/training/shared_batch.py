@@ -124,7 +124,7 @@ def label_count(example: EncodedExample, backbone: Backbone, site: Site | None) 
     tokens_before_prompt = offsets[0] if isinstance(offsets, tuple) else offsets
     # Nothing scores the first token of a causal text that has no prompt state in front of it.
     first_is_unscored = site is None or not site.scores_first_token or bool(tokens_before_prompt)
-    if backbone.head == "lm" and backbone.family.shifted and first_is_unscored:
+    if backbone.head == "lm" and backbone.family.scores_next_token and first_is_unscored:
         labels = labels[1:]
     return sum(label != IGNORE for label in labels)
 
@@ -173,8 +173,8 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
     """
     if len(sizes) == 1:
         return [output]
-    ends = torch.tensor(sizes, device=output.row.device).cumsum(0)
-    run_of_score = torch.bucketize(output.row, ends, right=True)
+    ends = torch.tensor(sizes, device=output.batch_rows.device).cumsum(0)
+    run_of_score = torch.bucketize(output.batch_rows, ends, right=True)
     counts = torch.bincount(run_of_score, minlength=len(sizes)).tolist()
     in_order = bool((run_of_score.diff() >= 0).all())
     order = None if in_order else run_of_score.argsort(stable=True)
@@ -184,13 +184,17 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
             return [None] * len(sizes)
         return (values if order is None else values[order]).split(counts)
 
-    last = [None] * len(sizes) if output.last is None else output.last.split(list(sizes))
-    tokens = {side: counts_of_rows.split(list(sizes)) for side, counts_of_rows in output.tokens.items()}
+    last = [None] * len(sizes) if output.last_state is None else output.last_state.split(list(sizes))
+    tokens = {side: counts_of_rows.split(list(sizes)) for side, counts_of_rows in output.token_counts.items()}
     layers = {}
-    for key, layer in output.layers.items():
+    for key, layer in output.layer_states.items():
         layers[key] = layer.split([int(counts_of_rows.sum()) for counts_of_rows in tokens[key[0]]])
     logits, nll, labels = split_scores(output.logits), split_scores(output.nll), split_scores(output.labels)
-    rows, columns, states = split_scores(output.row), split_scores(output.column), split_scores(output.states)
+    rows, columns, states = (
+        split_scores(output.batch_rows),
+        split_scores(output.label_columns),
+        split_scores(output.label_states),
+    )
     outputs = []
     for index, first_row in enumerate([0, *ends[:-1].tolist()]):
         row = rows[index]
@@ -199,15 +203,15 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
             Output(
                 logits=logits[index],
                 labels=labels[index],
-                row=row - first_row,
-                column=columns[index],
-                last=last[index],
+                batch_rows=row - first_row,
+                label_columns=columns[index],
+                last_state=last[index],
                 path=output.path,
                 nll=nll[index],
-                states=states[index],
-                scores=output.scores,
-                layers={key: parts[index] for key, parts in layers.items()},
-                tokens={side: parts[index] for side, parts in tokens.items()},
+                label_states=states[index],
+                head=output.head,
+                layer_states={key: parts[index] for key, parts in layers.items()},
+                token_counts={side: parts[index] for side, parts in tokens.items()},
             )
         )
     return outputs

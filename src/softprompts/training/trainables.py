@@ -158,7 +158,7 @@ class TrainablePrompts:
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
         """See `Trainable`."""
         groups = self.model.registry.method(self.runs[run][0]).groups
-        return prompt_param_groups(groups, self.parameters(run), config, self.model.backbone.rms)
+        return prompt_param_groups(groups, self.parameters(run), config, self.model.backbone.embedding_rms)
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`."""
@@ -195,7 +195,7 @@ class TrainablePrompts:
         backbone = self.model.backbone
         rms_ratio = self.model.rms_ratio(self.runs[run])
         if rms_ratio is None:
-            rms_ratio = self._batch_rms.get(run, 0.0) / backbone.rms
+            rms_ratio = self._batch_rms.get(run, 0.0) / backbone.embedding_rms
         return TrainableState(machine_line(backbone), rms_ratio)
 
     def check(self, batch: RunBatch) -> str:
@@ -213,9 +213,9 @@ class TrainablePrompts:
         if teacher is None:
             return Step(collated, prompt, output, again)
         # Other runs of the batch may ask for other layers.
-        layers = {key: states for key, states in output.layers.items() if key in teacher.layers}
+        layers = {key: states for key, states in output.layer_states.items() if key in teacher.layers}
         targets = teacher.of(batch.examples, self.device)
-        return Step(collated, prompt, replace(output, layers=layers), again, targets)
+        return Step(collated, prompt, replace(output, layer_states=layers), again, targets)
 
 
 class TrainableWeights:
@@ -272,10 +272,10 @@ class TrainableWeights:
 
         def forward(prompt: Prompt | None) -> Output:
             # The loss of large vocabularies is computed in chunks, which give the head's weights no gradient.
-            return injection.forward(self.backbone, collated, prompt, Site(), logits=True)
+            return injection.score(self.backbone, collated, prompt, Site(), return_logits=True)
 
         index = torch.zeros_like(collated.task_ids)
-        values = torch.zeros(1, 0, self.backbone.features, device=self.device)
+        values = torch.zeros(1, 0, self.backbone.embedding_size, device=self.device)
         no_prompt = Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=self.device), index)
         output = forward(None)
         torch.manual_seed(batch.objective_seed)
@@ -338,7 +338,7 @@ class TrainableClassifier:
 
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
         """See `Trainable`."""
-        return prompt_param_groups(self.method.groups, self.parameters(run), config, self.model.backbone.rms)
+        return prompt_param_groups(self.method.groups, self.parameters(run), config, self.model.backbone.embedding_rms)
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`: every text has one class."""

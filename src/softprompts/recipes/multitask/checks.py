@@ -9,7 +9,7 @@ from softprompts.artifacts import artifact
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import InitConfig
 from softprompts.config.sweep import sweep
-from softprompts.data import Task, load
+from softprompts.data import Task, load_task
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
 from softprompts.model import initialization
@@ -36,7 +36,7 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     """
     targets = {}
     for task in (*plan.sources, *plan.targets):
-        loaded = load(task)
+        loaded = load_task(task)
         if task in plan.targets:
             targets[task.title] = loaded
             for role, rows in (("choose a rate", loaded.validation), ("judge", loaded.test)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from softprompts import injection
 from softprompts.backbone import Backbone, devices
 from softprompts.config import Run, TaskConfig, TrainConfig, closest
-from softprompts.data import ExampleTokenizer, Task, load, place_of
+from softprompts.data import ExampleTokenizer, Task, load_task, resolve_placement
 from softprompts.data.templates import slot_sizes
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
@@ -143,7 +143,7 @@ def _load_tasks(runs: Mapping[str, Run], reporter: ProgressReporter) -> dict[str
 
 
 def _load_task(config: TaskConfig, reporter: ProgressReporter) -> Task:
-    task = load(config)
+    task = load_task(config)
     reporter.log(
         f"{task.name}: {len(task.train):,} train / {len(task.validation):,} validation / {len(task.test):,} test "
         f"examples"
@@ -157,7 +157,7 @@ def _prepare_prompts(name: str, run: Run, model: SoftPromptModel, tasks: tuple[T
     """The run with a prompt in the model for each of its tasks, at its start, named `RUN/TASK`."""
     backbone, length = model.backbone, run.prompt.num_virtual_tokens
     templates = [task.template for task in tasks]
-    config = run.prompt.model_copy(update={"placement": place_of(run.prompt.placement, templates)})
+    config = run.prompt.model_copy(update={"placement": resolve_placement(run.prompt.placement, templates)})
     site = Site(config.site, config.mode, config.placement)
     spec = injection.prompt_spec(backbone, site, length, model.registry.encoders.widths)
     encoders = _encoders(backbone, tasks, length, site.place)
@@ -169,7 +169,7 @@ def _prepare_prompts(name: str, run: Run, model: SoftPromptModel, tasks: tuple[T
     model.add_prompts(prompts, config, templates, start=Start(init, run.seed))
     run_settings = run.model_dump(mode="json", exclude={"tasks", "runs"})
     for prompt, encoder, task_config in zip(prompts, encoders, run.tasks, strict=True):
-        segments = encoder.slots if len(encoder.slots) > 1 else ()
+        segments = encoder.segment_lengths if len(encoder.segment_lengths) > 1 else ()
         model.registry.describe(prompt, segments, {**run_settings, "task": task_config.model_dump(mode="json")})
     teachers: tuple[TaskTeacher, ...] = ()
     if run.training.distillation is not None:
@@ -189,7 +189,7 @@ def _prepare_prompts(name: str, run: Run, model: SoftPromptModel, tasks: tuple[T
 def _prepare_weights(run: Run, backbone: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
     """The run that trains the weights of a copy of the backbone; no prompt takes room from its texts."""
     weights = backbone_weights.copy_backbone(backbone, run.training, run.seed)
-    place = place_of(run.prompt.placement, [task.template for task in tasks])
+    place = resolve_placement(run.prompt.placement, [task.template for task in tasks])
     # The kernels of evaluation are faster and equal up to rounding.
     model = SoftPromptModel(weights.with_kernels(backbone.kernels))
     return PreparedRun(run, model, (), None, tasks, _encoders(backbone, tasks, 0, place), weights=weights)
@@ -232,7 +232,7 @@ def _check_training(train: TrainConfig, method: str) -> None:
 def _check_placement(run: Run, tasks: Sequence[Task]) -> None:
     """Raise ConfigError where a task's template does not fit the place of the prompt."""
     prompt = run.prompt
-    in_template = place_of(prompt.placement, [task.template for task in tasks]) == "template"
+    in_template = resolve_placement(prompt.placement, [task.template for task in tasks]) == "template"
     for task in tasks:
         if not in_template or run.training.target != "prompt":
             continue

@@ -134,7 +134,7 @@ def _training_runs(prepared: Mapping[str, PreparedRun], reporter: ProgressReport
             key = _reading_key(prepared_run, index)
             if key not in encoded:
                 encoded[key] = [encoder.example(row) for row in task.train]
-                truncated = sum(example.cut > 0 for example in encoded[key])
+                truncated = sum(example.truncated_tokens > 0 for example in encoded[key])
                 if truncated:
                     reporter.log(
                         f"{task.name}: {truncated} of {len(encoded[key])} texts were cut to fit {encoder.budget} tokens"
@@ -158,7 +158,7 @@ def _training_runs(prepared: Mapping[str, PreparedRun], reporter: ProgressReport
 def _reading_key(prepared: PreparedRun, index: int) -> str:
     """Everything on which the tokens of a task's rows depend."""
     encoder = prepared.encoders[index]
-    return f"{index} {encoder.room} {encoder.slots} {prepared.run.tasks[index].model_dump_json()}"
+    return f"{index} {encoder.room} {encoder.segment_lengths} {prepared.run.tasks[index].model_dump_json()}"
 
 
 def fixed_settings(prepared: PreparedRun) -> dict[str, Any]:
