@@ -70,16 +70,16 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     run = parse(values)
     made = job.prepare(run)
     results = job.run(run)
-    table = made.model.registry.method(made.prompts[0]).table.rows
+    table = made.model.registry.method(made.prompts[0]).shared.table.rows
     assert results["summary"]["trainable"] == table.numel()
     size = sum(p.numel() for p in made.model.backbone.model.parameters())
     assert results["summary"]["share"] == pytest.approx(table.numel() / size)
     rows = [made.encoders[0].encode(row).input_ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
     found = artifact.load(tmp_path / "out" / "prompt")
-    begin = made.initial_parameters["method.table.rows"]
-    changed = (found.state["table.rows"] != begin).any(1)
-    assert results["summary"]["moved"] == int((found.state["table.rows"] != begin).sum())
+    begin = made.initial_parameters["prompts.colors.shared.table.rows"]
+    changed = (found.state["shared.table.rows"] != begin).any(1)
+    assert results["summary"]["moved"] == int((found.state["shared.table.rows"] != begin).sum())
     assert set(changed.nonzero()[:, 0].tolist()) <= {token for row in rows for token in row}
     assert 0 < int(changed.sum()) < len(table)
     assert found.prompt is None
@@ -89,14 +89,9 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
         trained.model.registry.method(trained.prompts[0]).load_state_dict(found.state)
-        ours, theirs = (
-            list(
-                evaluate.answers(
-                    made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=config
-                )
-            )
-            for one in (opened, trained)
-        )
+        rows, encoder = made.tasks[0].test, made.encoders[0]
+        ours = list(evaluate.answers(opened, rows, prompt=opened.task, encoder=encoder, config=config))
+        theirs = list(evaluate.answers(trained.model, rows, prompt=trained.prompt(0), encoder=encoder, config=config))
         assert [one.text for one in ours] == [one.text for one in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
@@ -123,9 +118,9 @@ def test_tasks_share_the_table_and_may_have_bases(values: dict[str, Any], tmp_pa
     results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == LENGTH * 32 + 50 * 32 // 2
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
-    assert sorted(one.state) == ["prompts.0", "table.rows"]
-    assert torch.equal(one.state["table.rows"], two.state["table.rows"])
-    assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
+    assert sorted(one.state) == ["prompt", "shared.table.rows"]
+    assert torch.equal(one.state["shared.table.rows"], two.state["shared.table.rows"])
+    assert not torch.equal(one.state["prompt"], two.state["prompt"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
         opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         found = evaluate.evaluate(opened, job.prepare(run).tasks[0].test, prompt=opened.task, config=run.evaluation)
@@ -218,7 +213,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     assert [one["step"] for one in results["validation"]] == [20, 40, 60]
     found = artifact.load(tmp_path / "topics" / "prompt")
     # of mlp f is a mean, and what stands behind f is never pretrained
-    parts = ("table.",) if given in ({}, {"strategy": "mlp"}) else ("table.", "encoder.")
+    parts = ("shared.table.",) if given in ({}, {"strategy": "mlp"}) else ("shared.table.", "shared.encoder.")
     assert set(found.state) == {name for name in before if name.startswith(parts)}
     assert all(not torch.equal(value, before[name]) for name, value in found.state.items())
     assert results["summary"]["trainable"] == sum(value.numel() for value in found.state.values())
@@ -287,7 +282,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
         ),
         (
             {"training": {"early_stopping_patience": 2, "eval_steps": 1}},
-            "training.early_stopping_patience means nothing in pretraining; possible: steps,",
+            "training.early_stopping_patience means nothing in pretraining; possible: max_steps,",
         ),
         ({"runs": [{"name": "a"}]}, "pretraining takes one task and no list of runs"),
     ],

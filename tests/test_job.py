@@ -54,8 +54,8 @@ def test_the_artifact_tells_where_it_came_from(values, tmp_path):
 class Halved(PromptTuning):
     """Prompt tuning that begins at half of its start."""
 
-    def __init__(self, config, slot, start):
-        super().__init__(config, slot, PromptInit(start.prompt / 2))
+    def __init__(self, config, spec, init, shared=None):
+        super().__init__(config, spec, PromptInit(init.prompt / 2), shared)
 
 
 def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch):
@@ -170,7 +170,7 @@ def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
     run.run(parse({**values, "seed": 1, "output_dir": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
     opened = open_prompts(paths, config=parse(values).model)[0]
-    found = [parameter.detach() for parameter in opened.registry.method(opened.task).prompts]
+    found = [opened.registry.method(name).prompt.detach() for name in opened.tasks]
     assert not torch.equal(*found)
     for prompt, path in zip(found, paths, strict=True):
         assert torch.equal(prompt, artifact.load(path).prompt)

@@ -39,7 +39,7 @@ EXCLUDED = {"recipes": {"serve"}}
 OUTSIDE = ("studies", "benchmarks", "tests")
 """Packages of the checkout that the wheel does not contain."""
 
-SHARED_BY_METHODS = {"methods.text"}
+SHARED_BY_METHODS = {"methods.base", "methods.text"}
 """Modules of `methods` that a method's file may import; it imports no other, because a method is one file."""
 
 THIRD_PARTY = {
@@ -47,7 +47,7 @@ THIRD_PARTY = {
     "types": "torch",
     "config": "pydantic yaml",
     "methods": "torch pydantic faiss",
-    "methods.registry": "",
+    "methods.registry": "torch pydantic",
     "backbone": "torch transformers accelerate",
     "backbone.families": "transformers",
     "backbone.devices": "torch",
@@ -68,7 +68,7 @@ THIRD_PARTY = {
 EXCLUSIVE = {
     "peft": "training.backbone_weights",
     "faiss": "methods.spt",
-    "safetensors": "artifacts.io artifacts.artifact assets.gguf",
+    "safetensors": "artifacts.io assets.gguf",
     "transformers.cache_utils": "backbone.cache",
     "transformers.generation": "backbone injection",
     "transformers.models.auto": "backbone.loading backbone.families",

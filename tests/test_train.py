@@ -56,7 +56,7 @@ def test_training_lowers_the_loss_and_reports_every_step(values):
     assert [r.step for r in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].loss < reports[0].loss
     assert reports[0].path in ("shared", "packed")
-    rms = prompt_of(made).square().mean().sqrt() / made.model.backbone.rms
+    rms = prompt_of(made).square().mean().sqrt() / made.model.backbone.embedding_rms
     assert reports[-1].rms_ratio == pytest.approx(float(rms), rel=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_the_rate_follows_its_schedule(values):
     assert [r.rate / unit for r in reports] == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
     made, absolute = fitted(values, lr_scheduler_type="constant", learning_rate=0.25, learning_rate_unit="absolute")
     assert {r.rate for r in absolute} == {0.25}
-    assert unit == pytest.approx(made.model.backbone.rms)
+    assert unit == pytest.approx(made.model.backbone.embedding_rms)
 
 
 def test_nothing_to_train_on_is_said(values):
@@ -248,19 +248,17 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     plain, _ = fitted(values)
     checked, reports = fitted(values, equivalence="check")
     assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
-    assert reports[0].parity.startswith("packed against concatenation: asked for: loss differs by ")
-    assert [r.parity for r in reports[1:]] == [""] * (len(reports) - 1)
+    assert reports[0].equivalence.startswith("packed against concatenation: asked for: loss differs by ")
+    assert [r.equivalence for r in reports[1:]] == [""] * (len(reports) - 1)
     honest = packed_attention._math_attention
 
-    def wrong(part, *rest):
-        return honest(replace(part, values=part.values * 1.01), *rest)
+    def wrong(seen, q, k, v, *rest):
+        return honest(seen, q, k, v * 1.01, *rest)
 
     made = job.prepare(parse({**values, "training": {**values["training"], "equivalence": "check"}}))
     injection.why_not_packed(made.model.backbone)  # the model is found fit, and goes wrong after that
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS,
-        packed_attention.ATTENTION_NAMES["math"],
-        packed_attention._attention_function(wrong),
+        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(wrong)
     )
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()

@@ -334,7 +334,7 @@ class Progress:
         seconds: The time of the step, which runs that share a batch share.
         score: The validation score, where one was due.
         path: How the prompt was computed: packed, shared or concatenation, with the reason.
-        parity: The comparison of the first batch with plain concatenation, where the settings ask for it.
+        equivalence: The comparison of the first batch with plain concatenation, where the settings ask for it.
         machine: Device, dtype, threads and kernels: at the first step, and wherever they change.
         measures: The single numbers that the method reports (`Prompt.aux`).
     """
@@ -348,7 +348,7 @@ class Progress:
     seconds: float
     score: float | None = None
     path: str = ""
-    parity: str = ""
+    equivalence: str = ""
     machine: str = ""
     measures: dict[str, float] = field(default_factory=dict)
 

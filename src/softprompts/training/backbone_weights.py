@@ -75,8 +75,8 @@ def check_trainable(backbone: Backbone) -> None:
     attention = str(backbone.model.config._attn_implementation)
     if backbone.quantization:
         raise BackboneError(
-            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, or "
-            f"train a prompt"
+            f"{name} is quantized ({backbone.quantization}), and rounded weights cannot be trained; load it without, "
+            f"or train a prompt"
         )
     device_map = getattr(backbone.model, "hf_device_map", None) or {}
     if len(set(device_map.values())) > 1 or any(hasattr(module, "_hf_hook") for module in backbone.model.modules()):

@@ -348,7 +348,7 @@ class RunStep:
             seconds=time.perf_counter() - started,
             score=score,
             path=self.path,
-            parity=comparison,
+            equivalence=comparison,
             machine="" if facts.machine == machine else facts.machine,
             measures=self.measures,
         )

@@ -190,11 +190,8 @@ def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
     for key, layer in output.layer_states.items():
         layers[key] = layer.split([int(counts_of_rows.sum()) for counts_of_rows in tokens[key[0]]])
     logits, nll, labels = split_scores(output.logits), split_scores(output.nll), split_scores(output.labels)
-    rows, columns, states = (
-        split_scores(output.batch_rows),
-        split_scores(output.label_columns),
-        split_scores(output.label_states),
-    )
+    rows, columns = split_scores(output.batch_rows), split_scores(output.label_columns)
+    states = split_scores(output.label_states)
     outputs = []
     for index, first_row in enumerate([0, *ends[:-1].tolist()]):
         row = rows[index]

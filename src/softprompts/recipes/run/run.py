@@ -81,8 +81,8 @@ def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
         with closing(train_many(trainable, list(training_runs.values()))) as steps:
             for name, progress in steps:
                 histories[name].append(progress)
-                if progress.parity:
-                    reporter.log(f"first batch: {progress.parity}")
+                if progress.equivalence:
+                    reporter.log(f"first batch: {progress.equivalence}")
                 reporter.on_step(name, progress)
     except TrainingError as error:
         if len(error.failed) in (0, len(prepared)):
