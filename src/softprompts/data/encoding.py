@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from softprompts.config import Head
-from softprompts.data.spans import answer_offsets, split_words
+from softprompts.data.templates import answer_offsets, split_words
 from softprompts.data.task import TaskTemplate, answer_text, classes, require_label
 from softprompts.data.templates import (
     MASK,

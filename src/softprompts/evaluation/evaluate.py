@@ -22,7 +22,7 @@ from softprompts.data import (
     decode_answer,
     evaluation_order,
 )
-from softprompts.data.spans import split_words
+from softprompts.data.templates import split_words
 from softprompts.data.task import require_label
 from softprompts.data.templates import label_names, require_column
 from softprompts.errors import ConfigError
