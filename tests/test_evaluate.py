@@ -12,7 +12,7 @@ import local
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import evaluate
-from softprompts.evaluation.metrics import vote
+from softprompts.evaluation.metrics import majority_vote
 from softprompts.model.initialization import from_ids
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
@@ -171,7 +171,7 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "_ranked", ask)
     together = evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
     assert [a.value for a in together] == ["warm", "cold", "cold"]
-    assert [vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
+    assert [majority_vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
 
 
 def test_identical_prompts_vote_as_one(tmp_path):

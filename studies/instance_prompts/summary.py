@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
-from softprompts.evaluation.plots import MANY
+from softprompts.evaluation.plots import LINE_COLORS
 from softprompts.recipes import comparison
 from softprompts.recipes.comparison import NO_PROMPT, Comparison, size_name
 from softprompts.recipes.run.results import versions
@@ -119,7 +119,7 @@ def _plots(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "title": f"Loss on {one['target']}, {one['size']}",
             "lines": [
-                {"name": arm, "points": points, "look": list(MANY)[at % len(MANY)]}
+                {"name": arm, "points": points, "look": list(LINE_COLORS)[at % len(LINE_COLORS)]}
                 for at, (arm, points) in enumerate(one["lines"].items())
                 if arm not in comparison.WEIGHTS
             ],

@@ -10,7 +10,7 @@ import torch
 
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
-from softprompts.evaluation.plots import MANY
+from softprompts.evaluation.plots import LINE_COLORS
 from softprompts.recipes.comparison import NO_PROMPT, spread
 from softprompts.recipes.run.results import versions
 from studies.task_prompt_vectors import few as few_examples
@@ -215,7 +215,7 @@ def _curve(title: str, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if line["mean"] is not None and line["arm"] != NO_PROMPT:
                 points.setdefault(line["arm"], []).append((float(size), line["mean"]))
     lines = [
-        {"name": arm, "points": sorted(each), "dots": True, "look": list(MANY)[at % len(MANY)]}
+        {"name": arm, "points": sorted(each), "dots": True, "look": list(LINE_COLORS)[at % len(LINE_COLORS)]}
         for at, (arm, each) in enumerate(points.items())
     ]
     return {"title": f"{title}: score by examples", "axis": "examples", "lines": lines}

@@ -225,7 +225,7 @@ def _answers(
 def _elect(ballots: Sequence[Answer]) -> Answer:
     # Votes are cast over strings, so lists of labels and numbers vote by their text.
     cast = [None if ballot.value is None else str(ballot.value) for ballot in ballots]
-    return ballots[cast.index(metrics.vote(cast))]
+    return ballots[cast.index(metrics.majority_vote(cast))]
 
 
 Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each
