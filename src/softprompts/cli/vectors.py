@@ -280,10 +280,10 @@ def _combine(
 ) -> None:
     """Add `by · total` to a start, and write the prompt that makes; sources: what it was made of, if by a merge."""
     from softprompts.artifacts import vectors
-    from softprompts.recipes.coefficient_search import begin
+    from softprompts.recipes.coefficient_search import resolve_start
 
     # What a merge makes has no start of its own; that of its sources' sum is the one they have in common.
-    begins = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
+    begins = resolve_start(vectors.weighted(sources) if sources else total, _start(start, start_of))
     _written(total * by, vectors.to_artifact(total, begins, by), out_dir, as_json)
 
 

@@ -32,13 +32,13 @@ from softprompts.model import SoftPromptModel
 from softprompts.model.prefix_cache import PrefixCache
 from softprompts.types import IGNORE, Batch
 
-LONGEST_SPAN = 30
+MAX_SPAN_TOKENS = 30
 """Tokens an extracted answer may have, as in SQuAD's baselines."""
 
 CHUNK = 512
 """Rows that are encoded and sorted by length together when answers are streamed."""
 
-FEW = 16
+MIN_ROWS_FOR_LEADING = 16
 """Rows below which it does not pay to look for tokens that all of them begin with."""
 
 TOKENS, TOKENS_THERE, TOKENS_WRITTEN = 1024, 8192, 4096
@@ -261,7 +261,7 @@ def _texts(encoder: ExampleTokenizer, asked: Asked) -> list[EncodedExample]:
 
 def _leading(cache: PrefixCache, encoded: list[EncodedExample]) -> tuple[tuple[int, ...], list[EncodedExample]]:
     """The tokens that all rows begin with, such as a template's words, where they can be read once; and the rest."""
-    if not cache.reads_leading or len(encoded) < FEW or any(row.prompt_offsets for row in encoded):
+    if not cache.reads_leading or len(encoded) < MIN_ROWS_FOR_LEADING or any(row.prompt_offsets for row in encoded):
         return (), encoded
     low, high = min(row.input_ids for row in encoded), max(row.input_ids for row in encoded)
     count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
@@ -435,7 +435,7 @@ def _tags(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: T
 def _span(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
     starts, ends = logits.log_softmax(-1).view(2, len(rows), -1)
     both = starts[:, :, None] + ends[:, None, :]
-    allowed = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).triu().tril(LONGEST_SPAN - 1)
+    allowed = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).triu().tril(MAX_SPAN_TOKENS - 1)
     best = both.masked_fill(~allowed, -torch.inf).flatten(1).argmax(1)
     width = both.shape[2]
     return [

@@ -16,7 +16,7 @@ from softprompts.model import SoftPromptModel
 from softprompts.model.setup import example_tokenizer
 from softprompts.types import PromptInit
 
-Judged = Callable[[str, int, int], None]
+OnEval = Callable[[str, int, int], None]
 """Shown on the way: what is judged, how many prompts are done, of how many."""
 
 
@@ -41,7 +41,7 @@ class Evaluator:
             model.add_prompt(name, config, init=PromptInit(prompt))
         return evaluate.evaluate(model, rows, prompt=name, encoder=self.encoder, config=self.config)
 
-    def scores(self, prompts: Sequence[Tensor], rows: Sequence[Row], title: str, judged: Judged) -> list[float]:
+    def scores(self, prompts: Sequence[Tensor], rows: Sequence[Row], title: str, judged: OnEval) -> list[float]:
         """The headline score of each of `prompts` on `rows`."""
         found = []
         for prompt in prompts:
@@ -56,7 +56,9 @@ class Evaluator:
         return names[0]
 
 
-def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluationConfig) -> Evaluator:
+def load_evaluator(
+    backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluationConfig
+) -> Evaluator:
     """The judge of a task, its rows loaded.
 
     Raises DataError for rows that cannot be read; BackboneError for a backbone with a classification head.
