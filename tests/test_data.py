@@ -17,15 +17,15 @@ from softprompts.data import (
     ExampleBatches,
     ExampleTokenizer,
     TaskTemplate,
-    answer,
+    answer_text,
     classes,
     collate,
     decode_answer,
     evaluation_order,
-    load,
-    order,
+    load_task,
+    training_order,
 )
-from softprompts.data.templates import fields, parts, render
+from softprompts.data.templates import parse_template, render, template_columns
 from softprompts.data.tokenization import TextTokenizer
 from softprompts.errors import DataError
 from softprompts.types import IGNORE
@@ -49,8 +49,8 @@ def causal(form=QUESTION, tokenizer=BPE, room=200, **other) -> ExampleTokenizer:
 
 
 def test_template_pieces():
-    assert parts("{{a}} {b c} {mask}!") == [("{a} ", "b c"), (" ", "mask"), ("!", None)]
-    assert fields("{b} {a} {b} {mask}") == ("b", "a")
+    assert parse_template("{{a}} {b c} {mask}!") == [("{a} ", "b c"), (" ", "mask"), ("!", None)]
+    assert template_columns("{b} {a} {b} {mask}") == ("b", "a")
     assert render("{a}{{x}}{b} {mask}", {"a": "1", "b": "{2}"}, "M") == "1{x}{2} M"
 
 
@@ -67,7 +67,7 @@ def test_template_round_trip(pieces, end):
 @pytest.mark.parametrize("template", ["{", "a}", "{a", "{}", "{a{b}}"])
 def test_a_template_that_is_none(template):
     with pytest.raises(DataError, match=r"names no column; write \{column\}, and \{\{ or \}\} for a literal brace"):
-        parts(template)
+        parse_template(template)
 
 
 # Formats and answers
@@ -101,13 +101,13 @@ def test_answers_and_back():
     span = TaskTemplate("s", "{q}", pair="{c}", kind="span")
     assert classes(QUESTION) == ("HUM", "LOC", "NUM")
     assert classes(free) == ()
-    assert answer(QUESTION, {"label": "LOC"}) == "location"
-    assert answer(many, {"label": "HUM, NUM"}) == answer(many, {"label": ["HUM", "NUM"]}) == "human, number"
-    assert answer(many, {"label": []}) == ""
-    assert answer(tags, {"label": ["HUM", "NUM", "HUM"]}) == "human number human"
-    assert answer(number, {"label": "2.50"}) == "2.5"
-    assert answer(free, {"label": " so "}) == "so"
-    assert answer(span, {"label": {"text": ["in Rome", "Rome"], "answer_start": [3, 6]}}) == "in Rome"
+    assert answer_text(QUESTION, {"label": "LOC"}) == "location"
+    assert answer_text(many, {"label": "HUM, NUM"}) == answer_text(many, {"label": ["HUM", "NUM"]}) == "human, number"
+    assert answer_text(many, {"label": []}) == ""
+    assert answer_text(tags, {"label": ["HUM", "NUM", "HUM"]}) == "human number human"
+    assert answer_text(number, {"label": "2.50"}) == "2.5"
+    assert answer_text(free, {"label": " so "}) == "so"
+    assert answer_text(span, {"label": {"text": ["in Rome", "Rome"], "answer_start": [3, 6]}}) == "in Rome"
     assert [decode_answer(QUESTION, text) for text in (" human\n", "Human", "human.", "")] == ["HUM", None, None, None]
     assert [decode_answer(many, text) for text in ("human, number", "human,", "human, who")] == [
         "HUM, NUM",
@@ -118,24 +118,24 @@ def test_answers_and_back():
     assert [decode_answer(number, text) for text in (" 2.50", "two")] == ["2.5", None]
     assert decode_answer(free, " so ") == "so"
     with pytest.raises(DataError, match="label 'HUN' is not in the verbalizer; did you mean 'HUM'"):
-        answer(QUESTION, {"label": "HUN"})
+        answer_text(QUESTION, {"label": "HUN"})
     with pytest.raises(DataError, match="no column 'label' for the label; columns: text"):
-        answer(QUESTION, {"text": "a"})
+        answer_text(QUESTION, {"text": "a"})
 
 
 def test_labels_that_are_no_text(tmp_path):
     rows = [{"text": f"t{i}", "label": [True, False][i % 2]} for i in range(30)]
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    task = load(TaskConfig(source=str(tmp_path / "d.json"), verbalizer={"false": "no", "true": "yes"}))
-    assert {answer(task.template, row) for row in task.train} == {"yes", "no"}
+    task = load_task(TaskConfig(source=str(tmp_path / "d.json"), verbalizer={"false": "no", "true": "yes"}))
+    assert {answer_text(task.template, row) for row in task.train} == {"yes", "no"}
     (tmp_path / "e.csv").write_text("text,label\n" + "".join(f"t{i},{i % 11}\n" for i in range(60)))
-    assert classes(load(TaskConfig(source=str(tmp_path / "e.csv"))).template) == tuple(map(str, range(11)))
+    assert classes(load_task(TaskConfig(source=str(tmp_path / "e.csv"))).template) == tuple(map(str, range(11)))
 
 
 def test_a_missing_cell_is_empty_text_with_a_note(tmp_path):
     rows = [{"a": f"t{i}", "b": None if i < 3 else math.nan if i < 5 else "x", "label": "y"} for i in range(10)]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = load(TaskConfig(source=str(tmp_path / "d.jsonl"), template="{a}|{b}|", name="t"))
+    task = load_task(TaskConfig(source=str(tmp_path / "d.jsonl"), template="{a}|{b}|", name="t"))
     assert task.notes == ("5 rows have no b: read as empty text",)
     assert (
         BPE.decode(ExampleTokenizer(task.template, BPE, "causal", "lm", 50).encode({"a": "1", "b": None}).input_ids)
@@ -153,10 +153,16 @@ def test_causal_rows_value_by_value():
     word = BPE(" human")["input_ids"]
     assert row.input_ids == [*text, *word, BPE.eos_token_id]
     assert row.labels == [IGNORE] * len(text) + [*word, BPE.eos_token_id]
-    assert (row.text_tokens, row.cut, row.prompt_offsets, row.token_type_ids, row.task_id) == (len(text), 0, 0, None, 0)
+    assert (row.text_tokens, row.truncated_tokens, row.prompt_offsets, row.token_type_ids, row.task_id) == (
+        len(text),
+        0,
+        0,
+        None,
+        0,
+    )
     bare = encoder.encode(ROW)
     assert (bare.input_ids, bare.labels, bare.text_tokens) == (text, None, len(text))
-    assert causal(task=3).encode(ROW).task_id == 3
+    assert causal(task_id=3).encode(ROW).task_id == 3
 
 
 def test_a_begin_token_stays_and_nothing_else_is_added():
@@ -218,7 +224,7 @@ def test_a_tokenizer_without_offsets():
     encoder = ExampleTokenizer(QUESTION, tokenizer, "seq2seq", "lm", 30)
     row = encoder.example({"text": "Who wrote the play? né", "label": "HUM"})
     assert tokenizer.decode(row.input_ids) == "Question: Who wrote th\nType:</s>"
-    assert (len(row.input_ids), row.cut, tokenizer.decode(row.labels)) == (29, 11, "human</s>")
+    assert (len(row.input_ids), row.truncated_tokens, tokenizer.decode(row.labels)) == (29, 11, "human</s>")
     with pytest.raises(DataError, match="head 'token' needs a fast tokenizer"):
         ExampleTokenizer(TAGS, tokenizer, "seq2seq", "token", 30)
 
@@ -291,7 +297,7 @@ def test_plain_text_has_an_empty_template_and_may_be_cut():
     whole = causal(form).example({"text": text})
     assert whole.input_ids == whole.labels == [*BPE(text)["input_ids"], BPE.eos_token_id]
     short = causal(form, room=8).example({"text": text})
-    assert (short.input_ids, short.labels, short.cut) == (
+    assert (short.input_ids, short.labels, short.truncated_tokens) == (
         whole.input_ids[:8],
         whole.input_ids[:8],
         len(whole.input_ids) - 8,
@@ -309,10 +315,10 @@ def test_cutting_touches_neither_template_nor_answer(a, b, room, tokenizer):
     row = {"a": a, "b": b, "label": "x"}
     found, full = encoder.example(row), whole.example(row)
     assert len(found.input_ids) <= room
-    assert found.cut == len(full.input_ids) - len(found.input_ids)
+    assert found.truncated_tokens == len(full.input_ids) - len(found.input_ids)
     longest = max(len(encoder.answer_ids(word)) for word in ("yes", "no"))
-    assert (found.cut > 0) == (full.text_tokens + longest > room)
-    assert found.cut or found == full
+    assert (found.truncated_tokens > 0) == (full.text_tokens + longest > room)
+    assert found.truncated_tokens or found == full
     assert found.input_ids[found.text_tokens :] == encoder.answer_ids("yes")
     assert (
         found.input_ids[: found.text_tokens] == encoder.encode(row, "no").input_ids[: found.text_tokens]
@@ -441,7 +447,7 @@ def test_token_heads(tokenizer, family):
         short = ExampleTokenizer(TAGS, tokenizer, family, "token", room).encode(row)
         kept = ExampleTokenizer(TAGS, tokenizer, family, "token", room).first_tokens(row)
         assert len(short.input_ids) <= room
-        assert short.cut == len(found.input_ids) - len(short.input_ids)
+        assert short.truncated_tokens == len(found.input_ids) - len(short.input_ids)
         assert [short.labels[at] for at in kept] == [0, 0, 0, 1, 0, 1, 0][: len(kept)]
     assert encoder.encode({"words": words}).labels is None
     with pytest.raises(DataError, match="tags: a row has 2 words but 1 tags: 'a b'"):
@@ -476,7 +482,7 @@ def test_spans_that_are_not_there():
     short = ExampleTokenizer(SPAN, WORDS, "masked", "span", 20)
     last = {**row, "answers": [CONTEXT.index("human"), len(CONTEXT) - 1]}
     assert short.encode(last).labels == [IGNORE, IGNORE]
-    assert short.encode(last).cut > 0
+    assert short.encode(last).truncated_tokens > 0
     assert short.encode({**row, "answers": [4, len(CONTEXT)]}).labels == [IGNORE, IGNORE]  # only its end is cut off
     assert short.encode({**row, "answers": [0, 3]}).labels == encoder.encode({**row, "answers": [0, 3]}).labels
     with pytest.raises(DataError, match=r"spans: a span label is \{'text': \[...\], 'answer_start': \[...\]\} or"):
@@ -546,7 +552,7 @@ def encoded(ids, labels=None, **other) -> EncodedExample:
 def test_collate_has_an_inverse(rows, typed):
     batch = collate(
         [
-            encoded(ids, [IGNORE, *ids[1:]], types=[1] * len(ids) if typed else None, task=i)
+            encoded(ids, [IGNORE, *ids[1:]], token_type_ids=[1] * len(ids) if typed else None, task_id=i)
             for i, ids in enumerate(rows)
         ],
         pad=0,
@@ -573,7 +579,10 @@ def test_collate_by_kind_of_label():
     assert torch.equal(labels([5], [6, 7, 8]), torch.tensor([[5, IGNORE, IGNORE], [6, 7, 8]]))  # targets of a decoder
     assert labels(None, None) is None
     assert labels(1, 2).dtype == torch.long
-    assert collate([encoded([1, 2], place=1), encoded([3], place=0)], 0).prompt_offsets.tolist() == [1, 0]
+    assert collate([encoded([1, 2], prompt_offsets=1), encoded([3], prompt_offsets=0)], 0).prompt_offsets.tolist() == [
+        1,
+        0,
+    ]
     for values, message in (
         ((1, None), "1 of the 2 rows of the batch have no labels"),
         ((1, 2.0), "labels of different kinds"),
@@ -584,15 +593,15 @@ def test_collate_by_kind_of_label():
     with pytest.raises(ValueError, match="at least one row"):
         collate([], 0)
     with pytest.raises(ValueError, match="two tokenizers"):
-        collate([encoded([1], types=[0]), encoded([1])], 0)
+        collate([encoded([1], token_type_ids=[0]), encoded([1])], 0)
 
 
 @given(st.lists(st.integers(0, 50), max_size=300), st.integers(1, 9), st.integers(0, 3), st.integers(0, 3))
 def test_order_has_every_row_once(lengths, size, seed, epoch):
-    batches = order(lengths, size, seed, epoch)
+    batches = training_order(lengths, size, seed, epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     assert sorted(map(len, batches), reverse=True)[:-1] == [size] * (len(batches) - 1)
-    assert order(lengths, size, seed, epoch) == batches
+    assert training_order(lengths, size, seed, epoch) == batches
     ordered = evaluation_order(lengths, size)
     assert sorted(i for batch in ordered for i in batch) == list(range(len(lengths)))
     assert [lengths[i] for batch in ordered for i in batch] == sorted(lengths, reverse=True)
@@ -600,16 +609,16 @@ def test_order_has_every_row_once(lengths, size, seed, epoch):
 
 def test_order_changes_with_seed_and_epoch_and_saves_padding():
     lengths = [(i * 7919) % 101 for i in range(2000)]
-    orders = [order(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [training_order(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert len({str(found) for found in orders}) == 4
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in orders[0])
     assert padded < 1.06 * sum(lengths)
     firsts = [lengths[batch[0]] for batch in orders[0]]
     assert firsts != sorted(firsts)
-    one_pool = [min(lengths[i] for i in batch) for batch in order(lengths[:400], 8, 0, 0)]
+    one_pool = [min(lengths[i] for i in batch) for batch in training_order(lengths[:400], 8, 0, 0)]
     assert one_pool != sorted(one_pool)
     with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
-        order([1], 0, 0, 0)
+        training_order([1], 0, 0, 0)
     with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
         evaluation_order([1], 0)
     with pytest.raises(ValueError, match="tokens must be at least 1, given 0"):
@@ -641,11 +650,13 @@ BIG = ("vitaminc", "presuppositions", "intents", "fever", "strategyqa")  # a pac
 @pytest.mark.assets
 @pytest.mark.parametrize("name", [name for name in PACKAGED if name not in BIG])
 def test_packaged_rows_have_the_tokens_of_their_plain_text(name, smollm):
-    task = load(TaskConfig(source=name))
+    task = load_task(TaskConfig(source=name))
     encoder = causal(replace(task.template, max_length=None), smollm, 100_000)
     for row in task.test[:150]:
         text = (
-            render(task.template.template, row) + (" " if task.template.template else "") + answer(task.template, row)
+            render(task.template.template, row)
+            + (" " if task.template.template else "")
+            + answer_text(task.template, row)
         )
         assert encoder.example(row).input_ids == [*smollm(text)["input_ids"], smollm.eos_token_id]
     if task.template.kind == "label":
@@ -677,8 +688,8 @@ def test_the_default_models_chat(smollm):
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=120), st.integers(1, 9), st.integers(1, 200) | st.none())
 def test_micro_batches_are_a_function_of_their_number(lengths, size, tokens):
     """Epoch after epoch in `order`, however many batches an epoch has, and in whatever order they are asked for."""
-    rows = [encoded([0] * length, task=i) for i, length in enumerate(lengths)]
-    expected = [batch for epoch in range(3) for batch in order(lengths, size, 5, epoch, tokens)]
+    rows = [encoded([0] * length, task_id=i) for i, length in enumerate(lengths)]
+    expected = [batch for epoch in range(3) for batch in training_order(lengths, size, 5, epoch, tokens)]
     for batch in expected:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= (tokens or 10**9)
     forward, backward = ExampleBatches(rows, size, 5, tokens), ExampleBatches(rows, size, 5, tokens)

@@ -13,10 +13,11 @@ import local
 import rows
 import tiny
 import tokenizers_tiny
+from prompted import method_of
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, PromptConfig, parse
-from softprompts.data import ExampleTokenizer, TaskTemplate, collate, place_of
+from softprompts.data import ExampleTokenizer, TaskTemplate, collate, resolve_placement
 from softprompts.data.templates import slot_sizes, split_slots
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError
 from softprompts.evaluation import evaluate
@@ -42,7 +43,7 @@ def encoder(
     form: TaskTemplate, tokenizer: Any, family: str = "causal", length: int = 5, **other: Any
 ) -> ExampleTokenizer:
     slots = slot_sizes(form.templates, length, form.name)
-    return ExampleTokenizer(form, tokenizer, family, other.pop("head", "lm"), 200, slots=slots, **other)  # type: ignore[arg-type]
+    return ExampleTokenizer(form, tokenizer, family, other.pop("head", "lm"), 200, segment_lengths=slots, **other)  # type: ignore[arg-type]
 
 
 def bare(tokenizer: Any, text: str) -> list[int]:
@@ -140,7 +141,7 @@ def test_texts_are_cut_around_slots() -> None:
     """A long text loses tokens, the template none, and the places are those of what is left."""
     form = replace(FORM, max_length=20)
     found = encoder(form, BPE).encode({"text": "warm film " * 30})
-    assert found.cut > 0
+    assert found.truncated_tokens > 0
     assert found.text_tokens <= 20
     assert BPE.decode(found.input_ids[found.prompt_offsets[1] :]) == "Sentiment:"
 
@@ -160,12 +161,12 @@ def test_batches_of_rows_with_slots() -> None:
 
 def test_where_the_template_puts_the_prompt() -> None:
     plain, chat = replace(FORM, template="{text}"), replace(FORM, template="{text}", chat=True, chat_placement="user")
-    assert [place_of("auto", forms) for forms in ([FORM], [plain], [chat])] == ["template", "auto", "auto"]
-    assert place_of("template", [FORM, FORM]) == "template"
-    assert place_of("suffix", [plain]) == "suffix"
+    assert [resolve_placement("auto", forms) for forms in ([FORM], [plain], [chat])] == ["template", "auto", "auto"]
+    assert resolve_placement("template", [FORM, FORM]) == "template"
+    assert resolve_placement("suffix", [plain]) == "suffix"
     system = replace(plain, chat=True, system="<prompt>")
-    assert place_of("auto", [system]) == "template"
-    assert place_of("auto", [replace(system, chat=False)]) == "auto"  # without a chat nobody reads it
+    assert resolve_placement("auto", [system]) == "template"
+    assert resolve_placement("auto", [replace(system, chat=False)]) == "auto"  # without a chat nobody reads it
     for asked, forms, message in (
         ("auto", [FORM, replace(plain, name="u")], "t has slots for the prompt in its template, u has none"),
         ("template", [plain], "prompt.placement is template, but the template '{text}' has no slot for the prompt"),
@@ -178,7 +179,7 @@ def test_where_the_template_puts_the_prompt() -> None:
         ),
     ):
         with pytest.raises(DataError, match=message):
-            place_of(asked, forms)
+            resolve_placement(asked, forms)
 
 
 @pytest.mark.parametrize("head", ["token", "span"])
@@ -294,14 +295,15 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
         open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0],
     )
     test, encoder = made.tasks[0].test, made.encoders[0]
+    method_of(made).load_state_dict(opened.registry.method(opened.task).state_dict())
     batch = collate([encoder.encode(row) for row in test], 0)
     assert int(opened.make_prompts(batch).lengths.min()) < 18
     together = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     for row, one in zip(test, together, strict=True):
         (alone,) = evaluate.answers(
-            replace(made.learner, method=opened.registry.method(opened.task)),
+            made.model,
             [row],
-            prompt=replace(made.learner, method=opened.registry.method(opened.task)).task,
+            prompt=made.prompt(0),
             encoder=encoder,
             config=EvaluationConfig(),
         )

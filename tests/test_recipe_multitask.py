@@ -20,8 +20,8 @@ from softprompts.recipes.multitask.runs import Origins, select_arms, source_runs
 from softprompts.recipes.multitask.summary import summarize
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
-from softprompts.training import distillation, weights
-from softprompts.training import loop as train
+from softprompts.training import backbone_weights, distillation
+from softprompts.training.trainables import TrainablePrompts
 
 FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
 
@@ -244,7 +244,7 @@ def test_a_stage_that_is_cut_inside_goes_on(done, tmp_path, monkeypatch):
     values, _, _ = done
     plan = small(values, tmp_path / "out")
     expected = execute(parse(small(values, tmp_path / "whole"), Plan))
-    original, steps = train.joint_steps, 0
+    original, steps = TrainablePrompts.loss, 0
 
     def interrupted(*given):
         nonlocal steps
@@ -253,10 +253,10 @@ def test_a_stage_that_is_cut_inside_goes_on(done, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*given)
 
-    monkeypatch.setattr(train, "joint_steps", interrupted)
+    monkeypatch.setattr(TrainablePrompts, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(parse(plan, Plan))
-    monkeypatch.setattr(train, "joint_steps", original)
+    monkeypatch.setattr(TrainablePrompts, "loss", original)
     found = execute(parse(plan, Plan))
     assert found["arms"] == expected["arms"]
     assert found["curves"] == expected["curves"]
@@ -330,7 +330,7 @@ def test_the_command(done, tmp_path, capsys):
         cli.app(["multitask", "--config", str(file)], standalone_mode=True)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "targets, full: arm, trained numbers, gamma, delta, mean" in shown
+    assert "targets, full: arm, trainable params, gamma, delta, mean" in shown
     mean = next(line["mean"] for line in results["arms"][0]["lines"] if line["arm"] == "mpt")
     assert f"{mean:.3f}" in next(line for line in shown.splitlines() if line.startswith("mpt  "))
 
@@ -425,7 +425,9 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
         tried(prompt={"num_virtual_tokens": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
     with pytest.raises(BackboneError, match="there is no layer 9"):
         tried(source={**values["source"], "layers": [9]})
-    monkeypatch.setattr(weights, "_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]")))
+    monkeypatch.setattr(
+        backbone_weights, "_import_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]"))
+    )
     with pytest.raises(ConfigError, match=r"softprompts\[lora\]"):
         tried(target={**values["target"], "arms": ["lora"]})
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -10,7 +10,7 @@ from scipy import stats
 
 from softprompts.config import SamplingConfig
 from softprompts.data import EncodedExample, TaskBatches
-from softprompts.data.sampling import weights
+from softprompts.data.sampling import mixing_weights
 
 SIZES = (40, 400, 7, 90)
 
@@ -79,7 +79,7 @@ def test_a_batch_depends_on_nothing_but_its_number(numbers, size, seed):
     straight = batches(61, size, seed=seed)
     jumping = TaskBatches(rows(), size, seed, SamplingConfig(draw="some"))
     for number in numbers:
-        assert [row.input_ids for row in jumping.at(number)] == [row.ids for row in straight[number]]
+        assert [row.input_ids for row in jumping.at(number)] == [row.input_ids for row in straight[number]]
 
 
 def test_seeds_differ_and_one_task_is_enough():
@@ -89,7 +89,7 @@ def test_seeds_differ_and_one_task_is_enough():
 
 def test_weights_sum_to_one_and_a_single_row_counts_in_logarithms():
     for mixing in ("proportional", "capped", "log", "equal"):
-        found = weights([1, 10, 2**19], SamplingConfig(mixing=mixing))
+        found = mixing_weights([1, 10, 2**19], SamplingConfig(mixing=mixing))
         assert sum(found) == pytest.approx(1)
         assert all(one > 0 for one in found)
-    assert weights([2**18, 2**19], SamplingConfig(mixing="capped")) == [0.5, 0.5]
+    assert mixing_weights([2**18, 2**19], SamplingConfig(mixing="capped")) == [0.5, 0.5]

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softprompts.assets.datasets import resolve, rows
+from softprompts.assets.datasets import read_rows, with_packaged_defaults
 from softprompts.config import SplitConfig, TaskConfig
-from softprompts.data import PACKAGED, load, read
+from softprompts.data import PACKAGED, load_task, read_splits
 from softprompts.data.splits import Table, divide
-from softprompts.data.templates import key
+from softprompts.data.templates import text_key
 from softprompts.errors import DataError
 
 
@@ -52,7 +52,7 @@ def test_the_same_rows_from_every_format(tmp_path):
     data.save_to_disk(tmp_path / "disk")
     split = SplitConfig(validation_fraction=0, test_fraction=0)
     for name in ("d.csv", "d.jsonl", "d.json", "d.tsv", "d.parquet", "disk"):
-        found = read(TaskConfig(source=str(tmp_path / name), split=split))
+        found = read_splits(TaskConfig(source=str(tmp_path / name), split=split))
         assert list(found.train) == wanted, name
         assert found.columns == ("text", "label"), name
         assert (found.validation, found.test, found.notes) == ((), (), ()), name
@@ -60,7 +60,9 @@ def test_the_same_rows_from_every_format(tmp_path):
 
 def test_a_quotation_mark_in_a_tsv_file_is_an_ordinary_character(tmp_path):
     source = write(tmp_path / "d.tsv", 'text\tlabel\n"No way\ta\nsaid he"\tb\n')
-    assert texts(read(TaskConfig(source=source, split=SplitConfig(validation_fraction=0, test_fraction=0))).train) == [
+    assert texts(
+        read_splits(TaskConfig(source=source, split=SplitConfig(validation_fraction=0, test_fraction=0))).train
+    ) == [
         '"No way',
         'said he"',
     ]
@@ -74,7 +76,9 @@ def test_class_numbers_of_a_dataset_get_their_names(tmp_path):
     )
     data = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, -1]}, features=features)
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "disk")
-    found = read(TaskConfig(source=str(tmp_path / "disk"), split=SplitConfig(validation_fraction=0, test_fraction=0)))
+    found = read_splits(
+        TaskConfig(source=str(tmp_path / "disk"), split=SplitConfig(validation_fraction=0, test_fraction=0))
+    )
     assert [row["label"] for row in found.train] == ["bad", "good", "good"]
     assert found.notes == (f"{tmp_path / 'disk'} train: 1 rows with nothing in 'label' left out",)
 
@@ -85,7 +89,7 @@ def test_a_folder_of_files_has_the_splits_its_names_say(tmp_path):
     write(tmp_path / "data/train-00001-of-00002.csv", "text,label\nb,y\n")
     write(tmp_path / "data/dev.jsonl", '{"text": "c", "label": "x"}')
     write(tmp_path / "data/test.csv", "text,label\nd,y\n")
-    found = read(TaskConfig(source=str(tmp_path)))
+    found = read_splits(TaskConfig(source=str(tmp_path)))
     assert (texts(found.train), texts(found.validation), texts(found.test)) == (["a", "b"], ["c"], ["d"])
 
 
@@ -93,7 +97,7 @@ def test_a_folder_of_files_has_the_splits_its_names_say(tmp_path):
 
 
 def test_fractions_are_of_texts_and_stratified(tmp_path):
-    found = read(TaskConfig(source=table(tmp_path / "d.csv", 200, 4)))
+    found = read_splits(TaskConfig(source=table(tmp_path / "d.csv", 200, 4)))
     assert (len(found.train), len(found.validation), len(found.test)) == (162, 18, 20)
     assert Counter(row["label"] for row in found.test) == {"c0": 5, "c1": 5, "c2": 5, "c3": 5}
 
@@ -103,7 +107,7 @@ def test_splits_do_not_depend_on_the_order_of_the_rows_but_on_the_seed(tmp_path)
     backwards = write(tmp_path / "b.csv", "\n".join([lines[0], *lines[:0:-1]]) + "\n")
 
     def sets(source, **split):
-        found = read(TaskConfig(source=source, split=SplitConfig(**split)))
+        found = read_splits(TaskConfig(source=source, split=SplitConfig(**split)))
         return [set(texts(part)) for part in (found.train, found.validation, found.test)]
 
     for split in ({}, {"shots": 4}, {"limit": {"train": 11, "test": 3}}):
@@ -121,7 +125,7 @@ def test_own_splits_win_over_fractions_and_the_test_split_stays_whole(tmp_path):
             }
         ),
     )
-    found = read(TaskConfig(source=source))
+    found = read_splits(TaskConfig(source=source))
     assert texts(found.test) == ["SHARED ", "u", "u"]
     assert len(found.validation) == 2
     assert set(texts(found.train)) | set(texts(found.validation)) == {f"t{i}" for i in range(20)}
@@ -137,30 +141,32 @@ def test_splits_may_be_named(tmp_path):
     }
     source = write(tmp_path / "d.json", json.dumps(parts))
     other = write(tmp_path / "o.csv", "text,label\nother,a\n")
-    found = read(TaskConfig(source=source, split=SplitConfig(test="validation")))  # common where test has no labels
+    found = read_splits(
+        TaskConfig(source=source, split=SplitConfig(test="validation"))
+    )  # common where test has no labels
     assert set(texts(found.test)) == {f"validation{i}" for i in range(10)}
     assert len(found.validation) == 1
     assert all(text.startswith("train") for text in texts(found.validation))
-    assert texts(read(TaskConfig(source=source, split=SplitConfig(test=other))).test) == ["other"]
+    assert texts(read_splits(TaskConfig(source=source, split=SplitConfig(test=other))).test) == ["other"]
 
 
 def test_a_test_split_without_labels_is_drawn_from_the_training_rows(tmp_path):
     rows = [{"text": f"t{i}", "label": "a"} for i in range(10)]
     source = write(tmp_path / "d.json", json.dumps({"train": rows, "test": [{"text": "x", "label": None}]}))
-    found = read(TaskConfig(source=source))
+    found = read_splits(TaskConfig(source=source))
     assert len(found.test) == 1
     assert texts(found.test) != ["x"]
 
 
 def test_duplicates_and_contradictions_are_left_out_and_counted(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\na,x\na,x\na ,x\nb,x\nB,y\nc,y\nC,y\n")
-    found = read(TaskConfig(source=source, split=SplitConfig(validation_fraction=0, test_fraction=0)))
+    found = read_splits(TaskConfig(source=source, split=SplitConfig(validation_fraction=0, test_fraction=0)))
     assert [(row["text"], row["label"]) for row in found.train] == [("a", "x"), ("c", "y"), ("C", "y")]
     assert found.notes == (
         "train: 2 exact duplicates left out",
         "train: 1 texts with contradicting labels left out (2 rows)",
     )
-    answers = read(
+    answers = read_splits(
         TaskConfig(source=source, kind="generation", split=SplitConfig(validation_fraction=0, test_fraction=0))
     )
     assert len(answers.train) == 5  # several replies to one text are no contradiction
@@ -168,21 +174,21 @@ def test_duplicates_and_contradictions_are_left_out_and_counted(tmp_path):
 
 def test_shots_are_per_class_and_limit_the_validation_rows(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'abc'[min(i // 40, 2)]}\n" for i in range(90)))
-    found = read(TaskConfig(source=source, split=SplitConfig(shots=3, validation_fraction=0.4)))
+    found = read_splits(TaskConfig(source=source, split=SplitConfig(shots=3, validation_fraction=0.4)))
     assert Counter(row["label"] for row in found.train) == {"a": 3, "b": 3, "c": 3}
     assert Counter(row["label"] for row in found.validation) == {"a": 3, "b": 3, "c": 3}
     assert len(found.test) == 9
-    many = read(TaskConfig(source=source, split=SplitConfig(shots=20)))
+    many = read_splits(TaskConfig(source=source, split=SplitConfig(shots=20)))
     assert Counter(row["label"] for row in many.train) == {"a": 20, "b": 20, "c": 8}
     assert many.notes == ("train: fewer than 20 shots of c 8",)
-    free = read(TaskConfig(source=source, kind="generation", split=SplitConfig(shots=5)))
+    free = read_splits(TaskConfig(source=source, kind="generation", split=SplitConfig(shots=5)))
     assert (len(free.train), len(free.validation)) == (5, 5)
 
 
 def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(80)))
     found = [
-        read(TaskConfig(source=source, split=SplitConfig(shots=3, shots_seed=seed, validation_fraction=0.3)))
+        read_splits(TaskConfig(source=source, split=SplitConfig(shots=3, shots_seed=seed, validation_fraction=0.3)))
         for seed in (None, 0, 1, 2)
     ]
     assert all(one.test == found[0].test for one in found)
@@ -195,10 +201,10 @@ def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp
 def test_shots_per_set_are_so_many_in_all(tmp_path, kind):
     """Whatever the classes are; as many to choose with, and those that judge stay."""
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{i % 3}\n" for i in range(90)))
-    whole = read(TaskConfig(source=source, kind=kind, split=SplitConfig(validation_fraction=0.3)))
+    whole = read_splits(TaskConfig(source=source, kind=kind, split=SplitConfig(validation_fraction=0.3)))
     for shots in (1, 5, 20):
         split = SplitConfig(shots=shots, shots_per="set", validation_fraction=0.3)
-        found = read(TaskConfig(source=source, kind=kind, split=split))
+        found = read_splits(TaskConfig(source=source, kind=kind, split=split))
         assert (len(found.train), len(found.validation)) == (shots, shots)
         assert found.test == whole.test
         assert {*texts(found.train)} <= {*texts(whole.train)}
@@ -213,7 +219,7 @@ def test_shots_per_set_by_their_seed_and_not_by_the_order_of_rows(tmp_path):
 
     def drawn(name="d.csv", **split):
         split = SplitConfig(shots_per="set", validation_fraction=0.3, **split)
-        return read(TaskConfig(source=str(tmp_path / name), split=split))
+        return read_splits(TaskConfig(source=str(tmp_path / name), split=split))
 
     found = [drawn(shots=6, shots_seed=seed) for seed in range(4)]
     assert len({tuple(texts(one.train)) for one in found}) == 4
@@ -228,14 +234,14 @@ def test_shots_per_set_by_their_seed_and_not_by_the_order_of_rows(tmp_path):
 def test_shots_per_set_that_are_not_there_are_told(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(10)))
     split = SplitConfig(shots=20, shots_per="set", validation_fraction=0.2, test_fraction=0)
-    found = read(TaskConfig(source=source, split=split))
+    found = read_splits(TaskConfig(source=source, split=split))
     assert (len(found.train), len(found.validation)) == (8, 2)
     assert found.notes == ("train: fewer than 20 shots of rows 8",)
 
 
 def test_shots_of_a_multilabel_task_reach_every_label(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f't{i},"a,{"bcd"[i % 3]}"\n' for i in range(60)))
-    found = read(TaskConfig(source=source, kind="multilabel", split=SplitConfig(shots=2)))
+    found = read_splits(TaskConfig(source=source, kind="multilabel", split=SplitConfig(shots=2)))
     counts = Counter(name for row in found.train for name in row["label"].split(","))
     assert {counts[name] for name in "bcd"} == {2}
 
@@ -243,15 +249,15 @@ def test_shots_of_a_multilabel_task_reach_every_label(tmp_path):
 def test_nothing_in_the_label_column_is_no_label_but_in_a_multilabel_task(tmp_path):
     source = write(tmp_path / "d.csv", 'text,label\na,x\nb,\nc,"x,y"\n')
     split = SplitConfig(validation_fraction=0, test_fraction=0)
-    assert texts(read(TaskConfig(source=source, kind="multilabel", split=split)).train) == ["a", "b", "c"]
-    found = read(TaskConfig(source=source, split=split))
+    assert texts(read_splits(TaskConfig(source=source, kind="multilabel", split=split)).train) == ["a", "b", "c"]
+    found = read_splits(TaskConfig(source=source, split=split))
     assert texts(found.train) == ["a", "c"]
     assert found.notes == (f"{source}: 1 rows with nothing in 'label' left out",)
 
 
 def test_limit_keeps_the_proportions(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'a' if i < 90 else 'b'}\n" for i in range(120)))
-    found = read(
+    found = read_splits(
         TaskConfig(source=source, split=SplitConfig(limit={"train": 20}, validation_fraction=0, test_fraction=0))
     )
     assert Counter(row["label"] for row in found.train) == {"a": 15, "b": 5}
@@ -278,7 +284,7 @@ def test_no_text_is_in_two_splits(train, test, validation_fraction, test_fractio
         found = divide(tables, TaskConfig(kind=kind, split=split), ("text",))
     except DataError:  # all texts went to the other splits
         return
-    seen = [{key(row, ("text",)) for row in part} for part in (found.train, found.validation, found.test)]
+    seen = [{text_key(row, ("text",)) for row in part} for part in (found.train, found.validation, found.test)]
     assert len(seen[0] | seen[1] | seen[2]) == sum(map(len, seen))
     if test:
         assert [(row["text"], row["label"]) for row in found.test] == test
@@ -286,7 +292,7 @@ def test_no_text_is_in_two_splits(train, test, validation_fraction, test_fractio
         for part in (found.train, found.validation):
             labels = {}
             for row in part:
-                assert labels.setdefault(key(row, ("text",)), row["label"]) == row["label"]
+                assert labels.setdefault(text_key(row, ("text",)), row["label"]) == row["label"]
 
 
 # Messages
@@ -329,7 +335,7 @@ BROKEN = {
 def test_a_broken_file_is_named(name, tmp_path):
     file, content, message = BROKEN[name]
     with pytest.raises(DataError) as error:
-        read(TaskConfig(source=write(tmp_path / file, content)))
+        read_splits(TaskConfig(source=write(tmp_path / file, content)))
     assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -359,7 +365,7 @@ def test_a_broken_file_is_named(name, tmp_path):
 def test_what_does_not_fit_the_rows_is_said(task, message, tmp_path):
     source = table(tmp_path / "d.csv", 40)
     with pytest.raises(DataError) as error:
-        load(TaskConfig.model_validate({"source": source, **task}))
+        load_task(TaskConfig.model_validate({"source": source, **task}))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -367,8 +373,10 @@ def test_what_does_not_fit_the_rows_is_said(task, message, tmp_path):
 def test_a_template_is_asked_for_where_columns_leave_a_choice(tmp_path):
     source = write(tmp_path / "d.csv", "a,b,label\n1,2,x\n3,4,y\n")
     with pytest.raises(DataError, match=r"give the task a template, such as '\{a\}'; columns: a, b"):
-        load(TaskConfig(source=source))
-    assert load(TaskConfig(source=write(tmp_path / "e.csv", "q,label\n1,x\n3,y\n5,x\n"))).template.template == "{q}"
+        load_task(TaskConfig(source=source))
+    assert (
+        load_task(TaskConfig(source=write(tmp_path / "e.csv", "q,label\n1,x\n3,y\n5,x\n"))).template.template == "{q}"
+    )
 
 
 def test_splits_that_do_not_exist_are_said(tmp_path):
@@ -376,13 +384,13 @@ def test_splits_that_do_not_exist_are_said(tmp_path):
         tmp_path / "d.json", json.dumps({"a": [{"text": "x", "label": "y"}], "b": [{"text": "z", "label": "y"}]})
     )
     with pytest.raises(DataError, match=r"has no split to train on; splits: a, b; name one with split\.train"):
-        read(TaskConfig(source=source))
+        read_splits(TaskConfig(source=source))
     with pytest.raises(DataError, match=r"has no split 'bb' for test; did you mean 'b'\? splits: a, b; or give a file"):
-        read(TaskConfig(source=source, split=SplitConfig(train="a", test="bb")))
+        read_splits(TaskConfig(source=source, split=SplitConfig(train="a", test="bb")))
     with pytest.raises(DataError, match="'a' is named for more than one of train, validation and test"):
-        read(TaskConfig(source=source, split=SplitConfig(train="a", test="a")))
+        read_splits(TaskConfig(source=source, split=SplitConfig(train="a", test="a")))
     with pytest.raises(DataError, match="holds the splits a, b; give a file with one table for a single split"):
-        read(TaskConfig(source=source, split=SplitConfig(train="a", test=source)))
+        read_splits(TaskConfig(source=source, split=SplitConfig(train="a", test=source)))
 
 
 @pytest.mark.parametrize(
@@ -398,13 +406,13 @@ def test_an_unknown_source_is_said(source, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table(tmp_path / "train.csv")
     with pytest.raises(DataError) as error:
-        read(TaskConfig(source=source))
+        read_splits(TaskConfig(source=source))
     assert message in str(error.value)
 
 
 def test_a_folder_without_data_is_said(tmp_path):
     with pytest.raises(DataError, match="holds no data set and none of the files read here"):
-        read(TaskConfig(source=str(tmp_path)))
+        read_splits(TaskConfig(source=str(tmp_path)))
 
 
 def test_a_hub_name_without_a_hub_is_said(monkeypatch):
@@ -417,7 +425,7 @@ def test_a_hub_name_without_a_hub_is_said(monkeypatch):
     with pytest.raises(
         DataError, match="no file or folder 'owner/name:sub' here, and the hub has not given it: no network"
     ):
-        read(TaskConfig(source="owner/name:sub"))
+        read_splits(TaskConfig(source="owner/name:sub"))
 
 
 def test_the_hub_is_read_with_its_splits(monkeypatch):
@@ -429,7 +437,7 @@ def test_the_hub_is_read_with_its_splits(monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda name, subset: made if (name, subset) == ("o/n", None) else None
     )
-    found = read(TaskConfig(source="o/n"))
+    found = read_splits(TaskConfig(source="o/n"))
     assert (texts(found.train), texts(found.validation), texts(found.test)) == (["train"], ["validation"], ["test"])
 
 
@@ -451,12 +459,12 @@ def test_reading_a_csv_file_does_not_import_datasets(tmp_path):
 
 
 def test_a_packaged_set_fills_in_what_is_left_open():
-    found = resolve(TaskConfig(source="dialogue"))
+    found = with_packaged_defaults(TaskConfig(source="dialogue"))
     assert (found.kind, found.label, found.template) == ("generation", "reply", "A: {prompt}\nB:")
-    own = resolve(TaskConfig(source="trec", template="{text} =", verbalizer={"human": "who"}))
+    own = with_packaged_defaults(TaskConfig(source="trec", template="{text} =", verbalizer={"human": "who"}))
     assert (own.template, own.verbalizer) == ("{text} =", {"human": "who"})
-    assert resolve(TaskConfig(source="dialogue", label="prompt")).label == "prompt"
-    assert resolve(TaskConfig(source="x.csv")).kind == "label"
+    assert with_packaged_defaults(TaskConfig(source="dialogue", label="prompt")).label == "prompt"
+    assert with_packaged_defaults(TaskConfig(source="x.csv")).kind == "label"
 
 
 def test_packaged_answers_are_single_distinct_words():
@@ -478,7 +486,7 @@ BIG = {
 
 
 def unique(name: str) -> list[tuple[str, ...]]:
-    found = rows(name)
+    found = read_rows(name)
     return list({tuple(" ".join(v.split()) for v in row.values()) for part in found.values() for row in part})
 
 
@@ -510,18 +518,18 @@ def test_packaged_counts_of_the_big_group(name):
 
 @pytest.mark.assets
 def test_packaged_official_splits():
-    sizes = {name: {k: len(v) for k, v in rows(name).items()} for name in ("reuters8", "newsgroups", "wikitext-2")}
+    sizes = {name: {k: len(v) for k, v in read_rows(name).items()} for name in ("reuters8", "newsgroups", "wikitext-2")}
     assert sizes["reuters8"] == {"train": 5485, "test": 2189}
     assert sizes["newsgroups"] == {"train": 11293, "test": 7528}
     assert sizes["wikitext-2"] == {"train": 17556, "validation": 1841, "test": 2185}
-    task = load(TaskConfig(source="reuters8"))
+    task = load_task(TaskConfig(source="reuters8"))
     assert len(task.test) == 2189
-    assert len({key(row, ("text",)) for row in task.train} & {key(row, ("text",)) for row in task.test}) == 0
+    assert len({text_key(row, ("text",)) for row in task.train} & {text_key(row, ("text",)) for row in task.test}) == 0
 
 
 @pytest.mark.assets
 def test_packaged_trec():
-    task = load(TaskConfig(source="trec", split=SplitConfig(shots=8)))
+    task = load_task(TaskConfig(source="trec", split=SplitConfig(shots=8)))
     assert (len(task.train), len(task.validation), len(task.test)) == (48, 48, 538)
     assert task.template.verbalizer["human"] == "human"
     assert task.notes[0] == "train: 10071 exact duplicates left out"

@@ -20,8 +20,8 @@ from softprompts.recipes import coefficient_search as coefficient
 from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
-from softprompts.training import loop as train
 from softprompts.training import objectives
+from softprompts.training.trainables import TrainablePrompts
 
 P = 4
 TASKS = ("alpha", "beta", "gamma")
@@ -70,19 +70,18 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.fits: list[tuple[list[str], set[int]]] = []  # the directories of the runs, and their backbones
         self.steps = 0
-        fit, joint = job.train_many, train.joint_steps
+        train_many, loss = job.train_many, TrainablePrompts.loss
 
-        def fitted(trainees, **given):
-            where = [str(one.directory) for one in trainees]
-            self.fits.append((where, {id(one.learner.backbone) for one in trainees}))
-            return fit(trainees, **given)
+        def trained(trainable, runs):
+            self.fits.append(([str(run.directory) for run in runs], {id(trainable.backbone)}))
+            return train_many(trainable, runs)
 
-        def stepped(*given):
+        def stepped(*arguments):
             self.steps += 1
-            return joint(*given)
+            return loss(*arguments)
 
-        patch.setattr(job, "train_many", fitted)
-        patch.setattr(train, "joint_steps", stepped)
+        patch.setattr(job, "train_many", trained)
+        patch.setattr(TrainablePrompts, "loss", stepped)
 
 
 @pytest.fixture(scope="module")

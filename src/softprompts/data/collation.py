@@ -87,7 +87,9 @@ def _labels(rows: Sequence[EncodedExample]) -> Tensor | None:
     raise ValueError("the rows of the batch have labels of different kinds: tasks that share a batch must share a head")
 
 
-def order(lengths: Sequence[int], batch_size: int, seed: int, epoch: int, tokens: int | None = None) -> list[list[int]]:
+def training_order(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, tokens: int | None = None
+) -> list[list[int]]:
     """The batches of one epoch as row indices: every index once, rows of similar length together, in random order.
 
     A pure function of its arguments, so that a resumed run rebuilds it. Rows are shuffled, cut into pools of 50
@@ -152,4 +154,4 @@ class ExampleBatches:
         return [self.rows[i] for i in self.batches[number - self.first]]
 
     def _order(self, epoch: int) -> list[list[int]]:
-        return order(self.lengths, self.size, self.seed, epoch, self.tokens)
+        return training_order(self.lengths, self.size, self.seed, epoch, self.tokens)

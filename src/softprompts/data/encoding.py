@@ -7,8 +7,16 @@ from typing import Any
 
 from softprompts.config import Head
 from softprompts.data.spans import answer_offsets, split_words
-from softprompts.data.task import TaskTemplate, answer, classes, need_label
-from softprompts.data.templates import MASK, fields, label_names, mask_count, missing, need, plain
+from softprompts.data.task import TaskTemplate, answer_text, classes, require_label
+from softprompts.data.templates import (
+    MASK,
+    cell_text,
+    is_missing,
+    label_names,
+    mask_count,
+    require_column,
+    template_columns,
+)
 from softprompts.data.tokenization import Family, TextTokenizer, Tokens
 from softprompts.errors import DataError
 from softprompts.types import IGNORE, Row
@@ -42,7 +50,7 @@ class EncodedExample:
     prompt_offsets: int | tuple[int, ...] | None = None
     task_id: int = 0
     text_tokens: int = 0
-    cut: int = 0
+    truncated_tokens: int = 0
     instruction_mask: list[int] | None = None
     segment_lengths: tuple[int, ...] = ()
 
@@ -63,8 +71,8 @@ class ExampleTokenizer:
     family: Family
     head: Head
     room: int
-    task: int = 0
-    slots: tuple[int, ...] = ()
+    task_id: int = 0
+    segment_lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         form, name = self.template, self.template.name
@@ -83,15 +91,19 @@ class ExampleTokenizer:
             raise DataError(f"{name}: chat is for the lm head of causal models; set chat: false")
         if form.chat and not getattr(self.tokenizer, "chat_template", None):
             raise DataError(f"{name}: the tokenizer has no chat template; set chat: false or use an instruction model")
-        if self.slots and self.head in ("token", "span"):
+        if self.segment_lengths and self.head in ("token", "span"):
             raise DataError(f"{name}: head '{self.head}' cannot have a slot for the prompt in its template; take "
                             "<prompt> out and set prompt.placement: first, after_start or suffix")  # fmt: skip
-        if self.slots and not form.columns:
+        if self.segment_lengths and not form.columns:
             raise DataError(f"{name}: the template has a slot for the prompt, but none for the text; write the column "
                             f"in braces too, as in '{form.template}{{text}}'")  # fmt: skip
-        if self.head == "token" and (form.pair or len(fields(form.template)) != 1 or form.template[:1] != "{"):
+        if self.head == "token" and (
+            form.pair or len(template_columns(form.template)) != 1 or form.template[:1] != "{"
+        ):
             raise DataError(f"{name}: a tagging template is the column of words alone, such as '{{tokens}}'")
-        if self.head == "span" and (len(fields(form.pair)) != 1 or form.pair != f"{{{fields(form.pair)[0]}}}"):
+        if self.head == "span" and (
+            len(template_columns(form.pair)) != 1 or form.pair != f"{{{template_columns(form.pair)[0]}}}"
+        ):
             raise DataError(f"{name}: a span task needs pair, the column of the context alone, such as '{{context}}'")
         if self.head in ("token", "span") and not self.tokenizer.is_fast:
             raise DataError(f"{name}: head '{self.head}' needs a fast tokenizer, one that knows character offsets")
@@ -116,7 +128,7 @@ class ExampleTokenizer:
 
     def example(self, row: Row) -> EncodedExample:
         """`row` with its own answer, as it is trained on."""
-        return self.encode(row, answer(self.template, row) if self.head == "lm" else None)
+        return self.encode(row, answer_text(self.template, row) if self.head == "lm" else None)
 
     def candidates(self) -> dict[str, list[int]]:
         """The answer's token ids for each label, to be scored behind the text.
@@ -144,7 +156,7 @@ class ExampleTokenizer:
         spans = tokens.spans or []
         if not (0 <= start <= end < len(spans)) or spans[start][0] != 1 or spans[end][0] != 1:
             return ""
-        context = plain(row[fields(self.template.pair)[0]])
+        context = cell_text(row[template_columns(self.template.pair)[0]])
         return context[spans[start][1] : spans[end][2]].strip()
 
     @property
@@ -154,7 +166,7 @@ class ExampleTokenizer:
 
     @cached_property
     def _speller(self) -> TextTokenizer:
-        return TextTokenizer(self.template, self.tokenizer, self.family, self.head, bool(self.slots))
+        return TextTokenizer(self.template, self.tokenizer, self.family, self.head, bool(self.segment_lengths))
 
     @cached_property
     def _candidates(self) -> dict[str, list[int]]:
@@ -184,8 +196,8 @@ class ExampleTokenizer:
 
     def _values(self, row: Row) -> dict[str, str]:
         for column in self.template.columns:
-            need(column, row, "template", self.template.name)
-        values = {column: plain(row[column]) for column in self.template.columns}
+            require_column(column, row, "template", self.template.name)
+        values = {column: cell_text(row[column]) for column in self.template.columns}
         if self.head == "lm" and self.family == "masked":  # a mask token in the text would be taken for the answer
             values = {column: text.replace(self.tokenizer.mask_token, " ") for column, text in values.items()}
         return values
@@ -210,7 +222,11 @@ class ExampleTokenizer:
 
     def _shorten(self, values: dict[str, str], over: int) -> dict[str, str]:
         """`values` with `over` tokens less, taken from the end of whichever column is longest."""
-        pieces = {c: self._speller.starts(text) for c, text in values.items() if c in self.template.cuttable and text}
+        pieces = {
+            c: self._speller.starts(text)
+            for c, text in values.items()
+            if c in self.template.truncatable_columns and text
+        }
         keep = {column: len(starts) for column, starts in pieces.items()}
         for _ in range(min(over, sum(keep.values()))):
             keep[max(keep, key=keep.__getitem__)] -= 1
@@ -231,11 +247,11 @@ class ExampleTokenizer:
             labels,
             tokens.types,
             tokens.place,
-            self.task,
+            self.task_id,
             text,
             cut,
             tokens.words,
-            segment_lengths=self.slots,
+            segment_lengths=self.segment_lengths,
         )
 
     def _language(self, row: Row, answer: str | None) -> EncodedExample:
@@ -246,7 +262,7 @@ class ExampleTokenizer:
         if self.family == "masked":
             return self._masked(row, ids)
         lost = 0
-        if self.template.label in self.template.cuttable:
+        if self.template.label in self.template.truncatable_columns:
             free = max(1, self.budget - len(self._speller.text(dict.fromkeys(self.template.columns, ""), 0).ids))
             ids, lost = ids[:free], max(0, len(ids) - free)
         tokens, cut = self._fit(row, max(len(ids), self._longest))
@@ -266,21 +282,21 @@ class ExampleTokenizer:
 
     def _class(self, row: Row) -> Labels:
         form = self.template
-        if form.label not in row or missing(row[form.label]):
+        if form.label not in row or is_missing(row[form.label]):
             return None
         if form.kind == "regression":
             return float(row[form.label])
         names = label_names(row[form.label], form.kind)
         for name in names:
-            need_label(form, name)
+            require_label(form, name)
         if form.kind == "multilabel":
             return [float(name in names) for name in classes(form)]
         return classes(form).index(names[0])
 
     def _words(self, row: Row) -> tuple[Tokens, list[int], int]:
         """The words of a row that fit, where each begins, and how many tokens were cut away."""
-        column = fields(self.template.template)[0]
-        need(column, row, "template", self.template.name)
+        column = template_columns(self.template.template)[0]
+        require_column(column, row, "template", self.template.name)
         words = split_words(row[column])
         tokens = self._speller.text({column: " ".join(words)}, 0)
         whole = len(tokens.ids)
@@ -298,15 +314,15 @@ class ExampleTokenizer:
     def _tagged(self, row: Row) -> EncodedExample:
         tokens, firsts, cut = self._words(row)
         form = self.template
-        if form.label not in row or missing(row[form.label]):
+        if form.label not in row or is_missing(row[form.label]):
             return self._encoded(tokens, None, cut)
-        words = split_words(row[fields(form.template)[0]])
+        words = split_words(row[template_columns(form.template)[0]])
         tags = label_names(row[form.label], "tagging")
         if len(words) != len(tags):
             raise DataError(f"{form.name}: a row has {len(words)} words but {len(tags)} tags: {' '.join(words)[:60]!r}")
         labels = [IGNORE] * len(tokens.ids)
         for at, tag in zip(firsts, tags, strict=False):  # the words that were cut off have no place
-            need_label(form, tag)
+            require_label(form, tag)
             if at >= 0:
                 labels[at] = classes(form).index(tag)
         return self._encoded(tokens, labels, cut)

@@ -21,7 +21,7 @@ class TaskBatches:
         self.size, self.seed, self.sampling = size, seed, sampling
         self.tasks = sorted({row.task_id for row in rows})
         self.rows = [[row for row in rows if row.task_id == task] for task in self.tasks]
-        self.weights = weights([len(own) for own in self.rows], sampling)
+        self.weights = mixing_weights([len(own) for own in self.rows], sampling)
         self.orders: dict[int, tuple[int, list[int]]] = {}
         self.next, self.taken = 0, [0] * len(self.tasks)
 
@@ -59,7 +59,7 @@ class TaskBatches:
         return self.rows[task][self.orders[task][1][within]]
 
 
-def weights(sizes: Sequence[int], sampling: SamplingConfig) -> list[float]:
+def mixing_weights(sizes: Sequence[int], sampling: SamplingConfig) -> list[float]:
     """How probable each task is, from the numbers of its rows; the sum is one."""
     rule = {
         "proportional": float,

@@ -12,7 +12,7 @@ from typing import Any
 from softprompts.assets import datasets as packaged
 from softprompts.config import SplitConfig, TaskConfig, closest
 from softprompts.data.splits import Splits, Table, check_labels, divide
-from softprompts.data.templates import default_template, fields, missing, need
+from softprompts.data.templates import default_template, is_missing, require_column, template_columns
 from softprompts.errors import DataError
 from softprompts.types import Row
 
@@ -24,7 +24,7 @@ NAMES = {
 """What sources call their splits."""
 
 
-def read(config: TaskConfig) -> Splits:
+def read_splits(config: TaskConfig) -> Splits:
     """The rows that train, choose and judge, from `config.source`.
 
     A split named in `config.split` (one of the source's, or a file) is used as it is; else the source's own splits of
@@ -35,15 +35,15 @@ def read(config: TaskConfig) -> Splits:
     Raises DataError, one line, for whatever does not fit: a missing file, column, split or label, an empty file, a
     wrong delimiter, a broken row (named by file and line), an unknown source.
     """
-    config = packaged.resolve(config)
+    config = packaged.with_packaged_defaults(config)
     tables = _assign(_tables(config.source), config.split, config.source)
     for table in tables.values():
         template = default_template(table.columns, config.label) if config.template is None else config.template
-        for column in (*fields(template), *fields(config.pair)):
-            need(column, table.columns, "template", table.name)
-        need(config.label, table.columns, "label", table.name)
+        for column in (*template_columns(template), *template_columns(config.pair)):
+            require_column(column, table.columns, "template", table.name)
+        require_column(config.label, table.columns, "label", table.name)
         check_labels(table, config)
-        keys = (*fields(template), *fields(config.pair)) or (config.label,)
+        keys = (*template_columns(template), *template_columns(config.pair)) or (config.label,)
     return divide(tables, config, tuple(dict.fromkeys(keys)))
 
 
@@ -88,7 +88,7 @@ def _only(tables: Mapping[str, Table], name: str) -> Table:
 def _tables(source: str) -> dict[str, Table]:
     """Every split of a source by its name; "" where it has none."""
     if source in packaged.PACKAGED:
-        return {k: table(source, rows) for k, rows in packaged.rows(source).items()}
+        return {k: table(source, rows) for k, rows in packaged.read_rows(source).items()}
     path = Path(source).expanduser()
     if path.is_dir():
         return _folder(path)
@@ -315,7 +315,7 @@ def named(found: Any) -> list[Row]:
         inner = getattr(getattr(feature, "feature", None), "names", None)
         for row in rows if names or inner else ():
             value = row[column]
-            if names and not missing(value):
+            if names and not is_missing(value):
                 row[column] = names[value] if value >= 0 else None
             elif inner and value is not None:
                 row[column] = [inner[item] for item in value]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from softprompts.data.templates import missing, plain
+from softprompts.data.templates import cell_text, is_missing
 from softprompts.errors import DataError
 
 
@@ -12,7 +12,7 @@ def split_words(value: Any) -> list[str]:
     """The words of a cell: its items, or its text cut at spaces."""
     if isinstance(value, str):
         return value.split()
-    return [plain(item) for item in value or ()]
+    return [cell_text(item) for item in value or ()]
 
 
 def answer_offsets(value: Any, name: str) -> tuple[int, int] | None:
@@ -21,7 +21,7 @@ def answer_offsets(value: Any, name: str) -> tuple[int, int] | None:
     A label is SQuAD's `{"text": [...], "answer_start": [...]}`, of which the first counts, or `[start, end]`; in a file
     of text either may be written as JSON. Raises DataError for anything else.
     """
-    if missing(value) or value == "":
+    if is_missing(value) or value == "":
         return None
     if isinstance(value, str):
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from softprompts.config import SplitConfig, TaskConfig, closest
-from softprompts.data.templates import key, label_names, missing, plain
+from softprompts.data.templates import cell_text, is_missing, label_names, text_key
 from softprompts.errors import DataError
 from softprompts.types import Row
 
@@ -41,7 +41,7 @@ def check_labels(table: Table, config: TaskConfig) -> None:
     """Raise DataError for the first label that the verbalizer does not know, or the first value that is no number."""
     for index, row in enumerate(table.rows):
         value = row[config.label]
-        if missing(value):
+        if is_missing(value):
             continue
         if config.kind == "regression":
             try:
@@ -68,7 +68,7 @@ def divide(tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[st
     parts = {role: _labeled(table, config, notes) for role, table in tables.items()}
     parts = {role: rows for role, rows in parts.items() if rows or role == "train"}  # many test sets have no labels
     if "test" in parts:
-        repeated = len(parts["test"]) - len({key(row, columns) for row in parts["test"]})
+        repeated = len(parts["test"]) - len({text_key(row, columns) for row in parts["test"]})
         if repeated:
             notes.append(f"test: kept as the source has it, with {repeated} repeated texts")
     for role in ("train", "validation"):
@@ -93,7 +93,7 @@ def divide(tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[st
 
 def _labeled(table: Table, config: TaskConfig, notes: list[str]) -> list[Row]:
     empty = config.kind == "multilabel"  # there "" means that no label applies
-    found = [row for row in table.rows if not missing(row[config.label]) and (empty or row[config.label] != "")]
+    found = [row for row in table.rows if not is_missing(row[config.label]) and (empty or row[config.label] != "")]
     if len(found) < len(table.rows):
         notes.append(f"{table.name}: {len(table.rows) - len(found)} rows with nothing in '{config.label}' left out")
     return found
@@ -102,15 +102,17 @@ def _labeled(table: Table, config: TaskConfig, notes: list[str]) -> list[Row]:
 def _clean(rows: list[Row], role: str, config: TaskConfig, columns: Sequence[str], notes: list[str]) -> list[Row]:
     """Without exact repetitions, and for classes without texts that have several answers."""
     cells = (*columns, config.label)
-    unique = list({tuple(" ".join(plain(row[c]).split()) for c in cells): row for row in reversed(rows)}.values())[::-1]
+    unique = list({tuple(" ".join(cell_text(row[c]).split()) for c in cells): row for row in reversed(rows)}.values())[
+        ::-1
+    ]
     if len(unique) < len(rows):
         notes.append(f"{role}: {len(rows) - len(unique)} exact duplicates left out")
     if config.kind not in ("label", "multilabel"):
         return unique
     answers: dict[str, set[tuple[str, ...]]] = {}
     for row in unique:
-        answers.setdefault(key(row, columns), set()).add(tuple(sorted(_classes(row, config))))
-    kept = [row for row in unique if len(answers[key(row, columns)]) == 1]
+        answers.setdefault(text_key(row, columns), set()).add(tuple(sorted(_classes(row, config))))
+    kept = [row for row in unique if len(answers[text_key(row, columns)]) == 1]
     if len(kept) < len(unique):
         texts = sum(len(found) > 1 for found in answers.values())
         notes.append(f"{role}: {texts} texts with contradicting labels left out ({len(unique) - len(kept)} rows)")
@@ -122,10 +124,10 @@ def _no_leaks(parts: dict[str, list[Row]], columns: Sequence[str], notes: list[s
     taken: set[str] = set()
     for role in ("test", "validation", "train"):
         rows = parts.get(role, [])
-        kept = [row for row in rows if key(row, columns) not in taken]
+        kept = [row for row in rows if text_key(row, columns) not in taken]
         if len(kept) < len(rows):
             notes.append(f"{role}: {len(rows) - len(kept)} rows left out whose text is also in a later split")
-        taken.update(key(row, columns) for row in kept)
+        taken.update(text_key(row, columns) for row in kept)
         if role in parts:
             parts[role] = kept
 
@@ -161,19 +163,19 @@ def _draw(
     rows: list[Row], fraction: float, role: str, config: TaskConfig, columns: Sequence[str]
 ) -> tuple[list[Row], list[Row]]:
     """`fraction` of the texts of `rows` with all their rows, and the rest."""
-    texts = {key(row, columns): _stratum(row, config) for row in rows}
+    texts = {text_key(row, columns): _stratum(row, config) for row in rows}
     count = round(fraction * len(texts))
     if fraction and not count and len(texts) > 2:
         count = 1
     drawn = _pick(texts, min(count, len(texts)), f"{config.split.seed} {role}") if count else set()
-    inside = [key(row, columns) in drawn for row in rows]
+    inside = [text_key(row, columns) in drawn for row in rows]
     return [r for r, i in zip(rows, inside, strict=True) if i], [r for r, i in zip(rows, inside, strict=True) if not i]
 
 
 def _order(rows: list[Row], salt: str, columns: Sequence[str]) -> list[int]:
     """Indices of `rows` in a random order that does not depend on theirs."""
     return sorted(
-        range(len(rows)), key=lambda i: (_rank(key(rows[i], columns), salt), str(sorted(rows[i].items(), key=str)))
+        range(len(rows)), key=lambda i: (_rank(text_key(rows[i], columns), salt), str(sorted(rows[i].items(), key=str)))
     )
 
 

@@ -13,7 +13,7 @@ BATCH = 512
 """Rows of a parquet file that are in memory together."""
 
 
-def stream(path: Path) -> Iterator[Row]:
+def stream_rows(path: Path) -> Iterator[Row]:
     """The rows of a file in order, read as they are taken; csv, tsv, jsonl and parquet, other files as a whole.
 
     Raises DataError as `sources.read_file` does: at once for a file that is missing, empty or of another kind, and for

@@ -9,7 +9,15 @@ from typing import Any, Literal
 from softprompts.assets import datasets
 from softprompts.config import Kind, TaskConfig, closest
 from softprompts.data import sources
-from softprompts.data.templates import default_template, fields, label_names, missing, need, plain, split_slots
+from softprompts.data.templates import (
+    cell_text,
+    default_template,
+    is_missing,
+    label_names,
+    require_column,
+    split_slots,
+    template_columns,
+)
 from softprompts.errors import DataError
 from softprompts.types import Row
 
@@ -40,7 +48,7 @@ class TaskTemplate:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that make the text of a row."""
-        return tuple(dict.fromkeys((*fields(self.template), *fields(self.pair))))
+        return tuple(dict.fromkeys((*template_columns(self.template), *template_columns(self.pair))))
 
     @property
     def templates(self) -> tuple[str | None, ...]:
@@ -48,12 +56,12 @@ class TaskTemplate:
         return (self.system if self.chat else None, self.template, self.pair)
 
     @property
-    def slotted(self) -> bool:
+    def has_prompt_slots(self) -> bool:
         """Whether the template says where the prompt stands."""
         return any(split_slots(template)[1] for template in self.templates)
 
     @property
-    def cuttable(self) -> tuple[str, ...]:
+    def truncatable_columns(self) -> tuple[str, ...]:
         """The columns that may be cut to make a row fit."""
         return self.columns if self.truncate is None else self.truncate
 
@@ -89,7 +97,7 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def load(config: TaskConfig) -> Task:
+def load_task(config: TaskConfig) -> Task:
     """The task that `config` describes, with what it leaves open taken from the packaged set or from the rows.
 
     Classes without a verbalizer are the sorted labels of all splits and answer with their own names.
@@ -97,13 +105,17 @@ def load(config: TaskConfig) -> Task:
     Raises DataError as `sources.read` does, and for a format that cannot be used: a template without any column,
     answers that two labels share, an unknown positive label, a column to truncate that the template does not have.
     """
-    config = datasets.resolve(config)
-    if config.template and config.kind != "generation" and not (fields(config.template) or fields(config.pair)):
+    config = datasets.with_packaged_defaults(config)
+    if (
+        config.template
+        and config.kind != "generation"
+        and not (template_columns(config.template) or template_columns(config.pair))
+    ):
         raise DataError(
             f"{config.title}: the template {config.template!r} has no slot for the text, so that all rows would be the "
             f"same; write a column in braces, as in {config.template + '{text}'!r}"
         )
-    rows = sources.read(config)
+    rows = sources.read_splits(config)
     every = (*rows.train, *rows.validation, *rows.test)
     template = default_template(rows.columns, config.label) if config.template is None else config.template
     kind = config.kind or "label"
@@ -124,19 +136,19 @@ def load(config: TaskConfig) -> Task:
         positive=config.positive,
     )
     _check(form)
-    empty = {c: sum(missing(row.get(c)) for row in every) for c in form.columns}
+    empty = {c: sum(is_missing(row.get(c)) for row in every) for c in form.columns}
     notes = [f"{count} rows have no {column}: read as empty text" for column, count in empty.items() if count]
     return Task(form.name, form, rows.train, rows.validation, rows.test, (*rows.notes, *notes))
 
 
-def place_of(asked: str, forms: Sequence[TaskTemplate]) -> str:
+def resolve_placement(asked: str, forms: Sequence[TaskTemplate]) -> str:
     """What `prompt.placement` means for tasks of these formats: `template` where their templates have slots.
 
     Raises DataError where one has slots and another none, where `asked` says another place than the slots, where it
     asks for slots that are not there, and where a chat's place says another than either.
     """
-    slotted = [form for form in forms if form.slotted]
-    without = next((form for form in forms if not form.slotted), None)
+    slotted = [form for form in forms if form.has_prompt_slots]
+    without = next((form for form in forms if not form.has_prompt_slots), None)
     if slotted and without is not None:
         raise DataError(
             f"{slotted[0].name} has slots for the prompt in its template, {without.name} has none; put <prompt> into "
@@ -181,12 +193,12 @@ def _check(form: TaskTemplate) -> None:
                             f"'{answer}'; answers must differ")  # fmt: skip
         answers[answer.strip()] = label
     if form.positive is not None and form.verbalizer:
-        need_label(form, form.positive, "positive label")
-    for column in form.cuttable:
-        need(column, (*form.columns, form.label), "truncation", form.name)
+        require_label(form, form.positive, "positive label")
+    for column in form.truncatable_columns:
+        require_column(column, (*form.columns, form.label), "truncation", form.name)
 
 
-def need_label(form: TaskTemplate, label: str, what: str = "label") -> None:
+def require_label(form: TaskTemplate, label: str, what: str = "label") -> None:
     """Raise DataError, with the labels there are, when `label` is no class of the format."""
     if label not in classes(form):
         known = classes(form)
@@ -199,25 +211,25 @@ def classes(form: TaskTemplate) -> tuple[str, ...]:
     return tuple(form.verbalizer or ())
 
 
-def answer(form: TaskTemplate, row: Row) -> str:
+def answer_text(form: TaskTemplate, row: Row) -> str:
     """The right answer of `row` as a language model should write it, without the separator.
 
     Several labels are joined by ", ", tags by spaces, a span is its first text. Raises DataError when the row has no
     such column or an unknown label.
     """
-    need(form.label, row, "label", form.name)
+    require_column(form.label, row, "label", form.name)
     value = row[form.label]
     if form.kind in ("label", "multilabel", "tagging"):
         names = label_names(value, form.kind)
         for name in names:
-            need_label(form, name)
+            require_label(form, name)
         words = [(form.verbalizer or {})[name] for name in names]
         return " ".join(words) if form.kind == "tagging" else ", ".join(words)
     if form.kind == "regression":
         return f"{float(value):g}"
     if form.kind == "span" and isinstance(value, Mapping):
-        return plain(next(iter(value["text"]), ""))
-    return plain(value).strip()
+        return cell_text(next(iter(value["text"]), ""))
+    return cell_text(value).strip()
 
 
 def decode_answer(form: TaskTemplate, text: str) -> str | None:

@@ -19,7 +19,7 @@ _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SLOT = re.compile(r"<prompt(?::([^<>]*))?>")
 
 
-def parts(template: str) -> list[tuple[str, str | None]]:
+def parse_template(template: str) -> list[tuple[str, str | None]]:
     """The pieces of `template` as (literal text, column that follows or None); `{{` and `}}` are literal braces.
 
     Raises DataError for a brace that is neither doubled nor part of a `{column}`.
@@ -41,15 +41,15 @@ def parts(template: str) -> list[tuple[str, str | None]]:
     return [*found, (literal + template[at:], None)]
 
 
-def fields(template: str | None) -> tuple[str, ...]:
+def template_columns(template: str | None) -> tuple[str, ...]:
     """The columns that `template` names, each once, in order; `{mask}` is none of them."""
-    named = [column for _, column in parts(template or "") if column and column != MASK]
+    named = [column for _, column in parse_template(template or "") if column and column != MASK]
     return tuple(dict.fromkeys(named))
 
 
 def mask_count(template: str) -> int:
     """How often `template` names the masked answer."""
-    return sum(column == MASK for _, column in parts(template))
+    return sum(column == MASK for _, column in parse_template(template))
 
 
 def split_slots(template: str | None) -> tuple[list[str], list[int | None]]:
@@ -97,16 +97,16 @@ def render(template: str, values: Mapping[str, str], mask: str = "") -> str:
 
     Raises DataError for a column that `values` does not have.
     """
-    return filled(template, values, mask)[0]
+    return fill_template(template, values, mask)[0]
 
 
-def filled(template: str, values: Mapping[str, str], mask: str = "") -> tuple[str, list[tuple[int, int]]]:
+def fill_template(template: str, values: Mapping[str, str], mask: str = "") -> tuple[str, list[tuple[int, int]]]:
     """The same, and from where to where in it each text stands that was filled in; the rest is the template's own."""
     text, places = "", list[tuple[int, int]]()
-    for literal, column in parts(template):
+    for literal, column in parse_template(template):
         text += literal
         if column is not None and column != MASK:
-            need(column, values, "template")
+            require_column(column, values, "template")
         given = "" if column is None else mask if column == MASK else values[column]
         places += [(len(text), len(text) + len(given))] if given else []
         text += given
@@ -115,24 +115,24 @@ def filled(template: str, values: Mapping[str, str], mask: str = "") -> tuple[st
 
 def has_words(template: str | None) -> bool:
     """Whether `template` has words of its own, beside the columns that it names."""
-    return any(literal.strip() for literal, _ in parts(template or ""))
+    return any(literal.strip() for literal, _ in parse_template(template or ""))
 
 
-def missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """Whether a cell holds nothing: None or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def plain(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell as text: nothing becomes the empty string, a list of words is joined by spaces."""
-    if missing(value):
+    if is_missing(value):
         return ""
     if isinstance(value, list | tuple):
-        return " ".join(plain(item) for item in value)
+        return " ".join(cell_text(item) for item in value)
     return str(value)
 
 
-def need(column: str, columns: Iterable[str], what: str, origin: str = "") -> None:
+def require_column(column: str, columns: Iterable[str], what: str, origin: str = "") -> None:
     """Raise DataError, with the columns there are and the closest one, when `column` is not among `columns`."""
     known = list(columns)
     if column not in known:
@@ -166,9 +166,9 @@ def label_names(value: Any, kind: str) -> tuple[str, ...]:
     return tuple(label_name(item) for item in value)
 
 
-def key(row: Row, columns: Sequence[str]) -> str:
+def text_key(row: Row, columns: Sequence[str]) -> str:
     """What makes two rows the same text: the cells of `columns` without regard to case and spacing."""
-    return "\x1f".join(" ".join(plain(row.get(column)).split()).casefold() for column in columns)
+    return "\x1f".join(" ".join(cell_text(row.get(column)).split()).casefold() for column in columns)
 
 
 def default_template(columns: Sequence[str], label: str) -> str:

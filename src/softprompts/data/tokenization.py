@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from softprompts.config import Head
 from softprompts.data.task import TaskTemplate
-from softprompts.data.templates import MASK, filled, has_words, mask_count, split_slots
+from softprompts.data.templates import MASK, fill_template, has_words, mask_count, split_slots
 from softprompts.errors import DataError
 
 Family = Literal["causal", "seq2seq", "masked"]
@@ -47,7 +47,7 @@ class TextTokenizer:
     slotted: whether `<prompt>` in the format's templates is a slot for the prompt; else it is text like other.
     """
 
-    format: TaskTemplate
+    template: TaskTemplate
     tokenizer: Any
     family: Family
     head: Head
@@ -63,8 +63,8 @@ class TextTokenizer:
         if self.family == "seq2seq":
             ids = list(self.tokenizer(text_target=answer, verbose=False)["input_ids"])
             return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
-        bare = self.format.chat or not self.format.template
-        ids = self._continuation(answer if bare else self.format.separator + answer)
+        bare = self.template.chat or not self.template.template
+        ids = self._continuation(answer if bare else self.template.separator + answer)
         return ids if self.family == "masked" or self.end is None else [*ids, self.end]
 
     @cached_property
@@ -106,16 +106,18 @@ class TextTokenizer:
 
     def text(self, values: dict[str, str], masks: int) -> Tokens:
         """The template (and the pair's) with `values` filled in, and `masks` mask tokens where the answer belongs."""
-        form = self.format
+        form = self.template
         template, pair = form.template, form.pair
         if masks and not mask_count(template) + mask_count(pair or ""):
             template += form.separator + "{" + MASK + "}"
         filler = (self.tokenizer.mask_token or "") * masks
         if self.slotted:
             texts = [template] if pair is None else [template, pair]
-            return self._around([[filled(piece, values, filler) for piece in split_slots(one)[0]] for one in texts])
-        first = filled(template, values, filler)
-        second = None if pair is None else filled(pair, values, filler)
+            return self._around(
+                [[fill_template(piece, values, filler) for piece in split_slots(one)[0]] for one in texts]
+            )
+        first = fill_template(template, values, filler)
+        second = None if pair is None else fill_template(pair, values, filler)
         if self.family == "causal":
             return self._causal(first, second)
         wants = self.head in ("token", "span")
@@ -131,7 +133,7 @@ class TextTokenizer:
     @cached_property
     def _marks(self) -> bool:
         """Whether the template has words of its own and the tokenizer can say which tokens these are."""
-        texts = [self.format.template, self.format.pair]
+        texts = [self.template.template, self.template.pair]
         pieces = [piece for text in texts for piece in split_slots(text)[0]] if self.slotted else texts
         return bool(self.tokenizer.is_fast) and any(map(has_words, pieces))
 
@@ -158,7 +160,7 @@ class TextTokenizer:
     def _causal(self, first: Filled, second: Filled | None) -> Tokens:
         # tokenizers of causal models do not separate pairs, so the second text gets a line of its own
         whole, shift = first if second is None else _two_lines(first, second), len(first[0]) + 1
-        if self.format.chat:
+        if self.template.chat:
             return self._chat(whole)
         wants = self.head in ("token", "span")
         ids, spans = self._spelt(whole[0]) if wants or self._marks else (self.plain(whole[0]), [])
@@ -168,14 +170,14 @@ class TextTokenizer:
         return Tokens([*self._begin, *ids], None, parts, 0, words)
 
     def _chat(self, content: Filled) -> Tokens:
-        text = self._rendered(content[0], self.format.system)
+        text = self._rendered(content[0], self.template.system)
         whole = _inside(text, content)
         ids, spans = self._spelt(text)
-        if self.format.chat_placement == "start":
+        if self.template.chat_placement == "start":
             return Tokens(ids, place=0, words=self._own(spans, [whole]))
         begin = len(self._opening)
         if not text.startswith(self._opening):
-            raise DataError(f"{self.format.name}: the chat template does not begin the same for every row, so that "
+            raise DataError(f"{self.template.name}: the chat template does not begin the same for every row, so that "
                             "chat_placement 'user' is not defined; use chat_placement: start")  # fmt: skip
         if self.tokenizer.is_fast:
             place = next((i for i, (_, _, end) in enumerate(spans) if end > begin), len(ids))
@@ -189,9 +191,11 @@ class TextTokenizer:
     @cached_property
     def _opening(self) -> str:
         """What the chat template writes before the user's words."""
-        before, found, _ = self._rendered(SENTINELS[0], self.format.system).partition(SENTINELS[0])
+        before, found, _ = self._rendered(SENTINELS[0], self.template.system).partition(SENTINELS[0])
         if not found:
-            raise DataError(f"{self.format.name}: the chat template hides the user's words; use chat_placement: start")
+            raise DataError(
+                f"{self.template.name}: the chat template hides the user's words; use chat_placement: start"
+            )
         return before
 
     def _rendered(self, content: str, system: str | None) -> str:
@@ -200,7 +204,7 @@ class TextTokenizer:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a chat template is a program that raises what it likes
-            raise DataError(f"{self.format.name}: the chat template refuses the messages: {error}") from None
+            raise DataError(f"{self.template.name}: the chat template refuses the messages: {error}") from None
 
     # Templates with slots for the prompt
 
@@ -214,8 +218,8 @@ class TextTokenizer:
             first, *rest = texts
             second = rest[0] if rest else None
             pieces = first if second is None else [*first[:-1], _two_lines(first[-1], second[0]), *second[1:]]
-            frame = Tokens([]) if self.format.chat else Tokens(self._begin)
-            texts, frames = [self._turns(pieces) if self.format.chat else pieces], [frame, Tokens([])]
+            frame = Tokens([]) if self.template.chat else Tokens(self._begin)
+            texts, frames = [self._turns(pieces) if self.template.chat else pieces], [frame, Tokens([])]
             inside: list[int | None] = [None]
         else:
             frames, inside = self._frames
@@ -239,7 +243,7 @@ class TextTokenizer:
     @cached_property
     def _frames(self) -> tuple[list[Tokens], list[int | None]]:
         """What the tokenizer puts before, between and behind texts; and the token type of each text, None without."""
-        texts = ("a",) if self.format.pair is None else ("a", "b")
+        texts = ("a",) if self.template.pair is None else ("a", "b")
         whole = self.tokenizer(*texts, verbose=False)
         ids, types = list(whole["input_ids"]), whole.get("token_type_ids")
         frames, inside, at = [], [], 0
@@ -247,7 +251,7 @@ class TextTokenizer:
             own = self.plain(text)
             begin = next((i for i in range(at, len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)
             if begin is None:
-                raise DataError(f"{self.format.name}: the tokenizer writes a text in another way beside special "
+                raise DataError(f"{self.template.name}: the tokenizer writes a text in another way beside special "
                                 "tokens, so slots for the prompt have no place; take <prompt> out")  # fmt: skip
             frames.append(Tokens(ids[at:begin], types and list(types[at:begin])))
             inside.append(types and types[begin])
@@ -256,13 +260,13 @@ class TextTokenizer:
 
     def _turns(self, pieces: list[Filled]) -> list[Filled]:
         """What the chat template writes around the slots of the system message and of the user's words `pieces`."""
-        system = split_slots(self.format.system)[0]
+        system = split_slots(self.template.system)[0]
         contents = [content for content, _ in pieces]
         every = "".join([*system, *contents])
         mark = next(one for one in SENTINELS if one not in every)
         found = self._rendered(mark.join(contents), mark.join(system)).split(mark)
         if len(found) != len(system) + len(pieces) - 1:
-            raise DataError(f"{self.format.name}: the chat template leaves a slot for the prompt out or repeats it; "
+            raise DataError(f"{self.template.name}: the chat template leaves a slot for the prompt out or repeats it; "
                             "put <prompt> into another message")  # fmt: skip
         before = len(system) - 1
         inside = [

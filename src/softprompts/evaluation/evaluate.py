@@ -17,15 +17,15 @@ from softprompts.data import (
     EncodedExample,
     ExampleTokenizer,
     Row,
+    answer_text,
     classes,
     collate,
     decode_answer,
     evaluation_order,
 )
-from softprompts.data import answer as answer_text
 from softprompts.data.spans import split_words
-from softprompts.data.task import need_label
-from softprompts.data.templates import label_names, need
+from softprompts.data.task import require_label
+from softprompts.data.templates import label_names, require_column
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import generation
@@ -120,7 +120,7 @@ def evaluate(
     mapping = mapping or {}
     encoder = encoder or _default_encoder(model, prompt)
     for label in mapping:
-        need_label(encoder.template, label, "the mapped label")
+        require_label(encoder.template, label, "the mapped label")
     mapped_answers: list[Answer] = []
     for answer in answers(model, rows, prompt=prompt, encoder=encoder, config=config):
         if isinstance(answer.value, str):
@@ -222,7 +222,7 @@ def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | 
         DataError: The row has no label, or one that the task does not know.
     """
     template = encoder.template
-    need(template.label, row, "label", template.name)
+    require_column(template.label, row, "label", template.name)
     value = row[template.label]
     if template.kind == "regression":
         return float(value)
@@ -232,7 +232,7 @@ def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | 
         return answer_text(template, row)
     names = label_names(value, template.kind)
     for name in names if not mapping else ():
-        need_label(template, name, "the row's label")
+        require_label(template, name, "the row's label")
     return names[0] if template.kind == "label" else list(names)
 
 
@@ -367,10 +367,10 @@ def _causal_log_probs(
     labels = list(candidates.values())
     log_probs = torch.empty(len(prompted_rows), len(labels), dtype=torch.float64)
     leading, examples = _split_leading(cache, _encode_texts(encoder, prompted_rows))
-    label_tokens = len(injection.candidate_tree(labels).ids)
+    label_tokens = len(injection.candidate_tree(labels).token_ids)
     for indices, batch in _batches(examples, cache, encoder, config, extra_tokens=label_tokens):
         prompt, prefix = cache.prompts(batch, leading)
-        scores = injection.continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
+        scores = injection.score_continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
         log_probs[torch.tensor(indices)] = scores.cpu()
     return log_probs
 
@@ -392,7 +392,7 @@ def _filled_log_probs(
     groups = [single] if single else []
     groups += [[index] for index in range(len(labels)) if index not in single]
     texts = _encode_texts(encoder, prompted_rows) if encoder.family == "seq2seq" else []
-    max_rows = injection.LOGITS // cache.model.backbone.vocabulary
+    max_rows = injection.MAX_LOGITS // cache.model.backbone.vocab_size
     for group in groups:
         label = labels[group[0]]
         if encoder.family == "seq2seq":
@@ -407,13 +407,13 @@ def _filled_log_probs(
                 assert output.logits is not None
                 token_log_probs = output.logits.float().log_softmax(-1).double()
                 tokens = torch.tensor([candidates[labels[index]][0] for index in group], device=token_log_probs.device)
-                # Scores need not be in the batch's order: output.row names the row of each.
-                rows = torch.tensor(indices)[output.row.cpu()]
+                # Scores need not be in the batch's order: output.batch_rows names the row of each.
+                rows = torch.tensor(indices)[output.batch_rows.cpu()]
                 log_probs[rows[:, None], torch.tensor(group)[None]] = token_log_probs[:, tokens].cpu()
             else:
                 assert output.nll is not None
                 sums = torch.zeros(len(indices), dtype=torch.float64, device=output.nll.device)
-                sums = sums.index_add(0, output.row, -output.nll.double())
+                sums = sums.index_add(0, output.batch_rows, -output.nll.double())
                 log_probs[torch.tensor(indices), group[0]] = sums.cpu()
     return log_probs
 
@@ -492,7 +492,7 @@ def _classify(
         output = cache.score(batch, leading)
         assert output.logits is not None
         rows = [prompted_rows[index][0] for index in indices]
-        decoded = decode(encoder, rows, output.logits.float(), output.row)
+        decoded = decode(encoder, rows, output.logits.float(), output.batch_rows)
         for index, answer in zip(indices, decoded, strict=True):
             answers[index] = answer
     return answers

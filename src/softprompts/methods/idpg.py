@@ -144,10 +144,10 @@ class Idpg(PromptMethod):
 
     def _times(self, name: str, values: Tensor) -> Tensor:
         """The weight called `name` times the rows of `values [B, in]` or `[G, B, in]`: [G, B, out]."""
-        weight = self.get_parameter(name)
+        weight: Tensor = getattr(self, name)
         if self.config.generator != "phm":
             return values @ weight.mT
-        return phm(values, self.get_parameter("rules" if self.config.shared else f"rules_{name}"), weight)
+        return phm(values, getattr(self, "rules" if self.config.shared else f"rules_{name}"), weight)
 
 
 def phm(values: Tensor, rules: Tensor, blocks: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
     Vocabularies of trained tokenizers are ordered by frequency (merges, pieces), so the most common are the first.
     Special tokens are never drawn.
     """
-    vocabulary = min(backbone.vocabulary, backbone.config.vocab_size)
+    vocabulary = min(backbone.vocab_size, backbone.config.vocab_size)
     special = set() if backbone.tokenizer is None else set(backbone.tokenizer.all_special_ids)
     known = vocabulary if backbone.tokenizer is None else min(vocabulary, len(backbone.tokenizer))
     pool = torch.tensor([i for i in range(known) if i not in special])[:population]
@@ -142,12 +142,12 @@ def from_ids(backbone: Backbone, site: Site, ids: Tensor) -> Tensor:
     """The prompt `[P, D]` that does at `site` what the words `ids [P]` would do, in float32 on the CPU."""
     row = ids[None].to(backbone.device)
     with torch.no_grad():
-        if site.name == "input":
-            return backbone.embed(row)[0].float().cpu().clone()
-        if site.name == "decoder":
+        if site.at_decoder_input:
             embedded: Tensor = backbone.decoder.embed_tokens(row)[0]
             return embedded.float().cpu().clone()
-        parts = _layer_inputs(backbone, site, row) if site.name == "layers" else _keys_and_values(backbone, row)
+        if site.at_embeddings:
+            return backbone.embed(row)[0].float().cpu().clone()
+        parts = _layer_inputs(backbone, site, row) if site.in_layers else _keys_and_values(backbone, row)
         return torch.cat([part.flatten(1) for part in parts], 1).float().cpu()
 
 
@@ -197,8 +197,8 @@ def _random(distribution: str, backbone: Backbone, site: Site, spec: PromptSpec,
     noise = torch.randn(spec.length, spec.width, generator=generator)
     if distribution == "normal":  # PEFT's start: about 50 times a Llama's embeddings
         return noise
-    if site.name in ("input", "decoder"):
-        return noise * backbone.rms
+    if site.at_embeddings:
+        return noise * backbone.embedding_rms
     words = from_ids(backbone, site, sample_vocabulary(backbone, spec.length, None, generator))
     return noise * words.square().mean().sqrt()
 
@@ -214,7 +214,7 @@ def _from_labels(
             f"{len(words)} labels do not fit into a prompt of {spec.length} tokens; lengthen the prompt or list fewer "
             f"words in init.labels"
         )
-    if site.name not in ("input", "decoder"):
+    if not site.at_embeddings:
         raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
     filler = sample_vocabulary(backbone, spec.length - len(words), population, generator)
     pieces = {word: text_pieces(backbone.tokenizer, word) for word in words}

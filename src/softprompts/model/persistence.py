@@ -182,6 +182,7 @@ def open_artifact(
     member: int | str | None = None,
     allow_other_weights: bool = False,
     trainable: bool = True,
+    loaded: Artifact | None = None,
 ) -> tuple[NewPrompt, list[str]]:
     """The prompt in an artifact's directory, and warnings. Every way to open one is this function.
 
@@ -194,12 +195,13 @@ def open_artifact(
         allow_other_weights: Whether weights of another fingerprint only cost a warning.
         trainable: Whether the method is built as it was trained. If not, a plain prompt is opened as such, whatever
             method trained it.
+        loaded: The artifact, where it was read from the directory before.
 
     Raises:
         ArtifactError: The artifact cannot be read, was made for other weights or does not fit, saying how.
         ConfigError: Its method or options are not known here.
     """
-    opened = artifact.load(path, member)
+    opened = artifact.load(path, member) if loaded is None else loaded
     warnings = artifact.check_fingerprint(opened.fingerprint, fingerprint(backbone), allow_other_weights)
     if opened.head != backbone.head or opened.family not in (None, backbone.family.name):
         raise ArtifactError(

@@ -52,7 +52,7 @@ class SentenceEncoders:
     @property
     def widths(self) -> Mapping[str, int]:
         """The width E of each encoder's vectors."""
-        return {name: encoder.backbone.state_width for name, encoder in self.encoders.items()}
+        return {name: encoder.backbone.output_size for name, encoder in self.encoders.items()}
 
     def fetch(self, names: Collection[str], backbone: Backbone, say: Callable[[str], None] = lambda line: None) -> None:
         """Load those of `names` that are not here yet, to be used beside `backbone`.
@@ -141,7 +141,7 @@ class SentenceEncoders:
 def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name: str) -> Tensor:
     """What the backbone makes of a row's text alone, one state [H]; `name` says which ("backbone-last")."""
     if not bool(mask.any()):
-        return torch.zeros(backbone.state_width, device=mask.device)
+        return torch.zeros(backbone.output_size, device=mask.device)
     given = {
         name: None if value is None else value[row][mask][None]
         for name, value in (
@@ -158,6 +158,6 @@ def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name
 def _states(backbone: Backbone, batch: Batch) -> Tensor:
     """The frozen backbone's last hidden states of the text without a prompt, [B, T, H]."""
     with torch.no_grad():
-        states = injection.forward(backbone, batch, None, Site(), hidden=True).hidden
+        states = injection.score(backbone, batch, None, Site(), return_hidden_states=True).hidden_states
     assert states is not None
     return states

@@ -15,7 +15,7 @@ from softprompts import injection
 from softprompts.artifacts import artifact, collection
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, wrap
-from softprompts.config import ModelConfig
+from softprompts.config import ModelConfig, parse
 from softprompts.data import ExampleTokenizer, TaskTemplate
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.injection import Prefix, Site, generation
@@ -47,6 +47,8 @@ class SoftPromptModel(nn.Module):
         tokenizer: The model's tokenizer, for prompts that start from words and for templates.
         tasks: Names of several prompts that share what their method shares; without them the tasks of a
             MultitaskPromptTuningConfig are called 0, 1, ...
+        autotune: Whether a stock model runs with the kernels that are fastest on its device. They are measured before
+            its first pass, once per model and machine, and cached. A `Backbone` keeps its kernels.
 
     Attributes:
         backbone: The frozen model as the library sees it.
@@ -66,15 +68,19 @@ class SoftPromptModel(nn.Module):
         task: str = "default",
         tokenizer: Any = None,
         tasks: Sequence[str] | None = None,
+        *,
+        autotune: bool = True,
     ) -> None:
         super().__init__()
         self.backbone: Backbone = model if isinstance(model, Backbone) else wrap(model, tokenizer)
         stock_model = self.backbone.model
         self.model = stock_model
+        self._autotune = autotune and not isinstance(model, Backbone)
+        self._tuned_for: tuple[torch.device, torch.dtype] | None = None
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
-        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
+        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         self.registry = PromptRegistry(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
@@ -355,9 +361,10 @@ class SoftPromptModel(nn.Module):
         Raises:
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
-        options: dict[str, Any] = {"prefix": prefix, "logits": logits, "layers": layers, "path": path}
+        self._tune()
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
-            return injection.forward(self.backbone, batch, None, Site(), **options)
+            return injection.score(self.backbone, batch, None, Site(), **options)
         if prompts is None:
             prompts = self.make_prompts(batch)
         names = tuple(self.registry.used(batch.task_ids).values())
@@ -365,7 +372,7 @@ class SoftPromptModel(nn.Module):
         if len({self.registry.records[name].site for name in names}) > 1:
             batch = self.registry.place(self.backbone, batch, self._readable(batch))
         with self._own_head(names):
-            return injection.forward(self.backbone, batch, prompts, site, **options)
+            return injection.score(self.backbone, batch, prompts, site, **options)
 
     def make_prompts(self, batch: Batch, training: bool | None = None) -> Prompt:
         """The distinct prompts [U, P, D] of the rows of `batch`.
@@ -424,8 +431,8 @@ class SoftPromptModel(nn.Module):
                     return None
                 sizes.append(float(size))
         if len(sizes) == 1:
-            return sizes[0] / self.backbone.rms
-        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.rms
+            return sizes[0] / self.backbone.embedding_rms
+        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.embedding_rms
 
     def prefix_cache(self, names: Sequence[str]) -> PrefixCache:
         """Prompts and leading words read once for many batches; no names: the stock model without a prompt."""
@@ -433,7 +440,7 @@ class SoftPromptModel(nn.Module):
 
     def _readable(self, batch: Batch) -> Tensor:
         """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
-        scored = self.backbone.head == "lm" and self.backbone.family.shifted
+        scored = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         return mask_before_labels(batch.attention_mask, batch.labels if scored else None)
 
     @contextlib.contextmanager
@@ -482,11 +489,14 @@ class SoftPromptModel(nn.Module):
         task_ids: stock_inputs.Places = None,
         words: Tensor | None = None,
         prompt_places: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """The stock model's ModelOutput, with stock shapes and loss: nothing in it knows about prompt positions.
+
+        In training mode, a language model with labels projects labeled positions only. Its logits are then None, unless
+        `logits_to_keep` asks for them (0: all). This is the convention of fused losses. Eval mode returns all logits.
 
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
@@ -511,13 +521,19 @@ class SoftPromptModel(nn.Module):
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
             "return_dict": return_dict,
         }
+        self._tune()
         if not self._prompted:
             return self.model(**{name: value for name, value in given.items() if value is not None})
         batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+        if self.training and labels is not None and logits_to_keep is None and self.backbone.head == "lm":
+            loss = stock.training_output(self.backbone, batch, prompt, site, labels.to(self.device), num_items_in_batch)
+            return loss.to_tuple() if return_dict is False else loss
         reading = injection.run_trunk(self.backbone, batch, prompt, site)
         wanted = stock_inputs.labels(given)
         wish = stock.OutputOptions(
-            None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch
+            labels=None if wanted is None else wanted.to(self.device),
+            keep=0 if logits_to_keep is None else logits_to_keep,
+            items=num_items_in_batch,
         )
         heads = {i: self.registry.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
         made = stock.output(self.backbone, batch, reading, wish, heads)
@@ -552,6 +568,7 @@ class SoftPromptModel(nn.Module):
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
+        self._tune()
         if not self._prompted:
             stock_model: Any = self.model
             return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
@@ -560,6 +577,14 @@ class SoftPromptModel(nn.Module):
             if inputs_embeds is not None:
                 batch = replace(batch, input_ids=batch.input_ids[:, :0])
             return generation.generate(self.backbone, batch, prompt, site, **options)
+
+    def _tune(self) -> None:
+        """Measure or look up the fastest kernels, where that was not done for the model's device and dtype."""
+        place = (self.device, self.dtype)
+        if self._autotune and self._tuned_for != place:
+            tuned = setup.autotune(self.backbone, log=setup.log_to_logger)
+            self.backbone = replace(self.backbone, kernels=tuned.kernels, facts={})
+            self._tuned_for = place
 
     def _read(
         self, given: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places
@@ -726,10 +751,32 @@ def label_words(template: TaskTemplate) -> tuple[str, ...]:
     return tuple(f"{template.separator}{word}" for word in (template.verbalizer or {}).values())
 
 
-def backbone_config(opened: Artifact, config: ModelConfig | None) -> ModelConfig:
-    """Which backbone an artifact was made for; `config`: where it is now, when not where the artifact says."""
-    named = config or ModelConfig(name=opened.backbone, revision=opened.revision)
-    return named.model_copy(update={"head": opened.head})
+def backbone_config(
+    opened: Artifact, config: ModelConfig | None = None, changes: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The backbone that an artifact was made for, with the attention and the quantization of the run that made it.
+
+    Args:
+        opened: The artifact.
+        config: The backbone instead, when not where the artifact says. Its head is the artifact's all the same.
+        changes: Keys of the section `model` that differ from the artifact's run. A backbone of another name has no
+            revision, and a device replaces a device map.
+
+    Raises:
+        ConfigError: The artifact does not say which backbone it was made for, or a change is not possible.
+    """
+    if config is not None:
+        return config.model_copy(update={"head": opened.head})
+    changes, run = dict(changes or {}), opened.settings("model")
+    values: dict[str, Any] = {key: run[key] for key in ("attention", "quantize") if key in run}
+    if run.get("device_map") == "auto" and "device" not in changes:
+        values["device_map"] = "auto"
+    if "name" not in changes:
+        if not opened.backbone:
+            raise ConfigError("the prompt does not say which model it is for; give one with --model")
+        values |= {"name": opened.backbone, "revision": opened.revision}
+    resolved: ModelConfig = parse({**values, **changes, "head": opened.head}, ModelConfig, "model")
+    return resolved
 
 
 def head_rows(opened: Artifact) -> int | None:
@@ -744,6 +791,7 @@ def open_prompts(
     paths: Sequence[str | Path],
     *,
     config: ModelConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
     allow_other_weights: bool = False,
     log: Callable[[str], None] = setup.no_log,
 ) -> tuple[SoftPromptModel, tuple[str, ...]]:
@@ -752,6 +800,7 @@ def open_prompts(
     Args:
         paths: The artifacts' directories; prompt i of the model is that of path i.
         config: Where the backbone is, when not where the artifact says; its head is the artifact's all the same.
+        changes: Keys of the section `model` that differ from the run that made the artifacts.
         allow_other_weights: Whether prompts that were made for other weights only cost a warning.
         log: Is told what is done.
 
@@ -778,9 +827,21 @@ def open_prompts(
         raise ConfigError(
             "prompts with classification heads of their own cannot vote in one batch; open them one by one"
         )
-    model = SoftPromptModel(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
+    model = SoftPromptModel(
+        setup.load_backbone(backbone_config(first, config, changes), labels=head_rows(first), log=log)
+    )
     warnings: list[str] = []
     for place, (path, one) in enumerate(zip(paths, opened, strict=True)):
         name = one.task if len(paths) == 1 else f"{place}:{one.task}"
-        warnings += model.load_prompt(path, name, allow_other_weights, trainable=False)[1]
+        prompt, noted = persistence.open_artifact(
+            model.backbone,
+            model.registry.encoders,
+            path,
+            name=name,
+            allow_other_weights=allow_other_weights,
+            trainable=False,
+            loaded=one,
+        )
+        model._add(prompt)
+        warnings += noted
     return model, tuple(dict.fromkeys(warnings))

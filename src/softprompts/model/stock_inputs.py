@@ -99,5 +99,5 @@ def text_mask(ids: Tensor, options: Mapping[str, Any], config: Any) -> Tensor:
 
 def readable(backbone: Backbone, mask: Tensor, given: Mapping[str, Any]) -> Tensor:
     """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
-    scored = backbone.head == "lm" and backbone.family.shifted
+    scored = backbone.head == "lm" and backbone.family.scores_next_token
     return mask_before_labels(mask, labels(given) if scored else None)

@@ -23,6 +23,7 @@ from softprompts.evaluation import page
 from softprompts.evaluation.evaluate import evaluation_config
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
+from softprompts.model.soft_prompt_model import backbone_config
 from softprompts.recipes.evaluator import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, versions
@@ -68,13 +69,15 @@ def search(
     on: Sequence[str] = (),
     grid: Sequence[float] = GRID,
     model: ModelConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
     screen: ProgressReporter = SILENT,
 ) -> dict[str, Any]:
     """Choose the coefficient of the sum `text` on validation rows, judge the prompt it makes on test rows, write all.
 
     The prompt goes to `out/prompt`, what was found to results.json and report.html. start: an artifact whose prompt the
     sum is added to (None: the start that all have in common); on: names of prompts whose tasks judge (none: those in
-    the sum); model: the backbone, where it is not where the prompts say. Returns what results.json holds.
+    the sum); model: the backbone, where it is not where the prompts say; changes: keys of the section `model` that
+    differ from what the prompts say. Returns what results.json holds.
     Raises VectorError, ArtifactError, DataError, BackboneError and ConfigError before anything is judged.
     """
     began = time.time()
@@ -82,7 +85,7 @@ def search(
     begins = resolve_start(total, start)
     found = {name: artifact.load(vectors.locate_prompt(name)) for name in (on or vectors.parse_expression(text))}
     tasks, like = _tasks(found), total.reference
-    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), log=screen.log)
+    base = load_backbone(backbone_config(like, model, changes), log=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
     site = Site(like.site, like.mode, like.placement)
     judges = [

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softprompts.backbone import Backbone
 from softprompts.config import EvaluationConfig, PromptConfig, TaskConfig
-from softprompts.data import ExampleTokenizer, Row, Task, load, place_of
+from softprompts.data import ExampleTokenizer, Row, Task, load_task, resolve_placement
 from softprompts.errors import BackboneError
 from softprompts.evaluation import evaluate, metrics
 from softprompts.evaluation.evaluate import Evaluation
@@ -82,7 +82,7 @@ def load_evaluator(
         raise BackboneError(
             f"prompts are evaluated by the words of a language model, and this model has head '{backbone.head}'"
         )
-    task = load(config)
-    site = replace(site, place=place_of(site.place, [task.template]))
+    task = load_task(config)
+    site = replace(site, place=resolve_placement(site.place, [task.template]))
     encoder = example_tokenizer(backbone, task.template, length, place=site.place)
     return Evaluator(backbone, site, length, task, encoder, evaluation)

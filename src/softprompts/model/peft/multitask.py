@@ -110,7 +110,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         plain, start = super().describe(backbone)
         options = {"ranks": self.num_ranks, "start": str(self.factors_init)}
         config = plain.model_copy(update={"method": "multitask-prompt-tuning", "options": options})
-        return config, self.from_source(self.length, backbone.features, backbone) if self.reads_source else start
+        return config, self.from_source(self.length, backbone.embedding_size, backbone) if self.reads_source else start
 
     def from_source(self, rows: int, width: int, backbone: Backbone | None = None) -> PromptInit:
         """The start for a prompt of `rows` and `width` in the source.

@@ -134,7 +134,7 @@ class PromptTuningConfig:
                 f"task_type {TaskType(str(self.task_type)).value} does not fit {type(backbone.model).__name__}, a "
                 f"{backbone.family.name} model with head '{backbone.head}'; leave task_type out or load another class"
             )
-        check_width(self.token_dim, backbone.features)
+        check_width(self.token_dim, backbone.embedding_size)
         return PromptConfig(num_virtual_tokens=self.length, init=self._init()), self._start(backbone)
 
     def _init(self) -> InitConfig:

@@ -9,7 +9,7 @@ from softprompts.artifacts import artifact
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import InitConfig
 from softprompts.config.sweep import sweep
-from softprompts.data import Task, load
+from softprompts.data import Task, load_task
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
 from softprompts.model import initialization
@@ -25,7 +25,7 @@ from softprompts.recipes.multitask.runs import (
     weights_run,
 )
 from softprompts.recipes.run.run import ProgressReporter
-from softprompts.training import weights as finetune
+from softprompts.training import backbone_weights
 
 
 def check(plan: Plan, screen: ProgressReporter) -> None:
@@ -36,7 +36,7 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     """
     targets = {}
     for task in (*plan.sources, *plan.targets):
-        loaded = load(task)
+        loaded = load_task(task)
         if task in plan.targets:
             targets[task.title] = loaded
             for role, rows in (("choose a rate", loaded.validation), ("judge", loaded.test)):
@@ -52,8 +52,8 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     for shots in plan.target.shots:
         for arm, target in product(select_arms(plan, shots, weights=True), weight_targets(plan)):
             for rate in plan.target.weight_learning_rates[arm]:
-                finetune.check_installed(weights_run(plan, target, shots, ArmRun(arm, rate, 0)).training)
-            finetune.check_trainable(backbone)
+                backbone_weights.check_installed(weights_run(plan, target, shots, ArmRun(arm, rate, 0)).training)
+            backbone_weights.check_trainable(backbone)
 
 
 def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -> None:
