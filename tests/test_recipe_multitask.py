@@ -14,7 +14,7 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.config import parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError, TrainingError
-from softprompts.recipes.comparison import ALL_TARGETS, ArmRun, Comparison, ArmResult
+from softprompts.recipes.comparison import ALL_TARGETS, ArmResult, ArmRun, Comparison
 from softprompts.recipes.multitask import Plan, execute
 from softprompts.recipes.multitask.runs import Origins, select_arms, source_runs, target_run, teacher_runs
 from softprompts.recipes.multitask.summary import summarize

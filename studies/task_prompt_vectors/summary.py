@@ -43,7 +43,10 @@ def summarize(
         "claims": claims,
         "rate": dict(chosen),
         "independence": {
-            title: {**one, "scores": {name: {**mean_and_sd(each), "each": each} for name, each in one["scores"].items()}}
+            title: {
+                **one,
+                "scores": {name: {**mean_and_sd(each), "each": each} for name, each in one["scores"].items()},
+            }
             for title, one in measured.items()
         },
         "pairs": [_pair(one) for one in pairs],

@@ -1,4 +1,4 @@
-"""From files to batches: sources give rows, a task describes them, an example tokenizer encodes, collate makes batches."""
+"""From files to batches: sources give rows, a task describes them, a tokenizer encodes them, `collate` pads them."""
 
 from softprompts.assets.datasets import PACKAGED, PackagedDataset
 from softprompts.data.collation import collate

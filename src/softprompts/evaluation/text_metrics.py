@@ -72,8 +72,9 @@ def bleu(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[MetricO
         corpora = (counts @ statistics_of_rows).round().astype(np.int64).tolist()
         scores = []
         for corpus in corpora:
-            matches, totals, lengths = corpus[:4], corpus[4:8], corpus[8:]
-            scores.append(BLEU.compute_bleu(matches, totals, *lengths, smooth_method="exp").score)
+            matches, totals, output_length, reference_length = corpus[:4], corpus[4:8], corpus[8], corpus[9]
+            bleu_score = BLEU.compute_bleu(matches, totals, output_length, reference_length, smooth_method="exp")
+            scores.append(bleu_score.score)
         return np.minimum(np.array(scores) / 100, 1.0)
 
     return of_counts, ""
