@@ -387,7 +387,7 @@ def test_methods_of_others_are_listed(call: Callable[..., Any], monkeypatch: pyt
     monkeypatch.setattr(f"{__name__}.Needing", Needing, raising=False)
     entries = [types.SimpleNamespace(name=kind.lower(), value=f"{__name__}:{kind}") for kind in ("Shared", "Needing")]
     monkeypatch.setattr(
-        methods, "entry_points", lambda group, name=None: [e for e in entries if name in (None, e.name)]
+        methods.registry, "entry_points", lambda group, name=None: [e for e in entries if name in (None, e.name)]
     )
     found = json.loads(call("methods", "--json")[1])
     assert found["shared"] == {
