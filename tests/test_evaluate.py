@@ -12,7 +12,7 @@ from prompted import method_of
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import evaluate
-from softprompts.evaluation.metrics import vote
+from softprompts.evaluation.metrics import majority_vote
 from softprompts.model.initialization import from_ids
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
@@ -168,10 +168,10 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
         assert [task for _, task in asked] == [0, 1, 2] * len(rows)  # every row with every prompt, in one batch
         return [evaluate.Answer(ballots[task][rows.index(row)]) for row, task in asked]
 
-    monkeypatch.setattr(evaluate, "_ranked", ask)
+    monkeypatch.setattr(evaluate, "_rank", ask)
     together = evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG)
     assert [a.value for a in together] == ["warm", "cold", "cold"]
-    assert [vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
+    assert [majority_vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
 
 
 def test_identical_prompts_vote_as_one(tmp_path):
@@ -301,7 +301,7 @@ def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
     encoder = made.encoders[0]
     golds = [evaluate.reference(encoder, {"text": "x", "label": label}) for label in ("C,O", "", ["O"])]
     assert golds == [["C", "O"], [], ["O"]]
-    assert [evaluate._parsed(encoder, text) for text in ("color, other", "", "other")] == golds
+    assert [evaluate._parse_answer(encoder, text) for text in ("color, other", "", "other")] == golds
 
 
 def test_the_positive_label_is_mapped_too(tmp_path):

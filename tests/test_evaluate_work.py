@@ -12,7 +12,7 @@ from softprompts.backbone.kernels import Kernels
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import DataError
 from softprompts.evaluation import evaluate
-from softprompts.evaluation.metrics import vote
+from softprompts.evaluation.metrics import majority_vote
 from softprompts.model.initialization import from_ids
 from softprompts.recipes.run import run
 from softprompts.types import IGNORE, Batch
@@ -142,7 +142,7 @@ def test_each_task_is_judged_with_its_own_prompt(tmp_path):
         a.value
         for a in evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG)
     ]
-    assert voted == [vote(column) for column in zip(*ballots, strict=True)]
+    assert voted == [majority_vote(column) for column in zip(*ballots, strict=True)]
 
 
 def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeypatch):

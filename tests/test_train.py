@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import local
+import softprompts
 from closeness import tolerance
 from softprompts import errors, injection
 from softprompts.artifacts.io import read_tensors
@@ -275,3 +276,14 @@ def test_checkpointed_layers_train_the_same_prompt(values):
     assert again.model.backbone.kernels.gradient_checkpointing
     assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=tolerance(1.0))
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))
+
+
+def test_a_model_is_trained_with_rows(values):
+    """The door for people: rows of a data set by the name of the prompt, and the losses of the run."""
+    made, reports = fitted(values)
+    other = job.prepare(parse(values))
+    steps = softprompts.train(other.model, {"colors": other.tasks[0].train}, other.run.training)
+    assert [progress.loss for progress in steps] == [progress.loss for progress in reports]
+    assert torch.equal(prompt_of(other), prompt_of(made))
+    with pytest.raises(ConfigError, match="no prompt 'colours'; did you mean 'colors'"):
+        next(softprompts.train(other.model, {"colours": other.tasks[0].train}, other.run.training))
