@@ -97,7 +97,7 @@ def _measure(todo: Sequence[Measurement], options: Options, results: dict[str, A
             torch.set_num_threads(options.threads)
             result = RUNS[row.run](**row.arguments)
         else:
-            result = fresh.call(row.run, row.arguments, options.threads)
+            result = fresh.call(row.run, row.arguments, options.threads, row.environment)
         store.add(out, results, row.name, {**result, **around})
         done += row.minutes
 

@@ -21,6 +21,7 @@ def environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # as the command sets it
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
@@ -28,8 +29,10 @@ def environment(threads: int) -> dict[str, str]:
     }
 
 
-def call(run: str, arguments: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """What `runs.<run>(**arguments)` gives in a new process.
+def call(
+    run: str, arguments: Mapping[str, Any], threads: int, changes: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """What `runs.<run>(**arguments)` gives in a new process; `changes` are variables of its environment.
 
     Raises FreshError when the process fails.
     """
@@ -39,7 +42,7 @@ def call(run: str, arguments: Mapping[str, Any], threads: int) -> dict[str, Any]
         done = subprocess.run(
             words,
             cwd=ROOT,
-            env={**os.environ, **environment(threads)},
+            env={**os.environ, **environment(threads), **(changes or {})},
             stdout=subprocess.DEVNULL,
             check=False,
         )

@@ -84,7 +84,7 @@ class Ours:
 
     def _encoder(self, answers: tuple[str, ...]) -> ExampleTokenizer:
         form = TaskTemplate("benchmark", "{text}", verbalizer={answer: answer for answer in answers})
-        room = (self.backbone.context or 4096) - self.prompt
+        room = (self.backbone.max_positions or 4096) - self.prompt
         return ExampleTokenizer(form, self.backbone.tokenizer, "causal", "lm", room)
 
 

@@ -1,11 +1,13 @@
 """Which measurements there are, as rows of data, and how long each takes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-GROUPS = ("step", "memory", "scoring", "grid", "shapes", "parity")
+GROUPS = ("step", "loops", "busy", "memory", "scoring", "grid", "shapes", "parity")
 DTYPES = ("float32", "bfloat16")
 SIZES = (8, 16, 32, 64)
+WAIT_POLICIES = ("passive", "active")
+"""How threads wait for each other: asleep, as the command sets it, or spinning, as OpenMP does by default."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Measurement:
     run: str
     arguments: dict[str, Any]
     minutes: float
+    environment: dict[str, str] = field(default_factory=dict)  # of its process
 
 
 def plan(options: Options, groups: tuple[str, ...] = GROUPS) -> list[Measurement]:
@@ -50,6 +53,12 @@ def _whole(options: Options) -> list[Measurement]:
         Measurement("step/p100", "step", "step", {**step, "shape": headline}, 6.5),
         Measurement("step/p20", "step", "step", {**step, "shape": (20, 16, 8, 64), "eager": False}, 2.5),
     ]
+    for dtype, minutes in zip(DTYPES, (4.2, 2.2), strict=True):
+        arguments = {**base, "dtype": dtype, "shape": headline, "pairs": options.pairs}
+        made.append(Measurement(f"loops/{dtype}", "loops", "loops", arguments, minutes))
+    for policy in WAIT_POLICIES:
+        arguments = {**base, "dtype": "float32", "shape": headline, "pairs": options.pairs}
+        made.append(Measurement(f"busy/{policy}", "busy", "busy", arguments, 0.7, {"OMP_WAIT_POLICY": policy.upper()}))
     for dtype, minutes in zip(DTYPES, (2.9, 1.8), strict=True):
         arguments = {**base, "dtype": dtype, "shape": headline, "repeats": 3, "threads": options.threads}
         made.append(Measurement(f"memory/{dtype}", "memory", "peaks", arguments, minutes))
@@ -81,6 +90,9 @@ def _quick(options: Options) -> list[Measurement]:
     grid = {"prompt": 4, "cells": [(2, 4), (4, 8)], "pairs": pairs, "budget": 1.0}
     peaks = {"shape": small, "repeats": 1, "threads": options.threads}
     made = [Measurement("step/p4", "step", "step", {**step, "model": "tiny", "dtypes": DTYPES}, 0.1)]
+    arguments = {**base, "dtype": "float32", "shape": small, "pairs": pairs}
+    made.append(Measurement("loops/float32", "loops", "loops", arguments, 0.1))
+    made.append(Measurement("busy/passive", "busy", "busy", arguments, 0.1))
     made.append(Measurement("memory/float32", "memory", "peaks", {**base, **peaks, "dtype": "float32"}, 0.4))
     for dtype in DTYPES:
         made.append(Measurement(f"scoring/{dtype}", "scoring", "scoring", {**base, **scoring, "dtype": dtype}, 0.1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import floor, fresh, memory, models, workload
+from benchmarks import floor, fresh, loops, memory, models, workload
 from benchmarks.measure import Ratio, interleave, ratio, relative, timed
 from benchmarks.ours import Ours
 from benchmarks.theirs import Theirs
@@ -364,6 +364,8 @@ def _contest(
 
 RUNS: dict[str, Callable[..., dict[str, Any]]] = {
     "step": step,
+    "loops": loops.loops,
+    "busy": loops.busy,
     "grid": grid,
     "scoring": scoring,
     "peaks": peaks,

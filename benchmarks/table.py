@@ -12,7 +12,8 @@ BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 def page(stored: Mapping[str, Any]) -> str:
     """All tables of what `store.read` gives, in Markdown; only what was measured appears."""
     results = stored["results"]
-    parts = [_machine(stored), _targets(results), _steps(results, "step/"), _floor(results)]
+    parts = [_machine(stored), _targets(results), _steps(results, "step/"), _loops(results), _busy(results)]
+    parts += [_floor(results)]
     parts += [_memory(results), _scoring(results), _grid(results), _steps(results, "shapes/"), _exact(results)]
     return "\n\n".join(part for part in parts if part)
 
@@ -101,6 +102,33 @@ def _steps(results: Mapping[str, Any], prefix: str) -> str:
         "loss, gradient differ",
     )
     return _table(title, columns, rows)
+
+
+def _loops(results: Mapping[str, Any]) -> str:
+    rows = []
+    for _, result in _of(results, "loops/"):
+        ratios = result["ratios"]
+        notes = {
+            "loop": f"{_interval(ratios['loop of command'])} of the command's speed",
+            "Trainer": f"{_interval(ratios['Trainer of command'])} of the command's speed",
+            "PEFT loop": f"ours is {_interval(ratios['PEFT loop to loop'])} times faster",
+            "PEFT Trainer": f"ours is {_interval(ratios['PEFT Trainer to Trainer'])} times faster",
+        }
+        for name, seconds in result["medians"].items():
+            what = f"{result['model']}, {_shape(result['shape'])}"
+            rows.append((what, result["dtype"], name, f"{seconds:.3f}", notes.get(name, "")))
+    columns = ("what", "dtype", "written as", "seconds a step", "compared")
+    return _table("A plain loop and Trainer, in one run with the command's path", columns, rows)
+
+
+def _busy(results: Mapping[str, Any]) -> str:
+    rows = []
+    for name, result in _of(results, "busy/"):
+        medians = result["medians"]
+        policy = name.partition("/")[2]
+        rows.append((policy, f"{medians['quiet']:.3f}", f"{medians['busy']:.3f}", _interval(result["ratio"])))
+    columns = ("OMP_WAIT_POLICY", "quiet step, seconds", "beside one busy core", "times the quiet step")
+    return _table("One busy neighbor", columns, rows)
 
 
 def _floor(results: Mapping[str, Any]) -> str:

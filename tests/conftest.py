@@ -4,26 +4,38 @@ import io
 import sys
 
 import pytest
+from studies import __main__ as studies
 
 from softprompts import cli
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the command in this process: (exit status, standard output, standard error)."""
+def calling(monkeypatch, capsys, name, command):
+    """A function that runs a command in this process: (exit status, standard output, standard error)."""
 
     def run(*arguments, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["softprompts", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         status = 0
         try:
-            cli.main()
+            command()
         except SystemExit as stop:
             status = stop.code or 0
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """The command `softprompts`."""
+    return calling(monkeypatch, capsys, "softprompts", cli.main)
+
+
+@pytest.fixture
+def call_study(monkeypatch, capsys):
+    """The command `python -m studies`."""
+    return calling(monkeypatch, capsys, "studies", lambda: cli.main(studies.app))
 
 
 LONGEST_FIRST = ("test_docs.py", "test_processes.py", "test_recipe_multitask.py", "test_train.py")

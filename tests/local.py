@@ -32,7 +32,7 @@ def model_directory(path: Path, name: str = "llama", seed: int = 0) -> Path:
     if getattr(config, "max_position_embeddings", None):
         config.max_position_embeddings = 128
     torch.manual_seed(seed)
-    model = getattr(transformers, tiny.family(name).auto["lm"]).from_config(config)
+    model = getattr(transformers, tiny.family(name).auto_classes["lm"]).from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

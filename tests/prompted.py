@@ -12,7 +12,7 @@ from softprompts.injection import Site
 from softprompts.methods import PromptMethod, make_prompts
 from softprompts.model import SoftPromptModel, persistence
 from softprompts.model.registry import NewPrompt, PromptRecord
-from softprompts.training.optimizer import build_optimizer
+from softprompts.training.optimizer import prompt_param_groups
 from softprompts.types import Context, Prompt, PromptInit, PromptSpec
 
 
@@ -33,6 +33,11 @@ def prompted(backbone: Backbone, site: Site, methods: Any, heads: bool = False) 
 def methods_of(model: SoftPromptModel) -> list[PromptMethod]:
     """The methods of a model's prompts, in their order."""
     return [model.registry.method(name) for name in model.tasks]
+
+
+def method_of(prepared: Any, index: int = 0) -> Any:
+    """The method of a prepared run's task."""
+    return prepared.model.registry.method(prepared.prompts[index])
 
 
 def spec_of(model: SoftPromptModel) -> PromptSpec:
@@ -66,6 +71,11 @@ def prompts_of(methods: Any, tasks: Sequence[int], context: Context) -> Prompt:
     return make_prompts(dict(enumerate(methods.values())), torch.tensor(tasks), context)
 
 
+def each(prompt: Prompt) -> Tensor:
+    """The prompt of each row, [B, P, D]."""
+    return prompt.values[prompt.prompt_index]
+
+
 def rows_of(methods: Any, tasks: Sequence[int]) -> Tensor:
     """The prompt of each row [B, P, D] of a batch whose texts do not matter."""
     ids, embeds = torch.zeros(len(tasks), 1, dtype=torch.long), torch.zeros(len(tasks), 1, 8)
@@ -82,4 +92,4 @@ def plain(method: PromptMethod) -> Tensor:
 def rates_of(model: SoftPromptModel, config: TrainConfig) -> list[dict[str, Any]]:
     """The optimizer's groups for all prompts of a model."""
     groups = methods_of(model)[0].groups
-    return build_optimizer(groups, model.trainable(), config, model.backbone.rms).param_groups
+    return prompt_param_groups(groups, model.trainable(), config, model.backbone.embedding_rms)

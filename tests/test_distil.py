@@ -6,26 +6,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 from torch.nn import functional
 
 import local
 import rows
 import test_together as together
 import tiny
+from prompted import methods_of, plain, several
 from softprompts import injection
 from softprompts.artifacts import artifact
-from softprompts.config import DistillationConfig, parse
+from softprompts.config import DistillationConfig, PromptConfig, parse
+from softprompts.data import collate
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
 from softprompts.methods.multitask import MultitaskPromptTuning
+from softprompts.model import SoftPromptModel
+from softprompts.model.registry import NewPrompt, PromptRecord
 from softprompts.recipes.run import run
-from softprompts.training import distillation, loop, objectives
-from softprompts.training.shared_batch import joint_steps
+from softprompts.training import distillation, objectives
+from softprompts.training.trainables import RunBatch, TrainablePrompts
 from softprompts.types import Output, PromptInit, Step, TeacherBatch
+from trainees import fit, train_many
 
 TASKS = ("a", "b")
 LAYERS = (-1, 1, 2)
+INPUT = Site()
 
 
 # What the objectives compare
@@ -48,9 +53,9 @@ def test_states_are_the_stock_models(name, path):
     texts = rows.texts(name)
     for side in ("left", "right"):
         batch = rows.batch(name, texts, side)
-        output = injection.forward(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
-        parts = {key: states.split(output.tokens["text"].tolist()) for key, states in output.layers.items()}
-        assert output.tokens["text"].tolist() == [len(text) for text in texts]
+        output = injection.score(bb, batch, rows.single(prompt, 4), Site(), path=path, layers=LAYERS)
+        parts = {key: states.split(output.token_counts["text"].tolist()) for key, states in output.layer_states.items()}
+        assert output.token_counts["text"].tolist() == [len(text) for text in texts]
         for i, text in enumerate(texts):
             expected = stock_states(bb, prompt, text, LAYERS)
             for key, states in expected.items():
@@ -64,14 +69,14 @@ def test_states_of_both_stacks(name):
     prompt = rows.random(3, 4, 32)
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
-    output = injection.forward(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
+    output = injection.score(bb, batch, rows.single(prompt, 4), Site(), layers=(-1, 1))
     for i, (text, target) in enumerate(zip(texts, rows.targets(texts), strict=True)):
         full = torch.cat([prompt, bb.model.get_input_embeddings()(text)])[None]
         out = bb.model(inputs_embeds=full, decoder_input_ids=rows.shifted(bb, target)[None], output_hidden_states=True)
         sides = {"text": (out.encoder_hidden_states, 4), "target": (out.decoder_hidden_states, 0)}
         for side, (states, before) in sides.items():
             for number in (-1, 1):
-                own = output.layers[side, number].split(output.tokens[side].tolist())[i]
+                own = output.layer_states[side, number].split(output.token_counts[side].tolist())[i]
                 torch.testing.assert_close(own, states[number][0, before:], rtol=1e-4, atol=1e-5)
 
 
@@ -80,11 +85,13 @@ def test_states_of_an_encoder():
     bb = tiny.backbone("bert")
     prompt, text = rows.random(3, 4, 32), rows.texts("bert")[1]
     batch = rows.batch("bert", [text], "right", extra=3)
-    output = injection.forward(bb, batch, rows.single(prompt), Site(), layers=(2,))
+    output = injection.score(bb, batch, rows.single(prompt), Site(), layers=(2,))
     words = bb.model.get_input_embeddings()(text)
     full = torch.cat([words[:1], prompt, words[1:]])[None]
     states = bb.model(inputs_embeds=full, output_hidden_states=True).hidden_states[2][0]
-    torch.testing.assert_close(output.layers["text", 2], torch.cat([states[:1], states[5:]]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        output.layer_states["text", 2], torch.cat([states[:1], states[5:]]), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_layers_that_are_not_there():
@@ -102,7 +109,7 @@ def test_layers_that_are_not_there():
 def step_of(student, teacher, temperature=1.0, row=None):
     """A step whose head is the identity, so that states are scores."""
     row = torch.arange(len(student)) if row is None else row
-    output = Output(student, torch.zeros(len(student), dtype=torch.long), row, states=student, scores=lambda s: s)
+    output = Output(student, torch.zeros(len(student), dtype=torch.long), row, label_states=student, head=lambda s: s)
     batch = rows.batch("llama", rows.texts("llama")[: int(row.max()) + 1])
     return Step(batch, None, output, None, TeacherBatch(teacher, {}, temperature))
 
@@ -131,7 +138,7 @@ def test_hidden_by_the_mean_of_rows():
     student, teacher = rows.random(1, 5, 4), rows.random(2, 5, 4)
     key = ("text", -1)
     output = Output(
-        None, None, torch.tensor([0, 1, 1, 1]), layers={key: student}, tokens={"text": torch.tensor([2, 3])}
+        None, None, torch.tensor([0, 1, 1, 1]), layer_states={key: student}, token_counts={"text": torch.tensor([2, 3])}
     )
     step = Step(
         rows.batch("llama", rows.texts("llama")[:2]), None, output, None, TeacherBatch(torch.zeros(0), {key: teacher})
@@ -141,7 +148,9 @@ def test_hidden_by_the_mean_of_rows():
     torch.testing.assert_close(objectives.distil_hidden(step), expected)
     two = {key: student, ("text", 1): student * 0}
     both = replace(
-        step, output=replace(output, layers=two), teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher))
+        step,
+        output=replace(output, layer_states=two),
+        teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher)),
     )
     zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
     torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)
@@ -157,22 +166,31 @@ def test_a_step_without_a_teacher_says_so():
 # Teachers
 
 
-def student(name, seed=1, tasks=TASKS, site=None):
-    base = together.double(name)
+def student(name, seed=1, tasks=TASKS, site=None, model=None, run=""):
+    """A model whose prompts of multitask prompt tuning are called as `tasks`; or these prompts in `model`, of a run."""
     site = site or Site()
-    slot = injection.prompt_spec(base, site, 4)
-    start = torch.randn(4, slot.width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
-    method = MultitaskPromptTuning(MultitaskPromptTuning.Config(), slot, PromptInit(start)).double()
+    base = together.double(name) if model is None else model.backbone
+    spec, start = injection.prompt_spec(base, site, 4), together.random_start(base, site, 4, seed)
+    methods = several(MultitaskPromptTuning, MultitaskPromptTuning.Config(), spec, PromptInit(start), tasks).double()
     with torch.no_grad():
-        method.shared.copy_(start)
-    return Learner(base, site, slot, method)
+        methods[tasks[0]].shared.prompt.copy_(start)
+    model = SoftPromptModel(base) if model is None else model
+    for task in tasks:
+        record = PromptRecord(site, PromptConfig(num_virtual_tokens=4))
+        model.registry.add(NewPrompt(f"{run}{task}", methods[task], record), base.device)
+    return model
 
 
-def teachers(one, prompts):
+def teachers(prompts, site=INPUT):
     return tuple(
-        distillation.TaskTeacher(task, prompt, one.site, str(i))
-        for i, (task, prompt) in enumerate(zip(one.slot.tasks, prompts, strict=True))
+        distillation.TaskTeacher(task, prompt, site, str(i))
+        for i, (task, prompt) in enumerate(zip(TASKS, prompts, strict=True))
     )
+
+
+def folded(model):
+    """The plain prompt of each task."""
+    return [plain(method) for method in methods_of(model)]
 
 
 def config(**changes):
@@ -193,18 +211,19 @@ def test_the_same_for_encoder_decoders(name):
 
 
 def check_equal_student(name, site, layers):
-    one = student(name, site=site)
+    model = student(name, site=site)
     data = together.encoded(name, 8, 5, tasks=2)
     if site.name == "kv":  # nothing scores a first token there
         data = [replace(row, labels=[-100, *row.labels[1:]]) for row in data]
-    same = [one.method.fold(task).clone() for task in TASKS]
-    found = distillation.targets(one.backbone, teachers(one, same), data, config(layers=layers))
-    other = distillation.targets(one.backbone, teachers(one, [-p.flip(0) for p in same]), data, config(layers=layers))
-    for targets, equal in ((found, True), (other, False)):
-        (step,) = joint_steps([one], [data[2:7]], [0], 0, [targets])
+    same = folded(model)
+    turned = [-prompt.flip(0) for prompt in same]
+    for prompts, equal in ((same, True), (turned, False)):
+        targets = distillation.targets(model.backbone, teachers(prompts, site), data, config(layers=layers))
+        trainable = TrainablePrompts(model, {"one": TASKS}, {"one": targets})
         for objective in (objectives.distil_logits, objectives.distil_hidden):
-            loss = objective(step)
-            gradient = torch.autograd.grad(loss, list(one.parameters().values()), retain_graph=True)
+            (measured,) = trainable.loss([RunBatch("one", data[2:7], objective)])
+            loss = measured.value
+            gradient = torch.autograd.grad(loss, list(model.trainable().values()), retain_graph=True)
             size = max(float(g.abs().max()) for g in gradient)
             if equal:
                 assert float(loss.detach()) == pytest.approx(0, abs=1e-12)
@@ -221,21 +240,19 @@ def test_kept_states_are_those_of_the_pass(tmp_path):
     prompts = [rows.random(7, 4, 32), rows.random(8, 4, 32)]
     seen = []
     file = tmp_path / "kept.safetensors"
-    made = distillation.targets(
-        one.backbone, teachers(one, prompts), data, config(), file, lambda *done: seen.append(done)
-    )
+    made = distillation.targets(one.backbone, teachers(prompts), data, config(), file, lambda *done: seen.append(done))
     assert seen[-1] == (9, 9)
-    again = distillation.targets(one.backbone, teachers(one, prompts), data, config(), file)
+    again = distillation.targets(one.backbone, teachers(prompts), data, config(), file)
     chosen = [data[3], data[0], data[6]]
     for targets in (made, again):
         teacher = targets.of(chosen, torch.device("cpu"))
-        batch = together.train.collate(chosen, 0)
+        batch = collate(chosen, 0)
         prompt = rows.several(prompts, [row.task_id for row in chosen])
-        expected = injection.forward(one.backbone, batch, prompt, Site(), layers=LAYERS)
-        torch.testing.assert_close(teacher.states, expected.states)
-        torch.testing.assert_close(expected.scores(teacher.states), expected.logits)
-        for key, states in expected.layers.items():
-            torch.testing.assert_close(teacher.layers[key], states)
+        expected = injection.score(one.backbone, batch, prompt, Site(), layers=LAYERS)
+        torch.testing.assert_close(teacher.label_states, expected.label_states)
+        torch.testing.assert_close(expected.head(teacher.label_states), expected.logits)
+        for key, states in expected.layer_states.items():
+            torch.testing.assert_close(teacher.layer_states[key], states)
 
 
 def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, monkeypatch):
@@ -248,13 +265,13 @@ def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, mon
     file = tmp_path / "kept.safetensors"
 
     def made(own=data, given=prompts, **changes):
-        distillation.targets(one.backbone, teachers(one, given), own, config(**changes), file)
+        distillation.targets(one.backbone, teachers(given), own, config(**changes), file)
         return len(calls)
 
     assert (made(), made(), made(temperature=3.0)) == (1, 1, 1)
     assert made(layers=(-1,)) == 2
     assert made(data[1:], layers=(-1,)) == 3
-    changed = [replace(teachers(one, prompts)[0], digest="x"), teachers(one, prompts)[1]]
+    changed = [replace(teachers(prompts)[0], digest="x"), teachers(prompts)[1]]
     distillation.targets(one.backbone, changed, data[1:], config(layers=(-1,)), file)
     assert len(calls) == 4
 
@@ -266,23 +283,21 @@ def test_distilled_runs_train_alone_and_together_alike():
 
     def runs():
         base = together.double("llama")
-        made = []
+        model, made = SoftPromptModel(base), []
         for name, layers, changes in (("one", (-1, 2), {}), ("two", (1,), {"learning_rate": 0.1})):
-            learner = replace(student("llama"), backbone=base)
+            student("llama", model=model, run=f"{name}/")
             prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-            targets = distillation.targets(
-                base, teachers(learner, prompts), data, config(layers=layers, temperature=2.0)
-            )
+            targets = distillation.targets(base, teachers(prompts), data, config(layers=layers, temperature=2.0))
             settings = together.config(max_steps=8, objectives=weights, **changes)
-            made.append(loop.TrainingRun(name, learner, data, settings, targets=targets))
-        plain = replace(together.learner(base, Site(), 4, 3, TASKS), backbone=base)
-        return [*made, loop.TrainingRun("plain", plain, data, together.config(max_steps=8))]
+            made.append(together.run_of(name, model, data, settings, targets=targets))
+        together.tuned(base, Site(), 4, 3, ("plain/a", "plain/b"), model)
+        return [*made, together.run_of("plain", model, data, together.config(max_steps=8))]
 
     alone = {}
     for one in runs():
-        alone[one.name] = [report.loss for _, report in loop.train_many([one], pad=0)]
+        alone[one.name] = [report.loss for _, report in train_many([one])]
     both = {name: [] for name in alone}
-    for name, report in loop.train_many(runs(), pad=0):
+    for name, report in train_many(runs()):
         both[name].append(report.loss)
     for name, losses in alone.items():
         assert both[name] == pytest.approx(losses, rel=1e-9)
@@ -296,10 +311,10 @@ def test_accumulated_batches_equal_one_large_batch():
     for size, parts in ((8, 1), (2, 4)):
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-        targets = distillation.targets(one.backbone, teachers(one, prompts), data, config())
+        targets = distillation.targets(one.backbone, teachers(prompts), data, config())
         settings = together.config(max_steps=4, batch_size=size, gradient_accumulation_steps=parts, objectives=weights)
-        losses = [r.loss for r in loop.fit(one, data, settings, pad=0, targets=targets)]
-        found.append((losses, one.method.fold("a")))
+        losses = [r.loss for r in fit(one, data, settings, targets=targets)]
+        found.append((losses, folded(one)[0]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-8, atol=1e-10)
 
@@ -313,16 +328,14 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
     def fitted(folder, stop=None):
         one = student("llama")
         prompts = [rows.random(7, 4, 32).double(), rows.random(8, 4, 32).double()]
-        targets = distillation.targets(
-            one.backbone, teachers(one, prompts), data, config(), folder / "kept.safetensors"
-        )
+        targets = distillation.targets(one.backbone, teachers(prompts), data, config(), folder / "kept.safetensors")
         losses = []
-        with closing(loop.fit(one, data, settings, pad=0, directory=folder, targets=targets)) as steps:
+        with closing(fit(one, data, settings, targets=targets, directory=folder)) as steps:
             for report in steps:
                 losses.append(report.loss)
                 if report.step == stop:
                     break
-        return losses, [one.method.fold(task) for task in TASKS]
+        return losses, folded(one)
 
     whole, prompts = fitted(tmp_path / "whole")
     assert fitted(tmp_path / "cut", stop=3)[0] == whole[:3]
@@ -336,9 +349,9 @@ def test_a_weight_of_zero_is_the_task_alone():
     losses = []
     for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distil-logits": 0.0, "distil-hidden": 0.0}, True)):
         one = student("llama")
-        targets = distillation.targets(one.backbone, teachers(one, [rows.random(7, 4, 32)] * 2), data, config())
+        targets = distillation.targets(one.backbone, teachers([rows.random(7, 4, 32)] * 2), data, config())
         settings = together.config(max_steps=6, objectives=weights)
-        fitting = loop.fit(one, data, settings, pad=0, targets=targets if taught else None)
+        fitting = fit(one, data, settings, targets=targets if taught else None)
         losses.append([report.loss for report in fitting])
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
@@ -368,11 +381,11 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
     assert len(results["tasks"]) == 2
     assert (tmp_path / "out" / distillation.FILE).exists()
     one = artifact.load(tmp_path / "out" / "prompt" / "a")
-    assert sorted(one.state) == ["columns.0", "rows.0", "shared"]
-    assert one.prompt.equal(one.state["shared"] * (one.state["columns.0"] @ one.state["rows.0"]))
+    assert sorted(one.state) == ["columns", "rows", "shared.prompt"]
+    assert one.prompt.equal(one.state["shared.prompt"] * (one.state["columns"] @ one.state["rows"]))
     other = artifact.load(tmp_path / "out" / "prompt" / "b")
-    assert one.state["shared"].equal(other.state["shared"])
-    assert not one.state["columns.0"].equal(other.state["columns.0"])
+    assert one.state["shared.prompt"].equal(other.state["shared.prompt"])
+    assert not one.state["columns"].equal(other.state["columns"])
     curve = [step["loss"] for step in results["tasks"][0]["curve"]]
     assert len(curve) == 4
 

@@ -88,7 +88,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_every_command_runs(folder, call, monkeypatch):
+def test_every_command_runs(folder, call, call_study, monkeypatch):
     """In this process, which saves starting one for each; the first, of the demo, has one of its own."""
     monkeypatch.chdir(folder)
     ran = 0
@@ -96,21 +96,20 @@ def test_every_command_runs(folder, call, monkeypatch):
         if line.startswith(RUN_ELSEWHERE):
             continue
         words = shlex.split(line)
-        assert words[0] == "softprompts", f"{page.name}: {line}"
-        arguments = words[1:]
+        study = words[:3] == ["python", "-m", "studies"]
+        assert study or words[0] == "softprompts", f"{page.name}: {line}"
+        arguments = words[3:] if study else words[1:]
         if arguments[0] in ("train", "pretrain"):
             arguments = [*arguments, *SHORT, *([] if "reviews" in line else SMALL)]
         if arguments[0] == "multitask":
             arguments = [*arguments, *MULTITASK]
-        if arguments[:2] == ["study", "vectors"]:
-            arguments = [*arguments, *STUDY]
-        if arguments[:2] == ["study", "instance"]:
-            arguments = [*arguments, *INSTANCE]
+        if study:
+            arguments = [*arguments, *{"vectors": STUDY, "instance": INSTANCE}[arguments[0]]]
         if arguments[:2] == ["vector", "search"]:
             arguments = [*arguments, "--coefficients", "0,1"]
         if arguments[0] == "evaluate" and "--data" in arguments:
             continue  # thousands of rows; the same path is tested in test_cli
-        status, _, said = call(*arguments)
+        status, _, said = (call_study if study else call)(*arguments)
         assert status == 0, f"{page.name}: {line}: {said}"
         ran += 1
     assert ran >= 5

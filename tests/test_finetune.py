@@ -27,8 +27,10 @@ from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.injection import scoring
 from softprompts.recipes.run import run as job
-from softprompts.training import objectives
-from softprompts.training import weights as finetune
+from softprompts.training import backbone_weights, loop, objectives
+from softprompts.training.backbone_weights import copy_backbone
+from softprompts.training.loop import TrainingRun
+from softprompts.training.trainables import RunBatch, TrainableWeights
 from softprompts.types import IGNORE
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
@@ -91,9 +93,14 @@ def by_hand(model, parameters, name, found, chosen):
     return losses
 
 
+def train(weights, found, chosen, **more):
+    """The steps of a training of weights."""
+    return loop.train_run(TrainableWeights(weights), TrainingRun("", found, chosen, **more))
+
+
 def fitted(backbone, found, chosen, **more):
-    weights = finetune.copied(backbone, chosen)
-    return weights, list(finetune.fit(weights, found, chosen, pad=0, **more))
+    weights = copy_backbone(backbone, chosen)
+    return weights, list(train(weights, found, chosen, **more))
 
 
 # The steps are those of a plain loop
@@ -108,7 +115,7 @@ def test_three_steps_of_all_weights_equal_a_plain_loop(name):
     assert [r.loss for r in reports] == pytest.approx(losses, rel=1e-9)
     assert [r.rate for r in reports] == pytest.approx([1e-2, 2e-2 / 3, 1e-2 / 3])
     assert {r.rms_ratio for r in reports} == {None}
-    trained = dict(weights.learner.backbone.model.named_parameters())
+    trained = dict(weights.backbone.model.named_parameters())
     for key, value in model.named_parameters():
         torch.testing.assert_close(trained[key], value.detach(), rtol=0, atol=1e-9, msg=key)
 
@@ -116,8 +123,8 @@ def test_three_steps_of_all_weights_equal_a_plain_loop(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "modernbert"])
 def test_three_steps_of_lora_equal_a_plain_loop_on_peft(name):
     chosen, found = config(**LORA, max_grad_norm=None, lora={"rank": 4, "alpha": 8}), examples(name)
-    weights = finetune.copied(double(name), chosen, seed=5)
-    reports = list(finetune.fit(weights, found, chosen, pad=0))
+    weights = copy_backbone(double(name), chosen, seed=5)
+    reports = list(train(weights, found, chosen))
     targets = "all-linear" if name == "modernbert" else None
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, fan_in_fan_out=name == "gpt2")
     stock = tiny.model(name).double()
@@ -139,8 +146,13 @@ def gradients(weights, found, size=None):
         parameter.requires_grad_(True)
         parameter.grad = None
     parts = [found] if size is None else [found[i : i + size] for i in range(0, len(found), size)]
-    loss, _ = finetune._gradients(weights, parts, objectives.weigh({"task": 1.0}), 0)
-    return loss, {name: value.grad for name, value in weights.trained.items()}
+    trainable, objective, total = TrainableWeights(weights), objectives.weigh({"task": 1.0}), 0.0
+    counts = [sum(trainable.label_count("", row) for row in part) for part in parts]
+    for part, count in zip(parts, counts, strict=True):
+        (loss,) = trainable.loss([RunBatch("", part, objective)])
+        (loss.value * count / sum(counts)).backward()
+        total += float(loss.value.detach()) * count / sum(counts)
+    return total, {name: value.grad for name, value in weights.trained.items()}
 
 
 def expect(measured, backbone, name, found):
@@ -158,7 +170,7 @@ def expect(measured, backbone, name, found):
 @pytest.mark.parametrize("name", [*tiny.MAIN, "mistral", "bloom", "albert"])
 def test_gradients_of_all_weights_are_those_of_the_stock_model(name):
     backbone, found = double(name), examples(name)
-    expect(gradients(finetune.copied(backbone, config(**ALL)), found), backbone, name, found)
+    expect(gradients(copy_backbone(backbone, config(**ALL)), found), backbone, name, found)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])
@@ -167,15 +179,15 @@ def test_gradients_with_a_classification_head(name):
     for row in found if name == "bart" else ():
         row.input_ids[-1] = 2  # its head reads the end token, of which each row has one
     if name != "llama":  # the stock head refuses batches when nothing says what padding is
-        expect(gradients(finetune.copied(backbone, config(**ALL)), found), backbone, name, found)
+        expect(gradients(copy_backbone(backbone, config(**ALL)), found), backbone, name, found)
         return
-    measured = gradients(finetune.copied(backbone, config(**ALL)), found[:1])
+    measured = gradients(copy_backbone(backbone, config(**ALL)), found[:1])
     expect(measured, backbone, name, found[:1])
 
 
 def test_gradients_agree_with_finite_differences():
     """GPT-2, whose norms keep float64."""
-    weights, found = finetune.copied(double("gpt2"), config(**ALL)), examples("gpt2", count=3)
+    weights, found = copy_backbone(double("gpt2"), config(**ALL)), examples("gpt2", count=3)
     _, slope = gradients(weights, found)
     for key in ("transformer.wte.weight", "transformer.h.1.mlp.c_fc.weight", "transformer.ln_f.bias"):
         parameter, where = weights.trained[key], int(slope[key].abs().argmax())
@@ -188,7 +200,7 @@ def test_gradients_agree_with_finite_differences():
 
 def test_parts_count_with_their_share_of_the_labels():
     found = examples("llama")
-    whole, parts = (gradients(finetune.copied(double("llama"), config(**ALL)), found, size) for size in (None, 3))
+    whole, parts = (gradients(copy_backbone(double("llama"), config(**ALL)), found, size) for size in (None, 3))
     assert whole[0] == pytest.approx(parts[0], rel=1e-12)
     for key, value in whole[1].items():
         torch.testing.assert_close(parts[1][key], value, rtol=1e-9, atol=1e-12)
@@ -196,23 +208,24 @@ def test_parts_count_with_their_share_of_the_labels():
 
 @pytest.mark.parametrize("chosen", [ALL, LORA], ids=["backbone", "lora"])
 @pytest.mark.parametrize(
-    "kernels", [Kernels(matmul_backend="onednn", core="fused"), Kernels(gradient_checkpointing=True)]
+    "kernels", [Kernels(matmul_backend="onednn", packed_attention="fused"), Kernels(gradient_checkpointing=True)]
 )
 def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     """Products by oneDNN give weights no gradient, so they are not taken: the steps are the same to the bit."""
     found = examples("llama")
     plain = fitted(b.wrap(tiny.model("llama")), found, config(**chosen))
     other = fitted(replace(b.wrap(tiny.model("llama")), kernels=kernels), found, config(**chosen))
-    assert "rows shared, core math, attention None, matmul_backend torch, compiled False" in other[1][0].machine
+    kernels_line = "path shared, packed_attention math, attn_implementation None, matmul_backend torch, compiled False"
+    assert kernels_line in other[1][0].machine
     assert [r.loss for r in plain[1]] == [r.loss for r in other[1]]
     for key, value in plain[0].trained.items():
         assert torch.equal(other[0].trained[key], value), key
 
 
 def test_a_large_vocabulary_leaves_the_head_its_gradient(monkeypatch):
-    monkeypatch.setattr(scoring, "LOGITS", 1)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 1)
     backbone, found = double("mistral"), examples("mistral")
-    measured = gradients(finetune.copied(backbone, config(**ALL)), found)
+    measured = gradients(copy_backbone(backbone, config(**ALL)), found)
     assert measured[1]["lm_head.weight"].abs().max() > 0
     expect(measured, backbone, "mistral", found)
 
@@ -243,18 +256,18 @@ def test_the_backbone_stays_as_it_was(chosen, dtype):
     weights, reports = fitted(backbone, examples("gpt2"), config(**chosen))
     assert len(reports) == 3
     assert state(backbone.model) == before
-    copied = weights.learner.backbone.model
+    copied = weights.backbone.model
     assert not {id(value) for value in copied.parameters()} & {id(value) for value in backbone.model.parameters()}
     assert not any(value.requires_grad or value.grad is not None for value in copied.parameters())
 
 
 def test_weights_are_trained_in_float32():
     backbone = b.wrap(tiny.model("llama").bfloat16())
-    weights = finetune.copied(backbone, config(**ALL))
-    for key, value in weights.learner.backbone.model.named_parameters():
+    weights = copy_backbone(backbone, config(**ALL))
+    for key, value in weights.backbone.model.named_parameters():
         assert value.dtype == torch.float32
         assert torch.equal(value, backbone.model.get_parameter(key).float())
-    list(finetune.fit(weights, examples("llama"), config(target="backbone", learning_rate=1e-6), pad=0))
+    list(train(weights, examples("llama"), config(target="backbone", learning_rate=1e-6)))
     moved = weights.trained["model.norm.weight"] - backbone.model.get_parameter("model.norm.weight").float()
     assert 0 < moved.abs().max() < 1e-5  # bfloat16 would have lost it
 
@@ -269,22 +282,22 @@ def test_weights_are_trained_in_float32():
 )
 def test_how_many_numbers_are_trained(name, head, count):
     backbone = b.wrap(tiny.model(name, head))
-    lora = finetune.copied(backbone, config(**LORA, lora={"rank": 4}))
+    lora = copy_backbone(backbone, config(**LORA, lora={"rank": 4}))
     assert lora.count == count
-    assert finetune.copied(backbone, config(**ALL)).count == sum(v.numel() for v in backbone.model.parameters())
-    assert finetune.copied(backbone, config(**LORA, lora={"rank": 8})).count > lora.count
+    assert copy_backbone(backbone, config(**ALL)).count == sum(v.numel() for v in backbone.model.parameters())
+    assert copy_backbone(backbone, config(**LORA, lora={"rank": 8})).count > lora.count
 
 
 def test_targets_of_lora():
     backbone = b.wrap(tiny.model("llama"))
-    only = finetune.copied(backbone, config(**LORA, lora={"targets": ["down_proj"], "rank": 2}))
+    only = copy_backbone(backbone, config(**LORA, lora={"targets": ["down_proj"], "rank": 2}))
     assert {key.split(".")[-4] for key in only.trained} == {"down_proj"}
-    every = finetune.copied(backbone, config(**LORA, lora={"targets": "all-linear"}))
+    every = copy_backbone(backbone, config(**LORA, lora={"targets": "all-linear"}))
     assert len({key.split(".")[-4] for key in every.trained}) == 7
     with pytest.raises(ConfigError, match=r"q_prj cannot be updated in LlamaForCausalLM; did you mean 'q_proj'\?"):
-        finetune.copied(backbone, config(**LORA, lora={"targets": ["q_prj"]}))
+        copy_backbone(backbone, config(**LORA, lora={"targets": ["q_prj"]}))
     with pytest.raises(ConfigError, match=r"targets: nothing\.\* cannot be updated .* possible: q_proj, .*all-linear"):
-        finetune.copied(backbone, config(**LORA, lora={"targets": "nothing.*"}))
+        copy_backbone(backbone, config(**LORA, lora={"targets": "nothing.*"}))
 
 
 def test_a_head_has_its_own_rate():
@@ -305,8 +318,8 @@ def test_the_same_seed_gives_the_same_numbers(chosen):
     backbone, found = b.wrap(tiny.model("llama")), examples("llama")
 
     def losses(seed):
-        weights = finetune.copied(backbone, config(**chosen), seed=seed)
-        reports = list(finetune.fit(weights, found, config(**chosen), pad=0, seed=seed))
+        weights = copy_backbone(backbone, config(**chosen), seed=seed)
+        reports = list(train(weights, found, config(**chosen), seed=seed))
         return [r.loss for r in reports], [raw(value) for value in weights.trained.values()]
 
     torch.manual_seed(123)
@@ -321,14 +334,14 @@ def test_the_same_seed_gives_the_same_numbers(chosen):
 
 def test_the_best_weights_are_what_remains():
     scores, seen = iter([0.2, 0.9, 0.4, 0.1]), []
-    weights = finetune.copied(b.wrap(tiny.model("llama")), config(**ALL))
+    weights = copy_backbone(b.wrap(tiny.model("llama")), config(**ALL))
 
     def validate():
         seen.append(weights.trained["lm_head.weight"].detach().clone())
         return next(scores)
 
     chosen = config(**{**ALL, "max_steps": 9}, eval_steps=1, early_stopping_patience=2)
-    reports = list(finetune.fit(weights, examples("llama"), chosen, pad=0, validate=validate))
+    reports = list(train(weights, examples("llama"), chosen, validate=validate))
     assert [r.score for r in reports] == [0.2, 0.9, 0.4, 0.1]  # and no fifth step
     assert torch.equal(weights.trained["lm_head.weight"], seen[1])
     assert not torch.equal(seen[1], seen[3])
@@ -343,8 +356,8 @@ def test_a_loss_that_is_no_number_stops_training():
 
 
 def test_training_that_is_broken_off_leaves_a_frozen_model():
-    weights = finetune.copied(b.wrap(tiny.model("llama")), config(**ALL))
-    with closing(finetune.fit(weights, examples("llama"), config(**ALL), pad=0)) as steps:
+    weights = copy_backbone(b.wrap(tiny.model("llama")), config(**ALL))
+    with closing(train(weights, examples("llama"), config(**ALL))) as steps:
         next(steps)
         assert all(value.requires_grad for value in weights.trained.values())
     assert not any(value.requires_grad for value in weights.trained.values())
@@ -394,33 +407,33 @@ def test_backbones_that_cannot_be():
     rounded = tiny.model("llama")
     quantize(b.freeze(rounded), "int8")
     with pytest.raises(BackboneError, match=r"is quantized \(int8\), and rounded weights cannot be trained"):
-        finetune.copied(b.wrap(rounded), config(**ALL))
+        copy_backbone(b.wrap(rounded), config(**ALL))
     spread = tiny.model("llama")
     spread.hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(BackboneError, match="spread over devices"):
-        finetune.copied(b.wrap(spread), config(**ALL))
+        copy_backbone(b.wrap(spread), config(**ALL))
     half = b.wrap(tiny.model("llama"))
     half.model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(BackboneError, match=r"attention 'flash_attention_2' reads half precision alone.*use sdpa"):
-        finetune.copied(half, config(**ALL))
+        copy_backbone(half, config(**ALL))
 
 
 def test_lora_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ConfigError, match=r"pip install 'softprompts\[lora\]'"):
-        finetune.copied(b.wrap(tiny.model("llama")), config(**LORA))
-    assert finetune.copied(b.wrap(tiny.model("llama")), config(**ALL)).count > 0
+        copy_backbone(b.wrap(tiny.model("llama")), config(**LORA))
+    assert copy_backbone(b.wrap(tiny.model("llama")), config(**ALL)).count > 0
 
 
 def test_nothing_to_train_on(monkeypatch):
-    weights = finetune.copied(b.wrap(tiny.model("llama")), config(**ALL))
+    weights = copy_backbone(b.wrap(tiny.model("llama")), config(**ALL))
     with pytest.raises(ConfigError, match="no rows to train on"):
-        next(finetune.fit(weights, [], config(**ALL), pad=0))
+        next(train(weights, [], config(**ALL)))
     with pytest.raises(TrainingError, match="no label to learn from"):
-        next(finetune.fit(weights, [EncodedExample([5, 6], [-100, -100])] * 4, config(**ALL), pad=0))
+        next(train(weights, [EncodedExample([5, 6], [-100, -100])] * 4, config(**ALL)))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="start it without a launcher"):
-        next(finetune.fit(weights, examples("llama"), config(**ALL), pad=0))
+        next(train(weights, examples("llama"), config(**ALL)))
 
 
 # Whole runs
@@ -485,7 +498,7 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
     prepared = job.prepare(run_of(values, "lora", learning_rate=1e-1))
     encoded = [prepared.encoders[0].example(row) for row in prepared.tasks[0].train]
     run = prepared.run
-    list(finetune.fit(prepared.weights, encoded, run.training, pad=0, seed=run.seed))
+    list(train(prepared.weights, encoded, run.training, seed=run.seed))
     asked = prepared.tasks[0].test[:4]
     answers = list(
         evaluate.answers(
@@ -501,7 +514,7 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
     with torch.no_grad():
         before = stock(ids).logits
         loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "out" / "lora").eval()
-        mine = prepared.weights.learner.backbone.model(ids).logits
+        mine = prepared.weights.backbone.model(ids).logits
         assert_close(loaded(ids).logits, mine)
         assert (mine - before).abs().max() > 1e-2
         for one, expected in zip(answers, judged(prepared, loaded), strict=True):
@@ -537,13 +550,13 @@ def test_a_run_with_a_head(values, tmp_path):
     assert len(results["validation"]) == 3
     prepared = job.prepare(run)
     encoded = [prepared.encoders[0].example(row) for row in prepared.tasks[0].train]
-    list(finetune.fit(prepared.weights, encoded, run.training, pad=0, seed=run.seed))
+    list(train(prepared.weights, encoded, run.training, seed=run.seed))
     stock = loading.load(str(bert), head="sequence", labels=2, dtype="float32", device="cpu").model  # the same start
-    finetune.save(prepared.weights, tmp_path / "kept")
+    backbone_weights.save(prepared.weights, tmp_path / "kept")
     loaded = peft.PeftModel.from_pretrained(stock, tmp_path / "kept").eval()
     ids = torch.tensor([encoded[0].input_ids])
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, prepared.weights.learner.backbone.model(ids).logits)
+        assert torch.equal(loaded(ids).logits, prepared.weights.backbone.model(ids).logits)
 
 
 def test_several_tasks_train_the_same_weights(values, tmp_path):

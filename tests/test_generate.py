@@ -63,7 +63,7 @@ def step_by_step(bb: Backbone, prompt: Prompt, site: injection.Site, text: Tenso
             ids = torch.cat([text[None], target], 1)
             whole = Batch(ids, torch.ones_like(ids), torch.zeros(1, dtype=torch.long), ids)
         with torch.no_grad():
-            logits = injection.forward(bb, whole, prompt, site).logits
+            logits = injection.score(bb, whole, prompt, site).logits
         assert logits is not None
         found.append(int(logits[-1].argmax()))
     return found
@@ -93,7 +93,7 @@ def test_words_continue_as_the_stock_model_continues_them(name: str, site: injec
 @pytest.mark.parametrize(("name", "site"), CASES, ids=called)
 def test_rows_with_prompts_of_their_own_equal_the_row_alone(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
-    width = injection.width(bb, site)
+    width = injection.prompt_width(bb, site)
     prompts = [rows.random(i, length, width) for i, length in enumerate((3, 6, 1))]
     texts, row = rows.texts("t5", (4, 8, 2, 5)), [1, 0, 2, 0]
     given = batch(name, texts, "right", 1)
@@ -122,7 +122,7 @@ def test_peers_caches_beams_and_static_caches_equal_the_row_alone(
     name: str, site: injection.Site, options: dict[str, Any]
 ) -> None:
     bb = tiny.backbone(name)
-    prompt = rows.single(rows.random(4, 3, injection.width(bb, site)), 3)
+    prompt = rows.single(rows.random(4, 3, injection.prompt_width(bb, site)), 3)
     texts, settings = rows.texts("t5", (5, 8, 2)), {**NEW, **options}
     found = generate(bb, batch(name, texts), prompt, site, **settings)
     each = options.get("num_return_sequences", 1)
@@ -204,7 +204,7 @@ def test_processors_see_the_text_and_only_the_text(site: injection.Site) -> None
 def test_lengths_count_the_text_and_not_the_prompt(site: injection.Site, given: str) -> None:
     bb = tiny.backbone("llama")
     model: Any = bb.model
-    prompt = rows.single(rows.random(1, 5, injection.width(bb, site)))
+    prompt = rows.single(rows.random(1, 5, injection.prompt_width(bb, site)))
     one = batch("llama", [rows.ids(3, 6)])
     ends = [i for i in range(96) if i != 5]  # every other token ends a text, where the least length allows it
     lengths = {"max_length": 12, "min_length": 9, "eos_token_id": ends, "pad_token_id": 0, "do_sample": False}
@@ -252,7 +252,7 @@ def test_without_a_prompt_it_is_the_stock_model(name: str) -> None:
 @pytest.mark.parametrize("site", [INPUT, REPLACE, KV], ids=called)
 def test_embeddings_take_the_place_of_ids(site: injection.Site) -> None:
     bb = tiny.backbone("llama")
-    prompt = rows.single(rows.random(1, 5, injection.width(bb, site)), 2)
+    prompt = rows.single(rows.random(1, 5, injection.prompt_width(bb, site)), 2)
     given = batch("llama", [rows.ids(1, 4), rows.ids(2, 6)])
     expected = generate(bb, given, prompt, site, **NEW)[:, 6:]
     bare = Batch(given.input_ids[:, :0], given.attention_mask, given.task_ids, inputs_embeds=bb.embed(given.input_ids))
@@ -264,7 +264,7 @@ def test_a_decoder_goes_on_from_given_ids() -> None:
         bb = tiny.backbone(name)
         start, ids = bb.model.config.decoder_start_token_id, rows.ids(8, 3)
         for site in rows.sites(name):
-            prompt = rows.single(rows.random(1, 4, injection.width(bb, site)))
+            prompt = rows.single(rows.random(1, 4, injection.prompt_width(bb, site)))
             given = batch(name, [rows.ids(1, 4)])
             found = generate(bb, given, prompt, site, **NEW)
             again = Batch(given.input_ids, given.attention_mask, given.task_ids, decoder_input_ids=found[:, :4])
@@ -292,7 +292,7 @@ def test_what_would_bypass_the_prompt_is_refused() -> None:
     for options in ({"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 2}, {"position_ids": one.input_ids}):
         with pytest.raises(BackboneError, match=f"{next(iter(options))} cannot be combined with a prompt"):
             generate(bb, one, prompt, INPUT, **options)
-    deep = rows.single(rows.random(1, 3, injection.width(bb, KV)))
+    deep = rows.single(rows.random(1, 3, injection.prompt_width(bb, KV)))
     with pytest.raises(BackboneError, match="possible: dynamic, static"):
         generate(bb, one, deep, KV, cache_implementation="offloaded")
     with pytest.raises(BackboneError, match="does not generate text"):
@@ -307,7 +307,7 @@ def test_the_model_is_left_as_it_was(site: injection.Site) -> None:
     model: Any = bb.model
     modules, config = list(model.modules()), model.config.to_dict()
     own, attributes = model.generation_config.to_dict(), set(vars(model))
-    prompt = rows.single(rows.random(1, 3, injection.width(bb, site)))
+    prompt = rows.single(rows.random(1, 3, injection.prompt_width(bb, site)))
     generate(bb, batch("llama", [rows.ids(1, 4)]), prompt, site, **NEW)
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
     assert (model.config.to_dict(), model.generation_config.to_dict(), set(vars(model))) == (config, own, attributes)
@@ -322,5 +322,5 @@ def test_nothing_continues_from_nothing() -> None:
     )
     with pytest.raises(BackboneError, match="without a prompt a text of no tokens cannot be continued; give the templ"):
         generate(bb, batch, None, INPUT, max_new_tokens=2)
-    prompt = rows.single(rows.random(1, 3, bb.features))
+    prompt = rows.single(rows.random(1, 3, bb.embedding_size))
     assert generate(bb, batch, prompt, INPUT, max_new_tokens=2, do_sample=False).shape[0] == 1

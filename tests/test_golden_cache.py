@@ -61,7 +61,7 @@ def positions_read(bb: b.Backbone, site: injection.Site) -> tuple[str, int]:
         tensor = kwargs["input_ids"] if tensor is None else tensor
         positions += tensor.shape[0] * tensor.shape[1]
 
-    prompt = rows.single(rows.random(0, PROMPT_LENGTH, injection.width(bb, site)), len(rows.LENGTHS))
+    prompt = rows.single(rows.random(0, PROMPT_LENGTH, injection.prompt_width(bb, site)), len(rows.LENGTHS))
     batch = rows.batch(name, rows.texts(name))
     injection.why_not_packed(bb)  # tries the model on a few tokens
     handle = bb.encoder.register_forward_pre_hook(count, with_kwargs=True)
@@ -104,7 +104,7 @@ def test_prompt_is_computed_once_where_the_model_has_a_cache(
 def test_prompts_are_read_before_any_text(name: str) -> None:
     """A prefix of keys and values is made once and reused; it is of the path that the family takes."""
     bb = tiny.backbone(name)
-    prefix = injection.read_prompts(bb, rows.single(rows.random(0, 3, bb.features)), rows.INPUT)
+    prefix = injection.compute_prefix(bb, rows.single(rows.random(0, 3, bb.embedding_size)), rows.INPUT)
     assert prefix is not None
     assert prefix.path == PATHS[name]
 
@@ -119,7 +119,7 @@ def test_a_wrong_name_would_switch_sharing_off(name: str, monkeypatch: pytest.Mo
     assert positions == expected_positions(path, rows.INPUT)
     assert positions > expected_positions(PATHS[name], rows.INPUT)
     with pytest.raises(BackboneError, match="site 'kv' needs a key-value cache, but"):
-        injection.width(bb, rows.KV)
+        injection.prompt_width(bb, rows.KV)
     with pytest.raises(BackboneError, match="takes no cache of keys and values; use site 'input'"):
         cache.cache_argument(bb.trunk, bb.new_cache())
 

@@ -397,7 +397,7 @@ def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site
 @pytest.mark.parametrize("broken", ["layer", "head"])
 def test_nothing_is_left_behind_after_an_error(name: str, broken: str) -> None:
     bb = b.wrap(tiny.model(name), name=name)
-    values = rows.random(0, 3, injection.width(bb, rows.REPLACE))
+    values = rows.random(0, 3, injection.prompt_width(bb, rows.REPLACE))
     batch = rows.batch(name, rows.texts(name))
     before = snapshot(bb.model)
     module = bb.layers[-1] if broken == "layer" else bb.model.get_output_embeddings()
@@ -407,10 +407,10 @@ def test_nothing_is_left_behind_after_an_error(name: str, broken: str) -> None:
 
     handle = module.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        injection.forward(bb, batch, rows.single(values, 4), rows.REPLACE)
+        injection.score(bb, batch, rows.single(values, 4), rows.REPLACE)
     handle.remove()
     assert snapshot(bb.model) == before
-    assert injection.forward(bb, batch, rows.single(values, 4), rows.REPLACE).logits.isfinite().all()
+    assert injection.score(bb, batch, rows.single(values, 4), rows.REPLACE).logits.isfinite().all()
 
 
 def test_a_head_that_reads_something_else_is_noticed() -> None:

@@ -69,7 +69,7 @@ def ours(output: Output, head: str, index: int, batch: Batch) -> Tensor:
     if head == "token":
         return rows.of_row(output, index)
     if head == "features":
-        return output.hidden[index][batch.attention_mask[index].bool()]
+        return output.hidden_states[index][batch.attention_mask[index].bool()]
     both = output.logits.view(2, len(batch.input_ids), -1)[:, index]
     assert (both[:, batch.attention_mask[index] == 0] == torch.finfo(both.dtype).min).all(), (
         "padding must never be chosen"
@@ -104,8 +104,8 @@ def test_heads(name: str, head: str, site: injection.Site) -> None:
     for (side, extra), path in itertools.product(sides, (None, *rows.paths(name, site))):
         text, mask = rows.pad(texts, side, extra, value=3)
         batch = with_labels(Batch(text, mask, torch.zeros(len(texts), dtype=torch.long)), head)
-        output = injection.forward(bb, batch, rows.single(values, len(texts)), site, path=path)
-        bare = injection.forward(bb, batch, None, site)
+        output = injection.score(bb, batch, rows.single(values, len(texts)), site, path=path)
+        bare = injection.score(bb, batch, None, site)
         for i, row in enumerate(texts):
             full = torch.cat([row[:place], words, row[place:]])
             where = [*range(place), *range(place + 4, len(full))]
@@ -120,14 +120,14 @@ def test_heads_mixed_rows(name: str) -> None:
     """Sequence scores of a batch with prompts of several lengths equal those of each row alone."""
     bb = tiny.backbone(name, "sequence")
     texts = [torch.cat([t, torch.tensor([2])]) for t in rows.texts(name)]
-    values = [rows.random(i, n, bb.features) for i, n in enumerate((2, 9))]
+    values = [rows.random(i, n, bb.embedding_size) for i, n in enumerate((2, 9))]
     text, mask = rows.pad(texts, "left", 1, value=3)
     batch = Batch(text, mask, torch.zeros(4))
-    mixed = injection.forward(bb, batch, rows.several(values, [0, 1, 1, 0]), INPUT).logits
+    mixed = injection.score(bb, batch, rows.several(values, [0, 1, 1, 0]), INPUT).logits
     for i, who in enumerate([0, 1, 1, 0]):
         alone = Batch(texts[i][None], torch.ones(1, len(texts[i])), torch.zeros(1))
         torch.testing.assert_close(
-            mixed[i], injection.forward(bb, alone, rows.single(values[who]), INPUT).logits[0], **CLOSE
+            mixed[i], injection.score(bb, alone, rows.single(values[who]), INPUT).logits[0], **CLOSE
         )
 
 
@@ -140,7 +140,7 @@ def test_sequence_head_reads_a_prompt_behind_the_text(name: str) -> None:
     values = rows.random(0, 4, 32)
     text, mask = rows.pad(texts, "left", 1, value=3)
     batch = Batch(text, mask, torch.zeros(2), prompt_offsets=torch.tensor([5, 3]))
-    output = injection.forward(bb, batch, rows.single(values, 2), INPUT)
+    output = injection.score(bb, batch, rows.single(values, 2), INPUT)
     for i, row in enumerate(texts):
         state = bb.trunk(inputs_embeds=torch.cat([bb.embedding(row), values])[None]).last_hidden_state[0, -1]
         torch.testing.assert_close(output.logits[i], bb.model.score(state), **CLOSE)
@@ -159,7 +159,7 @@ def losses(name: str, head: str, labels: Tensor, classes: int = 3) -> tuple[Tens
     words, row = rows.ids(7, 4), rows.texts(name, (6,))[0]
     batch = Batch(row[None], torch.ones(1, 6), torch.zeros(1), labels)
     prompt = rows.single(initialization.from_ids(bb, INPUT, words))
-    output = injection.forward(bb, batch, prompt, INPUT)
+    output = injection.score(bb, batch, prompt, INPUT)
     place = int(bb.family.name == "masked")
     full = torch.cat([row[:place], words, row[place:]])[None]
     given: dict[str, Tensor] = {"labels": labels}
@@ -194,7 +194,7 @@ def test_losses_of_batches() -> None:
     text, mask = rows.pad(rows.texts("llama"), "left", value=3)
     batch = Batch(text, mask, torch.zeros(4), torch.tensor([0.5, -1.0, 2.0, 0.0]))
     prompt: Prompt = rows.single(rows.random(0, 3, 32), 4)
-    output = injection.forward(bb, batch, prompt, INPUT)
+    output = injection.score(bb, batch, prompt, INPUT)
     assert output.logits.shape == (4, 1)
     expected = (output.logits[:, 0] - batch.labels).square().mean()
     torch.testing.assert_close(objectives.task(Step(batch, prompt, output, lambda _: output)), expected)
@@ -204,10 +204,10 @@ def test_no_labels_no_loss() -> None:
     bb = tiny.backbone("llama")
     batch = rows.batch("llama", rows.texts("llama"))
     prompt = rows.single(rows.random(0, 3, 32), 4)
-    bare = injection.forward(bb, batch, None, INPUT)
+    bare = injection.score(bb, batch, None, INPUT)
     for labels in (None, torch.full_like(batch.labels, IGNORE)):
-        output = injection.forward(bb, replace(batch, labels=labels), prompt, INPUT)
-        assert output.last is not None
+        output = injection.score(bb, replace(batch, labels=labels), prompt, INPUT)
+        assert output.last_state is not None
         with pytest.raises(ValueError, match="the batch holds no label to learn from"):
             objectives.task(Step(batch, prompt, output, lambda _: bare))
 
@@ -216,16 +216,16 @@ def test_labels_are_optional() -> None:
     """Sequence and span heads score without labels; hidden states come where asked for, in the text's layout."""
     for head, shape in (("sequence", (4, 3)), ("span", (8, 10))):
         text, mask = rows.pad(rows.texts("bert"), "left", 1)
-        output = injection.forward(tiny.backbone("bert", head), Batch(text, mask, torch.zeros(4)), None, INPUT)
+        output = injection.score(tiny.backbone("bert", head), Batch(text, mask, torch.zeros(4)), None, INPUT)
         assert output.logits.shape == shape
         assert output.labels is None
     batch = rows.batch("llama", rows.texts("llama"), "left", 1)
     for site in (INPUT, REPLACE):
-        values = rows.random(0, 3, injection.width(tiny.backbone("llama"), site))
+        values = rows.random(0, 3, injection.prompt_width(tiny.backbone("llama"), site))
         one, *others = (
-            injection.forward(
-                tiny.backbone("llama"), batch, rows.single(values, 4), site, hidden=True, path=path
-            ).hidden
+            injection.score(
+                tiny.backbone("llama"), batch, rows.single(values, 4), site, return_hidden_states=True, path=path
+            ).hidden_states
             for path in rows.paths("llama", site)
         )
         assert one.shape == (4, 10, 32)
@@ -241,7 +241,7 @@ def test_hidden_of_encoder_decoder_models(name: str) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
     batch, values = rows.batch(name, texts, "left", 2), rows.random(0, 3, 32)
     for given in (batch, replace(batch, labels=None)):
-        hidden = injection.forward(bb, given, rows.single(values, 4), INPUT, hidden=True).hidden
+        hidden = injection.score(bb, given, rows.single(values, 4), INPUT, return_hidden_states=True).hidden_states
         for i, row in enumerate(texts):
             full = torch.cat([values, bb.embedding(row)])[None]
             expected = bb.encoder(inputs_embeds=full).last_hidden_state[0, 3:]

@@ -53,7 +53,7 @@ def prompt_of(made: Any) -> Tensor:
 
 def values_for(name: str) -> Tensor:
     """A prompt for site input."""
-    return rows.random(1, P, tiny.backbone(name).features)
+    return rows.random(1, P, tiny.backbone(name).embedding_size)
 
 
 def loss(output: Output) -> Tensor:
@@ -69,7 +69,7 @@ def same_loss_and_gradient(name: str, batch: Batch, path: str) -> None:
     theirs = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     (gradient,) = torch.autograd.grad(theirs, prompt_of(made))
     values = values_for(name).requires_grad_()
-    output = injection.forward(tiny.backbone(name), batch, rows.single(values, len(batch.input_ids)), INPUT, path=path)
+    output = injection.score(tiny.backbone(name), batch, rows.single(values, len(batch.input_ids)), INPUT, path=path)
     ours = loss(output)
     torch.testing.assert_close(ours, theirs, **CLOSE)
     (own,) = torch.autograd.grad(ours, values)
@@ -99,7 +99,7 @@ def test_first_sequence_classification(name: str) -> None:
     made = wrapped(name, "sequence", values_for(name))
     theirs = made(input_ids=text, attention_mask=mask, labels=labels)
     batch = Batch(text, mask, torch.zeros(3), labels)
-    output = injection.forward(tiny.backbone(name, "sequence"), batch, rows.single(values_for(name), 3), FIRST)
+    output = injection.score(tiny.backbone(name, "sequence"), batch, rows.single(values_for(name), 3), FIRST)
     torch.testing.assert_close(output.logits, theirs.logits, **CLOSE)
     torch.testing.assert_close(loss(output), theirs.loss, **CLOSE)
 
@@ -116,7 +116,7 @@ def test_peers_left_padding(name: str) -> None:
             warnings.simplefilter("ignore")
             seen = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[0, P + extra :]
         theirs.append(seen)
-        ours.append(injection.forward(tiny.backbone(name), batch, rows.single(values_for(name)), INPUT).logits)
+        ours.append(injection.score(tiny.backbone(name), batch, rows.single(values_for(name)), INPUT).logits)
     assert (theirs[0] - theirs[1]).abs().max() > 1e-2
     torch.testing.assert_close(ours[1], ours[0], **CLOSE)
 
@@ -128,9 +128,9 @@ def test_peers_extra_positions(name: str) -> None:
     batch = rows.batch(name, rows.texts(name), "left")
     theirs = wrapped(name)(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     assert theirs.shape[1] == batch.labels.shape[1] + P
-    output = injection.forward(tiny.backbone(name), batch, rows.single(values_for(name), 4), INPUT)
+    output = injection.score(tiny.backbone(name), batch, rows.single(values_for(name), 4), INPUT)
     assert len(output.logits) == len(output.labels) == int((batch.labels != IGNORE).sum())
-    assert batch.labels[output.row, output.column].equal(output.labels)
+    assert batch.labels[output.batch_rows, output.label_columns].equal(output.labels)
 
 
 @torch.no_grad()
@@ -142,7 +142,7 @@ def test_peers_token_classification(name: str) -> None:
     with pytest.raises((ValueError, RuntimeError)):
         wrapped(name, "token")(input_ids=text, attention_mask=mask, labels=labels)
     bb, values = tiny.backbone(name, "token"), values_for(name)
-    output = injection.forward(bb, Batch(text, mask, torch.zeros(4), labels), rows.single(values, 4), INPUT)
+    output = injection.score(bb, Batch(text, mask, torch.zeros(4), labels), rows.single(values, 4), INPUT)
     words = bb.embedding(text)
     full = torch.cat([words[:, :1], values.expand(4, -1, -1), words[:, 1:]], 1)
     longer = torch.cat([mask[:, :1], torch.ones(4, P), mask[:, 1:]], 1)
@@ -164,9 +164,7 @@ def test_peers_question_answering(name: str) -> None:
     concatenated = functools.partial(bb.model, inputs_embeds=torch.cat([values, bb.embedding(row)])[None])
     unshifted = concatenated(start_positions=labels[:, 0], end_positions=labels[:, 1])
     torch.testing.assert_close(theirs.loss, unshifted.loss, **CLOSE)
-    output = injection.forward(
-        bb, Batch(row[None], torch.ones(1, 7), torch.zeros(1), labels), rows.single(values), FIRST
-    )
+    output = injection.score(bb, Batch(row[None], torch.ones(1, 7), torch.zeros(1), labels), rows.single(values), FIRST)
     torch.testing.assert_close(output.logits[0], unshifted.start_logits[0, P:], **CLOSE)
     torch.testing.assert_close(output.logits[1], unshifted.end_logits[0, P:], **CLOSE)
     shifted = [unshifted.start_logits[:, P:], unshifted.end_logits[:, P:]]
@@ -187,7 +185,7 @@ def test_peers_sequence_classification_pools_right_slot(name: str) -> None:
         theirs = made(input_ids=text, attention_mask=mask).logits[1]
         alone = made(input_ids=texts[1][None], attention_mask=torch.ones(1, 3)).logits[0]
     assert (theirs - alone).abs().max() > 1e-2
-    output = injection.forward(bb, Batch(text, mask, torch.zeros(2)), rows.single(values_for(name), 2), INPUT)
+    output = injection.score(bb, Batch(text, mask, torch.zeros(2)), rows.single(values_for(name), 2), INPUT)
     torch.testing.assert_close(output.logits[1], alone, **CLOSE)
 
 
@@ -202,7 +200,7 @@ def test_peers_sequence_classification_pools_virtual_token() -> None:
         pooled.append(bb.model.classifier(torch.tanh(bb.trunk.pooler.dense(state))))
     theirs = wrapped("bert", "sequence", values)(input_ids=row[None], attention_mask=torch.ones(1, 6)).logits
     torch.testing.assert_close(theirs, pooled[0], **CLOSE)
-    ours = injection.forward(bb, Batch(row[None], torch.ones(1, 6), torch.zeros(1)), rows.single(values), INPUT).logits
+    ours = injection.score(bb, Batch(row[None], torch.ones(1, 6), torch.zeros(1)), rows.single(values), INPUT).logits
     torch.testing.assert_close(ours, pooled[1], **CLOSE)
 
 
@@ -216,7 +214,7 @@ def test_peers_seq2seq_unused_rows(name: str) -> None:
     assert prompt_of(made).grad[P:].abs().sum() == 0
     values = values_for(name).requires_grad_()
     assert injection.prompt_spec(tiny.backbone(name), INPUT, ("a",), P).length == P
-    loss(injection.forward(tiny.backbone(name), batch, rows.single(values, 4), INPUT)).backward()
+    loss(injection.score(tiny.backbone(name), batch, rows.single(values, 4), INPUT)).backward()
     assert values.grad.abs().sum(1).gt(0).all()
 
 
@@ -231,7 +229,7 @@ def test_peers_factorized_embeddings(name: str, head: str) -> None:
         made(input_ids=text, attention_mask=mask)
     assert injection.prompt_spec(bb, INPUT, P).width == 24
     labels = text if head == "lm" else torch.tensor([0, 1])
-    output = injection.forward(bb, Batch(text, mask, torch.zeros(2), labels), rows.single(values_for(name), 2), INPUT)
+    output = injection.score(bb, Batch(text, mask, torch.zeros(2), labels), rows.single(values_for(name), 2), INPUT)
     assert output.logits.isfinite().all()
 
 
@@ -248,7 +246,7 @@ def test_peers_mixed_tasks() -> None:
     ignored = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(asked, ignored)
     mixed = rows.several([values_for("llama"), other], [0, 1])
-    ours = injection.forward(tiny.backbone("llama"), batch, mixed, INPUT)
+    ours = injection.score(tiny.backbone("llama"), batch, mixed, INPUT)
     made.set_adapter("other")
     theirs = made(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     torch.testing.assert_close(rows.of_row(ours, 0), ignored[0, P - 1 : -1], **CLOSE)
@@ -261,9 +259,9 @@ def test_peers_gradient_checkpointing() -> None:
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     bb, batch = b.wrap(model, name="llama"), rows.batch("llama", rows.texts("llama"))
     for site in rows.sites("llama"):
-        values = rows.random(0, P, injection.width(bb, site)).requires_grad_()
-        ours = loss(injection.forward(bb, batch, rows.single(values, 4), site))
-        plain = loss(injection.forward(tiny.backbone("llama"), batch, rows.single(values, 4), site))
+        values = rows.random(0, P, injection.prompt_width(bb, site)).requires_grad_()
+        ours = loss(injection.score(bb, batch, rows.single(values, 4), site))
+        plain = loss(injection.score(tiny.backbone("llama"), batch, rows.single(values, 4), site))
         torch.testing.assert_close(ours, plain)
         torch.testing.assert_close(torch.autograd.grad(ours, values), torch.autograd.grad(plain, values))
 
@@ -277,7 +275,7 @@ def test_peers_generated_tokens(name: str, site: injection.Site) -> None:
     What is right is what PEFT's own forward says when it reads the whole text again for each token.
     """
     text, new = rows.texts(name)[1], 8
-    values = rows.random(1, P, injection.width(tiny.backbone(name), site))
+    values = rows.random(1, P, injection.prompt_width(tiny.backbone(name), site))
     options: dict[str, Any] = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     ours = generation.generate(tiny.backbone(name), rows.batch(name, [text]), rows.single(values), site, **options)
     kind = peft.PromptTuningConfig if site == INPUT else peft.PrefixTuningConfig
@@ -303,4 +301,4 @@ def test_peers_default_start() -> None:
     words = initialization.initialize(InitConfig(), bb, INPUT, slot).prompt
     assert all((bb.embedding.weight == word).all(1).any() for word in words)
     noise = initialization.initialize(InitConfig(kind="random"), bb, INPUT, slot).prompt
-    assert float(noise.square().mean().sqrt()) == pytest.approx(bb.rms, rel=0.1)
+    assert float(noise.square().mean().sqrt()) == pytest.approx(bb.embedding_rms, rel=0.1)

@@ -40,7 +40,7 @@ def order(place: Sequence[int], sizes: Sequence[int], count: int) -> list[int]:
 
 def scoring(bb: Backbone, full: Sequence[int], length: int) -> list[int]:
     """Positions of a full row that score its text tokens, those that something scores."""
-    back = int(bb.family.shifted)
+    back = int(bb.family.scores_next_token)
     return [at - back for at, token in enumerate(full) if token >= length and at >= back]
 
 
@@ -102,7 +102,7 @@ def test_words_in_segments(name: str) -> None:
     prompt = rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
     expected = [read_words(bb, words, row, place, SIZES) for row, place in zip(texts, PLACES, strict=True)]
     for side, extra in PADDINGS:
-        output = injection.forward(bb, slotted(rows.batch(name, texts, side, extra)), prompt, INPUT)
+        output = injection.score(bb, slotted(rows.batch(name, texts, side, extra)), prompt, INPUT)
         assert output.path.startswith("concatenation")
         for i, scores in enumerate(expected):
             torch.testing.assert_close(rows.of_row(output, i), scores, **CLOSE)
@@ -112,10 +112,10 @@ def test_words_in_segments(name: str) -> None:
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.MAIN, ("layers",)), ids=called)
 def test_deep_prompts_in_segments(name: str, site: injection.Site) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
-    values = rows.random(3, sum(SIZES), injection.width(bb, site))
+    values = rows.random(3, sum(SIZES), injection.prompt_width(bb, site))
     parted = replace(site, place="template", segments=SIZES)  # the site says the sizes, the batch the places
     batch = replace(rows.batch(name, texts, "left", 1), prompt_offsets=torch.tensor(PLACES))
-    output = injection.forward(bb, batch, rows.single(values, len(texts)), parted)
+    output = injection.score(bb, batch, rows.single(values, len(texts)), parted)
     for i, (row, place) in enumerate(zip(texts, PLACES, strict=True)):
         torch.testing.assert_close(rows.of_row(output, i), by_hand(bb, site, values, row, place, SIZES), **CLOSE)
 
@@ -124,7 +124,7 @@ def test_deep_prompts_in_segments(name: str, site: injection.Site) -> None:
 def test_rows_of_other_prompts_and_segments(name: str) -> None:
     """Prompts of other lengths, in one to three segments, share a batch; each row and the gradient are as alone."""
     bb, texts = tiny.backbone(name), rows.texts(name)
-    values = [rows.random(i, n, bb.features).requires_grad_() for i, n in enumerate((2, 6, 5))]
+    values = [rows.random(i, n, bb.embedding_size).requires_grad_() for i, n in enumerate((2, 6, 5))]
     used = [1, 0, 2, 1]
     sizes = ((1, 2, 3), (2,), (4, 1), (1, 2, 3))
     places = ((0, 2, 5), (4,), (0, 1), (7, 7, 7))
@@ -139,7 +139,7 @@ def test_rows_of_other_prompts_and_segments(name: str) -> None:
         batch = replace(
             rows.batch(name, texts, side, extra), prompt_offsets=torch.tensor(padded), segment_lengths=parts
         )
-        output = injection.forward(bb, batch, rows.several(values, used), INPUT)
+        output = injection.score(bb, batch, rows.several(values, used), INPUT)
         found = [rows.of_row(output, i) for i in range(4)]
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
@@ -155,20 +155,20 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
     if site.name not in ("input", "layers"):
         return
     parted = replace(site, place="template", segments=SIZES)
-    made = contract.learner(name, method, parted)
-    for i, parameter in enumerate(made.method.parameters()):
+    made = contract.tuned(name, method, parted)
+    for i, parameter in enumerate(made.prompts.parameters()):
         parameter.add_(rows.random(40 + i, *parameter.shape) / 4)
     places = ((0, 2), (1, 2), (2, 2), (0, 1))
     batch = replace(contract.batch_of(name, [2, 0, 1, 2]), prompt_offsets=torch.tensor(places))
-    prompt = made.prompt(batch)
+    prompt = made.make_prompts(batch)
     every = batch.input_ids.masked_fill(
         batch.attention_mask == 0, -100
     )  # all of the text is scored, whatever made the prompt
     seen = batch if made.backbone.family.name == "seq2seq" else replace(batch, labels=every)
-    output = injection.forward(made.backbone, seen, prompt, parted)
+    output = injection.score(made.backbone, seen, prompt, parted)
     for i, place in enumerate(places):
         row, own = batch.input_ids[i][batch.attention_mask[i].bool()], prompt.prompt_index[i]
-        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.slot.features)
+        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.backbone.embedding_size)
         if prompt.embedding_delta is not None:
             reach = min(int(prompt.embedding_delta.reach[i]), prompt.embedding_delta.values.shape[1])
             added[:reach] = prompt.embedding_delta.values[own, :reach]
@@ -182,11 +182,11 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
 def test_slots_before_the_text_are_shared(name: str) -> None:
     """Where nothing stands before any segment, prompts are computed once, as at place `first`."""
     bb, texts = tiny.backbone(name), rows.texts(name)
-    values = rows.random(0, 5, bb.features).requires_grad_()
+    values = rows.random(0, 5, bb.embedding_size).requires_grad_()
     prompt, batch = rows.single(values, len(texts)), rows.batch(name, texts, "left", 1)
-    plain = injection.forward(bb, batch, prompt, INPUT)
+    plain = injection.score(bb, batch, prompt, INPUT)
     for path in (None, *rows.paths(name, INPUT)):
-        found = injection.forward(bb, slotted(batch, [(0, 0)] * len(texts)), prompt, INPUT, path=path)
+        found = injection.score(bb, slotted(batch, [(0, 0)] * len(texts)), prompt, INPUT, path=path)
         assert found.path.startswith(path or plain.path)
         for i in range(len(texts)):
             torch.testing.assert_close(rows.of_row(found, i), rows.of_row(plain, i), **CLOSE)
@@ -222,7 +222,7 @@ def test_continuations_behind_segments(name: str) -> None:
             (slotted(batch), INPUT, PLACES),
             (batch, suffix, [(len(row), len(row)) for row in texts]),
         ):
-            found = injection.continuations(bb, one, prompt, site, candidates)
+            found = injection.score_continuations(bb, one, prompt, site, candidates)
             for i, (row, place) in enumerate(zip(texts, places, strict=True)):
                 for c, candidate in enumerate(candidates):
                     whole = torch.cat([torch.cat([words, row])[order(place, SIZES, len(row))], torch.tensor(candidate)])
@@ -231,8 +231,8 @@ def test_continuations_behind_segments(name: str) -> None:
                     torch.testing.assert_close(found[i, c], own, atol=2e-5, rtol=1e-5)
     empty = rows.batch(name, [rows.ids(0, 0)])
     for site in (suffix, injection.Site(place="after_start")):  # no text: behind it and before it are the same
-        found = injection.continuations(bb, empty, prompt.rows(torch.tensor([0])), site, candidates)
-        front = injection.continuations(bb, empty, prompt.rows(torch.tensor([0])), INPUT, candidates)
+        found = injection.score_continuations(bb, empty, prompt.rows(torch.tensor([0])), site, candidates)
+        front = injection.score_continuations(bb, empty, prompt.rows(torch.tensor([0])), INPUT, candidates)
         torch.testing.assert_close(found, front, atol=2e-5, rtol=1e-5)
 
 
@@ -245,7 +245,7 @@ def test_at_the_front_and_behind_the_first_token(name: str, place: str) -> None:
     stands = int(place == "after_start")
     expected = [read_words(bb, words, row, (stands,), (4,)) for row in texts]
     for side, extra in PADDINGS:
-        output = injection.forward(bb, rows.batch(name, texts, side, extra), prompt, injection.Site(place=place))
+        output = injection.score(bb, rows.batch(name, texts, side, extra), prompt, injection.Site(place=place))
         for i, scores in enumerate(expected):
             torch.testing.assert_close(rows.of_row(output, i), scores, **CLOSE)
 
@@ -259,14 +259,14 @@ def test_suffix(name: str) -> None:
     known = (2, 9, 0, 6)  # text tokens before the first label
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
-        if bb.family.shifted:
+        if bb.family.scores_next_token:
             begins = (batch.attention_mask.cumsum(1) - 1 >= torch.tensor(known)[:, None]) & batch.attention_mask.bool()
             batch = replace(batch, labels=batch.labels.where(begins, -100))
-        output = injection.forward(bb, batch, prompt, site)
+        output = injection.score(bb, batch, prompt, site)
         for i, row in enumerate(texts):
-            place = known[i] if bb.family.shifted else len(row) - (bb.family.name == "masked")
+            place = known[i] if bb.family.scores_next_token else len(row) - (bb.family.name == "masked")
             expected = read_words(bb, words, row, (place,), (4,))
-            if bb.family.shifted:  # the first label is scored by what stands before it, text or prompt
+            if bb.family.scores_next_token:  # the first label is scored by what stands before it, text or prompt
                 expected = expected[len(expected) - (len(row) - place) :]
             torch.testing.assert_close(rows.of_row(output, i), expected, **CLOSE)
 
@@ -277,7 +277,7 @@ def test_types_and_positions_go_on_where_the_prompt_stands() -> None:
     bb, row = tiny.backbone("bert"), rows.texts("bert", (6,))[0]
     types, values = torch.tensor([0, 0, 0, 1, 1, 1]), rows.random(3, 3, 32)
     batch = replace(rows.batch("bert", [row], "left", 2), token_type_ids=torch.nn.functional.pad(types[None], (2, 0)))
-    output = injection.forward(bb, slotted(batch, [(2, 5)], (1, 2)), rows.single(values), INPUT)
+    output = injection.score(bb, slotted(batch, [(2, 5)], (1, 2)), rows.single(values), INPUT)
     full = order((2, 5), (1, 2), 6)
     both = torch.cat([values, bb.embedding(row)])[full][None]
     seen = bb.model(inputs_embeds=both, token_type_ids=torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1]])).logits[0]
@@ -285,7 +285,7 @@ def test_types_and_positions_go_on_where_the_prompt_stands() -> None:
     bb, row = tiny.backbone("llama"), rows.texts("llama", (6,))[0]
     own = torch.tensor([[0, 0, 0, 1, 2, 7, 8, 9]])
     batch = replace(rows.batch("llama", [row], "left", 2), position_ids=own)
-    output = injection.forward(bb, slotted(batch, [(0, 3)], (1, 2)), rows.single(values), INPUT)
+    output = injection.score(bb, slotted(batch, [(0, 3)], (1, 2)), rows.single(values), INPUT)
     full = order((0, 3), (1, 2), 6)
     both = torch.cat([values, bb.embedding(row)])[full][None]
     ids = torch.tensor([[0, 1, 2, 3, 4, 5, 10, 11, 12]])
@@ -298,10 +298,10 @@ def test_the_prompt_is_left_out_where_there_is_none() -> None:
     """Rows with slots are the stock model's own without a prompt."""
     bb, texts = tiny.backbone("llama"), rows.texts("llama")
     batch = rows.batch("llama", texts)
-    output = injection.forward(bb, slotted(batch), None, injection.Site(place="template"))
-    torch.testing.assert_close(output.logits, injection.forward(bb, batch, None, INPUT).logits)
-    found = injection.continuations(bb, slotted(batch), None, INPUT, [[7], [8, 9]])
-    torch.testing.assert_close(found, injection.continuations(bb, batch, None, INPUT, [[7], [8, 9]]))
+    output = injection.score(bb, slotted(batch), None, injection.Site(place="template"))
+    torch.testing.assert_close(output.logits, injection.score(bb, batch, None, INPUT).logits)
+    found = injection.score_continuations(bb, slotted(batch), None, INPUT, [[7], [8, 9]])
+    torch.testing.assert_close(found, injection.score_continuations(bb, batch, None, INPUT, [[7], [8, 9]]))
 
 
 def test_what_is_refused() -> None:
@@ -340,15 +340,15 @@ def test_what_is_refused() -> None:
         (batch, injection.Site("kv", place="template"), "place 'template' is not possible at site 'kv'"),
     ):
         with pytest.raises(BackboneError, match=message):
-            injection.forward(bb, one, prompt, site)
-    deep = rows.single(rows.random(0, 5, injection.width(bb, KV)), 2)
+            injection.score(bb, one, prompt, site)
+    deep = rows.single(rows.random(0, 5, injection.prompt_width(bb, KV)), 2)
     with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything, but the rows put text"):
-        injection.forward(bb, slotted(batch, two.tolist()), deep, KV)
+        injection.score(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything"):
         generation.generate(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="place 'suffix' is not possible at site 'decoder'"):
-        injection.width(tiny.backbone("t5"), injection.Site("decoder", place="suffix"))
-    assert injection.width(bb, replace(ADD, place="suffix")) == injection.width(bb, REPLACE)
+        injection.prompt_width(tiny.backbone("t5"), injection.Site("decoder", place="suffix"))
+    assert injection.prompt_width(bb, replace(ADD, place="suffix")) == injection.prompt_width(bb, REPLACE)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)
@@ -363,14 +363,14 @@ def test_layout_of_segments(data: st.DataObject) -> None:
     left = data.draw(st.booleans())
     mask = torch.arange(width)[None] < torch.tensor(texts)[:, None]
     prompt = rows.several([torch.zeros(sum(size), 1) for size in sizes], range(count))
-    where = injection.layout(mask, torch.tensor(places), prompt, left, torch.tensor(sizes))
+    where = injection.layout_rows(mask, torch.tensor(places), prompt, left, torch.tensor(sizes))
     slots = max(map(sum, sizes))
     for i, (text, size, place) in enumerate(zip(texts, sizes, places, strict=True)):
         spare = slots - sum(size)  # a short prompt stands at the right edge of its slot
         expected = [token + spare for token in order(place, size, text)]
-        begin = where.mask.shape[1] - len(expected) if left else 0
-        assert where.mask[i].nonzero()[:, 0].tolist() == list(range(begin, begin + len(expected)))
-        assert where.source[i][where.mask[i]].tolist() == expected
-        assert where.ids[i][where.mask[i]].tolist() == list(range(len(expected)))
-        assert where.position[i, :text].tolist() == [begin + expected.index(slots + t) for t in range(text)]
-        assert [t for t in where.slot[i].tolist() if t >= 0] == list(range(spare, slots))
+        begin = where.attention_mask.shape[1] - len(expected) if left else 0
+        assert where.attention_mask[i].nonzero()[:, 0].tolist() == list(range(begin, begin + len(expected)))
+        assert where.gather_index[i][where.attention_mask[i]].tolist() == expected
+        assert where.position_ids[i][where.attention_mask[i]].tolist() == list(range(len(expected)))
+        assert where.text_positions[i, :text].tolist() == [begin + expected.index(slots + t) for t in range(text)]
+        assert [t for t in where.prompt_slots[i].tolist() if t >= 0] == list(range(spare, slots))

@@ -24,7 +24,7 @@ LENGTHS = (2, 9, 5)  # a sliding window of 6 is shorter than one prompt alone an
 def prompts(name: str, site: injection.Site) -> list[torch.Tensor]:
     """Three prompts of different lengths; one length where a decoder that counts positions itself wants it."""
     lengths = (4, 4, 4) if (name, site) == ("bart", KV) else LENGTHS
-    width = injection.width(tiny.backbone(name), site)
+    width = injection.prompt_width(tiny.backbone(name), site)
     return [rows.random(i, length, width) for i, length in enumerate(lengths)]
 
 
@@ -34,18 +34,18 @@ def test_rows(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     texts, values = rows.texts(name), prompts(name, site)
     alone = [
-        injection.forward(bb, rows.batch(name, [text]), rows.single(values[who]), site).logits
+        injection.score(bb, rows.batch(name, [text]), rows.single(values[who]), site).logits
         for text, who in zip(texts, WHO, strict=True)
     ]
     mixed = rows.several(values, WHO)
     layouts = [("right", 0), ("right", 4), ("left", 0), ("left", 5)]
     for (side, extra), path in itertools.product(layouts, (None, *rows.paths(name, site))):
-        output = injection.forward(bb, rows.batch(name, texts, side, extra), mixed, site, path=path)
+        output = injection.score(bb, rows.batch(name, texts, side, extra), mixed, site, path=path)
         for i, expected in enumerate(alone):
             torch.testing.assert_close(rows.of_row(output, i), expected, **CLOSE)
     # Some rows of a batch, and the same rows under another order.
     index = torch.tensor([3, 1])
-    output = injection.forward(bb, rows.batch(name, texts, "left").rows(index), mixed.rows(index), site)
+    output = injection.score(bb, rows.batch(name, texts, "left").rows(index), mixed.rows(index), site)
     for i, row in enumerate(index):
         torch.testing.assert_close(rows.of_row(output, i), alone[row], **CLOSE)
 
@@ -66,8 +66,8 @@ def test_mixed_prompts_of_tasks(name: str, site: injection.Site) -> None:
             getattr(mixed, field)[mixed.prompt_index].float(), getattr(expected, field)[WHO].float()
         )
     batch = rows.batch(name, rows.texts(name), "left")
-    ours = injection.forward(bb, batch, mixed, site)
-    torch.testing.assert_close(ours.logits, injection.forward(bb, batch, expected, site).logits, **CLOSE)
+    ours = injection.score(bb, batch, mixed, site)
+    torch.testing.assert_close(ours.logits, injection.score(bb, batch, expected, site).logits, **CLOSE)
 
 
 def test_mix_refuses() -> None:
@@ -80,11 +80,11 @@ def test_mix_refuses() -> None:
 
 def test_bart_kv_refuses_mixed_lengths() -> None:
     bb = tiny.backbone("bart")
-    width = injection.width(bb, KV)
+    width = injection.prompt_width(bb, KV)
     mixed = rows.several([rows.random(0, 2, width), rows.random(1, 5, width)], [0, 1])
     batch = rows.batch("bart", rows.texts("bart", (4, 6)))
     with pytest.raises(BackboneError, match=r"prompts of \[2, 5\] tokens cannot share a batch at site 'kv' of Bart"):
-        injection.forward(bb, batch, mixed, KV)
+        injection.score(bb, batch, mixed, KV)
 
 
 @torch.no_grad()
@@ -92,11 +92,11 @@ def test_bart_kv_refuses_mixed_lengths() -> None:
 def test_unused_longer_neighbor(name: str) -> None:
     """A longer prompt that no row uses leaves the rows as they are."""
     bb = tiny.backbone(name)
-    width = injection.width(bb, KV)
+    width = injection.prompt_width(bb, KV)
     mixed = rows.several([rows.random(0, 2, width), rows.random(1, 5, width)], [0, 0])
     text = rows.texts(name, (4, 6))
-    ours = injection.forward(bb, rows.batch(name, text), mixed, KV)
-    alone = injection.forward(bb, rows.batch(name, text), rows.single(rows.random(0, 2, width), 2), KV)
+    ours = injection.score(bb, rows.batch(name, text), mixed, KV)
+    alone = injection.score(bb, rows.batch(name, text), rows.single(rows.random(0, 2, width), 2), KV)
     torch.testing.assert_close(ours.logits, alone.logits, **CLOSE)
 
 
@@ -105,16 +105,16 @@ def test_unused_longer_neighbor(name: str) -> None:
 def test_room(name: str) -> None:
     """Rows that just fit are read whatever the padding; a row too long is refused with the figures."""
     bb = tiny.backbone(name)
-    room = bb.context
+    room = bb.max_positions
     texts = rows.texts(name, (room - 3, 10))
-    values = [rows.random(0, 3, bb.features), rows.random(1, 40, bb.features)]
+    values = [rows.random(0, 3, bb.embedding_size), rows.random(1, 40, bb.embedding_size)]
     for path in rows.paths(name, INPUT):
-        output = injection.forward(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, path=path)
+        output = injection.score(bb, rows.batch(name, texts), rows.several(values, [0, 1]), INPUT, path=path)
         for i, text in enumerate(texts):
-            alone = injection.forward(bb, rows.batch(name, [text]), rows.single(values[i]), INPUT)
+            alone = injection.score(bb, rows.batch(name, [text]), rows.single(values[i]), INPUT)
             torch.testing.assert_close(rows.of_row(output, i), alone.logits, atol=2e-5, rtol=1e-5)
     with pytest.raises(BackboneError, match=rf"prompt and text need {room + 1} positions, {name} takes {room}"):
-        injection.forward(bb, rows.batch(name, texts), rows.single(rows.random(0, 4, bb.features), 2), INPUT)
+        injection.score(bb, rows.batch(name, texts), rows.single(rows.random(0, 4, bb.embedding_size), 2), INPUT)
 
 
 @torch.no_grad()
@@ -122,11 +122,11 @@ def test_room_of_the_decoder() -> None:
     """A prompt in the decoder takes room there, not in the encoder."""
     bb = tiny.backbone("bart")
     prompt = rows.single(rows.random(0, 3, 32))
-    batch = rows.batch("bart", rows.texts("bart", (bb.context,)))
-    assert injection.forward(bb, batch, prompt, rows.DECODER).logits is not None
-    long = replace(batch, labels=rows.ids(0, bb.context - 2)[None])
+    batch = rows.batch("bart", rows.texts("bart", (bb.max_positions,)))
+    assert injection.score(bb, batch, prompt, rows.DECODER).logits is not None
+    long = replace(batch, labels=rows.ids(0, bb.max_positions - 2)[None])
     with pytest.raises(BackboneError, match="prompt and text need 65 positions, bart takes 64"):
-        injection.forward(bb, long, prompt, rows.DECODER)
+        injection.score(bb, long, prompt, rows.DECODER)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "t5", "bart", "bert"])
@@ -137,9 +137,9 @@ def test_rows_without_labels(name: str) -> None:
     batch = rows.batch(name, texts)
     labels = batch.labels.clone()
     labels[0] = -100
-    values = rows.random(0, 3, bb.features).requires_grad_()
-    output = injection.forward(bb, replace(batch, labels=labels), rows.single(values, 2), INPUT)
-    expected = injection.forward(bb, batch, rows.single(values, 2), INPUT)
+    values = rows.random(0, 3, bb.embedding_size).requires_grad_()
+    output = injection.score(bb, replace(batch, labels=labels), rows.single(values, 2), INPUT)
+    expected = injection.score(bb, batch, rows.single(values, 2), INPUT)
     assert rows.of_row(output, 0).numel() == 0
     torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
     output.logits.sum().backward()
@@ -149,7 +149,7 @@ def test_rows_without_labels(name: str) -> None:
     mask = batch.attention_mask.clone()
     mask[0] = 0
     values.grad = None
-    output = injection.forward(bb, replace(batch, attention_mask=mask, labels=labels), rows.single(values, 2), INPUT)
+    output = injection.score(bb, replace(batch, attention_mask=mask, labels=labels), rows.single(values, 2), INPUT)
     torch.testing.assert_close(rows.of_row(output, 1), rows.of_row(expected, 1), **CLOSE)
     output.logits.sum().backward()
     assert values.grad.isfinite().all()
@@ -162,8 +162,8 @@ def test_batch_without_any_text(name: str) -> None:
     empty = rows.batch(name, rows.texts(name, (2, 3)))
     empty = replace(empty, attention_mask=torch.zeros_like(empty.attention_mask), labels=None)
     for path in rows.paths(name, INPUT):
-        values = [rows.random(i, n, bb.features).requires_grad_() for i, n in enumerate((3, 8))]
-        last = injection.forward(bb, empty, rows.several(values, [1, 0]), INPUT, path=path).last
+        values = [rows.random(i, n, bb.embedding_size).requires_grad_() for i, n in enumerate((3, 8))]
+        last = injection.score(bb, empty, rows.several(values, [1, 0]), INPUT, path=path).last_state
         found.append((last, torch.autograd.grad((last * rows.random(9, *last.shape)).sum(), values)))
     for last, gradients in found[:-1]:
         torch.testing.assert_close(last, found[-1][0], **CLOSE)
@@ -177,10 +177,10 @@ def test_labels_on_padding_do_not_count(name: str) -> None:
     if name in tiny.SEQ2SEQ:
         return
     bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name), "left", 2)
-    values = rows.single(rows.random(0, 3, bb.features), 4)
+    values = rows.single(rows.random(0, 3, bb.embedding_size), 4)
     for path in rows.paths(name, INPUT):
-        ours = injection.forward(bb, replace(batch, labels=batch.input_ids), values, INPUT, path=path)
-        assert ours.labels.equal(injection.forward(bb, batch, values, INPUT, path=path).labels)
+        ours = injection.score(bb, replace(batch, labels=batch.input_ids), values, INPUT, path=path)
+        assert ours.labels.equal(injection.score(bb, batch, values, INPUT, path=path).labels)
 
 
 @settings(deadline=None, derandomize=True, max_examples=200)
@@ -198,22 +198,22 @@ def test_layout(data: st.DataObject) -> None:
     prompt: Prompt | None = None
     if data.draw(st.booleans()):
         prompt = rows.several([torch.zeros(n, 1) for n in lengths], used)
-    where = injection.layout(mask, torch.tensor(place), prompt, left)
+    where = injection.layout_rows(mask, torch.tensor(place), prompt, left)
     slots = 0 if prompt is None else max(lengths)
     for i, text in enumerate(texts):
         tokens = [] if prompt is None else list(range(slots - lengths[used[i]], slots))
         order = [slots + t for t in range(text)]
         expected = order[: place[i]] + tokens + order[place[i] :]
-        inside = where.mask[i].nonzero()[:, 0]
-        assert where.source[i][where.mask[i]].tolist() == expected
-        begin = where.mask.shape[1] - len(expected) if left else 0
+        inside = where.attention_mask[i].nonzero()[:, 0]
+        assert where.gather_index[i][where.attention_mask[i]].tolist() == expected
+        begin = where.attention_mask.shape[1] - len(expected) if left else 0
         assert inside.tolist() == list(range(begin, begin + len(expected)))
-        assert where.ids[i][where.mask[i]].tolist() == list(range(len(expected)))
-        assert where.position[i, :text].tolist() == [begin + expected.index(slots + t) for t in range(text)]
-        assert [t for t in where.slot[i].tolist() if t >= 0] == tokens
-        assert where.source[i].min() >= 0
-        assert where.source[i].max() < slots + width
-        assert where.position[i].max() < where.mask.shape[1]
+        assert where.position_ids[i][where.attention_mask[i]].tolist() == list(range(len(expected)))
+        assert where.text_positions[i, :text].tolist() == [begin + expected.index(slots + t) for t in range(text)]
+        assert [t for t in where.prompt_slots[i].tolist() if t >= 0] == tokens
+        assert where.gather_index[i].min() >= 0
+        assert where.gather_index[i].max() < slots + width
+        assert where.text_positions[i].max() < where.attention_mask.shape[1]
 
 
 def test_assemble() -> None:
@@ -222,11 +222,11 @@ def test_assemble() -> None:
     prompt = Prompt(values, torch.tensor([[1, 1], [0, 1]]), torch.tensor([1, 0]))
     text = torch.tensor([[[10.0], [11.0], [12.0]], [[20.0], [0.0], [0.0]]])
     mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    where = injection.layout(mask, torch.tensor([1, 0]), prompt)
-    full = injection.assemble(text, prompt, where)[..., 0]
+    where = injection.layout_rows(mask, torch.tensor([1, 0]), prompt)
+    full = injection.assemble_embeddings(text, prompt, where)[..., 0]
     assert full[0].tolist() == [10, 3, 11, 12]
     assert full[1, :3].tolist() == [1, 2, 20]
-    (full * where.mask).sum().backward()
+    (full * where.attention_mask).sum().backward()
     assert values.grad[..., 0].tolist() == [[1, 1], [0, 1]]
 
 

@@ -25,7 +25,7 @@ TEXTS = (5, 9, 1, 7, 3, 4)
 
 def loss(bb: b.Backbone, batch: Batch, prompt: Prompt, site: injection.Site, path: str | None) -> tuple[Tensor, Output]:
     """The task loss, as training sees it."""
-    output = injection.forward(bb, batch, prompt, site, path=path)
+    output = injection.score(bb, batch, prompt, site, path=path)
     return objectives.task(Step(batch, prompt, output, lambda _: output)), output
 
 
@@ -36,7 +36,7 @@ def apart(one: Tensor, other: Tensor) -> float:
 
 def three(name: str, site: injection.Site, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Three prompts of 3, 8 and 5 tokens that want gradients."""
-    width = injection.width(tiny.backbone(name), site)
+    width = injection.prompt_width(tiny.backbone(name), site)
     return [rows.random(i, n, width).to(dtype).requires_grad_() for i, n in enumerate((3, 8, 5))]
 
 
@@ -51,7 +51,7 @@ def test_shared(name: str, site: injection.Site) -> None:
         batch = rows.batch(name, rows.texts(name, TEXTS), side, extra)
         value, output = loss(bb, batch, rows.several(values, USED), site, path)
         assert output.path == ("concatenation: asked for" if path == "concatenation" else path)
-        found.append((output, value.detach(), torch.autograd.grad(value, values), output.last))
+        found.append((output, value.detach(), torch.autograd.grad(value, values), output.last_state))
     (plain, value, gradients, last), *others = found
     for output, same, grads, end in others:
         for i in range(len(TEXTS)):
@@ -94,7 +94,7 @@ def test_finite_differences(name: str, site: injection.Site) -> None:
     batch = rows.batch(name, rows.texts(name, TEXTS), "left", 1)
 
     def exact(prompts: list[Tensor]) -> Tensor:
-        output = injection.forward(bb, batch, rows.several(prompts, USED), site)
+        output = injection.score(bb, batch, rows.several(prompts, USED), site)
         assert output.logits.dtype == torch.float64
         return torch.nn.functional.cross_entropy(output.logits, output.labels)
 
@@ -125,24 +125,24 @@ def test_reasons() -> None:
         ("bert", batch, rows.single(values, 2), "an encoder's prompt sees the text"),
         ("t5", batch, rows.single(values, 2), "an encoder's prompt sees the text"),
     ):
-        output = injection.forward(tiny.backbone(name), given, prompt, INPUT)
+        output = injection.score(tiny.backbone(name), given, prompt, INPUT)
         assert output.path == f"concatenation: {reason}"
         for path in ("packed", "shared"):
             with pytest.raises(BackboneError, match=f"path '{path}' is not possible: {reason}; leave the path out"):
-                injection.forward(tiny.backbone(name), given, prompt, INPUT, path=path)
+                injection.score(tiny.backbone(name), given, prompt, INPUT, path=path)
     prompt = rows.single(values, 2)
     with pytest.raises(BackboneError, match="path 'concatenation' is not possible: keys and values are no tokens"):
-        injection.forward(
+        injection.score(
             tiny.backbone("llama"), batch, rows.single(rows.random(0, 3, 96), 2), rows.KV, path="concatenation"
         )
     with pytest.raises(BackboneError, match="path 'pack' is unknown; possible: packed, shared, concatenation"):
-        injection.forward(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
+        injection.score(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
     with pytest.raises(
         BackboneError, match="path 'packed' is not possible: BloomForCausalLM has an attention of its own"
     ):
-        injection.forward(tiny.backbone("bloom"), batch, prompt, INPUT, path="packed")
-    shared = replace(tiny.backbone("llama"), kernels=Kernels(rows="shared"))
-    assert injection.forward(shared, batch, prompt, INPUT).path == "shared"
+        injection.score(tiny.backbone("bloom"), batch, prompt, INPUT, path="packed")
+    shared = replace(tiny.backbone("llama"), kernels=Kernels(path="shared"))
+    assert injection.score(shared, batch, prompt, INPUT).path == "shared"
 
 
 @torch.no_grad()
@@ -151,10 +151,10 @@ def test_prefill_once_decode_often(name: str, site: injection.Site) -> None:
     """The cache behind the text goes on as the concatenation does: one more token, either path."""
     bb = tiny.backbone(name)
     text, token = rows.texts(name, (6,))[0], rows.ids(9, 1)
-    values = rows.random(0, 4, injection.width(bb, site))
-    output = injection.forward(bb, rows.batch(name, [text]), rows.single(values), site, path="shared")
+    values = rows.random(0, 4, injection.prompt_width(bb, site))
+    output = injection.score(bb, rows.batch(name, [text]), rows.single(values), site, path="shared")
     again = bb.model(input_ids=token[None], **cache_argument(bb.model, output.cache)).logits[0, -1]
-    expected = injection.forward(bb, rows.batch(name, [torch.cat([text, token, token])]), rows.single(values), site)
+    expected = injection.score(bb, rows.batch(name, [torch.cat([text, token, token])]), rows.single(values), site)
     torch.testing.assert_close(again, expected.logits[-1], **CLOSE)
     if site == KV:
         assert injection.prefill(bb, rows.single(values), site)[1] is None
@@ -168,11 +168,11 @@ def test_half_precision() -> None:
         own = coarse.model(input_ids=torch.cat([words, text[0]])[None]).logits[0, 5:-1].float()
         true = exact.model(input_ids=torch.cat([words, text[0]])[None]).logits[0, 5:-1]
     for site in rows.sites("llama"):
-        values = rows.random(0, 6, injection.width(coarse, site)).requires_grad_()
+        values = rows.random(0, 6, injection.prompt_width(coarse, site)).requires_grad_()
         value, _ = loss(coarse, rows.batch("llama", text), rows.single(values), site, None)
         value.backward()
         assert values.grad.dtype == torch.float32
     prompt = rows.single(coarse.embed(words).float())
     for path in rows.paths("llama", INPUT):
-        ours = injection.forward(coarse, rows.batch("llama", text), prompt, INPUT, path=path).logits.float()
+        ours = injection.score(coarse, rows.batch("llama", text), prompt, INPUT, path=path).logits.float()
         assert (ours - true).norm() < 2 * (own - true).norm()

@@ -38,10 +38,10 @@ def check(
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
         where = [0] * len(texts) if place == "first" else places(name, batch)
-        output = injection.forward(bb, batch, rows.single(values, len(texts)), site)
+        output = injection.score(bb, batch, rows.single(values, len(texts)), site)
         for i, row in enumerate(texts):
             torch.testing.assert_close(rows.of_row(output, i), reference(row, where[i]), **CLOSE)
-    alone = injection.forward(bb, rows.batch(name, texts[:1]), rows.single(values), site)
+    alone = injection.score(bb, rows.batch(name, texts[:1]), rows.single(values), site)
     torch.testing.assert_close(alone.logits, reference(texts[0], where[0]), **CLOSE)
 
 
@@ -51,7 +51,7 @@ def test_words(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     words = rows.ids(7, 4)
     values = initialization.from_ids(bb, site, words).to(bb.device)
-    assert values.shape == (4, injection.width(bb, site))
+    assert values.shape == (4, injection.prompt_width(bb, site))
     check(name, site, values, lambda row, place: rows.read_words(bb, site, words, row, place))
 
 
@@ -59,7 +59,7 @@ def test_words(name: str, site: injection.Site) -> None:
 @pytest.mark.parametrize(("name", "site"), rows.cases(tiny.ALL), ids=called)
 def test_by_hand(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
-    values = rows.random(3, 5, injection.width(bb, site))
+    values = rows.random(3, 5, injection.prompt_width(bb, site))
     check(name, site, values, lambda row, place: rows.by_hand(bb, site, values, row, place))
 
 
@@ -68,7 +68,7 @@ def test_by_hand(name: str, site: injection.Site) -> None:
 def test_first_in_encoders(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     site = injection.Site(site.name, site.mode, "first")
-    values = rows.random(3, 5, injection.width(bb, site))
+    values = rows.random(3, 5, injection.prompt_width(bb, site))
     check(name, site, values, lambda row, _: rows.by_hand(bb, site, values, row, 0), "first")
 
 
@@ -79,13 +79,13 @@ def test_place_of_each_row(name: str, site: injection.Site) -> None:
     bb = tiny.backbone(name)
     texts = rows.texts(name)
     where = [2, 9, 0, 3]
-    values = rows.random(3, 5, injection.width(bb, site))
+    values = rows.random(3, 5, injection.prompt_width(bb, site))
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
         batch = Batch(
             batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor(where)
         )
-        output = injection.forward(bb, batch, rows.single(values, len(texts)), site)
+        output = injection.score(bb, batch, rows.single(values, len(texts)), site)
         assert output.path.startswith("concatenation")
         for i, row in enumerate(texts):
             torch.testing.assert_close(rows.of_row(output, i), rows.by_hand(bb, site, values, row, where[i]), **CLOSE)
@@ -95,7 +95,7 @@ def test_place_outside_the_text() -> None:
     batch = rows.batch("llama", rows.texts("llama", (3, 4)))
     batch = Batch(batch.input_ids, batch.attention_mask, batch.task_ids, prompt_offsets=torch.tensor([4, 0]))
     with pytest.raises(BackboneError, match=r"places \[4, 0\] do not all lie within texts of \[3, 4\] tokens"):
-        injection.forward(tiny.backbone("llama"), batch, rows.single(torch.zeros(2, 32), 2), INPUT)
+        injection.score(tiny.backbone("llama"), batch, rows.single(torch.zeros(2, 32), 2), INPUT)
 
 
 @torch.no_grad()
@@ -104,14 +104,14 @@ def test_last_scores_the_next_token(name: str) -> None:
     """`Output.last` stands at the end of the run, also where that is the prompt."""
     bb = tiny.backbone(name)
     texts = rows.texts(name)
-    values = rows.random(3, 4, injection.width(bb, INPUT))
+    values = rows.random(3, 4, injection.prompt_width(bb, INPUT))
     for where in ([0, 0, 0, 0], [2, 9, 1, 3]):
         batch = rows.batch(name, texts, "left")
         batch = Batch(
             batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels, prompt_offsets=torch.tensor(where)
         )
-        output = injection.forward(bb, batch, rows.single(values, 4), INPUT)
-        for row, place, last in zip(texts, where, output.last, strict=True):
+        output = injection.score(bb, batch, rows.single(values, 4), INPUT)
+        for row, place, last in zip(texts, where, output.last_state, strict=True):
             text = bb.embedding(row)
             full = torch.cat([text[:place], values, text[place:]])[None]
             torch.testing.assert_close(last, bb.trunk(inputs_embeds=full).last_hidden_state[0, -1], **CLOSE)
@@ -126,10 +126,10 @@ def test_given_positions(name: str, site: injection.Site) -> None:
     row = rows.texts(name, (6,))[0]
     batch = rows.batch(name, [row], "left", 2)
     batch = replace(batch, position_ids=torch.tensor([[0, 0, 3, 4, 5, 6, 7, 8]]))
-    values = rows.random(3, 4, injection.width(bb, site))
+    values = rows.random(3, 4, injection.prompt_width(bb, site))
     if "position_ids" not in bb.trunk_arguments:
         with pytest.raises(BackboneError, match="counts positions itself"):
-            injection.forward(bb, batch, rows.single(values), site)
+            injection.score(bb, batch, rows.single(values), site)
         return
     ids = torch.tensor([0, 1, 2, 3, 7, 8, 9, 10, 11, 12])[None]
     if site == KV:
@@ -140,10 +140,10 @@ def test_given_positions(name: str, site: injection.Site) -> None:
     else:
         full = torch.cat([values, bb.embedding(row)])[None]
         expected = bb.model(inputs_embeds=full, position_ids=ids).logits[0, 3:-1]
-    found = [injection.forward(bb, batch, rows.single(values), site, path=path) for path in rows.paths(name, site)]
+    found = [injection.score(bb, batch, rows.single(values), site, path=path) for path in rows.paths(name, site)]
     for output in found:
         torch.testing.assert_close(output.logits, expected, **CLOSE)
-        torch.testing.assert_close(output.last, found[0].last, **CLOSE)
+        torch.testing.assert_close(output.last_state, found[0].last_state, **CLOSE)
 
 
 @torch.no_grad()
@@ -157,7 +157,7 @@ def test_token_types() -> None:
     batch = Batch(text, mask, torch.zeros(1), text.masked_fill(mask == 0, -100), token_type_ids=padded)
     full = torch.cat([bb.embedding(row[:1]), values, bb.embedding(row[1:])])[None]
     seen = bb.model(inputs_embeds=full, token_type_ids=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1]])).logits[0]
-    output = injection.forward(bb, batch, rows.single(values), INPUT)
+    output = injection.score(bb, batch, rows.single(values), INPUT)
     torch.testing.assert_close(output.logits, seen[[0, 3, 4, 5, 6, 7]], **CLOSE)
 
 
@@ -168,9 +168,9 @@ def test_no_prompt(name: str) -> None:
     bb = tiny.backbone(name)
     texts = rows.texts(name)
     for side, extra in PADDINGS:
-        output = injection.forward(bb, rows.batch(name, texts, side, extra), None, INPUT)
+        output = injection.score(bb, rows.batch(name, texts, side, extra), None, INPUT)
         for i, row in enumerate(texts):
-            expected = rows.by_hand(bb, INPUT, torch.zeros(0, bb.features), row)
+            expected = rows.by_hand(bb, INPUT, torch.zeros(0, bb.embedding_size), row)
             torch.testing.assert_close(rows.of_row(output, i), expected, **CLOSE)
 
 
@@ -189,4 +189,4 @@ def test_wrong_sites_say_what_is_possible() -> None:
         ("llama", injection.Site("kv", place="after_start"), "place 'after_start' is not possible at site 'kv'"),
     ):
         with pytest.raises(BackboneError, match=match):
-            injection.width(tiny.backbone(name), site)
+            injection.prompt_width(tiny.backbone(name), site)

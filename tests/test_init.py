@@ -44,7 +44,7 @@ def start(bb: b.Backbone, site: injection.Site = INPUT, length: int = P, seed: i
 
 def ids_of(bb: b.Backbone, prompt: Tensor) -> list[int]:
     """Which words the rows of an input prompt are, bit for bit."""
-    found = [(bb.embed(torch.arange(bb.vocabulary)) == row).all(1).nonzero()[:, 0].tolist() for row in prompt]
+    found = [(bb.embed(torch.arange(bb.vocab_size)) == row).all(1).nonzero()[:, 0].tolist() for row in prompt]
     assert all(len(index) == 1 for index in found)
     return [index[0] for index in found]
 
@@ -65,7 +65,7 @@ def test_every_kind_at_every_site(name: str, site: injection.Site) -> None:
     bb = made(name)
     for values in KINDS:
         first = start(bb, site, **values)
-        assert first.shape == (P, injection.width(bb, site))
+        assert first.shape == (P, injection.prompt_width(bb, site))
         assert first.dtype == torch.float32
         assert first.isfinite().all()
         assert not first.requires_grad
@@ -78,7 +78,7 @@ def test_every_kind_at_every_site(name: str, site: injection.Site) -> None:
 def test_random(name: str) -> None:
     """Normal noise with the table's rms, PEFT's N(0, 1), or U(-.5, .5)."""
     bb = made(name)
-    table = bb.embed(torch.arange(bb.vocabulary))
+    table = bb.embed(torch.arange(bb.vocab_size))
     for distribution, rms, top in (
         ("table", float(table.square().mean().sqrt()), None),
         ("normal", 1.0, None),
@@ -102,14 +102,14 @@ def test_random_has_the_size_of_words_at_the_site(site: injection.Site) -> None:
 def test_vocabulary_draws_without_replacement_from_the_population(name: str) -> None:
     bb = made(name)
     special = set(bb.tokenizer.all_special_ids)
-    common = [i for i in range(bb.vocabulary) if i not in special][:P]
+    common = [i for i in range(bb.vocab_size) if i not in special][:P]
     found = ids_of(bb, start(bb, kind="vocabulary", population=P))
     assert sorted(found) == common
     assert found != common, "drawn, not copied in order"
     wide = [ids_of(bb, start(bb, kind="vocabulary", seed=seed)) for seed in range(20)]
     assert all(len(set(row)) == P for row in wide)
     assert special.isdisjoint(itertools.chain(*wide))
-    assert max(itertools.chain(*wide)) > bb.vocabulary // 2
+    assert max(itertools.chain(*wide)) > bb.vocab_size // 2
 
 
 def test_vocabulary_without_a_tokenizer_and_with_padding_rows() -> None:
@@ -149,7 +149,7 @@ def test_labels_are_means_of_pieces_then_common_words(name: str, site: injection
     assert any(len(bb.tokenizer(word, add_special_tokens=False)["input_ids"]) > 1 for word in words)
     rest = ids_of(bb, found[3:])
     assert len(set(rest)) == P - 3
-    common = [i for i in range(bb.vocabulary) if i not in bb.tokenizer.all_special_ids][:30]
+    common = [i for i in range(bb.vocab_size) if i not in bb.tokenizer.all_special_ids][:30]
     assert set(rest) <= set(common)
     assert start(bb, site, kind="labels", labels=words, length=3).equal(found[:3])
 
@@ -160,9 +160,9 @@ def test_words_are_what_the_model_makes_of_them(name: str, site: injection.Site)
     """`from_ids` leaves no hooks, takes no gradient and does not depend on the length that follows (causal)."""
     bb, words = tiny.backbone(name), rows.ids(3, 5)
     found = initialization.from_ids(bb, site, words)
-    assert found.shape == (5, injection.width(bb, site))
+    assert found.shape == (5, injection.prompt_width(bb, site))
     assert not any(layer._forward_pre_hooks for layer in bb.model.modules())
-    if bb.family.shifted:
+    if bb.family.scores_next_token:
         torch.testing.assert_close(found[:3], initialization.from_ids(bb, site, words[:3]), atol=1e-5, rtol=1e-5)
     found.zero_()
     assert not initialization.from_ids(bb, site, words).eq(0).all()
@@ -202,7 +202,7 @@ def test_a_sliding_window_holds_no_longer_prefix() -> None:
 def test_artifact(tmp_path: Path) -> None:
     """A trained prompt is taken as it is, on the weights, at the site and with the length it was trained for."""
     bb = made("llama")
-    prompt = rows.random(0, P, injection.width(bb, INPUT))
+    prompt = rows.random(0, P, injection.prompt_width(bb, INPUT))
     saved = example(
         prompt=prompt, initial=prompt, state={}, fingerprint=b.fingerprint(bb), config={}, method="prompt-tuning"
     )
@@ -216,7 +216,7 @@ def test_artifact(tmp_path: Path) -> None:
 
 def saved(bb: b.Backbone, path: Path, seed: int, site: injection.Site = INPUT, length: int = P, **changes: Any) -> str:
     """A random prompt as an artifact for `bb`; its directory."""
-    prompt = rows.random(seed, length, injection.width(bb, site))
+    prompt = rows.random(seed, length, injection.prompt_width(bb, site))
     facts = {"prompt": prompt, "initial": prompt, "state": {}, "site": site.name, "fingerprint": b.fingerprint(bb)}
     return str(artifact.save(example(**{**facts, **changes}), path))
 
@@ -250,11 +250,11 @@ def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp
     """Artifacts of tasks that share a prompt, as a run of several tasks leaves them."""
     for i, name in enumerate(names):
         state = {
-            "shared": rows.random(shared, P, 32),
-            "columns.0": rows.random(20 + i, P, 1) + 1,
-            "rows.0": rows.random(30 + i, 1, 32) + 1,
+            "shared.prompt": rows.random(shared, P, 32),
+            "columns": rows.random(20 + i, P, 1) + 1,
+            "rows": rows.random(30 + i, 1, 32) + 1,
         }
-        prompt = state["shared"] * (state["columns.0"] @ state["rows.0"])
+        prompt = state["shared.prompt"] * (state["columns"] @ state["rows"])
         saved(bb, folder / name, 0, prompt=prompt, task=name, method="multitask-prompt-tuning", state=state, options={})
     return folder
 
@@ -513,7 +513,7 @@ def test_what_a_configuration_may_not_say(values: dict[str, Any], message: str) 
 def test_peers_word_embeddings() -> None:
     """Words come from the input embeddings, not from the first tensor with as many rows as the vocabulary."""
     bb = made("llama")
-    decoy = torch.nn.Parameter(torch.zeros(bb.vocabulary, 32))
+    decoy = torch.nn.Parameter(torch.zeros(bb.vocab_size, 32))
     first = next(iter(bb.model.model._modules.values()))
     bb.model.model._modules.pop("embed_tokens")
     bb.model.model.register_parameter("decoy", decoy)

@@ -70,32 +70,28 @@ def test_a_run_and_its_artifact(values: dict[str, Any], tmp_path: Path) -> None:
     run = parse(values)
     made = job.prepare(run)
     results = job.run(run)
-    table = made.learner.method.table.rows
+    table = made.model.registry.method(made.prompts[0]).shared.table.rows
     assert results["summary"]["trainable"] == table.numel()
-    size = sum(p.numel() for p in made.learner.backbone.model.parameters())
+    size = sum(p.numel() for p in made.model.backbone.model.parameters())
     assert results["summary"]["share"] == pytest.approx(table.numel() / size)
     rows = [made.encoders[0].encode(row).input_ids[:LENGTH] for row in made.tasks[0].train]
     assert results["summary"]["moved"] <= len({token for row in rows for token in row}) * table.shape[1]
     found = artifact.load(tmp_path / "out" / "prompt")
-    changed = (found.state["table.rows"] != made.begin["method.table.rows"]).any(1)
-    assert results["summary"]["moved"] == int((found.state["table.rows"] != made.begin["method.table.rows"]).sum())
+    begin = made.initial_parameters["prompts.colors.shared.table.rows"]
+    changed = (found.state["shared.table.rows"] != begin).any(1)
+    assert results["summary"]["moved"] == int((found.state["shared.table.rows"] != begin).sum())
     assert set(changed.nonzero()[:, 0].tolist()) <= {token for row in rows for token in row}
     assert 0 < int(changed.sum()) < len(table)
     assert found.prompt is None
-    assert torch.equal(found.initial, made.start.prompt)
+    assert torch.equal(found.initial, made.init.prompt)
     assert all(0 < row["rms_ratio"] < 100 for row in results["curve"])
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         trained = job.prepare(run)
-        trained.learner.method.load_state_dict(found.state)
-        ours, theirs = (
-            list(
-                evaluate.answers(
-                    made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=config
-                )
-            )
-            for one in (opened, trained)
-        )
+        trained.model.registry.method(trained.prompts[0]).load_state_dict(found.state)
+        rows, encoder = made.tasks[0].test, made.encoders[0]
+        ours = list(evaluate.answers(opened, rows, prompt=opened.task, encoder=encoder, config=config))
+        theirs = list(evaluate.answers(trained.model, rows, prompt=trained.prompt(0), encoder=encoder, config=config))
         assert [one.text for one in ours] == [one.text for one in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert one.scores == pytest.approx(other.scores, abs=1e-5)
@@ -122,9 +118,9 @@ def test_tasks_share_the_table_and_may_have_bases(values: dict[str, Any], tmp_pa
     results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == LENGTH * 32 + 50 * 32 // 2
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
-    assert sorted(one.state) == ["prompts.0", "table.rows"]
-    assert torch.equal(one.state["table.rows"], two.state["table.rows"])
-    assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
+    assert sorted(one.state) == ["prompt", "shared.table.rows"]
+    assert torch.equal(one.state["shared.table.rows"], two.state["shared.table.rows"])
+    assert not torch.equal(one.state["prompt"], two.state["prompt"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
         opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         found = evaluate.evaluate(opened, job.prepare(run).tasks[0].test, prompt=opened.task, config=run.evaluation)
@@ -208,48 +204,49 @@ def topics(values: dict[str, Any], out: Path, **given: Any) -> dict[str, Any]:
 def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Path, given: dict[str, Any]) -> None:
     """Table and encoder change, topics are told apart, and `init.state` begins with both."""
     run = parse(topics(values, tmp_path / "topics", **given))
-    before = job.prepare(run).learner.method.state_dict()
-    results = pretrain.execute(run)
+    prepared = job.prepare(run)
+    before = prepared.model.registry.method(prepared.prompts[0]).state_dict()
+    results = pretrain.run(run)
     assert json.loads((tmp_path / "topics" / "results.json").read_text())["scores"] == results["scores"]
     assert (tmp_path / "topics" / "report.html").is_file()
     assert results["summary"]["after"]["value"] > max(0.9, results["majority"])
     assert [one["step"] for one in results["validation"]] == [20, 40, 60]
     found = artifact.load(tmp_path / "topics" / "prompt")
     # of mlp f is a mean, and what stands behind f is never pretrained
-    parts = ("table.",) if given in ({}, {"strategy": "mlp"}) else ("table.", "encoder.")
+    parts = ("shared.table.",) if given in ({}, {"strategy": "mlp"}) else ("shared.table.", "shared.encoder.")
     assert set(found.state) == {name for name in before if name.startswith(parts)}
     assert all(not torch.equal(value, before[name]) for name, value in found.state.items())
     assert results["summary"]["trainable"] == sum(value.numel() for value in found.state.values())
     assert results["summary"]["moved"] < results["summary"]["trainable"]
     values["prompt"]["init"] = {"state": str(tmp_path / "topics" / "prompt")}
     begun = job.prepare(parse(options(values, **given)))
-    for name, value in begun.learner.method.state_dict().items():
+    for name, value in begun.model.registry.method(begun.prompts[0]).state_dict().items():
         assert torch.equal(value, found.state.get(name, before[name])), name
     results = job.run(parse(values))
     assert results["summary"]["steps"] == 6
 
 
 def test_pretraining_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
-    pretrain.execute(parse(topics(values, tmp_path / "whole")))
+    pretrain.run(parse(topics(values, tmp_path / "whole")))
     cut = parse(topics(values, tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
-        pretrain.execute(cut, stopping(33))
+        pretrain.run(cut, stopping(33))
     assert not (tmp_path / "cut" / "results.json").exists()
-    results = pretrain.execute(cut)
+    results = pretrain.run(cut)
     assert [step["step"] for step in results["curve"]] == list(range(1, 61))
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("whole", "cut"))
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*rate was 0.3, is now 0.2"):
-        pretrain.execute(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
+        pretrain.run(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
 
 
 def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: Path) -> None:
     """A place that cannot be written to before any step, and, opened, that a table alone answers nothing."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write into .*file/out: .*choose another directory with --out"):
-        pretrain.execute(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
+        pretrain.run(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
     run = parse(topics(values, tmp_path / "topics", base="start"))
-    pretrain.execute(
+    pretrain.run(
         run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})})
     )
     with pytest.raises(
@@ -263,7 +260,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
     for seed in (0, 1):
         run = parse({**topics(values, tmp_path / f"topics{seed}"), "seed": seed})
         short = run.training.model_copy(update={"max_steps": 2, "eval_steps": None})
-        pretrain.execute(run.model_copy(update={"training": short}))
+        pretrain.run(run.model_copy(update={"training": short}))
     values["prompt"]["init"] = {"state": str(tmp_path / "state")}
     (tmp_path / "topics0" / "prompt").rename(tmp_path / "state")
     job.run(parse(values))
@@ -285,14 +282,14 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
         ),
         (
             {"training": {"early_stopping_patience": 2, "eval_steps": 1}},
-            "training.early_stopping_patience means nothing in pretraining; possible: steps,",
+            "training.early_stopping_patience means nothing in pretraining; possible: max_steps,",
         ),
         ({"runs": [{"name": "a"}]}, "pretraining takes one task and no list of runs"),
     ],
 )
 def test_what_pretraining_refuses(values: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        pretrain.execute(parse({**values, **changes}))
+        pretrain.run(parse({**values, **changes}))
 
 
 def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None:
@@ -306,7 +303,7 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     prompt = tmp_path / "topics" / "prompt"
     status, out, err = call("train", "--config", file, "--set", f"prompt.init.state={prompt}")
     assert status == 0, err
-    assert "moved)" in out
+    assert "changed)" in out
     status, out, err = call("predict", tmp_path / "out" / "prompt", "the thing is red")
     assert (status, json.loads(out)["answer"] in ("warm", "cold")) == (0, True), err
     with pytest.raises(ArtifactError, match="what pretraining taught method ipt and answers no task"):

@@ -45,17 +45,17 @@ def test_the_artifact_tells_where_it_came_from(values, tmp_path):
     results = run.run(parse(values))
     made = artifact.load(tmp_path / "out" / "prompt")
     again = run.prepare(parse(values))
-    assert torch.equal(made.initial, again.start.prompt)
+    assert torch.equal(made.initial, again.init.prompt)
     assert made.config["task"]["template"] == "{text}:"
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
-    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.learner.backbone))
+    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.model.backbone))
 
 
 class Halved(PromptTuning):
     """Prompt tuning that begins at half of its start."""
 
-    def __init__(self, config, slot, start):
-        super().__init__(config, slot, PromptInit(start.prompt / 2))
+    def __init__(self, config, spec, init, shared=None):
+        super().__init__(config, spec, PromptInit(init.prompt / 2), shared)
 
 
 def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch):
@@ -63,7 +63,7 @@ def test_the_artifact_holds_where_the_method_began(values, tmp_path, monkeypatch
     monkeypatch.setitem(methods.METHODS, "halved", f"{__name__}:Halved")
     values["prompt"] |= {"method": "halved"}
     run.run(parse(values))
-    start = run.prepare(parse(values)).start.prompt
+    start = run.prepare(parse(values)).init.prompt
     assert torch.equal(artifact.load(tmp_path / "out" / "prompt").initial, start / 2)
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]))
     model.add_task("a", parse({"prompt": {**values["prompt"], "init": {"kind": "random"}}}).prompt)
@@ -98,7 +98,7 @@ def test_a_run_starts_from_another_artifact(values, tmp_path):
     run.run(parse(values))
     init = {"kind": "artifact", "path": str(tmp_path / "out" / "prompt")}
     made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": init}}))
-    assert torch.equal(made.start.prompt, artifact.load(init["path"]).prompt)
+    assert torch.equal(made.init.prompt, artifact.load(init["path"]).prompt)
     with pytest.raises(ArtifactError, match=r"\[4, 32\] at site input.*\[5, 32\]"):
         run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 5, "init": init}}))
     other = local.model_directory(tmp_path / "other", seed=9)
@@ -116,16 +116,16 @@ def test_a_run_starts_from_another_artifact(values, tmp_path):
 
 def test_label_words_are_a_start(values):
     made = run.prepare(parse({**values, "prompt": {"num_virtual_tokens": 4, "init": {"kind": "labels"}}}))
-    base = made.learner.backbone
+    base = made.model.backbone
     pieces = base.tokenizer(" cold", add_special_tokens=False)["input_ids"]
-    assert torch.equal(made.start.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
+    assert torch.equal(made.init.prompt[0], base.embed(torch.tensor(pieces)).mean(0))
 
 
 @pytest.mark.parametrize("site", ["layers", "kv"])
 def test_deep_prompts_train_and_come_back(values, tmp_path, site):
     run.run(parse({**values, "prompt": {"num_virtual_tokens": 4, "site": site}}))
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
-    assert opened.learner.site.name == site
+    assert opened.registry.records[opened.task].site.name == site
     assert not (tmp_path / "out" / "prompt" / "adapter_config.json").exists()
 
 
@@ -170,7 +170,7 @@ def test_each_of_several_artifacts_keeps_its_prompt(values, tmp_path):
     run.run(parse({**values, "seed": 1, "output_dir": str(tmp_path / "second")}))
     paths = [tmp_path / "out" / "prompt", tmp_path / "second" / "prompt"]
     opened = open_prompts(paths, config=parse(values).model)[0]
-    found = [parameter.detach() for parameter in opened.registry.method(opened.task).prompts]
+    found = [opened.registry.method(name).prompt.detach() for name in opened.tasks]
     assert not torch.equal(*found)
     for prompt, path in zip(found, paths, strict=True):
         assert torch.equal(prompt, artifact.load(path).prompt)
@@ -192,13 +192,13 @@ def test_the_default_model_shares_its_prefix_exactly():
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(100, 40_000, (4, 12), generator=generator)
     mask = torch.arange(12)[None] < torch.tensor([12, 7, 9, 12])[:, None]
-    start = base.rms * torch.randn(2, 20, 576, generator=generator)
+    start = base.embedding_rms * torch.randn(2, 20, 576, generator=generator)
     found = []
     for path in ("packed", "shared", "concatenation"):
         values = start.clone().requires_grad_()
         prompt = Prompt(values, torch.ones(2, 20, dtype=torch.bool), torch.tensor([0, 1, 1, 0]))
         batch = Batch(ids, mask.long(), prompt.prompt_index, ids.masked_fill(~mask, -100))
-        out = injection.forward(base, batch, prompt, Site(), path=path)
+        out = injection.score(base, batch, prompt, Site(), path=path)
         loss = torch.nn.functional.cross_entropy(out.logits, out.labels)
         loss.backward()
         found.append((loss.detach(), values.grad))
@@ -222,7 +222,7 @@ def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     assert {key: machine["kernels"][key] for key in chosen} == chosen
     assert (machine["device"], machine["dtype"], machine["threads"]) == ("cpu", "float32", 1)
     assert machine["paths"] == {"packed": 3}
-    assert "kernels.core" in (tmp_path / "out" / "report.html").read_text()
+    assert "kernels.packed_attention" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
 
     with pytest.raises(KeyboardInterrupt):
         run.run(parse(values), run.ProgressReporter(on_step=stop))
-    choice = setup.TunedKernels(Kernels(core="fused"), {})
+    choice = setup.TunedKernels(Kernels(packed_attention="fused"), {})
     monkeypatch.setattr(setup, "autotune", lambda *_, **__: choice)
     said = []
     results = run.run(parse(values), run.ProgressReporter(log=said.append))

@@ -24,21 +24,21 @@ LENGTHS = (9, 7, 12, 3, 10, 8, 9, 5, 6, 11)  # 80 tokens: enough for oneDNN's pr
 USED = [2, 0, 0, 1, 2, 0, 1, 1, 0, 2]
 MANY = {
     "onednn": Kernels(matmul_backend="onednn"),
-    "fused": Kernels(core="fused"),
-    "whole last layer": Kernels(trim=False),
+    "fused": Kernels(packed_attention="fused"),
+    "whole last layer": Kernels(trim_last_layer=False),
     "again": Kernels(gradient_checkpointing=True),
     "again, onednn": Kernels(gradient_checkpointing=True, matmul_backend="onednn"),
-    "again, cache": Kernels(rows="shared", gradient_checkpointing=True),
-    "again, cache, other attention": Kernels(rows="shared", gradient_checkpointing=True, attention="eager"),
+    "again, cache": Kernels(path="shared", gradient_checkpointing=True),
+    "again, cache, other attention": Kernels(path="shared", gradient_checkpointing=True, attn_implementation="eager"),
 }
 
 
 def step(bb: b.Backbone, name: str, site: injection.Site, **options: Any) -> tuple[Output, list[Tensor]]:
     """Output and prompt gradients of one batch with one label a row."""
-    width = injection.width(bb, site)
+    width = injection.prompt_width(bb, site)
     values = [rows.random(i, 5, width).requires_grad_() for i in range(3)]
     batch = one_label(rows.batch(name, rows.texts(name, LENGTHS), "left", 2))
-    output = injection.forward(bb, batch, rows.several(values, USED), site, **options)
+    output = injection.score(bb, batch, rows.several(values, USED), site, **options)
     loss = torch.nn.functional.cross_entropy(output.logits, output.labels)
     return output, list(torch.autograd.grad(loss, values))
 
@@ -63,7 +63,7 @@ def test_kernels(name: str, site: injection.Site, kind: str) -> None:
             step(changed, name, site)
         return
     path = rows.paths(name, site)[-1] if name in tiny.CAUSAL else None
-    expected, gradients = step(replace(plain, kernels=Kernels(rows="shared")), name, site, path=path)
+    expected, gradients = step(replace(plain, kernels=Kernels(path="shared")), name, site, path=path)
     before = state(plain)
     output, found = step(changed, name, site)
     assert state(plain) == before
@@ -113,7 +113,7 @@ def test_nothing_is_computed_in_vain(name: str, monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("keys were repeated")
 
     assert injection.why_not_packed(bb) is None  # found out before, with the model's own attention
-    injection.width(bb, KV)
+    injection.prompt_width(bb, KV)
     monkeypatch.setattr(f"transformers.models.{name}.modeling_{name}.repeat_kv", refuse)
     assert seen(bb.layers[0].mlp, lambda: step(bb, name, INPUT)) == [(1, tokens, 32)]
     assert seen(bb.model.lm_head, lambda: step(bb, name, INPUT)) == [(1, len(LENGTHS), 32)]
@@ -150,7 +150,7 @@ def test_checkpointing_keeps_less() -> None:
         values = rows.random(0, 5, 32).requires_grad_()
         batch = one_label(rows.batch("llama", rows.texts("llama", LENGTHS)))
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            injection.forward(bb, batch, rows.single(values, len(LENGTHS)), INPUT)
+            injection.score(bb, batch, rows.single(values, len(LENGTHS)), INPUT)
         weights = {p.untyped_storage().data_ptr() for p in bb.model.parameters()}
         sizes[again] = sum(size for place, size in kept.items() if place not in weights)
     assert sizes[True] < 0.6 * sizes[False]
@@ -160,16 +160,16 @@ def test_products_fit_the_weights() -> None:
     """oneDNN's product is torch's, in values and gradient, for both kinds of layer."""
     for name in ("gpt2", "bert"):
         bb = tiny.backbone(name)
-        found = kernels.linears(bb.model)
+        found = kernels.frozen_linears(bb.model)
         assert len(found) > 6
         for module in found[:8]:
             width = module.nx if hasattr(module, "nx") else module.in_features
             x = rows.random(0, 2, 40, width).requires_grad_()
             plain = module(x)
-            with kernels.running(bb.model, Kernels(matmul_backend="onednn"), {}):
+            with kernels.use_kernels(bb.model, Kernels(matmul_backend="onednn"), {}):
                 fast, none = module(x), module(x[:, :0])
             torch.testing.assert_close(fast, plain)
-            assert type(fast.grad_fn).__name__ == "_OneDNNBackward"
+            assert type(fast.grad_fn).__name__ == "_OneDNNLinearBackward"
             assert none.shape == (2, 0, plain.shape[-1])
             weights = rows.random(1, *plain.shape)
             torch.testing.assert_close(
@@ -182,7 +182,7 @@ def test_products_fit_the_weights() -> None:
 def test_compiled_parts() -> None:
     """Norms and MLPs are compiled once for all layers, and give the same loss and gradient at any length."""
     for products in ("torch", "onednn"):
-        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, matmul_backend=products), known={})
+        bb = replace(tiny.backbone("llama"), kernels=Kernels(compiled=True, matmul_backend=products), facts={})
         parts = kernels.compile_parts(bb.model, bb.kernels)
         assert {type(m).__name__ for m in parts} == (
             {"LlamaRMSNorm", "LlamaMLP"} if products == "torch" else {"LlamaRMSNorm"}
@@ -198,22 +198,22 @@ def test_compiled_parts() -> None:
 def test_large_vocabularies_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where scores would be large they are made a few rows at a time: same loss, same gradient, never more at once."""
     bb, batch = tiny.backbone(name), rows.batch(name, rows.texts(name))
-    values = rows.random(0, 3, bb.features).requires_grad_()
-    plain = injection.forward(bb, batch, rows.single(values, 4), INPUT)
+    values = rows.random(0, 3, bb.embedding_size).requires_grad_()
+    plain = injection.score(bb, batch, rows.single(values, 4), INPUT)
     expected = torch.nn.functional.cross_entropy(plain.logits, plain.labels, reduction="none")
     (gradient,) = torch.autograd.grad(expected.square().sum(), values)
-    monkeypatch.setattr(scoring, "LOGITS", 5 * tiny.VOCABULARY)
-    shapes = seen(bb.model.get_output_embeddings(), lambda: injection.forward(bb, batch, rows.single(values, 4), INPUT))
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 5 * tiny.VOCABULARY)
+    shapes = seen(bb.model.get_output_embeddings(), lambda: injection.score(bb, batch, rows.single(values, 4), INPUT))
     assert len(shapes) == -(-len(plain.labels) // 5)
     assert max(shape[1] for shape in shapes) == 5
-    output = injection.forward(bb, batch, rows.single(values, 4), INPUT)
+    output = injection.score(bb, batch, rows.single(values, 4), INPUT)
     assert output.logits is None
     torch.testing.assert_close(output.nll, expected, atol=1e-5, rtol=1e-5)
     (own,) = torch.autograd.grad(output.nll.square().sum(), values)
     assert (own - gradient).norm() < 1e-4 * gradient.norm()
     with torch.no_grad():
-        torch.testing.assert_close(injection.forward(bb, batch, rows.single(values, 4), INPUT).nll, output.nll)
-    assert injection.forward(bb, batch, rows.single(values, 4), INPUT, logits=True).logits is not None
+        torch.testing.assert_close(injection.score(bb, batch, rows.single(values, 4), INPUT).nll, output.nll)
+    assert injection.score(bb, batch, rows.single(values, 4), INPUT, return_logits=True).logits is not None
 
 
 def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,26 +223,28 @@ def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert reasons["bloom"] == "BloomForCausalLM has an attention of its own kind"
     assert reasons["bert"] == "an encoder's prompt sees the text"
     # Attention that is not what the model's own is: packed rows are not taken, and the next best path is.
-    honest = packed_attention._math
+    honest = packed_attention._math_attention
 
-    def shifted(seen: packed_attention.Seen, *rest: Any) -> Tensor:
-        return honest(packed_attention.Seen(seen.allowed.roll(1, -1)), *rest)
+    def shifted(part: Any, mask: packed_attention.AttentionMask, *rest: Any) -> Tensor:
+        return honest(part, packed_attention.AttentionMask(mask.allowed.roll(1, -1)), *rest)
 
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(shifted)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(shifted),
     )
-    bb = replace(tiny.backbone("llama"), known={})
+    bb = replace(tiny.backbone("llama"), facts={})
     assert injection.why_not_packed(bb) == "LlamaForCausalLM gives other states with packed rows"
     assert step(bb, "llama", INPUT)[0].path == "shared"
     monkeypatch.undo()
     mistral = b.wrap(tiny.model("mistral"), name="mistral")
     monkeypatch.setattr(mistral.model.config, "sliding_window", None)
-    monkeypatch.setattr("softprompts.injection.packed.sliding", lambda backbone: (6,) * 3)
+    monkeypatch.setattr("softprompts.injection.packed.layer_windows", lambda backbone: (6,) * 3)
     assert injection.why_not_packed(mistral) == (
         "MistralForCausalLM cannot pack rows: its attention keeps its window to itself"
     )
     # A window that is longer than the few tokens that are tried.
-    monkeypatch.setattr("softprompts.injection.packed.sliding", lambda backbone: (4096,) * 3)
+    monkeypatch.setattr("softprompts.injection.packed.layer_windows", lambda backbone: (4096,) * 3)
     other = b.wrap(tiny.model("mistral"), name="mistral")
     assert injection.why_not_packed(other) == (
         "MistralForCausalLM cannot pack rows: its attention has a window of 6 tokens and its cache one of 4096"
@@ -256,9 +258,11 @@ def test_a_model_that_fails_when_packed_falls_back(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("no kernel")
 
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(broken)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(broken),
     )
-    bb = replace(tiny.backbone("llama"), known={})
+    bb = replace(tiny.backbone("llama"), facts={})
     before = state(bb)
     assert injection.why_not_packed(bb) == "LlamaForCausalLM fails with packed rows (RuntimeError: no kernel)"
     assert step(bb, "llama", INPUT)[0].path == "shared"
@@ -268,9 +272,11 @@ def test_a_model_that_fails_when_packed_falls_back(monkeypatch: pytest.MonkeyPat
         raise torch.OutOfMemoryError("full")
 
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(full)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(full),
     )
-    bb = replace(tiny.backbone("llama"), known={})
+    bb = replace(tiny.backbone("llama"), facts={})
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         injection.why_not_packed(bb)
-    assert "packed" not in bb.known
+    assert "packed" not in bb.facts

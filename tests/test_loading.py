@@ -40,7 +40,7 @@ def hooked(name, folder, how):
             model, LAYERS_ON_DISK[name], main_device="cpu", offload_dir=folder, skip_keys=skip
         )
     assert sum(hasattr(module, "_hf_hook") for module in made.modules()) > 20
-    return loading.spread(backbone.wrap(made, name=name))
+    return loading.align_part_devices(backbone.wrap(made, name=name))
 
 
 @pytest.mark.parametrize("how", ["hooks", "disk"])
@@ -51,13 +51,13 @@ def test_hooks_change_nothing(name, site, how, tmp_path):
     if how == "disk":
         assert any(parameter.device.type == "meta" for parameter in bb.model.parameters())
     assert bb.device == torch.device("cpu")
-    assert bb.rms == plain.rms
+    assert bb.embedding_rms == plain.embedding_rms
     assert bb.trunk_arguments == plain.trunk_arguments
     own = {key: module.forward for key, module in bb.model.named_modules()}
-    values = rows.random(0, 4, injection.width(plain, site)).requires_grad_()
+    values = rows.random(0, 4, injection.prompt_width(plain, site)).requires_grad_()
     found = []
     for one in (bb, plain):
-        output = injection.forward(one, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
+        output = injection.score(one, rows.batch(name, rows.texts(name)), rows.single(values, 4), site)
         loss = torch.nn.functional.cross_entropy(output.logits, output.labels)
         found.append((output.logits, torch.autograd.grad(loss, values)[0]))
     (logits, gradient), (expected, other) = found  # the paths may differ: not every one takes weights from a disk
@@ -82,7 +82,7 @@ def test_parts_answer_where_they_were_asked():
 def test_load_with_a_map(device_map, tmp_path):
     where = local.model_directory(tmp_path / "llama")
     plain = loading.load(str(where), dtype="float32", device="cpu")
-    if isinstance(device_map, str) and len(devices.devices()) > 1:
+    if isinstance(device_map, str) and len(devices.available_devices()) > 1:
         pytest.skip("auto takes the accelerator here")
     bb = loading.load(str(where), dtype="float32", device_map=device_map)
     assert bb.device == torch.device("cpu")

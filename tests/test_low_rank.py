@@ -115,7 +115,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     model = prompted(bb, INPUT, build("low-rank", {}, spec, PromptInit(torch.zeros(P, 32))))
     groups = rates_of(model, together.config(learning_rate=0.2, learning_rate_unit="rms"))
     found = {tuple(g["params"][0].shape): g["rate"] for g in groups}
-    assert found == pytest.approx({(10, 32): 0.2 * bb.rms, (P, 10): 0.2})
+    assert found == pytest.approx({(10, 32): 0.2 * bb.embedding_rms, (P, 10): 0.2})
 
 
 @pytest.mark.parametrize(

@@ -455,7 +455,7 @@ def test_a_directory_whose_files_do_not_belong_together_is_refused(saved: Path) 
         model.prompts["sst2"].shared.prompt.add_(1)
     model.save_pretrained(saved.parent / "other")
     shutil.copytree(saved.parent / "other" / "qqp", saved / "qqp", dirs_exist_ok=True)
-    with pytest.raises(ArtifactError, match="'shared.prompt', which mnli and qqp share, differs between them"):
+    with pytest.raises(ArtifactError, match=r"'shared\.prompt', which mnli and qqp share, differs between them"):
         SoftPromptModel.from_pretrained(stock, saved)
     shutil.copy(saved.parent / "other" / "adapter_model.safetensors", saved)
     with pytest.raises(ArtifactError, match=r"PEFT saved here later; delete tasks.json to load PEFT's prompts"):

@@ -108,7 +108,7 @@ def backbone(name: str, dtype: torch.dtype = torch.float32, spread: float = 0.15
 
 def prompts(bb: b.Backbone) -> list[Tensor]:
     """Three prompts of 3, 9 and 5 tokens that want gradients."""
-    return [rows.random(i, n, bb.features).requires_grad_() for i, n in enumerate((3, 9, 5))]
+    return [rows.random(i, n, bb.embedding_size).requires_grad_() for i, n in enumerate((3, 9, 5))]
 
 
 def apart(found: Tensor, expected: Tensor) -> float:
@@ -136,13 +136,13 @@ def test_other_architectures(name: str) -> None:
         wanted = torch.autograd.grad((expected * weights).sum(), values, retain_graph=True)
         for again in (False, True):
             run = replace(bb, kernels=Kernels(gradient_checkpointing=again))
-            output = injection.forward(run, given, rows.several(values, USED), INPUT)
+            output = injection.score(run, given, rows.several(values, USED), INPUT)
             assert output.path == OTHERWISE.get(name, "packed")
             assert apart(output.logits, expected) < 1e-5
             found = torch.autograd.grad((output.logits * weights).sum(), values)
             assert max(apart(f, w) for f, w in zip(found, wanted, strict=True)) < 1e-4
     if name not in OTHERWISE:
-        assert bb.known["trimmed"] == (name not in WHOLE)
+        assert bb.facts["trimmed"] == (name not in WHOLE)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods import build_tasks, fold, parse_options
 from softprompts.methods.multitask import MultitaskPromptTuning
-from softprompts.training import loop, objectives
+from softprompts.training import objectives
 from softprompts.training.shared_batch import training_step
 from softprompts.types import PromptInit, PromptSpec
+from trainees import fit
 
 P, D = 6, 32
 TASKS = ("mnli", "qqp", "sst2")
@@ -164,7 +165,7 @@ def tuned(name, site, tasks, seed=1, **options):
 
 
 def losses(model, data, config, seed=0):
-    return [report.loss for report in loop.fit(model, data, config, pad=0, seed=seed)]
+    return [report.loss for report in fit(model, data, config, seed=seed)]
 
 
 @pytest.mark.parametrize(("name", "site"), [("llama", Site()), ("llama", Site("kv")), ("t5", Site()), ("bert", Site())])
@@ -201,7 +202,7 @@ def test_folded_and_decomposed_answer_alike(name, site):
         for i in range(4):
             part = batch.rows(torch.tensor([i]))
             alone = model.score(part)
-            folded = injection.forward(bb, part, rows.single(fold(methods[TASKS[task[i]]])), site)
+            folded = injection.score(bb, part, rows.single(fold(methods[TASKS[task[i]]])), site)
             torch.testing.assert_close(rows.of_row(mixed, i), alone.logits, rtol=1e-5, atol=2e-5)
             assert_close(folded.logits, alone.logits)
 
@@ -233,7 +234,7 @@ def test_groups_learn_at_their_own_rates():
     config = together.config(learning_rate=0.3, learning_rate_unit="rms", learning_rates={"factors": 0.4})
     groups = rates_of(model, config)
     found = {tuple(group["params"][0].shape): (len(group["params"]), group["rate"]) for group in groups}
-    rms = model.backbone.rms
+    rms = model.backbone.embedding_rms
     assert found[4, 32] == (1, pytest.approx(0.3 * rms))  # the shared prompt in rms of the words
     assert found[4, 1] == (2, pytest.approx(0.4))  # factors as it stands
     usual = rates_of(model, together.config(learning_rate=0.3, learning_rate_unit="rms"))

@@ -18,12 +18,13 @@ from softprompts import SoftPromptModel, injection
 from softprompts.artifacts import artifact
 from softprompts.config import InitConfig, ModelConfig, parse
 from softprompts.errors import ArtifactError, TrainingError
-from softprompts.evaluation.evaluate import answers
+from softprompts.evaluation.evaluate import answers, evaluation_config
 from softprompts.injection import Site
 from softprompts.methods import METHODS
 from softprompts.model import initialization
+from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import open_prompts
-from softprompts.recipes.run import run as job
+from softprompts.recipes.run.run import run
 from softprompts.types import Batch
 
 DATA = Path(__file__).parent / "data"
@@ -73,36 +74,36 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return {**{name: value for name, value in single.items() if value is not None}, **heads}
 
 
-def opened(directory: Path) -> Any:
+def opened(directory: Path) -> tuple[SoftPromptModel, tuple[str, ...]]:
     """The artifact with its backbone, ready to answer."""
-    return open_prompts([directory], config=backbone_config(artifact.load(directory).backbone))[0]
+    return open_prompts([directory], config=backbone_config(artifact.load(directory).backbone))
 
 
 def backbone_config(name: str) -> ModelConfig:
     return ModelConfig(name=str(ARTIFACTS / name), dtype="float32", device="cpu", threads=1)
 
 
-def scores(ready: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def scores(ready: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The logits [N, V] of the labels of a batch, and the prompt of each row: values [B, P, D] and mask [B, P]."""
     given = Batch(task_ids=torch.zeros(3, dtype=torch.long), **{FIELDS.get(name, name): batch[name] for name in batch})
     with torch.no_grad():
-        prompt = ready.learner.prompt(given)
-        logits = ready.learner.forward(given, prompt).logits
+        prompt = ready.make_prompts(given)
+        logits = ready.score(given, prompts=prompt).logits
     return logits, prompt.values[prompt.prompt_index], prompt.mask[prompt.prompt_index]
 
 
-def answered(ready: Any, directory: Path) -> list[dict[str, Any]]:
+def answered(ready: SoftPromptModel, directory: Path) -> list[dict[str, Any]]:
     """The answers to TEXTS, judged as in the run; none where the artifact holds no task."""
-    if ready.encoder is None:
+    saved = artifact.load(directory)
+    if saved.template is None:
         return []
-    config = job.judging_of(artifact.load(directory))
     rows = [{"text": text} for text in TEXTS]
-    return [vars(answer) for answer in answers(ready.learner, ready.encoder, rows, config)]
+    return [vars(answer) for answer in answers(ready, rows, prompt=ready.task, config=evaluation_config(saved))]
 
 
 def judging(directory: Path) -> dict[str, Any]:
     """How answers of the artifact are judged, under the names of expected.json."""
-    config = job.judging_of(artifact.load(directory))
+    config = evaluation_config(artifact.load(directory))
     return {"by": config.by, "normalise": config.normalize, "max_new_tokens": config.max_new_tokens}
 
 
@@ -110,7 +111,7 @@ def model_of(directory: Path) -> SoftPromptModel:
     """A SoftPromptModel with all prompts of a directory."""
     single = (directory / "softprompts.json").exists()
     first = directory if single else next(path for path in sorted(directory.iterdir()) if path.is_dir())
-    base = job.load_backbone(model_config(artifact.load(first)))
+    base = load_backbone(model_config(artifact.load(first)))
     return SoftPromptModel.from_pretrained(base.model, directory, tokenizer=base.tokenizer)
 
 
@@ -134,7 +135,7 @@ def resaved(directory: Path, target: Path) -> Path:
 
 def started(config: InitConfig, length: int) -> Any:
     """A start for the input of the tiny llama."""
-    base = job.load_backbone(backbone_config("backbones/llama"))
+    base = load_backbone(backbone_config("backbones/llama"))
     return initialization.initialize(config, base, Site(), injection.prompt_spec(base, Site(), length))
 
 
@@ -229,7 +230,7 @@ def test_tensors_of_an_old_artifact_come_back_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ANSWERING)
 def test_an_old_artifact_scores_a_batch_as_then_and_fits_its_backbone_without_warnings(name: str) -> None:
-    saved, ready = stored(name), opened(ARTIFACTS / name)
+    saved, (ready, warnings) = stored(name), opened(ARTIFACTS / name)
     logits, values, mask = scores(ready, batch_of(saved))
     torch.testing.assert_close(some(logits), saved["logits"], **CLOSE)
     if "rows.values" in saved:
@@ -237,12 +238,12 @@ def test_an_old_artifact_scores_a_batch_as_then_and_fits_its_backbone_without_wa
         torch.testing.assert_close(values, saved["rows.values"], **CLOSE)
     else:
         assert [bits(row) for row in values] == [bits(saved["prompt"])] * len(values)
-    assert list(ready.warnings) == told(name)["warnings"] == []
+    assert list(warnings) == told(name)["warnings"] == []
 
 
 @pytest.mark.parametrize("name", ANSWERING)
 def test_an_old_artifact_answers_texts_as_then(name: str) -> None:
-    now, then = answered(opened(ARTIFACTS / name), ARTIFACTS / name), told(name)["answers"]
+    now, then = answered(opened(ARTIFACTS / name)[0], ARTIFACTS / name), told(name)["answers"]
     assert [(one["value"], one["text"]) for one in now] == [(one["value"], one["text"]) for one in then]
     for one, other in zip(now, then, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
@@ -267,7 +268,7 @@ def test_a_model_with_old_prompts_has_the_loss_and_the_scores_of_then(name: str)
 @pytest.mark.parametrize("name", ANSWERING)
 def test_an_old_artifact_that_is_saved_again_scores_as_before(name: str, tmp_path: Path) -> None:
     new = resaved(ARTIFACTS / name, tmp_path / "new")
-    logits, _, _ = scores(opened(new), batch_of(stored(name)))
+    logits, _, _ = scores(opened(new)[0], batch_of(stored(name)))
     torch.testing.assert_close(some(logits), stored(name)["logits"], **CLOSE)
     version = json.loads((new / "softprompts.json").read_text())["format_version"]
     assert version >= json.loads((ARTIFACTS / name / "softprompts.json").read_text())["format_version"]
@@ -295,8 +296,8 @@ def test_old_artifacts_start_new_runs() -> None:
     table = ARTIFACTS / "format3" / "ipt-pretrained" / "table"
     start = started(InitConfig(kind="zeros", state=str(table)), 4)
     written = load_file(table / "softprompts.safetensors")
-    taught = {key.removeprefix("state."): bits(value) for key, value in written.items() if key.startswith("state.")}
-    assert {key: bits(value) for key, value in start.state.items()} == taught
+    taught = {key: bits(value) for key, value in written.items() if key.startswith("state.")}
+    assert {key.replace("shared.", "state.", 1): bits(value) for key, value in start.state.items()} == taught
 
 
 def test_format_3_has_every_method_every_place_and_every_site() -> None:
@@ -328,7 +329,7 @@ def test_a_checkpoint_of_the_old_library_is_refused_in_one_line(
     monkeypatch.chdir(ARTIFACTS)
     file = shutil.copy(CHECKPOINT / "checkpoint.safetensors", tmp_path)
     with pytest.raises(TrainingError) as caught:
-        job.run(parse(run_values(tmp_path)))
+        run(parse(run_values(tmp_path)))
     assert "\n" not in str(caught.value)
     assert str(file) in str(caught.value)
     assert Path(file).read_bytes() == (CHECKPOINT / "checkpoint.safetensors").read_bytes()

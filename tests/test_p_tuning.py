@@ -131,7 +131,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     model = prompted(bb, INPUT, build_tasks("p-tuning", {}, spec, start, TASKS))
     groups = rates_of(model, together.config(learning_rate=0.2, learning_rate_unit="rms"))
     found = {group["rate"]: len(group["params"]) for group in groups}
-    assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.rms: 4})
+    assert found == pytest.approx({1e-3: 2 * (1 + 16 + 2), 2e-3 * bb.embedding_rms: 4})
     assert sum(found.values()) == len(model.trainable())
 
 

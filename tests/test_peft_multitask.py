@@ -26,6 +26,7 @@ from softprompts import (
     SoftPromptModel,
 )
 from softprompts.errors import ArtifactError, ConfigError
+from softprompts.methods import fold
 from softprompts.model.peft import PromptTuningConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks
@@ -370,10 +371,10 @@ def test_the_two_stages_of_pefts_example(tmp_path: Path, monkeypatch: pytest.Mon
 
     model = SoftPromptModel(copy.deepcopy(base), target_config)
     stored = load_file("checkpoints_source/adapter_model.safetensors")
-    method = model.prompts["default"]
-    assert torch.equal(method.shared, stored["prompt_embeddings"])
+    method = model.registry.method("default")
+    assert torch.equal(method.shared.prompt, stored["prompt_embeddings"])
     expected = stored["prefix_task_rows"]
-    torch.testing.assert_close(method.rows[0].detach(), expected.mean(0) if kind.startswith("AVER") else expected[0])
+    torch.testing.assert_close(method.rows.detach(), expected.mean(0) if kind.startswith("AVER") else expected[0])
     second = train(model, {**batch, "task_ids": torch.zeros(4, dtype=torch.long)})
     assert second[0] < first[0]
     assert second[-1] < second[0]
@@ -386,17 +387,17 @@ def test_a_source_of_ours_knows_its_tasks_by_name_and_its_weights(tmp_path: Path
     fill(model.prompts)
     model.add_task("plain", PromptTuningConfig(num_virtual_tokens=P))
     model.save_pretrained(tmp_path / "all")
-    method = model.prompts["mnli,qqp,sst2"]
+    methods = {name: model.registry.method(name) for name in names}
     words = torch.nn.Embedding(9, 32)
     options = {"num_virtual_tokens": P, "num_ranks": 2}
     for task in (1, "qqp"):
         made = MultitaskPromptEmbedding(
             MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all", prompt_tuning_init_task=task)), words
         )
-        assert torch.equal(made.prefix_task_rows[0], method.rows[1])
-        assert_close(effective(made, 0), method.fold("qqp"))
+        assert torch.equal(made.prefix_task_rows[0], methods["qqp"].rows)
+        assert_close(effective(made, 0), fold(methods["qqp"]))
     one = MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all" / "sst2"))
-    assert torch.equal(MultitaskPromptEmbedding(one, words).prefix_task_cols[0], method.columns[2])
+    assert torch.equal(MultitaskPromptEmbedding(one, words).prefix_task_cols[0], methods["sst2"].columns)
     with pytest.raises(ConfigError, match=r"'qpq' is no task of .*; did you mean 'qqp'.*: 0 mnli, 1 qqp, 2 sst2"):
         MultitaskPromptEmbedding(
             MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all", prompt_tuning_init_task="qpq")),
@@ -410,13 +411,13 @@ def test_a_source_of_ours_knows_its_tasks_by_name_and_its_weights(tmp_path: Path
         SoftPromptModel(tiny.model("llama", seed=1), one)
     one_file = from_source(tmp_path / "all" / "sst2" / TENSORS)  # which holds the folded prompt
     made = MultitaskPromptEmbedding(MultitaskPromptTuningConfig(**options, **one_file), words)
-    assert torch.equal(made.prefix_task_rows[0], method.rows[2])
+    assert torch.equal(made.prefix_task_rows[0], methods["sst2"].rows)
     # what a run of several tasks leaves: one artifact beside the other, in a directory without an order
     for name in ("tasks.json", TENSORS, "adapter_config.json"):
         (tmp_path / "all" / name).unlink()
     again = MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all", prompt_tuning_init_task="sst2"))
     target = SoftPromptModel(tiny.model("llama"), again, "target")
-    assert torch.equal(target.prompts["target"].fold("target"), method.fold("sst2"))
+    assert torch.equal(fold(target.registry.method("target")), fold(methods["sst2"]))
     target.save_pretrained(tmp_path / "target")
     told = json.loads((tmp_path / "target" / "softprompts.json").read_text())["config"]["prompt"]["init"]
     assert (told["kind"], told["factors"], told["task"]) == ("multitask", "task", "sst2")

@@ -120,7 +120,7 @@ def test_a_prefix_from_a_text_is_that_text(name: str, site: Site, options: dict[
     texts = rows.texts(name)
     batch = rows.batch(name, texts, "left")
     output = model.score(batch)
-    without = injection.forward(bb, batch, None, site)
+    without = injection.score(bb, batch, None, site)
     for i, row in enumerate(texts):
         expected = rows.read_words(bb, site, words, row)
         torch.testing.assert_close(rows.of_row(output, i), expected, atol=1e-5, rtol=1e-5)
@@ -226,7 +226,7 @@ def test_a_network_trains_tasks_as_apart_as_they_are_alone() -> None:
             batch = collate(chosen, 0)
             step = training_step(model, batch)
             scores = torch.nn.functional.cross_entropy(step.output.logits, step.output.labels, reduction="none")
-            each = [scores[batch.task_ids[step.output.row] == i].sum() for i in range(len(model.tasks))]
+            each = [scores[batch.task_ids[step.output.batch_rows] == i].sum() for i in range(len(model.tasks))]
             sums.append(torch.stack(each).detach())
             optimizer.zero_grad()
             torch.stack(each).sum().backward()
@@ -244,7 +244,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     bb = tiny.backbone("llama")
     slot = injection.prompt_spec(bb, KV, P)
     for options, rates, expected in (
-        ({}, {}, {0.2 * bb.rms: 2}),
+        ({}, {}, {0.2 * bb.embedding_rms: 2}),
         (NETWORK, {}, {1e-3: 10}),
         (NETWORK, {"network": 0.03}, {0.03: 10}),
     ):

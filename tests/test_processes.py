@@ -17,9 +17,11 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.data import EncodedExample
 from softprompts.injection import Site
-from softprompts.training import loop
-from test_together import config, encoded, learner, trainees, values
+from softprompts.training.checkpoint import CHECKPOINT
+from softprompts.training.loop import is_main_process
+from test_together import config, encoded, run_of, trainees, tuned, values
 from test_together import double as backbone
+from trainees import train_many
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,20 +31,19 @@ def cases(folder):
     joint = trainees("llama", Site(), folder / "joint")
     base = backbone("gpt2")
     rows = [*encoded("gpt2", 6, 5), EncodedExample([5, 6, 7], [-100, -100, -100])]  # one row has no label at all
-    alone = loop.TrainingRun(
-        "alone", learner(base, Site("kv"), 3, 4), rows, config(6, batch_size=3, gradient_accumulation_steps=2)
-    )
+    settings = config(6, batch_size=3, gradient_accumulation_steps=2)
+    alone = run_of("alone", tuned(base, Site("kv"), 3, 4), rows, settings)
     # Most batches hold one task only, whose prompt alone may move.
-    two = learner(base, Site(), 3, 8, ("a", "b"))
-    sparse = loop.TrainingRun("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
+    two = tuned(base, Site(), 3, 8, ("a", "b"))
+    sparse = run_of("sparse", two, encoded("gpt2", 4, 9, tasks=2), config(6, batch_size=1, weight_decay=0.1))
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2, 0.1])
-    watched = loop.TrainingRun(
+    watched = run_of(
         "watched",
-        learner(base, Site(), 3, 4),
+        tuned(base, Site(), 3, 4),
         encoded("gpt2", 5, 6),
         config(6, batch_size=2, eval_steps=1, early_stopping_patience=2),
         # Each process has scores of its own; the first one's must decide.
-        validate=lambda: next(scores) if loop.is_main_process() else 0.0,
+        validate=lambda: next(scores) if is_main_process() else 0.0,
     )
     return [
         joint,
@@ -57,7 +58,7 @@ def work(folder, out):
     losses, prompts = {}, {}
     for runs in cases(folder):
         runs = [replace(one, config=one.config.model_copy(update={"max_steps": 6})) for one in runs]
-        with closing(loop.train_many(runs, pad=0)) as steps:
+        with closing(train_many(runs)) as steps:
             for name, report in steps:
                 losses.setdefault(name, []).append(report.loss)
         prompts |= {one.name: values(one) for one in runs}
@@ -90,7 +91,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
             assert losses[rank][name] == pytest.approx(expected, rel=1e-9), name
             torch.testing.assert_close(files[rank][0][name], files["one"][0][name], rtol=1e-9, atol=1e-10)
     for name in ("joint/plain", "alone"):
-        one, two = (read_tensors(tmp_path / count / name / loop.CHECKPOINT)[0] for count in ("one", "two"))
+        one, two = (read_tensors(tmp_path / count / name / CHECKPOINT)[0] for count in ("one", "two"))
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(one[key], two[key], rtol=1e-9, atol=1e-10)

@@ -14,14 +14,14 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.config import parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError, TrainingError
-from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found
+from softprompts.recipes.comparison import ALL_TARGETS, ArmResult, ArmRun, Comparison
 from softprompts.recipes.multitask import Plan, execute
-from softprompts.recipes.multitask.runs import Origins, arms_of, source_runs, target_run, teacher_runs
+from softprompts.recipes.multitask.runs import Origins, select_arms, source_runs, target_run, teacher_runs
 from softprompts.recipes.multitask.summary import summarize
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
-from softprompts.training import distillation, weights
-from softprompts.training import loop as train
+from softprompts.training import backbone_weights, distillation
+from softprompts.training.trainables import TrainablePrompts
 
 FROZEN = ["prompt-tuning", "spot-mixture", "spot-weighted", "attempt", "mpt", "mpt-no-decomposition", "mpt-together"]
 
@@ -121,18 +121,18 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
     plan = parse(plan_values(tmp_path), Plan)
     found = {
         ("gamma", 2): [
-            Found(Cell("lora", 1.0, 0), [page_of("gamma", 0.9, 0.99, 7)]),
-            Found(Cell("prompt-tuning", 0.1, 0), [page_of("gamma", 0.2, 0.5)]),
-            Found(Cell("prompt-tuning", 0.1, 1), [page_of("gamma", 0.2, 0.7)]),
-            Found(Cell("prompt-tuning", 0.1, 2), []),
+            ArmResult(ArmRun("lora", 1.0, 0), [page_of("gamma", 0.9, 0.99, 7)]),
+            ArmResult(ArmRun("prompt-tuning", 0.1, 0), [page_of("gamma", 0.2, 0.5)]),
+            ArmResult(ArmRun("prompt-tuning", 0.1, 1), [page_of("gamma", 0.2, 0.7)]),
+            ArmResult(ArmRun("prompt-tuning", 0.1, 2), []),
         ],
-        ("delta", 2): [Found(Cell("prompt-tuning", 0.1, 0), [page_of("delta", 0.3, 0.4)])],
-        (TOGETHER, 2): [
-            Found(Cell("mpt-together", 0.1, 0), [page_of("gamma", 0.2, 0.6), page_of("delta", 0.3, 0.8)]),
+        ("delta", 2): [ArmResult(ArmRun("prompt-tuning", 0.1, 0), [page_of("delta", 0.3, 0.4)])],
+        (ALL_TARGETS, 2): [
+            ArmResult(ArmRun("mpt-together", 0.1, 0), [page_of("gamma", 0.2, 0.6), page_of("delta", 0.3, 0.8)]),
         ],
     }
     origins = Origins({}, {}, {})
-    filled = Comparison(plan.target, lambda *_: [], found=found)
+    filled = Comparison(plan.target, lambda *_: [], results=found)
     similar = {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}
     results = summarize(plan, filled, {"runs": []}, origins, similar, 1.0)
     lines = {line["arm"]: line for line in results["arms"][1]["lines"]}
@@ -153,10 +153,10 @@ def test_targets_start_where_their_arm_says(done):
     out = Path(values["output_dir"])
     sources = [artifact.load(out / "sources/mpt/prompt" / name) for name in ("alpha", "beta")]
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
-    columns = torch.stack([one.state["columns.0"] for one in sources]).mean(0)
-    rows = torch.stack([one.state["rows.0"] for one in sources]).mean(0)
+    columns = torch.stack([one.state["columns"] for one in sources]).mean(0)
+    rows = torch.stack([one.state["rows"] for one in sources]).mean(0)
     target = artifact.load(out / f"targets/gamma-full/rates/mpt-rate{rate:g}-seed0/prompt")
-    torch.testing.assert_close(target.initial, sources[0].state["shared"] * (columns @ rows))
+    torch.testing.assert_close(target.initial, sources[0].state["shared.prompt"] * (columns @ rows))
     mixture = artifact.load(out / "sources/mixture/prompt/alpha").prompt
     assert mixture.equal(artifact.load(out / "sources/mixture/prompt/beta").prompt)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-mixture", "full"))
@@ -244,7 +244,7 @@ def test_a_stage_that_is_cut_inside_goes_on(done, tmp_path, monkeypatch):
     values, _, _ = done
     plan = small(values, tmp_path / "out")
     expected = execute(parse(small(values, tmp_path / "whole"), Plan))
-    original, steps = train.joint_steps, 0
+    original, steps = TrainablePrompts.loss, 0
 
     def interrupted(*given):
         nonlocal steps
@@ -253,10 +253,10 @@ def test_a_stage_that_is_cut_inside_goes_on(done, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*given)
 
-    monkeypatch.setattr(train, "joint_steps", interrupted)
+    monkeypatch.setattr(TrainablePrompts, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         execute(parse(plan, Plan))
-    monkeypatch.setattr(train, "joint_steps", original)
+    monkeypatch.setattr(TrainablePrompts, "loss", original)
     found = execute(parse(plan, Plan))
     assert found["arms"] == expected["arms"]
     assert found["curves"] == expected["curves"]
@@ -330,7 +330,7 @@ def test_the_command(done, tmp_path, capsys):
         cli.app(["multitask", "--config", str(file)], standalone_mode=True)
     assert stop.value.code == 0
     shown = capsys.readouterr().out
-    assert "targets, full: arm, trained numbers, gamma, delta, mean" in shown
+    assert "targets, full: arm, trainable params, gamma, delta, mean" in shown
     mean = next(line["mean"] for line in results["arms"][0]["lines"] if line["arm"] == "mpt")
     assert f"{mean:.3f}" in next(line for line in shown.splitlines() if line.startswith("mpt  "))
 
@@ -425,7 +425,9 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
         tried(prompt={"num_virtual_tokens": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
     with pytest.raises(BackboneError, match="there is no layer 9"):
         tried(source={**values["source"], "layers": [9]})
-    monkeypatch.setattr(weights, "_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]")))
+    monkeypatch.setattr(
+        backbone_weights, "_import_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]"))
+    )
     with pytest.raises(ConfigError, match=r"softprompts\[lora\]"):
         tried(target={**values["target"], "arms": ["lora"]})
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -448,13 +450,13 @@ def test_teachers_that_are_there_are_not_trained(done):
 def test_what_a_plan_asks_of_each_arm(done):
     values, _, _ = done
     plan = parse(values, Plan)
-    assert arms_of(plan, None, weights=False, together=True) == ["mpt-together"]
-    assert arms_of(plan, 2, weights=False) == ["prompt-tuning", "mpt"]
+    assert select_arms(plan, None, weights=False, all_targets=True) == ["mpt-together"]
+    assert select_arms(plan, 2, weights=False) == ["prompt-tuning", "mpt"]
     origins = Origins({"alpha": "a", "beta": "b"}, {"mpt": Path("s/mpt")}, {})
-    run = target_run(plan, "gamma", 2, origins, [Cell("mpt", 0.3, 7)], "rates")
+    run = target_run(plan, "gamma", 2, origins, [ArmRun("mpt", 0.3, 7)], "rates")
     entry = run.runs[0]
     assert entry["training.learning_rates"] == {"factors": pytest.approx(0.4)}
     assert entry["tasks"][0]["split"] | {"shots": 2, "shots_seed": 7} == entry["tasks"][0]["split"]
     assert run.training.eval_steps == run.training.max_steps
-    both = target_run(plan, TOGETHER, 2, origins, [Cell("mpt-together", 0.3, 7)], "rates")
+    both = target_run(plan, ALL_TARGETS, 2, origins, [ArmRun("mpt-together", 0.3, 7)], "rates")
     assert (both.training.sampling.draw, both.training.batch_size) == ("all", 8)

@@ -17,9 +17,9 @@ from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.methods import build, build_tasks, fold
 from softprompts.methods.residual import ResidualPromptTuning
-from softprompts.training import loop
 from softprompts.training.shared_batch import training_step
 from softprompts.types import Context, PromptInit, PromptSpec
+from trainees import fit
 
 P, D, B = 4, 10, 6
 TASKS = ("one", "two")
@@ -121,7 +121,7 @@ def test_with_zero_output_it_is_prompt_tuning(name: str, site: Site) -> None:
     assert float(gradients[0][1].abs().max()) > 0
     method.scale.requires_grad_(False)
     method.shift.requires_grad_(False)
-    curves = [[r.loss for r in loop.fit(each, data, together.config(max_steps=5), pad=0)] for each in (usual, one)]
+    curves = [[r.loss for r in fit(each, data, together.config(max_steps=5))] for each in (usual, one)]
     assert curves[1] == pytest.approx(curves[0], rel=1e-12)
     torch.testing.assert_close(plain(method), plain(usual.prompts["a"]), rtol=1e-10, atol=0)
     assert float((plain(method) - start).abs().max()) > 0.01
@@ -158,7 +158,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     spec, start = injection.prompt_spec(bb, Site(), P), PromptInit(torch.zeros(P, 32))
     config = together.config(learning_rate=0.2, learning_rate_unit="rms")
     groups = rates_of(prompted(bb, Site(), build_tasks("residual", {}, spec, start, TASKS)), config)
-    assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.rms: 6, 1e-3: 8})
+    assert {g["rate"]: len(g["params"]) for g in groups} == pytest.approx({0.2 * bb.embedding_rms: 6, 1e-3: 8})
     usual = rates_of(prompted(bb, Site(), build("prompt-tuning", {}, spec, start)), config)[0]["rate"]
     assert groups[0]["rate"] == usual, "the prompt learns as it does in prompt tuning"
 

@@ -10,16 +10,16 @@ import torch
 import yaml
 
 import local
-from softprompts import cli
 from softprompts.artifacts import artifact
 from softprompts.artifacts.io import read_tensors
-from softprompts.config import parse
+from softprompts.cli import screen
+from softprompts.config import parse, read
 from softprompts.config.sweep import grid, sweep
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.recipes.run import run as job
 from softprompts.training import objectives
-from softprompts.training.loop import CHECKPOINT
+from softprompts.training.checkpoint import CHECKPOINT
 
 
 @pytest.fixture
@@ -92,9 +92,9 @@ def test_entries_that_cannot_be(values, runs, words):
 def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch):
     judged, original = [], evaluate.evaluate
 
-    def counted(learner, *arguments, **options):
-        judged.append(learner.method is None)
-        return original(learner, *arguments, **options)
+    def counted(model, *arguments, **options):
+        judged.append(options["prompt"] is None)
+        return original(model, *arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
     results = job.run(parse({**values, "runs": RUNS}))
@@ -191,7 +191,7 @@ def test_the_command_takes_lists_of_seeds_and_rates(values, call, tmp_path):
     assert lines[1].split("  ")[1] == "seed 0, training.learning_rate 0.1"
     assert re.fullmatch(r"training.learning_rate 0.1  accuracy 0\.\d{3}  0\.\d{3}  2", lines[6])
     assert err.count("training seed1-rate0.5 4/4 loss") == 1
-    assert err.count("before training") == 1
+    assert err.count("evaluating colors before training") == 1
     for name in names:
         assert (tmp_path / "out" / name / "prompt" / "adapter_model.safetensors").is_file()
 
@@ -200,8 +200,8 @@ def test_a_terminal_shows_a_table(capsys, monkeypatch):
     row = {"name": "a", "task": "t", "differs": {"seed": 1}, "loss": 0.5, "metric": "accuracy", "failed": None}
     score = {"value": 0.75, "low": 0.5, "high": 1.0, "illegal": 0}
     group = {"task": "t", "differs": {}, "metric": "accuracy", "mean": 0.5, "sd": 0.25, "n": 2}
-    monkeypatch.setattr(cli.screen.out, "_force_terminal", True)
-    cli.screen.show_runs({"title": "2 runs", "runs": [{**row, "after": score}], "groups": [group]})
+    monkeypatch.setattr(screen.out, "_force_terminal", True)
+    screen.show_runs({"title": "2 runs", "runs": [{**row, "after": score}], "groups": [group]})
     shown = capsys.readouterr().out
     assert "┃" in shown
     for word in ("what differs", "seed 1", "accuracy 0.750", "0.250"):
@@ -225,9 +225,9 @@ def test_lists_that_cannot_be(values, call, tmp_path, arguments, words):
 
 
 def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
-    from softprompts.training import loop
+    from softprompts.training.trainables import TrainablePrompts
 
-    original = loop._gradients
+    original = TrainablePrompts.loss
 
     def interrupted(*arguments):
         interrupted.calls += 1
@@ -238,11 +238,11 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
     interrupted.calls = 0
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     whole = job.run(parse({**values, "runs": RUNS[:2], "output_dir": str(tmp_path / "whole")}))
-    monkeypatch.setattr(loop, "_gradients", interrupted)
+    monkeypatch.setattr(TrainablePrompts, "loss", interrupted)
     command = ("train", "--config", tmp_path / "run.yaml", "--set", f"runs={json.dumps(RUNS[:2])}")
     status, _, err = call(*command)
     assert status == 130
-    assert f"the state is kept in {tmp_path / 'out'}: the same command goes on" in err
+    assert f"the checkpoint is in {tmp_path / 'out'}: the same command continues" in err
     assert not (tmp_path / "out" / "results.json").exists()
     status, _, err = call(*command)
     assert status == 0, err
@@ -257,7 +257,7 @@ def test_interrupted_runs_go_on(values, call, tmp_path, monkeypatch):
 
 def test_the_example_and_the_page_list_runs_that_can_be():
     root = Path(__file__).parents[1]
-    assert list(sweep(cli.read_config(root / "examples" / "many-prompts.yaml"))) == [
+    assert list(sweep(read(root / "examples" / "many-prompts.yaml"))) == [
         "words-0",
         "words-1",
         "labels-0",

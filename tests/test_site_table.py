@@ -16,7 +16,7 @@ SITES = ("input", "decoder", "layers", "kv")
 def cell(name: str, site: str) -> str:
     """The width of the site on a tiny model, or why it has none."""
     try:
-        return str(injection.width(tiny.backbone(name), injection.Site(site)))
+        return str(injection.prompt_width(tiny.backbone(name), injection.Site(site)))
     except BackboneError:
         return "-"
 

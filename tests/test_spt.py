@@ -9,33 +9,39 @@ from typing import Any
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
 import tiny
 from closeness import assert_close
+from prompted import each, prompted, prompts_of, spec_of, tensors
 from rows import INPUT
 from softprompts import injection
 from softprompts.errors import ConfigError
-from softprompts.methods import METHODS, build, groups, shares
-from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.methods import METHODS, build, build_tasks
 from softprompts.methods.spt import SemiParametric, best, products
-from softprompts.model import initialization
+from softprompts.model import SoftPromptModel, initialization
+from softprompts.model.registry import NewPrompt
 from softprompts.training import objectives
-from softprompts.types import IGNORE, Batch, Context, PromptInit, PromptSpec, mix_prompts
+from softprompts.training.shared_batch import training_step
+from softprompts.types import IGNORE, Batch, Context, Prompt, PromptInit, PromptSpec
 
 P, K, D, N = 5, 3, 8, 40
 NAME = "spt-reconstruction"
 FAISS = pytest.mark.filterwarnings("ignore:builtin type [sS]wig:DeprecationWarning")
 
 
-def made(memory: Tensor | None = None, tasks: tuple[str, ...] = ("one",), **options: Any) -> SemiParametric:
+def made(memory: Tensor | None = None, **options: Any) -> SemiParametric:
     """A method whose memory is `memory [N, D]`, by default random; one long trained prompt of which all is."""
     memory = rows.random(1, N, D) if memory is None else memory
     config = SemiParametric.Config(**{"k": K, **options})
-    slot = PromptSpec(P, memory.shape[1], memory.shape[1])
-    return SemiParametric(config, slot, PromptInit(rows.random(2, P, memory.shape[1]), memory[None]))
+    spec = PromptSpec(P, memory.shape[1], memory.shape[1])
+    return SemiParametric(config, spec, PromptInit(rows.random(2, P, memory.shape[1]), memory[None]))
+
+
+def prompts(method: SemiParametric, seen: Context) -> Prompt:
+    """The distinct prompts of one task's rows."""
+    return prompts_of({"one": method}, [0] * len(seen.input_ids), seen)
 
 
 def context(words: list[list[int]], text: int = 6, width: int = D, seed: int = 5) -> Context:
@@ -44,9 +50,7 @@ def context(words: list[list[int]], text: int = 6, width: int = D, seed: int = 5
     for i, places in enumerate(words):
         mark[i, places] = 1
     there = torch.ones_like(mark)
-    return Context(
-        torch.zeros(len(words), dtype=torch.long), there, embeds, there, lambda: embeds, instruction_mask=mark
-    )
+    return Context(there, embeds, there, lambda: embeds, instruction_mask=mark)
 
 
 def by_hand(memory: Tensor, queries: list[list[float]], k: int) -> list[int]:
@@ -69,13 +73,13 @@ def test_retrieval_is_the_largest_products_in_order(query: str, whole: bool) -> 
     method, seen = made(memory, query=query), context([[0, 3], [5], [1, 2, 4, 5]], width=4)
     if whole:
         seen = replace(seen, inputs_embeds=numbers(2, 4, 3, 6, 4))
-    prompt = method(seen)
+    prompt = prompts(method, seen)
     for i in range(3):
         words = seen.inputs_embeds[i][seen.instruction_mask[i].bool()].tolist()
         if query == "mean":
             words = [[sum(column) / len(words) for column in zip(*words, strict=True)]]
         values = prompt.values[prompt.prompt_index[i]]
-        assert torch.equal(values[: P - K], method.soft)
+        assert torch.equal(values[: P - K], method.shared.soft)
         assert torch.equal(values[P - K :], memory[by_hand(memory, words, K)])
 
 
@@ -92,11 +96,11 @@ def test_an_index_finds_what_brute_force_finds(query: str, length: int) -> None:
         plain, fast = (made(memory, query=query, index=index) for index in ("torch", "faiss"))
         seen = context([[0], [1, 2], [3, 4, 5]], width=5, seed=seed)
         seen = replace(seen, inputs_embeds=numbers(2, seed, 3, 6, 5)) if seed % 2 else seen
-        one, two = plain(seen), fast(seen)
-        assert torch.equal(one.values[one.row], two.values[two.row])
-    assert torch.equal(pickle.loads(pickle.dumps(fast))(seen).values, two.values), "an index stays behind"
-    fast.load_state_dict({**fast.state_dict(), "sources": rows.random(9, 1, 300, 5)})  # the index must not be the old
-    assert torch.equal(fast(seen).values, made(rows.random(9, 300, 5), query=query)(seen).values)
+        one, two = prompts(plain, seen), prompts(fast, seen)
+        assert torch.equal(each(one), each(two))
+    assert torch.equal(pickle.loads(pickle.dumps(fast))(seen).prompt, two.values), "an index stays behind"
+    fast.load_state_dict({**fast.state_dict(), "shared.sources": rows.random(9, 1, 300, 5)})
+    assert torch.equal(fast(seen).prompt, made(rows.random(9, 300, 5), query=query)(seen).prompt)
 
 
 @torch.no_grad()
@@ -120,10 +124,10 @@ def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
     seen = context([[i % 6] for i in range(8)])
     seen = replace(seen, inputs_embeds=seen.inputs_embeds.abs())  # so that a long positive row wins with every query
     memory = rows.random(1, N, D)
-    spread = made(memory)(seen).aux["retrieval_entropy"]
+    spread = made(memory)(seen).measures["retrieval_entropy"]
     memory[17] = memory[17].abs() * 1000
     method = made(memory)
-    prompt = method(seen)
+    prompt = prompts(method, seen)
     assert all(torch.equal(values[P - K], memory[17]) for values in prompt.values)
     assert len(prompt.values) == 8
     counts: dict[int, int] = {}
@@ -139,7 +143,7 @@ def test_a_long_row_is_retrieved_by_everyone_and_the_entropy_says_so() -> None:
         inputs_embeds=seen.inputs_embeds[:1].expand(8, -1, -1),
         instruction_mask=seen.instruction_mask[:1].expand(8, -1),
     )
-    assert float(method(alike).aux["retrieval_entropy"]) == pytest.approx(math.log(K), abs=1e-5)
+    assert float(method(alike).measures["retrieval_entropy"]) == pytest.approx(math.log(K), abs=1e-5)
 
 
 @torch.no_grad()
@@ -153,8 +157,8 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
     embeds, mark = rows.random(22, 6, 7, D), torch.zeros(6, 7, dtype=torch.long)
     for i, (words, places) in enumerate(cases):
         embeds[i, places], mark[i, places] = words, 1
-    task, mask = torch.zeros(6, dtype=torch.long), torch.ones(6, 7, dtype=torch.long)
-    prompt = method(Context(task, mask, embeds, mask, lambda: embeds, instruction_mask=mark))
+    mask = torch.ones(6, 7, dtype=torch.long)
+    prompt = prompts(method, Context(mask, embeds, mask, lambda: embeds, instruction_mask=mark))
     assert len(prompt.values) == 4
     assert prompt.prompt_index[0] == prompt.prompt_index[1] == prompt.prompt_index[3]
     assert len(set(prompt.prompt_index.tolist())) == 4
@@ -164,8 +168,8 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
         pad = torch.full((1, 5, D), 9.0)
         one = torch.cat([pad, embeds[i : i + 1]], 1)
         there, marked = (torch.nn.functional.pad(x[i : i + 1], (5, 0)) for x in (mask, mark))
-        alone = method(Context(task[:1], there, one, there, lambda: one, instruction_mask=marked))  # noqa: B023
-        assert torch.equal(alone.values[0], prompt.values[prompt.prompt_index[i]])
+        alone = method(Context(there, one, there, lambda: one, instruction_mask=marked))  # noqa: B023
+        assert torch.equal(alone.prompt[0], prompt.values[prompt.prompt_index[i]])
     # Nothing retrieved by no words: all products are equal, so the first rows answer.
     if retrieval == "hard":
         assert torch.equal(prompt.values[prompt.prompt_index[5], P - K :], method.memory[:K])
@@ -175,10 +179,10 @@ def test_the_same_words_retrieve_the_same(query: str, retrieval: str) -> None:
 def test_where_nobody_says_which_words_all_count_but_answers_and_padding() -> None:
     method, seen = made(), context([[0, 1, 2, 3], [0, 1]])
     mask = seen.instruction_mask
-    without = Context(seen.task_ids, seen.input_ids, seen.inputs_embeds, mask, seen.encode)
-    assert torch.equal(method(without).values, method(replace(seen, attention_mask=torch.ones_like(mask))).values)
+    without = Context(seen.input_ids, seen.inputs_embeds, mask, seen.encode)
+    assert torch.equal(method(without).prompt, method(replace(seen, attention_mask=torch.ones_like(mask))).prompt)
     both = method(replace(seen, instruction_mask=torch.ones_like(mask), attention_mask=mask))
-    assert torch.equal(both.values, method(without).values)
+    assert torch.equal(both.prompt, method(without).prompt)
 
 
 @torch.no_grad()
@@ -187,8 +191,9 @@ def test_cold_soft_retrieval_is_hard_retrieval(k: int) -> None:
     memory, seen = rows.random(1, N, D), context([[0, 3], [5]])
     hard = made(memory, k=k)(seen)
     soft = made(memory, k=k, retrieval="soft", temperature=1e-6)(seen)
-    assert_close(soft.values, hard.values)
-    assert float(soft.aux["retrieval_entropy"]) == pytest.approx(float(hard.aux["retrieval_entropy"]), abs=1e-5)
+    assert_close(soft.prompt, hard.prompt)
+    entropies = [float(output.measures["retrieval_entropy"]) for output in (soft, hard)]
+    assert entropies[0] == pytest.approx(entropies[1], abs=1e-5)
 
 
 @torch.no_grad()
@@ -196,7 +201,7 @@ def test_warm_soft_retrieval_is_the_formula() -> None:
     """The i-th mixture, by loops: all rows but the i - 1 best, by softmax of product with the mean over temperature."""
     memory, seen = rows.random(1, N, D), context([[1, 2, 4]])
     mean = (seen.inputs_embeds[0, 1] + seen.inputs_embeds[0, 2] + seen.inputs_embeds[0, 4]) / 3
-    prompt = made(memory, retrieval="soft", temperature=0.5)(seen)
+    prompt = prompts(made(memory, retrieval="soft", temperature=0.5), seen)
     scores = [sum(a * b for a, b in zip(row, mean.tolist(), strict=True)) / 0.5 for row in memory.tolist()]
     ranked, spread = sorted(range(N), key=lambda j: -scores[j]), [0.0] * N
     for i in range(K):
@@ -214,25 +219,23 @@ def test_soft_retrieval_teaches_the_memory_by_values_and_by_products() -> None:
     """Its gradient is that of finite differences, and reaches every row."""
     method, seen = made(rows.random(1, 12, 4), retrieval="soft", temperature=0.5, trained=True), context([[2]], width=4)
     method, weights = method.double(), rows.random(7, P, 4).double()
-    given = method.sources.detach().clone().requires_grad_()
+    given = method.shared.sources.detach().clone().requires_grad_()
 
     def result(sources: Tensor) -> Tensor:
-        return (torch.func.functional_call(method, {"sources": sources}, (seen,)).values[0] * weights).sum()
+        return (torch.func.functional_call(method, {"shared.sources": sources}, (seen,)).prompt[0] * weights).sum()
 
     assert torch.autograd.gradcheck(result, (given,), eps=1e-6, atol=1e-6)
     (gradient,) = torch.autograd.grad(result(given), given)
     assert gradient.abs().sum(2).min() > 0
 
 
-def learner(name: str = "llama", bank: int = 30, **options: Any) -> Learner:
+def tuned(name: str = "llama", bank: int = 30, **options: Any) -> SoftPromptModel:
     """The method for two tasks on a tiny model, whose memory is its vocabulary's first words."""
     bb = tiny.backbone(name)
-    slot = injection.prompt_spec(bb, INPUT, P)
+    spec = injection.prompt_spec(bb, INPUT, P)
     memory = bb.embed(torch.arange(5, 5 + bank)).float()
-    config = SemiParametric.Config(**{"k": K, **options})
-    return Learner(
-        bb, INPUT, slot, SemiParametric(config, slot, PromptInit(rows.random(5, P, slot.width), memory[None]))
-    )
+    start = PromptInit(rows.random(5, P, spec.width), memory[None])
+    return prompted(bb, INPUT, build_tasks(NAME, {"k": K, **options}, spec, start, ("one", "two")))
 
 
 def batch_of(name: str = "llama", count: int = 4, side: str = "left") -> Batch:
@@ -249,11 +252,12 @@ def batch_of(name: str = "llama", count: int = 4, side: str = "left") -> Batch:
 @pytest.mark.parametrize("trained", [False, True])
 def test_what_learns(retrieval: str, trained: bool) -> None:
     """One step of SGD: a frozen memory stays to the bit; a trained one moves where it was retrieved, softly all."""
-    one = learner(retrieval=retrieval, trained=trained)
-    memory, soft = one.method.memory.detach().clone(), one.method.soft.detach().clone()
-    assert set(one.parameters()) == {"method.soft"} | ({"method.sources"} if trained else set())
-    optimizer = torch.optim.SGD(one.parameters().values(), lr=1.0)
-    step = one.step(batch_of())
+    model = tuned(retrieval=retrieval, trained=trained)
+    method = model.prompts["one"]
+    memory, soft = method.memory.detach().clone(), method.shared.soft.detach().clone()
+    assert set(tensors(model)) == {"one.shared.soft"} | ({"one.shared.sources"} if trained else set())
+    optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
+    step = training_step(model, batch_of())
     assert len(step.prompt.values) == 3
     retrieved = {
         int((memory == row).all(1).nonzero())
@@ -262,56 +266,58 @@ def test_what_learns(retrieval: str, trained: bool) -> None:
     }
     objectives.task(step).backward()
     optimizer.step()
-    moved = (one.method.memory != memory).any(1).nonzero()[:, 0].tolist()
-    assert not torch.equal(one.method.soft, soft)
+    moved = (method.memory != memory).any(1).nonzero()[:, 0].tolist()
+    assert not torch.equal(method.shared.soft, soft)
     assert set(moved) == (set() if not trained else retrieved if retrieval == "hard" else set(range(30)))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_without_memory_it_is_prompt_tuning_bit_for_bit(name: str) -> None:
-    one = learner(name, k=0)
-    plain = PromptTuning(PromptTuning.Config(), replace(one.slot, tasks=("one",)), PromptInit(rows.random(5, P, 32)))
+    model = tuned(name, k=0)
+    plain = prompted(
+        model.backbone, INPUT, build("prompt-tuning", {}, spec_of(model), PromptInit(rows.random(5, P, 32)))
+    )
     batch = replace(batch_of(name), task_ids=torch.zeros(4, dtype=torch.long))
-    mine, theirs = one.step(batch), replace(one, method=plain).step(batch)
+    mine, theirs = training_step(model, batch), training_step(plain, batch)
     assert torch.equal(mine.output.logits, theirs.output.logits)
     objectives.task(mine).backward()
     objectives.task(theirs).backward()
-    assert torch.equal(one.method.soft.grad, plain.prompts[0].grad)
-    assert list(one.method.state_dict()) == ["soft"]
+    assert torch.equal(model.prompts["one"].shared.soft.grad, plain.prompts["a"].prompt.grad)
+    assert list(model.state_dict()) == ["prompts.one.shared.soft"]
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
     """On every path, the memory's rows between S and the text by hand."""
-    one, batch = learner(name), batch_of(name)
-    other = PromptTuning(
-        PromptTuning.Config(), replace(one.slot, tasks=("x",), length=2), PromptInit(rows.random(7, 2, 32))
-    )
-    plain, mine, theirs = replace(one, method=other), torch.tensor([3, 0]), torch.tensor([1, 2])
-    batch = replace(batch, task_ids=torch.zeros(4, dtype=torch.long))
-    made = mix_prompts([plain.prompt(batch.rows(theirs)), one.prompt(batch.rows(mine))], [theirs, mine])
+    model, batch = tuned(name), batch_of(name)
+    spec = replace(spec_of(model), length=2)
+    other = build("prompt-tuning", {}, spec, PromptInit(rows.random(7, 2, 32)))
+    model.registry.add(NewPrompt("plain", other, model.registry.records["one"]), model.device)
+    method, batch = model.prompts["one"], replace(batch, task_ids=torch.tensor([0, 2, 2, 0]))
     for path in (None, *rows.paths(name, INPUT)):
-        output = injection.forward(one.backbone, batch, made, INPUT, path=path)
+        output = model.score(batch, path=path)
         for i in range(4):
             row = batch.rows(torch.tensor([i]))
-            values = other.prompts[0]
+            values = other.prompt
             if i in (0, 3):
-                words = one.backbone.embed(row.input_ids)[0][row.instruction_mask[0].bool()]
-                chosen = by_hand(one.method.memory, words.mean(0, keepdim=True).tolist(), K)
-                values = torch.cat([one.method.soft, one.method.memory[chosen]])
-            alone = injection.forward(one.backbone, row, rows.single(values, 1), INPUT).logits
+                words = model.backbone.embed(row.input_ids)[0][row.instruction_mask[0].bool()]
+                chosen = by_hand(method.memory, words.mean(0, keepdim=True).tolist(), K)
+                values = torch.cat([method.shared.soft, method.memory[chosen]])
+            alone = injection.score(model.backbone, row, rows.single(values, 1), INPUT).logits
             torch.testing.assert_close(rows.of_row(output, i), alone, atol=1e-5, rtol=1e-5)
 
 
 def test_start_tasks_and_names() -> None:
     """S begins at the first rows of the start and is one for all tasks; trained prompts can be the memory."""
     assert NAME in METHODS
-    method = made(tasks=("one", "two"))
-    assert torch.equal(method.soft, rows.random(2, P, D)[: P - K])
-    assert sum(p.numel() for p in method.parameters()) == (P - K) * D
-    assert shares(method)
-    assert {name: group.unit for name, group in groups(method).items()} == {"prompt": "rms", "memory": "rms"}
+    spec, start = PromptSpec(P, D, D), PromptInit(rows.random(2, P, D), rows.random(1, 1, N, D))
+    methods = torch.nn.ModuleDict(build_tasks(NAME, {"k": K}, spec, start, ("one", "two")))
+    method = methods["two"]
+    assert torch.equal(method.shared.soft, rows.random(2, P, D)[: P - K])
+    assert sum(p.numel() for p in methods.parameters()) == (P - K) * D
+    assert method.shares_parameters
+    assert {name: group.unit for name, group in method.groups.items()} == {"prompt": "rms", "memory": "rms"}
     sources = rows.random(3, 2, P, D)
     found = build(NAME, {"k": 2}, PromptSpec(P, D, D), PromptInit(torch.zeros(P, D), sources))
     assert torch.equal(found.memory, torch.cat([sources[0], sources[1]]))

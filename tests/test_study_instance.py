@@ -1,6 +1,5 @@
 """The study of prompts that look at the input, on a tiny model: what is compared, what is reused, what is said."""
 
-import functools
 import json
 import statistics
 import types
@@ -15,9 +14,9 @@ from studies.instance_prompts.summary import _mean_of, page_of, verdict
 import local
 from softprompts.config import parse
 from softprompts.errors import ConfigError, DataError
-from softprompts.recipes import comparison, pretrain
+from softprompts.recipes import comparison
 from softprompts.recipes.run.prepare import ProgressReporter
-from softprompts.training import loop as train
+from softprompts.training.trainables import TrainableClassifier, TrainablePrompts
 
 TRAINED = [
     "prompt-tuning",
@@ -195,7 +194,7 @@ def test_what_training_moved_is_told(done):
 
 def test_what_moved_is_counted_for_each_size():
     def one(moved):
-        return comparison.Found(comparison.Cell("arm", 0.1, 0), [{"summary": {"moved": moved}}])
+        return comparison.ArmResult(comparison.ArmRun("arm", 0.1, 0), [{"summary": {"moved": moved}}])
 
     found = {("a", None): [one(10), one(30)], ("a", 16): [one(4)], ("b", None): [one(None), one(50)]}
     filled = types.SimpleNamespace(found=found)
@@ -243,17 +242,17 @@ def test_an_interrupted_study_goes_on_to_the_same_results(done, tmp_path, monkey
     """Cut in the second step of pretraining, and in the first run of the second arm."""
     values, _ = done
     expected = execute(parse(small(values, tmp_path / "whole"), Study))
-    taught, joint, steps = pretrain._step, train.joint_steps, 0
+    pretraining, training, steps = TrainableClassifier.loss, TrainablePrompts.loss, 0
 
-    def cut(original, *given):
+    def cut(loss, trainable, batches):
         nonlocal steps
         steps += 1
         if steps == at:
             raise KeyboardInterrupt
-        return original(*given)
+        return loss(trainable, batches)
 
-    monkeypatch.setattr(pretrain, "_step", functools.partial(cut, taught))
-    monkeypatch.setattr(train, "joint_steps", functools.partial(cut, joint))
+    monkeypatch.setattr(TrainableClassifier, "loss", lambda *arguments: cut(pretraining, *arguments))
+    monkeypatch.setattr(TrainablePrompts, "loss", lambda *arguments: cut(training, *arguments))
     with pytest.raises(KeyboardInterrupt):
         execute(parse(small(values, tmp_path / "out"), Study))
     monkeypatch.undo()
@@ -279,17 +278,17 @@ def test_numbers_times_and_scores_stand_in_one_table(done):
         assert table["rows"][1][6] == "1.00"
 
 
-def test_the_command_says_how_far_each_arm_came(call, done, tmp_path):
+def test_the_command_says_how_far_each_arm_came(call_study, done, tmp_path):
     values = small(done[0], tmp_path / "out")
     values |= {"arms": ["prompt-tuning", "idpg-m"], "pretrain": None, "speed": {"steps": 2, "repeats": 1}}
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(values))
-    status, out, err = call("study", "instance", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
+    status, out, err = call_study("instance", "--config", tmp_path / "study.yaml", "--out", tmp_path / "o")
     assert status == 0, err
     results = json.loads((tmp_path / "o/results.json").read_text())
     assert results["claims"]["2-shot"]["words"] in out
     assert f"{results['speed']['idpg-m']['ms']:.0f}" in out
     assert str(tmp_path / "o/report.html") in out
-    status, _, err = call("study", "instance", "--config", tmp_path / "study.yaml", "--set", "compare.rate=[1]")
+    status, _, err = call_study("instance", "--config", tmp_path / "study.yaml", "--set", "compare.rate=[1]")
     assert status == 1
     assert "unknown key" in err
 

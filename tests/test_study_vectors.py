@@ -17,11 +17,11 @@ from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes import coefficient_search as coefficient
-from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
-from softprompts.training import loop as train
 from softprompts.training import objectives
+from softprompts.training.trainables import TrainablePrompts
 
 P = 4
 TASKS = ("alpha", "beta", "gamma")
@@ -70,19 +70,18 @@ class Watch:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.fits: list[tuple[list[str], set[int]]] = []  # the directories of the runs, and their backbones
         self.steps = 0
-        fit, joint = job.train_many, train.joint_steps
+        train_many, loss = job.train_many, TrainablePrompts.loss
 
-        def fitted(trainees, **given):
-            where = [str(one.directory) for one in trainees]
-            self.fits.append((where, {id(one.learner.backbone) for one in trainees}))
-            return fit(trainees, **given)
+        def trained(trainable, runs):
+            self.fits.append(([str(run.directory) for run in runs], {id(trainable.backbone)}))
+            return train_many(trainable, runs)
 
-        def stepped(*given):
+        def stepped(*arguments):
             self.steps += 1
-            return joint(*given)
+            return loss(*arguments)
 
-        patch.setattr(job, "train_many", fitted)
-        patch.setattr(train, "joint_steps", stepped)
+        patch.setattr(job, "train_many", trained)
+        patch.setattr(TrainablePrompts, "loss", stepped)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +176,7 @@ def local_artifacts(starts, tuned):
     import artifacts
 
     return [
-        artifacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
+        artifacts.example(prompt=prompt, initial=start, state={"prompt": prompt}, options={})
         for start, prompt in zip(starts, tuned, strict=True)
     ]
 
@@ -228,7 +227,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     study = parse({**values, "output_dir": str(tmp_path)}, Study)
-    found = stages._pair(stages._AtHand(study, ProgressReporter()), pair)
+    found = stages._pair(stages._StudyResources(study, ProgressReporter()), pair)
     assert found["tasks"] == list(pair)
     assert found["coefficients"] == list(grid)
     for task, other in (pair, pair[::-1]):
@@ -428,8 +427,8 @@ def pair(gain: float, related: bool = True) -> dict:
 
 
 def test_the_verdict_on_sums():
-    assert sums.kept(pair(0.7), "sum") == pytest.approx(0.7)
-    assert sums.kept(pair(0.7), "other") == pytest.approx(0.25)
+    assert sums.kept_share(pair(0.7), "sum") == pytest.approx(0.7)
+    assert sums.kept_share(pair(0.7), "other") == pytest.approx(0.25)
     assert sums.verdict([pair(1.0), pair(0.95, related=False)], {})["holds"] == "holds"
     mixed = sums.verdict([pair(1.0), pair(0.4), pair(0.3, related=False)], {})
     assert (mixed["holds"], mixed["related"]["whole"], mixed["unrelated"]["whole"]) == ("holds in part", 1, 0)
@@ -637,13 +636,13 @@ def test_the_search_never_reads_test_rows(done):
     from dataclasses import replace
 
     values, results, _ = done
-    at_hand = stages._AtHand(parse(values, Study), ProgressReporter())
+    at_hand = stages._StudyResources(parse(values, Study), ProgressReporter())
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
     start = one.reference.initial
-    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
+    found = coefficient.choose_coefficient(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
-    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
+    assert found == coefficient.choose_coefficient(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.means == [pytest.approx((a + b) / 2) for a, b in zip(*found.scores.values(), strict=True)]
     assert found.means[found.grid.index(found.best)] == max(found.means)

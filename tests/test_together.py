@@ -23,9 +23,11 @@ from softprompts.injection import Site
 from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model import SoftPromptModel
 from softprompts.model.registry import NewPrompt, PromptRecord
-from softprompts.training import checkpoint, loop, objectives, shared_batch
-from softprompts.training.loop import TrainingRun
+from softprompts.training import checkpoint, objectives, shared_batch
+from softprompts.training.checkpoint import CHECKPOINT
+from softprompts.training.trainables import TrainablePrompts
 from softprompts.types import IGNORE, Output, PromptInit
+from trainees import Trainee, fit, train_many
 
 STEPS = 20
 DEEP = Site("layers")
@@ -47,7 +49,7 @@ def encoded(name, count, seed, tasks=1):
 
 def random_start(base, site, length, seed):
     """A random prompt in float64."""
-    width = injection.width(base, site)
+    width = injection.prompt_width(base, site)
     return torch.randn(length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 0.3
 
 
@@ -68,7 +70,7 @@ def tuned(base, site, length, seed, tasks=("a",), model=None):
 def run_of(name, model, rows, settings, **more):
     """A run that trains the prompts of `model` whose names begin with its own, or all where none does."""
     own = tuple(task for task in model.tasks if task.startswith(f"{name}/"))
-    return TrainingRun(name, model, own or model.tasks, rows, settings, **more)
+    return Trainee(name, model, own or model.tasks, rows, settings, **more)
 
 
 def config(steps=STEPS, **changes):
@@ -133,7 +135,7 @@ def alone(trainee):
     """The losses of a run by itself, and its prompts after every step."""
     losses, prompts = [], []
     options = {"prompts": trainee.prompts, "seed": trainee.seed, "validate": trainee.validate}
-    for report in loop.fit(trainee.model, trainee.rows, trainee.config, pad=0, **options):
+    for report in fit(trainee.model, trainee.rows, trainee.config, **options):
         losses.append(report.loss)
         prompts.append(values(trainee))
     return losses, prompts
@@ -147,7 +149,7 @@ def together(runs, stop=None):
     """By name: the losses and the prompts after every step; stopped after `stop` reports."""
     losses, prompts, seen = {one.name: [] for one in runs}, {one.name: [] for one in runs}, 0
     named = {one.name: one for one in runs}
-    with closing(loop.train_many(runs, pad=0)) as steps:
+    with closing(train_many(runs)) as steps:
         for name, report in steps:
             losses[name].append(report.loss)
             prompts[name].append(values(named[name]))
@@ -221,13 +223,13 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
             accumulated,
         ]
 
-    rows, original = [], shared_batch.joint_steps
+    rows, original = [], TrainablePrompts.loss
 
-    def counted(model, prompts, parts, seeds, pad, targets):
-        rows.append([len(part) for part in parts])
-        return original(model, prompts, parts, seeds, pad, targets)
+    def counted(trainable, batches):
+        rows.append([len(batch.examples) for batch in batches])
+        return original(trainable, batches)
 
-    monkeypatch.setattr(loop, "joint_steps", counted)
+    monkeypatch.setattr(TrainablePrompts, "loss", counted)
     runs = made()
     losses, prompts = together(runs)
     assert [len(losses[one.name]) for one in runs] == [3, 8, STEPS]
@@ -241,7 +243,7 @@ def test_runs_that_are_done_leave_the_batch_and_change_nothing(monkeypatch):
 
 def snapshots(folder, runs, after):
     """The checkpoint folders as they lie on the disk after so many reports: what a kill at that moment leaves."""
-    with closing(loop.train_many(runs, pad=0)) as steps:
+    with closing(train_many(runs)) as steps:
         for number, _ in enumerate(steps, 1):
             if number in after:
                 shutil.copytree(folder, folder.with_name(f"killed-{number}"))
@@ -262,16 +264,16 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     moments = (1, 14, 16, 21, 25)
     (tmp_path / "whole").mkdir()
     snapshots(tmp_path / "whole", made(tmp_path / "whole"), moments)
-    whole = {one.name: read_tensors(tmp_path / "whole" / one.name / loop.CHECKPOINT)[0] for one in made(tmp_path)}
+    whole = {one.name: read_tensors(tmp_path / "whole" / one.name / CHECKPOINT)[0] for one in made(tmp_path)}
     assert [int(tensors["optimizer.prompts.a.prompt.step"]) for tensors in whole.values()] == [9, 6, 12]
     began = []
     for moment in moments:
         folder = tmp_path / f"killed-{moment}"
-        files = [folder / one.name / loop.CHECKPOINT for one in made(folder)]
+        files = [folder / one.name / CHECKPOINT for one in made(folder)]
         began.append([json.loads(read_tensors(f)[1]["facts"])["step"] if f.exists() else 0 for f in files])
         together(made(folder))
         for one in made(folder):
-            again = read_tensors(folder / one.name / loop.CHECKPOINT)[0]
+            again = read_tensors(folder / one.name / CHECKPOINT)[0]
             assert again.keys() == whole[one.name].keys()
             for key, tensor in again.items():
                 assert torch.equal(tensor, whole[one.name][key]), (moment, one.name, key)
@@ -282,7 +284,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path):
     whole, prompts = together(trainees("gpt2", Site()))
     together(trainees("gpt2", Site(), tmp_path), stop=8)  # in the middle of the third step's reports
     for one in trainees("gpt2", Site(), tmp_path):
-        assert json.loads(read_tensors(one.directory / loop.CHECKPOINT)[1]["facts"])["step"] == 3
+        assert json.loads(read_tensors(one.directory / CHECKPOINT)[1]["facts"])["step"] == 3
     runs = trainees("gpt2", Site(), tmp_path)
     losses, _ = together(runs)
     assert losses == whole
@@ -310,17 +312,17 @@ def test_a_joint_write_that_is_cut_is_undone_or_finished(tmp_path, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "write_tensors", staging) if cut == "staging" else None
-        patch.setattr(checkpoint, "_put", renaming) if cut == "renaming" else None
+        patch.setattr(checkpoint, "_rename", renaming) if cut == "renaming" else None
         with pytest.raises(RuntimeError, match="killed"):
             together(runs)
-    files = [one.directory / loop.CHECKPOINT for one in runs]
+    files = [one.directory / CHECKPOINT for one in runs]
     checkpoint.recover(files)
     assert [json.loads(read_tensors(file)[1]["facts"])["step"] for file in files] == [step] * 3
     assert not list(tmp_path.rglob(checkpoint.STAGED))
 
 
 def collect(runs, losses):
-    for name, report in loop.train_many(runs, pad=0):
+    for name, report in train_many(runs):
         losses.setdefault(name, []).append(report.loss)
 
 
@@ -355,7 +357,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
     good = replace(made()[1], config=made()[1].config.model_copy(update={"max_steps": 3}))
     assert losses["factored"][:3] == pytest.approx(alone(good)[0], rel=1e-9)
     torch.testing.assert_close(values(runs[1]), values(good), rtol=1e-9, atol=1e-10)
-    kept = read_tensors(runs[1].directory / loop.CHECKPOINT)[0]
+    kept = read_tensors(runs[1].directory / CHECKPOINT)[0]
     assert torch.equal(kept["prompts.a.prompt"], values(runs[1])[0])
     for one, two in zip(trainees(name, site), runs, strict=True):
         if one.name == "factored":
@@ -364,7 +366,7 @@ def test_a_run_whose_loss_is_no_number_harms_no_other(tmp_path, monkeypatch, nam
         torch.testing.assert_close(values(two), values(one), rtol=1e-9, atol=1e-10)
     # Called again, it is not tried again: what was is said again, and nothing is trained.
     with pytest.raises(errors.TrainingError, match="run 'factored': the loss of step 5 is not a number"):
-        list(loop.train_many(made(tmp_path), pad=0))
+        list(train_many(made(tmp_path)))
 
 
 def test_inf_in_one_prompt_stays_there():
@@ -381,32 +383,29 @@ def test_inf_in_one_prompt_stays_there():
 
 def test_what_cannot_share_a_batch_is_refused():
     plain, factored, _ = trainees("llama", Site())
-    other = run_of("other", tuned(double("gpt2"), Site(), 4, 1), plain.rows, config())
-    with pytest.raises(ConfigError, match=r"'plain' and 'other' have models of their own \(llama, gpt2\)"):
-        next(loop.train_many([plain, other], pad=0))
     tuned(double("llama"), DEEP, 4, 1, ("deep/a",), plain.model)
     deep = run_of("deep", plain.model, plain.rows, config())
     with pytest.raises(ConfigError, match=r"'plain' and 'deep' differ in the name of their site \(input, layers\)"):
-        next(loop.train_many([plain, deep], pad=0))
+        next(train_many([plain, deep]))
     with pytest.raises(ConfigError, match="names that differ, given plain, plain"):
-        next(loop.train_many([plain, replace(factored, name="plain")], pad=0))
+        next(train_many([plain, replace(factored, name="plain")]))
     with pytest.raises(ConfigError, match="run 'empty' has no rows"):
-        next(loop.train_many([plain, replace(factored, name="empty", rows=[])], pad=0))
+        next(train_many([plain, replace(factored, name="empty", rows=[])]))
     base = b.wrap(tiny.model("bert", "sequence"))
     model = SoftPromptModel(base)
     for name in ("0/a", "1/a"):
         model.add_prompt(name, PromptConfig(num_virtual_tokens=4, init=InitConfig(kind="random")))
     runs = [run_of(name, model, [EncodedExample([1, 7, 8], 1)], config(1)) for name in ("0", "1")]
     with pytest.raises(ConfigError, match=r"classification head of its own.*one after the other"):
-        next(loop.train_many(runs, pad=0))
+        next(train_many(runs))
 
 
 def test_scores_find_their_run_in_any_order():
     """Rows 0-1 are the first run's, 2 the second's, 3-4 the third's; scores come in no order."""
     row = torch.tensor([4, 0, 2, 3, 1, 0])
-    output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, column=torch.arange(6), path="packed")
-    found = shared_batch.split(output, [2, 1, 2])
-    assert [one.row.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
+    output = Output(torch.arange(6.0)[:, None], 10 + torch.arange(6), row, label_columns=torch.arange(6), path="packed")
+    found = shared_batch.split_output(output, [2, 1, 2])
+    assert [one.batch_rows.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
     assert [one.column.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]

@@ -137,7 +137,7 @@ def model(name: str, head: str = "lm", labels: int = 3, seed: int = 0, tokenizer
     if tokenizer is not None:
         config.vocab_size = len(tokenizer)
     torch.manual_seed(seed)
-    made = getattr(t, family(name).auto[head]).from_config(config)
+    made = getattr(t, family(name).auto_classes[head]).from_config(config)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:

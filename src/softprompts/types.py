@@ -88,21 +88,24 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of rows, padded on either side; `mask` says what is text.
+    """One batch of rows, padded on either side.
 
-    ids     [B, T] token ids (of the encoder in encoder-decoder models)
-    mask    [B, T] 1 for text, 0 for padding
-    task    [B] index into the model's tasks
-    labels  language models [B, T] (encoder-decoder: [B, S]), token heads [B, T], classes [B], values [B],
-            multi-label [B, C] (float), spans [B, 2]; `IGNORE` marks what is not scored
-    types   [B, T] token types of text pairs, for encoders that have them
-    embeds  [B, T, H] instead of looking `ids` up
-    place   [B] how many text tokens stand before the prompt, or [B, S] before each of its S segments, never falling;
-            None: as the site says
-    segments  [B, S] how many prompt tokens each segment has, 0 behind a row's last; None: as the site says
-    positions  [B, T] text positions given by the caller, counted without the prompt
-    decoder_ids, decoder_mask  [B, S] decoder input where it is not the labels shifted by one
-    words   [B, T] 1 for tokens of the instructions that a person wrote, such as a template's own words; None: not known
+    Attributes:
+        input_ids: Token ids, [B, T]; of encoder-decoder models the encoder's.
+        attention_mask: 1 for text, 0 for padding, [B, T].
+        task_ids: Which of the model's prompts each row reads, [B].
+        labels: Language models [B, T] (encoder-decoder: [B, S]), token heads [B, T], classes [B], values [B],
+            multi-label [B, C] (float), spans [B, 2]; `IGNORE` marks what is not scored.
+        token_type_ids: Token types of text pairs, for encoders that have them, [B, T].
+        inputs_embeds: Embeddings that replace those of `input_ids`, [B, T, H].
+        prompt_offsets: How many text tokens precede the prompt, [B], or each of its G segments, [B, G], never falling;
+            None: as the site says.
+        segment_lengths: How many prompt tokens each segment has, 0 behind a row's last, [B, G]; None: as the site says.
+        position_ids: Positions of the text that the caller gives, counted without the prompt, [B, T].
+        decoder_input_ids: What the decoder reads, [B, S]; None: the labels shifted by one.
+        decoder_attention_mask: 1 for tokens, 0 for padding of `decoder_input_ids`, [B, S].
+        instruction_mask: 1 for instructions that a person wrote, such as a template's own words, [B, T]; None: not
+            known.
     """
 
     input_ids: Tensor
@@ -120,11 +123,14 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return replace(self, **{k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors()})
 
     def rows(self, index: Tensor) -> "Batch":
         """The rows named by `index [R]`, in that order."""
-        return replace(self, **{k: v[index] for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return replace(self, **{name: tensor[index] for name, tensor in self._tensors()})
+
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
 
 def _no_encoder(name: str) -> Tensor:
@@ -198,9 +204,11 @@ class PromptOutput:
 class EmbeddingDelta:
     """What a prompt adds to the embeddings of the text behind it, token by token from each row's first text token on.
 
-    values [U, S, H]: of each distinct prompt; text tokens beyond S stay as they are; reach [B]: the number of tokens
-    of each row that may be changed, those of `Context.mask`. So nothing is added to what a model is to predict, nor to
-    continuations, nor to what it writes, and training, scoring and writing agree.
+    Nothing is added to labels, to continuations, or to generated text, so that training, scoring and generation agree.
+
+    Attributes:
+        values: Of each distinct prompt, [U, S, H]; text tokens beyond S stay as they are.
+        reach: How many tokens of each row may change, [B]: those of `Context.attention_mask`.
     """
 
     values: Tensor
@@ -209,12 +217,14 @@ class EmbeddingDelta:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The distinct prompts of a batch, and which row uses which.
+    """The distinct prompts of a batch, and which row reads which.
 
-    values [U, P, D]; mask [U, P], 0 where a short prompt is padded (always on the left); row [B] -> U;
-    aux: what a method wants its objectives to see, and, where it is a single number [], the history of the run;
-    added: what is added to the text (of encoder-decoder models the encoder's), whatever the site; a method that has it
-    can have no `fold`.
+    Attributes:
+        values: [U, P, D].
+        mask: 0 where a short prompt is padded, always on the left, [U, P].
+        prompt_index: Which of the U prompts each row reads, [B].
+        aux: What objectives may look at, [B, ...]; single numbers [] also go into the history of a run.
+        embedding_delta: What is added to the text (of encoder-decoder models the encoder's), whatever the site.
     """
 
     values: Tensor
@@ -230,71 +240,80 @@ class Prompt:
 
     def rows(self, index: Tensor) -> "Prompt":
         """The prompt for the batch rows named by `index [R]`; the distinct prompts stay as they are."""
-        added = (
-            None
-            if self.embedding_delta is None
-            else replace(self.embedding_delta, reach=self.embedding_delta.reach[index])
-        )
-        return replace(self, prompt_index=self.prompt_index[index], embedding_delta=added)
+        delta = self.embedding_delta
+        if delta is not None:
+            delta = replace(delta, reach=delta.reach[index])
+        return replace(self, prompt_index=self.prompt_index[index], embedding_delta=delta)
 
 
 @dataclass(frozen=True)
 class Output:
-    """What the frozen backbone says about the labeled positions; nothing here belongs to a prompt position.
+    """The frozen backbone's scores of the N labeled positions; nothing here belongs to a prompt position.
 
-    logits  [N, V] for language models, [N, C] for token heads, [B, C] for sequence heads, [2B, T] for spans
-            (starts, then ends), None for feature extraction
-    nll     [N] minus the log-probability of each label, in float32, where `logits` would be too large and is None
-    labels  [N], aligned with `logits` (multi-label [B, C] and values [B] as floats); None where none were given
-    row     [N] batch row of each scored position
-    column  [N] its place in the labels; None where a row has one label
-    hidden  [B, T, H] last hidden states of the text in its own layout (only where asked for)
-    cache   the backbone's cache after the text (on path "shared"), and `last` [B, H] the state that scores the first
-            new token
-    path    "packed", "shared" or "concatenation", and why
-    states  [N, H] what the head read at the scored positions, and `scores`, the head from such states to [N, V]
-            (language models and token heads)
-    layers  states [M, H] of all M text tokens, row behind row, where layers were asked for: (side, layer) -> states;
-            side "text", and in encoder-decoder models also "target", the decoder's; `tokens`: side -> [B], how many
-            of the M belong to each row
+    Attributes:
+        logits: Language models [N, V], token heads [N, C], sequence heads [B, C], spans [2B, T] (starts, then ends);
+            None: a model without a head, or `nll` replaces them.
+        labels: Aligned with `logits`, [N] (multi-label [B, C] and values [B] as floats); None: the batch has none.
+        batch_rows: The batch row of each scored position, [N].
+        label_columns: Its column in the labels, [N]; None where a row has one label.
+        hidden_states: Last hidden states of the text in its own layout, [B, T, H], where the caller asks for them.
+        cache: The backbone's cache behind the text, on path `shared`.
+        last_state: The state that scores the first new token of a causal language model, [B, H].
+        path: packed, shared, or concatenation and the reason.
+        nll: Minus the log-probability of each label in float32, [N], where the logits would be large.
+        label_states: The states from which the head makes the scores, [N, H] (language models and token heads).
+        head: From such states [n, H] to logits [n, V].
+        layer_states: (side, layer) -> states [M, H] of all M text tokens, row behind row, where the caller asks for
+            layers; side `text`, and in encoder-decoder models also `target`, the decoder's.
+        token_counts: Side -> how many of the M tokens belong to each row, [B].
     """
 
     logits: Tensor | None
     labels: Tensor | None
-    row: Tensor
-    column: Tensor | None = None
-    hidden: Tensor | None = None
+    batch_rows: Tensor
+    label_columns: Tensor | None = None
+    hidden_states: Tensor | None = None
     cache: Any = None
-    last: Tensor | None = None
+    last_state: Tensor | None = None
     path: str = ""
     nll: Tensor | None = None
-    states: Tensor | None = None
-    scores: Callable[[Tensor], Tensor] | None = None
-    layers: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
-    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    label_states: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+    layer_states: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    token_counts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TeacherBatch:
-    """What the frozen backbone makes of a batch behind the prompts of its rows' teachers; lines up with the Output.
+    """The frozen backbone's states of a batch behind the prompts of its rows' teachers; lines up with the Output.
 
-    states [N, H], from which the head makes the teachers' scores; layers: (side, layer) -> [M, H]; temperature: of both
-    softmaxes.
+    Attributes:
+        label_states: The states from which the head makes the teachers' scores, [N, H].
+        layer_states: (side, layer) -> states [M, H].
+        temperature: Of the softmax of both, student and teacher.
     """
 
-    states: Tensor
-    layers: Mapping[tuple[str, int], Tensor]
+    label_states: Tensor
+    layer_states: Mapping[tuple[str, int], Tensor]
     temperature: float = 1.0
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step as an objective sees it; `again(prompt)` runs the batch with another prompt (None: without)."""
+    """One training step as an objective sees it.
+
+    Attributes:
+        batch: The rows.
+        prompt: Their prompts.
+        output: Their scores.
+        rerun: Scores the batch with another prompt; None: without one.
+        teacher: What a teacher makes of the same rows, where there is one.
+    """
 
     batch: Batch
     prompt: Prompt
     output: Output
-    again: Callable[[Prompt | None], Output]
+    rerun: Callable[[Prompt | None], Output]
     teacher: TeacherBatch | None = None
 
 
@@ -302,12 +321,47 @@ Objective = Callable[[Step], Tensor]
 
 
 @dataclass(frozen=True)
+class Progress:
+    """One training step of one run, as checkpoints, results.json and the screen have it.
+
+    Attributes:
+        step: The number of the step, counted from 1.
+        steps: The number of steps that the run makes unless it stops early.
+        loss: The mean loss over the labels of the step.
+        rate: The learning rate of the first parameter group: the prompt's, or that of the weights.
+        rms_ratio: rms(P) / rms(E) of the prompts; None where no prompt is trained.
+        tokens: The text tokens of this run in the step.
+        seconds: The time of the step, which runs that share a batch share.
+        score: The validation score, where one was due.
+        path: How the prompt was computed: packed, shared or concatenation, with the reason.
+        equivalence: The comparison of the first batch with plain concatenation, where the settings ask for it.
+        machine: Device, dtype, threads and kernels: at the first step, and wherever they change.
+        measures: The single numbers that the method reports (`Prompt.aux`).
+    """
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+    rms_ratio: float | None
+    tokens: int
+    seconds: float
+    score: float | None = None
+    path: str = ""
+    equivalence: str = ""
+    machine: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Fingerprint:
     """What ties a prompt to the weights it was made for.
 
-    architecture: facts that must be equal (model type, width, layers, vocabulary size, ...); tokenizer: a hash, of
-    which a change only warns; sketch [32, H]: float32 last hidden states of 32 fixed token ids; dtype: of the weights
-    that made the sketch.
+    Attributes:
+        architecture: Facts that must be equal: model type, width, layers, vocabulary size and more.
+        tokenizer: A hash, of which a change only warns; None: the model has no tokenizer.
+        sketch: Last hidden states of 32 fixed token ids in float32, [32, H].
+        dtype: That of the weights that made the sketch.
     """
 
     architecture: dict[str, Any]
@@ -328,26 +382,38 @@ def in_mode(method: Any, training: bool) -> Iterator[None]:
 
 
 def pool_states(states: Tensor, mask: Tensor, how: str) -> Tensor:
-    """One state [B, H] for each text: the first or last of `states [B, T, H]` that `mask [B, T]` has, or their mean.
+    """One state [B, H] for each text; 0 where the mask has no token.
 
-    It is 0 where the mask has none. Raises ValueError for another way.
+    Args:
+        states: [B, T, H].
+        mask: 1 for the tokens that count, [B, T].
+        how: first or last: that token's state; mean: the mean over all.
+
+    Raises:
+        ValueError: There is no such way.
     """
-    there = mask.bool()
+    included = mask.bool()
     if how == "mean":
-        return states.masked_fill(~there[..., None], 0).sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+        return states.masked_fill(~included[..., None], 0).sum(1) / included.sum(1, keepdim=True).clamp(min=1)
     if how not in ("first", "last"):
         raise ValueError(f"states are pooled by first, last or mean, not '{how}'")
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    place = columns.masked_fill(~there, -1).amax(1) if how == "last" else there.long().argmax(1)
-    found = states[torch.arange(len(states), device=states.device), place.clamp(min=0)]
-    return found.masked_fill(~there.any(1, keepdim=True), 0)
+    if how == "last":
+        columns = torch.arange(mask.shape[1], device=mask.device)
+        column = columns.masked_fill(~included, -1).amax(1)
+    else:
+        column = included.long().argmax(1)
+    pooled = states[torch.arange(len(states), device=states.device), column.clamp(min=0)]
+    return pooled.masked_fill(~included.any(1, keepdim=True), 0)
 
 
 def mask_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
-    """`mask [B, T]` of a text without its first label `[B, T]` and all that follows; without labels as it is.
+    """The mask of a text without its first label and all that follows; without labels as it is.
 
-    Where a model scores tokens of the text it reads, a prompt made from these would tell it what it is to predict: it
-    would learn to look there, and find nothing when it has to answer.
+    A prompt made from labels would show the model what it is to predict, and there are no labels when it answers.
+
+    Args:
+        mask: 1 for text, [B, T].
+        labels: Of a model that scores the tokens of its own text, [B, T].
     """
     if labels is None:
         return mask
@@ -357,31 +423,37 @@ def mask_before_labels(mask: Tensor, labels: Tensor | None) -> Tensor:
 def mix_prompts(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> Prompt:
     """One prompt for a batch whose rows come from several prompts of any length.
 
-    `rows[i] [B_i]` are the batch rows that `prompts[i]` serves; together they must name each row once. Short prompts
-    are padded on the left of their slot, so that nothing ever stands between a prompt and its text. Rows of prompts
-    that add nothing to their text keep it as it is beside rows of prompts that do.
+    Short prompts are padded on the left, so that nothing comes between a prompt and its text. Rows whose prompt adds
+    nothing to their text keep it as it is beside rows whose prompt does.
 
-    Raises ValueError when the widths differ or the rows are not a permutation.
+    Args:
+        prompts: The prompts.
+        rows: The batch rows [B_i] that each prompt serves; together they name each row once.
+
+    Raises:
+        ValueError: The widths differ, or the rows are not a permutation.
     """
-    widths = {p.values.shape[2] for p in prompts}
+    widths = {prompt.values.shape[2] for prompt in prompts}
     if len(widths) != 1:
         raise ValueError(f"prompts of widths {sorted(widths)} cannot share a batch: they belong to different sites")
     order = torch.cat(list(rows))
     if not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
         raise ValueError(f"rows {order.tolist()} must name each of the {len(order)} batch rows exactly once")
-    length = max(p.values.shape[1] for p in prompts)
-    prompt_index, before = torch.empty_like(order), 0
-    values, masks = [], []
+    length = max(prompt.values.shape[1] for prompt in prompts)
+    values = []
+    masks = []
+    prompt_index = torch.empty_like(order)
+    prompts_so_far = 0
     for prompt, index in zip(prompts, rows, strict=True):
-        pad = length - prompt.values.shape[1]
-        values.append(functional.pad(prompt.values, (0, 0, pad, 0)) if pad else prompt.values)
-        masks.append(functional.pad(prompt.mask, (pad, 0)) if pad else prompt.mask)
-        prompt_index[index] = prompt.prompt_index + before
-        before += len(prompt.values)
+        padding = length - prompt.values.shape[1]
+        values.append(functional.pad(prompt.values, (0, 0, padding, 0)) if padding else prompt.values)
+        masks.append(functional.pad(prompt.mask, (padding, 0)) if padding else prompt.mask)
+        prompt_index[index] = prompt.prompt_index + prompts_so_far
+        prompts_so_far += len(prompt.values)
     return Prompt(
-        torch.cat(values),
-        torch.cat(masks),
-        prompt_index,
+        values=torch.cat(values),
+        mask=torch.cat(masks),
+        prompt_index=prompt_index,
         aux=_mix_measures(prompts, rows),
         embedding_delta=_mix_embedding_deltas(prompts, rows),
     )
@@ -404,17 +476,18 @@ def _mix_measures(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> dict[str
 
 def _mix_embedding_deltas(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> EmbeddingDelta | None:
     """What the prompts of a mixed batch add to their texts; None where none adds anything."""
-    there = [prompt.embedding_delta for prompt in prompts if prompt.embedding_delta is not None]
-    if not there:
+    deltas = [prompt.embedding_delta for prompt in prompts if prompt.embedding_delta is not None]
+    if not deltas:
         return None
-    size = max(one.values.shape[1] for one in there)
-    nothing = there[0].values.new_zeros(1, size, there[0].values.shape[2])
-    values, reach = [], rows[0].new_zeros(sum(map(len, rows)))
+    length = max(delta.values.shape[1] for delta in deltas)
+    zeros = deltas[0].values.new_zeros(1, length, deltas[0].values.shape[2])
+    values = []
+    reach = rows[0].new_zeros(sum(map(len, rows)))
     for prompt, index in zip(prompts, rows, strict=True):
-        if prompt.embedding_delta is None:
-            values.append(nothing.expand(len(prompt.values), -1, -1))
+        delta = prompt.embedding_delta
+        if delta is None:
+            values.append(zeros.expand(len(prompt.values), -1, -1))
         else:
-            own = prompt.embedding_delta.values
-            values.append(functional.pad(own, (0, 0, 0, size - own.shape[1])))
-            reach[index] = prompt.embedding_delta.reach.to(reach.dtype)
+            values.append(functional.pad(delta.values, (0, 0, 0, length - delta.values.shape[1])))
+            reach[index] = delta.reach.to(reach.dtype)
     return EmbeddingDelta(torch.cat(values), reach)

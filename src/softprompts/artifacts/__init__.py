@@ -1,1 +1,1 @@
-"""What a trained prompt is on disk: the artifact, its files, collections, and arithmetic on prompts."""
+"""Trained prompts on disk: the artifact, its files, collections of several, and arithmetic on prompts."""

@@ -125,7 +125,7 @@ def member_groups(path: Path) -> list[list[CollectionMember]]:
     """
     index = read_index(path)
     if index is not None:
-        members = {name: CollectionMember(place, path / name, None) for place, name in enumerate(index.tasks)}
+        members = {name: CollectionMember(i, path / name, None) for i, name in enumerate(index.tasks)}
         group_of: dict[str, tuple[str, ...]] = {name: (name,) for name in index.tasks}
         for group in index.groups:
             group_of |= dict.fromkeys(group, group)

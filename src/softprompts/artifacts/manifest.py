@@ -11,7 +11,7 @@ MANIFEST = "softprompts.json"
 
 
 class FingerprintFacts(Section, strict=True):
-    """The fingerprint without its sketch, which is a tensor and has its place among the tensors."""
+    """The fingerprint without its sketch, which is stored among the tensors."""
 
     architecture: dict[str, Any]
     tokenizer: str | None

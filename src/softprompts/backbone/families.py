@@ -10,14 +10,23 @@ from softprompts.errors import BackboneError
 
 @dataclass(frozen=True)
 class Family:
-    """What a kind of transformer can do with a prompt."""
+    """What a kind of transformer can do with a prompt.
+
+    Attributes:
+        name: causal, seq2seq or masked.
+        auto_classes: Head -> the Auto class of transformers that loads it.
+        sites: Names of the sites that a prompt may have.
+        default_place: Where in its row a prompt is unless the site says otherwise.
+        scores_next_token: Whether a position scores the next label (causal), not its own.
+        has_cache: Whether a cache may hold the prompt's keys and values.
+    """
 
     name: str
-    auto: dict[str, str]  # head -> Auto class
+    auto_classes: dict[str, str]
     sites: tuple[str, ...]
-    place: str  # where the prompt stands unless told otherwise
-    shifted: bool  # a position scores the next label (causal), not its own
-    caches: bool  # the prompt's keys and values can stand in a cache
+    default_place: str
+    scores_next_token: bool
+    has_cache: bool
 
 
 _HEADS = {
@@ -28,20 +37,30 @@ _HEADS = {
 }
 
 CAUSAL = Family(
-    "causal", {"lm": "AutoModelForCausalLM", **_HEADS}, ("input", "layers", "kv"), "first", shifted=True, caches=True
+    name="causal",
+    auto_classes={"lm": "AutoModelForCausalLM", **_HEADS},
+    sites=("input", "layers", "kv"),
+    default_place="first",
+    scores_next_token=True,
+    has_cache=True,
 )
 SEQ2SEQ = Family(
-    "seq2seq",
-    {"lm": "AutoModelForSeq2SeqLM", **_HEADS},
-    ("input", "decoder", "layers", "kv"),
-    "first",
-    shifted=False,
-    caches=True,
+    name="seq2seq",
+    auto_classes={"lm": "AutoModelForSeq2SeqLM", **_HEADS},
+    sites=("input", "decoder", "layers", "kv"),
+    default_place="first",
+    scores_next_token=False,
+    has_cache=True,
 )
 MASKED = Family(
-    "masked", {"lm": "AutoModelForMaskedLM", **_HEADS}, ("input", "layers"), "after_start", shifted=False, caches=False
+    name="masked",
+    auto_classes={"lm": "AutoModelForMaskedLM", **_HEADS},
+    sites=("input", "layers"),
+    default_place="after_start",
+    scores_next_token=False,
+    has_cache=False,
 )
-FAMILIES: dict[str, Family] = {f.name: f for f in (CAUSAL, SEQ2SEQ, MASKED)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (CAUSAL, SEQ2SEQ, MASKED)}
 
 _HEAD_OF_SUFFIX = {
     "ForSequenceClassification": "sequence",
@@ -53,17 +72,17 @@ _HEAD_OF_SUFFIX = {
 def family_of(model: PreTrainedModel) -> Family:
     """Which row of FAMILIES a stock model belongs to.
 
-    Raises BackboneError for models without text (vision models have no row yet).
+    Raises:
+        BackboneError: The model is for something else than text (vision models have no row yet).
     """
     config = model.config
+    is_decoder = getattr(config, "is_decoder", False)
     if config.is_encoder_decoder and hasattr(model.base_model, "decoder"):
         return SEQ2SEQ
-    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    ):
-        return replace(MASKED, place="first")  # an encoder alone (T5 with a token head): no special token in front
-    masked = type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING
-    if masked and not getattr(config, "is_decoder", False):
+    if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not is_decoder:
+        # An encoder alone (T5 with a token head): no special token in front.
+        return replace(MASKED, default_place="first")
+    if type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         return MASKED
     if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:
         return CAUSAL

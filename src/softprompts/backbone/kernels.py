@@ -1,6 +1,6 @@
 """How the frozen model's own modules are run: matrix products, compiled parts, recomputation.
 
-Everything here is swapped inside a context manager and is back afterwards; no module is replaced and no weight touched.
+Context managers replace forwards and attention, and put them back; no module is replaced and no weight touched.
 """
 
 import contextlib
@@ -26,104 +26,120 @@ Forward = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the frozen model is run with; every choice gives the same numbers up to rounding.
+    """With what the frozen model runs; every choice gives the same numbers up to rounding.
 
-    rows: "packed" (one pass over all rows without padding) where the model can, else "shared" (through its cache);
-    core: the attention of packed rows, "math" or "fused"; attention: transformers' own implementation on the other
-    paths (None: as the model was loaded); products: "torch" or "onednn"; compiled: norms and MLPs through
-    torch.compile; trim: the last layer computes only what is asked for; checkpoint: layers are computed again in the
-    backward pass instead of kept.
+    Attributes:
+        path: packed: one pass over all rows without padding, where the model can; shared: through its cache.
+        packed_attention: The attention of packed rows: math, fused.
+        attn_implementation: transformers' own implementation on the other paths; None: as the model was loaded.
+        matmul_backend: torch, onednn.
+        compiled: Whether norms and MLPs run through torch.compile.
+        trim_last_layer: Whether the last layer of packed rows computes only the tokens that are asked for.
+        gradient_checkpointing: Whether the backward pass computes layers again, so that their states are not stored.
     """
 
-    rows: str = "packed"
-    core: str = "math"
-    attention: str | None = None
+    path: str = "packed"
+    packed_attention: str = "math"
+    attn_implementation: str | None = None
     matmul_backend: str = "torch"
     compiled: bool = False
-    trim: bool = True
+    trim_last_layer: bool = True
     gradient_checkpointing: bool = False
 
 
-Scene = Callable[[], contextlib.AbstractContextManager[None]]
+ContextFactory = Callable[[], contextlib.AbstractContextManager[None]]
 
-scene: ContextVar[Scene] = ContextVar("softprompts_scene", default=contextlib.nullcontext)
-"""What has to be set up again before a layer is computed a second time, in the backward pass."""
+recompute_context: ContextVar[ContextFactory] = ContextVar(
+    "softprompts_recompute_context", default=contextlib.nullcontext
+)
+"""The context in which a layer runs now, to be entered again when the backward pass computes it a second time."""
 
 
 @contextlib.contextmanager
-def running(model: Any, kernels: Kernels, known: dict[str, Any]) -> Iterator[None]:
-    """Inside, `model` runs with `kernels`; `known` keeps what was compiled. May be entered again inside.
+def use_kernels(model: Any, kernels: Kernels, facts: dict[str, Any]) -> Iterator[None]:
+    """Inside, `model` runs with `kernels`. Contexts may be nested.
 
-    Raises BackboneError for a model whose layers cannot be computed again, where that is asked for.
+    Args:
+        model: The transformers model.
+        kernels: With what it runs.
+        facts: Where compiled functions are stored for the next time.
+
+    Raises:
+        BackboneError: Gradient checkpointing is asked for, and transformers has none for this model.
     """
-    swaps: dict[nn.Module, Forward] = {}
+    forwards: dict[nn.Module, Forward] = {}
     if kernels.matmul_backend == "onednn":
-        swaps |= {module: functools.partial(_product, module) for module in linears(model)}
+        for linear in frozen_linears(model):
+            forwards[linear] = functools.partial(_onednn_linear, linear)
     if kernels.compiled:
-        if "compiled" not in known:
-            known["compiled"] = compile_parts(model, kernels)
-        swaps |= known["compiled"]
+        if "compiled" not in facts:
+            facts["compiled"] = compile_parts(model, kernels)
+        forwards |= facts["compiled"]
     if kernels.gradient_checkpointing and torch.is_grad_enabled():
-        own = [layer for layer in _layers(model) if not isinstance(layer.__dict__.get("forward"), _Again)]
-        swaps |= {layer: _Again(layer, swaps) for layer in own}
-    with swapped(swaps), _attention(model, kernels.attention):
+        for layer in _checkpointable_layers(model):
+            if not isinstance(layer.__dict__.get("forward"), CheckpointedForward):
+                forwards[layer] = CheckpointedForward(layer, forwards)
+    with replace_forwards(forwards), _use_attention(model, kernels.attn_implementation):
         yield
 
 
 @contextlib.contextmanager
-def swapped(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
+def replace_forwards(forwards: dict[nn.Module, Forward]) -> Iterator[None]:
     """Inside, each module computes with the given function; its own forward is back afterwards."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
+    instance_forwards = {module: module.__dict__.get("forward") for module in forwards}
     for module, forward in forwards.items():
         module.forward = forward
     try:
         yield
     finally:
-        for module, own in before.items():
-            if own is None:
+        for module, instance_forward in instance_forwards.items():
+            if instance_forward is None:
                 del module.forward
             else:
-                module.forward = own
+                module.forward = instance_forward
 
 
 @contextlib.contextmanager
-def _attention(model: Any, name: str | None) -> Iterator[None]:
-    own = model.config._attn_implementation
-    if name in (None, own):
+def _use_attention(model: Any, name: str | None) -> Iterator[None]:
+    model_attention = model.config._attn_implementation
+    if name in (None, model_attention):
         yield
         return
-    again = scene.set(lambda: _attention(model, name))
+    context_token = recompute_context.set(lambda: _use_attention(model, name))
     try:
         model.set_attn_implementation(name)
         yield
     finally:
-        model.set_attn_implementation(own)
-        scene.reset(again)
+        model.set_attn_implementation(model_attention)
+        recompute_context.reset(context_token)
 
 
-def linears(model: nn.Module) -> list[nn.Module]:
+def frozen_linears(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that are plain matrix products of frozen float weights on the CPU."""
-    return [
-        module
-        for module in model.modules()
-        if type(module) in (nn.Linear, Conv1D)
-        and type(module.weight) is nn.Parameter
-        and module.weight.is_cpu
-        and module.weight.dtype in (torch.float32, torch.bfloat16)
-        and not module.weight.requires_grad
-        and "forward" not in module.__dict__
-    ]
+    return [module for module in model.modules() if _is_frozen_linear(module)]
 
 
-def _product(module: Any, x: Tensor) -> Tensor:
+def _is_frozen_linear(module: nn.Module) -> bool:
+    if type(module) not in (nn.Linear, Conv1D) or "forward" in module.__dict__:
+        return False
+    weight = module.weight
+    return (
+        type(weight) is nn.Parameter
+        and weight.is_cpu
+        and weight.dtype in (torch.float32, torch.bfloat16)
+        and not weight.requires_grad
+    )
+
+
+def _onednn_linear(module: Any, x: Tensor) -> Tensor:
     """The forward of a linear layer, x [..., in] -> [..., out]."""
     weight = module.weight.t() if type(module) is Conv1D else module.weight
     if x.numel() == 0 or x.dtype != weight.dtype:
         return functional.linear(x, weight, module.bias)
-    return _OneDNN.apply(x, weight, module.bias)
+    return _OneDNNLinear.apply(x, weight, module.bias)
 
 
-class _OneDNN(torch.autograd.Function):
+class _OneDNNLinear(torch.autograd.Function):
     """A product with frozen weights by oneDNN, which knows instructions that the BLAS torch was built with may not."""
 
     @staticmethod
@@ -134,90 +150,99 @@ class _OneDNN(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        back = torch.ops.mkldnn._linear_pointwise(gradients[0].contiguous(), weight.t(), None, "none", [], "")
-        return back, None, None
+        gradient = gradients[0].contiguous()
+        return torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], ""), None, None
 
 
 def compile_parts(model: nn.Module, kernels: Kernels) -> dict[nn.Module, Forward]:
     """Norms, and MLPs where torch does their products, as compiled functions for any number of tokens.
 
-    Nothing is compiled yet: that happens when they are first called, once for all layers, and torch keeps the result
-    on disk for the next process.
+    Nothing is compiled yet: that happens at the first call, once for all layers, and torch stores the result on disk
+    for the next process.
     """
-    found: dict[nn.Module, Forward] = {}
-    for layer in _layers(model):
+    compiled: dict[nn.Module, Forward] = {}
+    for layer in _checkpointable_layers(model):
         for part in layer.children():
-            is_norm = not any(part.children()) and not isinstance(part, nn.Linear | Conv1D | nn.Dropout)
-            is_mlp = any(part.children()) and not any(hasattr(m, "layer_idx") for m in part.modules())
-            if any(True for _ in part.parameters()) and (is_norm or (is_mlp and kernels.matmul_backend == "torch")):
-                found[part] = torch.compile(part.forward, dynamic=True)
-    return found
+            has_children = any(part.children())
+            has_parameters = any(True for _ in part.parameters())
+            is_norm = not has_children and not isinstance(part, nn.Linear | Conv1D | nn.Dropout)
+            is_mlp = has_children and not any(hasattr(module, "layer_idx") for module in part.modules())
+            if has_parameters and (is_norm or (is_mlp and kernels.matmul_backend == "torch")):
+                compiled[part] = torch.compile(part.forward, dynamic=True)
+    return compiled
 
 
-def _layers(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not found:
+def _checkpointable_layers(model: nn.Module) -> list[nn.Module]:
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
         raise BackboneError(
             f"{type(model).__name__} has no layers that transformers would compute again: gradient checkpointing and "
             f"compiled parts are not possible for it; leave them off"
         )
-    return found
+    return layers
 
 
-class _Again:
-    """A layer's forward that keeps nothing for the backward pass and is computed again there.
+class CheckpointedForward:
+    """A layer's forward that stores nothing for the backward pass and runs again there.
 
-    A layer that reads and extends a cache gets its keys and values as inputs and hands the new ones out, and works on a
-    cache of its own both times; else the second computation would find what the first one had added.
+    A layer that reads and extends a cache gets its keys and values as inputs and returns the new ones. It works on a
+    cache of its own both times: the second run would otherwise find what the first one had added.
     """
 
-    def __init__(self, layer: nn.Module, swaps: dict[nn.Module, Forward]) -> None:
-        self.plain: Forward = layer.forward
-        self.inside = {module: swaps[module] for module in layer.modules() if module in swaps}
-        self.name = type(layer).__name__
-        numbers = [m.layer_idx for m in layer.modules() if getattr(m, "layer_idx", None) is not None]
-        self.number = numbers[0] if numbers else None
+    def __init__(self, layer: nn.Module, forwards: dict[nn.Module, Forward]) -> None:
+        self.plain_forward: Forward = layer.forward
+        self.part_forwards = {module: forwards[module] for module in layer.modules() if module in forwards}
+        self.layer_name = type(layer).__name__
+        self.layer_index: int | None = None
+        for module in layer.modules():
+            if self.layer_index is None:
+                self.layer_index = getattr(module, "layer_idx", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the layer would return."""
-        enter = scene.get()
-        cache = next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+        enter_context = recompute_context.get()
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
         if cache is None:
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                with swapped(self.inside), enter():
-                    return self.plain(*args, **kwargs)
+                with replace_forwards(self.part_forwards), enter_context():
+                    return self.plain_forward(*args, **kwargs)
 
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
-        if self.number is None or isinstance(cache, EncoderDecoderCache):
+        if self.layer_index is None or isinstance(cache, EncoderDecoderCache):
             raise BackboneError(
-                f"{self.name} writes into a cache that cannot be handed to it twice: gradient checkpointing is not "
-                f"possible here; leave it off, or use site 'input'"
+                f"{self.layer_name} writes into a cache that cannot be handed to it twice: gradient checkpointing is "
+                f"not possible here; leave it off, or use site 'input'"
             )
-        return self._with_cache(cache, enter, args, kwargs)
+        return self._call_with_cache(cache, enter_context, args, kwargs)
 
-    def _with_cache(self, cache: Any, enter: Scene, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        number = self.number
-        own = cache.layers[number]
-        empty = own.keys is None
+    def _call_with_cache(
+        self, cache: Any, enter_context: ContextFactory, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        cache_layer = cache.layers[self.layer_index]
+        is_empty = cache_layer.keys is None
+        filled_layers: list[Any] = []
 
         def run(keys: Tensor | None, values: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-            fresh, part = copy.copy(cache), copy.copy(own)
-            if not empty:
-                part.keys, part.values = keys, values
-            fresh.layers = [part if i == number else other for i, other in enumerate(cache.layers)]
-            moved = (
-                [fresh if a is cache else a for a in args],
-                {k: fresh if v is cache else v for k, v in kwargs.items()},
-            )
-            with swapped(self.inside), enter():
-                out = self.plain(*moved[0], **moved[1])
-            filled.append(part)
-            return out, part.keys, part.values
+            run_layer = copy.copy(cache_layer)
+            if not is_empty:
+                run_layer.keys = keys
+                run_layer.values = values
+            run_cache = copy.copy(cache)
+            run_cache.layers = list(cache.layers)
+            run_cache.layers[self.layer_index] = run_layer
+            run_args = [run_cache if value is cache else value for value in args]
+            run_kwargs = {name: run_cache if value is cache else value for name, value in kwargs.items()}
+            with replace_forwards(self.part_forwards), enter_context():
+                output = self.plain_forward(*run_args, **run_kwargs)
+            filled_layers.append(run_layer)
+            return output, run_layer.keys, run_layer.values
 
-        filled: list[Any] = []
-        out, keys, values = checkpoint(run, own.keys, own.values, *args, use_reentrant=False, **kwargs)
-        part = filled[0]
-        part.keys, part.values = keys, values
-        cache.layers[number] = part
-        return out
+        output, keys, values = checkpoint(
+            run, cache_layer.keys, cache_layer.values, *args, use_reentrant=False, **kwargs
+        )
+        filled_layer = filled_layers[0]
+        filled_layer.keys = keys
+        filled_layer.values = values
+        cache.layers[self.layer_index] = filled_layer
+        return output

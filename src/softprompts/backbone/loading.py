@@ -28,75 +28,88 @@ def load(
     quantize: str | None = None,
     device_map: str | Mapping[str, str | int] | None = None,
 ) -> Backbone:
-    """The model and tokenizer at `path` (a directory or hub name; default `name`), frozen.
+    """The model and tokenizer at `path`, frozen.
 
-    head: which Auto class; labels: classes of a classification head. A head that the checkpoint does not hold starts
-    from a fixed seed, so that a run is repeatable; a language model must be whole. quantize: int8, nf4 or fp4 for the
-    matrices inside the layers; dtype is then that of everything else. device_map: "auto", or a device for each part of
-    the model, as transformers takes it; instead of `device`.
-    Raises BackboneError when nothing, or not a whole language model, can be loaded from there, and for a device that is
-    not here.
+    A head that the checkpoint does not hold starts from a fixed seed, so that a run is repeatable; a language model
+    must be whole.
+
+    Args:
+        name: A packaged name or hub name, which messages use.
+        path: A directory or hub name to load from; None: `name`.
+        revision: Branch, tag or commit on the hub.
+        head: Which Auto class: lm, sequence, token, span or features.
+        dtype: A torch dtype by name; auto: bfloat16 where the device multiplies it, else float32.
+        device: A device by name; auto: the first accelerator, else the CPU.
+        attention: The attention implementation of transformers; None: the model's own choice.
+        labels: Number of classes of a classification head.
+        quantize: int8, nf4 or fp4 for the matrices inside the layers; `dtype` is then that of everything else.
+        device_map: auto, or a device for each part of the model, as transformers takes it; instead of `device`.
+
+    Raises:
+        BackboneError: Nothing, or not a whole language model, can be loaded from there, or the device is not here.
     """
-    target = choose_device(device) if device_map is None else _first_of(device_map, device, quantize)
-    where = str(path or name)
+    target = choose_device(device) if device_map is None else _first_device(device_map, device, quantize)
+    source = str(path or name)
     options: dict[str, Any] = {"dtype": choose_dtype(dtype, target)}
     if attention is not None:
         options["attn_implementation"] = attention
     if device_map is not None:
         options["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     try:
-        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+        config = transformers.AutoConfig.from_pretrained(source, revision=revision)
         if labels is not None:
             config.num_labels = labels
-        auto = getattr(transformers, family_of_config(config).auto[head])
+        auto_class = getattr(transformers, family_of_config(config).auto_classes[head])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model, loaded = auto.from_pretrained(
-                where, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
+            model, loading_info = auto_class.from_pretrained(
+                source, config=config, revision=revision, use_safetensors=True, output_loading_info=True, **options
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, revision=revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise BackboneError(
-            f"cannot load '{where}': {' '.join(str(error).split())[:300]} Give a packaged model "
+            f"cannot load '{source}': {' '.join(str(error).split())[:300]} Give a packaged model "
             f"(`softprompts assets list`), a local directory with config.json, model.safetensors and a tokenizer, "
             f"or a hub name that can be reached."
         ) from None
     if head == "lm":
-        _check_whole(where, model, loaded["missing_keys"])
+        _check_whole(source, model, loading_info["missing_keys"])
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if device_map is not None:
         backbone = wrap(model, tokenizer, name, revision)
-        return spread(backbone) if any(hasattr(part, "_hf_hook") for part in model.modules()) else backbone
+        is_dispatched = any(hasattr(module, "_hf_hook") for module in model.modules())
+        return align_part_devices(backbone) if is_dispatched else backbone
     if quantize is not None:
         quantize_model(freeze(model), quantize, target)
         for parameter in model.parameters():
-            # What was read as it stands in the file would keep the whole file in memory.
+            # Tensors that map the file keep the whole file in memory.
             parameter.data = parameter.data.clone()
         return_memory()
     return wrap(model.to(target), tokenizer, name, revision)
 
 
-def _check_whole(where: str, model: Any, missing: Iterable[str]) -> None:
-    """Raise BackboneError where the checkpoint at `where` lacks weights of `model`, which are then drawn at random."""
-    names = sorted({*missing} & {name for name, _ in model.named_parameters()})
+def _check_whole(source: str, model: Any, missing_keys: Iterable[str]) -> None:
+    """Raise BackboneError where the checkpoint at `source` lacks weights of `model`, which are then drawn at random."""
+    names = sorted({*missing_keys} & {name for name, _ in model.named_parameters()})
     if names:
         raise BackboneError(
-            f"'{where}' holds no whole language model: {', '.join(names[:3])}{' ...' * (len(names) > 3)} would be "
+            f"'{source}' holds no whole language model: {', '.join(names[:3])}{' ...' * (len(names) > 3)} would be "
             f"random; set model.head to sequence, token, span or features, or choose a model that was trained to write"
         )
 
 
-def spread(backbone: Backbone) -> Backbone:
-    """The same backbone, whose parts answer on the device that they were asked on.
+def align_part_devices(backbone: Backbone) -> Backbone:
+    """The same backbone, whose parts answer on the device of their input.
 
     transformers does that for the whole model only, but prompts enter, and states are read, at its parts.
     """
     parts = {id(part): part for part in (backbone.encoder, backbone.decoder, backbone.trunk)}
+    skipped_arguments = getattr(backbone.model, "_skip_keys_device_placement", None)
     for part in parts.values():
         if part is not backbone.model:
-            skip = getattr(backbone.model, "_skip_keys_device_placement", None)
-            add_hook_to_module(part, AlignDevicesHook(io_same_device=True, skip_keys=skip), append=True)
+            hook = AlignDevicesHook(io_same_device=True, skip_keys=skipped_arguments)
+            add_hook_to_module(part, hook, append=True)
     return backbone
 
 
@@ -112,7 +125,7 @@ def load_tokenizer(name: str, options: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def _first_of(device_map: str | Mapping[str, str | int], device: str, quantize: str | None) -> torch.device:
+def _first_device(device_map: str | Mapping[str, str | int], device: str, quantize: str | None) -> torch.device:
     """The first device of a map; raises BackboneError where the map does not fit the rest or names no device."""
     if device != "auto":
         raise BackboneError(f"device '{device}' and a device_map cannot both be given; leave one of them out")
@@ -122,4 +135,5 @@ def _first_of(device_map: str | Mapping[str, str | int], device: str, quantize: 
             f"it with transformers' own quantization and wrap it"
         )
     names = [] if isinstance(device_map, str) else [name for name in device_map.values() if name != "disk"]
-    return [*map(choose_device, names), choose_device("auto")][0]
+    devices = [choose_device(name) for name in names]  # all of them, so that each is checked
+    return devices[0] if devices else choose_device("auto")

@@ -1,4 +1,4 @@
-"""The frozen model: freezing, facts, fingerprint. Its kinds are rows of data in families.py, loading.py loads it.
+"""The frozen model: freezing, facts, fingerprint. `families` describes its kinds, `loading` loads it.
 
 Supported transformers: 5.16 to 5.24, tested at both ends.
 """
@@ -24,8 +24,8 @@ from softprompts.backbone.cache import (
     unsupported_layers,
 )
 from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family, family_of, head_of
-from softprompts.backbone.kernels import Kernels, running
-from softprompts.backbone.quantization import quantized
+from softprompts.backbone.kernels import Kernels, replace_forwards, use_kernels
+from softprompts.backbone.quantization import quantization_kind
 from softprompts.errors import BackboneError
 from softprompts.types import Fingerprint
 
@@ -46,7 +46,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Backbone:
-    """A frozen stock model with what the rest of the library needs to know about it."""
+    """A frozen stock model with what the rest of the library needs to know about it.
+
+    Attributes:
+        model: The model of transformers, frozen.
+        family: Its kind.
+        head: lm, sequence, token, span or features.
+        tokenizer: Its tokenizer; None: it has none.
+        name: How messages and artifacts call it.
+        revision: Branch, tag or commit that it was loaded from.
+        kernels: With what it runs.
+        facts: What a trial run showed, by name; it holds for this model with these kernels.
+    """
 
     model: PreTrainedModel
     family: Family
@@ -55,7 +66,7 @@ class Backbone:
     name: str = ""
     revision: str | None = None
     kernels: Kernels = field(default_factory=Kernels)
-    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # facts found out once
+    facts: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -64,11 +75,13 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids must be: with the embeddings, or where those are brought to when they are needed."""
+        """Where token ids must be: with the embeddings, or where accelerate brings these to."""
         device: torch.device = self.embedding.weight.device
         hook = getattr(self.embedding, "_hf_hook", None)  # accelerate's, in a model spread over devices
-        there = getattr(hook, "execution_device", None)
-        return torch.device(there) if device.type == "meta" and there is not None else device
+        execution_device = getattr(hook, "execution_device", None)
+        if device.type == "meta" and execution_device is not None:
+            return torch.device(execution_device)
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -76,9 +89,9 @@ class Backbone:
         return self.embedding.weight.dtype
 
     @cached_property
-    def quantized(self) -> str | None:
-        """How the layers' weights are quantized (int8, nf4, ...); None where they are plain numbers."""
-        return quantized(self.model)
+    def quantization(self) -> str | None:
+        """How the layers' weights are quantized (int8, nf4, ...); None where they are not."""
+        return quantization_kind(self.model)
 
     @cached_property
     def trunk(self) -> Any:
@@ -101,93 +114,100 @@ class Backbone:
         return self.trunk.decoder if self.family is SEQ2SEQ else self.trunk
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Word embeddings as the model's first layer gets them from `inputs_embeds`: ids [...] -> [..., features]."""
+        """Word embeddings as the model takes them as `inputs_embeds`: ids [...] -> [..., embedding_size]."""
         return self.embedding(ids)
 
     @property
-    def features(self) -> int:
+    def embedding_size(self) -> int:
         """Width of the input embeddings (not of the hidden states where a model projects them)."""
         return self.embed(torch.zeros(1, dtype=torch.long, device=self.device)).shape[-1]
 
     @property
-    def hidden(self) -> int:
+    def hidden_size(self) -> int:
         """Width of the hidden states between layers."""
         return int(self.config.hidden_size)
 
     @property
-    def state_width(self) -> int:
+    def output_size(self) -> int:
         """Width of the last hidden states, which some models (OPT) project back to the embeddings' width."""
-        return int(getattr(self.config, "word_embed_proj_dim", None) or self.hidden)
+        return int(getattr(self.config, "word_embed_proj_dim", None) or self.hidden_size)
 
     @property
-    def vocabulary(self) -> int:
+    def vocab_size(self) -> int:
         """Rows of the embedding table."""
         return int(self.embedding.weight.shape[0])
 
     @property
-    def context(self) -> int | None:
+    def max_positions(self) -> int | None:
         """Most positions the model can take, prompt included; None where nothing bounds them (relative positions)."""
         config = self.model.config
         if config.model_type in ("t5", "mt5", "umt5", "longt5", "bloom"):
             return None
         limit = getattr(self.config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
+        if limit is None:
+            return None
         # RoBERTa and its kin start counting behind the padding index.
-        offset = config.pad_token_id + 1 if "roberta" in config.model_type and config.pad_token_id is not None else 0
-        return None if limit is None else int(limit) - offset
+        counts_from_padding = "roberta" in config.model_type and config.pad_token_id is not None
+        return int(limit) - (config.pad_token_id + 1 if counts_from_padding else 0)
 
     @cached_property
     def layers(self) -> nn.ModuleList:
         """The stack of layers a deep prompt enters: the encoder's, or the only one.
 
-        Raises BackboneError for models that share one layer.
+        Raises:
+            BackboneError: The model shares one layer.
         """
-        config = self.config if self.family is not SEQ2SEQ else self.model.config
-        count = getattr(config, "num_hidden_layers", None)
         if self.family is SEQ2SEQ:
-            count = getattr(config, "encoder_layers", None) or count
-        return self._stack(self.encoder, count)
+            count = self._first_setting("encoder_layers", "num_hidden_layers")
+        else:
+            count = getattr(self.config, "num_hidden_layers", None)
+        return self._layer_stack(self.encoder, count)
 
     @cached_property
     def decoder_layers(self) -> nn.ModuleList:
         """The decoder's stack of layers; raises BackboneError as `layers` does."""
         if self.family is not SEQ2SEQ:
             return self.layers
-        config = self.model.config
-        names = ("decoder_layers", "num_decoder_layers", "num_hidden_layers")
-        return self._stack(self.decoder, next(filter(None, (getattr(config, name, None) for name in names)), None))
+        count = self._first_setting("decoder_layers", "num_decoder_layers", "num_hidden_layers")
+        return self._layer_stack(self.decoder, count)
 
-    def _stack(self, module: nn.Module, count: int | None) -> nn.ModuleList:
-        found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-        if not found:
-            raise BackboneError(
-                f"{type(self.model).__name__} has no stack of {count} layers of its own (it shares them), "
-                f"so site 'layers' is not possible; use site 'input'"
-            )
-        return found[0]
+    def _first_setting(self, *names: str) -> int | None:
+        """The first of these settings that the model's configuration has; families name the same thing differently."""
+        values = (getattr(self.model.config, name, None) for name in names)
+        return next((value for value in values if value), None)
+
+    def _layer_stack(self, module: nn.Module, count: int | None) -> nn.ModuleList:
+        for part in module.modules():
+            if isinstance(part, nn.ModuleList) and len(part) == count:
+                return part
+        raise BackboneError(
+            f"{type(self.model).__name__} has no stack of {count} layers of its own (it shares them), "
+            f"so site 'layers' is not possible; use site 'input'"
+        )
 
     @cached_property
-    def kv_shape(self) -> tuple[tuple[int, int], ...]:
-        """(heads, head width) of the keys that each layer's cache holds, read off a one-token run."""
+    def kv_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(kv_heads, head_dim) of the keys that each layer's cache holds, read off a run of one token."""
         cache = self.new_cache()
         ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             if self.family is SEQ2SEQ:
-                state = self.encoder(input_ids=ids).last_hidden_state
-                pair = EncoderDecoderCache(cache, self.new_cache())
-                self.decoder(input_ids=ids, encoder_hidden_states=state, **cache_argument(self.decoder, pair))
+                encoder_states = self.encoder(input_ids=ids).last_hidden_state
+                arguments = cache_argument(self.decoder, EncoderDecoderCache(cache, self.new_cache()))
+                self.decoder(input_ids=ids, encoder_hidden_states=encoder_states, **arguments)
             else:
                 self.trunk(input_ids=ids, **cache_argument(self.trunk, cache))
-        keys: list[Any] = [layer.keys for layer in cache.layers]  # type: ignore[union-attr]
-        return tuple((k.shape[1], k.shape[3]) for k in keys)
+        layers: list[Any] = cache.layers
+        return tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in layers)
 
     def new_cache(self) -> DynamicCache:
         """An empty cache with the model's own layer kinds (sliding windows included)."""
         return new_cache(self.model.config)
 
     @cached_property
-    def no_cache_because(self) -> str | None:
-        """Why a prefix cannot be shared through a cache, or None where it can."""
-        if not self.family.caches:
+    def no_cache_reason(self) -> str | None:
+        """Why rows cannot share the keys and values of a prompt; None where they can."""
+        if not self.family.has_cache:
             return "an encoder's prompt sees the text"
         if any(getattr(m, "is_causal", None) is False and hasattr(m, "layer_idx") for m in self.trunk.modules()):
             return f"{type(self.model).__name__} looks both ways, so its prompt sees the text"
@@ -204,13 +224,13 @@ class Backbone:
         return frozenset(inspect.signature(self.trunk.forward).parameters)
 
     @cached_property
-    def rms(self) -> float:
+    def embedding_rms(self) -> float:
         """Root mean square of all word embeddings, the unit of learning rates."""
         total = torch.zeros((), dtype=torch.float64)
         with torch.no_grad():
-            for ids in torch.arange(self.vocabulary, device=self.device).split(4096):
+            for ids in torch.arange(self.vocab_size, device=self.device).split(4096):
                 total += self.embed(ids).cpu().double().square().sum()  # not every device knows float64
-        return float((total / (self.vocabulary * self.features)).sqrt())
+        return float((total / (self.vocab_size * self.embedding_size)).sqrt())
 
     @cached_property
     def head_names(self) -> tuple[str, ...]:
@@ -220,54 +240,48 @@ class Backbone:
         inside = {"encoder", "decoder", "shared"} if self.trunk is self.model else {self.model.base_model_prefix}
         return tuple(name for name, _ in self.model.named_parameters() if name.split(".")[0] not in inside)
 
-    def running(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, the model runs with `kernels`; its own modules are as before afterwards."""
-        return running(self.model, self.kernels, self.known)
+    def with_kernels(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the model runs with `kernels`; afterwards its modules are as before."""
+        return use_kernels(self.model, self.kernels, self.facts)
 
     @contextlib.contextmanager
     def with_head(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the head's parameters named by `tensors` are those; the model's own come back afterwards."""
-        owners = [(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in tensors]
-        own = [owner._parameters[name] for owner, name in owners]
+        """Inside, `tensors` replace the head's parameters of the same names; the model's own come back afterwards."""
+        replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
         try:
-            for (owner, name), tensor in zip(owners, tensors.values(), strict=True):
-                owner._parameters[name] = tensor  # type: ignore[assignment]
+            for path, tensor in tensors.items():
+                module_path, _, name = path.rpartition(".")
+                module = self.model.get_submodule(module_path)
+                replaced.append((module, name, module._parameters[name]))
+                module._parameters[name] = tensor  # type: ignore[assignment]
             yield
         finally:
-            for (owner, name), parameter in zip(owners, own, strict=True):
-                owner._parameters[name] = parameter
+            for module, name, parameter in replaced:
+                module._parameters[name] = parameter
 
     @contextlib.contextmanager
     def replay(self, output: Any) -> Iterator[None]:
-        """Inside, the module below the head answers with `output` instead of computing.
+        """Inside, the module below the head returns `output` instead of computing.
 
-        This is how the stock head is applied to chosen positions without copying any model's head: soft caps, scales,
-        biases and poolers stay the model's own.
-        Raises BackboneError when the model's head went past the replayed output, so that scores are never silently
-        of something else.
+        So the stock head scores chosen positions, and no model's head is copied: soft caps, scales, biases and poolers
+        stay the model's own.
+
+        Raises:
+            BackboneError: The model's head did not read the replayed output, so that its scores are of something else.
         """
-        used = False
+        was_read = False
 
-        def answer(*args: Any, **kwargs: Any) -> Any:
-            nonlocal used
-            used = True
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal was_read
+            was_read = True
             return output
 
-        # Some causal models (OPT) call the decoder inside their trunk directly.
-        modules = [self.decoder, *([self.trunk.decoder] if hasattr(self.trunk, "decoder") else [])]
-        before = [module.__dict__.get("forward") for module in modules]
-        for module in modules:
-            module.forward = answer
-        try:
-            with self.running():
-                yield
-        finally:
-            for module, own in zip(modules, before, strict=True):
-                if own is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = own
-        if not used:
+        forwards = {self.decoder: forward}
+        if hasattr(self.trunk, "decoder"):  # some causal models (OPT) call the decoder inside their trunk directly
+            forwards[self.trunk.decoder] = forward
+        with replace_forwards(forwards), self.with_kernels():
+            yield
+        if not was_read:
             raise BackboneError(f"the head of {type(self.model).__name__} does not read its trunk's output")
 
 
@@ -281,34 +295,46 @@ def wrap(
 ) -> Backbone:
     """A stock model as a frozen backbone; the model is frozen in place."""
     return Backbone(
-        freeze(model),
-        family_of(model),
-        head_of(model),
-        tokenizer,
-        (model.config.name_or_path or "") if name is None else name,
-        revision,
+        model=freeze(model),
+        family=family_of(model),
+        head=head_of(model),
+        tokenizer=tokenizer,
+        name=(model.config.name_or_path or "") if name is None else name,
+        revision=revision,
     )
 
 
-_FACTS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+_ARCHITECTURE_SETTINGS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
 
 
 def fingerprint(backbone: Backbone) -> Fingerprint:
     """What ties a prompt to these weights: architecture facts, tokenizer hash and a sketch [32, H].
 
-    The sketch is the trunk's last hidden states of 32 fixed token ids (encoder-decoder models: the decoder's, having
-    read the same ids in the encoder), in float32.
+    The sketch is the trunk's last hidden states of 32 fixed token ids, in float32 (encoder-decoder models: the
+    decoder's, with the same ids in the encoder).
     """
-    facts = {key: getattr(backbone.config, key, None) for key in _FACTS}
+    architecture = {name: getattr(backbone.config, name, None) for name in _ARCHITECTURE_SETTINGS}
     ids = ((torch.arange(32) * 1009 + 7) % backbone.config.vocab_size)[None].to(backbone.device)
     with torch.no_grad():
         if backbone.family is SEQ2SEQ:
-            state = backbone.encoder(input_ids=ids).last_hidden_state
-            sketch = backbone.decoder(input_ids=ids, encoder_hidden_states=state).last_hidden_state
+            encoder_states = backbone.encoder(input_ids=ids).last_hidden_state
+            sketch = backbone.decoder(input_ids=ids, encoder_hidden_states=encoder_states).last_hidden_state
         else:
             sketch = backbone.trunk(input_ids=ids).last_hidden_state
-    dtype = backbone.quantized or str(backbone.dtype).removeprefix("torch.")
-    return Fingerprint(facts, _tokenizer_hash(backbone.tokenizer), sketch[0].float().cpu(), dtype)
+    dtype = backbone.quantization or str(backbone.dtype).removeprefix("torch.")
+    return Fingerprint(
+        architecture=architecture,
+        tokenizer=_tokenizer_hash(backbone.tokenizer),
+        sketch=sketch[0].float().cpu(),
+        dtype=dtype,
+    )
 
 
 def _tokenizer_hash(tokenizer: Any) -> str | None:

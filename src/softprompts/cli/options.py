@@ -5,21 +5,38 @@ from typing import Annotated, Any
 
 import typer
 
+from softprompts.config import Run, Section
+from softprompts.config.old_keys import section_in
+
+
+def key_help(path: str) -> str:
+    """The help of a key of a run, such as `training.max_steps`."""
+    *sections, name = path.split(".")
+    owner: type[Section] = Run
+    for key in sections:
+        inside = section_in(owner.model_fields[key].annotation)
+        assert inside is not None
+        owner = inside
+    return str(owner.model_fields[name].description)
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Set one key of the configuration: section.key=value.")]
-Model = Annotated[str | None, typer.Option("--model", help="Packaged model, local directory or hub name.")]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+Model = Annotated[str | None, typer.Option("--model", help=key_help("model.name"))]
+Device = Annotated[str | None, typer.Option("--device", help=key_help("model.device"))]
+Dtype = Annotated[str | None, typer.Option("--dtype", help=key_help("model.dtype"))]
 Quantize = Annotated[
-    str | None, typer.Option("--quantize", help="Frozen weights in fewer bits: int8, nf4, fp4, or none.")
+    str | None, typer.Option("--quantize", help=f"int8, nf4, fp4 or none. {key_help('model.quantize')}")
 ]
 OtherWeights = Annotated[
     bool, typer.Option("--allow-other-weights", help="Use a prompt on weights that it was not made for.")
 ]
+Prompt = Annotated[Path, typer.Argument(help="Directory of a trained prompt.")]
 Prompts = Annotated[list[Path], typer.Argument(help="Directory of a trained prompt; several vote.")]
+OutDirectory = Annotated[Path | None, typer.Option("--out", help="Where everything is written.")]
 
 
-def on_machine(device: str | None, dtype: str | None, quantize: str | None) -> dict[str, Any]:
-    """What was given of the options that say where and how the model stands, as keys of the section `model`."""
-    given = {"device": device, "dtype": dtype, "quantize": quantize}
-    return {key: None if value == "none" else value for key, value in given.items() if value is not None}
+def model_changes(model: str | None, device: str | None, dtype: str | None, quantize: str | None) -> dict[str, Any]:
+    """The options that are given of those about the model, as keys of the section `model`."""
+    options = {"name": model, "device": device, "dtype": dtype, "quantize": quantize}
+    return {key: None if value == "none" else value for key, value in options.items() if value is not None}

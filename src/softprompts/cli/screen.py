@@ -1,11 +1,11 @@
-"""What the command shows: tables and JSON on standard output, progress and notes on standard error."""
+"""Tables and JSON on standard output, progress and notes on standard error."""
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +14,8 @@ err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
+    """Print a line on standard error."""
     err.print(text, markup=False, soft_wrap=True)
 
 
@@ -26,26 +27,17 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def finite(value: Any) -> Any:
-    """JSON has no nan and no infinity: they become null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and value - value != 0 else value
-
-
 def show_json(value: Any) -> None:
-    """Print `value` as JSON."""
-    out.print_json(json.dumps(finite(value)))
+    """Print `value` as JSON; NaN and infinity, which JSON has not, become null."""
+    out.print_json(json.dumps(to_jsonable_python(value, inf_nan_mode="null")))
 
 
 @contextmanager
 def progress() -> Iterator[Any]:
-    """A Screen for jobs: a live bar on a terminal, plain lines elsewhere."""
+    """A ProgressReporter: live bars on a terminal, plain lines elsewhere."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from softprompts.recipes.run.run import ProgressReporter
+    from softprompts.recipes.run.prepare import ProgressReporter
 
     terminal = err.is_terminal
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}"), TimeRemainingColumn())
@@ -60,39 +52,35 @@ def progress() -> Iterator[Any]:
             elif done % every == 0 or done == total:
                 err.print(f"{name} {done}/{total} {facts}".rstrip(), markup=False)
 
-        def step(name: str, r: Any) -> None:
-            speed = r.tokens / r.seconds if r.seconds else 0.0
-            left = (r.steps - r.step) * r.seconds
-            facts = f"loss {r.loss:.3f}  rate {r.rate:.2g}  {speed:,.0f} tokens/s"
-            facts += "" if terminal else f"  {left:.0f} s left"
-            facts += "" if r.score is None else f"  validation {r.score:.3f}"
-            advance(f"training {name}".strip(), r.step, r.steps, facts, 20)
+        def on_step(name: str, step: Any) -> None:
+            speed = step.tokens / step.seconds if step.seconds else 0.0
+            facts = f"loss {step.loss:.3f}  learning rate {step.rate:.2g}  {speed:,.0f} tokens/s"
+            facts += "" if terminal else f"  {(step.steps - step.step) * step.seconds:.0f} s left"
+            facts += "" if step.score is None else f"  validation {step.score:.3f}"
+            advance(f"training {name}".strip(), step.step, step.steps, facts, 20)
 
-        def judged(name: str, done: int, total: int) -> None:
+        def on_eval(name: str, done: int, total: int) -> None:
             if terminal or done == total:
-                advance(f"judging {name}", done, total, "rows", total)
+                advance(f"evaluating {name}", done, total, "rows", total)
 
-        yield ProgressReporter(say, step, judged)
+        yield ProgressReporter(log, on_step, on_eval)
 
 
 @contextmanager
-def counting(shown: bool, done: int, out_file: Any = None) -> Iterator[Callable[[], None]]:
-    """What counts one answered row more, after `done`: live on a terminal, else a plain line each thousand rows."""
+def counting(shown: bool, out_file: Any = None) -> Iterator[Callable[[int], None]]:
+    """A function that shows the number of answered rows: live on a terminal, else a plain line each thousand rows."""
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    # Answers that are written to the same terminal show by themselves how far they are.
+    # Answers that are written to the same terminal show the progress by themselves.
     live = shown and err.is_terminal and (out_file is not None or not out.is_terminal)
     columns = (TextColumn("{task.completed:,.0f} rows answered"), TimeElapsedColumn())
     with Progress(*columns, console=err, disable=not live) as bar:
-        task, rows = bar.add_task("", total=None, completed=done), itertools.count(done + 1)
-        if shown and done:
-            say(f"{done:,} rows were answered before")
+        task = bar.add_task("", total=None)
 
-        def count() -> None:
-            number = next(rows)
+        def count(number: int) -> None:
             bar.update(task, completed=number)
             if shown and not err.is_terminal and number % 1000 == 0:
-                say(f"{number:,} rows answered")
+                log(f"{number:,} rows answered")
 
         yield count
 
@@ -107,58 +95,55 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
 
 def show_runs(results: Mapping[str, Any]) -> None:
     """Runs that trained together: a table on a terminal, a line each elsewhere."""
-    several = len({row["task"] for row in results["runs"]}) > 1
-    columns = ("run", *(("task",) if several else ()), "what differs", "last loss", "score (95 % interval)")
+    task_column = ("task",) if len({row["task"] for row in results["runs"]}) > 1 else ()
     rows = []
     for row in results["runs"]:
         loss = "-" if row["loss"] is None else f"{row['loss']:.3f}"
-        score = "failed" if row["failed"] else f"{row['metric']} {_score(row['after'])}" if row["after"] else "-"
-        rows.append((row["name"], *((row["task"],) if several else ()), _differs(row), loss, score))
+        score = f"{row['metric']} {_score(row['after'])}" if row["after"] else "-"
+        rows.append(
+            (
+                row["name"],
+                *(row[key] for key in task_column),
+                _differences(row),
+                loss,
+                "failed" if row["failed"] else score,
+            )
+        )
+    columns = ("run", *task_column, "what differs", "last loss", "score (95 % interval)")
     table_or_lines(results["title"], columns, rows)
-    groups = [
-        (*((one["task"],) if several else ()), _differs(one), f"{one['metric']} {one['mean']:.3f}", f"{one['sd']:.3f}",
-         one["n"])
-        for one in results["groups"]
-    ]  # fmt: skip
+    groups = []
+    for group in results["groups"]:
+        mean, sd = f"{group['metric']} {group['mean']:.3f}", f"{group['sd']:.3f}"
+        groups.append((*(group[key] for key in task_column), _differences(group), mean, sd, group["n"]))
     if groups:
-        columns = (*(("task",) if several else ()), "what differs", "mean", "standard deviation", "runs")
+        columns = (*task_column, "what differs", "mean", "standard deviation", "runs")
         table_or_lines("over the seeds", columns, groups)
 
 
 def show_arms(results: Mapping[str, Any], more: Mapping[str, Mapping[str, str]] | None = None) -> None:
-    """The arms of a study on its targets: a table for each size on a terminal, a line each elsewhere.
+    """The arms of a comparison on its targets: a table for each size on a terminal, a line each elsewhere.
 
-    more: further columns, with what each arm has there.
+    Args:
+        results: What results.json holds.
+        more: Further columns: the cell of each arm, by the name of the column.
     """
     more = more or {}
-    for one in results["arms"]:
+    for size in results["arms"]:
         rows = []
-        for line in one["lines"]:
-            scores = [line["scores"].get(target) for target in one["targets"]]
+        for line in size["lines"]:
+            scores = [_mean(line["scores"].get(target)) for target in size["targets"]]
             mean = "-" if line["mean"] is None else f"{line['mean']:.3f}"
             further = [column.get(line["arm"], "-") for column in more.values()]
-            rows.append((line["arm"], f"{line['trainable']:,}", *further, *map(_mean, scores), mean))
-        table_or_lines(f"targets, {one['size']}", ("arm", "trained numbers", *more, *one["targets"], "mean"), rows)
+            rows.append((line["arm"], f"{line['trainable']:,}", *further, *scores, mean))
+        columns = ("arm", "trainable params", *more, *size["targets"], "mean")
+        table_or_lines(f"targets, {size['size']}", columns, rows)
 
 
 def show_files(**files: Any) -> None:
-    """Where everything was written: a line each, never broken, however narrow the screen."""
+    """The files that were written: a line each, never broken, however narrow the screen."""
     out.print()
     for name, path in files.items():
         out.print(f"{name:8} {path}", markup=False, soft_wrap=True)
-
-
-def show_claims(results: Mapping[str, Any]) -> None:
-    """What a study says of a paper's claims."""
-    for one in results["claims"].values():
-        out.print(one["words"], markup=False, soft_wrap=True)
-
-
-def show_comparison(results: Mapping[str, Any]) -> None:
-    """The arms of a study on its tasks with their step times, then how far each is from prompt tuning."""
-    times = {arm: f"{one['ms']:.0f}" for arm, one in results["speed"].items()}
-    show_arms(results, {"step, ms": times} if times else None)
-    show_claims(results)
 
 
 def _mean(score: Mapping[str, Any] | None) -> str:
@@ -167,7 +152,7 @@ def _mean(score: Mapping[str, Any] | None) -> str:
     return f"{score['mean']:.3f}" + ("" if score["sd"] is None else f" ± {score['sd']:.3f}")
 
 
-def _differs(row: Mapping[str, Any]) -> str:
+def _differences(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in row["differs"].items()) or "-"
 
 
@@ -181,21 +166,21 @@ def table_or_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[A
         out.print("  ".join(map(str, row)), markup=False, soft_wrap=True)
 
 
-def show(page: dict[str, Any]) -> None:
+def show(page: Mapping[str, Any]) -> None:
     """A run's results as tables."""
     summary = page["summary"]
-    classes = [
-        (c["label"], f"{c['precision']:.3f}", f"{c['recall']:.3f}", f"{c['f1']:.3f}", c["support"])
-        for c in page.get("per_class", ())
-    ]
+    classes = []
+    for label in page.get("per_class", ()):
+        figures = (f"{label[key]:.3f}" for key in ("precision", "recall", "f1"))
+        classes.append((label["label"], *figures, label["support"]))
     if classes:
         show_table(f"{page['task']}: per class", ("class", "precision", "recall", "F1", "rows"), classes)
-    examples = [
-        (e["input"][:70], e["gold"], e["before"] or "-", ("" if e["correct"] else "✗ ") + str(e["after"]))
-        for e in page.get("examples", ())
-    ]
+    examples = []
+    for example in page.get("examples", ()):
+        after = ("" if example["correct"] else "✗ ") + str(example["after"])
+        examples.append((example["input"][:70], example["gold"], example["before"] or "-", after))
     if examples:
-        show_table("examples from the held-out rows", ("text", "right answer", "before", "after"), examples)
+        show_table("examples from the test rows", ("text", "right answer", "before", "after"), examples)
     if page.get("nearest_words"):
         show_words(page["nearest_words"][:10])
     if summary.get("after"):
@@ -203,17 +188,21 @@ def show(page: dict[str, Any]) -> None:
         out.print(
             f"{summary['metric']}: {before}{_score(summary['after'])} after {summary['steps']} steps", markup=False
         )
-    moved = summary.get("moved")
-    told = [f"{100 * summary['share']:.2g} % of the model's"] if summary.get("share") is not None else []
-    told += [f"{moved:,} moved"] if moved is not None and moved < summary["trainable"] else []
-    some = f" ({', '.join(told)})" if told else ""
-    out.print(f"{summary['trainable']:,} trained numbers{some}, {summary['seconds']:.0f} s in all")
+    share, moved = summary.get("share"), summary.get("moved")
+    notes = [] if share is None else [f"{100 * share:.2g} % of the model"]
+    if moved is not None and moved < summary["trainable"]:
+        notes.append(f"{moved:,} changed")
+    note = f" ({', '.join(notes)})" if notes else ""
+    out.print(f"trainable params: {summary['trainable']:,}{note}")
+    out.print(f"total time: {summary['seconds']:.0f} s")
 
 
 def show_words(rows: Iterable[Mapping[str, Any]]) -> None:
-    """The words nearest to each prompt row."""
-    lines = [(row["row"], "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in row["words"])) for row in rows]
-    show_table("what the prompt resembles", ("prompt row", "nearest words (cosine)"), lines)
+    """The words nearest to each prompt token."""
+    lines = []
+    for row in rows:
+        lines.append((row["row"], "  ".join(f"{word!r} {cosine:.2f}" for word, cosine in row["words"])))
+    show_table("what the prompt resembles", ("prompt token", "nearest words (cosine)"), lines)
 
 
 def _score(score: dict[str, Any]) -> str:

@@ -1,33 +1,43 @@
-"""The commands `softprompts vector ...`: arithmetic on trained prompts."""
+"""The commands of arithmetic on trained prompts: `softprompts vector ...` and `softprompts fold`."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from softprompts.cli.options import Device, Dtype, Json, Model, Quantize, on_machine
+from softprompts.cli.options import Device, Dtype, Json, Model, Prompt, Quantize, model_changes
 from softprompts.cli.screen import out, progress, quiet, show_files, show_json, table_or_lines
-from softprompts.config import ModelConfig, parse
 from softprompts.errors import ConfigError
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Task prompt vectors: what training added to a prompt, to be added, compared and put on other starts.",
+    help="Task prompt vectors: what training added to a prompt, to add, compare and put on other starts.",
 )
 
 Sum = Annotated[
     str,
     typer.Argument(
-        help="A trained prompt, or a sum such as 'movies + 0.5*tweets - sms'; before one that begins with a minus sign "
-        "stands --, and options before that."
+        help="A trained prompt, or a sum such as 'movies + 0.5*tweets - sms'. Write options first and then -- before "
+        "a sum that begins with a minus sign."
     ),
 ]
 Sums = Annotated[list[str], typer.Argument(help="Trained prompts, or sums such as 'movies + 0.5*tweets'.")]
 Out = Annotated[Path, typer.Option("--out", help="Where the prompt is written.")]
 StartOption = Annotated[
-    str | None, typer.Option("--start", help="The prompt to add to; unless given, where all of them began.")
+    str | None, typer.Option("--start", help="The prompt to add to. Default: where the training of all began.")
 ]
 StartOf = Annotated[str | None, typer.Option("--start-of", help="Add to where the training of this prompt began.")]
+
+
+def fold(prompt: Prompt, out_dir: Out) -> None:
+    """Write a prompt that a method made, such as multitask prompt tuning, as an ordinary one: a single matrix."""
+    from softprompts.artifacts import artifact
+    from softprompts.model.persistence import plain
+
+    folded = plain(artifact.load(prompt), prompt)
+    artifact.save(folded, out_dir)
+    length, width = folded.shape
+    out.print(f"{out_dir}: {length} vectors of width {width}, as prompt-tuning", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -46,19 +56,23 @@ def make(
     from dataclasses import replace
 
     from softprompts.artifacts import artifact, vectors
-    from softprompts.model import persistence
+    from softprompts.model.persistence import plain
 
-    found = persistence.plain(artifact.load(vectors.locate_prompt(prompt)), prompt)
-    given = _start(start, start_of)
-    if given is not None and found.initial is not None and not found.initial.equal(given.require_prompt("the start")):
+    folded = plain(artifact.load(vectors.locate_prompt(prompt)), prompt)
+    chosen = _start(start, start_of)
+    if (
+        chosen is not None
+        and folded.initial is not None
+        and not folded.initial.equal(chosen.require_prompt("the start"))
+    ):
         raise ConfigError(
             f"{prompt} says itself where its training began, and the start given is another one; leave --start and "
             f"--start-of out, or put its vector on that start with: softprompts vector apply {prompt} --start PROMPT"
         )
-    if given is not None:
-        vectors.check_start(given, vectors.task_vector(replace(found, initial=given.prompt), prompt), "the start")
-        found = replace(found, initial=given.prompt)
-    _written(vectors.task_vector(found, prompt), found, out_dir, as_json)
+    if chosen is not None:
+        vectors.check_start(chosen, vectors.task_vector(replace(folded, initial=chosen.prompt), prompt), "the start")
+        folded = replace(folded, initial=chosen.prompt)
+    _save(vectors.task_vector(folded, prompt), folded, out_dir, as_json)
 
 
 @app.command()
@@ -78,8 +92,8 @@ def sub(
     """The first vector minus the others, added to a start."""
     from softprompts.artifacts import vectors
 
-    found = _read(prompts)
-    _combine(vectors.weighted(found, [1, *[-1] * (len(found) - 1)]), out_dir, start, start_of, as_json)
+    terms = _read(prompts)
+    _combine(vectors.weighted(terms, [1, *[-1] * (len(terms) - 1)]), out_dir, start, start_of, as_json)
 
 
 @app.command()
@@ -119,9 +133,9 @@ def merge(
     out_dir: Out,
     how: Annotated[str, typer.Option(help="weighted, average, ties, dare or slerp.")],
     weights: Annotated[str | None, typer.Option(help="A weight for each: 1,0.5.")] = None,
-    density: Annotated[float, typer.Option(help="ties, dare: the part of the numbers that is kept.")] = 0.2,
+    density: Annotated[float, typer.Option(help="ties, dare: the share of the numbers that stays.")] = 0.2,
     t: Annotated[float, typer.Option(help="slerp: how far from the first to the second.")] = 0.5,
-    seed: Annotated[int, typer.Option(help="dare: of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="dare: seed of the draws.")] = 0,
     start: StartOption = None,
     start_of: StartOf = None,
     as_json: Json = False,
@@ -129,9 +143,9 @@ def merge(
     """One vector of several as in the literature on merging models, added to a start."""
     from softprompts.artifacts import vectors
 
-    chosen = vectors.MergeOptions(None if weights is None else _numbers("--weights", weights), density, t, seed)
-    found = _read(prompts)
-    _combine(vectors.merge(found, how, chosen), out_dir, start, start_of, as_json, found)
+    settings = vectors.MergeOptions(None if weights is None else _numbers("--weights", weights), density, t, seed)
+    terms = _read(prompts)
+    _combine(vectors.merge(terms, how, settings), out_dir, start, start_of, as_json, terms)
 
 
 @app.command()
@@ -164,35 +178,37 @@ def compare(
         raise ConfigError(f"no cosine '{how}'; possible: {', '.join(vectors.COSINES)}")
     if len(set(prompts)) != len(prompts):
         raise ConfigError(f"each prompt can stand once in a comparison, given {', '.join(prompts)}")
-    found = vectors.compare(dict(zip(prompts, _read(prompts), strict=True)))
+    comparison = vectors.compare(dict(zip(prompts, _read(prompts), strict=True)))
     results: dict[str, Any] = {
         "format": 1,
         "title": "Task prompt vectors compared",
         "task": ", ".join(prompts),
-        **found,
+        **comparison,
     }
-    lengths = [[*row] for row in zip(found["labels"], found["norms"], found["ratios"], strict=True)]
+    labels, norms, ratios = (comparison[key] for key in ("labels", "norms", "ratios"))
+    lengths = [[*row] for row in zip(labels, norms, ratios, strict=True)]
+    distances = [[name, *row] for name, row in zip(labels, comparison["distances"], strict=True)]
+    heatmaps = []
+    for kind, matrix in comparison["cosines"].items():
+        heatmaps.append({"title": f"Cosines of {kind}", "labels": labels, "matrix": matrix})
     page = {
         **results,
         "tables": [
             {"title": "Lengths", "columns": ["vector", "norm", "norm / norm of its start"], "rows": lengths},
-            {"title": "Distances", "columns": ["", *found["labels"]],
-             "rows": [[name, *row] for name, row in zip(found["labels"], found["distances"], strict=True)]},
+            {"title": "Distances", "columns": ["", *labels], "rows": distances},
         ],
-        "heatmaps": [{"title": f"Cosines of {kind}", "labels": found["labels"], "matrix": matrix}
-                     for kind, matrix in found["cosines"].items()],
-    }  # fmt: skip
+        "heatmaps": heatmaps,
+    }
     report.write_results(out_dir / "results.json", results)
     report.write_page(out_dir / "report.html", page)
     if as_json:
         show_json(results)
         return
-    cells = zip(found["labels"], found["norms"], found["ratios"], found["cosines"][f"vectors, {how}"], strict=True)
-    rows = [
-        (name, f"{length:.3g}", "-" if ratio is None else f"{ratio:.3g}", *(f"{cosine:.3f}" for cosine in row))
-        for name, length, ratio, row in cells
-    ]
-    columns = ("vector", "norm", "norm / start's", *found["labels"])
+    rows = []
+    for name, norm, ratio, cosines in zip(labels, norms, ratios, comparison["cosines"][f"vectors, {how}"], strict=True):
+        shown = "-" if ratio is None else f"{ratio:.3g}"
+        rows.append((name, f"{norm:.3g}", shown, *(f"{cosine:.3f}" for cosine in cosines)))
+    columns = ("vector", "norm", "norm / start's", *labels)
     table_or_lines(f"cosines ({how}: {vectors.COSINES[how]})", columns, rows)
     show_files(results=out_dir / "results.json", report=out_dir / "report.html")
 
@@ -203,38 +219,40 @@ def search(
     out_dir: Out,
     start: StartOption = None,
     start_of: StartOf = None,
-    on: Annotated[list[str], typer.Option("--on", help="Judge by the task of this prompt; may be repeated.")] = [],  # noqa: B006
-    coefficients: Annotated[
-        str | None, typer.Option(help="What to try: 0,0.5,1; unless given 0, 0.05, ..., 1.")
-    ] = None,
+    on: Annotated[list[str], typer.Option("--on", help="Evaluate on the task of this prompt; may be repeated.")] = [],  # noqa: B006
+    coefficients: Annotated[str | None, typer.Option(help="What to try: 0,0.5,1. Default: 0, 0.05, ..., 1.")] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = None,
     quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
-    """Choose on validation rows how much of a sum to add, and judge that once on test rows."""
-    from softprompts.artifacts import vectors
+    """Choose on validation rows how much of a sum to add, and evaluate that once on test rows."""
     from softprompts.recipes import coefficient_search
 
     quiet()
-    like = vectors.read_expression(prompt).reference
-    changes = on_machine(device, dtype, quantize) | ({} if model is None else {"name": model})
-    config = parse({"name": like.backbone, "revision": like.revision, **changes}, ModelConfig, "model")
-    grid = coefficient_search.GRID if coefficients is None else _numbers("--coefficients", coefficients)
-    with progress() as screen:
-        found = coefficient_search.search(
-            prompt, out_dir, start=_start(start, start_of), on=on, grid=grid, model=config, screen=screen
+    tried = coefficient_search.GRID if coefficients is None else _numbers("--coefficients", coefficients)
+    with progress() as reporter:
+        results = coefficient_search.search(
+            prompt,
+            out_dir,
+            start=_start(start, start_of),
+            on=on,
+            grid=tried,
+            changes=model_changes(model, device, dtype, quantize),
+            screen=reporter,
         )
     if as_json:
-        show_json(found)
+        show_json(results)
         return
-    rows = [(f"{at['coefficient']:g}", *(f"{s:.3f}" for s in at["scores"].values()), f"{at['mean']:.3f}")
-            for at in found["validation"]]  # fmt: skip
-    table_or_lines("validation rows", ("coefficient", *found["judged"], "mean"), rows)
-    for name, scores in found["test"].items():
+    rows = []
+    for point in results["validation"]:
+        scores = (f"{score:.3f}" for score in point["scores"].values())
+        rows.append((f"{point['coefficient']:g}", *scores, f"{point['mean']:.3f}"))
+    table_or_lines("validation rows", ("coefficient", *results["judged"], "mean"), rows)
+    for name, scores in results["test"].items():
         for metric, score in scores.items():
-            out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {found['coefficient']:g}")
+            out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {results['coefficient']:g}")
     show_files(prompt=out_dir / "prompt", results=out_dir / "results.json", report=out_dir / "report.html")
 
 
@@ -263,10 +281,10 @@ def _start(start: str | None, start_of: str | None) -> Any:
         return artifact.load(vectors.locate_prompt(start))
     if start_of is None:
         return None
-    found = artifact.load(vectors.locate_prompt(start_of))
-    if found.initial is None:
+    source = artifact.load(vectors.locate_prompt(start_of))
+    if source.initial is None:
         raise ConfigError(f"{start_of} does not say where its training began; give a start with --start")
-    return replace(found, prompt=found.initial)
+    return replace(source, prompt=source.initial)
 
 
 def _combine(
@@ -278,34 +296,34 @@ def _combine(
     sources: Any = None,
     by: float = 1,
 ) -> None:
-    """Add `by · total` to a start, and write the prompt that makes; sources: what it was made of, if by a merge."""
+    """Add `by * total` to a start, and write the prompt that this gives; sources: what a merge made it of."""
     from softprompts.artifacts import vectors
-    from softprompts.recipes.coefficient_search import begin
+    from softprompts.recipes.coefficient_search import resolve_start
 
-    # What a merge makes has no start of its own; that of its sources' sum is the one they have in common.
-    begins = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
-    _written(total * by, vectors.to_artifact(total, begins, by), out_dir, as_json)
+    # The result of a merge has no start of its own; that of its sources' sum is the one they have in common.
+    initial = resolve_start(vectors.weighted(sources) if sources else total, _start(start, start_of))
+    _save(total * by, vectors.to_artifact(total, initial, by), out_dir, as_json)
 
 
-def _written(total: Any, made: Any, out_dir: Path, as_json: bool) -> None:
+def _save(total: Any, prompt: Any, out_dir: Path, as_json: bool) -> None:
     from softprompts.artifacts import artifact, vectors
 
-    artifact.save(made, out_dir)
+    artifact.save(prompt, out_dir)
+    ratio = vectors.norm_ratio(total.value, prompt.initial)
     facts = {
         "directory": str(out_dir),
         "vector": total.name,
         "norm": vectors.norm(total.value),
-        "norm_ratio": vectors.norm_ratio(total.value, made.initial),
+        "norm_ratio": ratio,
         "parents": list(total.parents),
     }
     if as_json:
         show_json(facts)
         return
-    length, width = made.shape
-    ratio = facts["norm_ratio"]
-    told = "the start is zero" if ratio is None else f"the change is {ratio:.3g} times as long as the start"
+    length, width = prompt.shape
+    change = "the start is zero" if ratio is None else f"the change is {ratio:.3g} times as long as the start"
     out.print(
-        f"{out_dir}: {total.name} on its start, {length} vectors of width {width}; {told}",
+        f"{out_dir}: {total.name} on its start, {length} vectors of width {width}; {change}",
         markup=False,
         soft_wrap=True,
     )

@@ -97,13 +97,13 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def load_task(config: TaskConfig) -> Task:
+def load_task(config: TaskConfig | str) -> Task:
     """Load the rows of a task, and settle its open choices by the packaged set or the rows.
 
     Classes without a verbalizer are the sorted labels of all splits, and their answers are their names.
 
     Args:
-        config: The task.
+        config: The task, or the source of its rows: a packaged set, a file, a directory or a hub name.
 
     Returns:
         The task with its rows and its template.
@@ -112,7 +112,7 @@ def load_task(config: TaskConfig) -> Task:
         DataError: As `read_splits`; and for a template without a column, labels with the same answer, an unknown
             positive label, and a column to truncate that the template does not have.
     """
-    config = datasets.with_packaged_defaults(config)
+    config = datasets.with_packaged_defaults(TaskConfig(source=config) if isinstance(config, str) else config)
     has_text = template_columns(config.template) or template_columns(config.pair)
     if config.template and config.kind != "generation" and not has_text:
         raise DataError(

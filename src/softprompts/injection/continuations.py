@@ -1,8 +1,8 @@
 """Log-probabilities of several continuations of each text, from one pass where rows can be packed.
 
-The text is read once. Behind it stand the candidates, each seeing the text and itself only; what two candidates have
-in common at their beginning is read once where one of them goes on from it. The last token of a candidate is never
-read, only scored, so candidates of one token cost nothing beyond the text.
+The text is read once. The candidates follow it, each of which sees the text and itself only. Where one candidate
+begins with all of another, the shared beginning is read once. The last token of a candidate is only scored, never
+read, so candidates of one token cost nothing beyond the text.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ from softprompts.errors import BackboneError
 from softprompts.injection.forward import TrunkOutput, choose_path, run_trunk
 from softprompts.injection.packed import Prefix, why_not_packed
 from softprompts.injection.placement import place_prompts
-from softprompts.injection.scoring import LOGITS, forward, head
-from softprompts.injection.sites import Site, width
+from softprompts.injection.scoring import MAX_LOGITS, apply_head, score
+from softprompts.injection.sites import Site, prompt_width
 from softprompts.types import IGNORE, Batch, Prompt
 
 Tokens = tuple[int, ...]
@@ -25,50 +25,73 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class CandidateTree:
-    """Candidates as chains of tokens to read, and what is scored where.
+    """Candidates as chains of K tokens that the model reads, and the tokens that it scores behind each of them.
 
-    ids, branch [K]: the tokens to read and the number of their chain, from 1; depth [K] of each within its chain;
-    scored: what is scored after the text (first) and after each of those K tokens, [1 + K, M] padded with 0;
-    parts: of each candidate, the flat places in `scored` of its tokens.
+    Attributes:
+        token_ids: [K], the tokens to read, chain by chain.
+        branches: [K], the number of each token's chain, from 1.
+        depths: [K], the place of each token within its chain, from 0.
+        scored_ids: [1 + K, M], the tokens that are scored after the text (first row) and after each token to read,
+            padded with 0.
+        score_indices: Of each candidate, the flat indices of its tokens in `scored_ids`.
     """
 
-    ids: Tensor
-    branch: Tensor
-    depth: Tensor
-    scored: Tensor
-    parts: tuple[tuple[int, ...], ...]
+    token_ids: Tensor
+    branches: Tensor
+    depths: Tensor
+    scored_ids: Tensor
+    score_indices: tuple[tuple[int, ...], ...]
 
 
 def candidate_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
     """Lay `candidates` out as chains. Raises ValueError for none, and for one without tokens."""
     if not candidates or not all(candidates):
         raise ValueError(f"candidates must be lists of at least one token, given {[list(c) for c in candidates]}")
-    begun = {tuple(c[:-1]) for c in candidates}
-    # A beginning that another one goes on from is read there.
-    chains = [b for b in sorted(begun) if b and not any(o != b and o[: len(b)] == b for o in begun)]
-    node: dict[Tokens, int] = {(): 0}
-    read_ids: list[tuple[int, int, int]] = []
-    for number, chain in enumerate(chains, 1):
+    row_after: dict[Tokens, int] = {(): 0}  # the row of scored_ids behind each beginning of a candidate
+    tokens: list[int] = []
+    branches: list[int] = []
+    depths: list[int] = []
+    for branch, chain in enumerate(_chains(candidates), 1):
         for depth, token in enumerate(chain):
-            read_ids.append((token, number, depth))
-            node.setdefault(chain[: depth + 1], len(read_ids))
-    wanted: list[list[int]] = [[] for _ in range(1 + len(read_ids))]
-    places: list[list[tuple[int, int]]] = []
+            tokens.append(token)
+            branches.append(branch)
+            depths.append(depth)
+            row_after.setdefault(chain[: depth + 1], len(tokens))
+    scored: list[list[int]] = [[] for _ in range(1 + len(tokens))]
+    cells: list[list[tuple[int, int]]] = []
     for candidate in candidates:
-        places.append([])
-        for i, token in enumerate(candidate):
-            at = node[tuple(candidate[:i])]
-            if token not in wanted[at]:
-                wanted[at].append(token)
-            places[-1].append((at, wanted[at].index(token)))
-    size = max(map(len, wanted))
-    ids, branch, depth = torch.tensor(read_ids, dtype=torch.long).reshape(-1, 3).T
-    scored = torch.tensor([[*row, *[0] * (size - len(row))] for row in wanted])
-    parts = tuple(tuple(at * size + m for at, m in row) for row in places)
-    return CandidateTree(ids, branch, depth, scored, parts)
+        candidate_cells = []
+        for depth, token in enumerate(candidate):
+            row = row_after[tuple(candidate[:depth])]
+            if token not in scored[row]:
+                scored[row].append(token)
+            candidate_cells.append((row, scored[row].index(token)))
+        cells.append(candidate_cells)
+    width = max(map(len, scored))
+    score_indices = []
+    for candidate_cells in cells:
+        score_indices.append(tuple(row * width + column for row, column in candidate_cells))
+    return CandidateTree(
+        token_ids=torch.tensor(tokens, dtype=torch.long),
+        branches=torch.tensor(branches, dtype=torch.long),
+        depths=torch.tensor(depths, dtype=torch.long),
+        scored_ids=torch.tensor([row + [0] * (width - len(row)) for row in scored]),
+        score_indices=tuple(score_indices),
+    )
 
 
-def continuations(
+def _chains(candidates: Sequence[Sequence[int]]) -> list[Tokens]:
+    """The tokens to read, all of each candidate but its last, without those with which another chain begins."""
+    beginnings = sorted({tuple(candidate[:-1]) for candidate in candidates})
+    chains = []
+    for beginning in beginnings:
+        continued = any(other != beginning and other[: len(beginning)] == beginning for other in beginnings)
+        if beginning and not continued:
+            chains.append(beginning)
+    return chains
+
+
+def score_continuations(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt | None,
@@ -78,12 +101,23 @@ def continuations(
     path: str | None = None,
     prefix: Prefix | None = None,
 ) -> Tensor:
-    """The log-probability of each of `candidates` (token ids) behind each row's text: [B, C] in float64.
+    """The log-probability of each of C candidates behind each row's text: [B, C] in float64.
 
-    For language models of the causal family. Each token's is a log-softmax in float32 (float64 in such models); they
-    are added in float64. Arguments as for `forward`; labels of `batch` are ignored. Where nothing stands before a
-    candidate (an empty text without a prompt, or at site kv), its first token has no score and adds nothing.
-    Raises ValueError for no candidates or an empty one, BackboneError for other models and as `forward` does.
+    A token's log-probability is a log-softmax in float32 (float64 in such models); sums over tokens are in float64.
+    Where nothing precedes a candidate (an empty text without a prompt, or at site kv), its first token adds nothing.
+
+    Args:
+        backbone: A causal language model.
+        batch: The texts; their labels are ignored.
+        prompt: The prompts of the rows; None: the stock model without one.
+        site: Where they enter.
+        candidates: Token ids of each candidate.
+        path: packed, shared or concatenation; None: the best that is possible.
+        prefix: The distinct prompts, computed before.
+
+    Raises:
+        ValueError: There is no candidate, or an empty one.
+        BackboneError: The model is another one, prompt and text do not fit its positions, or the path is not possible.
     """
     if backbone.family is not CAUSAL or backbone.head != "lm":
         raise BackboneError(
@@ -93,133 +127,162 @@ def continuations(
     batch = replace(batch, labels=None)
     if prompt is None:
         batch = replace(batch, prompt_offsets=None, segment_lengths=None)
-    if prompt is None and path is None and backbone.kernels.rows == "packed" and why_not_packed(backbone) is None:
-        site, prompt = _nothing(backbone, batch)
-    batch = place_prompts(backbone, batch, site, prompt)  # by the text alone, before candidates stand behind it
-    chosen, _ = choose_path(backbone, batch, prompt, site, path, prefix)
-    with backbone.running():  # the head too
-        if chosen == "packed":
+        if path is None and backbone.kernels.path == "packed" and why_not_packed(backbone) is None:
+            site = Site("kv")
+            prompt = _empty_prompt(backbone, batch, site)
+    batch = place_prompts(backbone, batch, site, prompt)  # by the text alone, before candidates follow it
+    chosen_path, _ = choose_path(backbone, batch, prompt, site, path=path, prefix=prefix)
+    with backbone.with_kernels():  # the head too
+        if chosen_path == "packed":
             assert prompt is not None
-            return _branched(backbone, batch, prompt, site, tree, path, prefix)
-        return _one_by_one(backbone, batch, prompt, site, candidates, path, prefix)
+            return _score_together(backbone, batch, prompt, site, tree, path=path, prefix=prefix)
+        return _score_apart(backbone, batch, prompt, site, candidates, path=path, prefix=prefix)
 
 
-def _nothing(backbone: Backbone, batch: Batch) -> tuple[Site, Prompt]:
-    """No prompt as one of no tokens, behind which rows can be packed as behind others."""
-    site, row = Site("kv"), torch.zeros(len(batch.input_ids), dtype=torch.long, device=batch.input_ids.device)
-    values = torch.zeros(1, 0, width(backbone, site), device=row.device)
-    return site, Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=row.device), row)
+def _empty_prompt(backbone: Backbone, batch: Batch, site: Site) -> Prompt:
+    """One prompt of no tokens, behind which rows without a prompt can be packed as behind others."""
+    prompt_index = torch.zeros(len(batch.input_ids), dtype=torch.long, device=batch.input_ids.device)
+    values = torch.zeros(1, 0, prompt_width(backbone, site), device=prompt_index.device)
+    return Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=prompt_index.device), prompt_index)
 
 
-def _branched(
+def _score_together(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt,
     site: Site,
     tree: CandidateTree,
+    *,
     path: str | None,
     prefix: Prefix | None,
 ) -> Tensor:
-    """All candidates of all rows in one pass of packed rows."""
-    size = batch.input_ids.shape[1]
-    if not len(tree.ids) and not bool(batch.attention_mask.any()):
+    """All candidates of all rows [B, C] in one pass of packed rows."""
+    columns = batch.input_ids.shape[1]
+    rows = len(batch.input_ids)
+    if not len(tree.token_ids) and not bool(batch.attention_mask.any()):
         # A pass needs a token: one that nobody looks at.
-        one = torch.zeros(1, dtype=torch.long)
-        tree = replace(tree, ids=one, branch=one + 1, depth=one, scored=tree.scored.repeat(2, 1))
-    whole = _extended(backbone, batch, tree.ids, tree.depth)
-    chain = tree.branch.to(batch.input_ids.device).expand(len(batch.input_ids), -1)
-    branch = torch.cat([torch.zeros_like(batch.input_ids), chain], 1)
+        unread = torch.zeros(1, dtype=torch.long)
+        tree = replace(
+            tree, token_ids=unread, branches=unread + 1, depths=unread, scored_ids=tree.scored_ids.repeat(2, 1)
+        )
+    extended = _append_tokens(backbone, batch, tree.token_ids, tree.depths)
+    candidate_branches = tree.branches.to(batch.input_ids.device).expand(rows, -1)
+    branches = torch.cat([torch.zeros_like(batch.input_ids), candidate_branches], 1)
 
-    def wanted(order: Tensor, mask: Tensor) -> Tensor:
-        texts = ((order < size) & mask).sum(1, keepdim=True)
-        columns = torch.arange(order.shape[1], device=order.device)
-        return mask & (columns >= texts - 1)
+    def needed_tokens(token_order: Tensor, mask: Tensor) -> Tensor:
+        """The last token of each text and all that follows."""
+        text_lengths = ((token_order < columns) & mask).sum(1, keepdim=True)
+        aligned_columns = torch.arange(token_order.shape[1], device=token_order.device)
+        return mask & (aligned_columns >= text_lengths - 1)
 
-    reading = run_trunk(backbone, whole, prompt, site, path=path, prefix=prefix, wanted=wanted, branch=branch)
-    texts = batch.attention_mask.bool().sum(1, keepdim=True)
-    columns = texts + torch.arange(len(tree.ids), device=texts.device)
-    places = torch.cat([reading.end[:, None], reading.position.gather(1, columns)], 1)
-    states = reading.hidden.gather(1, places[..., None].expand(-1, -1, reading.hidden.shape[-1]))
-    scored = tree.scored.to(states.device)
-    chances = _log_probs(backbone, reading, states.flatten(0, 1), scored.repeat(len(states), 1))
-    chances = chances.view(len(states), *scored.shape)
-    chances[:, 0] = chances[:, 0].where(_has_context(batch, prompt, site)[:, None], 0)
-    flat = chances.flatten(1)
-    return torch.stack([flat[:, list(part)].sum(1) for part in tree.parts], 1)
+    trunk = run_trunk(
+        backbone,
+        extended,
+        prompt,
+        site,
+        path=path,
+        prefix=prefix,
+        needed_tokens=needed_tokens,
+        branches=branches,
+    )
+    text_lengths = batch.attention_mask.bool().sum(1, keepdim=True)
+    read_columns = text_lengths + torch.arange(len(tree.token_ids), device=text_lengths.device)
+    positions = torch.cat([trunk.end_positions[:, None], trunk.text_positions.gather(1, read_columns)], 1)
+    states = trunk.hidden_states.gather(1, positions[..., None].expand(-1, -1, trunk.hidden_states.shape[-1]))
+    scored_ids = tree.scored_ids.to(states.device)
+    log_probs = _log_probs(backbone, trunk, states.flatten(0, 1), scored_ids.repeat(rows, 1))
+    log_probs = log_probs.view(rows, *scored_ids.shape)
+    log_probs[:, 0] = log_probs[:, 0].where(_has_context(batch, prompt, site)[:, None], 0)
+    flat_log_probs = log_probs.flatten(1)
+    return torch.stack([flat_log_probs[:, list(indices)].sum(1) for indices in tree.score_indices], 1)
 
 
-def _one_by_one(
+def _score_apart(
     backbone: Backbone,
     batch: Batch,
     prompt: Prompt | None,
     site: Site,
     candidates: Sequence[Sequence[int]],
+    *,
     path: str | None,
     prefix: Prefix | None,
 ) -> Tensor:
-    """All candidates of one token in one pass, each longer one in a pass of its own."""
-    device, count = batch.input_ids.device, len(batch.input_ids)
-    found = torch.zeros(count, len(candidates), dtype=torch.float64, device=device)
-    single = [i for i, candidate in enumerate(candidates) if len(candidate) == 1]
-    preceded = _has_context(batch, prompt, site)
-    if single and bool(preceded.any()):
-        empty = not bool(batch.attention_mask.any())
+    """All candidates of one token in one pass, each longer one in a pass of its own: [B, C]."""
+    rows = len(batch.input_ids)
+    device = batch.input_ids.device
+    log_probs = torch.zeros(rows, len(candidates), dtype=torch.float64, device=device)
+    single = [index for index, candidate in enumerate(candidates) if len(candidate) == 1]
+    has_context = _has_context(batch, prompt, site)
+    if single and bool(has_context.any()):
+        no_text = not bool(batch.attention_mask.any())
         # A pass needs a token: one that nobody looks at.
-        asked = _extended(backbone, batch, torch.zeros(1, dtype=torch.long)) if empty else batch
-        reading = run_trunk(backbone, asked, prompt, site, path=path, prefix=prefix)
-        states = reading.hidden[torch.arange(count, device=device), (reading.end - int(empty)).clamp(min=0)]
-        tokens = torch.tensor([candidates[i][0] for i in single], device=states.device)
-        chances = _log_probs(backbone, reading, states, tokens.expand(count, -1))
-        found[:, single] = chances.where(preceded[:, None], 0)
-    for i, candidate in enumerate(candidates):
-        if len(candidate) > 1:
-            whole = _extended(backbone, batch, torch.tensor(candidate))
-            labels = whole.input_ids.clone()
-            labels[:, : batch.input_ids.shape[1]] = IGNORE
-            output = forward(
-                backbone, replace(whole, labels=labels), prompt, site, path=path, prefix=prefix, logits=False
-            )
-            assert output.nll is not None
-            found[:, i] = found[:, i].index_add(0, output.row, -output.nll.double())
-    return found
+        asked = _append_tokens(backbone, batch, torch.zeros(1, dtype=torch.long)) if no_text else batch
+        trunk = run_trunk(backbone, asked, prompt, site, path=path, prefix=prefix)
+        end_positions = (trunk.end_positions - int(no_text)).clamp(min=0)
+        states = trunk.hidden_states[torch.arange(rows, device=device), end_positions]
+        tokens = torch.tensor([candidates[index][0] for index in single], device=states.device)
+        single_log_probs = _log_probs(backbone, trunk, states, tokens.expand(rows, -1))
+        log_probs[:, single] = single_log_probs.where(has_context[:, None], 0)
+    for index, candidate in enumerate(candidates):
+        if len(candidate) == 1:
+            continue
+        extended = _append_tokens(backbone, batch, torch.tensor(candidate))
+        labels = extended.input_ids.clone()
+        labels[:, : batch.input_ids.shape[1]] = IGNORE
+        labeled = replace(extended, labels=labels)
+        output = score(backbone, labeled, prompt, site, path=path, prefix=prefix, return_logits=False)
+        assert output.nll is not None
+        log_probs[:, index] = log_probs[:, index].index_add(0, output.batch_rows, -output.nll.double())
+    return log_probs
 
 
 def _has_context(batch: Batch, prompt: Prompt | None, site: Site) -> Tensor:
-    """Whether something stands before each row's candidates, so that their first token has a score: [B]."""
-    texts = batch.attention_mask.bool().any(1)
-    return texts if prompt is None or site.name == "kv" else texts | (prompt.lengths[prompt.prompt_index] > 0)
+    """Whether something precedes each row's candidates, so that their first token has a score: [B]."""
+    has_text = batch.attention_mask.bool().any(1)
+    if prompt is None or not site.scores_first_token:
+        return has_text
+    return has_text | (prompt.lengths[prompt.prompt_index] > 0)
 
 
-def _extended(backbone: Backbone, batch: Batch, tokens: Tensor, depth: Tensor | None = None) -> Batch:
-    """`batch` with `tokens` [K] behind the columns of each row; depth [K]: how far behind the text, None: counted."""
+def _append_tokens(backbone: Backbone, batch: Batch, tokens: Tensor, depths: Tensor | None = None) -> Batch:
+    """`batch` with the same tokens behind each row.
+
+    Args:
+        backbone: The model that embeds them.
+        batch: The texts.
+        tokens: [K], token ids.
+        depths: [K], how far each token is behind the end of the text, from 0; None: one after the other.
+    """
+    text_mask = batch.attention_mask.bool()
+    device = text_mask.device
     tokens = tokens.to(batch.input_ids.device).expand(len(batch.input_ids), -1)
-    there = batch.attention_mask.bool()
-    whole = replace(
+    extended = replace(
         batch,
         input_ids=torch.cat([batch.input_ids, tokens], 1),
-        attention_mask=torch.cat([there, torch.ones_like(tokens, dtype=torch.bool)], 1),
+        attention_mask=torch.cat([text_mask, torch.ones_like(tokens, dtype=torch.bool)], 1),
         token_type_ids=None,
     )
     if batch.inputs_embeds is not None:
-        whole = replace(
-            whole,
-            inputs_embeds=torch.cat([batch.inputs_embeds, backbone.embed(tokens).to(batch.inputs_embeds.dtype)], 1),
-        )
+        token_embeddings = backbone.embed(tokens).to(batch.inputs_embeds.dtype)
+        extended = replace(extended, inputs_embeds=torch.cat([batch.inputs_embeds, token_embeddings], 1))
     if batch.position_ids is not None:
-        depth = torch.arange(tokens.shape[1]) if depth is None else depth
-        columns = torch.arange(there.shape[1], device=there.device)
-        last = columns.where(there, -1).max(1, keepdim=True).values
-        before = batch.position_ids.gather(1, last.clamp(min=0)).where(last >= 0, -1)
-        whole = replace(whole, position_ids=torch.cat([batch.position_ids, before + 1 + depth.to(there.device)], 1))
-    return whole
+        depths = torch.arange(tokens.shape[1]) if depths is None else depths
+        columns = torch.arange(text_mask.shape[1], device=device)
+        last_column = columns.where(text_mask, -1).max(1, keepdim=True).values
+        last_position = batch.position_ids.gather(1, last_column.clamp(min=0)).where(last_column >= 0, -1)
+        token_positions = last_position + 1 + depths.to(device)
+        extended = replace(extended, position_ids=torch.cat([batch.position_ids, token_positions], 1))
+    return extended
 
 
-def _log_probs(backbone: Backbone, reading: TrunkOutput, states: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probability of `tokens` [N, M] at `states` [N, H], in float64, some rows of scores at a time."""
-    size = max(1, LOGITS // backbone.vocabulary)
-    found = []
-    for part, wanted in zip(states.split(size), tokens.split(size), strict=True):
-        scores = head(backbone, reading, part[None])[0]
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
-        found.append(scores.gather(1, wanted.to(scores.device)).double())
-    return torch.cat(found)
+def _log_probs(backbone: Backbone, trunk: TrunkOutput, states: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probability of `tokens` [N, M] at `states` [N, H], in float64, some rows of logits at a time."""
+    rows_at_once = max(1, MAX_LOGITS // backbone.vocab_size)
+    chunks = zip(states.split(rows_at_once), tokens.split(rows_at_once), strict=True)
+    return torch.cat([_log_probs_at_once(backbone, trunk, chunk, chunk_tokens) for chunk, chunk_tokens in chunks])
+
+
+def _log_probs_at_once(backbone: Backbone, trunk: TrunkOutput, states: Tensor, tokens: Tensor) -> Tensor:
+    logits = apply_head(backbone, trunk, states[None])[0]
+    log_probs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    return log_probs.gather(1, tokens.to(logits.device)).double()

@@ -1,5 +1,6 @@
-"""Encoder-decoder models: prompts in the encoder, in front of the decoder's input, or in the decoder's cache."""
+"""Encoder-decoder models: prompts in front of the decoder's input, or in the decoder's cache."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,99 +9,141 @@ from torch import Tensor
 from softprompts.backbone import Backbone
 from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
 from softprompts.errors import BackboneError
-from softprompts.injection.layout import assemble, layout, tight
-from softprompts.injection.sites import Site, fill
+from softprompts.injection.layout import assemble_embeddings, check_room, layout_rows, trim_padding
+from softprompts.injection.sites import Site, fill_cache
 from softprompts.types import IGNORE, Batch, Prompt
 
 
-def decoder_ids(backbone: Backbone, batch: Batch, packed: Batch, order: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Decoder input [B, S], its mask and the original column of each: given, labels shifted, or the text shifted."""
+@dataclass(frozen=True)
+class DecoderInput:
+    """What the decoder reads.
+
+    Attributes:
+        ids: [B, S], token ids at the left edge.
+        mask: [B, S], true for tokens, false for padding.
+        token_order: [B, S], the column of the labels that each token scores.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    token_order: Tensor
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """The decoder's output, in a layout where nothing but the positions shows the prompt.
+
+    Attributes:
+        output: The decoder's own output.
+        text_positions: [B, S], the position of each token of the DecoderInput in it.
+        end_positions: [B], the last position of each row's run.
+    """
+
+    output: Any
+    text_positions: Tensor
+    end_positions: Tensor
+
+
+def decoder_input(backbone: Backbone, batch: Batch, token_order: Tensor, text_mask: Tensor) -> DecoderInput:
+    """The decoder's input for `batch`: as given there, else the labels shifted, else the text shifted.
+
+    Args:
+        backbone: An encoder-decoder model.
+        batch: The batch as the caller gave it.
+        token_order: [B, T], the original column of each text token at the left edge. Heads that are no language model
+            read the text in the decoder too.
+        text_mask: [B, T], true for text at the left edge.
+    """
     if batch.decoder_input_ids is not None:
         ids = batch.decoder_input_ids
-        mask = (
-            torch.ones_like(ids, dtype=torch.bool)
-            if batch.decoder_attention_mask is None
-            else batch.decoder_attention_mask.bool()
-        )
-        moved = mask.long().argsort(dim=1, descending=True, stable=True)
-        return ids.gather(1, moved), mask.gather(1, moved), moved
-    if backbone.head == "lm":
-        if batch.labels is None:
-            start = torch.full((len(batch.input_ids), 1), start_id(backbone), device=batch.input_ids.device)
-            return start, torch.ones_like(start, dtype=torch.bool), torch.zeros_like(start)
-        target, mask = batch.labels, batch.labels != IGNORE
-        # A label in the middle may be ignored; only what stands behind the last scored one is padding.
-        mask = mask.flip(1).cumsum(1).flip(1) > 0
-        columns = torch.arange(target.shape[1], device=target.device).expand_as(target)
-        return shift_right(backbone, target), mask, columns
-    ids = batch.input_ids.gather(1, order)
-    return shift_right(backbone, ids), packed.attention_mask, order
+        if batch.decoder_attention_mask is None:
+            mask = torch.ones_like(ids, dtype=torch.bool)
+        else:
+            mask = batch.decoder_attention_mask.bool()
+        decoder_order = mask.long().argsort(dim=1, descending=True, stable=True)
+        return DecoderInput(ids.gather(1, decoder_order), mask.gather(1, decoder_order), decoder_order)
+    if backbone.head != "lm":
+        text_ids = batch.input_ids.gather(1, token_order)
+        return DecoderInput(shift_right(backbone, text_ids), text_mask, token_order)
+    if batch.labels is None:
+        ids = torch.full((len(batch.input_ids), 1), start_id(backbone), device=batch.input_ids.device)
+        return DecoderInput(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros_like(ids))
+    labels = batch.labels
+    # A label in the middle may be ignored; only what follows the last scored one is padding.
+    mask = (labels != IGNORE).flip(1).cumsum(1).flip(1) > 0
+    columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    return DecoderInput(shift_right(backbone, labels), mask, columns)
 
 
 def decode(
     backbone: Backbone,
-    ids: Tensor,
-    mask: Tensor,
-    encoded: Tensor,
-    encoded_mask: Tensor,
+    tokens: DecoderInput,
+    encoder_states: Tensor,
+    encoder_mask: Tensor,
     prompt: Prompt | None,
     site: Site,
-) -> tuple[Any, Tensor, Tensor]:
-    """The decoder's output, where each of `ids [B, S]` stands in it, and each run's last position [B]."""
-    check_room(backbone, mask, prompt)
-    common: dict[str, Any] = {"encoder_hidden_states": encoded, "encoder_attention_mask": encoded_mask.long()}
-    columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    if backbone.kernels.gradient_checkpointing and (prompt is None or site.name != "kv"):
-        common["use_cache"] = False  # nothing goes on from here, and a layer computed again would find its own keys
+) -> DecoderOutput:
+    """Run the decoder over `tokens` behind a prompt of its own.
+
+    Args:
+        backbone: An encoder-decoder model.
+        tokens: What the decoder reads.
+        encoder_states: [B, S', H], the encoder's last hidden states.
+        encoder_mask: [B, S'], true where they are not padding.
+        prompt: A prompt at site decoder or kv; None: there is none in the decoder.
+        site: Where it enters.
+
+    Raises:
+        BackboneError: Prompt and tokens need more positions than the model has, or prompts of several lengths share a
+            batch at site kv of a decoder that counts positions itself.
+    """
+    check_room(backbone, tokens.mask, prompt)
+    arguments: dict[str, Any] = {
+        "encoder_hidden_states": encoder_states,
+        "encoder_attention_mask": encoder_mask.long(),
+    }
+    columns = torch.arange(tokens.ids.shape[1], device=tokens.ids.device).expand_as(tokens.ids)
+    end_columns = tokens.mask.sum(1) - 1
+    if backbone.kernels.gradient_checkpointing and (prompt is None or not site.in_cache):
+        arguments["use_cache"] = False  # nothing follows, and a layer that is computed again would find its own keys
     if prompt is None:
-        output = backbone.decoder(input_ids=ids, attention_mask=mask.long(), **common)
-        return output, columns, mask.sum(1) - 1
-    if site.name == "kv":
-        prompt = tight(prompt)
-        lengths = prompt.lengths[prompt.prompt_index]
-        if bool((lengths != lengths[0]).any()) and backbone.context is not None:
-            raise BackboneError(
-                f"prompts of {sorted(set(lengths.tolist()))} tokens cannot share a batch at site 'kv' of "
-                f"{type(backbone.model).__name__}, whose decoder counts positions itself; batch them by length"
-            )
-        own = backbone.new_cache()
-        fill(own, backbone, prompt)
-        own.batch_select_indices(prompt.prompt_index)
-        full = torch.cat([prompt.mask[prompt.prompt_index].bool(), mask], 1).long()
-        cache = EncoderDecoderCache(own, backbone.new_cache())
-        entered = cache_argument(backbone.decoder, cache)
-        output = backbone.decoder(input_ids=ids, attention_mask=full, **entered, **common)
-        return output, columns, mask.sum(1) - 1
-    where = layout(mask, torch.zeros_like(ids[:, 0]), prompt)
-    embeds = assemble(backbone.decoder.embed_tokens(ids), prompt, where)
-    output = backbone.decoder(inputs_embeds=embeds, attention_mask=where.mask.long(), **common)
-    return output, where.position, where.mask.sum(1) - 1
+        output = backbone.decoder(input_ids=tokens.ids, attention_mask=tokens.mask.long(), **arguments)
+        return DecoderOutput(output, columns, end_columns)
+    if site.in_cache:
+        prompt = trim_padding(prompt)
+        _check_equal_lengths(backbone, prompt)
+        self_attention_cache = backbone.new_cache()
+        fill_cache(self_attention_cache, backbone, prompt)
+        self_attention_cache.batch_select_indices(prompt.prompt_index)
+        mask = torch.cat([prompt.mask[prompt.prompt_index].bool(), tokens.mask], 1).long()
+        cache = EncoderDecoderCache(self_attention_cache, backbone.new_cache())
+        arguments |= cache_argument(backbone.decoder, cache)
+        output = backbone.decoder(input_ids=tokens.ids, attention_mask=mask, **arguments)
+        return DecoderOutput(output, columns, end_columns)
+    layout = layout_rows(tokens.mask, torch.zeros_like(tokens.ids[:, 0]), prompt)
+    embeddings = assemble_embeddings(backbone.decoder.embed_tokens(tokens.ids), prompt, layout)
+    output = backbone.decoder(inputs_embeds=embeddings, attention_mask=layout.attention_mask.long(), **arguments)
+    return DecoderOutput(output, layout.text_positions, layout.attention_mask.sum(1) - 1)
 
 
-def check_room(backbone: Backbone, mask: Tensor, prompt: Prompt | None) -> None:
-    """Raise BackboneError when prompt and text (mask [B, T]) need more positions than the model has."""
-    if backbone.context is None:
-        return
-    slots = 0 if prompt is None else prompt.values.shape[1]
-    if mask.shape[1] + slots <= backbone.context:
-        return
-    longest = int((mask.sum(1) + (0 if prompt is None else prompt.lengths[prompt.prompt_index])).max())
-    if longest > backbone.context:
+def _check_equal_lengths(backbone: Backbone, prompt: Prompt) -> None:
+    lengths = prompt.lengths[prompt.prompt_index]
+    if backbone.max_positions is not None and bool((lengths != lengths[0]).any()):
         raise BackboneError(
-            f"prompt and text need {longest} positions, {backbone.name or 'the model'} takes {backbone.context}; "
-            f"shorten the text (max_length) or the prompt"
+            f"prompts of {sorted(set(lengths.tolist()))} tokens cannot share a batch at site 'kv' of "
+            f"{type(backbone.model).__name__}, whose decoder counts positions itself; batch them by length"
         )
 
 
 def start_id(backbone: Backbone) -> int:
-    """The token a decoder begins with."""
+    """The token with which a decoder begins."""
     config = backbone.model.config
-    found = config.decoder_start_token_id
-    return int(found if found is not None else config.bos_token_id)
+    start = config.decoder_start_token_id
+    return int(start if start is not None else config.bos_token_id)
 
 
 def shift_right(backbone: Backbone, ids: Tensor) -> Tensor:
     """Decoder input [B, S] for targets [B, S]: the start token, then the targets but the last."""
     padding = backbone.model.config.pad_token_id
-    moved = torch.cat([torch.full_like(ids[:, :1], start_id(backbone)), ids[:, :-1]], 1)
-    return moved.masked_fill(moved == IGNORE, padding if padding is not None else 0)
+    shifted = torch.cat([torch.full_like(ids[:, :1], start_id(backbone)), ids[:, :-1]], 1)
+    return shifted.masked_fill(shifted == IGNORE, padding if padding is not None else 0)

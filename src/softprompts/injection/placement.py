@@ -1,4 +1,4 @@
-"""Where in each row the prompt stands: as the batch says, or else as the site does."""
+"""How many text tokens precede the prompt in each row: as the batch says, or else as the site does."""
 
 from dataclasses import replace
 
@@ -11,81 +11,105 @@ from softprompts.injection.sites import Site, resolve_place
 from softprompts.types import IGNORE, Batch, Prompt, mask_before_labels
 
 
-def prompt_offsets(backbone: Backbone, place: str, texts: Tensor, free: Tensor) -> Tensor:
-    """How many of `texts [B]` text tokens stand before a prompt at `place`: [B].
+def prompt_offsets(backbone: Backbone, place: str, text_lengths: Tensor, unlabeled_lengths: Tensor) -> Tensor:
+    """How many text tokens precede a prompt at `place`: [B].
 
-    free [B]: text tokens before the first label, where the model scores its own text; else as `texts`.
-    first: none; after_start: the first; suffix: in causal models all before the first label, in encoders that put a
-    special token at either end all but the last, in others all.
-    Raises BackboneError for `template`: only who encodes the text knows where the slots in it are.
+    Args:
+        backbone: The frozen model.
+        place: first: none; after_start: the first token; suffix: in causal models all before the first label, in
+            encoders that put a special token at either end all but the last, in others all.
+        text_lengths: [B], tokens in each text.
+        unlabeled_lengths: [B], tokens before the first label, where the model scores its own text; else `text_lengths`.
+
+    Raises:
+        BackboneError: The place is `template`: only the encoder of the text knows where its slots are.
     """
     if place == "first":
-        return torch.zeros_like(texts)
+        return torch.zeros_like(text_lengths)
     if place == "after_start":
-        return texts.clamp(max=1)
+        return text_lengths.clamp(max=1)
     if place == "suffix":
-        return (free - int(backbone.family.place == "after_start")).clamp(min=0)
+        return (unlabeled_lengths - int(backbone.family.default_place == "after_start")).clamp(min=0)
     raise BackboneError(
         "the prompt stands in slots of the template, and the batch does not say where these are; encode rows with the "
-        "task's Encoder, or give Batch.place (SoftPromptModel: prompt_places), text tokens before each slot"
+        "task's ExampleTokenizer, or give Batch.prompt_offsets (SoftPromptModel: prompt_places), text tokens before "
+        "each slot"
     )
 
 
 def place_prompts(backbone: Backbone, batch: Batch, site: Site, prompt: Prompt | None) -> Batch:
-    """The same batch with `place [B, S]` and, where the prompt has several segments, `segments [B, S]`.
+    """The same batch with `prompt_offsets [B, G]` and, where the prompt has G > 1 segments, `segment_lengths [B, G]`.
 
-    Raises BackboneError for places outside the text or that fall, where the site has no place behind text, and for
-    segments that are not the prompt's.
+    Raises:
+        BackboneError: Offsets lie outside the text or fall, text precedes a prompt whose site allows none, or the
+            segments do not sum to the prompt.
     """
-    front = torch.zeros_like(batch.attention_mask[:, :1], dtype=torch.long)
     if prompt is None:
-        return replace(batch, prompt_offsets=front, segment_lengths=None)
-    if site.name not in ("input", "layers"):
+        return _at_the_front(batch)
+    if not site.in_text:
         if batch.prompt_offsets is not None and bool((batch.prompt_offsets > 0).any()):
             raise BackboneError(
                 f"a prompt at site '{site.name}' stands before everything, but the rows put text before it (slots in "
-                f"the template, chat_placement: user, Batch.place); leave that out, or use site 'input' or 'layers'"
+                f"the template, chat_placement: user, Batch.prompt_offsets); leave that out, or use site 'input' or "
+                f"'layers'"
             )
-        return replace(batch, prompt_offsets=front, segment_lengths=None)
-    mask = batch.attention_mask.bool()
-    texts = mask.sum(1)
+        return _at_the_front(batch)
+    text_mask = batch.attention_mask.bool()
+    text_lengths = text_mask.sum(1)
     if batch.prompt_offsets is None:
-        own = batch.labels if backbone.head == "lm" and backbone.family.shifted else None
-        free = mask_before_labels(mask.long(), None if own is None else own.masked_fill(~mask, IGNORE)).sum(1)
-        place = prompt_offsets(backbone, resolve_place(backbone, site), texts, free)[:, None]
+        unlabeled_lengths = _unlabeled_lengths(backbone, batch, text_mask)
+        place = resolve_place(backbone, site)
+        offsets = prompt_offsets(backbone, place, text_lengths, unlabeled_lengths)[:, None]
     else:
-        place = batch.prompt_offsets.reshape(len(texts), -1)
-    if bool(((place < 0) | (place > texts[:, None])).any()):
+        offsets = batch.prompt_offsets.reshape(len(text_lengths), -1)
+    if bool(((offsets < 0) | (offsets > text_lengths[:, None])).any()):
         raise BackboneError(
-            f"places {place.squeeze(1).tolist()} do not all lie within texts of {texts.tolist()} tokens"
+            f"places {offsets.squeeze(1).tolist()} do not all lie within texts of {text_lengths.tolist()} tokens"
         )
-    if place.shape[1] > 1 and bool((place.diff(dim=1) < 0).any()):
-        raise BackboneError(f"places {place.tolist()} must not fall: a prompt's segments stand in their order")
-    segments = batch.segment_lengths
-    if segments is None and site.segments:
-        segments = torch.tensor(site.segments, device=place.device).expand(len(place), -1)
-    _check_segments(place, segments, prompt)
-    return replace(batch, prompt_offsets=place, segment_lengths=segments)
+    if offsets.shape[1] > 1 and bool((offsets.diff(dim=1) < 0).any()):
+        raise BackboneError(f"places {offsets.tolist()} must not fall: a prompt's segments stand in their order")
+    segment_lengths = batch.segment_lengths
+    if segment_lengths is None and site.segments:
+        segment_lengths = torch.tensor(site.segments, device=offsets.device).expand(len(offsets), -1)
+    _check_segments(offsets, segment_lengths, prompt)
+    return replace(batch, prompt_offsets=offsets, segment_lengths=segment_lengths)
 
 
-def _check_segments(place: Tensor, segments: Tensor | None, prompt: Prompt) -> None:
-    if segments is None:
-        if place.shape[1] > 1:
+def _at_the_front(batch: Batch) -> Batch:
+    offsets = torch.zeros_like(batch.attention_mask[:, :1], dtype=torch.long)
+    return replace(batch, prompt_offsets=offsets, segment_lengths=None)
+
+
+def _unlabeled_lengths(backbone: Backbone, batch: Batch, text_mask: Tensor) -> Tensor:
+    """Text tokens before the first label [B]; all text tokens where the model does not score its own text."""
+    labels = batch.labels if backbone.head == "lm" and backbone.family.scores_next_token else None
+    if labels is not None:
+        labels = labels.masked_fill(~text_mask, IGNORE)
+    return mask_before_labels(text_mask.long(), labels).sum(1)
+
+
+def _check_segments(offsets: Tensor, segment_lengths: Tensor | None, prompt: Prompt) -> None:
+    """Raise BackboneError unless each offset has a segment, and the segments of a row sum to its prompt."""
+    if segment_lengths is None:
+        if offsets.shape[1] > 1:
             raise BackboneError(
-                f"{place.shape[1]} places are given, and nothing says how many prompt tokens each has; give "
-                f"Batch.segments, or the site's segments"
+                f"{offsets.shape[1]} places are given, and nothing says how many prompt tokens each has; give "
+                f"Batch.segment_lengths, or the site's segments"
             )
         return
-    if segments.shape != place.shape:
+    if segment_lengths.shape != offsets.shape:
         raise BackboneError(
-            f"{segments.shape[1]} segments of the prompt, but {place.shape[1]} places; give one place for each"
+            f"{segment_lengths.shape[1]} segments of the prompt, but {offsets.shape[1]} places; give one place for each"
         )
-    # A prompt that is shorter for a short text fills the segments in their order, as far as it goes.
-    lengths, total = prompt.lengths[prompt.prompt_index], segments.sum(1)
-    short = (lengths < prompt.values.shape[1]) & (total > lengths) & (total <= prompt.values.shape[1])
-    wrong = (segments < 0).any(1) | (total != lengths) & ~short
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
+    prompt_lengths = prompt.lengths[prompt.prompt_index]
+    slots = prompt.values.shape[1]
+    total = segment_lengths.sum(1)
+    # A prompt that is shorter for a short text fills the segments in their order, as far as it reaches.
+    is_short = (prompt_lengths < slots) & (total > prompt_lengths) & (total <= slots)
+    is_wrong = (segment_lengths < 0).any(1) | (total != prompt_lengths) & ~is_short
+    if bool(is_wrong.any()):
+        row = int(is_wrong.nonzero()[0, 0])
         raise BackboneError(
-            f"segments of {segments[row].tolist()} prompt tokens do not sum to the prompt's {int(lengths[row])}"
+            f"segments of {segment_lengths[row].tolist()} prompt tokens do not sum to the prompt's "
+            f"{int(prompt_lengths[row])}"
         )

@@ -1,4 +1,4 @@
-"""The sites: how wide a prompt is there, which families have them, and how deep prompts and caches are filled."""
+"""The sites: how wide a prompt is there, which families have them, and how layers and caches receive a deep prompt."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -13,13 +13,19 @@ from softprompts.backbone.cache import Cache
 from softprompts.errors import BackboneError
 from softprompts.types import Prompt, PromptSpec
 
+PLACES = ("auto", "first", "after_start", "suffix", "template")
+"""Where in its row a prompt may be; `auto` is what is usual for the family."""
+
 
 @dataclass(frozen=True)
 class Site:
-    """Where a prompt enters: name (input, decoder, layers, kv), mode (layers: replace, add), place in the row.
+    """Where a prompt enters the frozen model. Only this class knows what the name of a site means.
 
-    place: auto, first, after_start, suffix, or template: in slots of the text, with `segments` prompt tokens each
-    (none: in one slot, or as the batch says).
+    Attributes:
+        name: input, decoder, layers or kv; the table in `injection/__init__.py` explains them.
+        mode: At site layers, whether the prompt replaces the hidden states or is added to them: replace, add.
+        place: Where in the row the prompt is, one of PLACES; template: in the slots of the text.
+        segments: Number of prompt tokens in each slot of the text; empty: one slot holds them all, or the batch says.
     """
 
     name: str = "input"
@@ -29,60 +35,89 @@ class Site:
 
     @property
     def at_embeddings(self) -> bool:
-        """Whether a prompt token is a vector like a word's embedding."""
+        """Whether a prompt token is one vector beside word embeddings: D is the embedding size (input, decoder)."""
         return self.name in ("input", "decoder")
 
     @property
+    def at_decoder_input(self) -> bool:
+        """Whether the prompt precedes the input of the decoder in an encoder-decoder model (decoder)."""
+        return self.name == "decoder"
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether the prompt enters the hidden states before every layer (layers)."""
+        return self.name == "layers"
+
+    @property
     def in_cache(self) -> bool:
-        """Whether the prompt is keys and values of every layer, and no token of its own."""
+        """Whether the prompt is keys and values that every layer finds in its cache (kv)."""
         return self.name == "kv"
 
     @property
+    def in_text(self) -> bool:
+        """Whether the prompt takes positions in the row of the text, so that text may precede it (input, layers)."""
+        return self.name in ("input", "layers")
+
+    @property
     def scores_first_token(self) -> bool:
-        """Whether a state of the prompt scores the first text token behind it."""
+        """Whether the last prompt token has a state, which scores a first text token behind it (all but kv)."""
         return not self.in_cache
 
 
-PLACES = ("auto", "first", "after_start", "suffix", "template")
-
-
-def width(backbone: Backbone, site: Site) -> int:
+def prompt_width(backbone: Backbone, site: Site) -> int:
     """The prompt width D of `site` on this backbone.
 
-    Raises BackboneError for a site that the family does not have, naming those it has.
+    Raises:
+        BackboneError: The family does not have the site; the message names those it has.
     """
     check_site(backbone, site)
-    return sum(_parts(backbone, site)) if site.name in ("layers", "kv") else backbone.features
+    return backbone.embedding_size if site.at_embeddings else sum(_layer_widths(backbone, site))
 
 
-def _parts(backbone: Backbone, site: Site) -> tuple[int, ...]:
-    """The widths of each layer's part of a deep prompt; none at sites without layers."""
-    if site.name == "layers":
-        return (_layer_width(backbone),) * len(backbone.layers)
-    return tuple(2 * heads * size for heads, size in backbone.kv_shape) if site.name == "kv" else ()
+def _layer_widths(backbone: Backbone, site: Site) -> tuple[int, ...]:
+    """The width of each layer's part of a deep prompt; empty at sites without layers."""
+    if site.in_layers:
+        return (_layer_input_size(backbone),) * len(backbone.layers)
+    if site.in_cache:
+        return tuple(2 * heads * head_dim for heads, head_dim in backbone.kv_shapes)
+    return ()
+
+
+def _layer_input_size(backbone: Backbone) -> int:
+    """The width of the hidden states that the layers of the stack with the prompt receive."""
+    return int(getattr(backbone.config, "d_model", None) or backbone.hidden_size)
 
 
 def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[str, int] | None = None) -> PromptSpec:
-    """What a method must fill at `site`; `encoders`: widths of what encoders beside the backbone make of whole texts.
+    """The shape that a method's prompt must have at `site`.
 
-    Raises BackboneError as `width` does, and when `length` leaves no room for text.
+    Args:
+        backbone: The frozen model.
+        site: Where the prompt enters.
+        length: Number of prompt tokens P.
+        encoders: Name and vector width of each frozen encoder of whole texts, besides the backbone.
+
+    Raises:
+        BackboneError: The family does not have the site, or a prompt of this length leaves no room for text.
     """
-    if backbone.context is not None and length >= backbone.context:
+    if backbone.max_positions is not None and length >= backbone.max_positions:
         raise BackboneError(
             f"a prompt of {length} tokens leaves no room for text: {backbone.name or 'the model'} takes "
-            f"{backbone.context} positions; choose a shorter prompt"
+            f"{backbone.max_positions} positions; choose a shorter prompt"
         )
-    wide = width(backbone, site)
-    family = backbone.family
-    pool = "last" if family.shifted else "first" if family.place == "after_start" else "mean"
-    readers = {"backbone": backbone.state_width, **(encoders or {})}
+    width = prompt_width(backbone, site)
+    pool = "mean"
+    if backbone.family.scores_next_token:
+        pool = "last"
+    elif backbone.family.default_place == "after_start":
+        pool = "first"
     return PromptSpec(
         length=length,
-        width=wide,
-        features=backbone.features,
-        vocabulary=backbone.vocabulary,
-        layers=_parts(backbone, site),
-        encoders=readers,
+        width=width,
+        features=backbone.embedding_size,
+        vocabulary=backbone.vocab_size,
+        layers=_layer_widths(backbone, site),
+        encoders={"backbone": backbone.output_size, **(encoders or {})},
         pool=pool,
     )
 
@@ -91,71 +126,76 @@ def check_site(backbone: Backbone, site: Site) -> None:
     """Raise BackboneError unless the backbone has this site, mode and place."""
     family = backbone.family
     if site.name not in family.sites:
-        hint = "; 'layers' puts a prompt at every layer of a model without a cache" if site.name == "kv" else ""
+        hint = "; 'layers' puts a prompt at every layer of a model without a cache" if site.in_cache else ""
         raise BackboneError(
             f"site '{site.name}' is not possible for {family.name} models; possible: {', '.join(family.sites)}{hint}"
         )
-    if site.name == "kv" and family.shifted and backbone.no_cache_because:
-        raise BackboneError(f"site 'kv' needs a key-value cache, but {backbone.no_cache_because}; use site 'input'")
-    if site.name in ("kv", "decoder") and family is SEQ2SEQ and backbone.head != "lm":
+    if site.in_cache and family.scores_next_token and backbone.no_cache_reason:
+        raise BackboneError(f"site 'kv' needs a key-value cache, but {backbone.no_cache_reason}; use site 'input'")
+    if not site.in_text and family is SEQ2SEQ and backbone.head != "lm":
         raise BackboneError(f"site '{site.name}' needs a language model head; use site 'input' or 'layers'")
     if site.mode not in ("replace", "add"):
         raise BackboneError(f"mode '{site.mode}' is unknown; possible: replace, add")
     if site.place not in PLACES:
         raise BackboneError(f"place '{site.place}' is unknown; possible: {', '.join(PLACES)}")
-    if site.name in ("kv", "decoder") and site.place not in ("auto", "first"):
+    if not site.in_text and site.place not in ("auto", "first"):
         advice = "take <prompt> out of the template, or use site 'input'" if site.place == "template" else "use 'first'"
         raise BackboneError(
             f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; "
             f"{advice}"
         )
-    if site.name == "layers" and len(backbone.layers) and backbone.features != _layer_width(backbone):
+    if site.in_layers and len(backbone.layers) and backbone.embedding_size != _layer_input_size(backbone):
         raise BackboneError(
-            f"{type(backbone.model).__name__} embeds in {backbone.features} dimensions and works in "
-            f"{_layer_width(backbone)}: site 'layers' has no place for its first part; use site 'input'"
+            f"{type(backbone.model).__name__} embeds in {backbone.embedding_size} dimensions and works in "
+            f"{_layer_input_size(backbone)}: site 'layers' has no place for its first part; use site 'input'"
         )
 
 
 def resolve_place(backbone: Backbone, site: Site) -> str:
-    """The site's place, where that is `auto` what it means for this backbone: `first` or `after_start`."""
+    """The place of `site`; where that is `auto`, the usual one of this backbone: `first` or `after_start`."""
     if site.place != "auto":
         return site.place
-    return backbone.family.place if site.name in ("input", "layers") else "first"
+    return backbone.family.default_place if site.in_text else "first"
 
 
-def by_layer(values: Tensor, backbone: Backbone) -> Tensor:
-    """A deep prompt [U, P, L*H] as [L, U, P, H]."""
+def split_by_layer(values: Tensor, backbone: Backbone) -> Tensor:
+    """A deep prompt of hidden states [U, P, L*H] as [L, U, P, H]."""
     return values.unflatten(-1, (len(backbone.layers), -1)).permute(2, 0, 1, 3)
 
 
 @contextlib.contextmanager
-def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> Iterator[None]:
-    """Inside, each layer's input on the prompt's positions is overwritten by, or gets added, its part of the prompt.
+def inject_at_layers(backbone: Backbone, prompt: Prompt, prompt_slots: Tensor, mode: str) -> Iterator[None]:
+    """Inside, the prompt enters the input of every layer but the first, whose part the embeddings hold.
 
-    slots [B, S] is the prompt token at each position of the sequences that will be run, -1 elsewhere. Layer 0 is left
-    to the embeddings. Runs of another length (decoding steps) pass untouched; rows repeated for beams are repeated
-    here too.
+    Runs of another length (decoding steps) pass untouched. Rows that `generate` repeats for beams are repeated here.
+
+    Args:
+        backbone: The frozen model.
+        prompt: The prompt of site layers; values [U, P, L*H].
+        prompt_slots: [B, S], the prompt token at each position of the rows that will run, -1 where there is none.
+        mode: replace: the prompt overwrites the hidden states; add: it is added to them.
     """
-    parts = by_layer(prompt.values, backbone)[:, prompt.prompt_index]  # [L, B, P, H]
-    here = slots >= 0
-    index = slots.clamp(min=0)[..., None].expand(-1, -1, parts.shape[-1])
+    layer_values = split_by_layer(prompt.values, backbone)[:, prompt.prompt_index]  # [L, B, P, H]
+    is_prompt = prompt_slots >= 0
+    slot_index = prompt_slots.clamp(min=0)[..., None].expand(-1, -1, layer_values.shape[-1])
 
-    def hook(layer: int) -> Any:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def hook_of(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             states = args[0] if args else kwargs["hidden_states"]
-            if states.shape[1] != slots.shape[1]:
+            if states.shape[1] != prompt_slots.shape[1]:
                 return None
-            times = states.shape[0] // slots.shape[0]
-            value = parts[layer].gather(1, index).to(states.dtype).repeat_interleave(times, 0)
-            inside = here.repeat_interleave(times, 0)[..., None]
-            states = torch.where(inside, value if mode == "replace" else states + value, states)
+            beams = states.shape[0] // prompt_slots.shape[0]
+            values = layer_values[layer].gather(1, slot_index).to(states.dtype).repeat_interleave(beams, 0)
+            inside = is_prompt.repeat_interleave(beams, 0)[..., None]
+            states = torch.where(inside, values if mode == "replace" else states + values, states)
             return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-        return enter
+        return hook
 
-    handles = [
-        layer.register_forward_pre_hook(hook(i), with_kwargs=True) for i, layer in enumerate(backbone.layers) if i > 0
-    ]
+    handles = []
+    for index, layer in enumerate(backbone.layers):
+        if index > 0:
+            handles.append(layer.register_forward_pre_hook(hook_of(index), with_kwargs=True))
     try:
         yield
     finally:
@@ -163,21 +203,18 @@ def at_layers(backbone: Backbone, prompt: Prompt, slots: Tensor, mode: str) -> I
             handle.remove()
 
 
-def split_layers(values: Tensor, backbone: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
-    """A kv prompt [U, P, D] as each layer's keys and values [U, heads, P, d], in the model's number format."""
-    before = 0
-    for heads, size in backbone.kv_shape:
-        part = values[..., before : before + 2 * heads * size].to(backbone.dtype)
-        keys, own = part.unflatten(-1, (2, heads, size)).permute(2, 0, 3, 1, 4)
-        yield keys, own
-        before += 2 * heads * size
+def split_keys_values(values: Tensor, backbone: Backbone) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each layer's keys and values [U, heads, P, head_dim] of a kv prompt [U, P, D], in the model's dtype."""
+    start = 0
+    for heads, head_dim in backbone.kv_shapes:
+        end = start + 2 * heads * head_dim
+        layer_part = values[..., start:end].to(backbone.dtype)
+        keys, layer_values = layer_part.unflatten(-1, (2, heads, head_dim)).permute(2, 0, 3, 1, 4)
+        yield keys, layer_values
+        start = end
 
 
-def fill(cache: Cache, backbone: Backbone, prompt: Prompt) -> None:
+def fill_cache(cache: Cache, backbone: Backbone, prompt: Prompt) -> None:
     """Put a kv prompt's keys and values [U, P, D] into an empty `cache`, layer by layer."""
-    for index, (keys, values) in enumerate(split_layers(prompt.values, backbone)):
-        cache.update(keys, values, index)
-
-
-def _layer_width(backbone: Backbone) -> int:
-    return int(getattr(backbone.config, "d_model", None) or backbone.hidden)
+    for layer, (keys, values) in enumerate(split_keys_values(prompt.values, backbone)):
+        cache.update(keys, values, layer)

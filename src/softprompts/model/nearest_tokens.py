@@ -23,13 +23,13 @@ def nearest_tokens(backbone: Backbone, prompt: Tensor, count: int = 5) -> list[N
 
     Raises ValueError for prompts of another width, such as those of sites layers and kv.
     """
-    if prompt.shape[1] != backbone.features:
+    if prompt.shape[1] != backbone.embedding_size:
         raise ValueError(
-            f"prompt rows of width {prompt.shape[1]} are no word embeddings (width {backbone.features}); "
+            f"prompt rows of width {prompt.shape[1]} are no word embeddings (width {backbone.embedding_size}); "
             f"nearest words exist at sites input and decoder only"
         )
     tokenizer = backbone.tokenizer
-    known = min(backbone.vocabulary, len(tokenizer))
+    known = min(backbone.vocab_size, len(tokenizer))
     with torch.no_grad():
         rows = functional.normalize(prompt.float().to(backbone.device), dim=1)
         cosines = torch.cat(

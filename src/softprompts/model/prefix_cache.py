@@ -43,7 +43,7 @@ class PrefixCache:
         """Whether tokens that all texts begin with can be read together with the prompts, once."""
         if self._fixed is None:
             return False
-        return self.site.at_embeddings and injection.can_read_prompts(self.model.backbone, self.site)
+        return self.site.at_embeddings and injection.can_compute_prefix(self.model.backbone, self.site)
 
     def prompts(self, batch: Batch, leading: tuple[int, ...] = ()) -> tuple[Prompt | None, Prefix | None]:
         """The prompts of the rows of `batch` and, where they were read before, what was read.
@@ -59,7 +59,7 @@ class PrefixCache:
         if self._entry is None or self._entry[0] != leading:  # one entry serves many batches, and then none
             self._entry = None
             prompt = self._followed(self._fixed, leading)
-            prefix = injection.read_prompts(self.model.backbone, prompt, self.site)
+            prefix = injection.compute_prefix(self.model.backbone, prompt, self.site)
             self._entry = (leading, prompt, prefix)
         _, prompt, prefix = self._entry
         return prompt.rows(self._local[batch.task_ids]), prefix

@@ -52,7 +52,7 @@ class SentenceEncoders:
     @property
     def widths(self) -> Mapping[str, int]:
         """The width E of each encoder's vectors."""
-        return {name: encoder.backbone.state_width for name, encoder in self.encoders.items()}
+        return {name: encoder.backbone.output_size for name, encoder in self.encoders.items()}
 
     def fetch(self, names: Collection[str], backbone: Backbone, say: Callable[[str], None] = lambda line: None) -> None:
         """Load those of `names` that are not here yet, to be used beside `backbone`.
@@ -119,14 +119,14 @@ class SentenceEncoders:
         key = (name, ids, types) if ids_are_text and batch.position_ids is None else None
         if key is None or key not in self.kept:
             if name in self.encoders:
-                found = self._encoded(backbone, name, ids, ids_are_text)
+                vector = self._encoded(backbone, name, ids, ids_are_text)
             else:
-                found = _pooled_state(backbone, batch, row, mask, name)
+                vector = _pooled_state(backbone, batch, row, mask, name)
             if key is None:
-                return found
+                return vector
             if len(self.kept) >= KEPT:
                 self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = found.float().cpu()
+            self.kept[key] = vector.float().cpu()
         return self.kept[key].to(batch.input_ids.device)
 
     def _encoded(self, backbone: Backbone, name: str, ids: tuple[int, ...], ids_are_text: bool) -> Tensor:
@@ -141,8 +141,8 @@ class SentenceEncoders:
 def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name: str) -> Tensor:
     """What the backbone makes of a row's text alone, one state [H]; `name` says which ("backbone-last")."""
     if not bool(mask.any()):
-        return torch.zeros(backbone.state_width, device=mask.device)
-    given = {
+        return torch.zeros(backbone.output_size, device=mask.device)
+    arguments = {
         name: None if value is None else value[row][mask][None]
         for name, value in (
             ("token_type_ids", batch.token_type_ids),
@@ -151,13 +151,13 @@ def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name
         )
     }
     ids = batch.input_ids[row][mask][None]
-    alone = Batch(ids, torch.ones_like(ids), batch.task_ids[row : row + 1], **given)
+    alone = Batch(ids, torch.ones_like(ids), batch.task_ids[row : row + 1], **arguments)
     return pool_states(_states(backbone, alone), alone.attention_mask, name.removeprefix("backbone-"))[0]
 
 
 def _states(backbone: Backbone, batch: Batch) -> Tensor:
     """The frozen backbone's last hidden states of the text without a prompt, [B, T, H]."""
     with torch.no_grad():
-        states = injection.forward(backbone, batch, None, Site(), hidden=True).hidden
+        states = injection.score(backbone, batch, None, Site(), return_hidden_states=True).hidden_states
     assert states is not None
     return states

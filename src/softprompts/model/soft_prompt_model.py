@@ -15,7 +15,7 @@ from softprompts import injection
 from softprompts.artifacts import artifact, collection
 from softprompts.artifacts.artifact import Artifact
 from softprompts.backbone import Backbone, wrap
-from softprompts.config import ModelConfig
+from softprompts.config import ModelConfig, parse
 from softprompts.data import ExampleTokenizer, TaskTemplate
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.injection import Prefix, Site, generation
@@ -47,6 +47,8 @@ class SoftPromptModel(nn.Module):
         tokenizer: The model's tokenizer, for prompts that start from words and for templates.
         tasks: Names of several prompts that share what their method shares; without them the tasks of a
             MultitaskPromptTuningConfig are called 0, 1, ...
+        autotune: Whether a stock model runs with the kernels that are fastest on its device. They are measured before
+            its first pass, once per model and machine, and cached. A `Backbone` keeps its kernels.
 
     Attributes:
         backbone: The frozen model as the library sees it.
@@ -66,15 +68,19 @@ class SoftPromptModel(nn.Module):
         task: str = "default",
         tokenizer: Any = None,
         tasks: Sequence[str] | None = None,
+        *,
+        autotune: bool = True,
     ) -> None:
         super().__init__()
         self.backbone: Backbone = model if isinstance(model, Backbone) else wrap(model, tokenizer)
         stock_model = self.backbone.model
         self.model = stock_model
+        self._autotune = autotune and not isinstance(model, Backbone)
+        self._tuned_for: tuple[torch.device, torch.dtype] | None = None
         self.prompts = nn.ModuleDict()
         self.heads = nn.ModuleDict()
         # Only a causal language model's loss can be divided by the labels of several batches, as in the stock models.
-        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.shifted
+        self.accepts_loss_kwargs = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         self.registry = PromptRegistry(self.prompts, self.heads)
         self._active: str | None = None
         self._prompted = True
@@ -122,15 +128,15 @@ class SoftPromptModel(nn.Module):
                 first = artifact.load(
                     collection.member_groups(Path(path))[0][0].path, collection.member_groups(Path(path))[0][0].task
                 )
-                made = cls(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
+                prompted = cls(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
             else:
                 loading = (config or ModelConfig()).model_copy(update={"name": str(model)})
-                made = cls(setup.load_backbone(loading, log=log))
+                prompted = cls(setup.load_backbone(loading, log=log))
         else:
-            made = cls(model, tokenizer=tokenizer)
+            prompted = cls(model, tokenizer=tokenizer)
         if path is not None:
-            made.load_prompts(path, allow_other_weights)
-        return made.eval()
+            prompted.load_prompts(path, allow_other_weights)
+        return prompted.eval()
 
     # The prompts
 
@@ -355,9 +361,10 @@ class SoftPromptModel(nn.Module):
         Raises:
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
-        options: dict[str, Any] = {"prefix": prefix, "logits": logits, "layers": layers, "path": path}
+        self._tune()
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
-            return injection.forward(self.backbone, batch, None, Site(), **options)
+            return injection.score(self.backbone, batch, None, Site(), **options)
         if prompts is None:
             prompts = self.make_prompts(batch)
         names = tuple(self.registry.used(batch.task_ids).values())
@@ -365,7 +372,7 @@ class SoftPromptModel(nn.Module):
         if len({self.registry.records[name].site for name in names}) > 1:
             batch = self.registry.place(self.backbone, batch, self._readable(batch))
         with self._own_head(names):
-            return injection.forward(self.backbone, batch, prompts, site, **options)
+            return injection.score(self.backbone, batch, prompts, site, **options)
 
     def make_prompts(self, batch: Batch, training: bool | None = None) -> Prompt:
         """The distinct prompts [U, P, D] of the rows of `batch`.
@@ -424,8 +431,8 @@ class SoftPromptModel(nn.Module):
                     return None
                 sizes.append(float(size))
         if len(sizes) == 1:
-            return sizes[0] / self.backbone.rms
-        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.rms
+            return sizes[0] / self.backbone.embedding_rms
+        return float(torch.tensor(sizes, dtype=torch.float64).square().mean().sqrt()) / self.backbone.embedding_rms
 
     def prefix_cache(self, names: Sequence[str]) -> PrefixCache:
         """Prompts and leading words read once for many batches; no names: the stock model without a prompt."""
@@ -433,7 +440,7 @@ class SoftPromptModel(nn.Module):
 
     def _readable(self, batch: Batch) -> Tensor:
         """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
-        scored = self.backbone.head == "lm" and self.backbone.family.shifted
+        scored = self.backbone.head == "lm" and self.backbone.family.scores_next_token
         return mask_before_labels(batch.attention_mask, batch.labels if scored else None)
 
     @contextlib.contextmanager
@@ -482,11 +489,14 @@ class SoftPromptModel(nn.Module):
         task_ids: stock_inputs.Places = None,
         words: Tensor | None = None,
         prompt_places: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
     ) -> Any:
         """The stock model's ModelOutput, with stock shapes and loss: nothing in it knows about prompt positions.
+
+        In training mode, a language model with labels projects labeled positions only. Its logits are then None, unless
+        `logits_to_keep` asks for them (0: all). This is the convention of fused losses. Eval mode returns all logits.
 
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
@@ -496,7 +506,7 @@ class SoftPromptModel(nn.Module):
         words [B, T]: 1 for instructions, for methods that ask; logits_to_keep, num_items_in_batch: as in stock models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
-        given = {
+        arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
@@ -511,17 +521,23 @@ class SoftPromptModel(nn.Module):
             "logits_to_keep": logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
             "return_dict": return_dict,
         }
+        self._tune()
         if not self._prompted:
-            return self.model(**{name: value for name, value in given.items() if value is not None})
-        batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+            return self.model(**{name: value for name, value in arguments.items() if value is not None})
+        batch, prompt, site = self._read({**arguments, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+        if self.training and labels is not None and logits_to_keep is None and self.backbone.head == "lm":
+            loss = stock.training_output(self.backbone, batch, prompt, site, labels.to(self.device), num_items_in_batch)
+            return loss.to_tuple() if return_dict is False else loss
         reading = injection.run_trunk(self.backbone, batch, prompt, site)
-        wanted = stock_inputs.labels(given)
+        wanted = stock_inputs.labels(arguments)
         wish = stock.OutputOptions(
-            None if wanted is None else wanted.to(self.device), logits_to_keep, num_items_in_batch
+            labels=None if wanted is None else wanted.to(self.device),
+            keep=0 if logits_to_keep is None else logits_to_keep,
+            items=num_items_in_batch,
         )
         heads = {i: self.registry.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
-        made = stock.output(self.backbone, batch, reading, wish, heads)
-        return made.to_tuple() if return_dict is False else made
+        output = stock.output(self.backbone, batch, reading, wish, heads)
+        return output.to_tuple() if return_dict is False else output
 
     def generate(
         self,
@@ -545,32 +561,43 @@ class SoftPromptModel(nn.Module):
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
             attention_mask = stock_inputs.text_mask(ids, options, getattr(self.model, "generation_config", None))
-        given = {
+        arguments = {
             "input_ids": ids,
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
         }
+        self._tune()
         if not self._prompted:
             stock_model: Any = self.model
-            return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
+            return stock_model.generate(**{k: v for k, v in arguments.items() if v is not None}, **options)
         with torch.no_grad():
-            batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+            batch, prompt, site = self._read(
+                {**arguments, "words": words, "prompt_places": prompt_places}, tasks, task_ids
+            )
             if inputs_embeds is not None:
                 batch = replace(batch, input_ids=batch.input_ids[:, :0])
             return generation.generate(self.backbone, batch, prompt, site, **options)
 
+    def _tune(self) -> None:
+        """Measure or look up the fastest kernels, where that was not done for the model's device and dtype."""
+        place = (self.device, self.dtype)
+        if self._autotune and self._tuned_for != place:
+            tuned = setup.autotune(self.backbone, log=setup.log_to_logger)
+            self.backbone = replace(self.backbone, kernels=tuned.kernels, facts={})
+            self._tuned_for = place
+
     def _read(
-        self, given: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places
+        self, arguments: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places
     ) -> tuple[Batch, Prompt, Site]:
         """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
         places = functools.partial(
             stock_inputs.places, names, ids, loaded=self.tasks, index=self.index, active=lambda: self.task
         )
-        batch = stock_inputs.batch(self.backbone, given, places)
+        batch = stock_inputs.batch(self.backbone, arguments, places)
         site = self.registry.site_of(tuple(self.registry.used(batch.task_ids).values()))
-        readable = stock_inputs.readable(self.backbone, batch.attention_mask, given)
+        readable = stock_inputs.readable(self.backbone, batch.attention_mask, arguments)
         batch = self.registry.place(self.backbone, batch, readable)
         ids_are_text = batch.inputs_embeds is None
         return batch, self.registry.make(self.backbone, batch, readable, ids_are_text=ids_are_text), site
@@ -646,6 +673,11 @@ class SoftPromptModel(nn.Module):
         site = self.registry.records[self._active].site if self._active is not None else None
         unscored = site is not None and (not site.scores_first_token or site.place in ("after_start", "template"))
         return "ForCausalLM" if self.accepts_loss_kwargs and unscored else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where none was given."""
+        return self.backbone.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -726,10 +758,32 @@ def label_words(template: TaskTemplate) -> tuple[str, ...]:
     return tuple(f"{template.separator}{word}" for word in (template.verbalizer or {}).values())
 
 
-def backbone_config(opened: Artifact, config: ModelConfig | None) -> ModelConfig:
-    """Which backbone an artifact was made for; `config`: where it is now, when not where the artifact says."""
-    named = config or ModelConfig(name=opened.backbone, revision=opened.revision)
-    return named.model_copy(update={"head": opened.head})
+def backbone_config(
+    opened: Artifact, config: ModelConfig | None = None, changes: Mapping[str, Any] | None = None
+) -> ModelConfig:
+    """The backbone that an artifact was made for, with the attention and the quantization of the run that made it.
+
+    Args:
+        opened: The artifact.
+        config: The backbone instead, when not where the artifact says. Its head is the artifact's all the same.
+        changes: Keys of the section `model` that differ from the artifact's run. A backbone of another name has no
+            revision, and a device replaces a device map.
+
+    Raises:
+        ConfigError: The artifact does not say which backbone it was made for, or a change is not possible.
+    """
+    if config is not None:
+        return config.model_copy(update={"head": opened.head})
+    changes, run = dict(changes or {}), opened.settings("model")
+    values: dict[str, Any] = {key: run[key] for key in ("attention", "quantize") if key in run}
+    if run.get("device_map") == "auto" and "device" not in changes:
+        values["device_map"] = "auto"
+    if "name" not in changes:
+        if not opened.backbone:
+            raise ConfigError("the prompt does not say which model it is for; give one with --model")
+        values |= {"name": opened.backbone, "revision": opened.revision}
+    resolved: ModelConfig = parse({**values, **changes, "head": opened.head}, ModelConfig, "model")
+    return resolved
 
 
 def head_rows(opened: Artifact) -> int | None:
@@ -744,6 +798,7 @@ def open_prompts(
     paths: Sequence[str | Path],
     *,
     config: ModelConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
     allow_other_weights: bool = False,
     log: Callable[[str], None] = setup.no_log,
 ) -> tuple[SoftPromptModel, tuple[str, ...]]:
@@ -752,6 +807,7 @@ def open_prompts(
     Args:
         paths: The artifacts' directories; prompt i of the model is that of path i.
         config: Where the backbone is, when not where the artifact says; its head is the artifact's all the same.
+        changes: Keys of the section `model` that differ from the run that made the artifacts.
         allow_other_weights: Whether prompts that were made for other weights only cost a warning.
         log: Is told what is done.
 
@@ -774,13 +830,25 @@ def open_prompts(
             differs.append("task format")
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
-    if len(opened) > 1 and any(one.heads for one in opened):
+    if len(opened) > 1 and any(artifact_opened.heads for artifact_opened in opened):
         raise ConfigError(
             "prompts with classification heads of their own cannot vote in one batch; open them one by one"
         )
-    model = SoftPromptModel(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
+    model = SoftPromptModel(
+        setup.load_backbone(backbone_config(first, config, changes), labels=head_rows(first), log=log)
+    )
     warnings: list[str] = []
-    for place, (path, one) in enumerate(zip(paths, opened, strict=True)):
-        name = one.task if len(paths) == 1 else f"{place}:{one.task}"
-        warnings += model.load_prompt(path, name, allow_other_weights, trainable=False)[1]
+    for place, (path, artifact_opened) in enumerate(zip(paths, opened, strict=True)):
+        name = artifact_opened.task if len(paths) == 1 else f"{place}:{artifact_opened.task}"
+        prompt, noted = persistence.open_artifact(
+            model.backbone,
+            model.registry.encoders,
+            path,
+            name=name,
+            allow_other_weights=allow_other_weights,
+            trainable=False,
+            loaded=artifact_opened,
+        )
+        model._add(prompt)
+        warnings += noted
     return model, tuple(dict.fromkeys(warnings))

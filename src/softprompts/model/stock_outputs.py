@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts import injection
-from softprompts.backbone import Backbone
-from softprompts.injection import TrunkOutput
-from softprompts.types import IGNORE, Batch
+from softprompts.backbone import SEQ2SEQ, Backbone
+from softprompts.injection import Site, TrunkOutput
+from softprompts.types import IGNORE, Batch, Prompt
 
 Heads = Mapping[int, Mapping[str, Tensor]]
 """Tensors that replace the model's head, for each place in Batch.task; empty where no task has a head of its own."""
@@ -44,47 +44,79 @@ def output(backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputO
     """
     if backbone.head == "features":
         more = {"pooler_output": reading.output.pooler_output} if "pooler_output" in reading.output else {}
-        return type(reading.output)(last_hidden_state=_states(reading), **more)
+        return type(reading.output)(last_hidden_state=injection.text_states(reading), **more)
     with _class_of_outputs(backbone) as kinds:
         if backbone.head == "span":
             scores, loss = _span(backbone, batch, reading, wish, heads)
         elif backbone.head == "sequence":
-            logits = _each(backbone, batch, heads, lambda: injection.pooled(backbone, reading))
+            logits = _each(backbone, batch, heads, lambda: injection.sequence_scores(backbone, reading))
             scores = {"logits": logits}
             loss = None if wish.labels is None else class_loss(backbone.config, logits, wish.labels)
-        elif backbone.head == "lm" and backbone.family.shifted and wish.labels is not None:
+        elif backbone.head == "lm" and backbone.family.scores_next_token and wish.labels is not None:
             logits, loss = _shifted(backbone, reading, wish.labels, wish.items)
             scores = {"logits": logits[:, _kept(wish.keep)]}
         else:
-            states = _states(reading)[:, _kept(wish.keep)]
-            logits = _each(backbone, batch, heads, lambda: injection.head(backbone, reading, states))
+            states = injection.text_states(reading)[:, _kept(wish.keep)]
+            logits = _each(backbone, batch, heads, lambda: injection.apply_head(backbone, reading, states))
             scores = {"logits": logits}
             loss = None if wish.labels is None else token_loss(logits, wish.labels)
     return kinds[0](loss=loss, **scores)
+
+
+def training_output(
+    backbone: Backbone, batch: Batch, prompt: Prompt, site: Site, labels: Tensor, items: Tensor | int | None
+) -> Any:
+    """The stock language model's ModelOutput with a loss and without logits: only labeled positions are projected.
+
+    Args:
+        backbone: A backbone with a language model's head.
+        batch: The rows.
+        prompt: Their prompts.
+        site: Where the prompts enter.
+        labels: Labels [B, T] (encoder-decoder: [B, S]) as the stock model takes them.
+        items: The number of labels that divides the loss of a causal model; None: those of the batch.
+
+    Returns:
+        The stock class of outputs. Its loss is the mean cross-entropy of the labels in float32, as in eval mode.
+    """
+    if backbone.family is not SEQ2SEQ:
+        labels = labels.masked_fill(batch.attention_mask == 0, IGNORE)  # padding is no text, whatever its label says
+    with _class_of_outputs(backbone) as kinds:
+        output = injection.score(backbone, replace(batch, labels=labels), prompt, site)
+    if output.nll is not None:
+        losses = output.nll
+    else:
+        assert output.logits is not None
+        assert output.labels is not None
+        wide = output.logits.to(torch.promote_types(output.logits.dtype, torch.float32))
+        losses = functional.cross_entropy(wide, output.labels, reduction="none")
+    if items is None or not backbone.family.scores_next_token:
+        return kinds[0](loss=losses.mean(), logits=None)
+    return kinds[0](loss=losses.sum() / (items.to(losses.device) if isinstance(items, Tensor) else items), logits=None)
 
 
 def _each(backbone: Backbone, batch: Batch, heads: Heads, score: Callable[[], Tensor]) -> Tensor:
     """`score()` [B, ...] with each row's own head."""
     if not heads:
         return score()
-    made: Tensor | None = None
-    own = dict(backbone.model.named_parameters())
+    combined: Tensor | None = None
+    parameters = dict(backbone.model.named_parameters())
     for index in batch.task_ids.unique().tolist():
-        with backbone.with_head({name: value.to(own[name].dtype) for name, value in heads[index].items()}):
-            one = score()
-        here = (batch.task_ids == index).view(-1, *[1] * (one.dim() - 1))
-        made = one if made is None else torch.where(here, one, made)
-    assert made is not None
-    return made
+        with backbone.with_head({name: value.to(parameters[name].dtype) for name, value in heads[index].items()}):
+            scores = score()
+        here = (batch.task_ids == index).view(-1, *[1] * (scores.dim() - 1))
+        combined = scores if combined is None else torch.where(here, scores, combined)
+    assert combined is not None
+    return combined
 
 
 @contextlib.contextmanager
 def _class_of_outputs(backbone: Backbone) -> Iterator[list[type]]:
     """Collects the classes of what the stock model returns inside."""
-    found: list[type] = []
-    handle = backbone.model.register_forward_hook(lambda module, args, made: found.append(type(made)))
+    classes: list[type] = []
+    handle = backbone.model.register_forward_hook(lambda module, args, result: classes.append(type(result)))
     try:
-        yield found
+        yield classes
     finally:
         handle.remove()
 
@@ -93,14 +125,8 @@ def _kept(keep: int | Tensor) -> Any:
     return slice(-keep, None) if isinstance(keep, int) else keep
 
 
-def _states(reading: TrunkOutput) -> Tensor:
-    """The states [B, T, H] in the text's own layout, zero on padding."""
-    states = _at(reading, reading.position) * reading.mask[..., None]
-    return torch.zeros_like(states).scatter(1, reading.order[..., None].expand_as(states), states)
-
-
 def _at(reading: TrunkOutput, position: Tensor) -> Tensor:
-    return reading.hidden.gather(1, position[..., None].expand(-1, -1, reading.hidden.shape[-1]))
+    return reading.hidden_states.gather(1, position[..., None].expand(-1, -1, reading.hidden_states.shape[-1]))
 
 
 def _shifted(
@@ -111,14 +137,14 @@ def _shifted(
     Each label is scored by the state before it in the full sequence: for the text token behind a segment of the prompt
     that is the segment's last, which the stock layout has no column for. It is scored along and then left out.
     """
-    own, columns = reading.position, reading.order
-    before = functional.pad(own[:, :-1], (1, 0), value=-1)
-    behind = (own - 1 != before) & reading.mask  # tokens that stand right behind a segment of the prompt
+    positions, columns = reading.text_positions, reading.token_order
+    before = functional.pad(positions[:, :-1], (1, 0), value=-1)
+    behind = (positions - 1 != before) & reading.text_mask  # tokens that stand right behind a segment of the prompt
     count = int(behind.sum(1).max())
     at = behind.long().argsort(dim=1, descending=True, stable=True)[:, :count]
-    extra = (own.gather(1, at) - 1).clamp(min=0)
-    logits = injection.head(backbone, reading, _at(reading, torch.cat([extra, own], 1)))
-    wanted = labels.gather(1, columns).masked_fill(~reading.mask, IGNORE)
+    extra = (positions.gather(1, at) - 1).clamp(min=0)
+    logits = injection.apply_head(backbone, reading, _at(reading, torch.cat([extra, positions], 1)))
+    wanted = labels.gather(1, columns).masked_fill(~reading.text_mask, IGNORE)
     first = wanted.gather(1, at).masked_fill(~behind.gather(1, at), IGNORE)
     others = wanted.masked_fill(behind, IGNORE)[:, 1:]
     loss = token_loss(logits, functional.pad(torch.cat([first, others], 1), (0, 1), value=IGNORE), items)
@@ -131,7 +157,7 @@ def _shifted(
 def _span(
     backbone: Backbone, batch: Batch, reading: TrunkOutput, wish: OutputOptions, heads: Heads
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    states = _states(reading)
+    states = injection.text_states(reading)
     scores = _each(
         backbone, batch, heads, lambda: injection.span_scores(backbone, reading, states, batch.attention_mask)
     )

@@ -23,7 +23,8 @@ from softprompts.evaluation import page
 from softprompts.evaluation.evaluate import evaluation_config
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
-from softprompts.recipes.judging import Evaluator, judge
+from softprompts.model.soft_prompt_model import backbone_config
+from softprompts.recipes.evaluator import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, versions
 
@@ -41,7 +42,7 @@ class Choice:
     means: Sequence[float]
 
 
-def choose(
+def choose_coefficient(
     judges: Sequence[Evaluator], total: Vector, start: Tensor, grid: Sequence[float], screen: ProgressReporter
 ) -> Choice:
     """The coefficient with the best mean headline score over the judges' validation rows; of equal ones the smallest.
@@ -68,28 +69,30 @@ def search(
     on: Sequence[str] = (),
     grid: Sequence[float] = GRID,
     model: ModelConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
     screen: ProgressReporter = SILENT,
 ) -> dict[str, Any]:
     """Choose the coefficient of the sum `text` on validation rows, judge the prompt it makes on test rows, write all.
 
     The prompt goes to `out/prompt`, what was found to results.json and report.html. start: an artifact whose prompt the
     sum is added to (None: the start that all have in common); on: names of prompts whose tasks judge (none: those in
-    the sum); model: the backbone, where it is not where the prompts say. Returns what results.json holds.
+    the sum); model: the backbone, where it is not where the prompts say; changes: keys of the section `model` that
+    differ from what the prompts say. Returns what results.json holds.
     Raises VectorError, ArtifactError, DataError, BackboneError and ConfigError before anything is judged.
     """
     began = time.time()
     total = vectors.read_expression(text)
-    begins = begin(total, start)
+    begins = resolve_start(total, start)
     found = {name: artifact.load(vectors.locate_prompt(name)) for name in (on or vectors.parse_expression(text))}
     tasks, like = _tasks(found), total.reference
-    base = load_backbone(model or ModelConfig(name=like.backbone, revision=like.revision), log=screen.log)
+    base = load_backbone(backbone_config(like, model, changes), log=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
     site = Site(like.site, like.mode, like.placement)
     judges = [
-        judge(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
+        load_evaluator(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
         for config, own in tasks.values()
     ]
-    choice = choose(judges, total, begins, grid, screen)
+    choice = choose_coefficient(judges, total, begins, grid, screen)
     made = vectors.to_artifact(total, begins, choice.best)
     assert made.prompt is not None
     exact = [replace(one, config=evaluation_config(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
@@ -136,7 +139,7 @@ def _tested(judges: Sequence[Evaluator], prompt: Tensor, screen: ProgressReporte
     return told, warnings
 
 
-def begin(total: Vector, start: Artifact | None) -> Tensor:
+def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
     """What the sum is added to: the prompt of `start`, or the start that all its prompts have in common.
 
     Raises ConfigError where they have none, ArtifactError for a start of another backbone, length or site.

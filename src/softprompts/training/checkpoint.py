@@ -1,7 +1,7 @@
-"""What training goes on from: the state of a run after a step, in a file that is always whole.
+"""Checkpoints: the state of a run after a step, in a file that is always whole.
 
-Runs that train together also write together: after a crash either all of them stand at the new state or all at the
-old one, so that going on has the same rows in the same batches.
+Runs that share a batch write their checkpoints as one. After a crash all of them are at the same step, so a resumed
+batch holds the same rows.
 """
 
 import json
@@ -18,45 +18,30 @@ from transformers.optimization import Adafactor
 
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone
-from softprompts.backbone.devices import chip
-from softprompts.data import EncodedExample
+from softprompts.backbone.devices import chip_name
 from softprompts.errors import TrainingError
+from softprompts.types import Progress
 
 CHECKPOINT = "checkpoint.safetensors"
+
 STAGED = "checkpoint.next.safetensors"
-"""A checkpoint that waits until those of all runs of the batch are written."""
+"""A checkpoint that waits until the checkpoints of all runs of the batch are on the disk."""
 
-
-@dataclass(frozen=True)
-class Progress:
-    """One step: mean loss over its labels, the prompt's rate, rms(P)/rms(E), tokens read and seconds taken.
-
-    rate: of the weights, and no rms_ratio, where weights are trained and no prompt; tokens: of this run's own rows;
-    seconds: of the step, which runs that train together share; score: the validation score, where one was due; path:
-    how the prompt was computed (packed, shared, or why not); parity: what comparing the first batch with plain
-    concatenation found, where that was asked for; machine: what it was computed with, at the first step and wherever
-    that changed; measures: the single numbers that the method's prompts of the last part carry (`Prompt.aux`).
-    """
-
-    step: int
-    steps: int
-    loss: float
-    rate: float
-    rms_ratio: float | None
-    tokens: int
-    seconds: float
-    score: float | None = None
-    path: str = ""
-    parity: str = ""
-    machine: str = ""
-    measures: dict[str, float] = field(default_factory=dict)
+BEST = "best."
+"""The prefix of the best parameters' names."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that changes during training: parameters, optimizer state and best parameters by name, and the history.
+    """Everything of a run that training changes, as copies.
 
-    failed: why the run cannot go on from here; empty where it can.
+    Attributes:
+        step: The number of steps that were made.
+        tensors: Parameters by name, their optimizer state as `optimizer.NAME.KEY`, the best parameters as `best.NAME`.
+        best: The best validation score so far.
+        best_step: The step with that score.
+        history: The progress of every step.
+        failed: The reason why the run cannot be continued; empty where it can.
     """
 
     step: int
@@ -69,148 +54,176 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """A checkpoint's place, and what must be the same for going on from it."""
+    """A checkpoint's file, and the settings that must be the same when a run is continued from it."""
 
-    file: Path
-    fixed: Mapping[str, Any]
+    path: Path
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(
+        cls, directory: str | Path | None, examples: int, seed: int, settings: Mapping[str, Any] | None
+    ) -> "CheckpointFile | None":
+        """The checkpoint file of a run with so many examples, this seed and these settings; None without directory."""
+        if directory is None:
+            return None
+        # The settings come back from the file through JSON, so they go through JSON here too.
+        settings = json.loads(json.dumps({"seed": seed, "rows": examples, **(settings or {})}))
+        return cls(Path(directory) / CHECKPOINT, settings)
+
+    def read(self) -> Checkpoint:
+        """Read the checkpoint.
+
+        Raises:
+            TrainingError: The checkpoint belongs to a run with other settings; the message names them.
+        """
+        tensors, metadata = read_tensors(self.path)
+        facts = json.loads(metadata["facts"])
+        differences = _differences(facts["settings"], self.settings)
+        if differences:
+            raise TrainingError(
+                f"{self.path} belongs to a run with other settings ({'; '.join(differences[:4])}); "
+                f"choose another output directory, or delete the file to start anew"
+            )
+        history = tuple(Progress(**progress) for progress in json.loads(metadata["history"]))
+        failed = facts.get("failed", "")
+        return Checkpoint(facts["step"], tensors, facts["best"], facts["best_step"], history, failed)
 
 
 def machine_of(backbone: Backbone) -> dict[str, Any]:
-    """What steps are computed with: device, number format, threads, kernels.
+    """Device, dtype, threads and kernels of a backbone.
 
-    Other kernels give other rounding, so only steps with the same of all these are repeatable to the bit.
+    Other kernels round otherwise, so only steps with equal facts are repeatable to the bit.
     """
     dtype = str(backbone.dtype).removeprefix("torch.")
-    facts = {"device": str(backbone.device), "chip": chip(backbone.device), "dtype": dtype}
+    facts = {"device": str(backbone.device), "chip": chip_name(backbone.device), "dtype": dtype}
     return {**facts, "threads": torch.get_num_threads(), "kernels": asdict(backbone.kernels)}
 
 
 def machine_line(backbone: Backbone) -> str:
-    """The same in one line, as reports have it."""
+    """The facts of `machine_of` in one line."""
     facts = machine_of(backbone)
-    flat = {**{name: value for name, value in facts.items() if name != "kernels"}, **facts["kernels"]}
-    return ", ".join(f"{name} {value}" for name, value in flat.items())
+    facts |= facts.pop("kernels")
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
 
 
-def place(
-    directory: str | Path | None, rows: Sequence[EncodedExample], seed: int, settings: Mapping[str, Any] | None
-) -> CheckpointFile | None:
-    """Where the checkpoint of a run with these rows, seed and settings lies; None without a directory."""
-    if directory is None:
-        return None
-    # Through JSON, because that is how the values come back.
-    fixed = json.loads(json.dumps({"seed": seed, "rows": len(rows), **(settings or {})}))
-    return CheckpointFile(Path(directory) / CHECKPOINT, fixed)
+def initial(parameters: Mapping[str, nn.Parameter]) -> Checkpoint:
+    """The state of a run that has not made a step."""
+    return Checkpoint(0, _copies(parameters))
 
 
 def capture(
-    before: Checkpoint | None, parameters: Mapping[str, nn.Parameter], optimizer: Any, report: Progress | None = None
+    previous: Checkpoint,
+    progress: Progress,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: Any,
+    resumable: bool = True,
 ) -> Checkpoint:
-    """The state after a step, as copies."""
-    tensors = {name: value.detach().clone() for name, value in parameters.items()}
-    for name, value in parameters.items():
-        for key, part in optimizer.state.get(value, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(part).detach().clone()
-    if before is None or report is None:
-        return Checkpoint(0, tensors)
-    best, best_step = before.best, before.best_step
-    if report.score is not None and (best is None or report.score > best):
-        best, best_step = report.score, report.step
-        tensors |= {f"best.{name}": value.detach().clone() for name, value in parameters.items()}
+    """Copy the state of a run after a step.
+
+    Args:
+        previous: The state before the step.
+        progress: The progress of the step. A validation score above all earlier ones makes these parameters the best.
+        parameters: The trained parameters by name.
+        optimizer: Their optimizer.
+        resumable: Whether to copy the parameters and the optimizer's state; the best parameters are copied anyway.
+
+    Returns:
+        The state after the step.
+    """
+    tensors: dict[str, Tensor] = {}
+    if resumable:
+        tensors = _copies(parameters)
+        for name, parameter in parameters.items():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone()
+    best, best_step = previous.best, previous.best_step
+    if progress.score is not None and (best is None or progress.score > best):
+        best, best_step = progress.score, progress.step
+        tensors |= _copies(parameters, BEST)
     else:
-        tensors |= {name: value for name, value in before.tensors.items() if name.startswith("best.")}
-    return Checkpoint(report.step, tensors, best, best_step, (*before.history, report))
+        tensors |= {name: value for name, value in previous.tensors.items() if name.startswith(BEST)}
+    return Checkpoint(progress.step, tensors, best, best_step, (*previous.history, progress))
 
 
 def restore(state: Checkpoint, parameters: Mapping[str, nn.Parameter], optimizer: Any) -> None:
-    """Put a checkpoint's values into the parameters and the optimizer."""
+    """Copy a checkpoint's values into the parameters and the optimizer."""
     optimizer.state.clear()
     for name, parameter in parameters.items():
         with torch.no_grad():
             parameter.copy_(state.tensors[name])
         prefix = f"optimizer.{name}."
         for key, value in state.tensors.items():
-            if key.startswith(prefix):
-                kept = value.clone().to(parameter.device if value.dim() else value.device)
-                # AdamW counts steps in a tensor, Adafactor in plain numbers.
-                plain = isinstance(optimizer, Adafactor) and value.dim() == 0
-                optimizer.state[parameter][key.removeprefix(prefix)] = kept.item() if plain else kept
+            if not key.startswith(prefix):
+                continue
+            copy = value.clone().to(parameter.device if value.dim() else value.device)
+            # AdamW counts steps in a tensor, Adafactor in a plain number.
+            is_number = isinstance(optimizer, Adafactor) and value.dim() == 0
+            optimizer.state[parameter][key.removeprefix(prefix)] = copy.item() if is_number else copy
 
 
-def check_checkpoint(
-    directory: str | Path, rows: Sequence[EncodedExample], seed: int, settings: Mapping[str, Any] | None = None
-) -> None:
-    """Raise TrainingError when a checkpoint in `directory` belongs to other settings than those given to `fit`."""
-    found = place(directory, rows, seed, settings)
-    if found is not None and found.file.exists():
-        read(found)
+def restore_best(state: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy the best parameters into the parameters; without a validation score these stay as they are."""
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state.tensors.get(f"{BEST}{name}", parameter))
 
 
-def write(states: Sequence[tuple[CheckpointFile, Checkpoint]]) -> None:
-    """Write the checkpoints as one: none takes its place before all are safely on the disk."""
+def write(checkpoints: Sequence[tuple[CheckpointFile, Checkpoint]]) -> None:
+    """Write checkpoints as one: none replaces its predecessor before all are on the disk."""
     token = secrets.token_hex(8)
-    for where, state in states:
-        facts: dict[str, Any] = {
-            "step": state.step,
-            "best": state.best,
-            "best_step": state.best_step,
-            "settings": where.fixed,
-        }
-        facts |= {"failed": state.failed, "token": token}
-        history = json.dumps([asdict(report) for report in state.history])
-        where.file.parent.mkdir(parents=True, exist_ok=True)
-        file = where.file if len(states) == 1 else where.file.with_name(STAGED)
-        write_tensors(file, state.tensors, {"facts": json.dumps(facts), "history": history})
-    for where, _ in states if len(states) > 1 else ():
-        _put(where.file.with_name(STAGED), where.file)
+    for file, state in checkpoints:
+        facts: dict[str, Any] = {"step": state.step, "best": state.best, "best_step": state.best_step}
+        facts |= {"settings": file.settings, "failed": state.failed, "token": token}
+        history = json.dumps([asdict(progress) for progress in state.history])
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        path = file.path if len(checkpoints) == 1 else file.path.with_name(STAGED)
+        write_tensors(path, state.tensors, {"facts": json.dumps(facts), "history": history})
+    if len(checkpoints) > 1:
+        for file, _ in checkpoints:
+            _rename(file.path.with_name(STAGED), file.path)
 
 
-def recover(files: Sequence[Path]) -> None:
-    """Finish, or undo, a joint write that was cut: staged checkpoints count once one of them has taken its place."""
-    staged = [file.with_name(STAGED) for file in files]
-    if not any(file.exists() for file in staged):
+def recover(paths: Sequence[Path]) -> None:
+    """Finish or undo a joint write that was cut.
+
+    The staged checkpoints of a write count once one of them has replaced its predecessor; else they are deleted.
+    """
+    staged = [path.with_name(STAGED) for path in paths]
+    if not any(path.exists() for path in staged):
         return
-    done = {_facts(file).get("token") for file in files if file.exists()}
-    for file, waiting in zip(files, staged, strict=True):
-        if waiting.exists() and _facts(waiting).get("token") in done:
-            _put(waiting, file)
+    tokens = {_facts(path).get("token") for path in paths if path.exists()}
+    for path, waiting in zip(paths, staged, strict=True):
+        if waiting.exists() and _facts(waiting).get("token") in tokens:
+            _rename(waiting, path)
         else:
             waiting.unlink(missing_ok=True)
 
 
-def read(where: CheckpointFile) -> Checkpoint:
-    """The checkpoint that lies there.
-
-    Raises TrainingError, naming what differs, when it belongs to a run with other settings.
-    """
-    tensors, metadata = read_tensors(where.file)
-    facts = json.loads(metadata["facts"])
-    changed = _differences(facts["settings"], where.fixed)
-    if changed:
-        raise TrainingError(
-            f"{where.file} belongs to a run with other settings ({'; '.join(changed[:4])}); "
-            f"choose another output directory, or delete the file to start anew"
-        )
-    history = tuple(Progress(**report) for report in json.loads(metadata["history"]))
-    failed = facts.get("failed", "")
-    return Checkpoint(facts["step"], tensors, facts["best"], facts["best_step"], history, failed)
+def _copies(parameters: Mapping[str, nn.Parameter], prefix: str = "") -> dict[str, Tensor]:
+    return {f"{prefix}{name}": value.detach().clone() for name, value in parameters.items()}
 
 
-def _put(staged: Path, file: Path) -> None:
-    os.replace(staged, file)
+def _rename(staged: Path, path: Path) -> None:
+    os.replace(staged, path)
 
 
-def _facts(file: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(read_tensors(file)[1]["facts"])
-    return found
+def _facts(path: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads(read_tensors(path)[1]["facts"])
+    return facts
 
 
-def _differences(saved: Any, given: Any, where: str = "") -> list[str]:
-    if isinstance(saved, dict) and isinstance(given, dict):
-        keys = sorted(saved.keys() | given.keys())
-        return [d for key in keys for d in _differences(saved.get(key), given.get(key), f"{where}.{key}".strip("."))]
-    if isinstance(saved, list) and isinstance(given, list) and len(saved) == len(given):
-        return [
-            d for i, (a, b) in enumerate(zip(saved, given, strict=True)) for d in _differences(a, b, f"{where}.{i}")
-        ]
-    return [] if saved == given else [f"{where} was {saved}, is now {given}"]
+def _differences(saved: Any, current: Any, where: str = "") -> list[str]:
+    """One line for each setting that differs, with its dotted key and both values."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in sorted(saved.keys() | current.keys()):
+            pairs.append((f"{where}.{key}".strip("."), saved.get(key), current.get(key)))
+    elif isinstance(saved, list) and isinstance(current, list) and len(saved) == len(current):
+        for index, (before, after) in enumerate(zip(saved, current, strict=True)):
+            pairs.append((f"{where}.{index}", before, after))
+    else:
+        return [] if saved == current else [f"{where} was {saved}, is now {current}"]
+    lines = []
+    for key, before, after in pairs:
+        lines += _differences(before, after, key)
+    return lines

@@ -1,7 +1,8 @@
-"""Teachers: what the frozen backbone makes of each training row behind the trained prompt of its task.
+"""Teachers: the outputs of the frozen backbone for each training row behind the trained prompt of its task.
 
-Neither a teacher nor the backbone ever changes, so this is computed once, before training, and kept in a file. Kept are
-not the scores [V] but the states [H] from which the frozen head makes them: exact, and a hundred times smaller.
+Neither a teacher nor the backbone changes, so its outputs are computed once, before training, and cached in a file. The
+cache stores hidden states [H], not logits [V]. The frozen head reproduces the logits exactly, and the cache is a
+hundred times smaller.
 """
 
 import hashlib
@@ -26,10 +27,12 @@ from softprompts.training.checkpoint import machine_of
 from softprompts.types import Output, Prompt, TeacherBatch
 
 FILE = "teacher-states.safetensors"
+
 BATCH_TOKENS = 4096
 """Text tokens that a teacher reads at once."""
 
-Key = tuple[str, int]
+LayerKey = tuple[str, int]
+"""The side of a model (text or target) and the number of a layer."""
 
 
 @dataclass(frozen=True)
@@ -44,34 +47,47 @@ class TaskTeacher:
 
 @dataclass(frozen=True)
 class TeacherOutputs:
-    """Of each of `rows`: the states [n, H] that score its n labels, and the asked layers' states of its text [m, H]."""
+    """The teachers' outputs for the examples of a run.
 
-    rows: Sequence[EncodedExample]
+    Attributes:
+        examples: The examples.
+        states: Of each example, the states [n, H] that score its n labels.
+        layers: Of each asked layer and each example, the states [m, H] of its m text tokens.
+        temperature: The temperature of both softmaxes.
+        index: The place of each example, by its identity.
+    """
+
+    examples: Sequence[EncodedExample]
     states: Sequence[Tensor] = field(repr=False)
-    layers: Mapping[Key, Sequence[Tensor]] = field(repr=False)
+    layers: Mapping[LayerKey, Sequence[Tensor]] = field(repr=False)
     temperature: float = 1.0
-    place: dict[int, int] = field(default_factory=dict, repr=False)
+    index: dict[int, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.place.update({id(row): number for number, row in enumerate(self.rows)})
+        self.index.update({id(example): place for place, example in enumerate(self.examples)})
 
     @property
-    def numbers(self) -> tuple[int, ...]:
-        """The layers whose states are there."""
+    def layer_numbers(self) -> tuple[int, ...]:
+        """The numbers of the layers with states."""
         return tuple(dict.fromkeys(number for _, number in self.layers))
 
-    def of(self, rows: Sequence[EncodedExample], device: torch.device) -> TeacherBatch:
-        """The teachers' states for a batch of these very rows."""
-        at = [self.place[id(row)] for row in rows]
-        layers = {key: torch.cat([each[i] for i in at]).to(device) for key, each in self.layers.items()}
-        return TeacherBatch(torch.cat([self.states[i] for i in at]).to(device), layers, self.temperature)
+    def of(self, examples: Sequence[EncodedExample], device: torch.device) -> TeacherBatch:
+        """The teachers' outputs for a batch of these very examples."""
+        places = [self.index[id(example)] for example in examples]
+        layers = {}
+        for key, layer in self.layers.items():
+            layers[key] = torch.cat([layer[place] for place in places]).to(device)
+        states = torch.cat([self.states[place] for place in places]).to(device)
+        return TeacherBatch(states, layers, self.temperature)
 
 
 def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
-    """The teacher of each of `tasks`, in their order.
+    """Load the teacher of each task, in the order of the tasks.
 
-    Raises ConfigError when one is missing or names no task, and when a teacher is no plain prompt of this model's
-    language-model head; ArtifactError when it cannot be read or was made for other weights.
+    Raises:
+        ConfigError: A task has no teacher, a teacher has no task, or a teacher is no plain prompt of this model's
+            language-model head.
+        ArtifactError: A teacher cannot be read, or belongs to other weights.
     """
     for name in config.teachers:
         if name not in tasks:
@@ -82,127 +98,147 @@ def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequenc
     if missing := [name for name in tasks if name not in config.teachers]:
         raise ConfigError(
             f"no teacher for {', '.join(missing)}: name the directory of its trained prompt in "
-            "training.distillation.teachers"
+            f"training.distillation.teachers"
         )
     injection.check_layers(backbone, config.layers)
     weights = fingerprint(backbone)
-    return tuple(_load(backbone, task, config.teachers[task], weights) for task in tasks)
+    return tuple(_load_teacher(backbone, task, config.teachers[task], weights) for task in tasks)
 
 
-def _load(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher:
-    found = artifact.load(path)
-    artifact.check_fingerprint(found.fingerprint, weights, False)
-    if found.head != backbone.head or backbone.head != "lm":
+def _load_teacher(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher:
+    loaded = artifact.load(path)
+    artifact.check_fingerprint(loaded.fingerprint, weights, False)
+    if loaded.head != backbone.head or backbone.head != "lm":
         raise ConfigError(
-            f"the teacher of {task}, {path}, reads head '{found.head}' and the model has '{backbone.head}'; teachers "
+            f"the teacher of {task}, {path}, reads head '{loaded.head}' and the model has '{backbone.head}'; teachers "
             f"and students need a language model's head (model.head: lm)"
         )
-    site = Site(found.site, found.mode, found.placement, found.segments)
-    width = injection.width(backbone, site)
-    if found.shape[1] != width:
+    site = Site(loaded.site, loaded.mode, loaded.placement, loaded.segments)
+    width = injection.prompt_width(backbone, site)
+    if loaded.shape[1] != width:
         raise ConfigError(
-            f"the teacher of {task}, {path}, has rows of width {found.shape[1]}; site '{site.name}' of "
+            f"the teacher of {task}, {path}, has rows of width {loaded.shape[1]}; site '{site.name}' of "
             f"{backbone.name} takes {width}"
         )
-    return TaskTeacher(task, found.require_prompt(path), site, found.digest)
+    return TaskTeacher(task, loaded.require_prompt(path), site, loaded.digest)
 
 
 def targets(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
-    rows: Sequence[EncodedExample],
+    examples: Sequence[EncodedExample],
     config: DistillationConfig,
     file: Path | None = None,
-    progress: Callable[[int, int], None] = lambda done, of: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> TeacherOutputs:
-    """What the teachers make of `rows`, read from `file` where it holds just this, else computed and written there.
+    """The teachers' outputs for examples, from a file where it holds exactly these, else computed and written there.
 
-    teachers: by the rows' task number; progress: told how many rows are done, of how many. Kept in the model's number
-    format: for a row of n labels and m tokens n·H + layers·m·H numbers.
+    Args:
+        backbone: The frozen backbone of teachers and student.
+        teachers: The teachers, by the task number of the examples.
+        examples: The examples; one with n labels and m tokens takes n·H + layers·m·H numbers in the backbone's dtype.
+        config: The layers and the temperature.
+        file: The cache.
+        progress: Called with the number of examples that are done, and of all.
+
+    Returns:
+        The outputs.
     """
-    key = _key(backbone, teachers, rows, config.layers)
+    key = _cache_key(backbone, teachers, examples, config.layers)
     if file is not None and file.exists():
         tensors, metadata = read_tensors(file)
         if metadata.get("key") == key:
-            progress(len(rows), len(rows))
-            return _targets(rows, tensors, config.temperature)
-    tensors = _compute(backbone, teachers, rows, config.layers, progress)
+            progress(len(examples), len(examples))
+            return _outputs(examples, tensors, config.temperature)
+    tensors = _compute(backbone, teachers, examples, config.layers, progress)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, tensors, {"key": key})
-    return _targets(rows, tensors, config.temperature)
+    return _outputs(examples, tensors, config.temperature)
 
 
-def _targets(rows: Sequence[EncodedExample], tensors: Mapping[str, Tensor], temperature: float) -> TeacherOutputs:
+def _outputs(examples: Sequence[EncodedExample], tensors: Mapping[str, Tensor], temperature: float) -> TeacherOutputs:
+    """The outputs from the tensors of the cache."""
     states = tensors["states"].split(tensors["states.counts"].tolist())
-    layers: dict[Key, Sequence[Tensor]] = {}
-    for name in (name for name in tensors if name.startswith("layers.")):
-        _, side, number = name.split(".")
-        layers[side, int(number)] = tensors[name].split(tensors[f"tokens.{side}"].tolist())
-    return TeacherOutputs(rows, states, layers, temperature)
+    layers: dict[LayerKey, Sequence[Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("layers."):
+            _, side, number = name.split(".")
+            layers[side, int(number)] = tensor.split(tensors[f"tokens.{side}"].tolist())
+    return TeacherOutputs(examples, states, layers, temperature)
 
 
 def _compute(
     backbone: Backbone,
     teachers: Sequence[TaskTeacher],
-    rows: Sequence[EncodedExample],
+    examples: Sequence[EncodedExample],
     layers: Collection[int],
     progress: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
-    """Tensors by the names they have in the file: those of all rows behind each other, and how many belong to each."""
-    found: list[dict[str, Tensor]] = [{}] * len(rows)
+    """The tensors of the cache: those of all examples, one behind the other, and how many belong to each example."""
+    of_examples: list[dict[str, Tensor]] = [{}] * len(examples)
     done = 0
-    for number, teacher in enumerate(teachers):
-        own = [i for i, row in enumerate(rows) if row.task_id == number]
-        for part in evaluation_order([len(rows[i].input_ids) for i in own], 512, BATCH_TOKENS):
-            at = [own[i] for i in part]
-            output = _read(backbone, teacher, [rows[i] for i in at], layers)
-            for i, one in zip(at, _by_row(output, len(at)), strict=True):
-                found[i] = one
-            done += len(at)
-            progress(done, len(rows))
-    counts = {"states": "states.counts"} | {
-        name: f"tokens.{name.split('.')[1]}" for name in found[0] if name.startswith("layers.")
-    }
-    sizes = {count: torch.tensor([len(one[name]) for one in found]) for name, count in counts.items()}
-    return {name: torch.cat([one[name] for one in found]) for name in counts} | sizes
+    for task_id, teacher in enumerate(teachers):
+        places = [place for place, example in enumerate(examples) if example.task_id == task_id]
+        for batch in evaluation_order([len(examples[place].input_ids) for place in places], 512, BATCH_TOKENS):
+            batch_places = [places[index] for index in batch]
+            output = _read(backbone, teacher, [examples[place] for place in batch_places], layers)
+            for place, tensors in zip(batch_places, _by_row(output, len(batch_places)), strict=True):
+                of_examples[place] = tensors
+            done += len(batch_places)
+            progress(done, len(examples))
+    cache = {}
+    for name in of_examples[0]:
+        cache[name] = torch.cat([tensors[name] for tensors in of_examples])
+        counts = f"tokens.{name.split('.')[1]}" if name.startswith("layers.") else f"{name}.counts"
+        cache[counts] = torch.tensor([len(tensors[name]) for tensors in of_examples])
+    return cache
 
 
-def _read(backbone: Backbone, teacher: TaskTeacher, rows: Sequence[EncodedExample], layers: Collection[int]) -> Output:
+def _read(
+    backbone: Backbone, teacher: TaskTeacher, examples: Sequence[EncodedExample], layers: Collection[int]
+) -> Output:
+    """The backbone's output for examples behind the prompt of their teacher."""
     pad = 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
-    batch = collate(rows, pad).to(backbone.device)
+    batch = collate(examples, pad).to(backbone.device)
     if batch.segment_lengths is not None and teacher.site.place != "template":
-        batch = replace(
-            batch, prompt_offsets=None, segment_lengths=None
-        )  # the rows' slots are for the student's prompt
+        # The slots of the rows are for the student's prompt.
+        batch = replace(batch, prompt_offsets=None, segment_lengths=None)
     values = teacher.prompt[None].to(backbone.device)
     mask = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
-    prompt = Prompt(values, mask, torch.zeros(len(rows), dtype=torch.long, device=values.device))
+    prompt = Prompt(values, mask, torch.zeros(len(examples), dtype=torch.long, device=values.device))
     with torch.no_grad():
-        return injection.forward(backbone, batch, prompt, teacher.site, logits=False, layers=layers)
+        return injection.score(backbone, batch, prompt, teacher.site, return_logits=False, layers=layers)
 
 
 def _by_row(output: Output, rows: int) -> list[dict[str, Tensor]]:
     """The tensors of each row, on the CPU."""
-    assert output.states is not None
-    counts = torch.bincount(output.row, minlength=rows).tolist()
-    named = {"states": output.states.cpu().split(counts)}
-    for (side, number), states in output.layers.items():
-        named[f"layers.{side}.{number}"] = states.cpu().split(output.tokens[side].tolist())
-    return [{name: parts[i] for name, parts in named.items()} for i in range(rows)]
+    assert output.label_states is not None
+    counts = torch.bincount(output.batch_rows, minlength=rows).tolist()
+    split = {"states": output.label_states.cpu().split(counts)}
+    for (side, number), states in output.layer_states.items():
+        split[f"layers.{side}.{number}"] = states.cpu().split(output.token_counts[side].tolist())
+    return [{name: tensors[row] for name, tensors in split.items()} for row in range(rows)]
 
 
-def _key(
-    backbone: Backbone, teachers: Sequence[TaskTeacher], rows: Sequence[EncodedExample], layers: Collection[int]
+def _cache_key(
+    backbone: Backbone,
+    teachers: Sequence[TaskTeacher],
+    examples: Sequence[EncodedExample],
+    layers: Collection[int],
 ) -> str:
-    """What must be the same for kept states to be the ones that would be computed."""
+    """A digest of everything on which the cached states depend."""
     digest = hashlib.sha256()
     facts = [machine_of(backbone), list(layers), [teacher.digest for teacher in teachers]]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    for row in rows:
-        digest.update(
-            json.dumps(
-                [row.input_ids, row.labels, row.token_type_ids, row.prompt_offsets, row.task_id, row.segment_lengths]
-            ).encode()
-        )
+    for example in examples:
+        fields = [
+            example.input_ids,
+            example.labels,
+            example.token_type_ids,
+            example.prompt_offsets,
+            example.task_id,
+            example.segment_lengths,
+        ]
+        digest.update(json.dumps(fields).encode())
     return digest.hexdigest()

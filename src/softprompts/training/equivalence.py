@@ -1,4 +1,4 @@
-"""Does the fast path give what plain concatenation gives? The same batch both ways: loss and gradient compared."""
+"""Compare a step on the fast path with plain concatenation: loss and gradient of one batch, computed both ways."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from softprompts.backbone import Backbone
 from softprompts.backbone.kernels import Kernels
+from softprompts.errors import TrainingError
 from softprompts.model import SoftPromptModel
 from softprompts.types import Batch, Objective, Output, Prompt, Step, TeacherBatch
 
@@ -18,23 +19,28 @@ ALLOWED: dict[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-2, 0.1),
     torch.bfloat16: (2e-2, 0.2),
 }
-"""Relative differences of loss and gradient that are the number format's rounding in any case.
+"""Relative differences of loss and gradient that are the rounding of a dtype in any case.
 
-On the default model, packed rows against concatenation, the prompt gradient moves by 1e-5 in float32 on ordinary text,
-and by 3e-4 with oneDNN's products on random text, whose gradient is a small difference of large sums. In bfloat16 it
-moves by 0.06 to 0.26, depending on the prompt, so there the rounding of the plain way is measured too (see `compare`).
+On the default model, packed rows move the prompt gradient by 1e-5 against concatenation, in float32 on ordinary text.
+Random text, whose gradient is a small difference of large sums, moves it by 3e-4 with oneDNN's matrix products. In
+bfloat16 it moves by 0.06 to 0.26, so `compare` measures the rounding of the plain way there too.
 """
 
 NOISE = 2
-"""How many times the difference between two plain ways a difference may be, where that is more than ALLOWED."""
+"""A difference may be this many times the difference between two plain ways, where that is more than ALLOWED."""
 
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Relative differences of loss and of the gradient of all that is trained, and the two ways compared.
+    """Relative differences between two ways to compute a step.
 
-    noise: the same two figures between two plain ways, with transformers' own attention implementations; zeros where
-    the model has only one.
+    Attributes:
+        loss: The relative difference of the losses.
+        gradient: The relative difference of the gradients of everything trained.
+        path: The path of the fast way.
+        plain: The path of the plain way.
+        dtype: The dtype of the backbone.
+        noise: The same two figures between two plain ways; zeros where the model has only one.
     """
 
     loss: float
@@ -46,7 +52,7 @@ class Equivalence:
 
     @property
     def allowed(self) -> tuple[float, float]:
-        """How much loss and gradient may differ."""
+        """The largest differences of loss and gradient that are rounding."""
         loss, gradient = ALLOWED[self.dtype]
         return max(loss, NOISE * self.noise[0]), max(gradient, NOISE * self.noise[1])
 
@@ -58,11 +64,32 @@ class Equivalence:
 
     def __str__(self) -> str:
         loss, gradient = self.allowed
-        name = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.path} against {self.plain}: loss differs by {self.loss:.1e}, gradient by {self.gradient:.1e} "
-            f"(allowed in {name}: {loss:.0e}, {gradient:.0e})"
+            f"(allowed in {dtype}: {loss:.0e}, {gradient:.0e})"
         )
+
+
+def check(
+    model: SoftPromptModel,
+    batch: Batch,
+    objective: Objective,
+    teacher: TeacherBatch | None = None,
+    prompts: Sequence[str] | None = None,
+) -> str:
+    """Compare as `compare` does, and describe the difference.
+
+    Raises:
+        TrainingError: The two ways differ by more than rounding.
+    """
+    equivalence = compare(model, batch, objective, teacher, prompts)
+    if not equivalence.holds:
+        raise TrainingError(
+            f"the next batch does not come out as by plain concatenation: {equivalence}. No step was made; set "
+            f"model.attention to eager and model.matmul_backend to torch, and please report the model"
+        )
+    return str(equivalence)
 
 
 def compare(
@@ -72,35 +99,44 @@ def compare(
     teacher: TeacherBatch | None = None,
     prompts: Sequence[str] | None = None,
 ) -> Equivalence:
-    """One step on `batch` as it is run, and as plain as can be: prompts in every row, stock kernels.
+    """Compute a step as the loop does, and as plainly as possible: a prompt in every row, through stock kernels.
 
-    In half precision the plain way is run with both of transformers' usual attention implementations, where the model
-    has them, to see how far rounding alone goes. Nothing is changed: gradients are returned to where they were. At site
-    kv, where nothing can be concatenated, the plain way is the model's own cache.
+    In half precision two plain ways, with two of transformers' attention implementations, show the size of rounding.
+    At site kv, where nothing can be concatenated, the plain way is the model's own cache. Gradients stay as they were.
 
     Args:
         model: The model.
-        batch: The rows; `task_ids` are places in the model's tasks.
-        objective: What is minimized.
-        teacher: Of the rows, where the objective compares with one.
-        prompts: The prompts whose gradients are compared; None: those of the rows.
+        batch: The rows of the step; `task_ids` [B] count the prompts of the model.
+        objective: The loss of the step.
+        teacher: The teachers' outputs for the rows, where the objective compares with them.
+        prompts: The prompts whose gradients are compared; None compares those of the rows.
+
+    Returns:
+        The differences.
     """
     backbone = model.backbone
     names = tuple(model.registry.used(batch.task_ids).values())
     parameters = list(model.trainable(names if prompts is None else prompts).values())
     in_cache = model.registry.site_of(names).in_cache
-    asked = None if not backbone.family.shifted else "shared" if in_cache else "concatenation"
-    fast, path, gradient = _once(model, batch, objective, None, teacher, parameters)
+    plain_path = None if not backbone.family.scores_next_token else "shared" if in_cache else "concatenation"
+    loss, path, gradient = _loss_and_gradient(model, batch, objective, None, teacher, parameters)
     plain_steps = []
-    for attention in _ways(backbone):
-        with _plain(model, attention):
-            plain_steps.append(_once(model, batch, objective, asked, teacher, parameters))
-    slow, plain, expected = plain_steps[0]
-    noise = (_apart(plain_steps[-1][0], slow), _far(plain_steps[-1][2], expected))
-    return Equivalence(_apart(fast, slow), _far(gradient, expected), path, plain, backbone.dtype, noise)
+    for attention in _plain_attentions(backbone):
+        with _stock_kernels(model, attention):
+            plain_steps.append(_loss_and_gradient(model, batch, objective, plain_path, teacher, parameters))
+    expected_loss, plain, expected = plain_steps[0]
+    other_loss, _, other = plain_steps[-1]
+    return Equivalence(
+        loss=_relative_difference(loss, expected_loss),
+        gradient=_relative_distance(gradient, expected),
+        path=path,
+        plain=plain,
+        dtype=backbone.dtype,
+        noise=(_relative_difference(other_loss, expected_loss), _relative_distance(other, expected)),
+    )
 
 
-def _ways(backbone: Backbone) -> list[str | None]:
+def _plain_attentions(backbone: Backbone) -> list[str | None]:
     """The attention implementations of the plain way: the model's own, and in half precision another one."""
     if backbone.dtype.itemsize > 2 or not backbone.model._can_set_attn_implementation():
         return [None]
@@ -109,25 +145,25 @@ def _ways(backbone: Backbone) -> list[str | None]:
 
 
 @contextlib.contextmanager
-def _plain(model: SoftPromptModel, attention: str | None) -> Iterator[None]:
+def _stock_kernels(model: SoftPromptModel, attention: str | None) -> Iterator[None]:
     """Inside, the model runs with stock kernels and this attention implementation."""
     backbone = model.backbone
-    model.backbone = replace(backbone, kernels=Kernels(rows="shared", attention=attention))
+    model.backbone = replace(backbone, kernels=Kernels(path="shared", attn_implementation=attention))
     try:
         yield
     finally:
         model.backbone = backbone
 
 
-def _apart(one: float, other: float) -> float:
-    return abs(one - other) / (abs(other) or 1.0)
+def _relative_difference(value: float, expected: float) -> float:
+    return abs(value - expected) / (abs(expected) or 1.0)
 
 
-def _far(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / (other.norm() or 1.0))
+def _relative_distance(vector: Tensor, expected: Tensor) -> float:
+    return float((vector - expected).norm() / (expected.norm() or 1.0))
 
 
-def _once(
+def _loss_and_gradient(
     model: SoftPromptModel,
     batch: Batch,
     objective: Objective,
@@ -135,23 +171,22 @@ def _once(
     teacher: TeacherBatch | None,
     parameters: Sequence[nn.Parameter],
 ) -> tuple[float, str, Tensor]:
-    """Loss, path and flat gradient of one step; both ways draw the same, and the random stream is put back."""
-    layers = sorted({number for _, number in teacher.layers}) if teacher else []
+    """Loss, path and flat gradient of one step; all ways draw the same, and the random stream is put back."""
+    layers = sorted({number for _, number in teacher.layer_states}) if teacher else []
 
-    def run(prompt: Prompt | None) -> Output:
+    def score(prompt: Prompt | None) -> Output:
         if prompt is None:
             with model.no_prompt():
                 return model.score(batch, path=path)
         return model.score(batch, prompts=prompt, path=path, logits=True if teacher else None, layers=layers)
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of every device, so that both ways drop out the same; each step seeds itself anyway
+        torch.manual_seed(0)  # on every device, so that both ways drop out alike; each step seeds itself anyway
         prompt = model.make_prompts(batch, training=True)
-        output = run(prompt)
-        loss = objective(Step(batch, prompt, output, run, teacher))
+        output = score(prompt)
+        loss = objective(Step(batch, prompt, output, score, teacher))
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = []
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        filled = torch.zeros(parameter.numel()) if gradient is None else gradient
-        flat.append(filled.detach().cpu().double().flatten())
-    return float(loss.detach()), output.path, torch.cat(flat)
+        flat.append(torch.zeros(parameter.numel()) if gradient is None else gradient.detach().cpu().flatten())
+    return float(loss.detach()), output.path, torch.cat([part.double() for part in flat])

@@ -1,15 +1,18 @@
-"""Training: `fit` is a generator that yields one Report a step; resuming is `fit` with the same directory.
+"""The training loop: batch, loss, backward, step, progress.
 
-Every choice of a step (its rows, its rate, its random stream) is a function of the seed and the step's number, so a
-checkpoint holds tensors and a few numbers, and a killed run goes on bit for bit. `fit_together` trains several runs in
-the same frozen batch, `fit` is its case of one run.
+`train_many` is the loop, `train_run` its case of one run, and `train` the door for people who have a model and rows.
+
+The rows, the learning rate and the random stream of a step are functions of the seed and the step's number. So a
+checkpoint needs only tensors and a few numbers, and a killed run continues bit for bit.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,388 +25,436 @@ from torch import Tensor, nn
 from softprompts.config import TrainConfig
 from softprompts.data import EncodedExample, ExampleBatches, TaskBatches
 from softprompts.errors import ConfigError, TrainingError
-from softprompts.injection import Site
 from softprompts.model import SoftPromptModel
-from softprompts.training import checkpoint, equivalence, objectives
-from softprompts.training.checkpoint import CHECKPOINT, Checkpoint, CheckpointFile, Progress, check_checkpoint
-from softprompts.training.distillation import TeacherOutputs
+from softprompts.training import checkpoint, objectives
+from softprompts.training.checkpoint import Checkpoint, CheckpointFile
 from softprompts.training.optimizer import build_optimizer, set_rates
-from softprompts.training.shared_batch import check_together, joint_steps, label_count, task_batch
-from softprompts.types import Objective
+from softprompts.training.trainables import Loss, RunBatch, Trainable, TrainablePrompts, TrainableState
+from softprompts.types import Objective, Progress, Row
 
-__all__ = [
-    "CHECKPOINT",
-    "Progress",
-    "TrainingRun",
-    "check_checkpoint",
-    "fit",
-    "is_main_process",
-    "train_many",
-]
+NO_LABEL = "a batch holds no label to learn from; check the template and the label column"
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One run: which prompts of a model are trained on which rows and how, and where its checkpoints go; see `fit`.
+    """One run: its examples, its settings, and the place of its checkpoints.
 
-    prompts: in the order that the rows' task numbers count; a checkpoint knows each by what follows its last slash.
-    targets: what the teachers make of the rows, for the objectives that compare with them.
+    Attributes:
+        name: The name by which the trainable knows the run.
+        examples: The examples to learn from.
+        config: How to train.
+        seed: The seed of the order of the examples and of every random stream.
+        validate: Gives a score, higher is better. The loop asks for it every `config.eval_steps` steps, keeps the
+            parameters with the best one, and stops early.
+        directory: Where checkpoints are written, and where a run continues from one; None writes none.
+        settings: What must be the same when a run is continued.
     """
 
     name: str
-    model: SoftPromptModel
-    prompts: tuple[str, ...]
-    rows: Sequence[EncodedExample]
+    examples: Sequence[EncodedExample]
     config: TrainConfig
     seed: int = 0
     validate: Callable[[], float] | None = None
     directory: str | Path | None = None
     settings: Mapping[str, Any] | None = None
-    targets: TeacherOutputs | None = None
 
-    @property
-    def site(self) -> Site:
-        """Where the prompts enter."""
-        return self.model.registry.site_of(self.prompts)
+    @cached_property
+    def objective(self) -> Objective:
+        """The weighted sum of the run's objectives."""
+        return objectives.weigh(self.config.objectives)
 
-    def label_count(self, row: EncodedExample) -> int:
-        """How many labels of a row count in its loss."""
-        return label_count(row, self.model.backbone, self.site)
+    @cached_property
+    def batches(self) -> ExampleBatches | TaskBatches:
+        """The examples of every micro-batch."""
+        if self.config.sampling.draw == "rows":
+            return ExampleBatches(self.examples, self.config.batch_size, self.seed, self.config.batch_tokens)
+        return TaskBatches(self.examples, self.config.batch_size, self.seed, self.config.sampling)
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by the names that it would have in a model of this run alone."""
-        return self.model.trainable({name: name.rpartition("/")[2] for name in self.prompts})
+    @cached_property
+    def checkpoint_file(self) -> CheckpointFile | None:
+        """The run's checkpoint file; None without a directory."""
+        return CheckpointFile.of(self.directory, len(self.examples), self.seed, self.settings)
+
+    def check_checkpoint(self) -> None:
+        """Raise TrainingError where the directory holds the checkpoint of a run with other settings."""
+        if self.checkpoint_file is not None and self.checkpoint_file.path.exists():
+            self.checkpoint_file.read()
+
+    def micro_batches(self, step: int) -> list[list[EncodedExample]]:
+        """The examples of each micro-batch of a step, counted from 0."""
+        count = self.config.gradient_accumulation_steps
+        return [self.batches.at(step * count + part) for part in range(count)]
+
+    def batch(self, step: int, part: int, examples: Sequence[EncodedExample], share: float = 1.0) -> RunBatch:
+        """Examples of micro-batch `part` of a step, with random streams of their own, whatever other runs draw."""
+        prompt_seed, objective_seed = (
+            (self.seed * 1_000_003 + step + (draw << 40)) % 2**63 for draw in (2 * part, 2 * part + 1)
+        )
+        return RunBatch(self.name, examples, self.objective, prompt_seed, objective_seed, share)
 
 
-def is_main_process() -> bool:
-    """Whether this process is the one that writes and prints: the first of those that a launcher started."""
-    return bool(get_cpu_distributed_information().rank == 0)
-
-
-def fit(
+def train(
     model: SoftPromptModel,
-    rows: Sequence[EncodedExample],
+    examples: Mapping[str, Sequence[Row | EncodedExample]],
     config: TrainConfig,
     *,
-    pad: int,
-    prompts: Sequence[str] | None = None,
     seed: int = 0,
     validate: Callable[[], float] | None = None,
     directory: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
-    targets: TeacherOutputs | None = None,
 ) -> Generator[Progress, None, None]:
-    """Train prompts of `model` in place on `rows`, one report a step; afterwards they are the best ones.
+    """Train prompts of a model in place; afterwards they are the best ones.
 
-    prompts: in the order that the rows' task numbers count; None: all. validate: a score (higher is better), asked
-    every `config.eval_steps` steps, that chooses the best checkpoint and stops early; directory: where checkpoints go,
-    and where training resumes if one is there; settings: what must be the same for resuming; targets: as of a
-    TrainingRun. Reports of steps done before a resume come first, so a history is always whole.
-    Raises TrainingError when the loss stops being a number (the last good state is saved) and when a checkpoint
-    belongs to other settings; ConfigError when there is nothing to train on.
+    Args:
+        model: The model with the prompts.
+        examples: The rows of each prompt's task, by the name of the prompt. Rows of a data set need the prompt's
+            template; tokenized examples do not.
+        config: How to train.
+        seed: The seed of the order of the examples and of every random stream.
+        validate: Gives a score, higher is better, every `config.eval_steps` steps.
+        directory: Where checkpoints are written, and where training continues from one.
+
+    Yields:
+        The progress of every step.
+
+    Raises:
+        ConfigError: There are no examples, or a prompt has no template.
+        TrainingError: The loss was not finite, or the checkpoint belongs to another training.
     """
-    names = model.tasks if prompts is None else tuple(prompts)
-    one = TrainingRun("", model, names, rows, config, seed, validate, directory, settings, targets)
-    with closing(train_many([one], pad=pad)) as steps:
-        for _, report in steps:
-            yield report
+    encoded: list[EncodedExample] = []
+    for task_id, (prompt, rows) in enumerate(examples.items()):
+        for row in rows:
+            example = row if isinstance(row, EncodedExample) else model.example_tokenizer(prompt).example(row)
+            encoded.append(replace(example, task_id=task_id))
+    run = TrainingRun("", encoded, config, seed, validate=validate, directory=directory)
+    yield from train_run(TrainablePrompts(model, {"": tuple(examples)}), run)
 
 
-def train_many(trainees: Sequence[TrainingRun], *, pad: int) -> Generator[tuple[str, Progress], None, None]:
-    """Train several runs in the same batches of their one frozen backbone; gives (name, Report) of each step of each.
+def train_run(trainable: Trainable, run: TrainingRun) -> Generator[Progress, None, None]:
+    """Train one run in place, and yield the progress of every step; see `train_many`."""
+    with closing(train_many(trainable, [run])) as steps:
+        for _, progress in steps:
+            yield progress
 
-    Each run is the run it would be alone, up to rounding: its own rows, optimizer, schedule, clipping, validation,
-    random stream and checkpoints. A run that is done, or stops early, leaves the batch. One whose loss stops being a
-    number leaves it too, and TrainingError tells so after the others are done (`failed`: the message of each).
-    Raises ConfigError for runs without rows, or that cannot share a batch; else as `fit`.
+
+def train_many(trainable: Trainable, runs: Sequence[TrainingRun]) -> Generator[tuple[str, Progress], None, None]:
+    """Train runs that share every batch, in place; afterwards each has its best parameters.
+
+    Each run is the run that it would be alone, up to rounding: it has its own examples, optimizer, schedule, clipping,
+    validation, random streams and checkpoints. A run that is done or stops early leaves the batch. So does a run whose
+    loss is not finite, after its last good parameters are put back. A run with a checkpoint continues from it.
+
+    Args:
+        trainable: What is trained. It knows the runs by their names.
+        runs: The runs.
+
+    Yields:
+        The name of a run and the progress of one of its steps. The steps before a resume come first.
+
+    Raises:
+        ConfigError: A run has no examples, or two runs have one name.
+        TrainingError: A checkpoint belongs to other settings, or the first batch differs from plain concatenation. For
+            a loss that was not finite it comes after the other runs are done; `failed` holds the message of each run.
     """
-    courses, accelerator = _begin(trainees)
-    states = {course.trainee.name: _resumed(course) for course in courses}
+    accelerator = _start(trainable, runs)
+    states = {run.name: _initial_state(trainable, run) for run in runs}
     for name, state in states.items():
-        for report in state.now.history:
-            yield name, report
-    going: Sequence[_Course] = ()
+        for progress in state.current.history:
+            yield name, progress
+    active: list[RunState] = []
     try:
-        found = {
-            c.trainee.name: _compared(c, states[c.trainee.name].now.step, pad) for c in courses if c.goes_on(states)
-        }
-        while going := [course for course in courses if course.goes_on(states)]:
-            began = time.perf_counter()
-            measured = _gradients(going, [states[c.trainee.name].now.step for c in going], pad, accelerator)
-            spent = time.perf_counter() - began
-            # All at once, so that an interrupt finds every run at the same step.
-            states = {**states, **_updated(going, states, measured, spent, accelerator, found)}
-            found = {}
-            ended = [course for course in going if not course.goes_on(states)]
-            if ended or any(states[c.trainee.name].due(c) for c in going):
-                _save(going, states, accelerator)
-            for course in going:
-                if not states[course.trainee.name].now.failed:
-                    yield course.trainee.name, states[course.trainee.name].now.history[-1]
+        with _gradients_enabled(states.values()):
+            comparisons = {name: _compare(trainable, state) for name, state in states.items() if state.is_active}
+            while active := [state for state in states.values() if state.is_active]:
+                started = time.perf_counter()
+                steps = {state.run.name: RunStep.of(trainable, state) for state in active}
+                for batches in _micro_batches(trainable, steps, accelerator):
+                    losses = trainable.loss(batches)
+                    weighted = [loss.value * batch.share for loss, batch in zip(losses, batches, strict=True)]
+                    torch.stack(weighted).sum().backward()
+                    for batch, loss in zip(batches, losses, strict=True):
+                        steps[batch.run].record(batch, loss)
+                for step in steps.values():
+                    step.sum_over_processes(accelerator)
+                shared_seconds = time.perf_counter() - started
+                updated: dict[str, RunState] = {}
+                for name, step in steps.items():
+                    started = time.perf_counter() - shared_seconds
+                    state, config = step.state, step.state.run.config
+                    norm = nn.utils.clip_grad_norm_(list(state.parameters.values()), config.max_grad_norm or math.inf)
+                    if not step.labels:
+                        updated[name] = state.after_failure(NO_LABEL)
+                    elif not math.isfinite(float(step.loss) + float(norm)):
+                        updated[name] = state.after_failure(state.divergence())
+                    else:
+                        rate = set_rates(state.optimizer, config, state.current.step)
+                        state.optimizer.step()
+                        state.optimizer.zero_grad(set_to_none=True)
+                        score = _validate(state, accelerator)
+                        comparison = comparisons.pop(name, "")
+                        updated[name] = state.after_step(
+                            step.progress(rate, score, comparison, trainable.state(name), started)
+                        )
+                # One assignment, so that an interrupt finds all runs at the same step.
+                states = {**states, **updated}
+                if any(state.is_checkpoint_due or not state.is_active for state in updated.values()):
+                    _save(updated.values(), accelerator)
+                for name, state in updated.items():
+                    if not state.current.failed:
+                        yield name, state.current.history[-1]
     except (KeyboardInterrupt, GeneratorExit):
-        _save(going, states, accelerator)
+        _save([states[state.run.name] for state in active], accelerator)
         raise
-    _save([c for c in courses if c.written is not None and not c.written.file.exists()], states, accelerator)
-    for course in courses:
-        course.keep_best(states)
-    failed = {name: state.now.failed for name, state in states.items() if state.now.failed}
-    if failed:
-        lines = [f"run '{name}': {message}" if name else message for name, message in failed.items()]
-        raise TrainingError("; ".join(lines), failed)
+    _save([state for state in states.values() if state.is_unwritten], accelerator)
+    for state in states.values():
+        if not state.current.failed:
+            checkpoint.restore_best(state.current, state.parameters)
+    _raise_failures(states)
 
 
 @dataclass(frozen=True)
-class _Measured:
-    """Loss, tokens and path of a step, the method's own figures, the prompts' rms; `failed` where no label was."""
+class RunState:
+    """A run after its last step.
 
-    loss: float
-    tokens: int
-    path: str
-    measures: dict[str, float]
-    rms: float
-    failed: str = ""
+    Attributes:
+        run: The run.
+        parameters: What is trained, by name.
+        optimizer: The optimizer of the parameters.
+        current: The state after the last step.
+        good: The last state whose loss is known to be finite: the one before the last step.
+        resumable: Whether the states hold the parameters and the optimizer's state.
+    """
 
-
-@dataclass(frozen=True)
-class _State:
-    """A run after its last step, and the last state whose loss is known to be a number."""
-
-    now: Checkpoint
+    run: TrainingRun
+    parameters: dict[str, nn.Parameter] = field(repr=False)
+    optimizer: Any = field(repr=False)
+    current: Checkpoint
     good: Checkpoint
+    resumable: bool = True
 
-    def due(self, course: "_Course") -> bool:
-        return self.now.step % course.trainee.config.save_steps == 0
+    @property
+    def is_active(self) -> bool:
+        """Whether the run makes another step."""
+        state, config = self.current, self.run.config
+        if state.failed or state.step >= config.max_steps:
+            return False
+        if config.early_stopping_patience is None or config.eval_steps is None or state.best is None:
+            return True
+        return state.step - state.best_step < config.early_stopping_patience * config.eval_steps
+
+    @property
+    def is_checkpoint_due(self) -> bool:
+        """Whether the settings ask for a checkpoint after the last step."""
+        return self.current.step % self.run.config.save_steps == 0
+
+    @property
+    def is_unwritten(self) -> bool:
+        """Whether the run has no checkpoint and could have one."""
+        return self.run.checkpoint_file is not None and not self.run.checkpoint_file.path.exists()
+
+    def after_step(self, progress: Progress) -> "RunState":
+        """The state after a step that the optimizer has made."""
+        current = checkpoint.capture(self.current, progress, self.parameters, self.optimizer, self.resumable)
+        # The loss of the next step shows whether the parameters that this step made are good.
+        return replace(self, current=current, good=self.current)
+
+    def after_failure(self, reason: str) -> "RunState":
+        """The last good state, put back into the parameters, from which the run makes no further step."""
+        if self.resumable:
+            checkpoint.restore(self.good, self.parameters, self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+        return replace(self, current=replace(self.good, failed=reason))
+
+    def divergence(self) -> str:
+        """The message for a loss that is not finite in the next step."""
+        config, file = self.run.config, self.run.checkpoint_file
+        problem = f"the loss of step {self.current.step + 1} is not a number"
+        rate = f"training.learning_rate was {config.learning_rate:g} {config.learning_rate_unit}"
+        remedy = f"Try a lower rate ({rate}) or gradient clipping (training.max_grad_norm)"
+        if not self.resumable:
+            return f"{problem}, and nothing was written. {remedy}"
+        where = f" in {file.path}" if file else ""
+        return (
+            f"{problem}; the state after step {self.good.step} is kept{where}. {remedy}, in another output directory "
+            f"or with that file deleted"
+        )
 
 
-@dataclass(frozen=True)
-class _Course:
-    """A trainee on its way: what its steps need besides its state."""
+@dataclass
+class RunStep:
+    """The step of one run while it is made.
 
-    trainee: TrainingRun
-    parameters: dict[str, nn.Parameter]
-    objective: Objective
-    optimizer: Any
-    batches: ExampleBatches | TaskBatches
-    written: CheckpointFile | None
+    Attributes:
+        state: The run before the step.
+        examples: The examples of each micro-batch, in all processes.
+        labels: The number of labels in the step.
+        loss: The mean loss over the labels, summed up micro-batch by micro-batch [].
+        path: How the prompt was computed.
+        measures: The numbers that the method reports.
+    """
 
-    def goes_on(self, states: Mapping[str, _State]) -> bool:
-        now, config = states[self.trainee.name].now, self.trainee.config
-        return not now.failed and now.step < config.max_steps and not _patience_spent(now, config)
+    state: RunState
+    examples: list[list[EncodedExample]]
+    labels: int
+    loss: Tensor
+    path: str = ""
+    measures: dict[str, float] = field(default_factory=dict)
 
-    def keep_best(self, states: Mapping[str, _State]) -> None:
-        """Leave the best parameters in place; those of a run that failed are its last good ones."""
-        state = states[self.trainee.name].now
-        with torch.no_grad():
-            for name, parameter in self.parameters.items() if not state.failed else ():
-                parameter.copy_(state.tensors.get(f"best.{name}", parameter))
+    @classmethod
+    def of(cls, trainable: Trainable, state: RunState) -> "RunStep":
+        """The next step of a run, whose parameters have no gradient."""
+        run = state.run
+        examples = run.micro_batches(state.current.step)
+        labels = sum(_count_labels(trainable, run.name, part) for part in examples)
+        return cls(state, examples, labels, torch.zeros((), device=trainable.device, dtype=trainable.dtype))
+
+    def batch(self, trainable: Trainable, part: int, accelerator: Accelerator) -> RunBatch | None:
+        """This process's share of a micro-batch; None where that holds no label."""
+        if part >= len(self.examples):
+            return None
+        run = self.state.run
+        examples = self.examples[part][accelerator.process_index :: accelerator.num_processes]
+        labels = _count_labels(trainable, run.name, examples)
+        return run.batch(self.state.current.step, part, examples, labels / self.labels) if labels else None
+
+    def record(self, batch: RunBatch, loss: Loss) -> None:
+        """Add the loss of a micro-batch."""
+        self.loss = self.loss + loss.value.detach() * batch.share
+        self.path, self.measures = loss.path, loss.measures
+
+    def sum_over_processes(self, accelerator: Accelerator) -> None:
+        """Sum loss and gradients over all processes; a parameter without gradient in all of them keeps none."""
+        if accelerator.num_processes == 1:
+            return
+        parameters = list(self.state.parameters.values())
+        has_gradient = self.loss.new_tensor([parameter.grad is not None for parameter in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.loss, has_gradient, *gradients = accelerator.reduce([self.loss, has_gradient, *gradients], "sum")
+        for parameter, count, gradient in zip(parameters, has_gradient.tolist(), gradients, strict=True):
+            parameter.grad = gradient if count else None
+
+    def progress(
+        self, rate: float, score: float | None, comparison: str, facts: TrainableState, started: float
+    ) -> Progress:
+        """The progress report of the step, which took the time since `started`."""
+        current, config = self.state.current, self.state.run.config
+        machine = next((progress.machine for progress in reversed(current.history) if progress.machine), "")
+        return Progress(
+            step=current.step + 1,
+            steps=config.max_steps,
+            loss=float(self.loss),
+            rate=rate,
+            rms_ratio=facts.rms_ratio,
+            tokens=sum(len(example.input_ids) for part in self.examples for example in part),
+            seconds=time.perf_counter() - started,
+            score=score,
+            path=self.path,
+            equivalence=comparison,
+            machine="" if facts.machine == machine else facts.machine,
+            measures=self.measures,
+        )
 
 
-def _begin(trainees: Sequence[TrainingRun]) -> tuple[list[_Course], Accelerator]:
-    names = [trainee.name for trainee in trainees]
+def is_main_process() -> bool:
+    """Whether this process writes and prints: the first of those that a launcher started."""
+    return bool(get_cpu_distributed_information().rank == 0)
+
+
+def _start(trainable: Trainable, runs: Sequence[TrainingRun]) -> Accelerator:
+    """Check the runs, and finish or undo a write of their checkpoints that was cut."""
+    names = [run.name for run in runs]
     if not names or len(set(names)) != len(names):
         raise ConfigError(f"runs that train together need names that differ, given {', '.join(names) or 'no run'}")
-    for trainee in trainees:
-        if not trainee.rows:
-            which = f"run '{trainee.name}' has" if trainee.name else "there are"
-            raise ConfigError(f"{which} no rows to train on; check the task's source and split")
-    check_together([(trainee.model, trainee.prompts) for trainee in trainees], names)
-    # One process has no use for accelerate's device, which is fixed by the first run and may be another one's.
+    for run in runs:
+        if not run.examples:
+            subject = f"run '{run.name}' has" if run.name else "there are"
+            raise ConfigError(f"{subject} no rows to train on; check the task's source and split")
+    # One process does not need accelerate's device: the first run of the process fixes it for all later ones.
     several = get_cpu_distributed_information().world_size > 1
-    accelerator = Accelerator(cpu=several and trainees[0].model.device.type == "cpu")
-    courses = []
-    for one in trainees:
-        parameters = one.parameters()
-        groups = one.model.registry.method(one.prompts[0]).groups
-        optimizer = build_optimizer(groups, parameters, one.config, one.model.backbone.rms)
-        batches = _batches(one)
-        written = checkpoint.place(one.directory, one.rows, one.seed, one.settings)
-        courses.append(_Course(one, parameters, objectives.weigh(one.config.objectives), optimizer, batches, written))
-    if accelerator.is_main_process:
-        checkpoint.recover([course.written.file for course in courses if course.written is not None])
+    accelerator = Accelerator(cpu=several and trainable.device.type == "cpu")
+    if trainable.resumable and accelerator.is_main_process:
+        checkpoint.recover([run.checkpoint_file.path for run in runs if run.checkpoint_file is not None])
     accelerator.wait_for_everyone()
-    return courses, accelerator
+    return accelerator
 
 
-def _batches(one: TrainingRun) -> ExampleBatches | TaskBatches:
-    if one.config.sampling.draw == "rows":
-        return ExampleBatches(one.rows, one.config.batch_size, one.seed, one.config.batch_tokens)
-    return TaskBatches(one.rows, one.config.batch_size, one.seed, one.config.sampling)
+def _initial_state(trainable: Trainable, run: TrainingRun) -> RunState:
+    """The state of the run's checkpoint, put into the parameters, or that of a run without a step."""
+    parameters = trainable.parameters(run.name)
+    optimizer = build_optimizer(trainable.param_groups(run.name, run.config), run.config)
+    state = Checkpoint(0, {})
+    if trainable.resumable:
+        state = checkpoint.initial(parameters)
+        if run.checkpoint_file is not None and run.checkpoint_file.path.exists():
+            state = run.checkpoint_file.read()
+            checkpoint.restore(state, parameters, optimizer)
+    return RunState(run, parameters, optimizer, state, state, trainable.resumable)
 
 
-def _resumed(course: _Course) -> _State:
-    """The state of the run's checkpoint, put in place, or that of a run that has not begun."""
-    if course.written is not None and course.written.file.exists():
-        now = checkpoint.read(course.written)
-        checkpoint.restore(now, course.parameters, course.optimizer)
-    else:
-        now = checkpoint.capture(None, course.parameters, course.optimizer)
-    return _State(now, now)
+@contextlib.contextmanager
+def _gradients_enabled(states: Iterable[RunState]) -> Iterator[None]:
+    """Let the trained parameters have gradients inside; afterwards they are as frozen as before, without gradients."""
+    parameters = [parameter for state in states for parameter in state.parameters.values()]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
-def _save(courses: Sequence[_Course], states: Mapping[str, _State], accelerator: Accelerator) -> None:
-    """Write the checkpoints of all `courses` as one."""
-    if accelerator.is_main_process:
-        checkpoint.write([(c.written, states[c.trainee.name].now) for c in courses if c.written is not None])
-
-
-def _compared(course: _Course, step: int, pad: int) -> str:
-    """What the comparison of the next batch with plain concatenation found, where it is asked for.
-
-    Raises TrainingError when the two differ by more than rounding.
-    """
-    one = course.trainee
-    if one.config.equivalence == "off":
+def _compare(trainable: Trainable, state: RunState) -> str:
+    """The comparison of the next batch with the plainest way to compute it, where the settings ask for it."""
+    run, step = state.run, state.current.step
+    if run.config.equivalence == "off":
         return ""
-    rows, device = course.batches.at(step * one.config.gradient_accumulation_steps), one.model.device
-    batch, teacher = (
-        task_batch(one.model, one.prompts, rows, pad).to(device),
-        None if one.targets is None else one.targets.of(rows, device),
-    )
-    found = equivalence.compare(one.model, batch, course.objective, teacher, one.prompts)
-    if not found.holds:
-        raise TrainingError(
-            f"the next batch does not come out as by plain concatenation: {found}. No step was made; set "
-            f"model.attention to eager and model.matmul_backend to torch, and please report the model"
-        )
-    return str(found)
+    return trainable.check(run.batch(step, 0, run.micro_batches(step)[0]))
 
 
-def _gradients(going: Sequence[_Course], steps: Sequence[int], pad: int, accelerator: Accelerator) -> list[_Measured]:
-    """Fill each run's gradients of its mean loss over all labels of its step, with one pass a part for all runs.
-
-    Each part counts with its share of the labels, so accumulation and several processes equal one large batch.
-    """
-    model = going[0].trainee.model
-    backbone = model.backbone
-    zero = torch.zeros((), device=backbone.device, dtype=torch.promote_types(backbone.dtype, torch.float32))
-    parts, totals, losses, paths = [], [], [zero] * len(going), [""] * len(going)
-    measures: list[dict[str, float]] = [{}] * len(going)
-    sizes = [0.0] * len(going)
-    for course, step in zip(going, steps, strict=True):
-        course.optimizer.zero_grad(set_to_none=True)
-        count = course.trainee.config.gradient_accumulation_steps
-        parts.append([course.batches.at(step * count + i) for i in range(count)])
-        totals.append(sum(course.trainee.label_count(row) for part in parts[-1] for row in part))
-    for number in range(max(map(len, parts))):
-        mine, labels = [], []
-        for course, own in zip(going, parts, strict=True):
-            part = own[number] if number < len(own) else []
-            mine.append(part[accelerator.process_index :: accelerator.num_processes])
-            labels.append(sum(course.trainee.label_count(row) for row in mine[-1]))
-        here = [i for i, found in enumerate(labels) if found]
-        if not here:
-            continue
-        seeds = [_stream(going[i].trainee.seed, steps[i], 2 * number) for i in here]
-        trainees = [going[i].trainee for i in here]
-        targets = [trainee.targets for trainee in trainees]
-        found = joint_steps(model, [one.prompts for one in trainees], [mine[i] for i in here], seeds, pad, targets)
-        values = []
-        for i, made in zip(here, found, strict=True):
-            torch.manual_seed(_stream(going[i].trainee.seed, steps[i], 2 * number + 1))
-            values.append(going[i].objective(made).to(zero.dtype) * (labels[i] / totals[i]))
-            losses[i], paths[i] = losses[i] + values[-1].detach(), made.output.path
-            sizes[i] = float(made.prompt.values.detach()[made.prompt.mask.bool()].square().mean().sqrt())
-            measures[i] = {name: float(value) for name, value in made.prompt.aux.items() if value.dim() == 0}
-        torch.stack(values).sum().backward()
-    tokens = [sum(len(row.input_ids) for part in own for row in part) for own in parts]
-    none = "a batch holds no label to learn from; check the template and the label column"
-    return [
-        _Measured(_summed(course, loss, accelerator), count, path, said, size, "" if total else none)
-        for course, loss, count, path, said, size, total in zip(
-            going, losses, tokens, paths, measures, sizes, totals, strict=True
-        )
-    ]
+def _micro_batches(
+    trainable: Trainable, steps: Mapping[str, RunStep], accelerator: Accelerator
+) -> Iterator[list[RunBatch]]:
+    """The batches of each forward pass of a step, one for each run that has a label in it."""
+    for part in range(max(len(step.examples) for step in steps.values())):
+        batches = [step.batch(trainable, part, accelerator) for step in steps.values()]
+        with_labels = [batch for batch in batches if batch is not None]
+        if with_labels:
+            yield with_labels
 
 
-def _stream(seed: int, step: int, draw: int) -> int:
-    """The seed of a random stream: methods and objectives of each part draw from their own, whoever else trains."""
-    return (seed * 1_000_003 + step + (draw << 40)) % 2**63
+def _count_labels(trainable: Trainable, run: str, examples: Sequence[EncodedExample]) -> int:
+    return sum(trainable.label_count(run, example) for example in examples)
 
 
-def _summed(course: _Course, loss: Tensor, accelerator: Accelerator) -> float:
-    """Sum the gradients and the loss over all processes; what has no gradient in any of them keeps none."""
-    if accelerator.num_processes > 1:
-        every = list(course.parameters.values())
-        there = loss.new_tensor([parameter.grad is not None for parameter in every])
-        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in every]
-        loss, there, *gradients = accelerator.reduce([loss, there, *own], "sum")
-        for parameter, count, gradient in zip(every, there.tolist(), gradients, strict=True):
-            parameter.grad = gradient if count else None
-    return float(loss)
-
-
-def _updated(
-    going: Sequence[_Course],
-    states: Mapping[str, _State],
-    measured: Sequence[_Measured],
-    spent: float,
-    accelerator: Accelerator,
-    compared: Mapping[str, str],
-) -> dict[str, _State]:
-    """The states after each run has made its step with its gradients."""
-    found = {}
-    for course, one in zip(going, measured, strict=True):
-        name = course.trainee.name
-        found[name] = _update(course, states[name], one, spent, accelerator, compared.get(name, ""))
-    return found
-
-
-def _update(
-    course: _Course, state: _State, measured: _Measured, spent: float, accelerator: Accelerator, compared: str
-) -> _State:
-    """The run's state after one optimizer step, or its last good one, put back, where the loss was not a number."""
-    began, one, now = time.perf_counter(), course.trainee, state.now
-    config, parameters, optimizer = one.config, course.parameters, course.optimizer
-    norm = float(nn.utils.clip_grad_norm_(list(parameters.values()), config.max_grad_norm or math.inf))
-    if measured.failed or not math.isfinite(measured.loss + norm):
-        checkpoint.restore(state.good, parameters, optimizer)
-        optimizer.zero_grad(set_to_none=True)
-        failed = measured.failed or _diverged(now.step + 1, state.good.step, config, course.written)
-        return _State(replace(state.good, failed=failed), state.good)
-    rate = set_rates(optimizer, config, now.step)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    score = None
-    if one.validate is not None and config.eval_steps and (now.step + 1) % config.eval_steps == 0:
-        score = _agreed(one.validate(), accelerator)
-    ratio = one.model.rms_ratio(one.prompts)
-    if ratio is None:
-        ratio = measured.rms / one.model.backbone.rms
-    seconds = spent + time.perf_counter() - began
-    loss, tokens, path = measured.loss, measured.tokens, measured.path
-    machine = _machine_if_new(one.model, now)
-    done, own = (now.step + 1, config.max_steps, loss, rate, ratio, tokens, seconds), measured.measures
-    report = Progress(*done, score, path, compared, machine, own)
-    # The state before this step is good: its loss is a number, which the values made by this step have yet to show.
-    return _State(checkpoint.capture(now, parameters, optimizer, report), now)
-
-
-def _machine_if_new(model: SoftPromptModel, now: Checkpoint) -> str:
-    """What this step is computed with, where the last one was computed with something else; else an empty string."""
-    before = next((report.machine for report in reversed(now.history) if report.machine), "")
-    machine = checkpoint.machine_line(model.backbone)
-    return "" if machine == before else machine
-
-
-def _agreed(score: float, accelerator: Accelerator) -> float:
-    """The first process's score, so that all choose and stop alike."""
+def _validate(state: RunState, accelerator: Accelerator) -> float | None:
+    """The validation score after a step, where one is due: the first process's, so that all choose and stop alike."""
+    run, step = state.run, state.current.step + 1
+    if run.validate is None or not run.config.eval_steps or step % run.config.eval_steps:
+        return None
+    score = run.validate()
     if accelerator.num_processes == 1:
         return score
     return float(broadcast(torch.tensor(score, dtype=torch.float64, device=accelerator.device), from_process=0))
 
 
-def _patience_spent(now: Checkpoint, config: TrainConfig) -> bool:
-    if config.early_stopping_patience is None or config.eval_steps is None or now.best is None:
-        return False
-    return now.step - now.best_step >= config.early_stopping_patience * config.eval_steps
+def _save(states: Iterable[RunState], accelerator: Accelerator) -> None:
+    """Write the checkpoints of all runs as one."""
+    if not accelerator.is_main_process:
+        return
+    checkpoints = []
+    for state in states:
+        if state.resumable and state.run.checkpoint_file is not None:
+            checkpoints.append((state.run.checkpoint_file, state.current))
+    checkpoint.write(checkpoints)
 
 
-def _diverged(step: int, good: int, config: TrainConfig, written: CheckpointFile | None) -> str:
-    kept = (
-        f"the state after step {good} is kept in {written.file}" if written else f"the state after step {good} is kept"
-    )
-    return (
-        f"the loss of step {step} is not a number; {kept}. Try a lower rate (training.learning_rate was "
-        f"{config.learning_rate:g} {config.learning_rate_unit}) or gradient clipping (training.max_grad_norm), in "
-        "another output directory or with that file deleted"
-    )
+def _raise_failures(states: Mapping[str, RunState]) -> None:
+    """Raise TrainingError with the messages of the runs whose loss was not finite."""
+    failed = {name: state.current.failed for name, state in states.items() if state.current.failed}
+    lines = [f"run '{name}': {message}" if name else message for name, message in failed.items()]
+    if failed:
+        raise TrainingError("; ".join(lines), failed)

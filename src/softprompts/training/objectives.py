@@ -1,4 +1,4 @@
-"""What is minimized: each objective is a function of a Step that gives a scalar; a run weighs and adds them."""
+"""Objectives: functions of a `Step` that give a scalar loss. A run minimizes a weighted sum of them."""
 
 from collections.abc import Mapping
 
@@ -12,11 +12,19 @@ from softprompts.types import IGNORE, Objective, Step, TeacherBatch
 
 
 def task(step: Step) -> Tensor:
-    """The task's own loss over scored positions, in float32 at least.
+    """The task's own loss, in float32 at least.
 
     Cross-entropy for tokens and classes (mean over the N labels that are not ignored), binary cross-entropy for
     multi-label [B, C], squared error for values [B].
-    Raises ValueError when the batch has no label to learn from.
+
+    Args:
+        step: The step.
+
+    Returns:
+        The mean loss [].
+
+    Raises:
+        ValueError: The batch has no label to learn from.
     """
     logits, labels = step.output.logits, step.output.labels
     if step.output.nll is not None:
@@ -32,41 +40,57 @@ def task(step: Step) -> Tensor:
 
 
 def distil_logits(step: Step) -> Tensor:
-    """T² KL(teacher || student) of the scores at temperature T, mean over the N labeled positions.
+    """T² KL(teacher || student) of softmax(logits / T), mean over the N labeled positions.
 
-    Wang et al. 2023, section 3.1 (L_Logits): both answer teacher-forced, with softmax(z / T). The square keeps the
-    gradient's size the same for every T (Hinton et al. 2015, section 2).
-    Raises ValueError for a step without a teacher.
+    Wang et al. 2023, section 3.1 (L_Logits); both read the right answer. The factor T² keeps the size of the gradient
+    the same for every temperature T (Hinton et al. 2015, section 2).
+
+    Args:
+        step: A step with a teacher.
+
+    Returns:
+        The mean divergence [].
+
+    Raises:
+        ValueError: The step has no teacher.
     """
     teacher, output = _teacher(step), step.output
     assert output.logits is not None
-    assert output.scores is not None
+    assert output.head is not None
     with torch.no_grad():
-        target = (_wide(output.scores(teacher.states)) / teacher.temperature).log_softmax(-1)
-    given = (_wide(output.logits) / teacher.temperature).log_softmax(-1)
-    divergence = functional.kl_div(given, target, reduction="none", log_target=True).sum(-1)
+        target = (_wide(output.head(teacher.label_states)) / teacher.temperature).log_softmax(-1)
+    log_probs = (_wide(output.logits) / teacher.temperature).log_softmax(-1)
+    divergence = functional.kl_div(log_probs, target, reduction="none", log_target=True).sum(-1)
     return divergence.mean() * teacher.temperature**2
 
 
 def distil_hidden(step: Step) -> Tensor:
-    """Mean squared difference between the teacher's and the student's states of the text, over layers and elements.
+    """The mean squared difference between the teacher's and the student's states of the text.
 
-    Wang et al. 2023, section 3.1 (L_Hidden). The paper's sum would dwarf the other losses, so every row counts with the
-    mean over its elements, times its share of the batch's labels: accumulated batches then equal one large batch.
-    Prompt positions are no part of it.
-    Raises ValueError for a step without a teacher.
+    Wang et al. 2023, section 3.1 (L_Hidden). The paper's sum would dwarf the other losses, so a row counts with the
+    mean over its elements, times its share of the batch's labels; accumulated batches then equal one large batch.
+    Prompt positions do not count.
+
+    Args:
+        step: A step with a teacher.
+
+    Returns:
+        The mean over layers, text tokens and elements [].
+
+    Raises:
+        ValueError: The step has no teacher.
     """
     teacher, output = _teacher(step), step.output
     rows = len(step.batch.input_ids)
-    labels = torch.bincount(output.row, minlength=rows)
-    parts = []
-    for key, states in output.layers.items():
-        counts = output.tokens[key[0]]
-        each = (_wide(states) - _wide(teacher.layers[key].to(states.device))).square().mean(-1)
-        share = labels.to(each.dtype) / labels.sum()
-        row = torch.arange(rows, device=each.device).repeat_interleave(counts)
-        parts.append((each * (share / counts.clamp(min=1))[row]).sum())
-    return torch.stack(parts).mean()
+    labels = torch.bincount(output.batch_rows, minlength=rows)
+    of_layers = []
+    for key, states in output.layer_states.items():
+        counts = output.token_counts[key[0]]
+        of_tokens = (_wide(states) - _wide(teacher.layer_states[key].to(states.device))).square().mean(-1)
+        share = labels.to(of_tokens.dtype) / labels.sum()
+        row = torch.arange(rows, device=of_tokens.device).repeat_interleave(counts)
+        of_layers.append((of_tokens * (share / counts.clamp(min=1))[row]).sum())
+    return torch.stack(of_layers).mean()
 
 
 def _teacher(step: Step) -> TeacherBatch:
@@ -89,15 +113,16 @@ TAUGHT = ("distil-logits", "distil-hidden")
 
 
 def weigh(weights: Mapping[str, float]) -> Objective:
-    """The weighted sum of the named objectives; one of weight 0 is not computed.
+    """The weighted sum of objectives; one with weight 0 is not computed.
 
-    Raises ConfigError for a name that is not in OBJECTIVES.
+    Raises:
+        ConfigError: A name is not in OBJECTIVES.
     """
     for name in weights:
         if name not in OBJECTIVES:
             raise ConfigError(f"unknown objective '{name}'{closest(name, OBJECTIVES)} known: {', '.join(OBJECTIVES)}")
 
-    def total(step: Step) -> Tensor:
+    def weighted_sum(step: Step) -> Tensor:
         return torch.stack([weight * OBJECTIVES[name](step) for name, weight in weights.items() if weight]).sum()
 
-    return total
+    return weighted_sum

@@ -1,4 +1,4 @@
-"""Optimizers, the rates of their groups of parameters, and how these change from step to step."""
+"""Optimizers, the learning rates of their parameter groups, and the schedule of these rates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,58 +12,83 @@ from softprompts.config import TrainConfig
 from softprompts.types import ParamGroup
 
 
-class _UnfactoredAdafactor(Adafactor):
-    """Adafactor that keeps the full second moment, as the code of Lester et al. does for prompts."""
+class UnfactoredAdafactor(Adafactor):
+    """Adafactor that keeps the full second moment, as the code of Lester et al. 2021 does for prompts."""
 
     @staticmethod
     def _get_options(param_group: Mapping[str, Any], param_shape: Sequence[int]) -> tuple[bool, bool]:
         return False, param_group["beta1"] is not None
 
 
-def build_optimizer(
+def param_group(parameters: Sequence[nn.Parameter], rate: float, weight_decay: float) -> dict[str, Any]:
+    """A parameter group of an optimizer, which keeps its full learning rate as `rate`."""
+    return {"params": list(parameters), "lr": rate, "rate": rate, "weight_decay": weight_decay}
+
+
+def prompt_param_groups(
     groups: Mapping[str, ParamGroup], parameters: Mapping[str, nn.Parameter], config: TrainConfig, rms: float
-) -> Any:
-    """The optimizer of `parameters`, in groups that each remember their full rate under `rate`.
+) -> list[dict[str, Any]]:
+    """The parameter groups of prompts and of classification heads.
 
     Args:
-        groups: The method's groups of parameters.
-        parameters: What is trained, by the names of `SoftPromptModel.trainable`.
-        config: The rates.
-        rms: rms(E) of the word embeddings, in units of which a rate counts where group and configuration say so.
+        groups: The groups of the method's parameters, which may have learning rates of their own.
+        parameters: The trained parameters by the names of `SoftPromptModel.trainable`: `prompts.PROMPT.TENSOR` and
+            `heads.PROMPT.TENSOR`.
+        config: The learning rates; in units of `rms` where the configuration and the group say so.
+        rms: The root mean square of the backbone's input embeddings.
+
+    Returns:
+        The groups that have parameters, the prompts' first.
     """
-    rates = []
+    chosen = []
     for name, group in groups.items():
         unit = rms if config.learning_rate_unit == "rms" and group.unit == "rms" else 1.0
         rate = config.learning_rates.get(name, config.learning_rate if group.rate is None else group.rate)
-        decay = config.weight_decay if group.decay else 0.0
-        rates.append(("prompts", group.parameters, rate * unit, decay))
-    rates.append(("heads", ("",), config.head_learning_rate, config.weight_decay))
-    parts = []
-    for part, prefixes, rate, decay in rates:
-        chosen = [value for name, value in parameters.items() if _belongs(name, part, prefixes)]
-        if chosen:
-            parts.append({"params": chosen, "lr": rate, "rate": rate, "weight_decay": decay})
+        chosen.append(("prompts", group.parameters, rate * unit, config.weight_decay if group.decay else 0.0))
+    chosen.append(("heads", ("",), config.head_learning_rate, config.weight_decay))
+    param_groups = []
+    for part, prefixes, rate, weight_decay in chosen:
+        members = []
+        for name, parameter in parameters.items():
+            parameter_part, _, tensor = name.split(".", 2)
+            if parameter_part == part and tensor.startswith(prefixes):
+                members.append(parameter)
+        if members:
+            param_groups.append(param_group(members, rate, weight_decay))
+    return param_groups
+
+
+def build_optimizer(param_groups: list[dict[str, Any]], config: TrainConfig) -> Any:
+    """The optimizer that `config` names, with these parameter groups."""
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parts, weight_decay=config.weight_decay)
-    return _UnfactoredAdafactor(
-        parts, lr=config.learning_rate, weight_decay=config.weight_decay, scale_parameter=False, relative_step=False
+        return torch.optim.AdamW(param_groups, weight_decay=config.weight_decay)
+    return UnfactoredAdafactor(
+        param_groups,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        scale_parameter=False,
+        relative_step=False,
     )
 
 
-def _belongs(name: str, part: str, prefixes: tuple[str, ...]) -> bool:
-    """Whether a parameter `prompts.TASK.TENSOR` or `heads.TASK.TENSOR` is of that part and its tensor of the group."""
-    kind, _, tensor = name.split(".", 2)
-    return kind == part and tensor.startswith(prefixes)
-
-
 def set_rates(optimizer: Any, config: TrainConfig, step: int) -> float:
-    """Set every group's rate for `step` (counted from 0) and return the first, the prompt's."""
+    """Set the learning rate of every group for a step.
+
+    Args:
+        optimizer: An optimizer whose groups keep their full rate as `rate`.
+        config: Warmup and schedule: constant, linear (1 - x) or cosine ((1 + cos(pi x)) / 2) in the share x of the
+            steps after the warmup.
+        step: The number of the step, counted from 0.
+
+    Returns:
+        The learning rate of the first group.
+    """
     factor = 1.0
     if step < config.warmup_steps:
         factor = (step + 1) / config.warmup_steps
     elif config.lr_scheduler_type != "constant":
-        done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-        factor = 1 - done if config.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * done)) / 2
+        share = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+        factor = 1 - share if config.lr_scheduler_type == "linear" else (1 + math.cos(math.pi * share)) / 2
     for group in optimizer.param_groups:
         group["lr"] = group["rate"] * factor
     return float(optimizer.param_groups[0]["lr"])

@@ -1,8 +1,8 @@
-"""One pass of the frozen backbone over the rows of several runs, each of which then sees a step of its own rows."""
+"""One batch with the rows of several runs, which the frozen backbone reads in one pass."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,194 +12,203 @@ from softprompts.data import EncodedExample, collate
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.model import SoftPromptModel
-from softprompts.training.distillation import TeacherOutputs
 from softprompts.types import IGNORE, Batch, Output, Prompt, Step, mix_prompts
 
 
+@dataclass(frozen=True)
+class SharedBatch:
+    """The rows of several runs, one run behind the other, with the prompts of all.
+
+    Attributes:
+        batch: The rows of all runs, whose text is embedded once.
+        prompt: The prompts of all runs.
+        batches: The batch that each run would have alone.
+        prompts: The prompts that each run would have alone.
+    """
+
+    batch: Batch
+    prompt: Prompt
+    batches: list[Batch]
+    prompts: list[Prompt]
+
+    @classmethod
+    def of(
+        cls,
+        model: SoftPromptModel,
+        prompts: Sequence[Sequence[str]],
+        examples: Sequence[Sequence[EncodedExample]],
+        seeds: Sequence[int],
+    ) -> "SharedBatch":
+        """Join the examples of several runs.
+
+        Args:
+            model: The model whose prompts the runs train.
+            prompts: The prompts of each run, which the task numbers of its examples count.
+            examples: The examples of each run.
+            seeds: The seed of each run's random stream, from which its methods draw.
+        """
+        sizes = [len(part) for part in examples]
+        alone = [prompt_batch(model, names, part) for names, part in zip(prompts, examples, strict=True)]
+        whole = alone[0]
+        if len(examples) > 1:
+            together = [example for part in examples for example in part]
+            whole = collate(together, pad_token(model.backbone)).to(model.device)
+            whole = replace(whole, task_ids=torch.cat([batch.task_ids for batch in alone]))
+        embeddings = model.backbone.embed(whole.input_ids)
+        whole = replace(whole, inputs_embeds=embeddings)
+        batches = [whole]
+        if len(examples) > 1:
+            batches = []
+            for batch, part in zip(alone, embeddings.split(sizes), strict=True):
+                batches.append(replace(batch, inputs_embeds=part[:, : batch.input_ids.shape[1]]))
+        of_runs = []
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            of_runs.append(model.make_prompts(batch, training=True))
+        mixed = of_runs[0]
+        if len(of_runs) > 1:
+            mixed = mix_prompts(of_runs, torch.arange(sum(sizes), device=model.device).split(sizes))
+        return cls(whole, mixed, batches, of_runs)
+
+    def split(self, output: Output) -> list[Output]:
+        """The output of each run."""
+        return split_output(output, [len(batch.input_ids) for batch in self.batches])
+
+
 def training_step(model: SoftPromptModel, batch: Batch) -> Step:
-    """Run `batch` in training mode and give what objectives look at; its text is embedded once.
+    """Score a batch in training mode, and give what objectives see; its text is embedded once.
 
     Args:
         model: The model.
-        batch: The rows; `task_ids` are places in the model's tasks.
+        batch: The rows; `task_ids` [B] count the prompts of the model.
     """
     if batch.inputs_embeds is None:
         batch = replace(batch, inputs_embeds=model.backbone.embed(batch.input_ids))
     prompt = model.make_prompts(batch, training=True)
-    again = functools.partial(_again, model, batch)
+    again = functools.partial(score_again, model, batch)
     return Step(batch, prompt, again(prompt), again)
 
 
-def _again(model: SoftPromptModel, batch: Batch, prompt: Prompt | None) -> Output:
-    """The batch with another prompt; None: without one."""
+def score_again(model: SoftPromptModel, batch: Batch, prompt: Prompt | None) -> Output:
+    """Score a batch with another prompt; None scores it without one."""
     if prompt is not None:
         return model.score(batch, prompts=prompt)
     with model.no_prompt():
         return model.score(batch)
 
 
-def check_together(runs: Sequence[tuple[SoftPromptModel, Sequence[str]]], names: Sequence[str]) -> None:
-    """Raise ConfigError, naming what differs, unless the rows of all runs can share the batches of one model.
+def prompt_batch(model: SoftPromptModel, prompts: Sequence[str], examples: Sequence[EncodedExample]) -> Batch:
+    """The batch of examples whose task numbers count `prompts`, with `task_ids` that count all prompts of the model."""
+    places = torch.tensor([model.index(name) for name in prompts])
+    batch = collate(examples, pad_token(model.backbone))
+    return replace(batch, task_ids=places[batch.task_ids]).to(model.device)
+
+
+def pad_token(backbone: Backbone) -> int:
+    """The id with which texts are padded; 0 where no tokenizer names one."""
+    return 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
+
+
+def label_count(example: EncodedExample, backbone: Backbone, site: Site | None) -> int:
+    """The number of labels of an example that its loss counts: its scored tokens, or 1 where it has a single label.
 
     Args:
-        runs: The model and the prompts of each run.
-        names: What the runs are called.
+        example: The example.
+        backbone: The backbone that reads it.
+        site: Where its prompt enters; None without a prompt.
     """
-    first, prompts = runs[0]
-    site = first.registry.site_of(prompts)
-    for (model, own), name in zip(runs, names, strict=True):
-        other = f"runs '{names[0]}' and '{name}'"
-        if model is not first:
-            raise ConfigError(
-                f"{other} have models of their own ({first.backbone.name}, {model.backbone.name}): runs that "
-                f"train together are prompts of one model, which is loaded once; train these one after the other"
-            )
-        theirs = model.registry.site_of(own)
-        for fact in ("name", "mode", "place"):
-            one, two = getattr(site, fact), getattr(theirs, fact)
-            if one != two:
-                raise ConfigError(
-                    f"{other} differ in the {'name' if fact == 'name' else fact} of their site ({one}, {two}): runs "
-                    f"that train together share the site; train these one after the other"
-                )
-        if len(runs) > 1 and any(model.registry.head(prompt) for prompt in own):
+    labels = example.labels
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, int) for label in labels):
+        return 1
+    offsets = example.prompt_offsets
+    tokens_before_prompt = offsets[0] if isinstance(offsets, tuple) else offsets
+    # Nothing scores the first token of a causal text that has no prompt state in front of it.
+    first_is_unscored = site is None or not site.scores_first_token or bool(tokens_before_prompt)
+    if backbone.head == "lm" and backbone.family.scores_next_token and first_is_unscored:
+        labels = labels[1:]
+    return sum(label != IGNORE for label in labels)
+
+
+def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]) -> None:
+    """Check that the rows of all runs can be in one batch.
+
+    Args:
+        model: The model whose prompts the runs train.
+        runs: The prompts of each run by its name.
+
+    Raises:
+        ConfigError: Two runs differ in their site, or one of several trains a classification head.
+    """
+    (first_name, first_prompts), *others = runs.items()
+    for name, prompts in runs.items():
+        if others and any(model.registry.head(prompt) for prompt in prompts):
             raise ConfigError(
                 f"run '{name}' trains a classification head of its own, and a batch is read with one head; train such "
                 f"runs one after the other, or use model.head: lm"
             )
+    site = model.registry.site_of(first_prompts)
+    for name, prompts in others:
+        other = model.registry.site_of(prompts)
+        for attribute in ("name", "mode", "place"):
+            expected, actual = getattr(site, attribute), getattr(other, attribute)
+            if expected != actual:
+                raise ConfigError(
+                    f"runs '{first_name}' and '{name}' differ in the {attribute} of their site ({expected}, {actual}): "
+                    f"runs that train together share the site; train these one after the other"
+                )
 
 
-def task_batch(model: SoftPromptModel, prompts: Sequence[str], rows: Sequence[EncodedExample], pad: int) -> Batch:
-    """Rows whose task numbers count `prompts` as a batch whose `task_ids` are places in the model's tasks."""
-    places = torch.tensor([model.index(name) for name in prompts])
-    batch = collate(rows, pad)
-    return replace(batch, task_ids=places[batch.task_ids])
+def split_output(output: Output, sizes: Sequence[int]) -> list[Output]:
+    """Split the output of a batch between runs.
 
-
-def joint_steps(
-    model: SoftPromptModel,
-    prompts: Sequence[Sequence[str]],
-    rows: Sequence[Sequence[EncodedExample]],
-    seeds: Sequence[int],
-    pad: int,
-    targets: Sequence[TeacherOutputs | None] | None = None,
-) -> list[Step]:
-    """The training step of each run on its own `rows`, from one pass over the rows of all.
-
-    Every run's prompts, batch and output are those it would have alone; only `again` of a step runs that run's rows
-    alone.
+    One `Tensor.split` hands out the scores, and its backward pass is one concatenation. Indexing would make a zero
+    gradient as large as all scores for each run.
 
     Args:
-        model: The model whose prompts the runs train.
-        prompts: The prompts of each run, in the order that its rows' task numbers count.
-        rows: The rows of each run.
-        seeds: Of the random stream that each run's methods draw from.
-        pad: The token id of padding.
-        targets: The teachers of each run, None where it has none.
-    """
-    targets = targets or [None] * len(prompts)
-    sizes, device = [len(part) for part in rows], model.device
-    alone = [task_batch(model, names, part, pad) for names, part in zip(prompts, rows, strict=True)]
-    whole = alone[0]
-    if len(rows) > 1:
-        every = [row for part in rows for row in part]
-        whole = replace(collate(every, pad), task_ids=torch.cat([batch.task_ids for batch in alone]))
-    whole = whole.to(device)
-    whole = replace(whole, inputs_embeds=model.backbone.embed(whole.input_ids))
-    batches = [whole] if len(rows) == 1 else [_own(batch, whole, i, sizes) for i, batch in enumerate(alone)]
-    made: list[Prompt] = []
-    for batch, seed in zip(batches, seeds, strict=True):
-        torch.manual_seed(seed)
-        made.append(model.make_prompts(batch, training=True))
-    together = made[0]
-    if len(rows) > 1:
-        together = mix_prompts(made, torch.arange(sum(sizes), device=device).split(sizes))
-    taught = [one for one in targets if one is not None]
-    layers = sorted({number for one in taught for number in one.numbers})
-    outputs = split(model.score(whole, prompts=together, logits=True if taught else None, layers=layers), sizes)
-    steps = []
-    for batch, prompt, output, own, part in zip(batches, made, outputs, targets, rows, strict=True):
-        again = functools.partial(_again, model, batch)
-        if own is None:
-            steps.append(Step(batch, prompt, output, again))
-        else:
-            steps.append(Step(batch, prompt, _asked(output, own), again, own.of(part, device)))
-    return steps
+        output: The output of a batch in which the rows of each run follow those of the run before it.
+        sizes: The number of rows of each run.
 
-
-def _asked(output: Output, targets: TeacherOutputs) -> Output:
-    """The output with the layers that this run's teacher has, where other runs of the batch ask for others."""
-    return replace(output, layers={key: states for key, states in output.layers.items() if key in targets.layers})
-
-
-def _own(batch: Batch, whole: Batch, index: int, sizes: Sequence[int]) -> Batch:
-    """A run's own batch, with its part of the text that was embedded for all."""
-    assert whole.inputs_embeds is not None
-    begin = sum(sizes[:index])
-    return replace(
-        batch.to(whole.input_ids.device),
-        inputs_embeds=whole.inputs_embeds[begin : begin + sizes[index], : batch.input_ids.shape[1]],
-    )
-
-
-def split(output: Output, sizes: Sequence[int]) -> list[Output]:
-    """The outputs of the runs whose rows stand one run behind the other in the batch, `sizes` rows each.
-
-    Scores are handed out by one `Tensor.split`, whose backward pass is one concatenation: taking each run's by index
-    would make a zero gradient as large as all scores for each of them.
+    Returns:
+        The output of each run, whose rows are counted from 0.
     """
     if len(sizes) == 1:
         return [output]
-    ends = torch.tensor(sizes, device=output.row.device).cumsum(0)
-    run = torch.bucketize(output.row, ends, right=True)
-    counts = torch.bincount(run, minlength=len(sizes)).tolist()
-    order = None if bool((run.diff() >= 0).all()) else run.argsort(stable=True)
+    ends = torch.tensor(sizes, device=output.batch_rows.device).cumsum(0)
+    run_of_score = torch.bucketize(output.batch_rows, ends, right=True)
+    counts = torch.bincount(run_of_score, minlength=len(sizes)).tolist()
+    in_order = bool((run_of_score.diff() >= 0).all())
+    order = None if in_order else run_of_score.argsort(stable=True)
 
-    def scored(values: Tensor | None) -> Sequence[Tensor | None]:
-        """What has one value for each score."""
+    def split_scores(values: Tensor | None) -> Sequence[Tensor | None]:
         if values is None:
             return [None] * len(sizes)
         return (values if order is None else values[order]).split(counts)
 
-    begins = [0, *ends[:-1].tolist()]
-    last = [None] * len(sizes) if output.last is None else output.last.split(list(sizes))
-    tokens = {side: own.split(list(sizes)) for side, own in output.tokens.items()}
-    layers = {key: states.split([int(own.sum()) for own in tokens[key[0]]]) for key, states in output.layers.items()}
-    each = map(scored, (output.logits, output.nll, output.labels, output.row, output.column, output.states))
-    return [
-        Output(
-            logits,
-            labels,
-            row - begin,
-            column,
-            last=own,
-            path=output.path,
-            nll=nll,
-            states=states,
-            scores=output.scores,
-            layers={key: parts[i] for key, parts in layers.items()},
-            tokens={side: parts[i] for side, parts in tokens.items()},
+    last = [None] * len(sizes) if output.last_state is None else output.last_state.split(list(sizes))
+    tokens = {side: counts_of_rows.split(list(sizes)) for side, counts_of_rows in output.token_counts.items()}
+    layers = {}
+    for key, layer in output.layer_states.items():
+        layers[key] = layer.split([int(counts_of_rows.sum()) for counts_of_rows in tokens[key[0]]])
+    logits, nll, labels = split_scores(output.logits), split_scores(output.nll), split_scores(output.labels)
+    rows, columns = split_scores(output.batch_rows), split_scores(output.label_columns)
+    states = split_scores(output.label_states)
+    outputs = []
+    for index, first_row in enumerate([0, *ends[:-1].tolist()]):
+        row = rows[index]
+        assert row is not None
+        outputs.append(
+            Output(
+                logits=logits[index],
+                labels=labels[index],
+                batch_rows=row - first_row,
+                label_columns=columns[index],
+                last_state=last[index],
+                path=output.path,
+                nll=nll[index],
+                label_states=states[index],
+                head=output.head,
+                layer_states={key: parts[index] for key, parts in layers.items()},
+                token_counts={side: parts[index] for side, parts in tokens.items()},
+            )
         )
-        for i, (begin, own, logits, nll, labels, row, column, states) in enumerate(
-            zip(begins, last, *each, strict=True)
-        )
-    ]
-
-
-def label_count(row: EncodedExample, backbone: Backbone, site: Site | None) -> int:
-    """How many labels of a row count in its loss: its scored tokens, or one where the row has a single label.
-
-    Args:
-        row: The row.
-        backbone: The model that scores it.
-        site: Where its prompt enters; None: it has none.
-    """
-    if not isinstance(row.labels, list | tuple) or not all(isinstance(x, int) for x in row.labels):
-        return 1
-    labels = row.labels
-    # Nothing scores the first token of a causal text that has no prompt state in front of it.
-    before = row.prompt_offsets[0] if isinstance(row.prompt_offsets, tuple) else row.prompt_offsets
-    first = site is None or not site.scores_first_token or bool(before)
-    if backbone.head == "lm" and backbone.family.shifted and first:
-        labels = labels[1:]
-    return sum(label != IGNORE for label in labels)
+    return outputs

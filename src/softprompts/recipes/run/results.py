@@ -1,4 +1,4 @@
-"""What a run leaves to read: the content of results.json and of the page."""
+"""The content of results.json and report.html: of a run, and of runs that trained together."""
 
 import itertools
 import json
@@ -21,29 +21,32 @@ from softprompts.evaluation.evaluate import Answer, Evaluation
 from softprompts.methods import fold
 from softprompts.model.nearest_tokens import nearest_tokens
 from softprompts.recipes.run.prepare import PreparedRun
-from softprompts.training.checkpoint import Progress, machine_of
+from softprompts.training.checkpoint import machine_of
+from softprompts.types import Progress
 
 TRAINED = {"prompt": "", "backbone": ", all weights trained", "lora": ", trained with LoRA"}
-"""What a page's title says about what was trained."""
+"""The end of a page's title, by what was trained."""
 
 
 def prompt_directory(out: Path, task: str, tasks: int) -> Path:
-    """Where a run's artifact lies: `prompt`, or `prompt/<task>` where it trained several."""
+    """The directory of a run's artifact: `prompt`, or `prompt/TASK` where the run has several tasks."""
     return out / "prompt" if tasks == 1 else out / "prompt" / task
 
 
 def versions() -> dict[str, str]:
-    """What the figures were made with."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
-    return {"softprompts": __version__, "python": platform.python_version(), **{n: version(n) for n in names}}
+    """The versions of softprompts, Python and the libraries on which results depend."""
+    libraries = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
+    numbers = {name: version(name) for name in libraries}
+    return {"softprompts": __version__, "python": platform.python_version(), **numbers}
 
 
 def machine_changes(history: Sequence[Progress]) -> list[str]:
-    """A line for each step from which on a run was computed with something else, as after a resume elsewhere."""
+    """A line for each step from which on the machine or its kernels differ, as after a resume elsewhere."""
     lines = []
-    for before, after in itertools.pairwise(report for report in history if report.machine):
-        was, now = (dict.fromkeys(report.machine.split(", ")) for report in (before, after))
-        new, old = ([fact for fact in one if fact not in other] for one, other in ((now, was), (was, now)))
+    for before, after in itertools.pairwise(progress for progress in history if progress.machine):
+        old_facts, new_facts = before.machine.split(", "), after.machine.split(", ")
+        new = [fact for fact in new_facts if fact not in old_facts]
+        old = [fact for fact in old_facts if fact not in new_facts]
         lines.append(
             f"from step {after.step} on computed with {', '.join(new)}, before with {', '.join(old)}: the same up to "
             f"rounding, not to the bit"
@@ -52,240 +55,283 @@ def machine_changes(history: Sequence[Progress]) -> list[str]:
 
 
 def page_of(
-    job: PreparedRun,
+    prepared: PreparedRun,
     index: int,
     before: Evaluation | None,
     after: Evaluation | None,
     history: Sequence[Progress],
     seconds: float,
 ) -> dict[str, Any]:
-    """What results.json and the page hold of the job's task number `index`."""
-    run, backbone, task = job.run, job.model.backbone, job.tasks[index]
-    tokens, spent = sum(r.tokens for r in history), sum(r.seconds for r in history)
-    rate = tokens / spent if spent else None
-    metric = next(iter(after.scores)) if after else None
-    page: dict[str, Any] = {
+    """The content of results.json and report.html for a task of a run.
+
+    Args:
+        prepared: The run after its training.
+        index: The number of the task.
+        before: The evaluation of the stock model.
+        after: The evaluation of what was trained.
+        history: The progress of every step.
+        seconds: The time of the whole run.
+    """
+    run, backbone, task = prepared.run, prepared.model.backbone, prepared.tasks[index]
+    weights = prepared.weights
+    tokens = sum(progress.tokens for progress in history)
+    training_seconds = sum(progress.seconds for progress in history)
+    trainable = _parameters_per_task(prepared) if weights is None else weights.count
+    library_versions = versions()
+    if run.training.target == "lora":
+        library_versions["peft"] = version("peft")
+    machine = machine_of(backbone if weights is None else weights.backbone)
+    content: dict[str, Any] = {
         "format": 1,
         "title": f"{task.name} with {backbone.name}{TRAINED[run.training.target]}",
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "summary": {
-            "metric": metric,
+            "metric": next(iter(after.scores)) if after else None,
             "before": asdict(before.headline) if before else None,
             "after": asdict(after.headline) if after else None,
             "steps": len(history),
             "seconds": round(seconds, 1),
-            "trainable": job.weights.count if job.weights else _prompt_size(job),
-            "share": (job.weights.count if job.weights else _prompt_size(job)) / _size(job),
-            "moved": None if job.weights else _moved(job),
-            "tokens_per_second": rate,
+            "trainable": trainable,
+            # The backbone's parameters count as numbers, however they are stored.
+            "share": trainable / int(backbone.model.num_parameters()),
+            "moved": _moved_per_task(prepared) if weights is None else None,
+            "tokens_per_second": tokens / training_seconds if training_seconds else None,
         },
-        "curve": [{**asdict(r), "tokens_per_second": r.tokens / r.seconds if r.seconds else None} for r in history],
-        "validation": [{"step": r.step, "value": r.score} for r in history if r.score is not None],
-        "scores": {k: asdict(v) for k, v in after.scores.items()} if after else {},
-        "scores_before": {k: asdict(v) for k, v in before.scores.items()} if before else {},
+        "curve": [_curve_row(progress) for progress in history],
+        "validation": validation_curve(history),
+        "scores": {name: asdict(score) for name, score in after.scores.items()} if after else {},
+        "scores_before": {name: asdict(score) for name, score in before.scores.items()} if before else {},
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
-        "versions": {**versions(), **({"peft": version("peft")} if run.training.target == "lora" else {})},
-        "machine": {
-            **machine_of((job.weights or job).model.backbone),
-            "paths": dict(Counter(r.path for r in history)),
-        },
+        "versions": library_versions,
+        "machine": {**machine, "paths": dict(Counter(progress.path for progress in history))},
         "warnings": [*task.notes, *machine_changes(history)],
-        "next": next_commands(run, task) if job.weights is None else [],
+        "next": next_commands(run, task) if weights is None else [],
     }
     if after is not None:
-        page |= _details(job, index, before, after)
-    name, registry = job.prompt(index), job.model.registry
-    prompt = None if name is None else fold(registry.method(name))
-    if name is not None and prompt is not None and registry.records[name].site.at_embeddings:
-        words = nearest_tokens(backbone, prompt)
-        page["nearest_words"] = [asdict(row) for row in words]
-    return page
+        content |= _details(task, prepared.encoders[index], before, after)
+    prompt_name, registry = prepared.prompt(index), prepared.model.registry
+    if prompt_name is not None and registry.records[prompt_name].site.at_embeddings:
+        prompt = fold(registry.method(prompt_name))
+        if prompt is not None:
+            content["nearest_words"] = [asdict(row) for row in nearest_tokens(backbone, prompt)]
+    return content
 
 
-def _prompt_size(job: PreparedRun) -> int:
-    """Trained numbers a task."""
-    return sum(parameter.numel() for parameter in job.model.trainable(job.prompts).values()) // len(job.tasks)
+def validation_curve(history: Sequence[Progress]) -> list[dict[str, Any]]:
+    """The steps with a validation score, and the score."""
+    return [{"step": row.step, "value": row.score} for row in history if row.score is not None]
 
 
-def _size(job: PreparedRun) -> int:
-    """Numbers of the backbone, however they are stored."""
-    return int(job.model.backbone.model.num_parameters())
+def _curve_row(progress: Progress) -> dict[str, Any]:
+    speed = progress.tokens / progress.seconds if progress.seconds else None
+    return {**asdict(progress), "tokens_per_second": speed}
 
 
-def _moved(job: PreparedRun) -> int:
-    """Trained numbers a task that training moved: of a table these are the rows of tokens that it met."""
-    now = job.model.trainable(job.prompts)
-    return sum(int((now[name] != began).sum()) for name, began in job.begin.items()) // len(job.tasks)
+def _parameters_per_task(prepared: PreparedRun) -> int:
+    """The number of trained numbers for each task."""
+    parameters = prepared.model.trainable(prepared.prompts)
+    return sum(value.numel() for value in parameters.values()) // len(prepared.tasks)
+
+
+def _moved_per_task(prepared: PreparedRun) -> int:
+    """The trained numbers for each task that differ from their start: of a table, the rows of tokens in the data."""
+    parameters = prepared.model.trainable(prepared.prompts)
+    moved = 0
+    for name, initial in prepared.initial_parameters.items():
+        moved += int((parameters[name] != initial).sum())
+    return moved // len(prepared.tasks)
 
 
 def compare(
     run: Run,
-    jobs: Mapping[str, PreparedRun],
+    prepared: Mapping[str, PreparedRun],
     pages: Mapping[str, Sequence[Mapping[str, Any]]],
     histories: Mapping[str, Sequence[Progress]],
     failed: Mapping[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    """What results.json and the page hold of runs that trained together.
+    """The content of results.json and report.html for runs that trained together.
 
-    runs: a row for each run and task, with what differs between the runs, the last loss and the headline score;
-    groups: for runs that differ by nothing but their seed, mean and standard deviation over the seeds.
-    pages, histories and failed are those of each run, by name; a run that failed has no pages.
+    Args:
+        run: The configuration with the list of runs.
+        prepared: The runs by name.
+        pages: The page of each task of each run that did not fail.
+        histories: The progress of every step of each run.
+        failed: The message of each run that failed.
+        seconds: The time of all runs.
+
+    Returns:
+        Under `runs` a row for each run and task: what differs between the runs, the last loss and the headline score.
+        Under `groups` mean and standard deviation over runs that differ in nothing but their seed.
     """
-    differs = _different({name: job.run for name, job in jobs.items()})
-    rows = [
-        {
-            "name": name,
-            "task": task.name,
-            "differs": differs[name],
-            "steps": len(histories[name]),
-            "loss": histories[name][-1].loss if histories[name] else None,
-            **{key: pages[name][i]["summary"][key] if name in pages else None for key in ("metric", "before", "after")},
-            "failed": failed.get(name),
-            "directory": job.run.output_dir,
-        }
-        for name, job in jobs.items()
-        for i, task in enumerate(job.tasks)
-    ]
-    backbone = next(iter(jobs.values())).model.backbone
+    differences = _differences({name: prepared_run.run for name, prepared_run in prepared.items()})
+    rows: list[dict[str, Any]] = []
+    for name, prepared_run in prepared.items():
+        for index, task in enumerate(prepared_run.tasks):
+            summary = pages[name][index]["summary"] if name in pages else {}
+            rows.append(
+                {
+                    "name": name,
+                    "task": task.name,
+                    "differs": differences[name],
+                    "steps": len(histories[name]),
+                    "loss": histories[name][-1].loss if histories[name] else None,
+                    "metric": summary.get("metric"),
+                    "before": summary.get("before"),
+                    "after": summary.get("after"),
+                    "failed": failed.get(name),
+                    "directory": prepared_run.run.output_dir,
+                }
+            )
+    backbone = next(iter(prepared.values())).model.backbone
     return {
         "format": 1,
-        "title": f"{len(jobs)} runs with {backbone.name}",
+        "title": f"{len(prepared)} runs with {backbone.name}",
         "task": ", ".join(dict.fromkeys(str(row["task"]) for row in rows)),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "runs": rows,
-        "groups": _groups(rows),
+        "groups": _seed_groups(rows),
         "config": run.model_dump(mode="json"),
         "versions": versions(),
         "machine": machine_of(backbone),
         "warnings": [f"run '{name}' failed: {message}" for name, message in failed.items()],
-        "next": _next_of_several(jobs, pages),
+        "next": _next_commands_of_runs(prepared, pages),
     }
 
 
-def _different(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
-    """The settings that are not the same in all runs, as dotted keys, and each run's value."""
-    flat = {name: _flat(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
-    keys = sorted({key for values in flat.values() for key in values})
-    different = [key for key in keys if len({json.dumps(values.get(key)) for values in flat.values()}) > 1]
-    return {name: {key: values.get(key) for key in different} for name, values in flat.items()}
+def _differences(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
+    """The settings that differ between the runs, as dotted keys, with each run's value."""
+    flat = {name: _flatten(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
+    values: dict[str, set[str]] = {}
+    for settings in flat.values():
+        for key in settings:
+            values[key] = {json.dumps(other.get(key)) for other in flat.values()}
+    keys = sorted(key for key, distinct in values.items() if len(distinct) > 1)
+    return {name: {key: settings.get(key) for key in keys} for name, settings in flat.items()}
 
 
-def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and sample standard deviation of the headline score over rows that differ by nothing but the seed."""
-    together: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        if row["after"] is not None:
-            same = {key: value for key, value in row["differs"].items() if key != "seed"}
-            together.setdefault(json.dumps([row["task"], same]), []).append(row)
-    found = []
-    for group in together.values():
-        if len(group) < 2:
-            continue
-        scores = [row["after"]["value"] for row in group]
-        first = group[0]
-        found.append(
-            {
-                "task": first["task"],
-                "differs": {key: value for key, value in first["differs"].items() if key != "seed"},
-                "runs": [row["name"] for row in group],
-                "metric": first["metric"],
-                "mean": statistics.fmean(scores),
-                "sd": statistics.stdev(scores),
-                "n": len(scores),
-            }
-        )
-    return found
-
-
-def _next_of_several(jobs: Mapping[str, PreparedRun], pages: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-    """The commands of the first run that was finished, and a vote of all that can stand in one batch with it."""
-    if not pages:
-        return []
-    name = next(iter(pages))
-    lines: list[str] = list(pages[name][0]["next"])
-    job, task = jobs[name], jobs[name].tasks[0]
-    alike = [
-        shlex.quote(str(prompt_directory(Path(other.run.output_dir), task.name, len(other.tasks))))
-        for key, other in jobs.items()
-        if key in pages
-        and other.tasks[0].template == task.template
-        and (other.run.prompt.num_virtual_tokens, other.run.prompt.method)
-        == (job.run.prompt.num_virtual_tokens, job.run.prompt.method)
-    ]
-    return [*lines, f"softprompts evaluate {' '.join(alike)}"] if len(alike) > 1 else lines
-
-
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested values as dotted keys, as a user would set them; the one task of a run is called `task`."""
-    if isinstance(values, list) and len(values) == 1 and name == "tasks":
-        return _flat(values[0], "task")
+def _flatten(values: Any, name: str = "") -> dict[str, Any]:
+    """Nested values as the dotted keys with which a user sets them; the only task of a run is called `task`."""
     if isinstance(values, list) and name == "tasks":
-        return {key: value for i, one in enumerate(values) for key, value in _flat(one, f"tasks.{i}").items()}
+        values = {"task": values[0]} if len(values) == 1 else {f"tasks.{i}": task for i, task in enumerate(values)}
+        name = ""
     if not isinstance(values, dict) or not values:
         return {name: values}
-    return {
-        path: value for key, one in values.items() for path, value in _flat(one, f"{name}.{key}".strip(".")).items()
-    }
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{name}.{key}".strip("."))
+    return flat
 
 
-def _details(job: PreparedRun, index: int, before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
-    """Tables per class and example answers."""
-    task, encoder = job.tasks[index], job.encoders[index]
-    found: dict[str, Any] = {"examples": _examples(task, encoder, before, after)}
-    labels = classes(task.template)
+def _seed_groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and sample standard deviation of the headline score over rows that differ in nothing but the seed."""
+    by_settings: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["after"] is not None:
+            by_settings.setdefault(json.dumps([row["task"], _without_seed(row)]), []).append(row)
+    groups = []
+    for group in by_settings.values():
+        if len(group) > 1:
+            scores = [row["after"]["value"] for row in group]
+            groups.append(
+                {
+                    "task": group[0]["task"],
+                    "differs": _without_seed(group[0]),
+                    "runs": [row["name"] for row in group],
+                    "metric": group[0]["metric"],
+                    "mean": statistics.fmean(scores),
+                    "sd": statistics.stdev(scores),
+                    "n": len(scores),
+                }
+            )
+    return groups
+
+
+def _without_seed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row["differs"].items() if key != "seed"}
+
+
+def _next_commands_of_runs(
+    prepared: Mapping[str, PreparedRun], pages: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> list[str]:
+    """The commands for the first finished run, and a vote of all runs that can be in one batch with it."""
+    if not pages:
+        return []
+    first = next(iter(pages))
+    commands: list[str] = list(pages[first][0]["next"])
+    run, task = prepared[first].run, prepared[first].tasks[0]
+    directories = []
+    for name in pages:
+        other, other_task = prepared[name].run, prepared[name].tasks[0]
+        same_length = other.prompt.num_virtual_tokens == run.prompt.num_virtual_tokens
+        same_method = other.prompt.method == run.prompt.method
+        if same_length and same_method and other_task.template == task.template:
+            directory = prompt_directory(Path(other.output_dir), task.name, len(other.tasks))
+            directories.append(shlex.quote(str(directory)))
+    return [*commands, f"softprompts evaluate {' '.join(directories)}"] if len(directories) > 1 else commands
+
+
+def _details(task: Task, encoder: ExampleTokenizer, before: Evaluation | None, after: Evaluation) -> dict[str, Any]:
+    """The tables of classes, and example answers."""
+    details: dict[str, Any] = {"examples": _examples(task, encoder, before, after)}
     if task.template.kind == "label":
-        predictions = [a.value for a in after.answers]
-        found["per_class"] = [asdict(c) for c in metrics.per_class(predictions, after.references, labels)]
+        labels = classes(task.template)
+        predictions = [answer.value for answer in after.answers]
+        details["per_class"] = [asdict(row) for row in metrics.per_class(predictions, after.references, labels)]
         matrix = metrics.confusion(predictions, after.references, labels)
-        found["confusion"] = {"labels": list(labels), "matrix": matrix.tolist()}
-    return found
+        details["confusion"] = {"labels": list(labels), "matrix": matrix.tolist()}
+    return details
 
 
 def _examples(
     task: Task, encoder: ExampleTokenizer, before: Evaluation | None, after: Evaluation, count: int = 10
 ) -> list[dict[str, Any]]:
-    """`count` test rows spread over the set, as they were read and answered."""
-    picked = [round(i * (len(task.test) - 1) / max(1, count - 1)) for i in range(min(count, len(task.test)))]
-    return [
-        {
-            "input": _shown(encoder, task.test[i]),
-            "gold": _plain(after.references[i]),
-            "before": _said(before.answers[i]) if before else None,
-            "after": _said(after.answers[i]),
-            "correct": _plain(after.answers[i].value) == _plain(after.references[i]),
-        }
-        for i in picked
-    ]
+    """`count` test rows, spread evenly over the set, with their answers."""
+    examples = []
+    for number in range(min(count, len(task.test))):
+        index = round(number * (len(task.test) - 1) / max(1, count - 1))
+        answer, reference = after.answers[index], _as_text(after.references[index])
+        examples.append(
+            {
+                "input": _input_text(encoder, task.test[index]),
+                "gold": reference,
+                "before": _answer_text(before.answers[index]) if before else None,
+                "after": _answer_text(answer),
+                "correct": _as_text(answer.value) == reference,
+            }
+        )
+    return examples
 
 
-def _shown(encoder: ExampleTokenizer, row: Row) -> str:
+def _input_text(encoder: ExampleTokenizer, row: Row) -> str:
     return " | ".join(str(row[column]) for column in encoder.template.columns)[:300]
 
 
-def _said(one: Answer) -> str | None:
-    """An answer as people read it; what was written and is no legal answer stands in quotation marks."""
-    return _plain(one.value) if one.value is not None or one.text is None else f"no answer: {one.text[:60]!r}"
+def _answer_text(answer: Answer) -> str | None:
+    """An answer as people read it; a generated text that is no legal answer is quoted."""
+    if answer.value is None and answer.text is not None:
+        return f"no answer: {answer.text[:60]!r}"
+    return _as_text(answer.value)
 
 
-def _plain(value: Any) -> str | None:
+def _as_text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    return ", ".join(str(v) for v in value) if isinstance(value, list | tuple) else f"{value:g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else f"{value:g}"
 
 
 def next_commands(run: Run, task: Task) -> list[str]:
-    """What a user may want to type after a run."""
-    where = shlex.quote(str(prompt_directory(Path(run.output_dir), task.name, len(run.tasks))))
-    lines = [f"softprompts evaluate {where}", f"softprompts inspect {where}"]
+    """Commands that a user may want after a run."""
+    directory = shlex.quote(str(prompt_directory(Path(run.output_dir), task.name, len(run.tasks))))
+    commands = [f"softprompts evaluate {directory}", f"softprompts inspect {directory}"]
     if not task.template.columns:  # the prompt alone makes the answer
-        return lines
+        return commands
     column = task.template.columns[0]
     texts = [str(row[column]) for row in (*task.test, *task.train)[:100]]
-    # A text without quotation marks needs no more than two of them on a command line.
-    text = shlex.quote(min(texts, key=lambda one: ("'" in one or "\n" in one, len(one) > 80)))
-    return [f"softprompts predict {where} {text}", *lines]
+    # A text without quotation marks needs only two of them on a command line.
+    text = min(texts, key=lambda candidate: ("'" in candidate or "\n" in candidate, len(candidate) > 80))
+    return [f"softprompts predict {directory} {shlex.quote(text)}", *commands]

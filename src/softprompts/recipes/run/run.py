@@ -1,7 +1,6 @@
-"""Runs from their configuration to artifact, results.json and report page.
+"""A run from its configuration to prompt, results.json and report.html.
 
-A run that trains weights (`training.target`) goes the same way; what it keeps instead of an artifact, finetune.py
-writes.
+A run that trains weights (`training.target`) goes the same way, and keeps weights instead of a prompt.
 """
 
 import functools
@@ -9,7 +8,7 @@ import hashlib
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -21,17 +20,17 @@ from softprompts.config import Run
 from softprompts.config.sweep import sweep
 from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError, TrainingError
-from softprompts.evaluation import evaluate
-from softprompts.evaluation import page as report
+from softprompts.evaluation import evaluate, page
 from softprompts.evaluation.evaluate import Evaluation
 from softprompts.model import initialization
 from softprompts.model.setup import load_backbone
 from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, prepare, prepare_many
 from softprompts.recipes.run.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
-from softprompts.training import distillation, weights
+from softprompts.training import backbone_weights, distillation
 from softprompts.training.distillation import TeacherOutputs
-from softprompts.training.loop import Progress, TrainingRun, check_checkpoint, is_main_process, train_many
-from softprompts.training.shared_batch import label_count
+from softprompts.training.loop import TrainingRun, is_main_process, train_many
+from softprompts.training.trainables import Trainable, TrainablePrompts, TrainableWeights
+from softprompts.types import Progress
 
 __all__ = [
     "PreparedRun",
@@ -47,275 +46,334 @@ __all__ = [
 ]
 
 
-def run(run: Run, screen: ProgressReporter = SILENT) -> dict[str, Any]:
-    """Do the whole of `run`: judge the stock model, train, judge again, write artifact, results and page into
-    run.output_dir.
+def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
+    """Evaluate the stock model, train, evaluate again; write prompt, results.json and report.html to `run.output_dir`.
 
-    Returns what results.json holds. An interrupted run goes on from its checkpoint when called again. With a list
-    `runs` all of them train together, each is written to a folder of run.output_dir as it would be alone, and
-    results.json and the page of run.output_dir compare them; a run that failed is named there, the others are finished
-    all the same. Of several processes that a launcher started, all train, and the first one writes and shows.
+    An interrupted run continues from its checkpoint when it is called again. The runs of a list `runs` train together.
+    Each is written to a folder of `run.output_dir` as it would be alone; results.json and report.html beside these
+    folders compare the runs. A run that fails is named there, and the others are finished all the same. Of several
+    processes that a launcher started, all train, and the first one writes and shows.
+
+    Args:
+        run: The configuration.
+        reporter: Shows a person how far the run is.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ConfigError, DataError, AssetError, BackboneError, ArtifactError: The run would fail; nothing was trained.
+        TrainingError: No run could be trained, or a checkpoint belongs to a run with other settings.
     """
-    began, main = time.time(), is_main_process()
-    screen = screen if main else SILENT
-    runs = sweep(run)
-    for one in runs.values() if main else ():
-        check_writable(Path(one.output_dir))
-        weights.kept_at(one.training, one.output_dir)
-    jobs = prepare_many(runs, screen)
-    rows = _encode(jobs, screen)
-    for name, one in runs.items():
-        check_checkpoint(one.output_dir, rows[name], one.seed, fixed_settings(jobs[name]))
-    before = _judge_stock(jobs, screen)
-    histories, failed = _train(jobs, rows, screen)
+    started = time.time()
+    reporter = reporter if is_main_process() else SILENT
+    configs = sweep(run)
+    _check_directories(configs)
+    prepared = prepare_many(configs, reporter)
+    training_runs = _training_runs(prepared, reporter)
+    for training_run in training_runs.values():
+        training_run.check_checkpoint()
+    before = _evaluate_stock(prepared, reporter)
+    trainable = _trainable(prepared, training_runs, reporter)
+    histories: dict[str, list[Progress]] = {name: [] for name in prepared}
+    failed: dict[str, str] = {}
+    try:
+        with closing(train_many(trainable, list(training_runs.values()))) as steps:
+            for name, progress in steps:
+                histories[name].append(progress)
+                if progress.equivalence:
+                    reporter.log(f"first batch: {progress.equivalence}")
+                reporter.on_step(name, progress)
+    except TrainingError as error:
+        if len(error.failed) in (0, len(prepared)):
+            raise
+        failed = error.failed
+    _log_training(prepared, histories, failed, reporter)
     pages = {}
-    for name, job in jobs.items():
+    for name, prepared_run in prepared.items():
         if name not in failed:
-            pages[name] = _finish(name, job, before[name], histories[name], began, screen)
+            after = _evaluate_trained(name, prepared_run, reporter)
+            seconds = time.time() - started
+            pages[name] = _write(prepared_run, before[name], after, histories[name], seconds, reporter)
     if not run.runs:
         return _results(pages[""])
-    results = compare(run, jobs, pages, histories, failed, time.time() - began)
-    if main:
-        report.write_results(Path(run.output_dir) / "results.json", results)
-        report.write_page(Path(run.output_dir) / "report.html", results)
+    results = compare(run, prepared, pages, histories, failed, time.time() - started)
+    if is_main_process():
+        page.write_results(Path(run.output_dir) / "results.json", results)
+        page.write_page(Path(run.output_dir) / "report.html", results)
     return results
 
 
-def _finish(
-    name: str,
-    job: PreparedRun,
-    before: list[Evaluation | None],
-    history: list[Progress],
-    began: float,
-    screen: ProgressReporter,
-) -> list[dict[str, Any]]:
-    """Judge a trained run, and write what it trained, results.json and pages; gives the page of each task."""
-    out, count = Path(job.run.output_dir), len(job.tasks)
-    after = [_judge(name, job, i, screen, "after") for i in range(count)]
-    pages = [page_of(job, i, before[i], after[i], history, time.time() - began) for i in range(count)]
-    if not is_main_process():
-        return pages
-    screen.log(f"writing {out}")
-    _keep(job, after)
-    report.write_results(out / "results.json", _results(pages))
-    for page, task in zip(pages, job.tasks, strict=True):
-        report.write_page(out / ("report.html" if count == 1 else f"report-{task.name}.html"), page)
-    return pages
-
-
-def _keep(job: PreparedRun, after: list[Evaluation | None]) -> None:
-    """Write the run's artifacts; where it trained weights, LoRA's adapter or, if asked for, the model."""
-    if job.weights is None:
-        for i, scored in enumerate(after):
-            one = pack(job, i, scored)
-            artifact.save(one, prompt_directory(Path(job.run.output_dir), one.task, len(job.tasks)))
-    elif place := weights.kept_at(job.run.training, job.run.output_dir):
-        weights.save(job.weights, place)
-
-
-def _results(pages: list[dict[str, Any]]) -> dict[str, Any]:
-    """What results.json holds of a run: its one page, or those of its tasks."""
-    several = {"format": 1, "tasks": pages, "next": [line for page in pages for line in page["next"]]}
-    return pages[0] if len(pages) == 1 else several
-
-
-def check_writable(out: Path) -> None:
-    """Raise ConfigError now rather than after the work when nothing can be written into `out`."""
+def check_writable(directory: Path) -> None:
+    """Raise ConfigError before the work, and not after it, where nothing can be written into a directory."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out) as file:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
             file.write(b"softprompts")
     except OSError as error:
-        raise ConfigError(f"cannot write into {out}: {error.strerror}; choose another directory with --out") from None
+        raise ConfigError(
+            f"cannot write into {directory}: {error.strerror}; choose another directory with --out"
+        ) from None
 
 
-def fixed_settings(job: PreparedRun) -> dict[str, Any]:
-    """What must be the same for a run to go on from its checkpoint.
+def _check_directories(configs: Mapping[str, Run]) -> None:
+    """Raise ConfigError where the first process cannot write the results of a run."""
+    if is_main_process():
+        for config in configs.values():
+            check_writable(Path(config.output_dir))
+            backbone_weights.weights_directory(config.training, config.output_dir)
 
-    Artifacts that the run starts from, mixes or learns from may have been made anew since.
+
+def _training_runs(prepared: Mapping[str, PreparedRun], reporter: ProgressReporter) -> dict[str, TrainingRun]:
+    """The runs as the loop takes them; rows that several runs read alike are tokenized once."""
+    encoded: dict[str, list[EncodedExample]] = {}
+    training_runs = {}
+    for name, prepared_run in prepared.items():
+        examples = []
+        for index, (encoder, task) in enumerate(zip(prepared_run.encoders, prepared_run.tasks, strict=True)):
+            key = _reading_key(prepared_run, index)
+            if key not in encoded:
+                encoded[key] = [encoder.example(row) for row in task.train]
+                truncated = sum(example.truncated_tokens > 0 for example in encoded[key])
+                if truncated:
+                    reporter.log(
+                        f"{task.name}: {truncated} of {len(encoded[key])} texts were cut to fit {encoder.budget} tokens"
+                    )
+            examples += encoded[key]
+        config = prepared_run.run
+        validate = functools.partial(_validation_score, prepared_run) if config.training.eval_steps else None
+        settings = fixed_settings(prepared_run)
+        training_runs[name] = TrainingRun(
+            name,
+            examples,
+            config.training,
+            config.seed,
+            validate=validate,
+            directory=config.output_dir,
+            settings=settings,
+        )
+    return training_runs
+
+
+def _reading_key(prepared: PreparedRun, index: int) -> str:
+    """Everything on which the tokens of a task's rows depend."""
+    encoder = prepared.encoders[index]
+    return f"{index} {encoder.room} {encoder.segment_lengths} {prepared.run.tasks[index].model_dump_json()}"
+
+
+def fixed_settings(prepared: PreparedRun) -> dict[str, Any]:
+    """What must be the same when a run is continued from its checkpoint.
+
+    The artifacts that a run starts from, mixes or learns from may have been replaced in the meantime.
     """
-    others: Any = {
+    changeable: Any = {
         "output_dir": True,
         "evaluation": True,
         "runs": True,
         "training": {"save_steps", "lora", "save_model"},
     }
-    settings: dict[str, Any] = job.run.model_dump(mode="json", exclude=others)
-    given = job.run.prompt.init
-    if job.start is not None and (given.sources or given.state or given.kind in initialization.READ):
-        parts = (job.start.prompt, job.start.sources, *(job.start.factors or ()), *(job.start.state or {}).values())
-        held = b"".join(part.cpu().numpy().tobytes() for part in parts if part is not None)
-        settings["start"] = hashlib.sha256(held).hexdigest()
-    if job.teachers:
-        settings["teachers"] = [teacher.digest for teacher in job.teachers]
+    settings: dict[str, Any] = prepared.run.model_dump(mode="json", exclude=changeable)
+    config, init = prepared.run.prompt.init, prepared.init
+    if init is not None and (config.sources or config.state or config.kind in initialization.READ):
+        tensors = (init.prompt, init.sources, *(init.factors or ()), *(init.state or {}).values())
+        content = b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors if tensor is not None)
+        settings["start"] = hashlib.sha256(content).hexdigest()
+    if prepared.teachers:
+        settings["teachers"] = [teacher.digest for teacher in prepared.teachers]
     return settings
 
 
-def _key(job: PreparedRun, index: int) -> str:
-    """What the rows of the job's task number `index` are read by: runs with the same key read them alike."""
-    encoder = job.encoders[index]
-    return f"{index} {encoder.room} {encoder.segment_lengths} {job.run.tasks[index].model_dump_json()}"
-
-
-def _encode(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> dict[str, list[EncodedExample]]:
-    """The training rows of all tasks of each run as tokens."""
-    parts: dict[str, list[EncodedExample]] = {}
-    for job in jobs.values():
-        for i, (encoder, task) in enumerate(zip(job.encoders, job.tasks, strict=True)):
-            if _key(job, i) in parts:
-                continue
-            rows = parts[_key(job, i)] = [encoder.example(row) for row in task.train]
-            cut = sum(row.truncated_tokens > 0 for row in rows)
-            if cut:
-                screen.log(f"{task.name}: {cut} of {len(rows)} texts were cut to fit {encoder.budget} tokens")
-    return {name: [row for i in range(len(job.tasks)) for row in parts[_key(job, i)]] for name, job in jobs.items()}
-
-
-def _train(
-    jobs: Mapping[str, PreparedRun], rows: Mapping[str, list[EncodedExample]], screen: ProgressReporter
-) -> tuple[dict[str, list[Progress]], dict[str, str]]:
-    """The history of each run, and why those that failed did; raises TrainingError when none is left."""
-    histories: dict[str, list[Progress]] = {name: [] for name in jobs}
-    failed: dict[str, str] = {}
-    targets = _targets(jobs, rows, screen)
-    try:
-        with closing(_steps(jobs, rows, targets)) as steps:
-            for name, step in steps:
-                histories[name].append(step)
-                if step.parity:
-                    screen.log(f"first batch: {step.parity}")
-                screen.on_step(name, step)
-        for name, history in histories.items():
-            for line in machine_changes(history):
-                screen.log(f"{name}: {line}" if name else line)
-    except TrainingError as error:
-        if len(error.failed) in (0, len(jobs)):
-            raise
-        failed = error.failed
-        for name, message in failed.items():
-            screen.log(f"run '{name}' failed: {message}")
-    every = [step for name, history in histories.items() for step in history if jobs[name].weights is None]
-    for path, count in Counter(step.path for step in every).most_common(1):
-        how = f"in every row ({path})" if path.startswith("concatenation") else "once a batch"
-        screen.log(f"the prompt was computed {how} in {count} of {len(every)} steps")
-    return histories, failed
-
-
-def _targets(
-    jobs: Mapping[str, PreparedRun], rows: Mapping[str, list[EncodedExample]], screen: ProgressReporter
-) -> dict[str, TeacherOutputs | None]:
-    """What the teachers of each run make of its rows; computed once for runs that have the same of both."""
-    found: dict[str, TeacherOutputs | None] = {}
-    known: dict[tuple[Any, ...], TeacherOutputs] = {}
-    for name, job in jobs.items():
-        config = job.run.training.distillation
-        if config is None:
-            found[name] = None
-            continue
-        site = job.model.registry.site_of(job.prompts)
-        own, digests = rows[name], tuple(teacher.digest for teacher in job.teachers)
-        key = (digests, config.layers, config.temperature, tuple(_key(job, i) for i in range(len(job.tasks))))
-        if key not in known:
-            file = Path(job.run.output_dir) / distillation.FILE if config.cache is None else Path(config.cache)
-            title = f"{name}: teachers" if name else "teachers"
-            show, kept = functools.partial(screen.on_eval, title), file if is_main_process() else None
-            known[key] = distillation.targets(job.model.backbone, job.teachers, own, config, kept, show)
-        for row, states in zip(own, known[key].states, strict=True):
-            if len(states) != (count := label_count(row, job.model.backbone, site)):
-                task = job.tasks[row.task_id].name
+def _trainable(
+    prepared: Mapping[str, PreparedRun], training_runs: Mapping[str, TrainingRun], reporter: ProgressReporter
+) -> Trainable:
+    """What the runs train: their prompts together, or the weights of the only run."""
+    for prepared_run in prepared.values():
+        if prepared_run.weights is not None:
+            return TrainableWeights(prepared_run.weights, prepared_run.run.training.target)
+    model = next(iter(prepared.values())).model
+    prompts = {name: prepared_run.prompts for name, prepared_run in prepared.items()}
+    trainable = TrainablePrompts(model, prompts, _teacher_outputs(prepared, training_runs, reporter))
+    for name, outputs in trainable.teachers.items():
+        for example, states in zip(outputs.examples, outputs.states, strict=True):
+            count = trainable.label_count(name, example)
+            if len(states) != count:
                 raise ConfigError(
-                    f"{task}: its teacher scores {len(states)} tokens of a row and the student {count}, because one of "
-                    f"them has no state in front of the text (site kv); give them the same site"
+                    f"{prepared[name].tasks[example.task_id].name}: its teacher scores {len(states)} tokens of a row "
+                    f"and the student {count}, because one of them has no state in front of the text (site kv); give "
+                    f"them the same site"
                 )
-        found[name] = known[key]
-    return found
+    return trainable
 
 
-def _steps(
-    jobs: Mapping[str, PreparedRun],
-    rows: Mapping[str, list[EncodedExample]],
-    targets: Mapping[str, TeacherOutputs | None],
-) -> Generator[tuple[str, Progress], None, None]:
-    """The steps of all runs; one that trains weights is always alone."""
-    pad = next(iter(jobs.values())).model.backbone.tokenizer.pad_token_id or 0
-    for name, job in jobs.items():
-        if job.weights is not None:
-            run, validate = job.run, _validate(job)
-            fitting = weights.fit(job.weights, rows[name], run.training, pad=pad, seed=run.seed, validate=validate)
-            with closing(fitting) as steps:
-                yield from ((name, step) for step in steps)
-            return
-    yield from train_many([_trainee(name, job, rows[name], targets[name]) for name, job in jobs.items()], pad=pad)
+def _teacher_outputs(
+    prepared: Mapping[str, PreparedRun], training_runs: Mapping[str, TrainingRun], reporter: ProgressReporter
+) -> dict[str, TeacherOutputs]:
+    """The teachers' outputs for the examples of each run; computed once for runs with equal teachers and examples."""
+    computed: dict[tuple[Any, ...], TeacherOutputs] = {}
+    outputs = {}
+    for name, prepared_run in prepared.items():
+        config = prepared_run.run.training.distillation
+        if config is None:
+            continue
+        digests = tuple(teacher.digest for teacher in prepared_run.teachers)
+        reading = tuple(_reading_key(prepared_run, index) for index in range(len(prepared_run.tasks)))
+        key = (digests, config.layers, config.temperature, reading)
+        if key not in computed:
+            directory = Path(prepared_run.run.output_dir)
+            file = directory / distillation.FILE if config.cache is None else Path(config.cache)
+            computed[key] = distillation.targets(
+                prepared_run.model.backbone,
+                prepared_run.teachers,
+                training_runs[name].examples,
+                config,
+                file=file if is_main_process() else None,
+                progress=functools.partial(reporter.on_eval, f"{name}: teachers" if name else "teachers"),
+            )
+        outputs[name] = computed[key]
+    return outputs
 
 
-def _trainee(name: str, job: PreparedRun, rows: list[EncodedExample], targets: TeacherOutputs | None) -> TrainingRun:
-    run = job.run
-    return TrainingRun(
-        name,
-        job.model,
-        job.prompts,
-        rows,
-        run.training,
-        run.seed,
-        _validate(job),
-        run.output_dir,
-        fixed_settings(job),
-        targets,
-    )
+def _validation_score(prepared: PreparedRun) -> float:
+    """The mean of the tasks' headline scores on their validation rows."""
+    config = prepared.run.evaluation.model_copy(update={"resamples": 100})
+    scores = []
+    for index, (encoder, task) in enumerate(zip(prepared.encoders, prepared.tasks, strict=True)):
+        evaluation = evaluate.evaluate(
+            prepared.model, task.validation, prompt=prepared.prompt(index), encoder=encoder, config=config
+        )
+        scores.append(evaluation.headline.value)
+    return sum(scores) / len(scores)
 
 
-def _validate(job: PreparedRun) -> Callable[[], float] | None:
-    """What scores the validation rows, where the run asks for that."""
-    return (lambda: _validation(job)) if job.run.training.eval_steps is not None else None
+def _evaluate_stock(
+    prepared: Mapping[str, PreparedRun], reporter: ProgressReporter
+) -> dict[str, list[Evaluation | None]]:
+    """The stock model's evaluation on each task of each run; tasks that runs evaluate alike are evaluated once."""
+    known: dict[str, Evaluation | None] = {}
+    evaluations: dict[str, list[Evaluation | None]] = {name: [] for name in prepared}
+    for name, prepared_run in prepared.items():
+        for index in range(len(prepared_run.tasks)):
+            key = _reading_key(prepared_run, index) + prepared_run.run.evaluation.model_dump_json()
+            if key not in known:
+                known[key] = _evaluate("", prepared_run, index, "before", reporter)
+            evaluations[name].append(known[key])
+    return evaluations
 
 
-def _validation(job: PreparedRun) -> float:
-    """The mean headline score over the tasks' validation rows."""
-    values = []
-    config = job.run.evaluation.model_copy(update={"resamples": 100})
-    for i, (encoder, task) in enumerate(zip(job.encoders, job.tasks, strict=True)):
-        scored = evaluate.evaluate(job.model, task.validation, prompt=job.prompt(i), encoder=encoder, config=config)
-        values.append(scored.headline.value)
-    return sum(values) / len(values)
+def _evaluate_trained(name: str, prepared: PreparedRun, reporter: ProgressReporter) -> list[Evaluation | None]:
+    """The evaluation of what a run trained, on each of its tasks."""
+    return [_evaluate(name, prepared, index, "after", reporter) for index in range(len(prepared.tasks))]
 
 
-def _judge_stock(jobs: Mapping[str, PreparedRun], screen: ProgressReporter) -> dict[str, list[Evaluation | None]]:
-    """The stock model's scores on the test rows of each run's tasks; tasks that runs judge alike are judged once."""
-    found: dict[str, Evaluation | None] = {}
-    for job in jobs.values():
-        for i in range(len(job.tasks)):
-            key = _key(job, i) + job.run.evaluation.model_dump_json()
-            if key not in found:
-                found[key] = _judge("", job, i, screen, "before", stock=True)
-    return {
-        name: [found[_key(job, i) + job.run.evaluation.model_dump_json()] for i in range(len(job.tasks))]
-        for name, job in jobs.items()
-    }
+def _evaluate(name: str, prepared: PreparedRun, index: int, when: str, reporter: ProgressReporter) -> Evaluation | None:
+    """Evaluate a task's test rows.
 
+    Args:
+        name: The name of the run.
+        prepared: The run.
+        index: The number of the task.
+        when: `before` evaluates the stock model, `after` what was trained.
+        reporter: Shows the rows that are done, and the score.
 
-def _judge(
-    name: str, job: PreparedRun, index: int, screen: ProgressReporter, when: str, stock: bool = False
-) -> Evaluation | None:
-    """Scores on the test rows; None for the stock model where its head has not been trained either."""
-    model, rows = job.model, job.tasks[index].test
-    title = f"{name}: {job.tasks[index].name}" if name else job.tasks[index].name
-    if not rows and not stock:
-        screen.log(f"{title} has no test rows: nothing is judged")
-    if not rows or (stock and model.backbone.head_names):
+    Returns:
+        The evaluation; None without test rows, and for a stock model whose classification head nobody has trained.
+    """
+    model, task, run = prepared.model, prepared.tasks[index], prepared.run
+    title = f"{name}: {task.name}" if name else task.name
+    if when == "before":
+        if not task.test or model.backbone.head_names:
+            return None
+    elif not task.test:
+        reporter.log(f"{title} has no test rows, so nothing is evaluated")
         return None
 
     def progress(done: int) -> None:
-        screen.on_eval(f"{title} {when}", done, len(rows))
+        reporter.on_eval(f"{title} {when} training", done, len(task.test))
 
-    encoder, run, prompt = job.encoders[index], job.run, None if stock else job.prompt(index)
-    found = evaluate.evaluate(
-        model, rows, prompt=prompt, encoder=encoder, config=run.evaluation, seed=run.seed, progress=progress
+    evaluation = evaluate.evaluate(
+        model,
+        task.test,
+        prompt=None if when == "before" else prepared.prompt(index),
+        encoder=prepared.encoders[index],
+        config=run.evaluation,
+        seed=run.seed,
+        progress=progress,
     )
-    screen.log(f"{title}: {next(iter(found.scores))} {found.headline.value:.3f} {when} training")
-    return found
+    metric = next(iter(evaluation.scores))
+    reporter.log(f"{title}: {metric} {evaluation.headline.value:.3f} {when} training")
+    return evaluation
 
 
-def pack(job: PreparedRun, index: int, scored: Evaluation | None) -> Artifact:
-    """The artifact of the run's task number `index`: what was trained, where it began, and all that belongs to it."""
-    scores = {} if scored is None else {name: asdict(score) for name, score in scored.scores.items()}
-    return job.model.pack(job.prompts[index], task=job.tasks[index].name, scores=scores)
+def _log_training(
+    prepared: Mapping[str, PreparedRun],
+    histories: Mapping[str, Sequence[Progress]],
+    failed: Mapping[str, str],
+    reporter: ProgressReporter,
+) -> None:
+    """Show which runs failed, where the machine changed on the way, and how the prompt was computed."""
+    for name, message in failed.items():
+        reporter.log(f"run '{name}' failed: {message}")
+    paths: Counter[str] = Counter()
+    for name, history in histories.items():
+        for line in machine_changes(history):
+            reporter.log(f"{name}: {line}" if name else line)
+        if prepared[name].weights is None:
+            paths.update(progress.path for progress in history)
+    for path, count in paths.most_common(1):
+        how = f"in every row ({path})" if path.startswith("concatenation") else "once a batch"
+        reporter.log(f"the prompt was computed {how} in {count} of {paths.total()} steps")
+
+
+def _write(
+    prepared: PreparedRun,
+    before: Sequence[Evaluation | None],
+    after: Sequence[Evaluation | None],
+    history: Sequence[Progress],
+    seconds: float,
+    reporter: ProgressReporter,
+) -> list[dict[str, Any]]:
+    """Write what a run trained, results.json and report pages, and give the page of each task."""
+    directory, tasks = Path(prepared.run.output_dir), prepared.tasks
+    pages = []
+    for index in range(len(tasks)):
+        pages.append(page_of(prepared, index, before[index], after[index], history, seconds))
+    if not is_main_process():
+        return pages
+    reporter.log(f"writing {directory}")
+    _write_trained(prepared, after)
+    page.write_results(directory / "results.json", _results(pages))
+    for content, task in zip(pages, tasks, strict=True):
+        page.write_page(directory / ("report.html" if len(tasks) == 1 else f"report-{task.name}.html"), content)
+    return pages
+
+
+def _write_trained(prepared: PreparedRun, after: Sequence[Evaluation | None]) -> None:
+    """Write the artifact of each task; for trained weights LoRA's adapter or, where asked for, the model."""
+    if prepared.weights is None:
+        for index, evaluation in enumerate(after):
+            directory = prompt_directory(Path(prepared.run.output_dir), prepared.tasks[index].name, len(prepared.tasks))
+            artifact.save(pack(prepared, index, evaluation), directory)
+    elif weights_directory := backbone_weights.weights_directory(prepared.run.training, prepared.run.output_dir):
+        backbone_weights.save(prepared.weights, weights_directory)
+
+
+def _results(pages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of a run's results.json: its one page, or the pages of its tasks."""
+    if len(pages) == 1:
+        return pages[0]
+    commands = []
+    for content in pages:
+        commands += content["next"]
+    return {"format": 1, "tasks": pages, "next": commands}
+
+
+def pack(prepared: PreparedRun, index: int, evaluation: Evaluation | None) -> Artifact:
+    """The artifact of a task of a run: its prompt, where that began, and everything that belongs to it.
+
+    Args:
+        prepared: The run, which trains prompts.
+        index: The number of the task.
+        evaluation: The evaluation of the trained prompt.
+    """
+    scores = {} if evaluation is None else {name: asdict(score) for name, score in evaluation.scores.items()}
+    return prepared.model.pack(prepared.prompts[index], task=prepared.tasks[index].name, scores=scores)

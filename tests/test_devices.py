@@ -121,11 +121,11 @@ def accelerators(monkeypatch, cuda=0, mps=False):
 
 def test_devices_name_accelerators_first(monkeypatch):
     accelerators(monkeypatch)
-    assert devices.devices() == ["cpu"]
+    assert devices.available_devices() == ["cpu"]
     accelerators(monkeypatch, cuda=2)
-    assert devices.devices() == ["cuda:0", "cuda:1", "cpu"]
+    assert devices.available_devices() == ["cuda:0", "cuda:1", "cpu"]
     accelerators(monkeypatch, mps=True)
-    assert devices.devices() == ["mps", "cpu"]
+    assert devices.available_devices() == ["mps", "cpu"]
 
 
 def test_a_device_is_taken_by_name(monkeypatch):
