@@ -250,11 +250,11 @@ def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp
     """Artifacts of tasks that share a prompt, as a run of several tasks leaves them."""
     for i, name in enumerate(names):
         state = {
-            "shared": rows.random(shared, P, 32),
-            "columns.0": rows.random(20 + i, P, 1) + 1,
-            "rows.0": rows.random(30 + i, 1, 32) + 1,
+            "shared.prompt": rows.random(shared, P, 32),
+            "columns": rows.random(20 + i, P, 1) + 1,
+            "rows": rows.random(30 + i, 1, 32) + 1,
         }
-        prompt = state["shared"] * (state["columns.0"] @ state["rows.0"])
+        prompt = state["shared.prompt"] * (state["columns"] @ state["rows"])
         saved(bb, folder / name, 0, prompt=prompt, task=name, method="multitask-prompt-tuning", state=state, options={})
     return folder
 

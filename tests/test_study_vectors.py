@@ -176,7 +176,7 @@ def local_artifacts(starts, tuned):
     import artifacts
 
     return [
-        artifacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
+        artifacts.example(prompt=prompt, initial=start, state={"prompt": prompt}, options={})
         for start, prompt in zip(starts, tuned, strict=True)
     ]
 
