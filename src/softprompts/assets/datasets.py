@@ -58,8 +58,10 @@ def _ratings(name: str) -> Parser:
     def parse(root: Path) -> Mapping[str, list[Row]]:
         cells = [line.rstrip("\r").split("\t", 2) for line in _lines(root / HUTTO / name)[1:] if line]
         rated = [(float(rating), text.replace("''", '"').strip()) for _, rating, text in cells]
-        kept = [(rating, text) for rating, text in rated if abs(rating) >= 0.5]
-        return {"": [{"text": text, "label": "positive" if rating > 0 else "negative"} for rating, text in kept]}
+        clear_ratings = [(rating, text) for rating, text in rated if abs(rating) >= 0.5]
+        return {
+            "": [{"text": text, "label": "positive" if rating > 0 else "negative"} for rating, text in clear_ratings]
+        }
 
     return parse
 
@@ -68,8 +70,8 @@ def _csv(path: str, columns: Mapping[str, str], names: Mapping[str, str] | None 
     """A CSV file; `columns` maps its columns to ours, `names` its labels to ours."""
 
     def parse(root: Path) -> Mapping[str, list[Row]]:
-        found = [{ours: row[theirs].strip() for theirs, ours in columns.items()} for row in _table(root / path, code)]
-        return {"": [{**row, "label": names[row["label"]]} if names else dict(row) for row in found]}
+        rows = [{ours: row[theirs].strip() for theirs, ours in columns.items()} for row in _table(root / path, code)]
+        return {"": [{**row, "label": names[row["label"]]} if names else dict(row) for row in rows]}
 
     return parse
 
@@ -89,9 +91,9 @@ def _bbc(root: Path) -> Mapping[str, list[Row]]:
 
 
 def _sarcasm(root: Path) -> Mapping[str, list[Row]]:
-    found = [json.loads(line) for line in _lines(root / "evals/registry/data/sarcasm/samples.jsonl") if line.strip()]
+    samples = [json.loads(line) for line in _lines(root / "evals/registry/data/sarcasm/samples.jsonl") if line.strip()]
     names = {"0": "serious", "1": "sarcastic"}
-    return {"": [{"text": row["input"][-1]["content"].strip(), "label": names[row["ideal"]]} for row in found]}
+    return {"": [{"text": row["input"][-1]["content"].strip(), "label": names[row["ideal"]]} for row in samples]}
 
 
 def _orange(name: str) -> Parser:
@@ -273,18 +275,18 @@ PACKAGED: dict[str, PackagedDataset] = {
 
 def with_packaged_defaults(config: TaskConfig) -> TaskConfig:
     """`config` with everything that a packaged source settles filled in where the configuration is silent."""
-    found = PACKAGED.get(config.source)
-    if found is None:
+    packaged = PACKAGED.get(config.source)
+    if packaged is None:
         return config.model_copy(update={"kind": config.kind or "label"})
     settled = {
-        "kind": config.kind or found.kind,
-        "template": found.template if config.template is None else config.template,
-        "label": found.label if config.label == "label" else config.label,
-        "verbalizer": config.verbalizer or (dict(found.verbalizer) if found.verbalizer else None),
-        "metrics": config.metrics or found.metrics,
-        "positive": config.positive or found.positive,
-        "truncate": config.truncate or found.truncate,
-        "max_length": config.max_length or found.max_length,
+        "kind": config.kind or packaged.kind,
+        "template": packaged.template if config.template is None else config.template,
+        "label": packaged.label if config.label == "label" else config.label,
+        "verbalizer": config.verbalizer or (dict(packaged.verbalizer) if packaged.verbalizer else None),
+        "metrics": config.metrics or packaged.metrics,
+        "positive": config.positive or packaged.positive,
+        "truncate": config.truncate or packaged.truncate,
+        "max_length": config.max_length or packaged.max_length,
     }
     return config.model_copy(update=settled)
 

@@ -134,11 +134,11 @@ def _make(asset: Asset, work: Path, say: Say) -> Path:
 
 def _check(archive: Path, package: Package) -> None:
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != package.sha256:
         raise AssetError(
-            f"{archive.name} is not the file that was pinned: sha256 {found}, expected {package.sha256}. Nothing of it "
-            "was unpacked. The package index (or a proxy before it) served another file: use another index, or a copy "
+            f"{archive.name} is not the file that was pinned: sha256 {digest}, expected {package.sha256}. Nothing of "
+            "it was unpacked. The package index (or a proxy before it) served another file: use another index, or a copy "
             f"from another machine in {cache_dir() / 'packages'}"
         )
 

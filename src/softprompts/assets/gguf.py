@@ -234,8 +234,8 @@ def _rxn_albert(files: Path, ready: Path) -> None:
     weights = torch.load(files / "pytorch_model.bin", weights_only=True, map_location="cpu")
     # The decoder is tied to the embeddings, and the pooler was never trained (there was no sentence-order loss).
     dropped = ("predictions.decoder.", "albert.pooler.")
-    kept = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith(dropped)}
-    save_file(kept, ready / WEIGHTS, metadata={"format": "pt"})
+    model_weights = {name: weight.contiguous() for name, weight in weights.items() if not name.startswith(dropped)}
+    save_file(model_weights, ready / WEIGHTS, metadata={"format": "pt"})
 
     vocabulary = {line: i for i, line in enumerate((files / "vocab.txt").read_text(encoding="utf-8").splitlines())}
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}

@@ -177,14 +177,14 @@ class ExampleTokenizer:
                 f"{form.name}: kind '{form.kind}' has no candidate answers to compare; evaluate by generating"
             )
         ended = self.family != "masked" and self._speller.end is not None
-        found = {label: self.answer_ids(word) for label, word in form.verbalizer.items()}
-        bare = {label: ids[:-1] if ended else ids for label, ids in found.items()}
+        answer_tokens = {label: self.answer_ids(word) for label, word in form.verbalizer.items()}
+        bare = {label: ids[:-1] if ended else ids for label, ids in answer_tokens.items()}
         for label, ids in bare.items():
             twin = next((other for other in bare if other != label and bare[other] == ids), None)
             if twin or not ids:
                 raise DataError(f"{form.name}: the answers for '{label}' and '{twin}' are the same tokens {ids}")
         clash = any(a != b and bare[b][: len(bare[a])] == bare[a] for a in bare for b in bare)
-        return found if clash else bare
+        return answer_tokens if clash else bare
 
     @cached_property
     def _longest(self) -> int:
@@ -330,10 +330,10 @@ class ExampleTokenizer:
 
     def _span(self, row: Row) -> EncodedExample:
         tokens, cut = self._fit(row, 0)
-        found = answer_offsets(row.get(self.template.label), self.template.name)
-        if found is None:
+        offsets = answer_offsets(row.get(self.template.label), self.template.name)
+        if offsets is None:
             return self._encoded(tokens, None, cut)
-        start, end = found
+        start, end = offsets
         if end <= start:  # no answer: the first token, as in SQuAD 2
             return self._encoded(tokens, [0, 0], cut)
         inside = [i for i, (s, a, b) in enumerate(tokens.spans or []) if s == 1 and a < end and b > start]

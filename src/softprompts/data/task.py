@@ -245,11 +245,11 @@ def decode_answer(form: TaskTemplate, text: str) -> str | None:
             return f"{float(text):g}"
         except ValueError:
             return None
-    labels = {given.strip(): label for label, given in (form.verbalizer or {}).items()}
+    labels = {answer.strip(): label for label, answer in (form.verbalizer or {}).items()}
     if form.kind == "label":
         return labels.get(text)
     if form.kind in ("multilabel", "tagging"):
         cut = ", " if form.kind == "multilabel" else " "
-        found = [labels.get(word.strip()) for word in text.split(cut.strip() or None) if word.strip()]
-        return None if None in found else cut.join(name for name in found if name)
+        decoded = [labels.get(word.strip()) for word in text.split(cut.strip() or None) if word.strip()]
+        return None if None in decoded else cut.join(name for name in decoded if name)
     return text

@@ -70,15 +70,15 @@ class TextTokenizer:
     @cached_property
     def end(self) -> int | None:
         """The token that ends an answer: the tokenizer's end token, or its separator in encoders used as decoders."""
-        found = self.tokenizer.eos_token_id
-        return int(found) if found is not None else self.tokenizer.sep_token_id
+        end_id = self.tokenizer.eos_token_id
+        return int(end_id) if end_id is not None else self.tokenizer.sep_token_id
 
     @cached_property
     def _begin(self) -> list[int]:
         """What the tokenizer puts before a single text, such as the begin token; nothing it puts behind it."""
         whole, bare = self.tokenizer("a")["input_ids"], self.plain("a")
-        found = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
-        return list(whole[: found[0]]) if found else []
+        positions = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+        return list(whole[: positions[0]]) if positions else []
 
     def plain(self, text: str) -> list[int]:
         """The tokens of `text` alone, without special ones."""
@@ -122,13 +122,15 @@ class TextTokenizer:
             return self._causal(first, second)
         wants = self.head in ("token", "span")
         both = (first[0], second and second[0])
-        found = self.tokenizer(*both, return_offsets_mapping=wants or self._marks, verbose=False)
+        encoding = self.tokenizer(*both, return_offsets_mapping=wants or self._marks, verbose=False)
         spans = words = None
         if wants or self._marks:
-            each = zip(found.sequence_ids(0), found["offset_mapping"], strict=True)
+            each = zip(encoding.sequence_ids(0), encoding["offset_mapping"], strict=True)
             spans = [(-1 if segment is None else segment, start, end) for segment, (start, end) in each]
             words = self._own(spans, [first] if second is None else [first, second])
-        return Tokens(list(found["input_ids"]), found.get("token_type_ids"), spans if wants else None, words=words)
+        return Tokens(
+            list(encoding["input_ids"]), encoding.get("token_type_ids"), spans if wants else None, words=words
+        )
 
     @cached_property
     def _marks(self) -> bool:
@@ -154,8 +156,8 @@ class TextTokenizer:
         """The tokens of `text` alone, and where in it each stands, as spans of segment 0; a slow tokenizer has none."""
         if not self.tokenizer.is_fast:
             return self.plain(text), []
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(found["input_ids"]), [(0, start, end) for start, end in found["offset_mapping"]]
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoding["input_ids"]), [(0, start, end) for start, end in encoding["offset_mapping"]]
 
     def _causal(self, first: Filled, second: Filled | None) -> Tokens:
         # tokenizers of causal models do not separate pairs, so the second text gets a line of its own
@@ -191,8 +193,8 @@ class TextTokenizer:
     @cached_property
     def _opening(self) -> str:
         """What the chat template writes before the user's words."""
-        before, found, _ = self._rendered(SENTINELS[0], self.template.system).partition(SENTINELS[0])
-        if not found:
+        before, separator, _ = self._rendered(SENTINELS[0], self.template.system).partition(SENTINELS[0])
+        if not separator:
             raise DataError(
                 f"{self.template.name}: the chat template hides the user's words; use chat_placement: start"
             )
@@ -248,14 +250,21 @@ class TextTokenizer:
         ids, types = list(whole["input_ids"]), whole.get("token_type_ids")
         frames, inside, at = [], [], 0
         for text in texts:
-            own = self.plain(text)
-            begin = next((i for i in range(at, len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)
+            plain_tokens = self.plain(text)
+            begin = next(
+                (
+                    i
+                    for i in range(at, len(ids) - len(plain_tokens) + 1)
+                    if ids[i : i + len(plain_tokens)] == plain_tokens
+                ),
+                None,
+            )
             if begin is None:
                 raise DataError(f"{self.template.name}: the tokenizer writes a text in another way beside special "
                                 "tokens, so slots for the prompt have no place; take <prompt> out")  # fmt: skip
             frames.append(Tokens(ids[at:begin], types and list(types[at:begin])))
             inside.append(types and types[begin])
-            at = begin + len(own)
+            at = begin + len(plain_tokens)
         return [*frames, Tokens(ids[at:], types and list(types[at:]))], inside
 
     def _turns(self, pieces: list[Filled]) -> list[Filled]:
@@ -263,17 +272,17 @@ class TextTokenizer:
         system = split_slots(self.template.system)[0]
         contents = [content for content, _ in pieces]
         every = "".join([*system, *contents])
-        mark = next(one for one in SENTINELS if one not in every)
-        found = self._rendered(mark.join(contents), mark.join(system)).split(mark)
-        if len(found) != len(system) + len(pieces) - 1:
+        mark = next(sentinel for sentinel in SENTINELS if sentinel not in every)
+        turns = self._rendered(mark.join(contents), mark.join(system)).split(mark)
+        if len(turns) != len(system) + len(pieces) - 1:
             raise DataError(f"{self.template.name}: the chat template leaves a slot for the prompt out or repeats it; "
                             "put <prompt> into another message")  # fmt: skip
         before = len(system) - 1
         inside = [
             _inside(text, piece, last=len(pieces) > 1 and number == 0)
-            for number, (text, piece) in enumerate(zip(found[before:], pieces, strict=True))
+            for number, (text, piece) in enumerate(zip(turns[before:], pieces, strict=True))
         ]
-        return [*((text, [(0, len(text))]) for text in found[:before]), *inside]
+        return [*((text, [(0, len(text))]) for text in turns[:before]), *inside]
 
 
 def _moved(spans: Sequence[Span], by: int) -> list[Span]:
@@ -292,6 +301,6 @@ def _inside(text: str, content: Filled, last: bool = False) -> Filled:
     words stand several times in `text`, the message is the last of them, as before a slot; else the first.
     """
     bare = content[0].strip()
-    found = text.rfind(bare) if last else text.find(bare)
-    at = found - content[0].find(bare) if bare in text else len(text)
+    start = text.rfind(bare) if last else text.find(bare)
+    at = start - content[0].find(bare) if bare in text else len(text)
     return text, [(0, at), *((a + at, b + at) for a, b in content[1]), (at + len(content[0]), len(text))]
