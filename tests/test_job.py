@@ -213,8 +213,8 @@ def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     values["model"] |= {"matmul_backend": products, "attention": "packed-fused", "gradient_checkpointing": True}
     machine = run.run(parse(values))["machine"]
     chosen = {
-        "rows": "packed",
-        "core": "fused",
+        "path": "packed",
+        "packed_attention": "fused",
         "matmul_backend": products,
         "gradient_checkpointing": True,
         "compiled": False,
