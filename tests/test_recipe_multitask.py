@@ -384,7 +384,7 @@ def test_the_upper_lines(tmp_path):
         (lambda v: v["target"].update(shots=[0], few_arms=["spot-nearest"]), "needs rows of the target"),
         (lambda v: v.update(sources=v["sources"][:1]) or v["target"].update(arms=["spot-second"]), "a second source"),
         (lambda v: v.update(sources=[]), "sources"),
-        (lambda v: v["target"].update(shots=[16, 16]), "every value may stand there once, given 16, 16"),
+        (lambda v: v["target"].update(shots=[16, 16]), "every value may be listed once, given 16, 16"),
         (
             lambda v: v["target"].update(few={"objectives": {"distil-logits": 1.0}}),
             "target.few.objectives is set by the",
