@@ -35,6 +35,11 @@ def methods_of(model: SoftPromptModel) -> list[PromptMethod]:
     return [model.registry.method(name) for name in model.tasks]
 
 
+def method_of(prepared: Any, index: int = 0) -> Any:
+    """The method of a prepared run's task."""
+    return prepared.model.registry.method(prepared.prompts[index])
+
+
 def spec_of(model: SoftPromptModel) -> PromptSpec:
     """What the first prompt's method fills."""
     return methods_of(model)[0].spec

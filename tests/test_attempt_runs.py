@@ -12,6 +12,7 @@ import yaml
 
 import local
 from closeness import assert_close
+from prompted import method_of
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
@@ -72,12 +73,12 @@ def test_a_run_and_its_artifact(values: dict[str, Any], sources: Path, tmp_path:
     assert {row["path"] for row in results["curve"]} == {"packed"}
     assert (tmp_path / "out" / "report.html").is_file()
     made = artifact.load(tmp_path / "out" / "prompt")
-    start = job.prepare(parse(values)).start
+    start = job.prepare(parse(values)).init
     assert made.prompt is None
     assert torch.equal(made.initial, start.prompt)
     expected = torch.stack([artifact.load(sources / name / "prompt").prompt for name in ("one", "two")])
-    assert torch.equal(made.state["sources"], expected)
-    assert not torch.equal(made.state["prompts.0"], made.initial)
+    assert torch.equal(made.state["shared.sources"], expected)
+    assert not torch.equal(made.state["prompt"], made.initial)
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
 
 
@@ -89,7 +90,7 @@ def test_the_artifact_answers_as_the_run_did(values: dict[str, Any], tmp_path: P
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     rows = list(made.tasks[0].test)
     trained = job.prepare(run)
-    trained.learner.method.load_state_dict(opened.registry.records[opened.task].artifact.state)
+    method_of(trained).load_state_dict(opened.registry.records[opened.task].artifact.state)
     for config in (EvaluationConfig(), EvaluationConfig(by="generate", max_new_tokens=3)):
         ours = list(evaluate.answers(opened, rows, prompt=opened.task, config=config))
         theirs = list(
@@ -125,7 +126,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert one.digest == two.digest
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
-    first = [job.prepare(parse({**values, "seed": seed})).learner.method.up.weight for seed in (0, 0, 1)]
+    first = [method_of(job.prepare(parse({**values, "seed": seed}))).shared.up.weight for seed in (0, 0, 1)]
     assert torch.equal(first[0], first[1])
     assert not torch.equal(first[0], first[2])
 
@@ -148,9 +149,12 @@ def test_two_tasks_share_what_reads_the_text(values: dict[str, Any], tmp_path: P
     results = job.run(run)
     assert results["tasks"][0]["summary"]["trainable"] == 4 * 32 + (2 * 8 * 32 + 2 * 32) // 2
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
-    assert sorted(one.state) == ["down.weight", "norm.bias", "norm.weight", "prompts.0", "sources", "up.weight"]
-    assert torch.equal(one.state["up.weight"], two.state["up.weight"])
-    assert not torch.equal(one.state["prompts.0"], two.state["prompts.0"])
+    assert sorted(one.state) == [
+        "prompt",
+        *(f"shared.{name}" for name in ("down.weight", "norm.bias", "norm.weight", "sources", "up.weight")),
+    ]
+    assert torch.equal(one.state["shared.up.weight"], two.state["shared.up.weight"])
+    assert not torch.equal(one.state["prompt"], two.state["prompt"])
     for name, page in zip(("one", "two"), results["tasks"], strict=True):
         opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         rows = job.prepare(run).tasks[0].test
@@ -167,7 +171,7 @@ def test_a_task_of_several_loads_into_a_model(values: dict[str, Any], tmp_path: 
     for name in ("one", "two"):
         model.load_prompt(tmp_path / "out" / "prompt" / name)
         held = artifact.load(tmp_path / "out" / "prompt" / name).state
-        assert torch.equal(model.prompts[name].prompts[0], held["prompts.0"])
+        assert torch.equal(model.prompts[name].prompt, held["prompt"])
 
 
 def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
@@ -178,19 +182,20 @@ def test_prompts_vote(values: dict[str, Any], tmp_path: Path) -> None:
     assert results["next"][-1] == f"softprompts evaluate {folders[0]} {folders[1]}"
     model = parse(values).model
     both = open_prompts(folders, config=model)[0]
-    assert not any(part.training for part in both.learner.method.modules())
+    assert not any(part.training for part in both.prompts.modules())
     rows = job.prepare(parse({**values, "runs": []})).tasks[0].test[:4]
     alone = []
     for folder in folders:
         opened = open_prompts([folder], config=model)[0]
         alone.append(list(evaluate.answers(opened, rows, prompt=opened.task, config=EvaluationConfig())))
-    texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
+    encoder = both.example_tokenizer(both.task)
+    texts = [dataclasses.replace(encoder.encode(row), task_id=i, labels=None) for row in rows for i in (0, 1)]
     batch = collate(texts, 0)
-    prompt = both.learner.prompt(batch)
-    single = [open_prompts([folder], config=model)[0].learner for folder in folders]
+    prompt = both.make_prompts(batch)
+    single = [open_prompts([folder], config=model)[0] for folder in folders]
     for i in range(len(texts)):
         row = batch.rows(torch.tensor([i]))
-        expected = single[i % 2].prompt(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
+        expected = single[i % 2].make_prompts(dataclasses.replace(row, task_ids=torch.zeros(1, dtype=torch.long)))
         assert_close(prompt.values[prompt.prompt_index[i]], expected.values[0])
     voted = list(evaluate.answers(both, rows, prompt=both.tasks, config=EvaluationConfig()))
     assert [one.value for one in voted] == [one.value for one in alone[0]], "of two votes the first wins a draw"
@@ -356,7 +361,7 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
     values["prompt"] |= {"method": "attempt", "init": {"sources": [str(tmp_path / "source" / "prompt")]}}
     results = job.run(parse(values))
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
-    assert opened.registry.records[opened.task].artifact.state["prompts.0"].dtype == torch.float32
+    assert opened.registry.records[opened.task].artifact.state["prompt"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
     found = evaluate.evaluate(opened, rows, prompt=opened.task, config=parse(values).evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]

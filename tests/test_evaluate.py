@@ -3,16 +3,16 @@
 import csv
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 import local
+from prompted import method_of
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import evaluate
-from softprompts.evaluation.metrics import vote
+from softprompts.evaluation.metrics import majority_vote
 from softprompts.model.initialization import from_ids
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
@@ -29,10 +29,11 @@ def prepared(folder, model, **task):
 
 
 def with_words(made, ids):
-    """The job's learner with a prompt that is the words `ids`."""
+    """The run's model with a prompt that is the words `ids`."""
+    site = made.model.registry.site_of(made.prompts)
     with torch.no_grad():
-        made.learner.method.prompts[0].copy_(from_ids(made.learner.backbone, made.learner.site, torch.tensor(ids)))
-    return made.learner
+        method_of(made).prompt.copy_(from_ids(made.model.backbone, site, torch.tensor(ids)))
+    return made.model
 
 
 WORDS = [5, 9, 11, 7]
@@ -49,19 +50,19 @@ ANSWERS = [
 def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbalizer, normalize):
     short = max(map(len, verbalizer.values())) == 1
     made = prepared(tmp_path, "llama", verbalizer=verbalizer, separator="" if short else " ")
-    learner, encoder = with_words(made, WORDS), made.encoders[0]
+    model, encoder = with_words(made, WORDS), made.encoders[0]
     assert short == all(len(ids) == 1 for ids in encoder.candidates().values())
     rows = [{**row, "text": row["text"] + " indeed" * (i % 3)} for i, row in enumerate(made.tasks[0].test[:5])]
     found = list(
         evaluate.answers(
-            learner,
+            model,
             rows,
-            prompt=learner.task,
+            prompt=model.task,
             encoder=encoder,
             config=CONFIG.model_copy(update={"normalize": normalize}),
         )
     )
-    model = learner.backbone.model
+    model = model.backbone.model
     for row, one in zip(rows, found, strict=True):
         expected = {}
         for label, ids in encoder.candidates().items():
@@ -75,26 +76,26 @@ def test_ranking_is_the_whole_answer_s_log_probability(tmp_path, verbalizer, nor
 
 def test_ranking_with_an_encoder_decoder(tmp_path):
     made = prepared(tmp_path, "t5", verbalizer={"warm": "it is warm", "cold": "cold"})
-    learner, encoder = with_words(made, WORDS), made.encoders[0]
+    model, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
-    (found,) = evaluate.answers(learner, [row], prompt=learner.task, encoder=encoder, config=CONFIG)
+    (found,) = evaluate.answers(model, [row], prompt=model.task, encoder=encoder, config=CONFIG)
     for label, ids in encoder.candidates().items():
         text = torch.tensor([WORDS + encoder.encode(row).input_ids])
-        logits = learner.backbone.model(input_ids=text, labels=torch.tensor([ids])).logits[0].log_softmax(-1)
+        logits = model.backbone.model(input_ids=text, labels=torch.tensor([ids])).logits[0].log_softmax(-1)
         expected = sum(float(logits[i, token]) for i, token in enumerate(ids))
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
 
 
 def test_ranking_with_a_masked_model(tmp_path):
     made = prepared(tmp_path, "bert", template="{text} it is {mask}", verbalizer={"warm": "warm", "cold": "so cold"})
-    learner, encoder = with_words(made, WORDS), made.encoders[0]
+    model, encoder = with_words(made, WORDS), made.encoders[0]
     row = made.tasks[0].test[0]
-    (found,) = evaluate.answers(learner, [row], prompt=learner.task, encoder=encoder, config=CONFIG)
+    (found,) = evaluate.answers(model, [row], prompt=model.task, encoder=encoder, config=CONFIG)
     for label, answer in encoder.template.verbalizer.items():
         one = encoder.encode(row, answer)
         first, rest = one.input_ids[:1], one.input_ids[1:]
         ids = torch.tensor([first + WORDS + rest])
-        logits = learner.backbone.model(input_ids=ids).logits[0].log_softmax(-1)
+        logits = model.backbone.model(input_ids=ids).logits[0].log_softmax(-1)
         places = [i for i, wanted in enumerate(one.labels) if wanted != -100]
         expected = sum(float(logits[i + len(WORDS), one.labels[i]]) for i in places)
         assert found.scores[label] == pytest.approx(expected, abs=2e-5)
@@ -136,7 +137,6 @@ def test_generation_after_teaching_agrees_with_ranking(tmp_path):
     values = local.run_values(tmp_path)
     local.teach(tmp_path / "llama", steps=250)
     made = job.prepare(parse(values))
-    stock = made.learner.stock()
     ranked = evaluate.evaluate(
         made.model, made.tasks[0].test, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG
     )
@@ -168,17 +168,17 @@ def test_several_prompts_vote_and_ties_go_to_the_first(tmp_path, monkeypatch):
         assert [task for _, task in asked] == [0, 1, 2] * len(rows)  # every row with every prompt, in one batch
         return [evaluate.Answer(ballots[task][rows.index(row)]) for row, task in asked]
 
-    monkeypatch.setattr(evaluate, "_ranked", ask)
-    together = evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
+    monkeypatch.setattr(evaluate, "_rank", ask)
+    together = evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG)
     assert [a.value for a in together] == ["warm", "cold", "cold"]
-    assert [vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
+    assert [majority_vote(column) for column in zip(*ballots, strict=True)] == ["warm", "cold", "cold"]
 
 
 def test_identical_prompts_vote_as_one(tmp_path):
     made = three_tasks(tmp_path)
     rows = made.tasks[0].test
     one = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
-    three = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
+    three = list(evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG))
     assert [a.value for a in one] == [a.value for a in three]
 
 
@@ -221,7 +221,7 @@ def test_sequence_heads_train_and_answer(tmp_path, kind):
     score = results["summary"]["after"]["value"]
     assert score > 0.9, results["scores"]
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
-    assert opened.learner.head is not None
+    assert opened.registry.head(opened.task)
     rows = [{"text": "the thing 3 is red"}, {"text": "the thing 4 is blue"}]
     one, other = evaluate.answers(opened, rows, prompt=opened.task, config=CONFIG)
     if kind == "regression":
@@ -277,7 +277,7 @@ def test_an_opened_artifact_scores_bit_for_bit_as_in_its_run(tmp_path):
     made = job.prepare(run)
     job.run(run)
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
-    again = replace(made.learner, method=opened.registry.method(opened.task))
+    method_of(made).load_state_dict(opened.registry.method(opened.task).state_dict())
     rows = made.tasks[0].test
     mine = [a.scores for a in evaluate.answers(opened, rows, prompt=opened.task, config=CONFIG)]
     assert mine == [
@@ -301,7 +301,7 @@ def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
     encoder = made.encoders[0]
     golds = [evaluate.reference(encoder, {"text": "x", "label": label}) for label in ("C,O", "", ["O"])]
     assert golds == [["C", "O"], [], ["O"]]
-    assert [evaluate._parsed(encoder, text) for text in ("color, other", "", "other")] == golds
+    assert [evaluate._parse_answer(encoder, text) for text in ("color, other", "", "other")] == golds
 
 
 def test_the_positive_label_is_mapped_too(tmp_path):

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import local
+from prompted import method_of
 from softprompts import injection
 from softprompts.backbone.kernels import Kernels
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import DataError
 from softprompts.evaluation import evaluate
-from softprompts.evaluation.metrics import vote
+from softprompts.evaluation.metrics import majority_vote
 from softprompts.model.initialization import from_ids
 from softprompts.recipes.run import run
 from softprompts.types import IGNORE, Batch
@@ -29,15 +30,15 @@ def prepared(folder, model="llama", tasks=1, site="input", **task):
     return run.prepare(parse(values))
 
 
-def passes(learner):
+def passes(model):
     """What counts the tokens of each pass through the first layer; and a handle to stop it."""
     found = []
-    injection.why_not_packed(learner.backbone)  # tries a few tokens, once
+    injection.why_not_packed(model.backbone)  # tries a few tokens, once
 
     def count(module, args, kwargs, output):
         found.append((args[0] if args else kwargs["hidden_states"]).shape[:2].numel())
 
-    return found, learner.backbone.layers[0].register_forward_hook(count, with_kwargs=True)
+    return found, model.backbone.layers[0].register_forward_hook(count, with_kwargs=True)
 
 
 def alike(texts):
@@ -45,19 +46,19 @@ def alike(texts):
     return next(i for i, column in enumerate(zip(*texts, strict=False)) if len(set(column)) > 1)
 
 
-def one_by_one(learner, encoder, rows, task=0):
+def one_by_one(model, encoder, rows, task=0):
     """Each row's scores with the whole row read by itself, nothing shared: the prompt's words by concatenation."""
     found = []
     for row in rows:
-        text = encoder.encode(row).ids
+        text = encoder.encode(row).input_ids
         scores = {}
         for label, ids in encoder.candidates().items():
             batch = Batch(
                 torch.tensor([text + ids]), torch.ones(1, len(text + ids), dtype=torch.long), torch.tensor([task])
             )
             batch = replace(batch, labels=torch.tensor([[IGNORE] * len(text) + ids]))
-            path = None if learner.site.name == "kv" else "concatenation"
-            output = injection.score(learner.backbone, batch, learner.prompt(batch), learner.site, path=path)
+            path = None if model.registry.site_of(model.tasks).in_cache else "concatenation"
+            output = model.score(batch, path=path)
             logits = output.logits.log_softmax(-1)
             scores[label] = float(logits.gather(1, output.labels[:, None]).sum())
         found.append(scores)
@@ -69,13 +70,13 @@ def one_by_one(learner, encoder, rows, task=0):
 @torch.no_grad()
 def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, site):
     made = prepared(tmp_path, model, site=site, template="What is this: {text}")
-    learner, encoder = made.learner, made.encoders[0]
+    model, encoder = made.model, made.encoders[0]
     rows = list(made.tasks[0].train[:20])
-    expected = one_by_one(learner, encoder, rows)
-    read, handle = passes(learner)
+    expected = one_by_one(model, encoder, rows)
+    read, handle = passes(model)
     found = list(
         evaluate.answers(
-            learner, rows, prompt=learner.task, encoder=encoder, config=CONFIG.model_copy(update={"batch_size": 5})
+            model, rows, prompt=model.task, encoder=encoder, config=CONFIG.model_copy(update={"batch_size": 5})
         )
     )
     handle.remove()
@@ -93,10 +94,10 @@ def test_prompts_and_what_all_texts_begin_with_are_read_once(tmp_path, model, si
 
 def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     made = prepared(tmp_path, verbalizer={"warm": "co", "cold": "cold"})
-    learner, rows = made.learner, list(made.tasks[0].train[:20])
+    model, rows = made.model, list(made.tasks[0].train[:20])
     packed = list(evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG))
-    shared = replace(learner, backbone=replace(learner.backbone, kernels=Kernels(path="shared")))
-    read, handle = passes(learner)
+    model.backbone = replace(model.backbone, kernels=Kernels(path="shared"))
+    read, handle = passes(model)
     found = list(
         evaluate.answers(
             made.model,
@@ -116,38 +117,42 @@ def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
 def test_each_task_is_judged_with_its_own_prompt(tmp_path):
     made = prepared(tmp_path, tasks=3)
     with torch.no_grad():
-        for i, prompt in enumerate(made.learner.method.prompts):
-            prompt.copy_(from_ids(made.learner.backbone, made.learner.site, torch.tensor([5 + i, 9, 11 + i, 7])))
+        for i in range(3):
+            words = torch.tensor([5 + i, 9, 11 + i, 7])
+            method_of(made, i).prompt.copy_(from_ids(made.model.backbone, injection.Site(), words))
     rows = list(made.tasks[0].test[:4])
     seen = []
     for i, encoder in enumerate(made.encoders):
         with torch.no_grad():
-            expected = one_by_one(made.learner, encoder, rows, i)
-        found = [one.scores for one in evaluate.answers(made, rows, prompt=made.task, encoder=encoder, config=CONFIG)]
+            expected = one_by_one(made.model, encoder, rows, i)
+        found = [
+            one.scores
+            for one in evaluate.answers(made.model, rows, prompt=made.prompt(i), encoder=encoder, config=CONFIG)
+        ]
         for one, scores in zip(found, expected, strict=True):
             assert one == pytest.approx(scores, abs=2e-5)
         seen.append(found[0]["warm"])
     assert len({round(value, 3) for value in seen}) == 3
     # Of three votes each is that of its own prompt: the majority is theirs.
     ballots = [
-        [a.value for a in evaluate.answers(made, rows, prompt=made.task, encoder=e, config=CONFIG)]
-        for e in made.encoders
+        [a.value for a in evaluate.answers(made.model, rows, prompt=name, encoder=e, config=CONFIG)]
+        for name, e in zip(made.prompts, made.encoders, strict=True)
     ]
     voted = [
         a.value
-        for a in evaluate.answers(made.model, rows, prompt=made.prompt(0), encoder=made.encoders[0], config=CONFIG)
+        for a in evaluate.answers(made.model, rows, prompt=made.prompts, encoder=made.encoders[0], config=CONFIG)
     ]
-    assert voted == [vote(column) for column in zip(*ballots, strict=True)]
+    assert voted == [majority_vote(column) for column in zip(*ballots, strict=True)]
 
 
 def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeypatch):
     made = prepared(tmp_path)
-    learner, encoder = made.learner, made.encoders[0]
+    model, encoder = made.model, made.encoders[0]
     rows = [{**row, "text": row["text"] + " indeed" * (i % 5)} for i, row in enumerate(made.tasks[0].train[:30])]
     whole = [
         one.scores
         for one in evaluate.answers(
-            learner, rows, prompt=learner.task, encoder=encoder, config=CONFIG.model_copy(update={"batch_size": 30})
+            model, rows, prompt=model.task, encoder=encoder, config=CONFIG.model_copy(update={"batch_size": 30})
         )
     ]
     encoded = []
@@ -158,9 +163,9 @@ def test_a_batch_keeps_to_its_tokens_and_a_row_is_encoded_once(tmp_path, monkeyp
         return original(self, row, answer)
 
     monkeypatch.setattr(type(encoder), "encode", encode)
-    read, handle = passes(learner)
+    read, handle = passes(model)
     config = CONFIG.model_copy(update={"batch_size": 30, "batch_tokens": 120})
-    found = [one.scores for one in evaluate.answers(learner, rows, prompt=learner.task, encoder=encoder, config=config)]
+    found = [one.scores for one in evaluate.answers(model, rows, prompt=model.task, encoder=encoder, config=config)]
     handle.remove()
     for one, scores in zip(found, whole, strict=True):
         assert one == pytest.approx(scores, abs=2e-5)

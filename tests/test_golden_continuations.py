@@ -5,18 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
 import tiny
+from prompted import prompted
 from rows import INPUT, KV, called
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.errors import BackboneError
 from softprompts.injection import continuations
 from softprompts.injection.continuations import candidate_tree
-from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.methods import build_tasks
+from softprompts.model import SoftPromptModel
 from softprompts.types import PromptInit
 
 pytestmark = [pytest.mark.golden, pytest.mark.usefixtures("no_gradient")]
@@ -160,32 +161,32 @@ def test_given_positions_and_embeddings(name: str) -> None:
     torch.testing.assert_close(found[0][1, 4], chances.sum(), **CLOSE)
 
 
-def judged(name: str, site: injection.Site, head: str = "lm") -> Learner:
-    """A learner with two tasks of different prompts."""
+def judged(name: str, site: injection.Site, head: str = "lm") -> SoftPromptModel:
+    """A model with two tasks of different prompts."""
     bb = tiny.backbone(name, head)
-    slot = injection.prompt_spec(bb, site, 5)
-    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, slot.width)))
-    method.prompts[1].add_(rows.random(1, 5, slot.width))
-    return Learner(bb, site, slot, method)
+    spec = injection.prompt_spec(bb, site, 5)
+    methods = build_tasks("prompt-tuning", {}, spec, PromptInit(rows.random(0, 5, spec.width)), ("a", "b"))
+    methods["b"].prompt.add_(rows.random(1, 5, spec.width))
+    return prompted(bb, site, methods)
 
 
 @pytest.mark.parametrize("name", tiny.CAUSAL)
 def test_what_all_texts_begin_with_is_read_with_the_prompts(name: str) -> None:
     """The common tokens, read once behind the prompts: nothing changes, also where nothing more is left of a row."""
-    learner, common = judged(name, INPUT), rows.ids(50, 4)
+    model, common = judged(name, INPUT), rows.ids(50, 4)
     texts = [torch.cat([common, text]) for text in (*rows.texts(name, TEXTS), rows.ids(1, 0))]
     tasks = torch.tensor([1, 0, 0, 1, 1])
     whole = replace(rows.batch(name, texts), task_ids=tasks)
     rest = replace(rows.batch(name, [text[4:] for text in texts]), task_ids=tasks)
-    bb, reader = learner.backbone, learner.reader([0, 1])
-    assert reader.leads
-    plain = injection.score_continuations(bb, whole, learner.prompt(whole), INPUT, CANDIDATES)
+    bb, cache = model.backbone, model.prefix_cache(["a", "b"])
+    assert cache.reads_leading
+    plain = injection.score_continuations(bb, whole, model.make_prompts(whole), INPUT, CANDIDATES)
     for _ in range(2):
-        prompt, prefix = reader.prompts(rest, tuple(common.tolist()))
+        prompt, prefix = cache.prompts(rest, tuple(common.tolist()))
         assert prefix is not None
         found = injection.score_continuations(bb, rest, prompt, INPUT, CANDIDATES, prefix=prefix)
         torch.testing.assert_close(found, plain, **CLOSE)
-        prompt, prefix = reader.prompts(whole)
+        prompt, prefix = cache.prompts(whole)
         found = injection.score_continuations(bb, whole, prompt, INPUT, CANDIDATES, prefix=prefix)
         torch.testing.assert_close(found, plain, **CLOSE)
 
@@ -193,26 +194,26 @@ def test_what_all_texts_begin_with_is_read_with_the_prompts(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma3", "gptj", "bloom"])
 def test_sequence_heads_with_prompts_that_were_read_before(name: str) -> None:
     for site in rows.sites(name):
-        learner, texts = judged(name, site, "sequence"), rows.texts(name, TEXTS)
+        model, texts = judged(name, site, "sequence"), rows.texts(name, TEXTS)
         whole = replace(rows.batch(name, texts), task_ids=torch.tensor([1, 0, 0, 1]), labels=None)
-        reader = learner.reader([0, 1])
-        plain = learner.forward(whole, learner.prompt(whole)).logits
-        torch.testing.assert_close(reader.forward(whole).logits, plain, atol=1e-5, rtol=1e-5)
-        assert reader.leads == (site == INPUT)
-        one = learner.reader([1])
+        cache = model.prefix_cache(["a", "b"])
+        plain = model.score(whole).logits
+        torch.testing.assert_close(cache.score(whole).logits, plain, atol=1e-5, rtol=1e-5)
+        assert cache.reads_leading == (site == INPUT)
+        one = model.prefix_cache(["b"])
         batch = whole.rows(torch.tensor([0, 3]))
-        torch.testing.assert_close(one.forward(batch).logits, plain[[0, 3]], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(one.score(batch).logits, plain[[0, 3]], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_encoders_read_their_prompts_with_the_text(name: str) -> None:
-    learner = judged(name, INPUT)
-    reader, batch = learner.reader([0, 1]), rows.batch(name, rows.texts(name, TEXTS))
-    prompt, prefix = reader.prompts(batch)
+    model = judged(name, INPUT)
+    cache, batch = model.prefix_cache(["a", "b"]), rows.batch(name, rows.texts(name, TEXTS))
+    prompt, prefix = cache.prompts(batch)
     assert prefix is None
-    assert not reader.leads
-    torch.testing.assert_close(learner.forward(batch, prompt).logits, reader.forward(batch).logits)
-    assert injection.compute_prefix(learner.backbone, prompt, INPUT) is None
+    assert not cache.reads_leading
+    torch.testing.assert_close(model.score(batch, prompts=prompt).logits, cache.score(batch).logits)
+    assert injection.compute_prefix(model.backbone, prompt, INPUT) is None
 
 
 def test_half_precision() -> None:

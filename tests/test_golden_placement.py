@@ -155,12 +155,12 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
     if site.name not in ("input", "layers"):
         return
     parted = replace(site, place="template", segments=SIZES)
-    made = contract.learner(name, method, parted)
-    for i, parameter in enumerate(made.method.parameters()):
+    made = contract.tuned(name, method, parted)
+    for i, parameter in enumerate(made.prompts.parameters()):
         parameter.add_(rows.random(40 + i, *parameter.shape) / 4)
     places = ((0, 2), (1, 2), (2, 2), (0, 1))
     batch = replace(contract.batch_of(name, [2, 0, 1, 2]), prompt_offsets=torch.tensor(places))
-    prompt = made.prompt(batch)
+    prompt = made.make_prompts(batch)
     every = batch.input_ids.masked_fill(
         batch.attention_mask == 0, -100
     )  # all of the text is scored, whatever made the prompt
@@ -168,7 +168,7 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
     output = injection.score(made.backbone, seen, prompt, parted)
     for i, place in enumerate(places):
         row, own = batch.input_ids[i][batch.attention_mask[i].bool()], prompt.prompt_index[i]
-        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.slot.features)
+        values, added = prompt.values[own][prompt.mask[own]], torch.zeros(len(row), made.backbone.embedding_size)
         if prompt.embedding_delta is not None:
             reach = min(int(prompt.embedding_delta.reach[i]), prompt.embedding_delta.values.shape[1])
             added[:reach] = prompt.embedding_delta.values[own, :reach]

@@ -3,14 +3,15 @@
 import peft
 import pytest
 import torch
-from softprompts.model.learner import Learner
 
 import tiny
+from prompted import prompted
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.injection import Site
-from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.methods import build
 from softprompts.training import objectives
+from softprompts.training.shared_batch import training_step
 from softprompts.types import IGNORE, Batch, PromptInit
 
 P, STEPS = 4, 20
@@ -34,11 +35,10 @@ def batches(generator):
 def test_twenty_steps_equal_pefts(name):
     start = torch.randn(P, 32, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 0.3
     base = b.wrap(tiny.model(name).double())
-    slot = injection.prompt_spec(base, Site(), P)
-    method = PromptTuning(PromptTuning.Config(), slot, PromptInit(start)).double()
+    method = build("prompt-tuning", {}, injection.prompt_spec(base, Site(), P), PromptInit(start)).double()
     with torch.no_grad():
-        method.prompts[0].copy_(start)
-    learner = Learner(base, Site(), slot, method)
+        method.prompt.copy_(start)
+    model = prompted(base, Site(), method)
     kind = "SEQ_2_SEQ_LM" if name in tiny.SEQ2SEQ else "CAUSAL_LM"
     config = peft.PromptTuningConfig(task_type=kind, num_virtual_tokens=P, num_transformer_submodules=1)
     theirs = peft.get_peft_model(tiny.model(name), config).double().eval()
@@ -48,7 +48,7 @@ def test_twenty_steps_equal_pefts(name):
     ours = torch.optim.AdamW(method.parameters(), lr=0.05)
     other = torch.optim.AdamW([weight], lr=0.05)
     for ids, mask, labels in batches(torch.Generator().manual_seed(7)):
-        mine = objectives.task(learner.step(Batch(ids, mask, torch.zeros(4, dtype=torch.long), labels)))
+        mine = objectives.task(training_step(model, Batch(ids, mask, torch.zeros(4, dtype=torch.long), labels)))
         peers = theirs(input_ids=ids, attention_mask=mask, labels=labels).loss
         assert mine.dtype == torch.float64
         torch.testing.assert_close(mine.detach(), peers.detach().double(), rtol=1e-6, atol=0)
@@ -56,5 +56,5 @@ def test_twenty_steps_equal_pefts(name):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        torch.testing.assert_close(method.prompts[0].detach(), weight.detach(), rtol=1e-4, atol=1e-6)
-    assert float((method.prompts[0].detach() - start).abs().max()) > 0.1
+        torch.testing.assert_close(method.prompt.detach(), weight.detach(), rtol=1e-4, atol=1e-6)
+    assert float((method.prompt.detach() - start).abs().max()) > 0.1

@@ -143,7 +143,7 @@ def folder(tmp_path_factory):
 def test_a_run_on_it_is_one_on_the_cpu(method, folder, tmp_path):
     """What is drawn is drawn alike; it trains and answers alike; and one process can use both, one after the other."""
     kind, options = test_golden_contract.CASES[method]
-    sites = getattr(find(kind), "sites", ("input", "decoder", "layers", "kv"))
+    sites = find(kind).sites
     found, losses = [], []
     for place, device in (("there", DEVICE), ("here", "cpu")):
         run = local.run_values(folder, max_steps=3)

@@ -414,7 +414,7 @@ def test_layer_prompts_touch_the_prompts_positions_alone(name: str) -> None:
     one = tuned(name, rows.ADD, spread=0.5, phm=4)
     bb, batch = one.backbone, batch_of(name, [0, 1, 1], "right")
     prompt = one.make_prompts(batch)
-    parts = injection.by_layer(prompt.values, bb)
+    parts = injection.split_by_layer(prompt.values, bb)
     before: list[Tensor] = []
     after: list[Tensor] = []
 

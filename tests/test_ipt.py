@@ -459,14 +459,14 @@ def test_a_text_of_no_words_has_no_prompt() -> None:
         found[seed] = rows.of_row(output, 1)
         assert len(rows.of_row(output, 0)) == 2
         texts = Batch(*rows.pad([rows.ids(seed, 5), nothing], "right"), torch.zeros(2, dtype=torch.long))
-        scores = injection.continuations(made.backbone, texts, made.make_prompts(texts), INPUT, candidates)
+        scores = injection.score_continuations(made.backbone, texts, made.make_prompts(texts), INPUT, candidates)
         assert scores[1, 0] == 0
         found[seed] = torch.cat([found[seed].flatten(), scores[1].float()])
         with pytest.raises(BackboneError, match="a row has neither text nor"):
             generation.generate(made.backbone, texts, made.make_prompts(texts), INPUT, max_new_tokens=1)
     torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=1e-5)
     alone = Batch(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
-    scores = injection.continuations(made.backbone, alone, made.make_prompts(alone), INPUT, candidates)
+    scores = injection.score_continuations(made.backbone, alone, made.make_prompts(alone), INPUT, candidates)
     torch.testing.assert_close(scores[0].float(), found[1][-2:], atol=1e-5, rtol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from softprompts.evaluation.metrics import (
     Rows,
     confusion,
     default_metrics,
+    majority_vote,
     per_class,
     score,
-    vote,
 )
 
 LABELS = ["ABBR", "DESC", "ENTY", "HUM"]
@@ -181,9 +182,9 @@ def test_every_resample_is_the_metric_of_its_rows(name, kind):
         if kind == "regression":  # the stand-in for an illegal number is fixed by all rows
             mean = float(np.mean(golds))
             written = ([mean if guess is None else guess for guess in written[0]], written[1])
-        values, _, _ = METRICS[name].measure(Rows(guesses, golds, kind, positive))
+        measurement = METRICS[name].measure(Rows(guesses, golds, kind, positive))
         alone = score(name, *written, kind=kind, positive=positive, resamples=0).value
-        assert values(counts[None].astype(float))[0] == pytest.approx(alone, nan_ok=True)
+        assert measurement.of_counts(counts[None].astype(float))[0] == pytest.approx(alone, nan_ok=True)
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -220,6 +221,7 @@ number_rows = st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6)), mi
 text_rows = st.lists(
     st.tuples(st.text("ab .", max_size=12) | st.none(), st.text("ab .", max_size=12)), min_size=1, max_size=9
 )
+LABEL_METRICS = {"accuracy", "f1", "f1-macro", "f1-micro", "matthews"}
 ROWS = {"label": label_rows, "regression": number_rows, "span": text_rows, "generation": text_rows}
 
 
@@ -258,31 +260,111 @@ def test_a_perfect_prediction_is_one_elsewhere():
     assert score("matthews", GOLDS, GOLDS).value == pytest.approx(1.0)
 
 
+ILLEGAL = "?"
+set_rows = st.lists(
+    st.tuples(st.none() | st.sets(st.sampled_from(LABELS)), st.sets(st.sampled_from(LABELS))), min_size=1, max_size=20
+)
+tag_rows = st.lists(
+    st.lists(st.tuples(st.sampled_from([*LABELS, None]), st.sampled_from(LABELS)), min_size=1, max_size=6),
+    min_size=1,
+    max_size=8,
+)
+
+
+def of_all_rows(name, guesses, golds, kind, positive=None):
+    """The value of a metric, after a check that a resample with every row once has the same."""
+    measurement = METRICS[name].measure(Rows(guesses, golds, kind, positive))
+    assert measurement.of_counts(np.ones((1, len(golds))))[0] == pytest.approx(measurement.value, nan_ok=True)
+    return measurement.value
+
+
+def check_flat_labels(values, guesses, golds):
+    """Compare the values of label metrics with scikit-learn's on labels with a word for illegal outputs."""
+    filled = [guess or ILLEGAL for guess in guesses]
+    present = sorted({*golds, *filled} - {ILLEGAL})
+    expected = {
+        "accuracy": reference.accuracy_score(golds, filled),
+        "f1-macro": reference.f1_score(golds, filled, labels=present, average="macro"),
+        "f1-micro": reference.f1_score(golds, filled, average="micro"),
+        "matthews": reference.matthews_corrcoef(golds, filled) if len({*golds, *filled}) > 1 else 0.0,
+        "f1": reference.f1_score([gold == "HUM" for gold in golds], [guess == "HUM" for guess in filled])
+        if "HUM" in present
+        else math.nan,
+    }
+    assert values == pytest.approx(expected, nan_ok=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=label_rows)
+def test_label_metrics_equal_scikit_learn_on_any_rows(rows):
+    guesses, golds = map(list, zip(*rows, strict=True))
+    values = {name: of_all_rows(name, guesses, golds, "label", "HUM") for name in METRICS if name in LABEL_METRICS}
+    check_flat_labels(values, guesses, golds)
+    filled = [guess or ILLEGAL for guess in guesses]
+    every = [*LABELS, ILLEGAL]
+    assert (confusion(guesses, golds, LABELS) == reference.confusion_matrix(golds, filled, labels=every)[:-1]).all()
+    parts = reference.precision_recall_fscore_support(golds, filled, labels=LABELS, zero_division=0)
+    for label_score, *expected in zip(per_class(guesses, golds, LABELS), *parts, strict=True):
+        assert [
+            label_score.precision,
+            label_score.recall,
+            label_score.f1,
+            label_score.support,
+        ] == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=tag_rows)
+def test_tag_metrics_equal_scikit_learn_on_any_rows(rows):
+    guesses = [[guess for guess, _ in row] for row in rows]
+    golds = [[gold for _, gold in row] for row in rows]
+    values = {name: of_all_rows(name, guesses, golds, "tagging", "HUM") for name in METRICS if name in LABEL_METRICS}
+    check_flat_labels(values, list(chain.from_iterable(guesses)), list(chain.from_iterable(golds)))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=set_rows)
+def test_multilabel_metrics_equal_scikit_learn_on_any_rows(rows):
+    guesses, golds = map(list, zip(*rows, strict=True))
+    every = [*LABELS, ILLEGAL]
+    filled = [{ILLEGAL} if guess is None else guess for guess in guesses]
+    gold_table = [[label in row for label in every] for row in golds]
+    guess_table = [[label in row for label in every] for row in filled]
+    assert of_all_rows("accuracy", guesses, golds, "multilabel") == reference.accuracy_score(gold_table, guess_table)
+    micro = reference.f1_score(gold_table, guess_table, average="micro", zero_division=math.nan)
+    assert of_all_rows("f1-micro", guesses, golds, "multilabel") == pytest.approx(micro, nan_ok=True)
+    each = reference.f1_score(gold_table, guess_table, average=None, zero_division=math.nan)[:-1]
+    macro = np.nanmean(each) if not np.isnan(each).all() else math.nan
+    assert of_all_rows("f1-macro", guesses, golds, "multilabel") == pytest.approx(macro, nan_ok=True)
+    binary = each[LABELS.index("HUM")]
+    assert of_all_rows("f1", guesses, golds, "multilabel", "HUM") == pytest.approx(binary, nan_ok=True)
+
+
 # --- the vote ---------------------------------------------------------------------------------------------------------
 
 
 def test_vote_by_hand():
-    assert vote(["b", "a", "a"]) == "a"
-    assert vote(["b", "a", "a", "b"]) == "b"  # a tie: the first prompt's answer among the tied
-    assert vote(["c", "a", "b", "b", "a"]) == "a"
-    assert vote([None, None, "a"]) == "a"
-    assert vote([None, None]) is None
+    assert majority_vote(["b", "a", "a"]) == "a"
+    assert majority_vote(["b", "a", "a", "b"]) == "b"  # a tie: the first prompt's answer among the tied
+    assert majority_vote(["c", "a", "b", "b", "a"]) == "a"
+    assert majority_vote([None, None, "a"]) == "a"
+    assert majority_vote([None, None]) is None
     with pytest.raises(ValueError, match="no votes"):
-        vote([])
+        majority_vote([])
 
 
 @given(votes=st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=9))
 def test_vote_invariants(votes):
-    elected = vote(votes)
+    elected = majority_vote(votes)
     legal = [answer for answer in votes if answer is not None]
-    assert vote([*votes, None]) == vote([None, *votes]) == elected
-    assert vote(votes + votes) == elected
+    assert majority_vote([*votes, None]) == majority_vote([None, *votes]) == elected
+    assert majority_vote(votes + votes) == elected
     assert (elected is None) == (not legal)
     if legal:
         assert all(legal.count(elected) >= legal.count(answer) for answer in legal)
-        assert vote([*votes, elected]) == elected
+        assert majority_vote([*votes, elected]) == elected
         renamed = {"a": "x", "b": "y", "c": "z", None: None}
-        assert vote([renamed[answer] for answer in votes]) == renamed[elected]
+        assert majority_vote([renamed[answer] for answer in votes]) == renamed[elected]
 
 
 # --- errors and the table ---------------------------------------------------------------------------------------------

@@ -1,109 +1,98 @@
 """Training and judging are told apart: what a method does in training only, such as dropout, is off everywhere else."""
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from softprompts.model.learner import Learner
 
 import local
 import rows
 import test_together as together
 import tiny
+from prompted import prompted
 from rows import INPUT
 from softprompts import SoftPromptModel, injection, methods
 from softprompts.artifacts import artifact
 from softprompts.config import PromptConfig, parse
 from softprompts.data import collate
 from softprompts.evaluation import evaluate
-from softprompts.model import stored
+from softprompts.methods import PromptMethod, fold
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import equivalence, objectives
-from softprompts.types import Prompt, PromptInit, in_mode
-from trainees import train
+from softprompts.training.shared_batch import training_step
+from softprompts.types import PromptInit, in_mode
+from trainees import fit
 
 
-class Watched(torch.nn.Module):
-    """Prompt tuning of one task that remembers in which mode it was asked; its dropout does not know about modes."""
+class Watched(PromptMethod):
+    """Prompt tuning that remembers in which mode it was asked."""
 
-    per_task = ("prompts",)
-
-    @dataclass(frozen=True)
-    class Config:
-        """Nothing to choose."""
-
-    def __init__(self, config: Config, slot: Any, start: PromptInit) -> None:
-        super().__init__()
-        self.slot, self.asked, self.folded = slot, [], []
-        self.prompts = torch.nn.ParameterList(start.prompt.clone() for _ in slot.tasks)
+    def __init__(self, config: Any, spec: Any, init: PromptInit, shared: Any = None) -> None:
+        super().__init__(config, spec, init, shared)
+        self.asked: list[bool] = []
+        self.prompt = torch.nn.Parameter(init.prompt.clone())
         self.inner = torch.nn.Dropout(0.5)
 
-    def forward(self, context: Any) -> Prompt:
+    def forward(self, context: Any) -> torch.Tensor:
         assert self.inner.training == self.training
         self.asked.append(self.training)
-        mask = torch.ones(1, self.slot.length, dtype=torch.bool)
-        return Prompt(self.inner(self.prompts[0])[None], mask, torch.zeros_like(context.task))
-
-    def fold(self, task: str) -> torch.Tensor:
-        self.folded.append(self.training)
-        return self.inner(self.prompts[self.slot.tasks.index(task)]).detach().clone()
+        dropped: torch.Tensor = self.inner(self.prompt)
+        return dropped
 
 
-def learner(name: str = "llama") -> Learner:
+def tuned(name: str = "llama") -> SoftPromptModel:
     base = together.double(name)
-    slot = injection.prompt_spec(base, INPUT, 4)
-    return Learner(base, INPUT, slot, Watched(Watched.Config(), slot, PromptInit(rows.random(1, 4, slot.width) + 1)))
+    spec = injection.prompt_spec(base, INPUT, 4)
+    start = PromptInit(rows.random(1, 4, spec.width) + 1)
+    return prompted(base, INPUT, Watched(Watched.Config(), spec, start).double())
 
 
-def test_a_step_trains_and_all_else_judges() -> None:
+def test_a_step_trains_and_all_else_answers() -> None:
     """In the training loop too: steps in training mode, the size of reports and validation not; modes come back."""
-    one, data = learner(), together.encoded("llama", 6, 1)
-    batch = collate(data[:3], 0)
-    method = one.method
+    model, data = tuned(), together.encoded("llama", 6, 1)
+    batch, method = collate(data[:3], 0), model.prompts["a"]
     for before in (True, False):
-        method.train(before)
-        method.asked, method.folded = [], []
-        one.prompt(batch)
-        one.step(batch)
-        one.fixed([0])
-        one.reader([0]).forward(batch)
+        model.train(before)
+        method.asked = []
+        model.make_prompts(batch, training=False)
+        training_step(model, batch)
+        model.fixed_prompts(["a"])
+        model.prefix_cache(["a"]).score(batch)
         assert method.asked == [False, True, False, False]
-        one.rms_ratio()
-        stored.folded(method, "a")
-        assert method.folded == [False, False]
+        model.rms_ratio(["a"])
+        fold(method)
+        assert method.asked[4:] == [False, False]
         assert (method.training, method.inner.training) == (before, before)
     method.asked = []
     scores: list[float] = []
 
     def validate() -> float:
         with torch.no_grad():
-            scores.append(-float(objectives.task(one.step(batch))))
-            one.prompt(batch)
+            scores.append(-float(objectives.task(training_step(model, batch))))
+            model.make_prompts(batch)
         return scores[-1]
 
     config = together.config(max_steps=3, eval_steps=2)
-    list(train(one, data, config, validate=validate))
-    assert method.asked == [True, True, True, False, True], "two steps, a validation that makes a step, the last step"
-    assert not any(method.folded)
+    list(fit(model, data, config, validate=validate))
+    step, size, validation = [True], [False], [True, False]
+    assert method.asked == [*step, *size, *step, *validation, *size, *step, *size]
 
 
 def test_the_comparison_with_concatenation_is_of_a_training_step() -> None:
     """Both ways leave out the same, so that they can be compared."""
-    one = learner()
-    one = Learner(one.backbone, INPUT, one.slot, one.method.double())
+    model = tuned()
     batch = collate(together.encoded("llama", 4, 2), 0)
-    found = equivalence.compare(one, batch, objectives.task)
-    assert set(one.method.asked) == {True}
-    assert found.holds, found
+    comparison = equivalence.compare(model, batch, objectives.task)
+    assert set(model.prompts["a"].asked) == {True}
+    assert comparison.holds, comparison
 
 
 def test_a_mode_comes_back_after_an_error() -> None:
-    method = learner().method.eval()
+    method = tuned().prompts["a"].eval()
     with contextlib.suppress(RuntimeError), in_mode(method, True):
         assert method.inner.training
         raise RuntimeError
@@ -131,7 +120,7 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
     job.run(cut)
     whole, again = (artifact.load(tmp_path / name / "prompt") for name in ("out", "cut"))
     assert torch.equal(whole.prompt, again.prompt)
-    assert torch.equal(whole.prompt, whole.state["prompts.0"]), "nothing is left out of what is saved"
+    assert torch.equal(whole.prompt, whole.state["prompt"]), "nothing is left out of what is saved"
     values["prompt"]["options"] = {}
     job.run(parse({**values, "output_dir": str(tmp_path / "plain")}))
     assert not torch.allclose(artifact.load(tmp_path / "plain" / "prompt").prompt, whole.prompt, atol=1e-4)
@@ -155,8 +144,12 @@ def test_a_model_judges_until_it_is_told_to_train(tmp_path: Path, monkeypatch: p
     model(input_ids=ids, tasks="three")
     model.generate(ids, max_new_tokens=1, tasks="two", pad_token_id=0)
     asked = {name: method.asked for name, method in model.prompts.items()}
-    assert asked == {"one": [False, True], "two": [True, False], "three": [False]}
-    assert not any(flag for method in model.prompts.values() for flag in method.folded)
+    folded = [False]  # where it begins, and when it is saved
+    assert asked == {
+        "one": [*folded, False, True, *folded],
+        "two": [*folded, True, *folded, False],
+        "three": [*folded, False],
+    }
     again = SoftPromptModel.from_pretrained(tiny.model("llama"), tmp_path)
     assert not any(part.training for part in again.modules())
 

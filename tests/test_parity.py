@@ -5,42 +5,42 @@ from typing import Any
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 from torch import Tensor
 
 import rows
 import tiny
 from closeness import tolerance
+from prompted import prompted
 from rows import INPUT, KV
 from softprompts import backbone as b
 from softprompts import injection
 from softprompts.backbone.kernels import Kernels
 from softprompts.injection import packed_attention
-from softprompts.methods import find
+from softprompts.methods import build
+from softprompts.model import SoftPromptModel
 from softprompts.training import equivalence, objectives
 from softprompts.types import PromptInit
 
 
-def learner(name: str, site: injection.Site = INPUT, kernels: Kernels | None = None) -> Learner:
+def tuned(name: str, site: injection.Site = INPUT, kernels: Kernels | None = None) -> SoftPromptModel:
     """Prompt tuning with three tokens on a tiny model."""
     bb = tiny.backbone(name) if kernels is None else replace(tiny.backbone(name), kernels=kernels)
-    slot = injection.prompt_spec(bb, site, 3)
-    method = find("prompt-tuning")
-    return Learner(bb, site, slot, method(method.Config(), slot, PromptInit(rows.random(0, 3, slot.width))))
+    spec = injection.prompt_spec(bb, site, 3)
+    return prompted(bb, site, build("prompt-tuning", {}, spec, PromptInit(rows.random(0, 3, spec.width))))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "t5", "bert"])
 def test_it_holds(name: str) -> None:
     objective = objectives.weigh({"task": 1.0})
     for site in (INPUT, KV) if name in tiny.CAUSAL else (INPUT,):
-        one = learner(name, site)
+        one = tuned(name, site)
         before = torch.get_rng_state()
         found = equivalence.compare(one, rows.batch(name, rows.texts(name)), objective)
         assert found.holds
         assert found.loss < tolerance(1.0)
         assert found.gradient < tolerance(1.0, roundings=256)
         assert torch.get_rng_state().equal(before)
-        assert all(p.grad is None for p in one.parameters().values())
+        assert all(p.grad is None for p in one.trainable().values())
     assert found.path.startswith(
         "concatenation" if name in ("t5", "bert") else "shared" if name == "bloom" else "packed"
     )
@@ -49,8 +49,8 @@ def test_it_holds(name: str) -> None:
 def test_half_precision_measures_its_own_rounding() -> None:
     """Two plain ways differ by rounding too, and that widens what is allowed; in float32 one plain way is enough."""
     coarse = b.wrap(tiny.model("llama").bfloat16(), name="llama")
-    one = learner("llama")
-    half, objective = replace(one, backbone=coarse), objectives.weigh({"task": 1.0})
+    one = tuned("llama")
+    half, objective = prompted(coarse, INPUT, one.prompts["a"]), objectives.weigh({"task": 1.0})
     batch = rows.batch("llama", rows.texts("llama"))
     found = equivalence.compare(half, batch, objective)
     assert found.holds
@@ -65,7 +65,7 @@ def test_half_precision_measures_its_own_rounding() -> None:
 
 def test_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong mask shows in the figures; so does a gradient that is wrong while the loss is right."""
-    one, objective = learner("llama"), objectives.weigh({"task": 1.0})
+    one, objective = tuned("llama"), objectives.weigh({"task": 1.0})
     batch = rows.batch("llama", rows.texts("llama"))
     injection.why_not_packed(one.backbone)
     honest = packed_attention._math_attention

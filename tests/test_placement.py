@@ -13,6 +13,7 @@ import local
 import rows
 import tiny
 import tokenizers_tiny
+from prompted import method_of
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, PromptConfig, parse
@@ -294,14 +295,15 @@ def test_prompts_shorter_than_their_slots(tmp_path: Any) -> None:
         open_prompts([tmp_path / "out" / "prompt"], config=parse(values).model)[0],
     )
     test, encoder = made.tasks[0].test, made.encoders[0]
+    method_of(made).load_state_dict(opened.registry.method(opened.task).state_dict())
     batch = collate([encoder.encode(row) for row in test], 0)
     assert int(opened.make_prompts(batch).lengths.min()) < 18
     together = list(evaluate.answers(opened, test, prompt=opened.task, config=EvaluationConfig()))
     for row, one in zip(test, together, strict=True):
         (alone,) = evaluate.answers(
-            replace(made.learner, method=opened.registry.method(opened.task)),
+            made.model,
             [row],
-            prompt=replace(made.learner, method=opened.registry.method(opened.task)).task,
+            prompt=made.prompt(0),
             encoder=encoder,
             config=EvaluationConfig(),
         )

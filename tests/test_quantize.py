@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from softprompts.model.learner import Learner
 
 import local
 import rows
 import tiny
+from prompted import prompted
 from rows import called
 from softprompts import assets, backbone, injection
 from softprompts.artifacts import artifact
@@ -18,10 +18,11 @@ from softprompts.artifacts.fingerprint import BANDS, sketch_distance
 from softprompts.backbone import loading, quantization
 from softprompts.config import parse
 from softprompts.errors import BackboneError, WrongBackboneError
-from softprompts.methods.prompt_tuning import PromptTuning
+from softprompts.methods import build
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
 from softprompts.training import objectives
+from softprompts.training.shared_batch import training_step
 from softprompts.types import PromptInit
 from test_golden_contract import snapshot
 
@@ -36,7 +37,7 @@ def quantized(name, kind="int8", dtype=torch.float32, head="lm"):
     model = backbone.freeze(tiny.model(name, head).to(dtype))
     plain = copy.deepcopy(model)
     quantization.quantize(model, kind)
-    for key, module in quantization.products(plain).items():
+    for key, module in quantization.quantizable_linears(plain).items():
         rounded = model.get_submodule(key).dequantize(dtype)
         module.weight.data = rounded if isinstance(module, torch.nn.Linear) else rounded.t()
     return backbone.wrap(model, name=name), backbone.wrap(plain, name=name)
@@ -81,7 +82,7 @@ def test_finite_differences(name, site):
 def test_a_product(kind, dtype, bias):
     torch.manual_seed(0)
     linear = torch.nn.Linear(192, 40, bias=bias).to(dtype).requires_grad_(False)
-    small = quantization.made(linear, kind)
+    small = quantization.quantize_linear(linear, kind)
     weight = small.dequantize(torch.float32)
     assert float((weight - linear.weight.float()).norm() / linear.weight.float().norm()) < WORST[kind]
     x = torch.randn(2, 7, 192).to(dtype).requires_grad_()
@@ -100,7 +101,7 @@ def test_a_product(kind, dtype, bias):
 def test_int8_uses_its_whole_range_and_survives_zeros():
     linear = torch.nn.Linear(4, 3, bias=False).requires_grad_(False)
     linear.weight.data = torch.tensor([[1.0, -2.0, 0.5, 0.0], [0, 0, 0, 0], [1e-3, 2e-3, -4e-3, 0]])
-    small = quantization.made(linear, "int8")
+    small = quantization.quantize_linear(linear, "int8")
     assert small.weight.tolist() == [[64, -127, 32, 0], [0, 0, 0, 0], [32, 64, -127, 0]]
     assert small.dequantize(torch.float32)[1].tolist() == [0, 0, 0, 0]
 
@@ -136,7 +137,7 @@ def test_memory():
     for one in (model, plain):
         tensors = [*one.parameters(), *one.buffers()]
         sizes.append(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
-    weights = [module.weight for module in quantization.products(plain).values()]
+    weights = [module.weight for module in quantization.quantizable_linears(plain).values()]
     saved = sum(3 * weight.numel() - 4 * len(weight) for weight in weights)
     assert sizes[1] - sizes[0] == saved
 
@@ -147,22 +148,20 @@ def test_memory():
 def test_frozen(name, kind):
     """Training leaves every byte as it was, and scoring does."""
     bb, _ = quantized(name, kind)
-    slot = injection.prompt_spec(bb, rows.INPUT, ("a",), 5)
-    learner = Learner(
-        bb, rows.INPUT, slot, PromptTuning(PromptTuning.Config(), slot, PromptInit(rows.random(0, 5, 32)))
-    )
+    spec = injection.prompt_spec(bb, rows.INPUT, 5)
+    model = prompted(bb, rows.INPUT, build("prompt-tuning", {}, spec, PromptInit(rows.random(0, 5, 32))))
     batch = rows.batch(name, rows.texts(name))
     before = snapshot(bb.model)
-    optimizer = torch.optim.Adam(learner.parameters().values(), lr=0.1)
+    optimizer = torch.optim.Adam(model.trainable().values(), lr=0.1)
     losses = []
     for _ in range(4):
-        loss = objectives.task(learner.step(batch))
+        loss = objectives.task(training_step(model, batch))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     with torch.no_grad():
-        learner.step(batch)
+        training_step(model, batch)
     assert losses[-1] < losses[0] - 0.05
     assert snapshot(bb.model) == before
 
@@ -189,7 +188,7 @@ def test_what_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BackboneError, match=r"nf4 and fp4 need .* bitsandbytes; .*softprompts\[quantize\]"):
         quantization.quantize(model, "nf4")
-    assert quantization.quantized(model) is None
+    assert quantization.quantization_kind(model) is None
 
 
 def test_a_model_that_transformers_quantized_is_named():
@@ -212,8 +211,8 @@ def test_a_prompt_moves_between_float_and_int8(tmp_path, trained, used):
     assert stored.config["model"]["quantize"] == trained
     assert results["summary"]["after"]["n"] == 16
     config = parse(values | {"model": values["model"] | {"quantize": used}}).model
-    opened = open_prompts([tmp_path / "out" / "prompt"], config=config)[0]
-    assert opened.warnings == ()
+    opened, warnings = open_prompts([tmp_path / "out" / "prompt"], config=config)
+    assert warnings == ()
     assert opened.backbone.quantization == used
     # Another model of the same shape is refused in either format.
     other = local.model_directory(tmp_path / "other", seed=1)

@@ -14,9 +14,9 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.config import parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError, TrainingError
-from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found
+from softprompts.recipes.comparison import ALL_TARGETS, ArmResult, ArmRun, Comparison
 from softprompts.recipes.multitask import Plan, execute
-from softprompts.recipes.multitask.runs import Origins, arms_of, source_runs, target_run, teacher_runs
+from softprompts.recipes.multitask.runs import Origins, select_arms, source_runs, target_run, teacher_runs
 from softprompts.recipes.multitask.summary import summarize
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
@@ -121,18 +121,18 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
     plan = parse(plan_values(tmp_path), Plan)
     found = {
         ("gamma", 2): [
-            Found(Cell("lora", 1.0, 0), [page_of("gamma", 0.9, 0.99, 7)]),
-            Found(Cell("prompt-tuning", 0.1, 0), [page_of("gamma", 0.2, 0.5)]),
-            Found(Cell("prompt-tuning", 0.1, 1), [page_of("gamma", 0.2, 0.7)]),
-            Found(Cell("prompt-tuning", 0.1, 2), []),
+            ArmResult(ArmRun("lora", 1.0, 0), [page_of("gamma", 0.9, 0.99, 7)]),
+            ArmResult(ArmRun("prompt-tuning", 0.1, 0), [page_of("gamma", 0.2, 0.5)]),
+            ArmResult(ArmRun("prompt-tuning", 0.1, 1), [page_of("gamma", 0.2, 0.7)]),
+            ArmResult(ArmRun("prompt-tuning", 0.1, 2), []),
         ],
-        ("delta", 2): [Found(Cell("prompt-tuning", 0.1, 0), [page_of("delta", 0.3, 0.4)])],
-        (TOGETHER, 2): [
-            Found(Cell("mpt-together", 0.1, 0), [page_of("gamma", 0.2, 0.6), page_of("delta", 0.3, 0.8)]),
+        ("delta", 2): [ArmResult(ArmRun("prompt-tuning", 0.1, 0), [page_of("delta", 0.3, 0.4)])],
+        (ALL_TARGETS, 2): [
+            ArmResult(ArmRun("mpt-together", 0.1, 0), [page_of("gamma", 0.2, 0.6), page_of("delta", 0.3, 0.8)]),
         ],
     }
     origins = Origins({}, {}, {})
-    filled = Comparison(plan.target, lambda *_: [], found=found)
+    filled = Comparison(plan.target, lambda *_: [], results=found)
     similar = {"a": torch.ones(2, 2), "b": -torch.ones(2, 2)}
     results = summarize(plan, filled, {"runs": []}, origins, similar, 1.0)
     lines = {line["arm"]: line for line in results["arms"][1]["lines"]}
@@ -450,13 +450,13 @@ def test_teachers_that_are_there_are_not_trained(done):
 def test_what_a_plan_asks_of_each_arm(done):
     values, _, _ = done
     plan = parse(values, Plan)
-    assert arms_of(plan, None, weights=False, together=True) == ["mpt-together"]
-    assert arms_of(plan, 2, weights=False) == ["prompt-tuning", "mpt"]
+    assert select_arms(plan, None, weights=False, all_targets=True) == ["mpt-together"]
+    assert select_arms(plan, 2, weights=False) == ["prompt-tuning", "mpt"]
     origins = Origins({"alpha": "a", "beta": "b"}, {"mpt": Path("s/mpt")}, {})
-    run = target_run(plan, "gamma", 2, origins, [Cell("mpt", 0.3, 7)], "rates")
+    run = target_run(plan, "gamma", 2, origins, [ArmRun("mpt", 0.3, 7)], "rates")
     entry = run.runs[0]
     assert entry["training.learning_rates"] == {"factors": pytest.approx(0.4)}
     assert entry["tasks"][0]["split"] | {"shots": 2, "shots_seed": 7} == entry["tasks"][0]["split"]
     assert run.training.eval_steps == run.training.max_steps
-    both = target_run(plan, TOGETHER, 2, origins, [Cell("mpt-together", 0.3, 7)], "rates")
+    both = target_run(plan, ALL_TARGETS, 2, origins, [ArmRun("mpt-together", 0.3, 7)], "rates")
     assert (both.training.sampling.draw, both.training.batch_size) == ("all", 8)

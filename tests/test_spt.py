@@ -304,7 +304,7 @@ def test_a_row_beside_another_method_is_the_row_alone(name: str) -> None:
                 words = model.backbone.embed(row.input_ids)[0][row.instruction_mask[0].bool()]
                 chosen = by_hand(method.memory, words.mean(0, keepdim=True).tolist(), K)
                 values = torch.cat([method.shared.soft, method.memory[chosen]])
-            alone = injection.forward(model.backbone, row, rows.single(values, 1), INPUT).logits
+            alone = injection.score(model.backbone, row, rows.single(values, 1), INPUT).logits
             torch.testing.assert_close(rows.of_row(output, i), alone, atol=1e-5, rtol=1e-5)
 
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import local
+from prompted import method_of
 from softprompts import SoftPromptModel
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
@@ -21,6 +22,7 @@ from softprompts.model.initialization import from_ids
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run as job
 from softprompts.training import objectives
+from softprompts.training.shared_batch import training_step
 from softprompts.types import Batch
 from tokenizers_tiny import byte_bpe, unigram, wordpiece
 
@@ -172,7 +174,7 @@ def alone(opened: Any, row: Any, answer: list[int]) -> tuple[Batch, float]:
         torch.tensor([i for i, mark in zip(text.input_ids, text.instruction_mask, strict=True) if mark])[None]
     )[0]
     chosen = (method.memory @ words.mean(0)).argsort(descending=True)[:2]
-    prompt = torch.cat([method.soft, method.memory[chosen]])
+    prompt = torch.cat([method.shared.soft, method.memory[chosen]])
     full = torch.cat([prompt, bb.embed(torch.tensor([text.input_ids + answer]))[0]])
     with torch.no_grad():
         chances = bb.model(inputs_embeds=full[None]).logits[0].log_softmax(-1)
@@ -233,11 +235,11 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
 def test_the_memory_follows_the_seed(values: dict[str, Any]) -> None:
     """Other words for another seed, others than the start's, none twice, all of the most common ones."""
     jobs = [job.prepare(parse({**values, "seed": seed})) for seed in (0, 0, 1)]
-    first, same, other = (one.learner.method.memory for one in jobs)
+    first, same, other = (method_of(one).memory for one in jobs)
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
     assert len(first.unique(dim=0)) == 40
-    bb, start = jobs[0].learner.backbone, jobs[0].start.prompt
+    bb, start = jobs[0].model.backbone, jobs[0].init.prompt
     common = from_ids(bb, Site(), torch.arange(203))
     assert all((row == common).all(1).any() for row in first)
     assert not torch.equal(first[:4], start)
@@ -255,7 +257,7 @@ def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
     given = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
     with torch.no_grad():
         loss = model(**given, words=batch.instruction_mask).loss
-        assert float(loss) == pytest.approx(float(objectives.task(opened.learner.step(batch))), abs=1e-5)
+        assert float(loss) == pytest.approx(float(objectives.task(training_step(opened, batch))), abs=1e-5)
         assert abs(float(model(**given).loss - loss)) > 1e-6, "without them all words count"
         with pytest.raises(ValueError, match=r"words must be \[rows, tokens\] as the text"):
             model(**given, words=batch.instruction_mask[:, 1:])

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-from softprompts.data import streams as s
-from softprompts.data.sources import read_file
+from softprompts.data.sources import read_file, stream_rows
 from softprompts.errors import DataError
 
 CSV = 'text,label\n"a ""quoted"", field",x\r\n"two\nlines",y\n\nplain,\xe9\n'
@@ -22,7 +21,7 @@ JSONL = '{"text": "a\u2028b", "n": 1}\n\n{"text": null, "n": [1, 2]}'
 def test_a_stream_has_the_rows_of_the_file(tmp_path, name, content):
     (tmp_path / name).write_bytes(content.encode())
     whole = [dict(row) for row in read_file(tmp_path / name)[""].rows]
-    assert list(s.stream_rows(tmp_path / name)) == whole
+    assert list(stream_rows(tmp_path / name)) == whole
     assert len(whole) == (3 if name.endswith(".csv") else 2)
 
 
@@ -32,10 +31,10 @@ def test_parquet_and_json(tmp_path):
     rows = [{"text": f"t{i}", "label": i % 2} for i in range(1300)]
     made = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
     made.to_parquet(str(tmp_path / "a.parquet"))
-    found = list(s.stream_rows(tmp_path / "a.parquet"))
+    found = list(stream_rows(tmp_path / "a.parquet"))
     assert found == [{"text": f"t{i}", "label": ("no", "yes")[i % 2]} for i in range(1300)]
     (tmp_path / "b.json").write_text(json.dumps(rows[:3]))
-    assert list(s.stream_rows(tmp_path / "b.json")) == rows[:3]
+    assert list(stream_rows(tmp_path / "b.json")) == rows[:3]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +52,7 @@ def test_a_broken_row_is_named_once_those_before_it_are_read(tmp_path, name, con
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as whole:
         read_file(tmp_path / name)
-    rows = s.stream_rows(tmp_path / name)
+    rows = stream_rows(tmp_path / name)
     assert [row["text"] for row in itertools.islice(rows, before)] == ["a", "b"][:before]
     with pytest.raises(DataError) as one:
         next(rows)
@@ -71,18 +70,18 @@ def test_what_is_no_file_of_rows_is_refused_at_once(tmp_path, name, content):
     with pytest.raises(DataError) as whole:
         read_file(tmp_path / name)
     with pytest.raises(DataError) as one:
-        s.stream_rows(tmp_path / name)
+        stream_rows(tmp_path / name)
     said = str(whole.value)
     assert str(one.value)[: said.find("Could")] == said[: said.find("Could")]  # pyarrow's words differ from there on
     with pytest.raises(DataError, match="no file"):
-        s.stream_rows(tmp_path / "nothing.csv")
+        stream_rows(tmp_path / "nothing.csv")
 
 
 def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
     """The file goes on growing: what is written after the first row was taken is read too."""
     with (tmp_path / "a.jsonl").open("w", buffering=1) as file:
         file.write('{"n": 0}\n')
-        rows = s.stream_rows(tmp_path / "a.jsonl")
+        rows = stream_rows(tmp_path / "a.jsonl")
         for i in range(1, 20_000):
             assert next(rows) == {"n": i - 1}
             file.write(json.dumps({"n": i}) + "\n")

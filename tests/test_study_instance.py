@@ -194,7 +194,7 @@ def test_what_training_moved_is_told(done):
 
 def test_what_moved_is_counted_for_each_size():
     def one(moved):
-        return comparison.Found(comparison.Cell("arm", 0.1, 0), [{"summary": {"moved": moved}}])
+        return comparison.ArmResult(comparison.ArmRun("arm", 0.1, 0), [{"summary": {"moved": moved}}])
 
     found = {("a", None): [one(10), one(30)], ("a", 16): [one(4)], ("b", None): [one(None), one(50)]}
     filled = types.SimpleNamespace(found=found)

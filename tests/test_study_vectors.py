@@ -17,7 +17,7 @@ from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes import coefficient_search as coefficient
-from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
 from softprompts.training import objectives
@@ -227,7 +227,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     study = parse({**values, "output_dir": str(tmp_path)}, Study)
-    found = stages._pair(stages._AtHand(study, ProgressReporter()), pair)
+    found = stages._pair(stages._StudyResources(study, ProgressReporter()), pair)
     assert found["tasks"] == list(pair)
     assert found["coefficients"] == list(grid)
     for task, other in (pair, pair[::-1]):
@@ -427,8 +427,8 @@ def pair(gain: float, related: bool = True) -> dict:
 
 
 def test_the_verdict_on_sums():
-    assert sums.kept(pair(0.7), "sum") == pytest.approx(0.7)
-    assert sums.kept(pair(0.7), "other") == pytest.approx(0.25)
+    assert sums.kept_share(pair(0.7), "sum") == pytest.approx(0.7)
+    assert sums.kept_share(pair(0.7), "other") == pytest.approx(0.25)
     assert sums.verdict([pair(1.0), pair(0.95, related=False)], {})["holds"] == "holds"
     mixed = sums.verdict([pair(1.0), pair(0.4), pair(0.3, related=False)], {})
     assert (mixed["holds"], mixed["related"]["whole"], mixed["unrelated"]["whole"]) == ("holds in part", 1, 0)
@@ -636,13 +636,13 @@ def test_the_search_never_reads_test_rows(done):
     from dataclasses import replace
 
     values, results, _ = done
-    at_hand = stages._AtHand(parse(values, Study), ProgressReporter())
+    at_hand = stages._StudyResources(parse(values, Study), ProgressReporter())
     judges = [at_hand.judge(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
     start = one.reference.initial
-    found = coefficient.choose(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
+    found = coefficient.choose_coefficient(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
-    assert found == coefficient.choose(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
+    assert found == coefficient.choose_coefficient(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.means == [pytest.approx((a + b) / 2) for a, b in zip(*found.scores.values(), strict=True)]
     assert found.means[found.grid.index(found.best)] == max(found.means)

@@ -659,7 +659,7 @@ def test_a_multitask_prompt_is_folded_first(tmp_path: Path) -> None:
         START,
         task="mnli",
         method="multitask-prompt-tuning",
-        state=state,
+        state=method.state_dict(),
         options={"ranks": 1},
     )
     one = task_vector(artifact.load(artifact.save(found, tmp_path / "mnli")))

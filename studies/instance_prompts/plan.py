@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from softprompts.config import EvaluationConfig, ModelConfig, PromptConfig, Section, TaskConfig, TrainConfig
 from softprompts.config.schema import Count
-from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Rate, check_known, distinct
+from softprompts.recipes.comparison import NO_PROMPT, WEIGHTS, ComparisonStage, Rate, check_distinct, check_known
 
 
 class Arm(Section):
@@ -31,7 +31,7 @@ class Arm(Section):
     @field_validator("learning_rates")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return distinct(values)
+        return check_distinct(values)
 
 
 TABLE = {"table": "low-rank", "rank": 16}
@@ -171,7 +171,7 @@ class Study(Section):
     @field_validator("arms", "upper")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return distinct(values)
+        return check_distinct(values)
 
     @model_validator(mode="after")
     def _names(self) -> "Study":

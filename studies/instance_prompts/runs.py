@@ -6,12 +6,12 @@ from typing import Any
 
 from softprompts.config import Run, TaskConfig, TrainConfig, parse
 from softprompts.recipes import stages
-from softprompts.recipes.comparison import Cell, size_name
+from softprompts.recipes.comparison import ArmRun, size_name
 from studies.instance_prompts.plan import Arm, Study
 
 
 def arm_run(
-    study: Study, task: TaskConfig, shots: int | None, cells: Sequence[Cell], part: str, begun: bool = True
+    study: Study, task: TaskConfig, shots: int | None, cells: Sequence[ArmRun], part: str, begun: bool = True
 ) -> Run:
     """The runs of one arm's `cells` on a task, in one frozen batch; begun: as of `prompt_of`."""
     name = cells[0].arm
@@ -19,29 +19,31 @@ def arm_run(
         {
             "name": cell.name,
             "seed": cell.seed,
-            "task": study.compare.drawn(task, shots, cell.seed).model_dump(mode="json"),
+            "task": study.compare.draw_rows(task, shots, cell.seed).model_dump(mode="json"),
             **_rates(study.known[name], cell.rate),
         }
         for cell in cells
     ]
     out = Path(study.output_dir) / "tasks" / f"{task.title}-{size_name(shots)}" / part / name
-    return stages.run_of(
+    return stages.build_run(
         study, (task,), study.compare.training_for(shots), out, prompt=prompt_of(study, name, begun), runs=entries
     )
 
 
-def weights_run(study: Study, task: TaskConfig, shots: int | None, cell: Cell) -> Run:
+def weights_run(study: Study, task: TaskConfig, shots: int | None, cell: ArmRun) -> Run:
     """A run that trains weights of a copy of the backbone."""
     out = Path(study.output_dir) / "tasks" / f"{task.title}-{size_name(shots)}" / "weights" / cell.name
     train = parse(study.compare.weight_training(cell, shots), TrainConfig)
-    return stages.run_of(study, (study.compare.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
+    return stages.build_run(study, (study.compare.draw_rows(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
 def pretrain_run(study: Study, name: str) -> Run:
     """What `softprompts pretrain` does for an arm."""
     assert study.pretrain is not None
     prompt = prompt_of(study, name, begun=False)
-    return stages.run_of(study, (study.pretrain.task,), study.pretrain.training, pretrained(study, name), prompt=prompt)
+    return stages.build_run(
+        study, (study.pretrain.task,), study.pretrain.training, pretrained(study, name), prompt=prompt
+    )
 
 
 def speed_run(study: Study, name: str, turn: int) -> Run:
@@ -52,11 +54,11 @@ def speed_run(study: Study, name: str, turn: int) -> Run:
     task = task.model_copy(update={"split": task.split.model_copy(update={"limit": limit})})
     changes = {"max_steps": study.speed.steps, "eval_steps": None, "early_stopping_patience": None, "warmup_steps": 0}
     if name not in study.known:
-        cell = Cell(name, study.compare.weight_learning_rates[name][0], 0)
+        cell = ArmRun(name, study.compare.weight_learning_rates[name][0], 0)
         weights = study.compare.weight_training(cell, None)
-        return stages.run_of(study, (task,), parse({**weights, **changes}, TrainConfig), out)
+        return stages.build_run(study, (task,), parse({**weights, **changes}, TrainConfig), out)
     train = study.compare.training.model_copy(update=changes)
-    return stages.run_of(study, (task,), train, out, prompt=prompt_of(study, name))
+    return stages.build_run(study, (task,), train, out, prompt=prompt_of(study, name))
 
 
 def prompt_of(study: Study, name: str, begun: bool = True) -> dict[str, Any]:

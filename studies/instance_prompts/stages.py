@@ -12,7 +12,7 @@ from softprompts.data import Task
 from softprompts.errors import ConfigError
 from softprompts.evaluation import page as report
 from softprompts.recipes import comparison, pretrain, stages
-from softprompts.recipes.comparison import Cell, Comparison, Found, size_name
+from softprompts.recipes.comparison import ArmResult, ArmRun, Comparison, size_name
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, prepare
 from softprompts.training import backbone_weights
@@ -30,26 +30,26 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     TrainingError for an arm that fails at every rate.
     """
     began = time.time()
-    stages.check_place("the study", study.output_dir)
+    stages.check_output_directory("the study", study.output_dir)
     _check(study, screen)
     taught = {}
     for name in (name for name in study.arms if study.known[name].pretrain):
         run = pretrain_run(study, name)
-        told = {"run": stages.set_in(run)}
+        told = {"run": stages.explicit_settings(run)}
         make = functools.partial(pretrain.run, run, screen)
-        taught[name] = stages.kept(f"pretraining of {name}", Path(run.output_dir), told, screen, make)
+        taught[name] = stages.run_stage(f"pretraining of {name}", Path(run.output_dir), told, screen, make)
     speed = _speed(study, screen)
 
-    def runs(task: str, shots: int | None, cells: Sequence[Cell], part: str) -> list[Found]:
+    def runs(task: str, shots: int | None, cells: Sequence[ArmRun], part: str) -> list[ArmResult]:
         return _runs(study, screen, task, shots, cells, part)
 
     rates = {name: arm.learning_rates for name, arm in study.known.items()}
     filled = Comparison(study.compare, runs, rates)
     for shots in study.compare.shots:
-        filled.fill(shots, study.arms, study.titles)
+        filled.run_arms(shots, study.arms, study.titles)
     chosen = study.compare.weight_targets
     for shots in study.compare.shots:  # the slowest, one run after the other
-        filled.fill(shots, study.upper, [title for title in study.titles if chosen is None or title in chosen])
+        filled.run_arms(shots, study.upper, [title for title in study.titles if chosen is None or title in chosen])
     results = summarize(study, filled, speed, taught, time.time() - began)
     report.write_results(Path(study.output_dir) / stages.RESULTS, results)
     report.write_page(Path(study.output_dir) / "report.html", page_of(results))
@@ -63,14 +63,16 @@ def _check(study: Study, screen: ProgressReporter) -> None:
     """
     first = study.compare.seeds[0]
     for name in study.arms:
-        cells = [Cell(name, study.compare.learning_rates[0], first)]
+        cells = [ArmRun(name, study.compare.learning_rates[0], first)]
         for task in study.tasks if name == study.arms[0] else study.tasks[:1]:
             (run,) = sweep(arm_run(study, task, None, cells, "rates", begun=False)).values()
             screen.log(f"checking {name}, {task.title}")
             job = prepare(run)
             _check_rows(job.tasks)
     for name in study.upper:
-        run = weights_run(study, study.tasks[0], None, Cell(name, study.compare.weight_learning_rates[name][0], first))
+        run = weights_run(
+            study, study.tasks[0], None, ArmRun(name, study.compare.weight_learning_rates[name][0], first)
+        )
         backbone_weights.check_installed(run.training)
         backbone_weights.check_trainable(job.model.backbone)
 
@@ -84,8 +86,8 @@ def _check_rows(tasks: Sequence[Task]) -> None:
 
 
 def _runs(
-    study: Study, screen: ProgressReporter, title: str, shots: int | None, cells: Sequence[Cell], part: str
-) -> list[Found]:
+    study: Study, screen: ProgressReporter, title: str, shots: int | None, cells: Sequence[ArmRun], part: str
+) -> list[ArmResult]:
     """The runs of `cells` on a task, those of an arm in one frozen batch; those that failed have no pages."""
     task = next(task for task in study.tasks if task.title == title)
     found = []
@@ -95,10 +97,10 @@ def _runs(
         if own[0].trains_weights:
             for one in own:
                 run = weights_run(study, task, shots, one)
-                found.append(comparison.alone(f"{said}, {one.name}", run, one, screen))
+                found.append(comparison.run_single(f"{said}, {one.name}", run, one, screen))
             continue
         run = arm_run(study, task, shots, own, part)
-        found += comparison.together(f"{said}, {arm}, {part}", run, own, screen, _inputs(study, arm))
+        found += comparison.run_shared_batch(f"{said}, {arm}, {part}", run, own, screen, _inputs(study, arm))
     return found
 
 
@@ -110,7 +112,7 @@ def _speed(study: Study, screen: ProgressReporter) -> dict[str, dict[str, float]
     for turn in range(study.speed.repeats):
         for name in (*study.arms, *study.upper):
             title = f"step time of {name}, turn {turn + 1}"
-            page = stages.runs(title, speed_run(study, name, turn), screen, _inputs(study, name))
+            page = stages.run_group(title, speed_run(study, name, turn), screen, _inputs(study, name))
             seconds = [step["seconds"] for step in page["curve"]]
             turns.setdefault(name, []).extend(seconds[1:] or seconds)
     return {name: {"ms": 1000 * statistics.median(each), "n": len(each)} for name, each in turns.items()}

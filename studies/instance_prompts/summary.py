@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
-from softprompts.evaluation.plots import MANY
+from softprompts.evaluation.plots import LINE_COLORS
 from softprompts.recipes import comparison
 from softprompts.recipes.comparison import NO_PROMPT, Comparison, size_name
 from softprompts.recipes.run.results import versions
@@ -26,7 +26,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The content of results.json: scores by size, step times, what pretraining reached, verdicts in words."""
     about = {**{name: study.known[name].about for name in study.arms}, **ABOUT}
-    sizes = [comparison.scores(filled.found, shots, study.titles, about) for shots in study.compare.shots]
+    sizes = [comparison.scores(filled.results, shots, study.titles, about) for shots in study.compare.shots]
     return {
         "format": 1,
         "title": f"Prompts that look at the input, with {study.model.name}",
@@ -41,12 +41,12 @@ def summarize(
         "pretrained": {
             name: {key: page[key] for key in ("task", "scores", "majority")} for name, page in taught.items()
         },
-        "rates": list(filled.chosen),
-        "curves": comparison.curves(filled.found),
+        "rates": list(filled.chosen_rates),
+        "curves": comparison.curves(filled.results),
         "config": study.model_dump(mode="json"),
         "versions": versions(),
-        "machine": comparison.machine(filled.found),
-        "warnings": comparison.failures(filled.found),
+        "machine": comparison.machine(filled.results),
+        "warnings": comparison.failures(filled.results),
     }
 
 
@@ -78,11 +78,11 @@ def _mean_of(filled: Comparison, key: str, sizes: Sequence[int | None]) -> dict[
     share: trained numbers over the model's; moved: how many of them training moved, of a table the rows that were read.
     """
     found: dict[str, list[float]] = {}
-    for (_, shots), own in filled.found.items():
+    for (_, shots), own in filled.results.items():
         for one in own if shots in sizes else ():
             for page in one.pages:
                 if page["summary"][key] is not None:
-                    found.setdefault(one.cell.arm, []).append(page["summary"][key])
+                    found.setdefault(one.arm_run.arm, []).append(page["summary"][key])
     return {arm: fmean(each) for arm, each in found.items()}
 
 
@@ -119,7 +119,7 @@ def _plots(curves: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {
             "title": f"Loss on {one['target']}, {one['size']}",
             "lines": [
-                {"name": arm, "points": points, "look": list(MANY)[at % len(MANY)]}
+                {"name": arm, "points": points, "look": list(LINE_COLORS)[at % len(LINE_COLORS)]}
                 for at, (arm, points) in enumerate(one["lines"].items())
                 if arm not in comparison.WEIGHTS
             ],

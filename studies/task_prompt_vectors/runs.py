@@ -31,7 +31,7 @@ def vector_run(study: Study, title: str, rate: float) -> Run:
     return _run(study, task_of(study, title), train, f"vectors/{title}", entries)
 
 
-def again_run(study: Study, title: str, rate: float) -> Run:
+def few_rows_run(study: Study, title: str, rate: float) -> Run:
     """A task with few rows, from the sums that its vector is part of, and from the starts that they were added to."""
     assert study.sums is not None
     assert study.sums.few is not None
@@ -62,4 +62,4 @@ def _judged(train: TrainConfig) -> TrainConfig:
 def _run(study: Study, task: TaskConfig, train: TrainConfig, folder: str, entries: Sequence[Mapping[str, Any]]) -> Run:
     prompt = {"init": study.vectors.starts[0].model_dump(mode="json")}
     out = Path(study.output_dir) / folder
-    return stages.run_of(study, (task,), train, out, prompt=prompt, runs=entries, seed=study.vectors.seed)
+    return stages.build_run(study, (task,), train, out, prompt=prompt, runs=entries, seed=study.vectors.seed)

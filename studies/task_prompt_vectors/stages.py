@@ -21,12 +21,12 @@ from softprompts.evaluation import page as report
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.recipes import multitask, stages
-from softprompts.recipes.judging import Evaluator, judge
+from softprompts.recipes.evaluator import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter
 from studies.task_prompt_vectors import independence, sums
 from studies.task_prompt_vectors.plan import Study, prompt_path
-from studies.task_prompt_vectors.runs import again_run, rate_run, task_of, vector_run
+from studies.task_prompt_vectors.runs import few_rows_run, rate_run, task_of, vector_run
 from studies.task_prompt_vectors.summary import page_of, summarize
 
 
@@ -39,19 +39,19 @@ def execute(study: Study, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     and TrainingError where a vector could not be trained.
     """
     began = time.time()
-    stages.check_place("the study", study.output_dir)
+    stages.check_output_directory("the study", study.output_dir)
     _check(study)
     rate, tried = _rate(study, screen)
     for title in study.titles:
-        stages.whole(f"vectors of {title}", vector_run(study, title, rate), screen)
-    at_hand = _AtHand(study, screen)
+        stages.run_complete_group(f"vectors of {title}", vector_run(study, title, rate), screen)
+    at_hand = _StudyResources(study, screen)
     measured = {title: _independence(at_hand, title) for title in study.titles}
     pairs = [_pair(at_hand, pair) for pair in study.pairs]
     again = {}
     if study.sums is not None and study.sums.few is not None:
         for title in dict.fromkeys(name for pair in study.pairs for name in pair):
-            run = again_run(study, title, rate)
-            again[title] = stages.runs(f"{title} again, few rows", run, screen, _inputs(study, title))["runs"]
+            run = few_rows_run(study, title, rate)
+            again[title] = stages.run_group(f"{title} again, few rows", run, screen, _inputs(study, title))["runs"]
     few = {}
     for one in study.few.targets if study.few else ():
         few[one.target.title] = multitask.execute(study.few_plan(one), screen)
@@ -88,7 +88,7 @@ def _rate(study: Study, screen: ProgressReporter) -> tuple[float, dict[str, floa
     scores: dict[float, list[float]] = {rate: [] for rate in study.vectors.learning_rates}
     for title in names:
         run = rate_run(study, title)
-        failed = {row["name"] for row in stages.runs(f"rates of {title}", run, screen)["runs"] if row["failed"]}
+        failed = {row["name"] for row in stages.run_group(f"rates of {title}", run, screen)["runs"] if row["failed"]}
         for rate in scores:
             if (name := f"rate{rate:g}") not in failed:
                 page = stages.read_results(Path(run.output_dir) / name)
@@ -100,7 +100,7 @@ def _rate(study: Study, screen: ProgressReporter) -> tuple[float, dict[str, floa
 
 
 @dataclass(frozen=True)
-class _AtHand:
+class _StudyResources:
     """The study's backbone, judges and vectors, each loaded when first asked for."""
 
     study: Study
@@ -116,7 +116,9 @@ class _AtHand:
             prompt = self.study.prompt
             site = Site(prompt.site, prompt.mode, prompt.placement)
             task = task_of(self.study, title)
-            self.judges[title] = judge(self.backbone, site, prompt.num_virtual_tokens, task, self.study.evaluation)
+            self.judges[title] = load_evaluator(
+                self.backbone, site, prompt.num_virtual_tokens, task, self.study.evaluation
+            )
         return self.judges[title]
 
     def vectors(self, title: str) -> list[Vector]:
@@ -142,17 +144,17 @@ def _told(study: Study, titles: Sequence[str], **more: Any) -> dict[str, Any]:
     """What a part's measurements hang on."""
     return {
         "version": __version__,
-        "model": stages.set_in(study.model),
-        "tasks": [stages.set_in(task_of(study, title)) for title in titles],
-        "evaluation": stages.set_in(study.evaluation),
-        "inputs": {title: stages.digest(f"{study.output_dir}/vectors/{title}") for title in titles},
+        "model": stages.explicit_settings(study.model),
+        "tasks": [stages.explicit_settings(task_of(study, title)) for title in titles],
+        "evaluation": stages.explicit_settings(study.evaluation),
+        "inputs": {title: stages.artifacts_digest(f"{study.output_dir}/vectors/{title}") for title in titles},
         **more,
     }
 
 
-def _independence(at_hand: _AtHand, title: str) -> Mapping[str, Any]:
+def _independence(at_hand: _StudyResources, title: str) -> Mapping[str, Any]:
     study, screen = at_hand.study, at_hand.screen
-    starts = [stages.set_in(init) for init in study.vectors.starts]
+    starts = [stages.explicit_settings(init) for init in study.vectors.starts]
 
     def make() -> dict[str, Any]:
         screen.log(f"independence of {title}: {len(starts)} starts, crossed")
@@ -160,10 +162,10 @@ def _independence(at_hand: _AtHand, title: str) -> Mapping[str, Any]:
         return independence.measure(at_hand.judge(title), found, _starts(found), screen)
 
     out = Path(study.output_dir) / "independence" / title
-    return stages.kept(f"independence of {title}", out, _told(study, [title], starts=starts), screen, make)
+    return stages.run_stage(f"independence of {title}", out, _told(study, [title], starts=starts), screen, make)
 
 
-def _pair(at_hand: _AtHand, pair: tuple[str, str]) -> Mapping[str, Any]:
+def _pair(at_hand: _StudyResources, pair: tuple[str, str]) -> Mapping[str, Any]:
     study, screen, name = at_hand.study, at_hand.screen, " + ".join(pair)
     stage_of = study.sums
     assert stage_of is not None
@@ -176,5 +178,5 @@ def _pair(at_hand: _AtHand, pair: tuple[str, str]) -> Mapping[str, Any]:
         return sums.measure(judges, found, _starts(one), stage_of.coefficients, screen)
 
     told = _told(study, pair, starts=stage_of.starts, coefficients=list(stage_of.coefficients))
-    found = stages.kept(name, Path(study.output_dir) / "sums" / "+".join(pair), told, screen, make)
+    found = stages.run_stage(name, Path(study.output_dir) / "sums" / "+".join(pair), told, screen, make)
     return {**found, "related": study.related(pair)}

@@ -10,8 +10,8 @@ import torch
 
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
-from softprompts.evaluation.plots import MANY
-from softprompts.recipes.comparison import NO_PROMPT, spread
+from softprompts.evaluation.plots import LINE_COLORS
+from softprompts.recipes.comparison import NO_PROMPT, mean_and_sd
 from softprompts.recipes.run.results import versions
 from studies.task_prompt_vectors import few as few_examples
 from studies.task_prompt_vectors import independence, sums
@@ -43,7 +43,10 @@ def summarize(
         "claims": claims,
         "rate": dict(chosen),
         "independence": {
-            title: {**one, "scores": {name: {**spread(each), "each": each} for name, each in one["scores"].items()}}
+            title: {
+                **one,
+                "scores": {name: {**mean_and_sd(each), "each": each} for name, each in one["scores"].items()},
+            }
             for title, one in measured.items()
         },
         "pairs": [_pair(one) for one in pairs],
@@ -61,8 +64,10 @@ def summarize(
 
 
 def _pair(one: Mapping[str, Any]) -> dict[str, Any]:
-    scores = {kind: {task: spread(values) for task, values in each.items()} for kind, each in one["scores"].items()}
-    return {**one, "scores": scores, "kept": {kind: sums.kept(one, kind) for kind in ("sum", "other")}}
+    scores = {
+        kind: {task: mean_and_sd(values) for task, values in each.items()} for kind, each in one["scores"].items()
+    }
+    return {**one, "scores": scores, "kept": {kind: sums.kept_share(one, kind) for kind in ("sum", "other")}}
 
 
 def _again(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def _again(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for row in rows:
         if row["after"]:
             values.setdefault(row["name"].rpartition("-seed")[0], []).append(row["after"]["value"])
-    return {name: spread(found) for name, found in values.items()}
+    return {name: mean_and_sd(found) for name, found in values.items()}
 
 
 def _similarity(found: Mapping[str, Sequence[Vector]]) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def _curve(title: str, tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if line["mean"] is not None and line["arm"] != NO_PROMPT:
                 points.setdefault(line["arm"], []).append((float(size), line["mean"]))
     lines = [
-        {"name": arm, "points": sorted(each), "dots": True, "look": list(MANY)[at % len(MANY)]}
+        {"name": arm, "points": sorted(each), "dots": True, "look": list(LINE_COLORS)[at % len(LINE_COLORS)]}
         for at, (arm, each) in enumerate(points.items())
     ]
     return {"title": f"{title}: score by examples", "axis": "examples", "lines": lines}

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
-from softprompts.recipes.coefficient_search import choose
-from softprompts.recipes.judging import Evaluator
+from softprompts.recipes.coefficient_search import choose_coefficient
+from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run.run import ProgressReporter
 
 KEPT = 0.9
@@ -34,7 +34,7 @@ def measure(
     coefficients = []
     for pair, start in zip(found, starts, strict=True):
         total = pair[0] + pair[1]
-        coefficients.append(choose(judges, total, start, grid, screen).best)
+        coefficients.append(choose_coefficient(judges, total, start, grid, screen).best)
         added = vectors.apply(total, start, coefficients[-1])
         own = [vectors.apply(one, start) for one in pair]
         for at, judge in enumerate(judges):
@@ -49,7 +49,7 @@ def measure(
     }
 
 
-def kept(measured: Mapping[str, Any], kind: str) -> float | None:
+def kept_share(measured: Mapping[str, Any], kind: str) -> float | None:
     """The part of what both tasks gained that a prompt of `kind` keeps, mean over both; None where neither gained."""
     parts = []
     for name in measured["tasks"]:
@@ -70,7 +70,9 @@ def verdict(
     lines = []
     for name, related in (("related", True), ("unrelated", False)):
         pairs = [one for one in measured if one["related"] == related]
-        values = {kind: [x for x in (kept(one, kind) for one in pairs) if x is not None] for kind in ("sum", "other")}
+        values = {
+            kind: [x for x in (kept_share(one, kind) for one in pairs) if x is not None] for kind in ("sum", "other")
+        }
         if not values["sum"]:
             continue
         mean = {kind: fmean(each) for kind, each in values.items()}
@@ -80,7 +82,7 @@ def verdict(
             f"Sums of {len(values['sum'])} {name} pairs keep {mean['sum']:.0%} of what the two prompts gain on their "
             f"own tasks, {whole} of them at least {KEPT:.0%}; the other task's prompt alone keeps {mean['other']:.0%}."
         )
-    kept_all = [value for one in measured if (value := kept(one, "sum")) is not None]
+    kept_all = [value for one in measured if (value := kept_share(one, "sum")) is not None]
     if not kept_all:
         words = "Training gained nothing, so there is nothing to keep."
         return {**found, **_as_starts(again), "holds": None, "words": words}

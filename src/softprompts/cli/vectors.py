@@ -298,10 +298,10 @@ def _combine(
 ) -> None:
     """Add `by * total` to a start, and write the prompt that this gives; sources: what a merge made it of."""
     from softprompts.artifacts import vectors
-    from softprompts.recipes.coefficient_search import begin
+    from softprompts.recipes.coefficient_search import resolve_start
 
     # The result of a merge has no start of its own; that of its sources' sum is the one they have in common.
-    initial = begin(vectors.weighted(sources) if sources else total, _start(start, start_of))
+    initial = resolve_start(vectors.weighted(sources) if sources else total, _start(start, start_of))
     _save(total * by, vectors.to_artifact(total, initial, by), out_dir, as_json)
 
 

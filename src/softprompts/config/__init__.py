@@ -1,6 +1,6 @@
-"""What a user writes: frozen sections with checked values, read from YAML and `--set a.b=c`.
+"""What a user writes: sections with checked values, read from YAML and `--set a.b=c`.
 
-Unknown keys are refused with a suggestion. Nothing here imports torch, so that `--help` is quick.
+Nothing here imports torch, so that `--help` is quick.
 """
 
 from softprompts.config.old_keys import (

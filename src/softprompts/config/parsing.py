@@ -1,4 +1,4 @@
-"""From YAML and `--set a.b=c` to checked sections; what cannot be is told with what is possible."""
+"""From YAML and `--set a.b=c` to checked sections; an error message names what is possible."""
 
 import difflib
 import typing
@@ -15,16 +15,22 @@ from softprompts.errors import ConfigError
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """What joins a complaint to the list of what is known: `; did you mean 'x'?`, or with nothing close `;`."""
-    found = difflib.get_close_matches(word, list(known), 1, 0.5)
-    return f"; did you mean '{found[0]}'?" if found else ";"
+    """The end of a complaint about an unknown word: `; did you mean 'x'?`, or `;` where no known word is close."""
+    matches = difflib.get_close_matches(word, list(known), 1, 0.5)
+    return f"; did you mean '{matches[0]}'?" if matches else ";"
 
 
 def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "configuration") -> Any:
-    """`values` as a checked section.
+    """A checked section.
 
-    Raises ConfigError that names each wrong key with the closest known one, each key of an earlier release with its
-    name of today, and each wrong value with what is allowed.
+    Args:
+        values: What a user wrote.
+        model: The class of the section.
+        origin: How messages call the values, such as the name of their file.
+
+    Raises:
+        ConfigError: Unknown keys, each with the closest known one; keys of an earlier release, each with its name of
+            today; wrong values, each with what is allowed.
     """
     if renames := find_old_keys(values, model):
         lines = [f"{origin}: unknown key '{old}'; it is called '{new}' now" for old, new in renames]
@@ -37,9 +43,15 @@ def parse(values: Mapping[str, Any], model: type[Section] = Run, origin: str = "
 
 
 def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] = Run) -> Any:
-    """The run, or another `model`, written in a YAML file, with `a.b=c` overrides applied.
+    """The section in a YAML file.
 
-    Raises ConfigError for a file that is missing or is not a YAML mapping, and as `parse` does.
+    Args:
+        path: The file.
+        overrides: Changes, each as `section.key=value`.
+        model: The class of the section.
+
+    Raises:
+        ConfigError: The file is missing or is not a YAML mapping; and as `parse` does.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -53,7 +65,7 @@ def read(path: str | Path, overrides: Iterable[str] = (), model: type[Section] =
 
 
 def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`values` with each `a.b=c` set; values are read as YAML, numbers in a path index lists (`tasks.0.name=x`)."""
+    """A copy of `values` with each `a.b=c` set. A value is read as YAML; a number in a path is the index of a list."""
     result = yaml.safe_load(yaml.safe_dump(dict(values)))
     for item in overrides:
         path, equals, text = item.partition("=")
@@ -68,9 +80,19 @@ def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, A
 
 
 def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
-    """Set `value` at the path `keys` of nested values, making sections on the way; `item` is how a message calls it."""
-    for here, key in enumerate(keys):
-        last = here == len(keys) - 1
+    """Set a value at a path of nested values; sections that are missing are made.
+
+    Args:
+        node: The nested values, which are changed.
+        keys: The path.
+        value: The value.
+        item: How messages call the change.
+
+    Raises:
+        ConfigError: The path leads through a value, or to no item of a list.
+    """
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
                 raise ConfigError(f"{item}: '{key}' is no index of a list of {len(node)}")
@@ -84,7 +106,7 @@ def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
             else:
                 node = node.setdefault(key, {})
         else:
-            raise ConfigError(f"{item}: '{'.'.join(keys[:here])}' is a value, not a section")
+            raise ConfigError(f"{item}: '{'.'.join(keys[:depth])}' is a value, not a section")
 
 
 def _follows(problem: Any, problems: Iterable[Any]) -> bool:
@@ -101,15 +123,16 @@ def _explain(error: Any, model: type[Section], origin: str) -> str:
         key = str(error["loc"][-1])
         return f"{origin}: unknown key '{where}'{closest(key, known)} known: {', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
-    given = error.get("input")
-    shown = "" if isinstance(given, dict | list) or given is None else f" (given: {given!r}{_near(given, error)})"
+    value = error.get("input")
+    shown = "" if isinstance(value, dict | list) or value is None else f" (given: {value!r}{_suggestion(value, error)})"
     return f"{origin}: {where}: {message}{shown}" if where else f"{origin}: {message}"
 
 
-def _near(given: Any, error: Any) -> str:
+def _suggestion(value: Any, error: Any) -> str:
+    """The closest allowed word to a wrong one."""
     expected = str(error.get("ctx", {}).get("expected", ""))
     options = [part.strip("' ") for part in expected.replace(" or ", ",").split(",")]
-    return closest(str(given), options).removesuffix(";") if isinstance(given, str) and expected else ""
+    return closest(value, options).removesuffix(";") if isinstance(value, str) and expected else ""
 
 
 def _section_at(model: type[Section], loc: Iterable[Any]) -> type[Section] | None:

@@ -6,15 +6,16 @@ from functools import cached_property
 from typing import Any
 
 from softprompts.config import Head
-from softprompts.data.spans import answer_offsets, split_words
 from softprompts.data.task import TaskTemplate, answer_text, classes, require_label
 from softprompts.data.templates import (
     MASK,
+    answer_offsets,
     cell_text,
     is_missing,
     label_names,
     mask_count,
     require_column,
+    split_words,
     template_columns,
 )
 from softprompts.data.tokenization import Family, TextTokenizer, Tokens

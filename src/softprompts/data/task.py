@@ -97,15 +97,17 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def load_task(config: TaskConfig) -> Task:
+def load_task(config: TaskConfig | str) -> Task:
     """The task that `config` describes, with what it leaves open taken from the packaged set or from the rows.
+
+    A string is the source of the rows: a packaged set, a file, a directory or a hub name.
 
     Classes without a verbalizer are the sorted labels of all splits and answer with their own names.
 
     Raises DataError as `sources.read` does, and for a format that cannot be used: a template without any column,
     answers that two labels share, an unknown positive label, a column to truncate that the template does not have.
     """
-    config = datasets.with_packaged_defaults(config)
+    config = datasets.with_packaged_defaults(TaskConfig(source=config) if isinstance(config, str) else config)
     if (
         config.template
         and config.kind != "generation"

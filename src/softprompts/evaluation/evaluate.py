@@ -1,5 +1,6 @@
-"""Judging: answers by ranking label words, by generating, or by a classification head; then scores with intervals."""
+"""Evaluation: answers by ranking label words, by generating, or by a classification head; then scores."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,8 @@ from softprompts.data import (
     decode_answer,
     evaluation_order,
 )
-from softprompts.data.spans import split_words
 from softprompts.data.task import require_label
-from softprompts.data.templates import label_names, require_column
+from softprompts.data.templates import label_names, require_column, split_words
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import generation
@@ -32,24 +32,34 @@ from softprompts.model import SoftPromptModel
 from softprompts.model.prefix_cache import PrefixCache
 from softprompts.types import IGNORE, Batch
 
-LONGEST_SPAN = 30
-"""Tokens an extracted answer may have, as in SQuAD's baselines."""
+MAX_SPAN_TOKENS = 30
+"""Most tokens of an extracted answer, as in SQuAD's baselines."""
 
 CHUNK = 512
-"""Rows that are encoded and sorted by length together when answers are streamed."""
+"""Rows that are encoded and sorted by length together."""
 
-FEW = 16
-"""Rows below which it does not pay to look for tokens that all of them begin with."""
+MIN_ROWS_FOR_LEADING = 16
+"""Fewest rows for which it pays to compute the tokens that all of them begin with only once."""
 
-TOKENS, TOKENS_THERE, TOKENS_WRITTEN = 1024, 8192, 4096
-"""Tokens of a batch, unless the configuration says otherwise: where full speed begins on a CPU and on accelerators, and
-for writing, where every step is one token a row."""
+CPU_BATCH_TOKENS = 1024
+"""Tokens of a batch on a CPU, unless the configuration sets them: where full speed begins."""
+
+ACCELERATOR_BATCH_TOKENS = 8192
+"""The same on an accelerator."""
+
+GENERATION_BATCH_TOKENS = 4096
+"""The same when answers are generated, where every step is one token a row."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a row was answered with: `value` (label, labels, number, tags or text; None where it was no legal answer),
-    the generated `text`, and each label's log-probability (rank) or score (heads)."""
+    """The answer to a row.
+
+    Attributes:
+        value: A label, labels, a number, tags or a text; None where the output was no legal answer.
+        text: The generated text.
+        scores: The log-probability of each label (ranking) or its score (classification heads).
+    """
 
     value: Any
     text: str | None = None
@@ -58,7 +68,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers and references of the same rows, in order, and their scores by metric, the headline first."""
+    """Answers and references of rows, in the order of the rows, and scores by metric, the headline first."""
 
     answers: tuple[Answer, ...]
     references: tuple[Any, ...]
@@ -71,7 +81,7 @@ class Evaluation:
 
 
 Prompts = str | Sequence[str] | None
-"""The prompt that answers; several that vote; None: the stock model."""
+"""The prompt that answers, or several that vote; None: the stock model."""
 
 
 def evaluate(
@@ -91,34 +101,48 @@ def evaluate(
         model: The model that answers.
         rows: Rows of one task, with their labels.
         prompt: The prompt that answers, or several that vote on each row; None: the stock model without a prompt.
-        encoder: What turns rows into tokens; None: the prompt's own template says it.
-        config: How answers are made and scored.
-        seed: Of the resampling behind the intervals.
-        mapping: What the task's labels are called in `rows`, where these come from another data set (predictions are
-            mapped after decoding and before the metric, as in the domain transfer of Lester et al. 2021, section 5).
-        progress: Is called with the number of rows done.
+        encoder: Turns rows into tokens; None: by the prompt's own template.
+        config: How rows are answered and answers scored.
+        seed: Seed of the resampling behind the intervals.
+        mapping: The names that the task's labels have in `rows`, where these come from another data set. Predictions
+            are mapped after decoding and before the metric, as in the domain transfer of Lester et al. 2021, section 5.
+        progress: Called with the number of rows done.
+
+    Returns:
+        The answers, the references, and the scores.
+
+    Raises:
+        ConfigError: There is no prompt and no encoder.
+        DataError: A row has no label, or one that the task does not know.
     """
-    config, mapping = config or EvaluationConfig(), mapping or {}
-    encoder = encoder or _encoder_of(model, prompt)
+    config = config or EvaluationConfig()
+    mapping = mapping or {}
+    encoder = encoder or _default_encoder(model, prompt)
     for label in mapping:
         require_label(encoder.template, label, "the mapped label")
-    given: list[Answer] = []
-    for one in answers(model, rows, prompt=prompt, encoder=encoder, config=config):
-        given.append(one)
+    mapped_answers: list[Answer] = []
+    for answer in answers(model, rows, prompt=prompt, encoder=encoder, config=config):
+        if isinstance(answer.value, str):
+            answer = replace(answer, value=mapping.get(answer.value, answer.value))
+        mapped_answers.append(answer)
         if progress is not None:
-            progress(len(given))
-    predictions = [mapping.get(a.value, a.value) if isinstance(a.value, str) else a.value for a in given]
-    golds = [reference(encoder, row, mapping) for row in rows]
-    form = encoder.template
-    names = form.metrics or metrics.default_metrics(form.kind)
-    positive = mapping.get(form.positive, form.positive) if form.positive is not None else None
-    scores = {
-        name: metrics.score(
-            name, predictions, golds, resamples=config.resamples, seed=seed, positive=positive, kind=form.kind
+            progress(len(mapped_answers))
+    predictions = [answer.value for answer in mapped_answers]
+    references = [reference(encoder, row, mapping) for row in rows]
+    template = encoder.template
+    positive = mapping.get(template.positive, template.positive) if template.positive is not None else None
+    scores = {}
+    for name in template.metrics or metrics.default_metrics(template.kind):
+        scores[name] = metrics.score(
+            name,
+            predictions,
+            references,
+            resamples=config.resamples,
+            seed=seed,
+            positive=positive,
+            kind=template.kind,
         )
-        for name in names
-    }
-    return Evaluation(tuple(replace(a, value=p) for a, p in zip(given, predictions, strict=True)), tuple(golds), scores)
+    return Evaluation(tuple(mapped_answers), tuple(references), scores)
 
 
 def answers(
@@ -129,36 +153,40 @@ def answers(
     encoder: ExampleTokenizer | None = None,
     config: EvaluationConfig | None = None,
 ) -> Iterator[Answer]:
-    """The answer to each of `rows`, in order, with memory for a few batches only.
+    """Yield the answer to each of `rows`, in order, with memory for a few batches only.
 
-    Prompts that do not depend on the text are computed and read once.
+    The model computes a prompt that does not depend on the text once.
 
     Args:
         model: The model that answers.
-        rows: Taken as they are needed, at most a chunk of them ahead; where taking one fails, those before it are
+        rows: Taken as they are needed, at most a chunk of them ahead. Where taking one fails, those before it are
             answered first.
-        prompt: The prompt that answers; None: the stock model. Of several, all answer a row in one batch, and the
-            majority's string is the answer; of several strings with as many votes, the one of the first prompt wins
-            (Lester et al. 2021, section 6).
-        encoder: What turns rows into tokens; None: the prompt's own template says it.
-        config: How answers are made.
+        prompt: The prompt that answers; None: the stock model. Several prompts answer a row in one batch, and the
+            majority's string is the answer; on a tie the string of the first prompt wins (Lester et al. 2021,
+            section 6).
+        encoder: Turns rows into tokens; None: by the prompt's own template.
+        config: How rows are answered.
+
+    Raises:
+        ConfigError: There is no prompt and no encoder.
     """
-    encoder = encoder or _encoder_of(model, prompt)
+    encoder = encoder or _default_encoder(model, prompt)
     names = () if prompt is None else (prompt,) if isinstance(prompt, str) else tuple(prompt)
     with torch.no_grad():
         cache = model.prefix_cache(names)
-    for part in _chunks(rows):
-        yield from _answers(cache, encoder, part, config or EvaluationConfig())
+    for chunk in _chunks(rows):
+        yield from _answer_chunk(cache, encoder, chunk, config or EvaluationConfig())
 
 
 def evaluation_config(artifact: Artifact, **changes: Any) -> EvaluationConfig:
-    """How the run that made an artifact evaluated its answers, with the `changes` that are not None."""
-    given = {key: value for key, value in changes.items() if value is not None}
-    config: EvaluationConfig = parse({**artifact.settings("evaluation"), **given}, EvaluationConfig, "evaluation")
+    """The evaluation settings of the run that made an artifact, with the `changes` that are not None."""
+    values = dict(artifact.settings("evaluation"))
+    values |= {key: value for key, value in changes.items() if value is not None}
+    config: EvaluationConfig = parse(values, EvaluationConfig, "evaluation")
     return config
 
 
-def _encoder_of(model: SoftPromptModel, prompt: Prompts) -> ExampleTokenizer:
+def _default_encoder(model: SoftPromptModel, prompt: Prompts) -> ExampleTokenizer:
     name = prompt if isinstance(prompt, str) or prompt is None else prompt[0]
     if name is None:
         raise ConfigError("the stock model has no template of its own; give the encoder of a task")
@@ -166,200 +194,244 @@ def _encoder_of(model: SoftPromptModel, prompt: Prompts) -> ExampleTokenizer:
 
 
 def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    part: list[Row] = []
+    chunk: list[Row] = []
     try:
         for row in rows:
-            part.append(row)
-            if len(part) == CHUNK:
-                yield part
-                part = []
+            chunk.append(row)
+            if len(chunk) == CHUNK:
+                yield chunk
+                chunk = []
     except Exception:
-        if part:
-            yield part
+        if chunk:
+            yield chunk
         raise
-    if part:
-        yield part
+    if chunk:
+        yield chunk
 
 
 def reference(encoder: ExampleTokenizer, row: Row, mapping: Mapping[str, str] | None = None) -> Any:
-    """What `row` should be answered with, in the form the metrics want it."""
-    form = encoder.template
-    require_column(form.label, row, "label", form.name)
-    value = row[form.label]
-    if form.kind == "regression":
+    """The right answer to `row`, in the form that metrics take.
+
+    Args:
+        encoder: The task's tokenizer, which has its template.
+        row: A row with its label.
+        mapping: As in `evaluate`; with it, labels that the task does not know are allowed.
+
+    Raises:
+        DataError: The row has no label, or one that the task does not know.
+    """
+    template = encoder.template
+    require_column(template.label, row, "label", template.name)
+    value = row[template.label]
+    if template.kind == "regression":
         return float(value)
-    if form.kind == "span" and isinstance(value, Mapping):
+    if template.kind == "span" and isinstance(value, Mapping):
         return list(value.get("text", ()))
-    if form.kind not in ("label", "multilabel", "tagging"):
-        return answer_text(form, row)
-    names = label_names(value, form.kind)
+    if template.kind not in ("label", "multilabel", "tagging"):
+        return answer_text(template, row)
+    names = label_names(value, template.kind)
     for name in names if not mapping else ():
-        require_label(form, name, "the row's label")
-    return names[0] if form.kind == "label" else list(names)
+        require_label(template, name, "the row's label")
+    return names[0] if template.kind == "label" else list(names)
 
 
 def by_generation(encoder: ExampleTokenizer, config: EvaluationConfig) -> bool:
-    """Whether answers are generated: asked for, or because there are no label words to rank."""
+    """Whether answers are generated: because the configuration says so, or because there are no label words to rank."""
     if encoder.head != "lm":
         return False
     return config.by == "generate" or (config.by == "auto" and encoder.template.kind != "label")
 
 
-def _answers(
+PromptedRow = tuple[Row, int]
+"""A row with the index of the prompt that answers it."""
+
+AnswerRows = Callable[[PrefixCache, ExampleTokenizer, Sequence[PromptedRow], EvaluationConfig], list[Answer]]
+
+
+def _answer_chunk(
     cache: PrefixCache, encoder: ExampleTokenizer, rows: Sequence[Row], config: EvaluationConfig
 ) -> list[Answer]:
+    """The answers to rows; of several prompts the majority decides."""
+    answer_rows: AnswerRows
     if by_generation(encoder, config):
-        ask: Callable[..., list[Answer]] = _generated
+        answer_rows = _generate
+    elif encoder.head == "lm":
+        answer_rows = _rank
     else:
-        ask = _ranked if encoder.head == "lm" else _from_head
-    places = [cache.model.index(name) for name in cache.names] or [0]
-    asked = [(row, place) for row in rows for place in places]
+        answer_rows = _classify
+    prompt_indices = [cache.model.index(name) for name in cache.names] or [0]
+    prompted_rows = list(itertools.product(rows, prompt_indices))
     with torch.no_grad():
-        each = ask(cache, encoder, asked, config)
-    votes = len(places)
+        ballots = answer_rows(cache, encoder, prompted_rows, config)
+    votes = len(prompt_indices)
     if votes == 1:
-        return each
-    return [_elect(each[i : i + votes]) for i in range(0, len(each), votes)]
+        return ballots
+    return [_majority_answer(ballots[first : first + votes]) for first in range(0, len(ballots), votes)]
 
 
-def _elect(ballots: Sequence[Answer]) -> Answer:
-    # Votes are cast over strings, so lists of labels and numbers vote by their text.
-    cast = [None if ballot.value is None else str(ballot.value) for ballot in ballots]
-    return ballots[cast.index(metrics.vote(cast))]
-
-
-Asked = Sequence[tuple[Row, int]]  # rows with the prompt that answers each
+def _majority_answer(ballots: Sequence[Answer]) -> Answer:
+    # The vote compares strings, so lists of labels and numbers vote by their text.
+    strings = [None if ballot.value is None else str(ballot.value) for ballot in ballots]
+    return ballots[strings.index(metrics.majority_vote(strings))]
 
 
 def _batches(
-    encoded: Sequence[EncodedExample],
+    examples: Sequence[EncodedExample],
     cache: PrefixCache,
     encoder: ExampleTokenizer,
     config: EvaluationConfig,
-    more: int = 0,
-    most: int = CHUNK,
+    *,
+    extra_tokens: int = 0,
+    max_rows: int = CHUNK,
 ) -> Iterator[tuple[list[int], Batch]]:
-    """Batches of `encoded` in order of length, each with the indices of its rows.
+    """Yield batches of examples in order of length, each with the indices of its examples.
 
-    more: tokens that are read behind each text; most: rows that a batch may have, whatever the configuration says.
+    Args:
+        examples: The examples.
+        cache: Names the device.
+        encoder: Names the padding token.
+        config: The batch size in rows and in tokens.
+        extra_tokens: Tokens that the model reads or writes behind each text.
+        max_rows: Most rows of a batch, whatever the configuration sets.
     """
-    pad, device = encoder.tokenizer.pad_token_id or 0, cache.model.backbone.device
-    usual = TOKENS_WRITTEN if by_generation(encoder, config) else TOKENS if device.type == "cpu" else TOKENS_THERE
-    lengths = [len(row.input_ids) + more for row in encoded]
-    for index in evaluation_order(lengths, max(1, min(config.batch_size, most)), config.batch_tokens or usual):
-        yield index, collate([encoded[i] for i in index], pad).to(device)
+    pad = encoder.tokenizer.pad_token_id or 0
+    device = cache.model.backbone.device
+    if by_generation(encoder, config):
+        default_tokens = GENERATION_BATCH_TOKENS
+    else:
+        default_tokens = CPU_BATCH_TOKENS if device.type == "cpu" else ACCELERATOR_BATCH_TOKENS
+    lengths = [len(example.input_ids) + extra_tokens for example in examples]
+    batch_size = max(1, min(config.batch_size, max_rows))
+    for indices in evaluation_order(lengths, batch_size, config.batch_tokens or default_tokens):
+        yield indices, collate([examples[index] for index in indices], pad).to(device)
 
 
-def _texts(encoder: ExampleTokenizer, asked: Asked) -> list[EncodedExample]:
+def _encode_texts(encoder: ExampleTokenizer, prompted_rows: Sequence[PromptedRow]) -> list[EncodedExample]:
     """The rows without answers or labels; a row that several prompts answer is encoded once."""
-    found: list[EncodedExample] = []
-    for i, (row, task) in enumerate(asked):
-        one = found[-1] if i and asked[i - 1][0] is row else replace(encoder.encode(row), labels=None)
-        found.append(replace(one, task_id=task))
-    return found
+    examples: list[EncodedExample] = []
+    previous_row: Row | None = None
+    for row, prompt_index in prompted_rows:
+        example = examples[-1] if row is previous_row else replace(encoder.encode(row), labels=None)
+        examples.append(replace(example, task_id=prompt_index))
+        previous_row = row
+    return examples
 
 
-def _leading(cache: PrefixCache, encoded: list[EncodedExample]) -> tuple[tuple[int, ...], list[EncodedExample]]:
-    """The tokens that all rows begin with, such as a template's words, where they can be read once; and the rest."""
-    if not cache.reads_leading or len(encoded) < FEW or any(row.prompt_offsets for row in encoded):
-        return (), encoded
-    low, high = min(row.input_ids for row in encoded), max(row.input_ids for row in encoded)
-    count = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
-    return tuple(low[:count]), [replace(row, input_ids=row.input_ids[count:], instruction_mask=None) for row in encoded]
+def _split_leading(cache: PrefixCache, examples: list[EncodedExample]) -> tuple[tuple[int, ...], list[EncodedExample]]:
+    """Split off the tokens that all examples begin with, such as a template's words, where the cache can share them.
+
+    Returns:
+        The shared tokens, and the examples without them.
+    """
+    too_few = len(examples) < MIN_ROWS_FOR_LEADING
+    if not cache.reads_leading or too_few or any(example.prompt_offsets for example in examples):
+        return (), examples
+    # All sequences share the beginning that the smallest and the largest of them share.
+    smallest = min(example.input_ids for example in examples)
+    largest = max(example.input_ids for example in examples)
+    length = min(len(smallest), len(largest))
+    while smallest[:length] != largest[:length]:
+        length -= 1
+    rest = []
+    for example in examples:
+        rest.append(replace(example, input_ids=example.input_ids[length:], instruction_mask=None))
+    return tuple(smallest[:length]), rest
 
 
-def _ranked(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
-    """The label whose words are most probable as a whole (rank classification)."""
+def _rank(
+    cache: PrefixCache, encoder: ExampleTokenizer, prompted_rows: Sequence[PromptedRow], config: EvaluationConfig
+) -> list[Answer]:
+    """Answer with the label whose words are most probable as a whole (rank classification)."""
     candidates = encoder.candidates()
     labels = list(candidates)
-    rank = _continued if encoder.family == "causal" else _filled
-    total = rank(cache, encoder, asked, candidates, config)
+    log_probs_of = _causal_log_probs if encoder.family == "causal" else _filled_log_probs
+    log_probs = log_probs_of(cache, encoder, prompted_rows, candidates, config)
     if config.normalize:
-        total = total / torch.tensor([len(candidates[label]) for label in labels])
-    best = total.argmax(1).tolist()
-    return [
-        Answer(labels[b], scores=dict(zip(labels, row, strict=True)))
-        for b, row in zip(best, total.tolist(), strict=True)
-    ]
+        log_probs = log_probs / torch.tensor([len(candidates[label]) for label in labels])
+    answers = []
+    for best, scores in zip(log_probs.argmax(1).tolist(), log_probs.tolist(), strict=True):
+        answers.append(Answer(labels[best], scores=dict(zip(labels, scores, strict=True))))
+    return answers
 
 
-def _continued(
+def _causal_log_probs(
     cache: PrefixCache,
     encoder: ExampleTokenizer,
-    asked: Asked,
+    prompted_rows: Sequence[PromptedRow],
     candidates: Mapping[str, list[int]],
     config: EvaluationConfig,
 ) -> Tensor:
     """The log-probability [rows, labels] of each label behind each text, of causal models: one pass for all labels."""
-    model, answers = cache.model, list(candidates.values())
-    total = torch.empty(len(asked), len(answers), dtype=torch.float64)
-    leading, encoded = _leading(cache, _texts(encoder, asked))
-    more = len(injection.candidate_tree(answers).token_ids)
-    for index, batch in _batches(encoded, cache, encoder, config, more=more):
+    model = cache.model
+    labels = list(candidates.values())
+    log_probs = torch.empty(len(prompted_rows), len(labels), dtype=torch.float64)
+    leading, examples = _split_leading(cache, _encode_texts(encoder, prompted_rows))
+    label_tokens = len(injection.candidate_tree(labels).token_ids)
+    for indices, batch in _batches(examples, cache, encoder, config, extra_tokens=label_tokens):
         prompt, prefix = cache.prompts(batch, leading)
-        found = injection.score_continuations(model.backbone, batch, prompt, cache.site, answers, prefix=prefix)
-        total[torch.tensor(index)] = found.cpu()
-    return total
+        scores = injection.score_continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
+        log_probs[torch.tensor(indices)] = scores.cpu()
+    return log_probs
 
 
-def _filled(
+def _filled_log_probs(
     cache: PrefixCache,
     encoder: ExampleTokenizer,
-    asked: Asked,
+    prompted_rows: Sequence[PromptedRow],
     candidates: Mapping[str, list[int]],
     config: EvaluationConfig,
 ) -> Tensor:
-    """The same of encoder-decoder and masked models: labels of one token from one pass, a pass for each longer one."""
+    """The log-probability [rows, labels] of each label, of encoder-decoder and masked models.
+
+    All labels of one token come from one pass. Each longer label has a pass of its own.
+    """
     labels = list(candidates)
-    total = torch.full((len(asked), len(labels)), -torch.inf, dtype=torch.float64)
-    single = [i for i, label in enumerate(labels) if len(candidates[label]) == 1]
-    groups = ([single] if single else []) + [[i] for i in range(len(labels)) if i not in single]
-    texts = _texts(encoder, asked) if encoder.family == "seq2seq" else []
-    most = injection.MAX_LOGITS // cache.model.backbone.vocab_size
+    log_probs = torch.full((len(prompted_rows), len(labels)), -torch.inf, dtype=torch.float64)
+    single = [index for index, label in enumerate(labels) if len(candidates[label]) == 1]
+    groups = [single] if single else []
+    groups += [[index] for index in range(len(labels)) if index not in single]
+    texts = _encode_texts(encoder, prompted_rows) if encoder.family == "seq2seq" else []
+    max_rows = injection.MAX_LOGITS // cache.model.backbone.vocab_size
     for group in groups:
         label = labels[group[0]]
         if encoder.family == "seq2seq":
-            encoded = [replace(text, labels=list(candidates[label])) for text in texts]
-        else:  # in place of the mask tokens, whose number is the answer's
+            examples = [replace(text, labels=list(candidates[label])) for text in texts]
+        else:  # the label's tokens replace as many mask tokens
             word = (encoder.template.verbalizer or {})[label]
-            encoded = [replace(encoder.encode(row, word), task_id=task) for row, task in asked]
-        for index, batch in _batches(encoded, cache, encoder, config, most=most):
+            examples = [replace(encoder.encode(row, word), task_id=index) for row, index in prompted_rows]
+        for indices, batch in _batches(examples, cache, encoder, config, max_rows=max_rows):
             output = cache.score(batch, logits=group is single)
             assert output.labels is not None
             if group is single:
                 assert output.logits is not None
-                chances = output.logits.float().log_softmax(-1).double()
-                wanted = torch.tensor([candidates[labels[i]][0] for i in group], device=chances.device)
-                # Not every row order is the batch's: output.batch_rows says which row a score belongs to.
-                rows = torch.tensor(index)[output.batch_rows.cpu()]
-                total[rows[:, None], torch.tensor(group)[None]] = chances[:, wanted].cpu()
+                token_log_probs = output.logits.float().log_softmax(-1).double()
+                tokens = torch.tensor([candidates[labels[index]][0] for index in group], device=token_log_probs.device)
+                # Scores need not be in the batch's order: output.batch_rows names the row of each.
+                rows = torch.tensor(indices)[output.batch_rows.cpu()]
+                log_probs[rows[:, None], torch.tensor(group)[None]] = token_log_probs[:, tokens].cpu()
             else:
                 assert output.nll is not None
-                summed = torch.zeros(len(index), dtype=torch.float64, device=output.nll.device)
-                total[torch.tensor(index), group[0]] = summed.index_add(
-                    0, output.batch_rows, -output.nll.double()
-                ).cpu()
-    return total
+                sums = torch.zeros(len(indices), dtype=torch.float64, device=output.nll.device)
+                sums = sums.index_add(0, output.batch_rows, -output.nll.double())
+                log_probs[torch.tensor(indices), group[0]] = sums.cpu()
+    return log_probs
 
 
-def _generated(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
-    """What the model writes, greedily; only a string that is an answer of the task is a legal one."""
-    found: list[Answer] = [Answer(None)] * len(asked)
+def _generate(
+    cache: PrefixCache, encoder: ExampleTokenizer, prompted_rows: Sequence[PromptedRow], config: EvaluationConfig
+) -> list[Answer]:
+    """Answer with greedily generated text; only a string that is an answer of the task is a legal one."""
+    answers: list[Answer] = [Answer(None)] * len(prompted_rows)
     new_tokens = config.max_new_tokens
-    if encoder.family == "causal":  # what is written takes positions too, at most half of them
+    if encoder.family == "causal":  # generated tokens take positions too, at most half of them
         new_tokens = min(new_tokens, max(1, encoder.room // 2))
         encoder = replace(encoder, room=encoder.room - new_tokens)
-    model, tokenizer = cache.model, encoder.tokenizer
-    for index, batch in _batches(_texts(encoder, asked), cache, encoder, config, more=new_tokens):
-        if encoder.family == "causal":  # the stock model (no prompt) continues only what is padded on the left
-            left = batch.attention_mask.argsort(dim=1, stable=True)
-            words = None if batch.instruction_mask is None else batch.instruction_mask.gather(1, left)
-            batch = replace(
-                batch,
-                input_ids=batch.input_ids.gather(1, left),
-                attention_mask=batch.attention_mask.gather(1, left),
-                instruction_mask=words,
-            )
+    model = cache.model
+    tokenizer = encoder.tokenizer
+    examples = _encode_texts(encoder, prompted_rows)
+    for indices, batch in _batches(examples, cache, encoder, config, extra_tokens=new_tokens):
+        if encoder.family == "causal":  # the stock model (no prompt) continues only rows that are padded on the left
+            batch = _pad_left(batch)
         ids = generation.generate(
             model.backbone,
             batch,
@@ -370,14 +442,27 @@ def _generated(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, conf
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        new = ids[:, batch.input_ids.shape[1] :] if encoder.family == "causal" else ids
-        for i, text in zip(index, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            found[i] = Answer(_parsed(encoder, text), text.strip())
-    return found
+        new_ids = ids[:, batch.input_ids.shape[1] :] if encoder.family == "causal" else ids
+        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
+        for index, text in zip(indices, texts, strict=True):
+            answers[index] = Answer(_parse_answer(encoder, text), text.strip())
+    return answers
 
 
-def _parsed(encoder: ExampleTokenizer, text: str) -> Any:
-    """A generated text in the form the metrics want it; None where it is no legal answer."""
+def _pad_left(batch: Batch) -> Batch:
+    """The batch with its padding on the left."""
+    order = batch.attention_mask.argsort(dim=1, stable=True)
+    instruction_mask = batch.instruction_mask
+    return replace(
+        batch,
+        input_ids=batch.input_ids.gather(1, order),
+        attention_mask=batch.attention_mask.gather(1, order),
+        instruction_mask=None if instruction_mask is None else instruction_mask.gather(1, order),
+    )
+
+
+def _parse_answer(encoder: ExampleTokenizer, text: str) -> Any:
+    """A generated text in the form that metrics take; None where it is no legal answer."""
     value = decode_answer(encoder.template, text)
     kind = encoder.template.kind
     if value is None:
@@ -389,58 +474,72 @@ def _parsed(encoder: ExampleTokenizer, text: str) -> Any:
     return [part for part in value.split(", " if kind == "multilabel" else " ") if part]
 
 
-def _from_head(cache: PrefixCache, encoder: ExampleTokenizer, asked: Asked, config: EvaluationConfig) -> list[Answer]:
-    """What a classification head says."""
-    found: list[Answer] = [Answer(None)] * len(asked)
-    read = {"sequence": _classes, "token": _tags, "span": _span}[encoder.head]
-    texts = _texts(encoder, asked)
+def _classify(
+    cache: PrefixCache, encoder: ExampleTokenizer, prompted_rows: Sequence[PromptedRow], config: EvaluationConfig
+) -> list[Answer]:
+    """Answer with the output of a classification head."""
+    answers: list[Answer] = [Answer(None)] * len(prompted_rows)
+    decode = {"sequence": _decode_classes, "token": _decode_tags, "span": _decode_spans}[encoder.head]
+    texts = _encode_texts(encoder, prompted_rows)
     # The other heads look at every token of the text.
-    leading, encoded = _leading(cache, texts) if encoder.head == "sequence" else ((), texts)
-    for index, batch in _batches(encoded, cache, encoder, config):
+    leading, examples = _split_leading(cache, texts) if encoder.head == "sequence" else ((), texts)
+    for indices, batch in _batches(examples, cache, encoder, config):
         if encoder.head == "token":
-            # Every text position is asked for by giving it a label; which one does not matter.
-            batch = replace(
-                batch, labels=torch.zeros_like(batch.input_ids).masked_fill(batch.attention_mask == 0, IGNORE)
-            )
+            # A label asks for the scores of a text position; its value does not matter.
+            labels = torch.zeros_like(batch.input_ids).masked_fill(batch.attention_mask == 0, IGNORE)
+            batch = replace(batch, labels=labels)
         output = cache.score(batch, leading)
         assert output.logits is not None
-        rows = [asked[i][0] for i in index]
-        for i, one in zip(index, read(encoder, rows, output.logits.float(), output.batch_rows), strict=True):
-            found[i] = one
-    return found
+        rows = [prompted_rows[index][0] for index in indices]
+        decoded = decode(encoder, rows, output.logits.float(), output.batch_rows)
+        for index, answer in zip(indices, decoded, strict=True):
+            answers[index] = answer
+    return answers
 
 
-def _classes(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
-    kind, names = encoder.template.kind, classes(encoder.template)
+def _decode_classes(
+    encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row_indices: Tensor
+) -> list[Answer]:
+    """The answers of a sequence head with logits [rows, classes]."""
+    kind = encoder.template.kind
     if kind == "regression":
         return [Answer(value) for value in logits[:, 0].tolist()]
-    chances = functional.logsigmoid(logits) if kind == "multilabel" else logits.log_softmax(-1)
-    scores = [dict(zip(names, values, strict=True)) for values in chances.tolist()]
+    names = classes(encoder.template)
+    log_probs = functional.logsigmoid(logits) if kind == "multilabel" else logits.log_softmax(-1)
+    scores = [dict(zip(names, values, strict=True)) for values in log_probs.tolist()]
     if kind == "multilabel":
-        chosen = [[n for n, on in zip(names, line, strict=True) if on] for line in (logits > 0).tolist()]
-        return [Answer(value, scores=s) for value, s in zip(chosen, scores, strict=True)]
-    return [Answer(names[best], scores=s) for best, s in zip(logits.argmax(1).tolist(), scores, strict=True)]
+        values = [list(itertools.compress(names, positive)) for positive in (logits > 0).tolist()]
+    else:
+        values = [names[best] for best in logits.argmax(1).tolist()]
+    return [Answer(value, scores=scores_of_row) for value, scores_of_row in zip(values, scores, strict=True)]
 
 
-def _tags(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
-    names, by_row = classes(encoder.template), defaultdict(list)
-    for r, tag in zip(row.tolist(), logits.argmax(1).tolist(), strict=True):
-        by_row[r].append(names[tag])
-    found = []
-    for i, one in enumerate(rows):
-        # A word is what its first token says; words that were cut off, or that have no token, are illegal.
-        tags = [by_row[i][at] if at >= 0 else None for at in encoder.first_tokens(one)]
-        missing = len(split_words(one[encoder.template.columns[0]])) - len(tags)
-        found.append(Answer([*tags, *[None] * missing]))
-    return found
+def _decode_tags(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row_indices: Tensor) -> list[Answer]:
+    """The answers of a token head with logits [tokens, tags]; `row_indices` [tokens] names the row of each."""
+    names = classes(encoder.template)
+    tags_of_tokens = defaultdict(list)
+    for row_index, tag in zip(row_indices.tolist(), logits.argmax(1).tolist(), strict=True):
+        tags_of_tokens[row_index].append(names[tag])
+    answers = []
+    for row_index, row in enumerate(rows):
+        # The first token of a word decides its tag; words that were cut off, or that have no token, are illegal.
+        tags: list[str | None] = []
+        for token in encoder.first_tokens(row):
+            tags.append(tags_of_tokens[row_index][token] if token >= 0 else None)
+        missing = len(split_words(row[encoder.template.columns[0]])) - len(tags)
+        answers.append(Answer([*tags, *[None] * missing]))
+    return answers
 
 
-def _span(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row: Tensor) -> list[Answer]:
+def _decode_spans(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row_indices: Tensor) -> list[Answer]:
+    """The answers of a span head: the most probable pair of start and end of at most MAX_SPAN_TOKENS tokens."""
     starts, ends = logits.log_softmax(-1).view(2, len(rows), -1)
-    both = starts[:, :, None] + ends[:, None, :]
-    allowed = torch.ones(both.shape[1:], dtype=torch.bool, device=both.device).triu().tril(LONGEST_SPAN - 1)
-    best = both.masked_fill(~allowed, -torch.inf).flatten(1).argmax(1)
-    width = both.shape[2]
-    return [
-        Answer(encoder.decode_span(one, int(b) // width, int(b) % width)) for one, b in zip(rows, best, strict=True)
-    ]
+    log_probs = starts[:, :, None] + ends[:, None, :]
+    allowed = torch.ones(log_probs.shape[1:], dtype=torch.bool, device=log_probs.device)
+    allowed = allowed.triu().tril(MAX_SPAN_TOKENS - 1)
+    best = log_probs.masked_fill(~allowed, -torch.inf).flatten(1).argmax(1)
+    answers = []
+    for row, pair in zip(rows, best.tolist(), strict=True):
+        start, end = divmod(pair, log_probs.shape[2])
+        answers.append(Answer(encoder.decode_span(row, start, end)))
+    return answers

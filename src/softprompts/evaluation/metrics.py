@@ -1,9 +1,9 @@
 """Metrics with bootstrap intervals, the confusion matrix, and the majority vote of a prompt ensemble.
 
-A metric reads the rows once and answers with a function of row counts: counts [R, N] say how often each of N rows
-stands in each of R resamples, and R values come back. The plain value is the one for a row of ones, so value and
-interval cannot disagree about the formula, and a thousand resamples are a few matrix products. A prediction of `None`
-is an illegal output (a generated string that is no label, no number): never right, and counted. Values are fractions.
+scikit-learn computes the values of the label metrics. The bootstrap evaluates a thousand resamples at once: a resample
+is a vector of row counts [N], which say how often it contains each row, and the metric of R resamples is a few matrix
+products with counts [R, N]. A prediction of `None` is an illegal output (a generated string that is no label or no
+number): it is never right, and it is counted. All values are fractions.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import difflib
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from softprompts.evaluation.text_metrics import Measured, Values, bleu, exact_match, rouge_l, squad_em, squad_f1
+from softprompts.evaluation import text_metrics
+from softprompts.evaluation.text_metrics import MetricOfCounts, TextMetric
 
 KINDS = {  # the task kinds with their default metrics, the headline first
     "label": ("accuracy", "f1-macro"),
@@ -28,17 +29,18 @@ KINDS = {  # the task kinds with their default metrics, the headline first
     "span": ("squad-f1", "squad-em"),
     "generation": ("rouge-l", "bleu", "exact-match"),
 }
-_LABELS = ("label", "multilabel", "tagging")
-_TEXT = ("label", "span", "generation")
-_DRAWS_AT_ONCE = 2_000_000  # one chunk of counts is 16 MB
-_DRAWS = 200_000_000  # beyond this fewer resamples are drawn, but never below 100: a few seconds for labels
+_LABEL_KINDS = ("label", "multilabel", "tagging")
+_TEXT_KINDS = ("label", "span", "generation")
+_COUNTS_AT_ONCE = 2_000_000  # one chunk of counts has 16 MB
+_MAX_COUNTS = 200_000_000  # beyond this fewer resamples are drawn, but never below 100: a few seconds for labels
 
 
 @dataclass(frozen=True)
 class Score:
     """A metric's value over `n` rows with its 95 % interval; `illegal` of the rows hold an output that was no answer.
 
-    An undefined value (a correlation with a constant) is nan and `note` says why; so are bounds not asked for.
+    An undefined value (a correlation with a constant) is nan and `note` says why. Bounds that were not asked for are
+    nan as well.
     """
 
     value: float
@@ -51,7 +53,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ClassScore:
-    """Precision, recall and F1 of one label, each in 0..1 (0 where undefined); `support` counts it among the gold."""
+    """Precision, recall and F1 of one label, each in 0..1 (0 where undefined); `support` counts its references."""
 
     label: Any
     precision: float
@@ -62,7 +64,7 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a metric looks at: N predictions and references, the task kind where it is known, and f1's label."""
+    """N predictions and references, the task kind where it is known, and the label that the metric f1 is about."""
 
     predictions: Sequence[Any]
     references: Sequence[Any]
@@ -70,22 +72,33 @@ class Rows:
     positive: Any = None
 
     def __post_init__(self) -> None:
-        n, missing = len(self.references), [row for row, gold in enumerate(self.references) if gold is None]
-        if n != len(self.predictions):
-            raise ValueError(f"{len(self.predictions)} predictions for {n} references; give one for each row")
-        if n == 0:
+        if len(self.references) != len(self.predictions):
+            raise ValueError(
+                f"{len(self.predictions)} predictions for {len(self.references)} references; give one for each row"
+            )
+        if len(self.references) == 0:
             raise ValueError("no rows to score: predictions and references are empty")
-        if missing:
-            raise ValueError(f"reference {missing[0]} is None; only a prediction may be missing")
+        for row, reference in enumerate(self.references):
+            if reference is None:
+                raise ValueError(f"reference {row} is None; only a prediction may be missing")
+
+
+class Measurement(NamedTuple):
+    """A metric of some rows: its value, its values over resamples, the rows with an illegal output, and a note."""
+
+    value: float
+    of_counts: MetricOfCounts
+    illegal: int
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One row of the table: what the figure says, the task kinds it is for, its reader, and its bounds."""
+    """One row of the table of metrics: what the figure says, the task kinds it is for, its function, and its bounds."""
 
     about: str
     kinds: tuple[str, ...]
-    measure: Callable[[Rows], Measured]
+    measure: Callable[[Rows], Measurement]
     low: float = 0.0
     high: float = 1.0
 
@@ -100,235 +113,409 @@ def score(
     positive: Hashable | None = None,
     kind: str | None = None,
 ) -> Score:
-    """Score predictions [N] against references [N], with the 95 % percentile bootstrap interval over rows.
+    """Score predictions against references, with the 95 % percentile bootstrap interval over rows.
 
-    A row is a label, a number, or a string (its reference may then be several gold strings; an empty list stands for
-    the empty answer). A set is a row's labels; a list is its labels or its tags in order, so lists need
-    `kind="multilabel"` or `kind="tagging"`. Tags that are missing at the end of a row are illegal; a row with too many
-    is illegal as a whole. `positive` is the label `f1` is about. The interval is widened to hold the value where the
-    percentiles miss it, and has no width where all rows agree. `resamples=0` draws none; beyond 200 000 rows fewer are
-    drawn, never below 100. Raises ValueError for an unknown metric or kind, no rows, lengths that differ, a missing
-    reference, and predictions of a type that can never equal the references'.
-    Source: Efron and Tibshirani 1993, chapter 13.
+    A row is a label, a number, or a string. The reference of a string may be several gold strings; an empty list of
+    them means the empty answer. A set is a row's labels. A list is its labels or its tags in order, so lists need
+    `kind="multilabel"` or `kind="tagging"`. Tags that are missing at the end of a row are illegal. A row with too many
+    tags is illegal as a whole. Source of the interval: Efron and Tibshirani 1993, chapter 13. It is widened to contain
+    the value where the percentiles miss it, and has no width where all rows agree.
+
+    Args:
+        name: A metric, a key of METRICS.
+        predictions: What was answered, one entry a row [N]; None is an illegal output.
+        references: The right answers [N].
+        resamples: Resamples to draw; 0 draws none. Beyond 200,000 rows fewer are drawn, never below 100.
+        seed: Seed of the resamples.
+        positive: The label that `f1` is about.
+        kind: The task kind, a key of KINDS; None: the type of the rows decides.
+
+    Returns:
+        The value and its interval.
+
+    Raises:
+        ValueError: The metric or the kind is unknown, there are no rows, the lengths differ, a reference is missing, or
+            predictions have a type that can never equal that of the references.
     """
     metric = METRICS.get(name)
     if metric is None:
-        near = [f"did you mean {match!r}? " for match in difflib.get_close_matches(name, METRICS, 1)]
-        raise ValueError(f"no metric {name!r}; {''.join(near)}metrics: {', '.join(METRICS)}")
+        suggestions = [f"did you mean {match!r}? " for match in difflib.get_close_matches(name, METRICS, 1)]
+        raise ValueError(f"no metric {name!r}; {''.join(suggestions)}metrics: {', '.join(METRICS)}")
     rows = Rows(predictions, references, kind, positive)
     kind = "multilabel" if kind is None and isinstance(references[0], Set) else kind
     if kind is not None and kind not in metric.kinds:
         raise ValueError(f"{name} does not measure tasks of kind {kind!r}, only {', '.join(metric.kinds)}")
-    values, illegal, note = metric.measure(rows)
-    value = float(values(np.ones((1, len(references))))[0])
-    low, high = _interval(values, len(references), resamples, seed, value)
+    value, of_counts, illegal, note = metric.measure(rows)
+    low, high = _interval(of_counts, len(references), resamples, seed, value)
     return Score(value, low, high, len(references), illegal, note or ("undefined here" if math.isnan(value) else ""))
 
 
 def default_metrics(kind: str) -> tuple[str, ...]:
-    """Name the metrics of a task kind, the headline first; raises ValueError for an unknown kind."""
+    """The metrics of a task kind, the headline first; raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"no task kind {kind!r}; kinds: {', '.join(KINDS)}")
     return KINDS[kind]
 
 
 def confusion(predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable]) -> np.ndarray:
-    """Count [K, K + 1] how often gold label i (row) was answered with label j (column); the last column is illegal.
+    """Count how often each reference label was answered with each label.
 
-    Rows of tags are flattened. A prediction outside `labels` counts as illegal; a reference outside raises ValueError.
+    Args:
+        predictions: Labels, or rows of tags, which are flattened [N]; one outside `labels` counts as illegal.
+        references: Labels, or rows of tags [N].
+        labels: The K labels in the order of the matrix.
+
+    Returns:
+        Counts [K, K + 1]: references are rows, predictions are columns, and the last column is illegal.
+
+    Raises:
+        ValueError: A reference is none of `labels`.
     """
+    from sklearn.metrics import confusion_matrix
+
     rows = Rows(predictions, references)
-    place = {label: index for index, label in enumerate(labels)}
-    matrix = np.zeros((len(place), len(place) + 1), dtype=np.int64)
+    codes = {label: code for code, label in enumerate(labels)}
     kind = "tagging" if isinstance(references[0], (list, tuple, np.ndarray)) else "label"
-    for guesses, golds, _ in _items(rows, kind):
-        for guess, gold in zip(guesses, golds, strict=True):
-            if gold not in place:
-                raise ValueError(f"reference {gold!r} is none of the labels {reprlib.repr(list(labels))}")
-            matrix[place[gold], place.get(guess, len(place))] += 1
-    return matrix
+    predicted_codes: list[int] = []
+    reference_codes: list[int] = []
+    for predicted, gold in _labels_of_rows(rows, kind):
+        for label in gold:
+            if label not in codes:
+                raise ValueError(f"reference {label!r} is none of the labels {reprlib.repr(list(labels))}")
+            reference_codes.append(codes[label])
+        predicted_codes += [codes.get(label, len(codes)) for label in predicted]
+    matrix = confusion_matrix(reference_codes, predicted_codes, labels=range(len(codes) + 1))
+    return np.asarray(matrix[:-1], dtype=np.int64)
 
 
 def per_class(
     predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable], *, kind: str | None = None
 ) -> list[ClassScore]:
     """Score each of `labels`, in their order; rows and `kind` as in `score`."""
-    tally = _tally(Rows(predictions, references, kind))
-    place = {label: index for index, label in enumerate(tally.classes)}
+    from sklearn.metrics import precision_recall_fscore_support
+
+    table = _label_table(Rows(predictions, references, kind), labels)
+    codes = [table.codes[label] for label in labels]
+    columns = precision_recall_fscore_support(*table.for_sklearn, labels=codes, zero_division=0.0)
     scores = []
-    for label in labels:
-        at = [place[label]] if label in place else []
-        gold, guess, hit = (float(matrix[:, at].sum()) for matrix in (tally.gold, tally.guess, tally.hit))
-        precision, recall, f1 = (2 * hit / below if below else 0.0 for below in (2 * guess, 2 * gold, gold + guess))
-        scores.append(ClassScore(label, precision, recall, f1, int(gold)))
+    for label, precision, recall, f1, support in zip(labels, *columns, strict=True):
+        scores.append(ClassScore(label, float(precision), float(recall), float(f1), int(support)))
     return scores
 
 
-def vote(strings: Sequence[str | None]) -> str | None:
-    """Elect one answer from those of several prompts, given in the order of the prompts.
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """Elect one of the answers of several prompts, given in the order of the prompts.
 
     The most frequent string wins; of those that tie, the one of the prompt that comes first. `None` (an illegal output)
-    is elected only where there is nothing else. Raises ValueError for no votes.
+    is elected only where there is nothing else. Raises ValueError for no answers.
     Source: Lester et al. 2021, section 6 (majority vote; the paper leaves ties open).
     """
-    if not strings:
+    if not answers:
         raise ValueError("no votes: give the answers of at least one prompt")
-    counts = Counter(answer for answer in strings if answer is not None)
-    most = max(counts.values(), default=0)
-    return next((answer for answer in strings if answer is not None and counts[answer] == most), None)
+    votes = Counter(answer for answer in answers if answer is not None)
+    most = max(votes.values(), default=0)
+    return next((answer for answer in answers if answer is not None and votes[answer] == most), None)
 
 
-def _interval(values: Values, n: int, resamples: int, seed: int, value: float) -> tuple[float, float]:
-    resamples = min(resamples, max(100, _DRAWS // n))
+def _interval(of_counts: MetricOfCounts, n: int, resamples: int, seed: int, value: float) -> tuple[float, float]:
+    """The 2.5th and 97.5th percentile of the metric over resamples of `n` rows; nan where there are none."""
+    resamples = min(resamples, max(100, _MAX_COUNTS // n))
     if resamples < 1 or math.isnan(value):
         return math.nan, math.nan
-    draw = np.random.default_rng(seed)
-    step = max(1, _DRAWS_AT_ONCE // n)
-    parts = []
-    for size in [step] * (resamples // step) + [resamples % step]:
-        cells = draw.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
-        parts.append(values(np.bincount(cells.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)))
-    drawn = np.concatenate(parts)
-    if np.isnan(drawn).all():
+    generator = np.random.default_rng(seed)
+    chunk = max(1, _COUNTS_AT_ONCE // n)
+    chunks = []
+    for size in [chunk] * (resamples // chunk) + [resamples % chunk]:
+        drawn_rows = generator.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
+        counts = np.bincount(drawn_rows.ravel(), minlength=size * n).reshape(size, n)
+        chunks.append(of_counts(counts.astype(np.float64)))
+    values = np.concatenate(chunks)
+    if np.isnan(values).all():
         return math.nan, math.nan
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])  # a resample may be undefined where the whole is not
+    low, high = np.nanpercentile(values, [2.5, 97.5])  # a resample may be undefined where the whole is not
     return min(float(low), value), max(float(high), value)
 
 
-def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """Divide, nan where nothing stands below."""
-    return np.divide(above, below, out=np.full(np.broadcast(above, below).shape, np.nan), where=below != 0)
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """The ratio, nan where the denominator is 0."""
+    quotient = np.full(np.broadcast(numerator, denominator).shape, np.nan)
+    return np.divide(numerator, denominator, out=quotient, where=denominator != 0)
 
 
 @dataclass(frozen=True)
-class _Tally:
-    """Sparse counts [N, K + 1] of gold, predicted and rightly predicted labels; the last column is illegal."""
+class LabelTable:
+    """The labels of all rows as codes 0..K - 1; K is the code of an illegal output.
+
+    Attributes:
+        kind: The task kind.
+        codes: The code of each label; labels that are no string come first, sorted.
+        reference_codes: One entry for each label or tag, in the order of rows [M].
+        predicted_codes: The same of the predictions; for multilabel rows, of another length than the references.
+        references: How often each row has each label as a reference, sparse [N, K + 1].
+        predictions: How often each row has each label as a prediction, sparse [N, K + 1].
+        correct: How often each row has each label rightly predicted, sparse [N, K + 1].
+        illegal: Rows with an illegal output.
+    """
 
     kind: str
-    classes: list[Any]
-    gold: Any
-    guess: Any
-    hit: Any
+    codes: dict[Any, int]
+    reference_codes: np.ndarray
+    predicted_codes: np.ndarray
+    references: Any
+    predictions: Any
+    correct: Any
     illegal: int
 
+    @property
+    def for_sklearn(self) -> tuple[Any, Any]:
+        """References and predictions as scikit-learn takes them: codes, or an indicator matrix for multilabel rows."""
+        if self.kind == "multilabel":
+            return self.references, self.predictions
+        return self.reference_codes, self.predicted_codes
 
-def _items(rows: Rows, kind: str) -> Iterator[tuple[list[Any], list[Any], list[Any]]]:
-    """Yield each row as what was predicted (None: illegal), what is gold, and what was rightly predicted."""
-    for row, (guess, gold) in enumerate(zip(rows.predictions, rows.references, strict=True)):
+
+def _labels_of_rows(rows: Rows, kind: str) -> list[tuple[list[Any], list[Any]]]:
+    """The predicted labels (None: illegal) and the reference labels of each row; as many tags as the row has."""
+    labels: list[tuple[list[Any], list[Any]]] = []
+    for row, (prediction, reference) in enumerate(zip(rows.predictions, rows.references, strict=True)):
         if kind == "label":
-            yield [guess], [gold], [gold] if guess == gold else []
-        elif isinstance(guess, str) or isinstance(gold, str):
-            raise ValueError(f"row {row} is one string where {kind} needs a list or a set: {guess!r}, {gold!r}")
+            labels.append(([prediction], [reference]))
+        elif isinstance(prediction, str) or isinstance(reference, str):
+            raise ValueError(
+                f"row {row} is one string where {kind} needs a list or a set: {prediction!r}, {reference!r}"
+            )
         elif kind == "multilabel":
-            found = {None} if guess is None else set(guess)
-            yield list(found), list(set(gold)), list(found & set(gold))
+            labels.append(([None] if prediction is None else list(set(prediction)), list(set(reference))))
         else:
-            tags = [] if guess is None or len(guess) > len(gold) else list(guess)
-            tags += [None] * (len(gold) - len(tags))
-            yield tags, list(gold), [right for tag, right in zip(tags, gold, strict=True) if tag == right]
+            tags = [] if prediction is None or len(prediction) > len(reference) else list(prediction)
+            tags += [None] * (len(reference) - len(tags))
+            labels.append((tags, list(reference)))
+    return labels
 
 
-def _tally(rows: Rows) -> _Tally:
-    from scipy import sparse
+def _label_table(rows: Rows, more_labels: Sequence[Hashable] = ()) -> LabelTable:
+    """Encode the labels of rows.
 
+    Args:
+        rows: Rows of labels, sets of labels, or tags.
+        more_labels: Labels that get a code even where no row has them.
+
+    Raises:
+        ValueError: Rows are lists and their kind is unknown, a reference holds None, or the types of predictions and
+            references differ.
+    """
     kind = rows.kind or ("multilabel" if isinstance(rows.references[0], Set) else "label")
     if rows.kind is None and isinstance(rows.references[0], (list, tuple, np.ndarray)):
         raise ValueError("a list may hold tags in order or labels; say kind='tagging' or kind='multilabel'")
-    items = list(_items(rows, kind))
-    golds = {label for _, gold, _ in items for label in gold}
-    guesses = {label for guess, _, _ in items for label in guess if label is not None}
-    if None in golds:
+    labels_of_rows = _labels_of_rows(rows, kind)
+    predicted: list[Any] = []
+    references: list[Any] = []
+    for predicted_labels, reference_labels in labels_of_rows:
+        predicted += predicted_labels
+        references += reference_labels
+    codes = _label_codes(predicted, references, more_labels)
+    predicted_codes = np.array([codes.get(label, len(codes)) for label in predicted], dtype=np.int64)
+    reference_codes = np.array([codes[label] for label in references], dtype=np.int64)
+    predicted_rows = np.repeat(np.arange(len(labels_of_rows)), [len(labels) for labels, _ in labels_of_rows])
+    reference_rows = np.repeat(np.arange(len(labels_of_rows)), [len(labels) for _, labels in labels_of_rows])
+    shape = (len(labels_of_rows), len(codes) + 1)
+    predicted_table = _sparse_counts(predicted_rows, predicted_codes, shape)
+    reference_table = _sparse_counts(reference_rows, reference_codes, shape)
+    if kind == "multilabel":
+        correct_table = predicted_table.multiply(reference_table).tocsr()
+    else:
+        right = predicted_codes == reference_codes
+        correct_table = _sparse_counts(reference_rows[right], reference_codes[right], shape)
+    return LabelTable(
+        kind=kind,
+        codes=codes,
+        reference_codes=reference_codes,
+        predicted_codes=predicted_codes,
+        references=reference_table,
+        predictions=predicted_table,
+        correct=correct_table,
+        illegal=len(set(predicted_rows[predicted_codes == len(codes)].tolist())),
+    )
+
+
+def _label_codes(predicted: Sequence[Any], references: Sequence[Any], more_labels: Sequence[Any]) -> dict[Any, int]:
+    """The code of each label; raises ValueError for labels that cannot be compared."""
+    reference_labels = set(references)
+    predicted_labels = set(predicted) - {None}
+    if None in reference_labels:
         raise ValueError("a reference holds the label None; only a prediction may be missing")
-    if golds and guesses and {isinstance(x, str) for x in golds}.isdisjoint({isinstance(x, str) for x in guesses}):
-        raise ValueError(f"predictions {reprlib.repr(guesses)} can never equal references {reprlib.repr(golds)}")
-    classes = sorted(golds | guesses, key=lambda label: (isinstance(label, str), label))
-    place = {label: index for index, label in enumerate(classes)} | {None: len(classes)}
-
-    def counts(part: int) -> Any:
-        cells = [(row, place[label]) for row, item in enumerate(items) for label in item[part]]
-        places = np.array(cells, dtype=np.int64).reshape(-1, 2).T
-        return sparse.csr_array((np.ones(len(cells)), (places[0], places[1])), shape=(len(items), len(classes) + 1))
-
-    return _Tally(kind, classes, counts(1), counts(0), counts(2), sum(None in guess for guess, _, _ in items))
+    reference_types = {isinstance(label, str) for label in reference_labels}
+    if predicted_labels and reference_labels and reference_types.isdisjoint(map(_is_string, predicted_labels)):
+        raise ValueError(
+            f"predictions {reprlib.repr(predicted_labels)} can never equal references {reprlib.repr(reference_labels)}"
+        )
+    labels = reference_labels | predicted_labels | set(more_labels)
+    return {label: code for code, label in enumerate(sorted(labels, key=lambda label: (_is_string(label), label)))}
 
 
-def _accuracy(rows: Rows) -> Measured:
-    tally = _tally(rows)
-    gold, guess, hit = (matrix.sum(axis=1) for matrix in (tally.gold, tally.guess, tally.hit))
-    if tally.kind == "multilabel":
-        gold, hit = np.ones(len(gold)), ((hit == gold) & (hit == guess)).astype(np.float64)
-    return lambda counts: _ratio(counts @ hit, counts @ gold), tally.illegal, ""
+def _is_string(label: Any) -> bool:
+    return isinstance(label, str)
 
 
-def _f1(rows: Rows) -> Measured:
-    tally, positive = _tally(rows), rows.positive
-    if positive is None:
-        raise ValueError(f"f1 needs the positive label: positive=..., one of {reprlib.repr(tally.classes)}")
-    at = [index for index, label in enumerate(tally.classes) if label == positive]
-    note = f"positive label {positive!r} neither gold nor predicted; labels here: {reprlib.repr(tally.classes)}"
-    parts = [matrix[:, at] for matrix in (tally.gold, tally.guess, tally.hit)]
-    return lambda counts: _f1_micro(*(counts @ part for part in parts)), tally.illegal, "" if at else note
+def _sparse_counts(rows: np.ndarray, codes: np.ndarray, shape: tuple[int, int]) -> Any:
+    """How often each code [M] occurs in each row [M], as a sparse matrix of `shape`."""
+    from scipy import sparse
+
+    return sparse.csr_array((np.ones(len(codes)), (rows, codes)), shape=shape)
 
 
-def _of_labels(statistic: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Callable[[Rows], Measured]:
-    """Make a metric of how often each label is gold, predicted, and rightly predicted: [R, K + 1] each."""
+def _accuracy(rows: Rows) -> Measurement:
+    """The share of right labels or tags; a set of labels is right as a whole."""
+    from sklearn.metrics import accuracy_score
 
-    def measure(rows: Rows) -> Measured:
-        t = _tally(rows)
-        return lambda counts: statistic(counts @ t.gold, counts @ t.guess, counts @ t.hit), t.illegal, ""
+    table = _label_table(rows)
+    total = table.references.sum(axis=1)
+    right = table.correct.sum(axis=1)
+    if table.kind == "multilabel":
+        right = ((right == total) & (right == table.predictions.sum(axis=1))).astype(np.float64)
+        total = np.ones(len(total))
+    if not table.codes:  # no row has a label, which scikit-learn refuses
+        value = float(right.mean()) if table.kind == "multilabel" else math.nan
+    else:
+        value = float(accuracy_score(*table.for_sklearn))
+    return Measurement(value, lambda counts: _divide(counts @ right, counts @ total), table.illegal)
+
+
+def _f1(rows: Rows) -> Measurement:
+    """F1 of the positive label."""
+    table = _label_table(rows)
+    if rows.positive is None:
+        raise ValueError(f"f1 needs the positive label: positive=..., one of {reprlib.repr(list(table.codes))}")
+    codes = [table.codes[rows.positive]] if rows.positive in table.codes else []
+    references = table.references[:, codes]
+    predictions = table.predictions[:, codes]
+    correct = table.correct[:, codes]
+    note = ""
+    if not codes:
+        labels = reprlib.repr(list(table.codes))
+        note = f"positive label {rows.positive!r} neither gold nor predicted; labels here: {labels}"
+    return Measurement(
+        _f1_score(table, codes, "micro"),
+        lambda counts: _f1_micro_of_counts(counts @ references, counts @ predictions, counts @ correct),
+        table.illegal,
+        note,
+    )
+
+
+def _f1_macro(rows: Rows) -> Measurement:
+    """The mean F1 over the classes that are gold or predicted; the illegal output is no class."""
+    table = _label_table(rows)
+    value = _f1_score(table, list(table.codes.values()), "macro")
+    return Measurement(value, _of_label_counts(table, _f1_macro_of_counts), table.illegal)
+
+
+def _f1_micro(rows: Rows) -> Measurement:
+    """F1 over all labels; an illegal output is one wrong label."""
+    table = _label_table(rows)
+    value = _f1_score(table, [*table.codes.values(), len(table.codes)], "micro")
+    return Measurement(value, _of_label_counts(table, _f1_micro_of_counts), table.illegal)
+
+
+def _f1_score(table: LabelTable, codes: Sequence[int], average: str) -> float:
+    """scikit-learn's F1 over the labels with these codes; nan where none of them is gold or predicted."""
+    from sklearn.metrics import f1_score
+
+    if not table.references[:, codes].sum() + table.predictions[:, codes].sum():
+        return math.nan
+    if not table.codes:  # all outputs are illegal and no row has a label
+        return 0.0
+    return float(f1_score(*table.for_sklearn, labels=codes, average=average, zero_division=0.0))
+
+
+def _matthews(rows: Rows) -> Measurement:
+    """The Matthews correlation of any number of classes; 0 where one side is constant, by convention."""
+    from sklearn.metrics import matthews_corrcoef
+
+    table = _label_table(rows)
+    # scikit-learn warns where both sides are the same constant.
+    constant = len(np.unique(table.reference_codes)) < 2 or len(np.unique(table.predicted_codes)) < 2
+    if not len(table.reference_codes):
+        value = math.nan
+    else:
+        value = 0.0 if constant else float(matthews_corrcoef(*table.for_sklearn))
+    return Measurement(value, _of_label_counts(table, _matthews_of_counts), table.illegal)
+
+
+LabelStatistic = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""Turns counts of reference, predicted and correct labels, [R, K + 1] each, into R values."""
+
+
+def _of_label_counts(table: LabelTable, statistic: LabelStatistic) -> MetricOfCounts:
+    """The statistic as a function of row counts."""
+
+    def of_counts(counts: np.ndarray) -> np.ndarray:
+        return statistic(counts @ table.references, counts @ table.predictions, counts @ table.correct)
+
+    return of_counts
+
+
+def _f1_macro_of_counts(references: np.ndarray, predictions: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    occurrences = (references + predictions)[:, :-1]
+    present = occurrences > 0
+    f1 = _divide(2 * correct[:, :-1], occurrences)
+    return _divide(f1.sum(axis=1, where=present), present.sum(axis=1))
+
+
+def _f1_micro_of_counts(references: np.ndarray, predictions: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    return _divide(2 * correct.sum(axis=1), (references + predictions).sum(axis=1))
+
+
+def _matthews_of_counts(references: np.ndarray, predictions: np.ndarray, correct: np.ndarray) -> np.ndarray:
+    total = references.sum(axis=1)
+    covariance = correct.sum(axis=1) * total - (references * predictions).sum(axis=1)
+    reference_variance = total**2 - (references**2).sum(axis=1)
+    predicted_variance = total**2 - (predictions**2).sum(axis=1)
+    return np.nan_to_num(_divide(covariance, np.sqrt(reference_variance * predicted_variance)))
+
+
+def _correlation(ranked: bool) -> Callable[[Rows], Measurement]:
+    """Pearson's correlation, or Spearman's: Pearson's of the ranks that the numbers have in each resample."""
+
+    def measure(rows: Rows) -> Measurement:
+        references = np.array([float(reference) for reference in rows.references])
+        if not np.isfinite(references).all():
+            raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is no finite number")
+        predictions = np.array([math.nan if number is None else float(number) for number in rows.predictions])
+        illegal = ~np.isfinite(predictions)
+        predictions[illegal] = references.mean()
+        constants = []
+        for name, numbers in (("references", references), ("predictions", predictions)):
+            if (numbers == numbers[0]).all():
+                constants.append(f"the {name} are all {numbers[0]:g}")
+        scale = _ranks if ranked else _scaled
+        scaled_references = scale(references)
+        scaled_predictions = scale(predictions)
+
+        def of_counts(counts: np.ndarray) -> np.ndarray:
+            x = _centered(scaled_references(counts), counts)
+            y = _centered(scaled_predictions(counts), counts)
+            spread = np.sqrt((counts * x * x).sum(axis=1) * (counts * y * y).sum(axis=1))
+            spread[spread < 1e-14 * counts.sum(axis=1)] = 0.0  # only the rounding error of a constant resample
+            return np.clip(_divide((counts * x * y).sum(axis=1), spread), -1.0, 1.0)
+
+        note = "undefined: " + " and ".join(constants) if constants else ""
+        return Measurement(_of_all_rows(of_counts, len(references)), of_counts, int(illegal.sum()), note)
 
     return measure
 
 
-def _f1_macro(gold: np.ndarray, guess: np.ndarray, hit: np.ndarray) -> np.ndarray:
-    both = (gold + guess)[:, :-1]
-    present = both > 0  # the mean is over the classes gold or predicted in these rows; the illegal output is no class
-    return _ratio(_ratio(2 * hit[:, :-1], both).sum(axis=1, where=present), present.sum(axis=1))
+def _centered(numbers: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Numbers [R, N] or [N] less their mean in each resample [R, N]."""
+    return numbers - (counts * numbers).sum(axis=1, keepdims=True) / counts.sum(axis=1, keepdims=True)
 
 
-def _f1_micro(gold: np.ndarray, guess: np.ndarray, hit: np.ndarray) -> np.ndarray:
-    return _ratio(2 * hit.sum(axis=1), (gold + guess).sum(axis=1))
+def _scaled(numbers: np.ndarray) -> MetricOfCounts:
+    """The numbers [N] over the largest: no square overflows or vanishes."""
+    return lambda counts: numbers / (np.abs(numbers).max() or 1.0)
 
 
-def _matthews(gold: np.ndarray, guess: np.ndarray, hit: np.ndarray) -> np.ndarray:
-    total = gold.sum(axis=1)
-    above = hit.sum(axis=1) * total - (gold * guess).sum(axis=1)
-    below = np.sqrt((total**2 - (gold**2).sum(axis=1)) * (total**2 - (guess**2).sum(axis=1)))
-    return np.nan_to_num(_ratio(above, below))  # 0 where one side is constant, by convention, as in scikit-learn
-
-
-def _correlation(ranked: bool) -> Callable[[Rows], Measured]:
-    """Make Pearson's correlation, or Spearman's: Pearson's of the ranks that the numbers have in each resample."""
-
-    def measure(rows: Rows) -> Measured:
-        gold = np.array([float(reference) for reference in rows.references])
-        if not np.isfinite(gold).all():
-            raise ValueError(f"reference {int(np.argmin(np.isfinite(gold)))} is no finite number")
-        guess = np.array([math.nan if prediction is None else float(prediction) for prediction in rows.predictions])
-        illegal = ~np.isfinite(guess)
-        guess[illegal] = gold.mean()
-        sides = {"references": gold, "predictions": guess}
-        flat = [f"the {name} are all {side[0]:g}" for name, side in sides.items() if (side == side[0]).all()]
-        x, y = map(_ranks if ranked else _fixed, sides.values())
-
-        def values(counts: np.ndarray) -> np.ndarray:
-            total = counts.sum(axis=1, keepdims=True)
-            a, b = (side - (counts * side).sum(axis=1, keepdims=True) / total for side in (x(counts), y(counts)))
-            spread = np.sqrt((counts * a * a).sum(axis=1) * (counts * b * b).sum(axis=1))
-            spread[spread < 1e-14 * total[:, 0]] = 0.0  # only the rounding error of a resample that is constant
-            return np.clip(_ratio((counts * a * b).sum(axis=1), spread), -1.0, 1.0)
-
-        return values, int(illegal.sum()), "undefined: " + " and ".join(flat) if flat else ""
-
-    return measure
-
-
-def _fixed(numbers: np.ndarray) -> Values:
-    return lambda counts: numbers / (np.abs(numbers).max() or 1.0)  # at most 1: no square overflows or vanishes
-
-
-def _ranks(numbers: np.ndarray) -> Values:
-    """Rank the numbers in every resample, scaled to about 0..1; ties share their middle rank."""
+def _ranks(numbers: np.ndarray) -> MetricOfCounts:
+    """The ranks of the numbers [N] in every resample, scaled to about 0..1; ties share their middle rank."""
     _, groups = np.unique(numbers, return_inverse=True)
     order = np.argsort(groups, kind="stable")
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
@@ -340,21 +527,47 @@ def _ranks(numbers: np.ndarray) -> Values:
     return ranks
 
 
-def _of_text(measure: Callable[[Sequence[Any], Sequence[Any]], Measured]) -> Callable[[Rows], Measured]:
-    return lambda rows: measure(rows.predictions, rows.references)
+def _of_text(metric: TextMetric) -> Callable[[Rows], Measurement]:
+    """A metric of strings as one of rows."""
+
+    def measure(rows: Rows) -> Measurement:
+        of_counts, note = metric(rows.predictions, rows.references)
+        illegal = sum(prediction is None for prediction in rows.predictions)
+        return Measurement(_of_all_rows(of_counts, len(rows.references)), of_counts, illegal, note)
+
+    return measure
+
+
+def _of_all_rows(of_counts: MetricOfCounts, n: int) -> float:
+    """The metric of `n` rows, each counted once."""
+    return float(of_counts(np.ones((1, n)))[0])
 
 
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("share of rows (for tagging: tags) that are right; a set only as a whole", _LABELS, _accuracy),
-    "f1": Metric("F1 of the positive label", _LABELS, _f1),
-    "f1-macro": Metric("mean F1 over the classes that are gold or predicted", _LABELS, _of_labels(_f1_macro)),
-    "f1-micro": Metric("F1 over all labels; an illegal output is one wrong label", _LABELS, _of_labels(_f1_micro)),
-    "matthews": Metric("Matthews correlation of any classes", ("label", "tagging"), _of_labels(_matthews), -1.0),
-    "pearson": Metric("linear correlation; illegal: the gold mean", ("regression",), _correlation(False), -1.0),
-    "spearman": Metric("rank correlation; illegal: the gold mean", ("regression",), _correlation(True), -1.0),
-    "squad-em": Metric("share of answers equal to a gold one, SQuAD-normalized", _TEXT, _of_text(squad_em)),
-    "squad-f1": Metric("mean word F1 with the nearest gold answer, SQuAD-normalized", _TEXT, _of_text(squad_f1)),
-    "rouge-l": Metric("mean ROUGE-L F with the nearest gold text, no stemming", _TEXT, _of_text(rouge_l)),
-    "bleu": Metric("sacreBLEU's corpus BLEU (13a, exp) divided by 100", _TEXT, _of_text(bleu)),
-    "exact-match": Metric("share of strings equal to a gold one, stripped", _TEXT, _of_text(exact_match)),
+    "accuracy": Metric(
+        "share of rows (for tagging: tags) that are right; a set only as a whole", _LABEL_KINDS, _accuracy
+    ),
+    "f1": Metric("F1 of the positive label", _LABEL_KINDS, _f1),
+    "f1-macro": Metric("mean F1 over the classes that are gold or predicted", _LABEL_KINDS, _f1_macro),
+    "f1-micro": Metric("F1 over all labels; an illegal output is one wrong label", _LABEL_KINDS, _f1_micro),
+    "matthews": Metric("Matthews correlation of any classes", ("label", "tagging"), _matthews, low=-1.0),
+    "pearson": Metric(
+        "linear correlation; illegal: the gold mean", ("regression",), _correlation(ranked=False), low=-1.0
+    ),
+    "spearman": Metric(
+        "rank correlation; illegal: the gold mean", ("regression",), _correlation(ranked=True), low=-1.0
+    ),
+    "squad-em": Metric(
+        "share of answers equal to a gold one, SQuAD-normalized", _TEXT_KINDS, _of_text(text_metrics.squad_em)
+    ),
+    "squad-f1": Metric(
+        "mean word F1 with the nearest gold answer, SQuAD-normalized", _TEXT_KINDS, _of_text(text_metrics.squad_f1)
+    ),
+    "rouge-l": Metric(
+        "mean ROUGE-L F with the nearest gold text, no stemming", _TEXT_KINDS, _of_text(text_metrics.rouge_l)
+    ),
+    "bleu": Metric("sacreBLEU's corpus BLEU (13a, exp) divided by 100", _TEXT_KINDS, _of_text(text_metrics.bleu)),
+    "exact-match": Metric(
+        "share of strings equal to a gold one, stripped", _TEXT_KINDS, _of_text(text_metrics.exact_match)
+    ),
 }

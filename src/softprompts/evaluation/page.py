@@ -1,60 +1,72 @@
-"""One self-contained HTML page (and one JSON file) of what a run found: no script, no font, no image from elsewhere.
+"""One self-contained HTML page, and one JSON file, of the results of a run.
 
-The style sheet is page.css beside this file; the plots are those of plots.py.
+The page loads no script, font or image. page.html.jinja beside this file is its template and escapes every text,
+page.css is its style sheet, and plots.py draws its plots. This module turns results into the variables of the template.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import html
 import json
 import math
 import os
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from softprompts.evaluation.metrics import METRICS
 from softprompts.evaluation.plots import (
     Line,
+    Plot,
+    format_interval,
+    format_number,
+    format_score,
     heatmap,
-    interval,
     interval_plot,
     line_plot,
-    shown,
-    similarities,
+    similarity_plot,
     smooth,
     thin,
-    with_interval,
 )
 
-MOST_LABELS, FIRST_EXAMPLES = 40, 20
+MAX_PLOT_LABELS = 40
+"""Labels of the largest confusion matrix that is drawn; of a larger one a table lists the most frequent confusions."""
 
+MAX_CONFUSIONS = 20
+"""Rows of that table."""
 
-@dataclass(frozen=True)
-class Markup:
-    """HTML that is already safe; every other string is escaped on its way into the page."""
-
-    html: str
+FIRST_EXAMPLES = 20
+"""Examples that are not folded."""
 
 
 def write_results(path: str | Path, results: Mapping[str, Any]) -> Path:
-    """Write `results` as JSON, under a temporary name that is renamed when complete; returns the path.
+    """Write `results` as JSON, under a temporary name that is renamed when complete.
 
     Dataclasses, numpy scalars and arrays, sets and paths become plain values. nan and the infinities, which JSON does
-    not have, become null. Raises TypeError, naming the key, for anything else.
+    not have, become null.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: A value has another type; the message names its key.
     """
-    return _replace(Path(path), json.dumps(_plain(results, "results"), indent=1, allow_nan=False) + "\n")
+    return _replace_file(Path(path), json.dumps(_plain(results, "results"), indent=1, allow_nan=False) + "\n")
 
 
 def write_page(path: str | Path, results: Mapping[str, Any]) -> Path:
-    """Write the page of `results` (what results.json holds), under a temporary name renamed when complete.
+    """Write the page of `results` (the content of results.json), under a temporary name renamed when complete.
 
-    Only `title` and `task` must be there; a section whose keys are missing is left out, unknown keys are ignored.
-    Raises ValueError for a missing title or task, or another format than 1.
+    Only `title` and `task` are required. The page omits a section whose keys are missing, and ignores unknown keys.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: The title or the task is missing, or the results have another format than 1.
     """
     plain = _plain(results, "results")
     for key in ("title", "task"):
@@ -62,38 +74,47 @@ def write_page(path: str | Path, results: Mapping[str, Any]) -> Path:
             raise ValueError(f"results hold no {key!r}; keys: {', '.join(plain) or 'none'}")
     if plain.get("format", 1) != 1:
         raise ValueError(f"results of format {plain['format']!r}; this version writes pages of format 1")
-    sections = [section(plain) for section in SECTIONS]
-    style = resources.files("softprompts.evaluation").joinpath("page.css").read_text(encoding="utf-8")
-    head = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>{_safe(plain['title'])}</title>\n<style>\n{style}</style>\n</head>\n"
+    return _replace_file(Path(path), _render(plain))
+
+
+def _render(results: Mapping[str, Any]) -> str:
+    """The page as HTML."""
+    import jinja2
+
+    folder = resources.files("softprompts.evaluation")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return _replace(Path(path), f"{head}<body>\n<main>\n{''.join(sections)}</main>\n</body>\n</html>\n")
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "") -> str:
-    """Lay out rows of cells as an HTML table in a box that scrolls by itself.
-
-    Strings are escaped, None is a dash, Markup goes in as it is; the first cell of a row is its heading, and a column
-    whose first cell is a number is aligned right. Every row has as many cells as there are columns.
-    """
-    rows = list(rows)
-    right = [_is_figure(cell) for cell in rows[0]] if rows else [False] * len(columns)
-    looks = [' class="figure"' if figure else "" for figure in right]
-    head = "".join(f'<th scope="col"{look}>{_safe(name)}</th>' for name, look in zip(columns, looks, strict=True))
-    body = []
-    for row in rows:
-        cells = [f"<td{look}>{_cell(cell)}</td>" for cell, look in zip(row, looks, strict=True)]
-        cells[0] = f'<th scope="row"{looks[0]}>{_cell(row[0])}</th>'
-        body.append(f"<tr>{''.join(cells)}</tr>\n")
-    name = f"<caption>{_safe(caption)}</caption>" if caption else ""
-    box = f'<div class="scroll" role="region" tabindex="0" aria-label="{_safe(caption or ", ".join(columns))}">'
-    return f"{box}<table>{name}<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody></table></div>\n"
+    template = environment.from_string(folder.joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    style = folder.joinpath("page.css").read_text(encoding="utf-8")
+    return template.render(
+        style=style,
+        title=results["title"],
+        about=" · ".join(str(part) for part in (results["task"], results.get("created")) if part),
+        headline=_headline(results.get("summary") or {}),
+        facts=_facts(results),
+        warnings=results.get("warnings") or (),
+        study_tables=[_study_table(table) for table in results.get("tables") or []],
+        study_plots=_study_plots(results),
+        similarities=_similarities(results),
+        runs=_run_table(results),
+        seed_means=_seed_means(results),
+        training_plots=_training_plots(results),
+        intervals=interval_plot(results.get("scores") or {}, results.get("scores_before") or {}),
+        scores=_score_table(results),
+        confusion_plot=_confusion_plot(results),
+        confusions=_confusion_table(results),
+        classes=_class_table(results),
+        examples=_example_table(_examples(results)[:FIRST_EXAMPLES]),
+        more_examples=_example_table(_examples(results)[FIRST_EXAMPLES:]),
+        nearest_words=_nearest_words(results),
+        commands=results.get("next") or (),
+        settings=_settings(results),
+    )
 
 
 def _plain(value: Any, where: str) -> Any:
+    """The value as JSON has it; `where` names it in the error."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     elif hasattr(value, "tolist"):  # numpy's scalars and arrays
@@ -107,13 +128,13 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, f"{where}[{at}]") for at, item in enumerate(value)]
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return sorted((_plain(item, where) for item in value), key=str)
     raise TypeError(f"{where} is a {type(value).__name__}; results hold strings, numbers, lists and dictionaries")
 
 
-def _replace(path: Path, text: str) -> Path:
+def _replace_file(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -125,30 +146,173 @@ def _replace(path: Path, text: str) -> Path:
     return path
 
 
-def _safe(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+# The content of tables. The template tells cells apart by `kind`.
 
 
-def _figure(value: float | None, digits: int | None = None) -> Markup:
-    """A number as people read it, with its exact value beside it for machines."""
+@dataclass(frozen=True)
+class Number:
+    """A number as people read it in `text`, with its exact value for machines; None: a dash."""
+
+    value: float | None
+    text: str
+    kind: ClassVar[str] = "number"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The bounds of an interval, of which any may be missing."""
+
+    bounds: Sequence[Number]
+    kind: ClassVar[str] = "interval"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over runs: the number, its spread (` ± 0.012` or nothing), and how many runs (`3 runs`)."""
+
+    mean: Number
+    spread: str
+    runs: str
+    kind: ClassVar[str] = "mean"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with a cosine."""
+
+    word: str
+    cosine: Number
+    kind: ClassVar[str] = "word"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text: as it is, or with the look `code`, `quiet`, `good` or `bad`; `note` is a smaller text below it."""
+
+    text: str
+    look: str = ""
+    note: str | None = None
+    kind: ClassVar[str] = "text"
+
+
+Cell = Number | Interval | Mean | Word | Text
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a table; numeric ones are aligned right."""
+
+    name: str
+    numeric: bool
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the first cell of each row is its heading. A table without rows does not appear."""
+
+    title: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+    def cells(self, row: Sequence[Cell]) -> Iterator[tuple[Column, Cell]]:
+        """The cells of a row with their columns."""
+        return zip(self.columns, row, strict=True)
+
+
+def make_table(names: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "", title: str = "") -> Table:
+    """A table of plain values and cells.
+
+    Args:
+        names: The names of the columns.
+        rows: As many values a row as there are columns; None becomes a dash. A column whose first value is a number
+            is numeric.
+        caption: A line above the table.
+        title: The heading of the table's section, where it has a section of its own.
+    """
+    rows = list(rows)
+    first = rows[0] if rows else [""] * len(names)
+    columns = [Column(name, _is_numeric(value)) for name, value in zip(names, first, strict=True)]
+    return Table(title, caption, columns, [[_cell(value) for value in row] for row in rows])
+
+
+def _is_numeric(value: Any) -> bool:
+    if isinstance(value, Interval):
+        return bool(value.bounds)
+    return isinstance(value, (int, float, Number, Mean)) and not isinstance(value, bool)
+
+
+def _cell(value: Any) -> Cell:
+    if isinstance(value, Cell):
+        return value
+    return _number(value) if value is None or _is_numeric(value) else Text(str(value))
+
+
+def _number(value: float | None, digits: int | None = None) -> Number:
+    """A number with so many decimals; None: as many as it needs."""
     if value is None:
-        return Markup('<data value="">–</data>')
-    return Markup(f'<data value="{value!r}">{shown(value) if digits is None else f"{value:.{digits}f}"}</data>')
+        return Number(None, "–")
+    return Number(value, format_number(value) if digits is None else f"{value:.{digits}f}")
 
 
-def _is_figure(cell: Any) -> bool:
-    number = isinstance(cell, (int, float)) and not isinstance(cell, bool)
-    return number or (isinstance(cell, Markup) and cell.html.startswith("<data"))
+def _interval(score: Mapping[str, Any]) -> Interval:
+    return Interval([_number(score[key], 3) for key in ("low", "high") if score.get(key) is not None])
 
 
-def _cell(cell: Any) -> str:
-    if isinstance(cell, Markup):
-        return cell.html
-    return _figure(cell).html if cell is None or _is_figure(cell) else _safe(cell)
+# The summary
 
 
-def _section(title: str, *parts: str) -> str:
-    return f"<section>\n<h2>{_safe(title)}</h2>\n{''.join(parts)}</section>\n" if any(parts) else ""
+@dataclass(frozen=True)
+class Headline:
+    """The headline score after training, before it where that is known, and a sentence about both."""
+
+    before: Number | None
+    after: Number
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A figure of the summary."""
+
+    name: str
+    number: Number
+
+
+def _headline(summary: Mapping[str, Any]) -> Headline | None:
+    before = summary.get("before") or {}
+    after = summary.get("after") or {}
+    if not after:
+        return None
+    metric = summary.get("metric") or "score"
+    sentence = f"{metric} on {after.get('n', 0):,} rows{format_interval(after, ' (95 % interval {} to {})')}"
+    if before:
+        sentence += f"; before training {format_score(before)}"
+    if after.get("illegal"):
+        sentence += f". {after['illegal']:,} outputs were no legal answer"
+    for score in (before, after):
+        if score.get("note"):
+            sentence += f". {score['note']}"
+    return Headline(_number(before.get("value"), 3) if before else None, _number(after.get("value"), 3), f"{sentence}.")
+
+
+def _facts(results: Mapping[str, Any]) -> list[Fact]:
+    summary = results.get("summary") or {}
+    rows = results.get("rows") or {}
+    trainable = summary.get("trainable")
+    moved = summary.get("moved")
+    values = {"steps": summary.get("steps"), "trainable": trainable}
+    if summary.get("share") is not None:
+        values["% of the model's numbers"] = 100 * summary["share"]
+    if moved is not None and trainable is not None and moved < trainable:  # of a table only the rows that were read
+        values["moved in training"] = moved
+    values["tokens per second"] = summary.get("tokens_per_second")
+    values |= {f"{part} rows": count for part, count in rows.items()}
+    facts = [Fact(name, _number(value)) for name, value in values.items() if value is not None]
+    seconds = summary.get("seconds")
+    if seconds is not None:
+        facts.insert(1, Fact("time in all", Number(seconds, _duration(seconds))))
+    return facts
 
 
 def _duration(seconds: float) -> str:
@@ -159,207 +323,183 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-# The sections of the page, in order: each takes the results and answers "" where there is nothing to show.
+# The sections
 
 
-def _summary(results: Mapping[str, Any]) -> str:
-    found, rows = results.get("summary") or {}, results.get("rows") or {}
-    about = " · ".join(str(part) for part in (results["task"], results.get("created")) if part)
-    top = f'<header>\n<h1>{_safe(results["title"])}</h1>\n<p class="quiet">{_safe(about)}</p>\n</header>\n'
-    before, after, metric = found.get("before") or {}, found.get("after") or {}, found.get("metric") or "score"
-    hero = ""
-    if after:
-        change = f'<span class="before">{_figure(before.get("value"), 3).html} →</span> ' if before else ""
-        text = f"{metric} on {after.get('n', 0):,} rows{interval(after, ' (95 % interval {} to {})')}"
-        text += f"; before training {with_interval(before)}" if before else ""
-        text += f". {after['illegal']:,} outputs were no legal answer" if after.get("illegal") else ""
-        text += "".join(f". {one['note']}" for one in (before, after) if one.get("note"))
-        hero = (
-            f'<p class="hero">{change}<strong>{_figure(after.get("value"), 3).html}</strong></p><p>{_safe(text)}.</p>\n'
-        )
-    facts = [(name, found.get(name)) for name in ("steps", "trainable")]
-    facts += [("% of the model's numbers", 100 * found["share"])] if found.get("share") is not None else []
-    facts += [("moved in training", found["moved"])] if _fewer(found.get("moved"), found.get("trainable")) else []
-    facts += [("tokens per second", found.get("tokens_per_second"))] + [(f"{name} rows", rows[name]) for name in rows]
-    tiles = [(name, _figure(value).html) for name, value in facts if value is not None]
-    if found.get("seconds") is not None:
-        tiles.insert(1, ("time in all", f'<data value="{found["seconds"]!r}">{_duration(found["seconds"])}</data>'))
-    listed = "".join(f"<div><dt>{_safe(name)}</dt><dd>{value}</dd></div>" for name, value in tiles)
-    warned = "".join(f"<li>{_safe(warning)}</li>" for warning in results.get("warnings") or ())
-    warned = f'<section class="warned"><h2>Notes</h2><ul>{warned}</ul></section>\n' if warned else ""
-    summary = (
-        f'<section class="summary">{hero}{f"<dl>{listed}</dl>" if tiles else ""}</section>\n' if hero or tiles else ""
-    )
-    return top + summary + warned
+def _study_table(table: Mapping[str, Any]) -> Table:
+    """A table of a study: title, columns, and rows whose cells may be {mean, sd, n}."""
+    rows = [[_mean_cell(value) for value in row] for row in table["rows"]]
+    return make_table(table["columns"], rows, title=table["title"])
 
 
-def _fewer(moved: int | None, trainable: int | None) -> bool:
-    """Whether training moved only some of the trained numbers, as it does of a table of words."""
-    return moved is not None and trainable is not None and moved < trainable
+def _mean_cell(value: Any) -> Any:
+    """A cell {mean, sd, n} as people read it; fractions with three decimals."""
+    if isinstance(value, Mapping):
+        spread = "" if value.get("sd") is None else f" ± {value['sd']:.3f}"
+        return Mean(_number(value["mean"], 3), spread, f"{value['n']} run{'s' * (value['n'] != 1)}")
+    return _number(value, 3) if isinstance(value, float) else value
 
 
-def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(row["step"], row[key]) for row in rows if row.get(key) is not None and row.get("step") is not None]
+def _study_plots(results: Mapping[str, Any]) -> list[Plot]:
+    """Line plots of studies; curves are smoothed, and points that were measured one by one are not."""
+    plots = []
+    for plot in results.get("plots") or []:
+        lines = []
+        for line in plot["lines"]:
+            dots = line.get("dots", False)
+            points = line["points"] if dots else smooth(thin(line["points"]))
+            lines.append(Line(line["name"], points, line.get("look", "after"), dots))
+        plots.append(line_plot(plot["title"], lines, plot.get("axis", "step")))
+    return _drawn(plots)
 
 
-def _training(results: Mapping[str, Any]) -> str:
-    curve = results.get("curve") or []
-    loss, rate, ratio, speed = (_points(curve, key) for key in ("loss", "rate", "rms_ratio", "tokens_per_second"))
-    metric = (results.get("summary") or {}).get("metric") or "score"
-    tested = _points(results.get("validation") or [], "value")
-    plots = line_plot("Loss", [Line("each step", loss, "raw"), Line("smoothed", smooth(thin(loss)))])
-    plots += line_plot(f"Validation {metric}", [Line(metric, tested, dots=True)])
-    plots += line_plot("Size of the prompt, rms(P) / rms(E)", [Line("ratio", ratio)])
-    plots += line_plot("Learning rate", [Line("rate", rate)])
-    plots += line_plot("Tokens per second", [Line("each step", speed, "raw"), Line("smoothed", smooth(thin(speed)))])
-    said = [{"step": row.get("step"), **(row.get("measures") or {})} for row in curve]
-    for name in dict.fromkeys(key for row in said for key in row if key != "step"):
-        plots += line_plot(name.replace("_", " ").capitalize(), [Line(name, thin(_points(said, name)))])
-    return _section("Training", f'<div class="plots">{plots}</div>\n' if plots else "")
+def _similarities(results: Mapping[str, Any]) -> list[Plot]:
+    heatmaps = results.get("heatmaps") or []
+    return _drawn(similarity_plot(plot["title"], plot["labels"], plot["matrix"]) for plot in heatmaps)
 
 
-def _scores(results: Mapping[str, Any]) -> str:
-    scores, before = results.get("scores") or {}, results.get("scores_before") or {}
-    if not scores:
-        return ""
+def _drawn(plots: Iterable[Plot | None]) -> list[Plot]:
+    return [plot for plot in plots if plot is not None]
+
+
+def _run_table(results: Mapping[str, Any]) -> Table:
+    """The runs that trained together."""
     rows = []
-    for name, one in scores.items():
-        about = " · ".join(part for part in (METRICS[name].about if name in METRICS else "", one.get("note")) if part)
-        ends = " to ".join(_figure(one[key], 3).html for key in ("low", "high") if one.get(key) is not None)
-        old = [_figure((before.get(name) or {}).get("value"), 3)] if before else []
-        first = [Markup(f"{_safe(name)}<small>{_safe(about)}</small>"), *old, _figure(one.get("value"), 3)]
-        rows.append([*first, Markup(ends or "–"), one.get("n"), one.get("illegal")])
-    columns = ["metric", *(["before"] if before else []), "after", "95 % interval", "rows", "illegal"]
-    return _section("Scores", f'<div class="plots">{interval_plot(scores, before)}{table(columns, rows)}</div>\n')
+    for run in results.get("runs") or []:
+        before = run.get("before") or {}
+        after = run.get("after") or {}
+        row = [run["name"], run["task"], _differences(run["differs"]), run.get("metric") or "–"]
+        row += [_number(run.get("loss"), 3), _number(before.get("value"), 3), _number(after.get("value"), 3)]
+        rows.append([*row, _interval(after), Text("failed", "bad") if run.get("failed") else ""])
+    columns = ["run", "task", "what differs", "metric", "last loss", "before", "after", "95 % interval", ""]
+    return make_table(columns, rows)
 
 
-def _classes(results: Mapping[str, Any]) -> str:
-    shown = results.get("confusion") or {}
-    labels, matrix = shown.get("labels") or [], shown.get("matrix") or []
-    plot = ""
-    if labels and len(labels) <= MOST_LABELS:
-        plot = f'<div class="{"wide" if len(labels) > 12 else "half"}">{heatmap(labels, matrix)}</div>'
-    elif labels:  # too many for a picture
-        cells = [(i, j, count) for i, row in enumerate(matrix) for j, count in enumerate(row) if i != j and count]
-        worst = sorted(cells, key=lambda cell: -cell[2])[:20]
-        rows = [(labels[i], [*labels, "no label"][j], count) for i, j, count in worst]
-        plot = table(["gold", "predicted", "rows"], rows, "Most frequent confusions")
-    each, keys = results.get("per_class") or [], ("precision", "recall", "f1")
-    lines = [[str(one["label"]), *(_figure(one[key], 3) for key in keys), one["support"]] for one in each]
-    parts = plot + (table(["label", *keys, "support"], lines) if lines else "")
-    return _section("Labels", f'<div class="plots">{parts}</div>\n' if parts else "")
-
-
-def _examples(results: Mapping[str, Any]) -> str:
+def _seed_means(results: Mapping[str, Any]) -> Table:
+    """Mean and standard deviation of runs that differ in their seeds only."""
     rows = []
-    for one in results.get("examples") or []:
-        none = Markup("<em>no legal answer</em>")
-        answers = [none if one.get(key) is None else one[key] for key in ("before", "after")]
-        mark = Markup('<span class="good">✓ right</span>' if one.get("correct") else '<span class="bad">✗ wrong</span>')
-        rows.append([one.get("input"), one.get("gold"), *answers, mark])
-    columns = ["input", "gold", "before", "after", "result"]
-    more = rows[FIRST_EXAMPLES:]
-    shown = table(columns, rows[:FIRST_EXAMPLES], "") if rows else ""
-    hidden = f"<details><summary>{len(more)} more</summary>{table(columns, more)}</details>\n" if more else ""
-    return _section("Examples", f'<div class="examples">{shown}{hidden}</div>' if rows else "")
+    for group in results.get("groups") or []:
+        row = [_differences(group["differs"]), group["task"], group["metric"]]
+        rows.append([*row, _number(group["mean"], 3), _number(group["sd"], 3), group["n"]])
+    columns = ["what differs", "task", "metric", "mean", "standard deviation", "runs"]
+    return make_table(columns, rows, "Over the seeds")
 
 
-def _nearest(results: Mapping[str, Any]) -> str:
-    found = results.get("nearest_words") or []
-    rows = []
-    for one in found:
-        pairs = [f"<code>{_safe(word)}</code> {_figure(cosine, 2).html}" for word, cosine in one["words"]]
-        rows.append(
-            [one["row"], _figure(one["norm"], 3), *(Markup(f'<span class="word">{pair}</span>') for pair in pairs)]
-        )
-    most = max((len(row) - 2 for row in rows), default=0)
-    rows = [row + [""] * (most + 2 - len(row)) for row in rows]
-    columns = ["prompt token", "norm", *(f"{at}." for at in range(1, most + 1))]
-    note = '<p class="quiet">The words nearest in direction to each prompt token, with the cosine.</p>\n'
-    return _section("Nearest words", note + table(columns, rows) if rows else "")
-
-
-def _flat(value: Any, name: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        return [pair for key, item in value.items() for pair in _flat(item, f"{name}.{key}" if name else key)]
-    return [(name, value if isinstance(value, (str, int, float)) else json.dumps(value))]
-
-
-def _run(results: Mapping[str, Any]) -> str:
-    parts = []
-    for title, key in (
-        ("Configuration", "config"),
-        ("Seeds", "seeds"),
-        ("Machine", "machine"),
-        ("Versions", "versions"),
-    ):
-        if results.get(key):
-            rows = [(name, Markup(f"<code>{_safe(value)}</code>")) for name, value in _flat(results[key])]
-            parts.append(f"<details><summary>{title}</summary>{table(['name', 'value'], rows, title)}</details>\n")
-    return _section("The run", *parts)
-
-
-def _next(results: Mapping[str, Any]) -> str:
-    return _section("Next", *(f"<pre><code>{_safe(command)}</code></pre>\n" for command in results.get("next") or ()))
-
-
-def _differing(differs: Mapping[str, Any]) -> str:
+def _differences(differs: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in differs.items()) or "–"
 
 
-def _compared(results: Mapping[str, Any]) -> str:
-    """The table of runs that trained together, and what the seeds of equal runs make of it."""
-    rows = []
-    for one in results.get("runs") or []:
-        after = one.get("after") or {}
-        ends = " to ".join(_figure(after[key], 3).html for key in ("low", "high") if after.get(key) is not None)
-        about = [one["name"], one["task"], _differing(one["differs"]), one.get("metric") or "–"]
-        figures = [_figure(one.get("loss"), 3), _figure((one.get("before") or {}).get("value"), 3)]
-        figures += [_figure(after.get("value"), 3), Markup(ends or "–")]
-        rows.append([*about, *figures, Markup('<span class="bad">failed</span>' if one.get("failed") else "")])
-    columns = ["run", "task", "what differs", "metric", "last loss", "before", "after", "95 % interval", ""]
-    groups = []
-    for one in results.get("groups") or []:
-        facts = [_differing(one["differs"]), one["task"], one["metric"]]
-        groups.append([*facts, _figure(one["mean"], 3), _figure(one["sd"], 3), one["n"]])
-    names = ["what differs", "task", "metric", "mean", "standard deviation", "runs"]
-    seeds = table(names, groups, "Over the seeds") if groups else ""
-    return _section("Runs", table(columns, rows) if rows else "", seeds)
-
-
-def _mean(cell: Any) -> Any:
-    """A cell {mean, sd, n} as people read it; fractions to three places."""
-    if isinstance(cell, Mapping):
-        spread = "" if cell.get("sd") is None else f" ± {cell['sd']:.3f}"
-        return Markup(f"{_figure(cell['mean'], 3).html}{spread}<small>{cell['n']} run{'s' * (cell['n'] != 1)}</small>")
-    return _figure(cell, 3) if isinstance(cell, float) else cell
-
-
-def _tables(results: Mapping[str, Any]) -> str:
-    """Tables of studies: title, columns, and rows whose cells may be {mean, sd, n}."""
-    parts = []
-    for one in results.get("tables") or []:
-        rows = [[_mean(cell) for cell in row] for row in one["rows"]]
-        parts.append(_section(one["title"], table(one["columns"], rows) if rows else ""))
-    return "".join(parts)
-
-
-def _line(one: Mapping[str, Any]) -> Line:
-    """A line of a study's plot; curves are smoothed, what was measured at a few points is not."""
-    points = one["points"] if one.get("dots") else smooth(thin(one["points"]))
-    return Line(one["name"], points, one.get("look", "after"), one.get("dots", False))
-
-
-def _pictures(results: Mapping[str, Any]) -> str:
-    """Line plots and heatmaps of studies."""
-    lines = [
-        line_plot(one["title"], [_line(each) for each in one["lines"]], one.get("axis", "step"))
-        for one in results.get("plots") or []
+def _training_plots(results: Mapping[str, Any]) -> list[Plot]:
+    curve = results.get("curve") or []
+    metric = (results.get("summary") or {}).get("metric") or "score"
+    validation = _points(results.get("validation") or [], "value")
+    plots = [
+        line_plot("Loss", _raw_and_smoothed(_points(curve, "loss"))),
+        line_plot(f"Validation {metric}", [Line(metric, validation, dots=True)]),
+        line_plot("Size of the prompt, rms(P) / rms(E)", [Line("ratio", _points(curve, "rms_ratio"))]),
+        line_plot("Learning rate", [Line("rate", _points(curve, "rate"))]),
+        line_plot("Tokens per second", _raw_and_smoothed(_points(curve, "tokens_per_second"))),
     ]
-    maps = [similarities(one["title"], one["labels"], one["matrix"]) for one in results.get("heatmaps") or []]
-    boxes = [f'<div class="plots">{"".join(lines)}</div>\n' if any(lines) else ""]
-    boxes += [f'<div class="half">{one}</div>\n' for one in maps if one]
-    return _section("Curves and similarities", *boxes)
+    measures: dict[str, list[tuple[float, float]]] = {}
+    for row in curve:
+        values = row.get("measures") or {}
+        for name in values:
+            measures.setdefault(name, []).extend(_points([{"step": row.get("step"), **values}], name))
+    for name, points in measures.items():
+        plots.append(line_plot(name.replace("_", " ").capitalize(), [Line(name, thin(points))]))
+    return _drawn(plots)
 
 
-SECTIONS = (_summary, _tables, _pictures, _compared, _training, _scores, _classes, _examples, _nearest, _next, _run)
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
+    """The values of a key by step."""
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None and row.get("step") is not None]
+
+
+def _raw_and_smoothed(points: Sequence[tuple[float, float]]) -> list[Line]:
+    return [Line("each step", points, "raw"), Line("smoothed", smooth(thin(points)))]
+
+
+def _score_table(results: Mapping[str, Any]) -> Table:
+    before = results.get("scores_before") or {}
+    rows = []
+    for name, score in (results.get("scores") or {}).items():
+        about = METRICS[name].about if name in METRICS else ""
+        row: list[Any] = [Text(name, note=" · ".join(part for part in (about, score.get("note")) if part))]
+        if before:
+            row.append(_number((before.get(name) or {}).get("value"), 3))
+        rows.append([*row, _number(score.get("value"), 3), _interval(score), score.get("n"), score.get("illegal")])
+    columns = ["metric", *(["before"] if before else []), "after", "95 % interval", "rows", "illegal"]
+    return make_table(columns, rows)
+
+
+def _confusion_plot(results: Mapping[str, Any]) -> Plot | None:
+    confusion = results.get("confusion") or {}
+    labels = confusion.get("labels") or []
+    return heatmap(labels, confusion.get("matrix") or []) if 0 < len(labels) <= MAX_PLOT_LABELS else None
+
+
+def _confusion_table(results: Mapping[str, Any]) -> Table:
+    """The most frequent confusions, where there are too many labels for a plot."""
+    confusion = results.get("confusion") or {}
+    labels = confusion.get("labels") or []
+    rows = []
+    if len(labels) > MAX_PLOT_LABELS:
+        for gold, counts in enumerate(confusion.get("matrix") or []):
+            for predicted, count in enumerate(counts):
+                if count and gold != predicted:
+                    rows.append((labels[gold], [*labels, "no label"][predicted], count))
+    rows.sort(key=lambda row: -row[2])
+    return make_table(["gold", "predicted", "rows"], rows[:MAX_CONFUSIONS], "Most frequent confusions")
+
+
+def _class_table(results: Mapping[str, Any]) -> Table:
+    figures = ("precision", "recall", "f1")
+    rows = []
+    for score in results.get("per_class") or []:
+        rows.append([str(score["label"]), *(_number(score[figure], 3) for figure in figures), score["support"]])
+    return make_table(["label", *figures, "support"], rows)
+
+
+def _examples(results: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    examples: Sequence[Mapping[str, Any]] = results.get("examples") or []
+    return examples
+
+
+def _example_table(examples: Sequence[Mapping[str, Any]]) -> Table:
+    rows = []
+    for example in examples:
+        row = [example.get("input"), example.get("gold")]
+        for key in ("before", "after"):
+            row.append(Text("no legal answer", "quiet") if example.get(key) is None else example[key])
+        rows.append([*row, Text("✓ right", "good") if example.get("correct") else Text("✗ wrong", "bad")])
+    return make_table(["input", "gold", "before", "after", "result"], rows)
+
+
+def _nearest_words(results: Mapping[str, Any]) -> Table:
+    tokens = results.get("nearest_words") or []
+    most = max((len(token["words"]) for token in tokens), default=0)
+    rows = []
+    for token in tokens:
+        words = [Word(word, _number(cosine, 2)) for word, cosine in token["words"]]
+        rows.append([token["row"], _number(token["norm"], 3), *words, *[""] * (most - len(words))])
+    return make_table(["prompt token", "norm", *(f"{rank}." for rank in range(1, most + 1))], rows)
+
+
+def _settings(results: Mapping[str, Any]) -> list[Table]:
+    """Configuration, seeds, machine and versions, a table each."""
+    tables = []
+    for title in ("Configuration", "Seeds", "Machine", "Versions"):
+        settings = results.get("config" if title == "Configuration" else title.lower())
+        if settings:
+            rows = [[name, Text(str(value), "code")] for name, value in _flatten(settings)]
+            tables.append(make_table(["name", "value"], rows, title))
+    return tables
+
+
+def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings with their dotted names."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, value if isinstance(value, (str, int, float)) else json.dumps(value)

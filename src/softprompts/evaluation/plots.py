@@ -1,37 +1,38 @@
-"""The plots of a page: drawn by matplotlib, put into HTML as inline SVG that takes the page's own font and colors.
+"""The plots of a page: matplotlib draws them as inline SVG that takes the page's own font and colors.
 
-Every plot is a figure with a caption, and its label read aloud carries the figures that the eye would take from it.
-Nothing here touches pyplot, the settings of whoever calls, or a clock: the same facts always give the same text.
+The label of every plot, which screen readers read aloud, says the figures that the eye takes from it. No function here
+uses pyplot, the caller's matplotlib settings, or a clock: the same data always give the same text.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-if TYPE_CHECKING:  # matplotlib takes a second to import, so only drawing does it
+if TYPE_CHECKING:  # matplotlib takes a second to import, so only drawing imports it
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 420, 230  # of a line plot, in pixels; the page scales it a little
 CELL = 44  # one side of a cell of the heatmap
-MOST_POINTS = 500
+MAX_POINTS = 500
 _STEPS = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
 
-# What is drawn in one of these colors takes the style sheet's variable of that name.
+# Lines and texts drawn in one of these colors take the style sheet's variable of that name.
 COLORS = {"ink": "#00000a", "quiet": "#00000b", "edge": "#00000c", "accent": "#00000d", "before": "#00000e"}
-MANY = {f"line{number}": f"#0000{15 + number:02x}" for number in range(1, 9)}  # of lines that only color tells apart
-_VARIABLES = {color: f"var(--{name})" for name, color in (COLORS | MANY).items()}
+LINE_COLORS = {
+    f"line{number}": f"#0000{15 + number:02x}" for number in range(1, 9)
+}  # of lines that differ in color only
+_VARIABLES = {color: f"var(--{name})" for name, color in (COLORS | LINE_COLORS).items()}
 _LINK = re.compile(r"^(?:url\()?#([\w.-]+)\)?$")  # in an attribute, to an id
-_LOOK = {
+_RC_PARAMS = {
     "svg.fonttype": "none",  # text stays text
     "text.parse_math": False,  # a label may hold dollars
     "text.color": COLORS["quiet"],
@@ -50,7 +51,7 @@ _LOOK = {
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.family": "DejaVu Sans",  # matplotlib brings it and measures with it; the style sheet puts the page's instead
+    "font.family": "DejaVu Sans",  # matplotlib ships it and measures with it; the style sheet replaces it
     "font.size": 14,
     "axes.labelsize": 14,
     "xtick.labelsize": 14,
@@ -60,7 +61,10 @@ _LOOK = {
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a plot: points (x, y); `dots` marks each point; `look` is after, before, raw (pale) or of MANY."""
+    """One line of a plot: points (x, y); `dots` marks each point.
+
+    `look` is after, before, raw (pale) or a key of LINE_COLORS.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
@@ -68,161 +72,234 @@ class Line:
     dots: bool = False
 
 
-def shown(value: float) -> str:
+@dataclass(frozen=True)
+class LegendKey:
+    """An entry of a legend: a name, and the look of its line or dot."""
+
+    name: str
+    look: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of a page: its caption and legend, and the SVG element; `is_large` asks for the page's whole width."""
+
+    title: str
+    svg: str
+    legend: Sequence[LegendKey] = ()
+    is_large: bool = False
+
+
+def format_number(value: float) -> str:
     """Write a number for people: thousands in groups, or four significant digits."""
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def interval(one: Mapping[str, Any], shape: str) -> str:
-    """Put the bounds of a score into `shape`; nothing where it has none."""
-    low, high = one.get("low"), one.get("high")
-    return "" if low is None or high is None else shape.format(f"{low:.3f}", f"{high:.3f}")
+def format_interval(score: Mapping[str, Any], template: str) -> str:
+    """Put the bounds of a score into `template`; empty where the score has none."""
+    low = score.get("low")
+    high = score.get("high")
+    return "" if low is None or high is None else template.format(f"{low:.3f}", f"{high:.3f}")
 
 
-def with_interval(one: Mapping[str, Any]) -> str:
+def format_score(score: Mapping[str, Any]) -> str:
     """Write a score and, where it has them, its bounds."""
-    return "undefined" if one.get("value") is None else f"{one['value']:.3f}{interval(one, ' ({} to {})')}"
+    if score.get("value") is None:
+        return "undefined"
+    return f"{score['value']:.3f}{format_interval(score, ' ({} to {})')}"
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Average neighbors until at most MOST_POINTS are left: a page of 50 000 steps stays small."""
-    if len(points) <= MOST_POINTS:
+    """Average neighbors until at most MAX_POINTS are left: a page of 50,000 steps stays small."""
+    if len(points) <= MAX_POINTS:
         return list(points)
-    means = [part.mean(axis=0) for part in np.array_split(np.array(points, dtype=np.float64), MOST_POINTS)]
+    means = [part.mean(axis=0) for part in np.array_split(np.array(points, dtype=np.float64), MAX_POINTS)]
     return [(float(x), float(y)) for x, y in means]
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Average over a centered window of a fifteenth of the points, cut off at both ends."""
-    half, ys = max(1, len(points) // 30), [y for _, y in points]
-    return [(x, float(np.mean(ys[max(0, at - half) : at + half + 1]))) for at, (x, _) in enumerate(points)]
+    half = max(1, len(points) // 30)
+    ys = [y for _, y in points]
+    smoothed = []
+    for index, (x, _) in enumerate(points):
+        smoothed.append((x, float(np.mean(ys[max(0, index - half) : index + half + 1]))))
+    return smoothed
 
 
-def line_plot(title: str, lines: Sequence[Line], axis: str = "step") -> str:
-    """Draw lines over steps, or what `axis` says, thinned; nothing where no line has two points."""
+def line_plot(title: str, lines: Sequence[Line], axis: str = "step") -> Plot | None:
+    """Draw lines over steps, or over another `axis`, thinned.
+
+    Returns:
+        The plot; None where no line has two points.
+    """
     lines = [line for line in lines if len(line.points) > 1]
     if not lines:
-        return ""
+        return None
 
     def draw(figure: Figure) -> dict[str, list[str]]:
-        from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
-
-        axes, tips = figure.add_subplot(), {}
-        for at, line in enumerate(lines):
-            style: dict[str, Any] = {"color": (COLORS | MANY).get(line.look, COLORS["accent"])}
-            style |= {"linewidth": 1, "alpha": 0.5} if line.look == "raw" else {"linewidth": 2.2}
-            style |= {"marker": "o", "markersize": 7} if line.dots else {}
-            xs, ys = zip(*thin(line.points), strict=True)
-            axes.plot(xs, ys, gid=f"line{at}", clip_on=False, **style)
+        axes = figure.add_subplot()
+        tips = {}
+        for number, line in enumerate(lines):
+            name = f"line{number}"
+            points = thin(line.points)
+            xs, ys = zip(*points, strict=True)
+            axes.plot(xs, ys, gid=name, clip_on=False, **_line_style(line))
             if line.dots:
-                tips[f"line{at}"] = [f"{axis} {shown(x)}: {shown(y)}" for x, y in zip(xs, ys, strict=True)]
+                tips[name] = [f"{axis} {format_number(x)}: {format_number(y)}" for x, y in points]
         axes.margins(x=0.02 if tips else 0)
-        low, high = axes.get_ylim()
-        if high - low < 1e-6 * abs(high):  # constant but for rounding
-            axes.set_ylim(low - abs(low) / 20, high + abs(high) / 20)
-        axes.grid(axis="y")
-        axes.set_xlabel(axis)
-        whole = all(float(x).is_integer() for line in lines for x, _ in line.points)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=_STEPS))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if whole else "{x:g}"))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
-        large = max(abs(y) for line in lines for _, y in line.points) >= 1000
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}") if large else ScalarFormatter(useOffset=False))
+        _format_axes(axes, axis, lines)
         return tips
 
     steps, values = zip(*lines[0].points, strict=True)
-    said = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
-    label = f"{title} from {axis} {shown(steps[0])} to {shown(steps[-1])}: "
-    label += ", ".join(f"{name} {shown(value)}" for name, value in said.items())
-    legend = [(line.name, line.look) for line in lines] if len(lines) > 1 else []
+    figures = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
+    label = f"{title} from {axis} {format_number(steps[0])} to {format_number(steps[-1])}: "
+    label += ", ".join(f"{name} {format_number(value)}" for name, value in figures.items())
+    legend = [LegendKey(line.name, line.look) for line in lines] if len(lines) > 1 else []
     return _plot(title, label, draw, (WIDTH, HEIGHT), legend)
 
 
-def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> str:
-    """Draw each metric before and after as a dot on its interval."""
-    pairs = {name: [("before", before.get(name) or {}), ("after", scores[name])] for name in scores}
-    pairs = {name: [(look, one) for look, one in pair if one.get("value") is not None] for name, pair in pairs.items()}
-    pairs = {name: pair for name, pair in pairs.items() if pair}
-    if not pairs:
-        return ""
-    lines = sum(len(pair) + 1.2 for pair in pairs.values())  # the name of a metric has a line of its own
+def _line_style(line: Line) -> dict[str, Any]:
+    style: dict[str, Any] = {"color": (COLORS | LINE_COLORS).get(line.look, COLORS["accent"])}
+    style |= {"linewidth": 1, "alpha": 0.5} if line.look == "raw" else {"linewidth": 2.2}
+    return style | ({"marker": "o", "markersize": 7} if line.dots else {})
+
+
+def _format_axes(axes: Axes, name: str, lines: Sequence[Line]) -> None:
+    """Place and format the ticks of a line plot; `name` labels the horizontal axis."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter, StrMethodFormatter
+
+    low, high = axes.get_ylim()
+    if high - low < 1e-6 * abs(high):  # constant but for rounding
+        axes.set_ylim(low - abs(low) / 20, high + abs(high) / 20)
+    axes.grid(axis="y")
+    axes.set_xlabel(name)
+    xs: list[float] = []
+    largest = 0.0
+    for line in lines:
+        xs += [x for x, _ in line.points]
+        largest = max(largest, *(abs(y) for _, y in line.points))
+    whole = all(float(x).is_integer() for x in xs)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=_STEPS))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if whole else "{x:g}"))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
+    axes.yaxis.set_major_formatter(
+        StrMethodFormatter("{x:,.0f}") if largest >= 1000 else ScalarFormatter(useOffset=False)
+    )
+
+
+def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+    """Draw each metric before and after training as a dot on its interval.
+
+    Returns:
+        The plot; None where no score has a value.
+    """
+    dots_of_metrics: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, after in scores.items():
+        dots = {}
+        for look, score in (("before", before.get(name) or {}), ("after", after)):
+            if score.get("value") is not None:
+                dots[look] = score
+        if dots:
+            dots_of_metrics[name] = dots
+    if not dots_of_metrics:
+        return None
+    height = sum(len(dots) + 1.2 for dots in dots_of_metrics.values())  # the name of a metric has a line of its own
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         from matplotlib.ticker import MaxNLocator
 
-        axes, y = figure.add_subplot(), 0.1
-        for name, pair in pairs.items():
-            across = axes.get_yaxis_transform()
+        axes = figure.add_subplot()
+        across = axes.get_yaxis_transform()
+        y = 0.1
+        for name, dots in dots_of_metrics.items():
             axes.text(0, y + 0.4, _printable(name), transform=across, va="center", weight="bold", color=COLORS["ink"])
-            for at, (look, one) in enumerate(pair):
-                _whisker(axes, y + 1.2 + at, look, one)
-            y += len(pair) + 1.2
-        axes.set_ylim(lines + 0.1, 0)
+            for number, (look, score) in enumerate(dots.items()):
+                _draw_interval(axes, y + 1.2 + number, look, score)
+            y += len(dots) + 1.2
+        axes.set_ylim(height + 0.1, 0)
         axes.set_yticks([])
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
         return {}
 
-    label = "; ".join(f"{name} {look} {with_interval(one)}" for name, pair in pairs.items() for look, one in pair)
-    legend = [(look, look) for look in ("before", "after") if any(look in dict(pair) for pair in pairs.values())]
-    return _plot("95 % intervals", label, draw, (WIDTH, round(36 + 24 * lines)), legend)
+    parts = []
+    for name, dots in dots_of_metrics.items():
+        parts += [f"{name} {look} {format_score(score)}" for look, score in dots.items()]
+    legend = []
+    for look in ("before", "after"):
+        if any(look in dots for dots in dots_of_metrics.values()):
+            legend.append(LegendKey(look, look))
+    return _plot("95 % intervals", "; ".join(parts), draw, (WIDTH, round(36 + 24 * height)), legend)
 
 
-def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> str:
+def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> Plot:
     """Draw the confusion matrix: counts, shaded by their share of the row; an empty illegal column is left out."""
     counts = np.array(matrix, dtype=np.int64).reshape(len(labels), -1)
-    columns = [*map(str, labels), "no label"][: counts.shape[1]]
-    if len(columns) > len(labels) and not counts[:, -1].any():
-        columns, counts = columns[:-1], counts[:, :-1]
+    rows = [str(label) for label in labels]
+    columns = [*rows, "no label"][: counts.shape[1]]
+    if len(columns) > len(rows) and not counts[:, -1].any():
+        columns = columns[:-1]
+        counts = counts[:, :-1]
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        texts = [[str(count) for count in row] for row in counts.tolist()]
-        tips = [
-            f"gold {gold}, predicted {found}: {texts[i][j]}"
-            for i, gold in enumerate(map(str, labels))
-            for j, found in enumerate(columns)
-        ]
-        _cells(figure, list(map(str, labels)), columns, shares, texts)
+        texts = [list(map(str, row)) for row in counts.tolist()]
+        _draw_cells(figure, rows, columns, shares, texts)
+        tips = []
+        for gold, row in zip(rows, texts, strict=True):
+            tips += [
+                f"gold {gold}, predicted {predicted}: {text}" for predicted, text in zip(columns, row, strict=True)
+            ]
         return {"cells": tips}
 
     right = int(np.trace(counts))
-    label = f"Confusion matrix of {len(labels)} labels: {right} of {counts.sum()} predictions on the diagonal"
-    size = (CELL * len(columns), CELL * len(labels))
-    return _plot("Gold (rows) and predicted (columns)", label, draw, size, crop=True)
+    label = f"Confusion matrix of {len(rows)} labels: {right} of {counts.sum()} predictions on the diagonal"
+    size = (CELL * len(columns), CELL * len(rows))
+    plot = _plot("Gold (rows) and predicted (columns)", label, draw, size, crop=True)
+    return replace(plot, is_large=len(rows) > 12)
 
 
-def similarities(title: str, labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
-    """Draw a matrix of cosines, shaded from 0 to 1; nothing where there are no labels."""
+def similarity_plot(title: str, labels: Sequence[str], matrix: Sequence[Sequence[float]]) -> Plot | None:
+    """Draw a matrix of cosines, shaded from 0 to 1.
+
+    Returns:
+        The plot; None where there are no labels.
+    """
     if not labels:
-        return ""
+        return None
     values = np.array(matrix, dtype=np.float64)
     texts = [[f"{value:.2f}" for value in row] for row in values.tolist()]
 
     def draw(figure: Figure) -> dict[str, list[str]]:
-        _cells(figure, list(labels), list(labels), values.clip(0, 1), texts)
-        return {"cells": [f"{a}, {b}: {texts[i][j]}" for i, a in enumerate(labels) for j, b in enumerate(labels)]}
+        _draw_cells(figure, labels, labels, values.clip(0, 1), texts)
+        tips = []
+        for label, row in zip(labels, texts, strict=True):
+            tips += [f"{label}, {other}: {text}" for other, text in zip(labels, row, strict=True)]
+        return {"cells": tips}
 
-    others = values[~np.eye(len(labels), dtype=bool)]
+    off_diagonal = values[~np.eye(len(labels), dtype=bool)]
     label = f"{title}, {len(labels)} by {len(labels)}"
-    label += f": between {others.min():.2f} and {others.max():.2f} off the diagonal" if others.size else ""
+    if off_diagonal.size:
+        label += f": between {off_diagonal.min():.2f} and {off_diagonal.max():.2f} off the diagonal"
     return _plot(title, label, draw, (CELL * len(labels), CELL * len(labels)), crop=True)
 
 
-def _whisker(axes: Axes, y: float, look: str, one: Mapping[str, Any]) -> None:
-    value = one["value"]
-    low, high = (value if one.get(key) is None else one[key] for key in ("low", "high"))
-    color, text = (COLORS[name] for name in (("before", "quiet") if look == "before" else ("accent", "ink")))
+def _draw_interval(axes: Axes, y: float, look: str, score: Mapping[str, Any]) -> None:
+    """Draw a score as a dot on its interval, with its value at the right."""
+    value = score["value"]
+    low = value if score.get("low") is None else score["low"]
+    high = value if score.get("high") is None else score["high"]
+    color, text_color, weight = ("before", "quiet", "normal") if look == "before" else ("accent", "ink", "bold")
     axes.axhline(y, color=COLORS["edge"], linewidth=1)
-    axes.plot([low, high], [y, y], color=color, linewidth=4, alpha=0.45, solid_capstyle="round", clip_on=False)
-    axes.plot(value, y, "o", color=color, markersize=11, markeredgewidth=0, clip_on=False)
-    weight = "normal" if look == "before" else "bold"
-    spot: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "color": text, "weight": weight}
-    axes.text(1.04, y, f"{value:.3f}", **spot)
+    axes.plot([low, high], [y, y], color=COLORS[color], linewidth=4, alpha=0.45, solid_capstyle="round", clip_on=False)
+    axes.plot(value, y, "o", color=COLORS[color], markersize=11, markeredgewidth=0, clip_on=False)
+    across = axes.get_yaxis_transform()
+    axes.text(1.04, y, f"{value:.3f}", transform=across, va="center", color=COLORS[text_color], weight=weight)
 
 
-def _cells(
+def _draw_cells(
     figure: Figure, rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, texts: Sequence[Sequence[str]]
 ) -> None:
     """Draw a cell for each row and column, as dark as its share (0 to 1), with its text, and the names outside."""
@@ -230,18 +307,18 @@ def _cells(
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    axes = figure.add_axes((0, 0, 1, 1))  # the page gets what is drawn, so the labels may stand outside
+    axes = figure.add_axes((0, 0, 1, 1))  # the page crops the figure to its content, so labels may lie outside
     axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), frame_on=False)
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelcolor=COLORS["quiet"])
     style: Any = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
     axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(name) for name in columns], **style)
     axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(name) for name in rows])
-    places = list(np.ndindex(*shares.shape))
-    boxes = [Rectangle((column + 0.02, row + 0.02), 0.96, 0.96) for row, column in places]
-    shades = [to_rgba(COLORS["accent"], 0.03 + 0.52 * float(shares[place])) for place in places]
+    positions = list(np.ndindex(*shares.shape))
+    boxes = [Rectangle((column + 0.02, row + 0.02), 0.96, 0.96) for row, column in positions]
+    shades = [to_rgba(COLORS["accent"], 0.03 + 0.52 * float(shares[position])) for position in positions]
     axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors="none", gid="cells", clip_on=False))
-    for row, column in places:
+    for row, column in positions:
         text = texts[row][column]
         style = {"color": COLORS["ink"], "alpha": 0.45 if text == "0" else 1.0, "fontsize": min(13, 64 / len(text))}
         style |= {"ha": "center", "va": "center_baseline"}
@@ -249,7 +326,7 @@ def _cells(
 
 
 def _printable(text: str) -> str:
-    """Put a space for what XML cannot hold and for line breaks."""
+    """Put a space for line breaks and characters that XML cannot hold."""
     return "".join(character if character.isprintable() else " " for character in text)
 
 
@@ -263,35 +340,44 @@ def _plot(
     label: str,
     draw: Callable[[Figure], dict[str, list[str]]],
     size: tuple[float, float],
-    legend: Sequence[tuple[str, str]] = (),
+    legend: Sequence[LegendKey] = (),
     crop: bool = False,
-) -> str:
-    """Lay out a figure with its caption and legend; `draw` fills it and answers with the tips of its groups."""
+) -> Plot:
+    """Draw a figure.
+
+    Args:
+        title: The caption.
+        label: The text that screen readers read.
+        draw: Fills the figure; returns the tips of its groups, by their ids.
+        size: Width and height in pixels.
+        legend: The entries of the legend.
+        crop: Whether the figure is cropped to its content.
+    """
     from matplotlib import style
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     name = re.sub(r"\W+", "-", title.lower()).strip("-")
-    with style.context([{**_LOOK, "svg.hashsalt": name}], after_reset=True), warnings.catch_warnings():
+    with style.context([{**_RC_PARAMS, "svg.hashsalt": name}], after_reset=True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # the reader's font, not ours, shows the text
         figure = Figure((size[0] / 72, size[1] / 72), dpi=72, layout=None if crop else "constrained")
-        tips, drawn = draw(figure), io.StringIO()
+        tips = draw(figure)
+        file = io.StringIO()
         box: Any = "tight" if crop else None
         FigureCanvasSVG(figure).print_figure(
-            drawn, format="svg", metadata={"Date": None}, bbox_inches=box, pad_inches=2 / 72
+            file, format="svg", metadata={"Date": None}, bbox_inches=box, pad_inches=2 / 72
         )
-    keys = "".join(f'<span class="key {look}">{html.escape(text)}</span>' for text, look in legend)
-    picture = _inline(drawn.getvalue(), name, _printable(label), tips)
-    return (
-        f"<figure>\n<figcaption>{html.escape(title)}{keys}</figcaption>\n"
-        f'<div class="scroll">{picture}</div>\n</figure>\n'
-    )
+    return Plot(title, _inline_svg(file.getvalue(), name, _printable(label), tips), legend)
 
 
-def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) -> str:
-    """Turn a file of matplotlib's into an element of a page: no prolog, no style of its own, ids that begin with name.
+def _inline_svg(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) -> str:
+    """Turn a file of matplotlib into an element of a page, without prolog and style.
 
-    `tips` are what the pointer shows on the things of a group, by the group's id.
+    Args:
+        svg: The content of the file.
+        name: Every id begins with it.
+        label: The text that screen readers read.
+        tips: The texts that the pointer shows on the shapes of a group, by the group's id.
     """
     root = ElementTree.fromstring(svg)
     box = root.attrib["viewBox"]
@@ -300,23 +386,27 @@ def _inline(svg: str, name: str, label: str, tips: Mapping[str, Sequence[str]]) 
         for child in list(element):
             if child.tag.endswith(("}metadata", "}style")):
                 element.remove(child)
-        if of_group := tips.get(element.get("id", "")):
-            things = element.findall(".//{*}use") or element.findall("{*}path")
-            for thing, tip in zip(things, of_group, strict=True):
-                ElementTree.SubElement(thing, "title").text = _printable(tip)
-    whole = list(root.iter())
-    links = {found for element in whole for value in element.attrib.values() for found in _LINK.findall(value)}
-    for element in whole:
-        _tidy(element, name, links)
+        if tips_of_group := tips.get(element.get("id", "")):
+            shapes = element.findall(".//{*}use") or element.findall("{*}path")
+            for shape, tip in zip(shapes, tips_of_group, strict=True):
+                ElementTree.SubElement(shape, "title").text = _printable(tip)
+    elements = list(root.iter())
+    linked_ids: set[str] = set()
+    for element in elements:
+        for value in element.attrib.values():
+            linked_ids.update(_LINK.findall(value))
+    for element in elements:
+        _tidy(element, name, linked_ids)
     return ElementTree.tostring(root, encoding="unicode")
 
 
-def _tidy(element: ElementTree.Element, name: str, links: set[str]) -> None:
-    """Name an element as HTML does; keep only ids that something links to; take the page's colors; shorten numbers."""
+def _tidy(element: ElementTree.Element, name: str, linked_ids: set[str]) -> None:
+    """Name an element as HTML does, keep only linked ids, take the page's colors, and shorten numbers."""
     element.tag = element.tag.rpartition("}")[2]
-    element.text, element.tail = (element.text or "").strip(), ""
+    element.text = (element.text or "").strip()
+    element.tail = ""
     attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
-    if attributes.get("id") not in links:
+    if attributes.get("id") not in linked_ids:
         attributes.pop("id", None)
     if attributes.get("transform", "").startswith("rotate(-0 "):
         del attributes["transform"]
@@ -328,5 +418,7 @@ def _tidy(element: ElementTree.Element, name: str, links: set[str]) -> None:
         short = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", attributes[key])
         attributes[key] = " ".join(short.split())
     if "style" in attributes:
-        attributes["style"] = re.sub("#[0-9a-f]{6}", lambda one: _VARIABLES.get(one[0], one[0]), attributes["style"])
+        attributes["style"] = re.sub(
+            "#[0-9a-f]{6}", lambda color: _VARIABLES.get(color[0], color[0]), attributes["style"]
+        )
     element.attrib = attributes

@@ -307,8 +307,8 @@ def _share(path: Path, group: Sequence[NewPrompt]) -> None:
         for name, value in ({} if shared is None else shared.state_dict()).items():
             if not torch.equal(value, tensors.get(name, value[:0])):
                 raise ArtifactError(
-                    f"{path}: 'shared.{name}', which {group[0].name} and {prompt.name} share, differs between them: they were "
-                    "not saved together; load them one by one"
+                    f"{path}: 'shared.{name}', which {group[0].name} and {prompt.name} share, differs between them: "
+                    "they were not saved together; load them one by one"
                 )
         prompt.method.shared = shared
 

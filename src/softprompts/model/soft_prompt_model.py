@@ -673,6 +673,11 @@ class SoftPromptModel(nn.Module):
         return "ForCausalLM" if self.accepts_loss_kwargs and unscored else None
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where none was given."""
+        return self.backbone.tokenizer
+
+    @property
     def device(self) -> torch.device:
         """Where token ids must be."""
         return self.backbone.device

@@ -24,7 +24,7 @@ from softprompts.evaluation.evaluate import evaluation_config
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import backbone_config
-from softprompts.recipes.judging import Evaluator, judge
+from softprompts.recipes.evaluator import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, versions
 
@@ -42,7 +42,7 @@ class Choice:
     means: Sequence[float]
 
 
-def choose(
+def choose_coefficient(
     judges: Sequence[Evaluator], total: Vector, start: Tensor, grid: Sequence[float], screen: ProgressReporter
 ) -> Choice:
     """The coefficient with the best mean headline score over the judges' validation rows; of equal ones the smallest.
@@ -82,17 +82,17 @@ def search(
     """
     began = time.time()
     total = vectors.read_expression(text)
-    begins = begin(total, start)
+    begins = resolve_start(total, start)
     found = {name: artifact.load(vectors.locate_prompt(name)) for name in (on or vectors.parse_expression(text))}
     tasks, like = _tasks(found), total.reference
     base = load_backbone(backbone_config(like, model, changes), log=screen.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
     site = Site(like.site, like.mode, like.placement)
     judges = [
-        judge(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
+        load_evaluator(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
         for config, own in tasks.values()
     ]
-    choice = choose(judges, total, begins, grid, screen)
+    choice = choose_coefficient(judges, total, begins, grid, screen)
     made = vectors.to_artifact(total, begins, choice.best)
     assert made.prompt is not None
     exact = [replace(one, config=evaluation_config(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
@@ -139,7 +139,7 @@ def _tested(judges: Sequence[Evaluator], prompt: Tensor, screen: ProgressReporte
     return told, warnings
 
 
-def begin(total: Vector, start: Artifact | None) -> Tensor:
+def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
     """What the sum is added to: the prompt of `start`, or the start that all its prompts have in common.
 
     Raises ConfigError where they have none, ArtifactError for a start of another backbone, length or site.

@@ -24,7 +24,7 @@ WEIGHTS = {"fine-tuning": "backbone", "lora": "lora"}
 NO_PROMPT = "no prompt"
 """The line of the stock model."""
 
-TOGETHER = "together"
+ALL_TARGETS = "together"
 """What takes a task's name in the runs of all tasks."""
 
 
@@ -66,7 +66,7 @@ class ComparisonStage(Section):
     @field_validator("shots", "seeds", "learning_rates")
     @classmethod
     def _distinct(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return distinct(values)
+        return check_distinct(values)
 
     @model_validator(mode="after")
     def _runs(self) -> "ComparisonStage":
@@ -76,7 +76,7 @@ class ComparisonStage(Section):
                     f"{name}.max_steps must be at least 1; what the start does untrained is size 0 in shots"
                 )
         for rates in self.weight_learning_rates.values():
-            distinct(rates)
+            check_distinct(rates)
         return self
 
     def training_for(self, shots: int | None, weights: bool = False) -> TrainConfig:
@@ -88,12 +88,12 @@ class ComparisonStage(Section):
         steps = train.max_steps if own is None else own[shots is not None]
         return train.model_copy(update={"max_steps": steps, "eval_steps": min(train.eval_steps or steps, steps)})
 
-    def weight_training(self, cell: "Cell", shots: int | None) -> dict[str, Any]:
+    def weight_training(self, cell: "ArmRun", shots: int | None) -> dict[str, Any]:
         """The section `train` of a run that trains weights of the backbone."""
         train = self.training_for(shots, weights=True).model_dump(mode="json")
         return {**train, "target": WEIGHTS[cell.arm], "learning_rate": cell.rate, "learning_rate_unit": "absolute"}
 
-    def drawn(self, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
+    def draw_rows(self, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
         """The task with all rows, or with few of them drawn by `seed`; the rows that judge are the same for all."""
         named = task.model_copy(update={"name": task.title})
         if not shots:
@@ -109,7 +109,7 @@ def check_known(where: str, given: Iterable[str], possible: Collection[str]) -> 
             raise ValueError(f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}")
 
 
-def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same values; raises ValueError where one stands there twice."""
     if len(set(values)) != len(values):
         raise ValueError(f"every value may stand there once, given {', '.join(map(str, values))}")
@@ -117,7 +117,7 @@ def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @dataclass(frozen=True)
-class Cell:
+class ArmRun:
     """One run of the table: an arm at a rate with a seed."""
 
     arm: str
@@ -136,10 +136,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Found:
+class ArmResult:
     """A run's cell and the page of each of its tasks; none where it failed."""
 
-    cell: Cell
+    arm_run: ArmRun
     pages: Sequence[Mapping[str, Any]]
 
     @property
@@ -150,10 +150,10 @@ class Found:
         return max(float(point["value"]) for point in self.pages[0]["validation"])
 
 
-Results = Mapping[tuple[str, int | None], Sequence[Found]]
+Results = Mapping[tuple[str, int | None], Sequence[ArmResult]]
 """The runs of each task (or TOGETHER) and size."""
 
-Runner = Callable[[str, int | None, Sequence[Cell], str], list[Found]]
+Runner = Callable[[str, int | None, Sequence[ArmRun], str], list[ArmResult]]
 """Does the runs of cells on a task (or TOGETHER) at a size, in a folder of that name."""
 
 
@@ -164,10 +164,10 @@ class Comparison:
     stage: ComparisonStage
     run: Runner
     rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    found: dict[tuple[str, int | None], list[Found]] = field(default_factory=dict)
-    chosen: list[dict[str, Any]] = field(default_factory=list)
+    results: dict[tuple[str, int | None], list[ArmResult]] = field(default_factory=dict)
+    chosen_rates: list[dict[str, Any]] = field(default_factory=list)
 
-    def fill(self, shots: int | None, arms: Sequence[str], tasks: Sequence[str]) -> None:
+    def run_arms(self, shots: int | None, arms: Sequence[str], tasks: Sequence[str]) -> None:
         """All runs of `arms` at one size: first the rates, with the first seed, then the other seeds at the best one.
 
         Raises TrainingError for an arm that fails at every rate.
@@ -176,67 +176,69 @@ class Comparison:
             return
         if shots == 0:  # nothing is trained, so there is no rate to choose
             for name in tasks:
-                cells = [Cell(arm, self._tried(arm)[0], seed) for arm in arms for seed in self.stage.seeds]
-                self.found.setdefault((name, shots), []).extend(self.run(name, shots, cells, "seeds"))
+                cells = [ArmRun(arm, self._tried(arm)[0], seed) for arm in arms for seed in self.stage.seeds]
+                self.results.setdefault((name, shots), []).extend(self.run(name, shots, cells, "seeds"))
             return
         tune_on = self.stage.tune_on
         tuned = [name for name in tasks if tune_on is None or name in tune_on] or tasks[:1]
-        tried = [Cell(arm, rate, self.stage.seeds[0]) for arm in arms for rate in self._tried(arm)]
+        tried = [ArmRun(arm, rate, self.stage.seeds[0]) for arm in arms for rate in self._tried(arm)]
         first = {name: self.run(name, shots, tried, "rates") for name in tuned}
         best = {arm: self._best(arm, tried, first, shots) for arm in arms}
         for name in tasks:
-            done = [one for one in first.get(name, ()) if one.cell == best[one.cell.arm]]
-            cells = [Cell(arm, best[arm].rate, seed) for arm in arms for seed in self.stage.seeds]
-            rest = [cell for cell in cells if cell not in [one.cell for one in done]]
+            done = [one for one in first.get(name, ()) if one.arm_run == best[one.arm_run.arm]]
+            cells = [ArmRun(arm, best[arm].rate, seed) for arm in arms for seed in self.stage.seeds]
+            rest = [cell for cell in cells if cell not in [one.arm_run for one in done]]
             more = self.run(name, shots, rest, "seeds") if rest else []
-            self.found.setdefault((name, shots), []).extend([*done, *more])
+            self.results.setdefault((name, shots), []).extend([*done, *more])
 
     def _tried(self, arm: str) -> Sequence[float]:
         return self.rates.get(arm) or self.stage.weight_learning_rates.get(arm) or self.stage.learning_rates
 
-    def _best(self, arm: str, tried: Sequence[Cell], runs: Mapping[str, Sequence[Found]], shots: int | None) -> Cell:
+    def _best(
+        self, arm: str, tried: Sequence[ArmRun], runs: Mapping[str, Sequence[ArmResult]], shots: int | None
+    ) -> ArmRun:
         """The rate with the best mean validation score over the tasks it was tried on; of equal ones the smaller."""
-        scores: dict[Cell, float] = {}
+        scores: dict[ArmRun, float] = {}
         for cell in (cell for cell in tried if cell.arm == arm):
-            each = [one.validation for own in runs.values() for one in own if one.cell == cell]
+            each = [one.validation for own in runs.values() for one in own if one.arm_run == cell]
             if all(score is not None for score in each):
                 scores[cell] = statistics.fmean(score for score in each if score is not None)
         if not scores:
             raise TrainingError(f"arm '{arm}', {size_name(shots)}, failed at every rate; give lower ones")
         best = max(scores, key=lambda cell: (scores[cell], -cell.rate))
         known = {f"{cell.rate:g}": score for cell, score in scores.items()}
-        self.chosen.append(
+        self.chosen_rates.append(
             {"arm": arm, "size": size_name(shots), "rate": best.rate, "tried": known, "targets": list(runs)}
         )
         return best
 
 
-def together(
-    title: str, run: Run, cells: Sequence[Cell], screen: ProgressReporter, inputs: Sequence[str] = ()
-) -> list[Found]:
+def run_shared_batch(
+    title: str, run: Run, cells: Sequence[ArmRun], screen: ProgressReporter, inputs: Sequence[str] = ()
+) -> list[ArmResult]:
     """The runs of `cells` in one frozen batch, as `run` lists them by name; those that failed have no pages.
 
     inputs: directories with the prompts that they start from.
     """
     try:
-        rows = stage.runs(title, run, screen, inputs)["runs"]
+        rows = stage.run_group(title, run, screen, inputs)["runs"]
     except TrainingError as error:
         screen.log(f"{title}: {error}")
-        return [Found(cell, []) for cell in cells]
+        return [ArmResult(cell, []) for cell in cells]
     failed = {row["name"] for row in rows if row["failed"]}
     return [
-        Found(cell, [] if cell.name in failed else _pages(Path(run.output_dir) / cell.name / "results.json"))
+        ArmResult(cell, [] if cell.name in failed else _pages(Path(run.output_dir) / cell.name / "results.json"))
         for cell in cells
     ]
 
 
-def alone(title: str, run: Run, cell: Cell, screen: ProgressReporter) -> Found:
+def run_single(title: str, run: Run, cell: ArmRun, screen: ProgressReporter) -> ArmResult:
     """A run by itself, such as one that trains weights, of which nothing can be shared."""
     try:
-        return Found(cell, [stage.runs(title, run, screen)])
+        return ArmResult(cell, [stage.run_group(title, run, screen)])
     except TrainingError as error:
         screen.log(f"{title}: {error}")
-        return Found(cell, [])
+        return ArmResult(cell, [])
 
 
 def _pages(file: Path) -> list[dict[str, Any]]:
@@ -252,7 +254,7 @@ def size_name(shots: int | None) -> str:
 # What there is to read
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def mean_and_sd(values: Sequence[float]) -> dict[str, Any]:
     """A cell of a table: mean, sample standard deviation and number of `values`."""
     sd = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
@@ -264,7 +266,7 @@ def scores(found: Results, shots: int | None, tasks: Sequence[str], about: Mappi
     for (_, size), own in found.items():
         for one in own if size == shots else ():
             for page in one.pages:
-                pages.setdefault(one.cell.arm, {}).setdefault(page["task"], []).append(page)
+                pages.setdefault(one.arm_run.arm, {}).setdefault(page["task"], []).append(page)
     # Weights are judged on a float32 copy: the stock model's line is that of the arms that leave it as it is.
     ordered = sorted(pages, key=lambda arm: arm in WEIGHTS)
     every = [page for arm in ordered for same in pages[arm].values() for page in same]
@@ -285,7 +287,7 @@ def _line(
     arm: str, about: str, trainable: int, values: Mapping[str, Sequence[float]], tasks: Sequence[str]
 ) -> dict[str, Any]:
     """A line of the table: scores by task, and their mean where it has all of them."""
-    cells = {task: spread(values[task]) for task in tasks if task in values}
+    cells = {task: mean_and_sd(values[task]) for task in tasks if task in values}
     mean = statistics.fmean(score["mean"] for score in cells.values()) if len(cells) == len(tasks) else None
     return {"arm": arm, "about": about, "trainable": trainable, "scores": cells, "mean": mean}
 
@@ -295,9 +297,9 @@ def curves(found: Results) -> list[dict[str, Any]]:
     every = []
     for (task, shots), own in found.items():
         lines: dict[str, list[Mapping[str, Any]]] = {}
-        for one in own if task != TOGETHER else ():
+        for one in own if task != ALL_TARGETS else ():
             if one.pages:
-                lines.setdefault(one.cell.arm, []).append(one.pages[0])
+                lines.setdefault(one.arm_run.arm, []).append(one.pages[0])
         means = {
             arm: [
                 (steps[0]["step"], statistics.fmean(step["loss"] for step in steps))
@@ -318,7 +320,7 @@ def machine(found: Results) -> Mapping[str, Any]:
 def failures(found: Results) -> list[str]:
     """A line for each run that failed."""
     return [
-        f"{task} {size_name(shots)}: {one.cell.name} failed and is left out"
+        f"{task} {size_name(shots)}: {one.arm_run.name} failed and is left out"
         for (task, shots), own in found.items()
         for one in own
         if not one.pages
@@ -346,11 +348,11 @@ def score_table(
 
 def rate_table(chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How each arm's rate was chosen, as a table of the page."""
-    rows = [[one["arm"], one["size"], f"{one['rate']:g}", listed(one["tried"])] for one in chosen]
+    rows = [[one["arm"], one["size"], f"{one['rate']:g}", format_scores(one["tried"])] for one in chosen]
     columns = ["arm", "size", "rate", "validation scores by rate"]
     return {"title": "Rates chosen on validation rows", "columns": columns, "rows": rows}
 
 
-def listed(values: Mapping[str, float]) -> str:
+def format_scores(values: Mapping[str, float]) -> str:
     """Names with their values, in one cell of a table."""
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())

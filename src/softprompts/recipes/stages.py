@@ -18,23 +18,23 @@ from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.run import ProgressReporter
 
-STAMP = "stage.json"
+STAGE_FILE = "stage.json"
 """What a stage was done with: its settings, and the prompts it started from."""
 
 RESULTS = "results.json"
 
-ASIDE = ".before-"
+ASIDE_SUFFIX = ".before-"
 """Between a stage's name and a number: the folder of one that was done with other settings."""
 
 
-def check_place(what: str, out: str) -> None:
+def check_output_directory(what: str, out: str) -> None:
     """Raise ConfigError where `what` was started in several processes, and where nothing can be written into `out`."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"{what} runs in one process; start it without torchrun")
     job.check_writable(Path(out))
 
 
-def kept(
+def run_stage(
     title: str, out: Path, told: Mapping[str, Any], screen: ProgressReporter, make: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
     """The results of a stage, from its directory `out` where it was done with the same things `told`, else made.
@@ -42,7 +42,7 @@ def kept(
     What was begun with the same and interrupted is gone on with by `make`. What was begun otherwise stands aside, in a
     folder beside `out`, until it is asked for again.
     """
-    file, done = out / STAMP, out / RESULTS
+    file, done = out / STAGE_FILE, out / RESULTS
     stamp = json.loads(json.dumps(told))  # because that is how the values come back
     changed = done.exists() if not file.exists() else read_json(file) != stamp
     if changed:
@@ -65,27 +65,27 @@ def kept(
 
 def _set_aside(out: Path) -> None:
     """Give the directory `out` a name beside it that nothing has."""
-    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}{ASIDE}{n}").exists())
-    out.rename(out.with_name(f"{out.name}{ASIDE}{number}"))
+    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}{ASIDE_SUFFIX}{n}").exists())
+    out.rename(out.with_name(f"{out.name}{ASIDE_SUFFIX}{number}"))
 
 
 def _aside(out: Path, stamp: Any) -> Path | None:
     """The directory beside `out` that was set aside and says `stamp`."""
-    every = sorted(out.parent.glob(f"{glob.escape(out.name)}{ASIDE}*"))
-    return next((one for one in every if (one / STAMP).exists() and read_json(one / STAMP) == stamp), None)
+    every = sorted(out.parent.glob(f"{glob.escape(out.name)}{ASIDE_SUFFIX}*"))
+    return next((one for one in every if (one / STAGE_FILE).exists() and read_json(one / STAGE_FILE) == stamp), None)
 
 
-def runs(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
+def run_group(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """The results of a group of runs; `inputs` are directories with the prompts that they start from."""
-    each = {name: set_in(one) for name, one in sweep(run).items()}
-    told = {"version": __version__, "runs": each, "inputs": {path: digest(path) for path in inputs}}
+    each = {name: explicit_settings(one) for name, one in sweep(run).items()}
+    told = {"version": __version__, "runs": each, "inputs": {path: artifacts_digest(path) for path in inputs}}
 
     def make() -> dict[str, Any]:
         count = len(run.runs) or 1
         screen.log(f"{title}: {count} run{'s' * (count > 1)}, {run.training.max_steps} steps")
         return job.run(run, screen)
 
-    return kept(title, Path(run.output_dir), told, screen, make)
+    return run_stage(title, Path(run.output_dir), told, screen, make)
 
 
 class Settings(Protocol):
@@ -96,7 +96,7 @@ class Settings(Protocol):
     evaluation: EvaluationConfig
 
 
-def run_of(
+def build_run(
     plan: Settings,
     tasks: Sequence[TaskConfig],
     train: TrainConfig,
@@ -123,14 +123,14 @@ def run_of(
     return found
 
 
-def set_in(section: Section) -> dict[str, Any]:
+def explicit_settings(section: Section) -> dict[str, Any]:
     """What a section sets otherwise than by default: a key that a later release adds does not undo what was done."""
     return section.model_dump(mode="json", exclude_defaults=True)
 
 
-def whole(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
+def run_complete_group(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
     """The same of a group of which no run may be missing; raises TrainingError where one failed."""
-    results = runs(title, run, screen, inputs)
+    results = run_group(title, run, screen, inputs)
     if failed := [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]:
         raise TrainingError(f"{title} could not all be trained: {'; '.join(failed)}")
     return results
@@ -142,7 +142,7 @@ def read_results(out: Path) -> dict[str, Any]:
     return found
 
 
-def digest(path: str) -> str:
+def artifacts_digest(path: str) -> str:
     """What the artifacts below a directory hold."""
     found = hashlib.sha256()
     for file in sorted(Path(path).rglob(artifact.TENSORS)):

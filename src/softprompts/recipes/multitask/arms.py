@@ -25,8 +25,8 @@ class Arm:
     method: str
     start: Start
     variant: str = ""
-    together: bool = False
-    asked: bool = False
+    all_targets: bool = False
+    only_if_named: bool = False
 
 
 ARMS: dict[str, Arm] = {
@@ -34,12 +34,12 @@ ARMS: dict[str, Arm] = {
     "prompt-tuning": Arm("prompt tuning from vocabulary", "prompt-tuning", "vocabulary"),
     "labels": Arm("prompt tuning from class labels", "prompt-tuning", "labels"),
     "spot-mixture": Arm("SPoT, one prompt of all sources", "prompt-tuning", "prompt", "mixture"),
-    "spot-first": Arm("SPoT, the first source", "prompt-tuning", "first", asked=True),
-    "spot-second": Arm("SPoT, the second source", "prompt-tuning", "second", asked=True),
+    "spot-first": Arm("SPoT, the first source", "prompt-tuning", "first", only_if_named=True),
+    "spot-second": Arm("SPoT, the second source", "prompt-tuning", "second", only_if_named=True),
     "spot-nearest": Arm("SPoT, the nearest source", "prompt-tuning", "nearest"),
     "spot-weighted": Arm("SPoT, the nearest sources weighted", "prompt-tuning", "weighted"),
     "attempt": Arm("ATTEMPT", "attempt", "sources"),
-    "vectors": Arm("sum of task prompt vectors", "prompt-tuning", "vectors", asked=True),
+    "vectors": Arm("sum of task prompt vectors", "prompt-tuning", "vectors", only_if_named=True),
     "mpt": Arm("multitask prompt tuning", "multitask-prompt-tuning", "factors", "mpt"),
     "mpt-no-distillation": Arm("without distillation", "multitask-prompt-tuning", "factors", "no-distillation"),
     "mpt-no-decomposition": Arm("without decomposition", "prompt-tuning", "prompt", "no-decomposition"),

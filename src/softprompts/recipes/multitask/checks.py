@@ -14,11 +14,11 @@ from softprompts.errors import ArtifactError, ConfigError
 from softprompts.injection import Site
 from softprompts.model import initialization
 from softprompts.model.setup import load_backbone
-from softprompts.recipes.comparison import Cell
+from softprompts.recipes.comparison import ArmRun
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
-    arms_of,
     probe_runs,
+    select_arms,
     source_runs,
     teacher_runs,
     weight_targets,
@@ -50,15 +50,15 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
     _check_labels(plan, backbone, targets)
     _check_teachers(plan, backbone)
     for shots in plan.target.shots:
-        for arm, target in product(arms_of(plan, shots, weights=True), weight_targets(plan)):
+        for arm, target in product(select_arms(plan, shots, weights=True), weight_targets(plan)):
             for rate in plan.target.weight_learning_rates[arm]:
-                backbone_weights.check_installed(weights_run(plan, target, shots, Cell(arm, rate, 0)).training)
+                backbone_weights.check_installed(weights_run(plan, target, shots, ArmRun(arm, rate, 0)).training)
             backbone_weights.check_trainable(backbone)
 
 
 def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -> None:
     """A start from class labels, where an arm has one, must be possible for every target."""
-    if not any("labels" in arms_of(plan, shots, weights=False) for shots in plan.target.shots):
+    if not any("labels" in select_arms(plan, shots, weights=False) for shots in plan.target.shots):
         return
     site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.placement)
     for name, task in targets.items():

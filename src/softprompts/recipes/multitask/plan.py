@@ -12,10 +12,10 @@ from softprompts.config import (
     TrainConfig,
 )
 from softprompts.config.schema import Count, Seed
-from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_known, distinct
+from softprompts.recipes.comparison import WEIGHTS, ComparisonStage, check_distinct, check_known
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 
-KEPT = ("target", "distillation", "objectives", "learning_rates")
+RECIPE_KEYS = ("target", "distillation", "objectives", "learning_rates")
 """Keys of a stage's training that the recipe sets itself."""
 
 
@@ -62,7 +62,7 @@ class SourceStage(Section):
 class TargetStage(ComparisonStage):
     """Every arm on every target, with all rows and with few."""
 
-    arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.asked)
+    arms: tuple[str, ...] = tuple(name for name, arm in ARMS.items() if not arm.only_if_named)
     """The arms with all rows."""
 
     few_arms: tuple[str, ...] | None = None
@@ -80,7 +80,7 @@ class TargetStage(ComparisonStage):
     @field_validator("arms", "few_arms")
     @classmethod
     def _once(cls, values: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return None if values is None else distinct(values)
+        return None if values is None else check_distinct(values)
 
 
 class Plan(Section):
@@ -150,7 +150,7 @@ class Plan(Section):
             ("target.training", self.target.training),
             ("target.few", self.target.few),
         ):
-            for key in KEPT:
+            for key in RECIPE_KEYS:
                 if getattr(stage, key) != getattr(TrainConfig(), key):
                     raise ValueError(f"{name}.{key} is set by the recipe itself; leave it out")
         for key in ("method", "options"):

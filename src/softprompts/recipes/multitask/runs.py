@@ -7,7 +7,7 @@ from typing import Any
 
 from softprompts.config import Run, SamplingConfig, TaskConfig, TrainConfig, parse
 from softprompts.recipes import stages
-from softprompts.recipes.comparison import TOGETHER, WEIGHTS, Cell, size_name
+from softprompts.recipes.comparison import ALL_TARGETS, WEIGHTS, ArmRun, size_name
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.run.results import prompt_directory
@@ -30,7 +30,7 @@ def teacher_runs(plan: Plan) -> Run:
         for task in plan.sources
         if task.title not in plan.teachers.trained
     ]
-    return stages.run_of(
+    return stages.build_run(
         plan, plan.sources[:1], plan.teachers.training, Path(plan.output_dir) / "teachers", runs=entries
     )
 
@@ -64,7 +64,7 @@ def source_runs(plan: Plan) -> Run:
             }
         )
     shared = {"method": "multitask-prompt-tuning"}
-    return stages.run_of(plan, plan.sources, own.training, out, prompt=shared, runs=entries, seed=own.seed)
+    return stages.build_run(plan, plan.sources, own.training, out, prompt=shared, runs=entries, seed=own.seed)
 
 
 def probe_runs(plan: Plan) -> Run:
@@ -76,17 +76,17 @@ def probe_runs(plan: Plan) -> Run:
         {
             "name": probe_name(task.title, shots, seed),
             "seed": seed,
-            "task": plan.target.drawn(task, shots, seed).model_dump(mode="json"),
+            "task": plan.target.draw_rows(task, shots, seed).model_dump(mode="json"),
         }
         for shots in plan.target.shots
-        if {"nearest", "weighted"} & {ARMS[arm].start for arm in arms_of(plan, shots, weights=False)}
+        if {"nearest", "weighted"} & {ARMS[arm].start for arm in select_arms(plan, shots, weights=False)}
         for task in plan.targets
         for seed in plan.target.seeds
     ]
     train = plan.target.few.model_copy(
         update={"max_steps": plan.target.probe_steps, "warmup_steps": 0, "lr_scheduler_type": "constant"}
     )
-    return stages.run_of(plan, plan.targets[:1], train, Path(plan.output_dir) / "probes", runs=entries)
+    return stages.build_run(plan, plan.targets[:1], train, Path(plan.output_dir) / "probes", runs=entries)
 
 
 def probe_name(target: str, shots: int | None, seed: int) -> str:
@@ -94,26 +94,26 @@ def probe_name(target: str, shots: int | None, seed: int) -> str:
     return f"{target}-{size_name(shots)}-seed{seed}"
 
 
-def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cells: Sequence[Cell], part: str) -> Run:
+def target_run(plan: Plan, target: str, shots: int | None, origins: Origins, cells: Sequence[ArmRun], part: str) -> Run:
     """The runs of `cells` on one target, or on all of them, in one frozen batch; `part` is their folder."""
-    tasks = plan.targets if target == TOGETHER else tuple(t for t in plan.targets if t.title == target)
+    tasks = plan.targets if target == ALL_TARGETS else tuple(t for t in plan.targets if t.title == target)
     entries = [_entry(plan, tasks, shots, origins, cell) for cell in cells]
     out = Path(plan.output_dir) / "targets" / f"{target}-{size_name(shots)}" / part
-    return stages.run_of(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
+    return stages.build_run(plan, tasks, _training(plan, shots, len(tasks)), out, runs=entries)
 
 
-def weights_run(plan: Plan, target: str, shots: int | None, cell: Cell) -> Run:
+def weights_run(plan: Plan, target: str, shots: int | None, cell: ArmRun) -> Run:
     """A run that trains weights of the backbone: by itself, because nothing of it is shared."""
     task = next(task for task in plan.targets if task.title == target)
     out = Path(plan.output_dir) / "targets" / f"{target}-{size_name(shots)}" / "weights" / cell.name
     train = parse(plan.target.weight_training(cell, shots), TrainConfig)
-    return stages.run_of(plan, (plan.target.drawn(task, shots, cell.seed),), train, out, seed=cell.seed)
+    return stages.build_run(plan, (plan.target.draw_rows(task, shots, cell.seed),), train, out, seed=cell.seed)
 
 
-def arms_of(plan: Plan, shots: int | None, weights: bool, together: bool = False) -> list[str]:
+def select_arms(plan: Plan, shots: int | None, weights: bool, all_targets: bool = False) -> list[str]:
     """The arms at a size that train weights, or prompts for each target, or one prompt for all."""
     chosen = plan.target.arms if shots is None or plan.target.few_arms is None else plan.target.few_arms
-    return [arm for arm in chosen if (arm in WEIGHTS) == weights and ARMS[arm].together == together]
+    return [arm for arm in chosen if (arm in WEIGHTS) == weights and ARMS[arm].all_targets == all_targets]
 
 
 def weight_targets(plan: Plan) -> list[str]:
@@ -130,15 +130,17 @@ def _training(plan: Plan, shots: int | None, tasks: int) -> TrainConfig:
     return train.model_copy(update={"batch_size": train.batch_size * tasks, "sampling": SamplingConfig(draw="all")})
 
 
-def _entry(plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: Cell) -> dict[str, Any]:
+def _entry(
+    plan: Plan, tasks: Sequence[TaskConfig], shots: int | None, origins: Origins, cell: ArmRun
+) -> dict[str, Any]:
     arm = ARMS[cell.arm]
     factors = arm.start == "factors"
     rates = {"factors": cell.rate * plan.target.factor_learning_rate} if factors else {}
-    target = TOGETHER if len(tasks) > 1 else tasks[0].title
+    target = ALL_TARGETS if len(tasks) > 1 else tasks[0].title
     return {
         "name": cell.name,
         "seed": cell.seed,
-        "tasks": [plan.target.drawn(task, shots, cell.seed).model_dump(mode="json") for task in tasks],
+        "tasks": [plan.target.draw_rows(task, shots, cell.seed).model_dump(mode="json") for task in tasks],
         "prompt.method": arm.method,
         "prompt.options": {"ranks": plan.source.ranks} if factors else {},
         "prompt.init": _init(cell.arm, plan, origins, origins.nearest.get((target, shots, cell.seed), ())),

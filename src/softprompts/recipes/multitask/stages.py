@@ -13,14 +13,14 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.evaluation import page
 from softprompts.recipes import comparison, stages
-from softprompts.recipes.comparison import TOGETHER, Cell, Comparison, Found, size_name
+from softprompts.recipes.comparison import ALL_TARGETS, ArmResult, ArmRun, Comparison, size_name
 from softprompts.recipes.multitask.checks import check
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import (
     Origins,
-    arms_of,
     probe_name,
     probe_runs,
+    select_arms,
     source_runs,
     target_run,
     teacher_paths,
@@ -42,23 +42,23 @@ def execute(plan: Plan, screen: ProgressReporter = SILENT) -> dict[str, Any]:
     TrainingError where a teacher or a shared prompt could not be trained.
     """
     began = time.time()
-    stages.check_place("the recipe", plan.output_dir)
+    stages.check_output_directory("the recipe", plan.output_dir)
     check(plan, screen)
     teachers = teacher_paths(plan)
     run = teacher_runs(plan)
     if run.runs:
-        stages.whole("teachers", run, screen)
+        stages.run_complete_group("teachers", run, screen)
     variants = {name: Path(plan.output_dir) / "sources" / name for name in plan.source.variants}
     run = source_runs(plan)
-    sources = stages.whole("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
+    sources = stages.run_complete_group("sources", run, screen, list(teachers.values())) if variants else {"runs": []}
     similar = {name: artifact.load(path).require_prompt(path) for name, path in teachers.items()}
     origins = Origins(teachers, variants, _nearest(plan, similar, screen))
     filled = Comparison(plan.target, functools.partial(_runs, plan, origins, screen))
     for shots in plan.target.shots:
-        filled.fill(shots, arms_of(plan, shots, weights=False), [task.title for task in plan.targets])
-        filled.fill(shots, arms_of(plan, shots, weights=False, together=True), [TOGETHER])
+        filled.run_arms(shots, select_arms(plan, shots, weights=False), [task.title for task in plan.targets])
+        filled.run_arms(shots, select_arms(plan, shots, weights=False, all_targets=True), [ALL_TARGETS])
     for shots in plan.target.shots:  # the slowest, one run after the other
-        filled.fill(shots, arms_of(plan, shots, weights=True), weight_targets(plan))
+        filled.run_arms(shots, select_arms(plan, shots, weights=True), weight_targets(plan))
     results = summarize(plan, filled, sources, origins, similar, time.time() - began)
     page.write_results(Path(plan.output_dir) / "results.json", results)
     page.write_page(Path(plan.output_dir) / "report.html", page_of(results))
@@ -72,7 +72,7 @@ def _nearest(
     run = probe_runs(plan)
     if not run.runs:
         return {}
-    stages.whole("probes", run, screen)
+    stages.run_complete_group("probes", run, screen)
     found: dict[tuple[str, int | None, int], Sequence[tuple[str, float]]] = {}
     for task, shots, seed in product(plan.targets, plan.target.shots, plan.target.seeds):
         path = Path(run.output_dir) / probe_name(task.title, shots, seed) / "prompt"
@@ -88,16 +88,16 @@ def _runs(
     screen: ProgressReporter,
     target: str,
     shots: int | None,
-    cells: Sequence[Cell],
+    cells: Sequence[ArmRun],
     part: str,
-) -> list[Found]:
+) -> list[ArmResult]:
     """The runs of `cells` on a target; those that failed have no pages."""
     title = f"{target} {size_name(shots)}"
     if cells[0].trains_weights:
         return [
-            comparison.alone(f"{title}, {one.name}", weights_run(plan, target, shots, one), one, screen)
+            comparison.run_single(f"{title}, {one.name}", weights_run(plan, target, shots, one), one, screen)
             for one in cells
         ]
     run = target_run(plan, target, shots, origins, cells, part)
     inputs = [*origins.teachers.values(), *(str(path / "prompt") for path in origins.variants.values())]
-    return comparison.together(f"{title}, {part}", run, cells, screen, inputs)
+    return comparison.run_shared_batch(f"{title}, {part}", run, cells, screen, inputs)

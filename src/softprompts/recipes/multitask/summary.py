@@ -8,7 +8,7 @@ from torch import Tensor
 
 from softprompts.artifacts.vectors import similarity
 from softprompts.recipes import comparison
-from softprompts.recipes.comparison import Comparison, listed, size_name
+from softprompts.recipes.comparison import Comparison, format_scores, size_name
 from softprompts.recipes.multitask.arms import ARMS, VARIANTS
 from softprompts.recipes.multitask.plan import Plan
 from softprompts.recipes.multitask.runs import Origins
@@ -31,9 +31,9 @@ def summarize(
         "task": ", ".join(task.title for task in plan.targets),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "arms": [comparison.scores(filled.found, shots, targets, about) for shots in plan.target.shots],
+        "arms": [comparison.scores(filled.results, shots, targets, about) for shots in plan.target.shots],
         "sources": _sources(sources),
-        "curves": comparison.curves(filled.found),
+        "curves": comparison.curves(filled.results),
         "similarity": {
             "labels": list(teachers),
             "matrix": similarity.similarity_matrix(list(teachers.values())).tolist(),
@@ -42,11 +42,11 @@ def summarize(
             {"target": target, "size": size_name(shots), "seed": seed, "sources": dict(near)}
             for (target, shots, seed), near in origins.nearest.items()
         ],
-        "rates": list(filled.chosen),
+        "rates": list(filled.chosen_rates),
         "config": plan.model_dump(mode="json"),
         "versions": versions(),
-        "machine": comparison.machine(filled.found),
-        "warnings": comparison.failures(filled.found),
+        "machine": comparison.machine(filled.results),
+        "warnings": comparison.failures(filled.results),
         "next": [f"softprompts inspect {path}" for path in list(origins.teachers.values())[:1]],
     }
 
@@ -75,7 +75,8 @@ def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     )
     tables.append(comparison.rate_table(results["rates"]))
     rows = [
-        [*(str(one[key]) for key in ("target", "size", "seed")), listed(one["sources"])] for one in results["nearest"]
+        [*(str(one[key]) for key in ("target", "size", "seed")), format_scores(one["sources"])]
+        for one in results["nearest"]
     ]
     columns = ["target", "size", "seed", "source, weight"]
     tables.append({"title": "Nearest sources (SPoT)", "columns": columns, "rows": rows})

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from softprompts.evaluation.metrics import confusion, per_class, score
-from softprompts.evaluation.page import Markup, table, write_page, write_results
+from softprompts.evaluation.page import write_page, write_results
 from softprompts.evaluation.plots import COLORS, Line, heatmap, interval_plot, line_plot, smooth, thin
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -115,7 +115,7 @@ def test_nothing_comes_from_elsewhere(page, text):
 
 
 def test_what_users_wrote_is_escaped(page, text):
-    assert "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt;" in text
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;" in text
     assert not page.of("script")
     assert not page.of("b")
     assert "<script>alert('x')</script>" in page.text
@@ -177,10 +177,9 @@ def test_the_figures_are_those_of_the_results(page, text, results):
     assert '["a", "b"]' in shown
 
 
-def cells(figure):
+def cells(plot):
     """The counts that a heatmap shows, and what the pointer shows on each."""
-    (svg,) = re.findall("<svg.*</svg>", figure, re.DOTALL)
-    root = ElementTree.fromstring(svg)
+    root = ElementTree.fromstring(plot.svg)
     counts = [int(text.text) for text in root.iter("text") if text.text.isdigit()]
     return counts, [title.text for title in root.iter("title")]
 
@@ -200,10 +199,9 @@ def test_the_heatmap_holds_every_count(results):
     "label", ["$5 or $x^$", "日本語のラベル", "<b>&amp;", "#00000d", "a\x00b\nc", "\\frac", "x" * 400, ""]
 )
 def test_any_label_can_be_drawn(label):
-    figure = heatmap([label, "b"], [[1, 2], [3, 4]])
-    Page(figure)
+    svg = heatmap([label, "b"], [[1, 2], [3, 4]]).svg
     shown = label if len(label) < 15 else f"{label[:7]}…{label[-6:]}"
-    assert shown.replace("\x00", " ").replace("\n", " ").strip() in Page(figure).text or not label
+    assert shown.replace("\x00", " ").replace("\n", " ").strip() in Page(svg).text or not label
 
 
 def test_plots_are_the_same_text_every_time_and_leave_settings_alone():
@@ -216,7 +214,7 @@ def test_plots_are_the_same_text_every_time_and_leave_settings_alone():
     matplotlib.rcParams.update(before)
     assert line_plot("One", [line]) == first
     assert dict(matplotlib.rcParams) == before
-    assert [title for title in Page(first).text if title.startswith("step 1")] == ["step 1: 2"]
+    assert [title for title in Page(first.svg).text if title.startswith("step 1")] == ["step 1: 2"]
 
 
 def test_matplotlib_waits_until_something_is_drawn(tmp_path):
@@ -225,7 +223,7 @@ def test_matplotlib_waits_until_something_is_drawn(tmp_path):
     path = str(tmp_path / "p.html")
     code = f"""
 import sys
-from softprompts.report import write_page
+from softprompts.evaluation.page import write_page
 assert "matplotlib" not in sys.modules
 write_page({path!r}, {one!r})
 assert "matplotlib" not in sys.modules
@@ -302,8 +300,7 @@ def test_long_runs_stay_small(tmp_path):
     [(0, 1), (1, 1), (0, 0), (-3, 5), (1e-9, 3e-9), (1, 1 + 1e-15), (1.0001, 1.0003), (1, 50_000), (1e12, 1e13)],
 )
 def test_any_range_has_ticks_that_differ(values):
-    figure = line_plot("Some", [Line("a", list(enumerate(values, 1)))])
-    root = ElementTree.fromstring(re.findall("<svg.*</svg>", figure, re.DOTALL)[0])
+    root = ElementTree.fromstring(line_plot("Some", [Line("a", list(enumerate(values, 1)))]).svg)
     ticks = [text.text for text in root.iter("text") if text.text != "step"]
     across = [tick for tick in ticks if tick in ("1", "2")]
     assert len(ticks) - len(across) >= 2
@@ -311,20 +308,44 @@ def test_any_range_has_ticks_that_differ(values):
 
 
 def test_scores_without_bounds_are_dots_alone():
-    assert interval_plot({"a": {"value": None}}, {}) == ""
-    figure = interval_plot({"a": {"value": 0.5, "low": None, "high": None}}, {"a": {"value": None}})
-    assert 'aria-label="a after 0.500"' in figure
-    assert "before" not in figure
-    assert "0.500" in Page(figure).text
+    assert interval_plot({"a": {"value": None}}, {}) is None
+    plot = interval_plot({"a": {"value": 0.5, "low": None, "high": None}}, {"a": {"value": None}})
+    assert 'aria-label="a after 0.500"' in plot.svg
+    assert "before" not in plot.svg
+    assert [key.name for key in plot.legend] == ["after"]
+    assert "0.500" in Page(plot.svg).text
 
 
-def test_tables_escape_align_and_dash():
-    made = table(["name", "count"], [["<i>", 1200], [Markup("<em>x</em>"), None]], "Some & all")
-    assert "&lt;i&gt;" in made
-    assert "<em>x</em>" in made
-    assert '<td class="figure"><data value="1200">1,200</data></td>' in made
-    assert "–" in made
-    assert 'aria-label="Some &amp; all"' in made
+def test_tables_escape_align_and_dash(tmp_path):
+    rows = [["<i>", 1200, {"mean": 0.5, "sd": 0.25, "n": 2}], ["<em>x</em>", None, {"mean": 0.5, "sd": None, "n": 1}]]
+    study_table = {"title": "Some & all", "columns": ["name & co", "count", "score"], "rows": rows}
+    results = {"title": "t", "task": "x", "tables": [study_table]}
+    text = write_page(tmp_path / "p.html", results).read_text(encoding="utf-8")
+    assert "<h2>Some &amp; all</h2>" in text
+    assert 'aria-label="name &amp; co, count, score"' in text
+    assert '<th scope="col">name &amp; co</th><th scope="col" class="figure">count</th>' in text
+    assert '<th scope="row">&lt;i&gt;</th><td class="figure"><data value="1200">1,200</data></td>' in text
+    assert '<td class="figure"><data value="0.5">0.500</data> ± 0.250<small>2 runs</small></td>' in text
+    assert '<th scope="row">&lt;em&gt;x&lt;/em&gt;</th><td class="figure"><data value="">–</data></td>' in text
+    assert '<td class="figure"><data value="0.5">0.500</data><small>1 run</small></td>' in text
+
+
+@pytest.mark.parametrize("place", ["title", "task", "warnings", "next", "label", "column", "metric", "run"])
+def test_every_text_of_the_results_is_escaped(tmp_path, place):
+    text = """<img src=x onerror="alert('x')">&amp;"""
+    results = {"title": "t", "task": "x"} | {
+        "title": {"title": text},
+        "task": {"task": text},
+        "warnings": {"warnings": [text]},
+        "next": {"next": [text]},
+        "label": {"confusion": {"labels": [text, "b"], "matrix": [[1, 2, 0], [3, 4, 0]]}},
+        "column": {"tables": [{"title": text, "columns": [text, "b"], "rows": [[text, 1.0]]}]},
+        "metric": {"scores": {text: {"value": 0.5, "n": 3, "illegal": 0, "note": text}}},
+        "run": {"runs": [{"name": text, "task": text, "differs": {text: text}, "metric": text}]},
+    }[place]
+    page = Page(write_page(tmp_path / "p.html", results).read_text(encoding="utf-8"))
+    assert not page.of("img")
+    assert place == "label" or any(text in piece for piece in page.text)
 
 
 @pytest.mark.parametrize("write", [write_page, write_results])

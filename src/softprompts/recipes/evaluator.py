@@ -1,4 +1,4 @@
-"""Prompts that are there, judged on a task's rows by one frozen backbone."""
+"""The evaluation of trained prompts on a task's rows by one frozen backbone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ from softprompts.model import SoftPromptModel
 from softprompts.model.setup import example_tokenizer
 from softprompts.types import PromptInit
 
-Judged = Callable[[str, int, int], None]
-"""Shown on the way: what is judged, how many prompts are done, of how many."""
+OnEval = Callable[[str, int, int], None]
+"""Called with a title, the number of prompts that are evaluated, and the number of all."""
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A task's rows beside the backbone, and how answers are judged; prompts are `length` tokens at `site`."""
+    """A task and the frozen backbone that answers its rows, with prompts of `length` tokens at `site`."""
 
     backbone: Backbone
     site: Site
@@ -32,8 +32,14 @@ class Evaluator:
     config: EvaluationConfig
 
     def evaluate(self, prompt: Tensor | None, rows: Sequence[Row]) -> Evaluation:
-        """Answers to `rows` behind the prompt `[P, D]`, or by the stock model, with their scores."""
-        model, name = SoftPromptModel(self.backbone), None
+        """Answer `rows` behind a prompt and score the answers.
+
+        Args:
+            prompt: The prompt [P, D]; None: the stock model answers.
+            rows: Rows of the task.
+        """
+        model = SoftPromptModel(self.backbone)
+        name = None
         if prompt is not None:
             name = self.task.name
             site = {"site": self.site.name, "mode": self.site.mode, "placement": self.site.place}
@@ -41,13 +47,13 @@ class Evaluator:
             model.add_prompt(name, config, init=PromptInit(prompt))
         return evaluate.evaluate(model, rows, prompt=name, encoder=self.encoder, config=self.config)
 
-    def scores(self, prompts: Sequence[Tensor], rows: Sequence[Row], title: str, judged: Judged) -> list[float]:
-        """The headline score of each of `prompts` on `rows`."""
-        found = []
+    def scores(self, prompts: Sequence[Tensor], rows: Sequence[Row], title: str, on_eval: OnEval) -> list[float]:
+        """The headline score of each of `prompts` [P, D] on `rows`."""
+        scores: list[float] = []
         for prompt in prompts:
-            found.append(self.evaluate(prompt, rows).headline.value)
-            judged(f"{title}, prompts", len(found), len(prompts))
-        return found
+            scores.append(self.evaluate(prompt, rows).headline.value)
+            on_eval(f"{title}, prompts", len(scores), len(prompts))
+        return scores
 
     @property
     def metric(self) -> str:
@@ -56,13 +62,26 @@ class Evaluator:
         return names[0]
 
 
-def judge(backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluationConfig) -> Evaluator:
-    """The judge of a task, its rows loaded.
+def load_evaluator(
+    backbone: Backbone, site: Site, length: int, config: TaskConfig, evaluation: EvaluationConfig
+) -> Evaluator:
+    """Load the rows of a task and prepare their evaluation.
 
-    Raises DataError for rows that cannot be read; BackboneError for a backbone with a classification head.
+    Args:
+        backbone: The frozen language model.
+        site: Where prompts enter.
+        length: The number of prompt tokens.
+        config: The task.
+        evaluation: How rows are answered and answers scored.
+
+    Raises:
+        DataError: The rows cannot be read.
+        BackboneError: The backbone has a classification head.
     """
     if backbone.head != "lm":
-        raise BackboneError(f"prompts are judged by the words of a language model, not by head '{backbone.head}'")
+        raise BackboneError(
+            f"prompts are evaluated by the words of a language model, and this model has head '{backbone.head}'"
+        )
     task = load_task(config)
     site = replace(site, place=resolve_placement(site.place, [task.template]))
     encoder = example_tokenizer(backbone, task.template, length, place=site.place)
