@@ -223,7 +223,7 @@ def _write_gguf_tokenizer(tokenizer: Any, tokens: list[str], metadata: Metadata,
 
 def _write_tokenizer(tokenizer: Any, special_tokens: dict[str, str], max_length: int, ready: Path) -> None:
     tokenizer.save(str(ready / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **special_tokens}
     config |= {"model_max_length": max_length, "clean_up_tokenization_spaces": False}
     _write_json(ready / "tokenizer_config.json", config)
 
