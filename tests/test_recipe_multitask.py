@@ -419,7 +419,7 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
     with pytest.raises(DataError, match=r"gone\.csv"):
         tried(targets=[{**values["targets"][0], "source": str(tmp_path / "gone.csv")}])
     target = {**values["targets"][0], "split": {"validation_fraction": 0.2, "test_fraction": 0}}
-    with pytest.raises(ConfigError, match="target gamma has no rows to judge by"):
+    with pytest.raises(ConfigError, match="target gamma has no test rows"):
         tried(targets=[target])
     with pytest.raises(ConfigError, match="arm 'labels' is not possible for target gamma"):
         tried(prompt={"num_virtual_tokens": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
