@@ -1,12 +1,11 @@
 """Conversion of packaged models into directories for `from_pretrained`.
 
 A conversion is a function of the package's files and the new directory. transformers unpacks the weights of a GGUF
-file. The configuration and the tokenizer are written here, because transformers 5.16 to 5.24 reads others:
+file. The configuration and the tokenizer are written here, because those of transformers (5.16 to 5.24) differ:
 
-- its configuration has the epsilon rounded to float32 (9.999999747378752e-06), and Gemma's attention scale at the
-  default of the family;
-- its tokenizer ignores `tokenizer.ggml.pre`: SmolLM2's numbers are not cut into digits, so that texts get other tokens;
-  and it takes half a minute for the vocabulary of Gemma.
+- The configuration has the epsilon in float32 (9.999999747378752e-06), and Gemma's attention scale is always 256.
+- The tokenizer of SmolLM2 ignores `tokenizer.ggml.pre`. It does not cut numbers into digits, so texts get other tokens.
+- The tokenizer of Gemma pads on the left, has no longest length, and lacks 30 of the tokens that texts are split at.
 """
 
 import json
