@@ -329,4 +329,7 @@ def _parts(path: str) -> list[tuple[str | Path, int | None]]:
     folders = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
     if folders and not (Path(path) / collection.INDEX).is_file():
         return [(folder, None) for folder in folders]
-    return [(part.path, part.task) for unit in collection.member_groups(Path(path)) for part in unit]
+    members: list[tuple[str | Path, int | None]] = []
+    for group in collection.member_groups(Path(path)):
+        members.extend((member.path, member.task) for member in group)
+    return members

@@ -114,7 +114,8 @@ class SoftPromptModel(nn.Module):
             path: A directory of prompts that `save_pretrained` or PEFT wrote; None: no prompts.
             tokenizer: The stock model's tokenizer.
             allow_other_weights: Whether prompts that were made for other weights only cost a warning.
-            config: How a named model is loaded: number format, device, head, kernels; its name is `model`.
+            config: How a named model is loaded: number format, device, head, kernels. What it leaves out is as by
+                default or, for prompts, as in the run that made them. Its name does not count.
             log: Is told what is done while a named model is loaded.
 
         Raises:
@@ -123,15 +124,18 @@ class SoftPromptModel(nn.Module):
             AssetError: A packaged model cannot be fetched.
         """
         if isinstance(model, str | Path):
+            changes = {} if config is None else config.model_dump(include=config.model_fields_set - {"name"})
             if path is None and (collection.is_artifact(Path(model)) or collection.written_by_softprompts(Path(model))):
                 path = model
-                first = artifact.load(
-                    collection.member_groups(Path(path))[0][0].path, collection.member_groups(Path(path))[0][0].task
-                )
-                prompted = cls(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
             else:
-                loading = (config or ModelConfig()).model_copy(update={"name": str(model)})
-                prompted = cls(setup.load_backbone(loading, log=log))
+                changes["name"] = str(model)
+            if path is None:
+                prompted = cls(setup.load_backbone(parse(changes, ModelConfig, "model"), log=log))
+            else:
+                member = collection.member_groups(Path(path))[0][0]
+                first = artifact.load(member.path, member.task)
+                loading = backbone_config(first, changes=changes)
+                prompted = cls(setup.load_backbone(loading, labels=head_rows(first), log=log))
         else:
             prompted = cls(model, tokenizer=tokenizer)
         if path is not None:
@@ -365,10 +369,10 @@ class SoftPromptModel(nn.Module):
         options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
             return injection.score(self.backbone, batch, None, Site(), **options)
-        if prompts is None:
-            prompts = self.make_prompts(batch)
         names = tuple(self.registry.used(batch.task_ids).values())
         site = self.registry.site_of(names)
+        if prompts is None:
+            prompts = self.make_prompts(batch)
         if len({self.registry.records[name].site for name in names}) > 1:
             batch = self.registry.place(self.backbone, batch, self._readable(batch))
         with self._own_head(names):
