@@ -121,9 +121,7 @@ def test_scores_are_those_of_the_runs_at_the_rate_that_validation_chose(done):
 def test_arms_train_what_they_say(done):
     values, results = done
     for arm in TRAINED:
-        rate = next(
-            one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == (arm, "full")
-        )
+        rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == (arm, "full"))
         run = page(values, "tasks", "beta-full", "seeds", arm, f"{arm}-rate{rate:g}-seed1")["config"]
         known = parse(values, Study).known[arm]
         for key, value in known.prompt.items():
@@ -137,9 +135,7 @@ def test_arms_train_what_they_say(done):
         state = run["prompt"]["init"]["state"]
         assert state == (str(Path(values["output_dir"], "pretrain", arm, "prompt")) if known.pretrain else None)
     for name, seed in (("alpha-2-shot", 1), ("beta-2-shot", 1)):
-        rate = next(
-            one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spt", "2-shot")
-        )
+        rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spt", "2-shot"))
         run = page(values, "tasks", name, "seeds", "spt", f"spt-rate{rate:g}-seed{seed}")
         assert run["config"]["tasks"][0]["split"]["shots_seed"] == seed
         assert run["rows"]["train"] == 4
