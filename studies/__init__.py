@@ -1,1 +1,1 @@
-"""Studies shaped like papers: each carries out its experiments on packaged data and says what held."""
+"""Studies of papers: each repeats a paper's experiments on packaged data and states which claims hold."""

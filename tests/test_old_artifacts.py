@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -74,40 +74,31 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return {**{name: value for name, value in single.items() if value is not None}, **heads}
 
 
-class Opened(NamedTuple):
-    """A model with the prompt of an artifact, and the warnings of opening it."""
-
-    model: SoftPromptModel
-    warnings: tuple[str, ...]
-
-
-def opened(directory: Path) -> Opened:
+def opened(directory: Path) -> tuple[SoftPromptModel, tuple[str, ...]]:
     """The artifact with its backbone, ready to answer."""
-    return Opened(*open_prompts([directory], config=backbone_config(artifact.load(directory).backbone)))
+    return open_prompts([directory], config=backbone_config(artifact.load(directory).backbone))
 
 
 def backbone_config(name: str) -> ModelConfig:
     return ModelConfig(name=str(ARTIFACTS / name), dtype="float32", device="cpu", threads=1)
 
 
-def scores(ready: Opened, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def scores(ready: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The logits [N, V] of the labels of a batch, and the prompt of each row: values [B, P, D] and mask [B, P]."""
     given = Batch(task_ids=torch.zeros(3, dtype=torch.long), **{FIELDS.get(name, name): batch[name] for name in batch})
     with torch.no_grad():
-        prompt = ready.model.make_prompts(given)
-        logits = ready.model.score(given, prompts=prompt).logits
+        prompt = ready.make_prompts(given)
+        logits = ready.score(given, prompts=prompt).logits
     return logits, prompt.values[prompt.prompt_index], prompt.mask[prompt.prompt_index]
 
 
-def answered(ready: Opened, directory: Path) -> list[dict[str, Any]]:
+def answered(ready: SoftPromptModel, directory: Path) -> list[dict[str, Any]]:
     """The answers to TEXTS, judged as in the run; none where the artifact holds no task."""
     saved = artifact.load(directory)
     if saved.template is None:
         return []
     rows = [{"text": text} for text in TEXTS]
-    return [
-        vars(answer) for answer in answers(ready.model, rows, prompt=ready.model.task, config=evaluation_config(saved))
-    ]
+    return [vars(answer) for answer in answers(ready, rows, prompt=ready.task, config=evaluation_config(saved))]
 
 
 def judging(directory: Path) -> dict[str, Any]:
@@ -239,7 +230,7 @@ def test_tensors_of_an_old_artifact_come_back_bit_for_bit(name: str) -> None:
 
 @pytest.mark.parametrize("name", ANSWERING)
 def test_an_old_artifact_scores_a_batch_as_then_and_fits_its_backbone_without_warnings(name: str) -> None:
-    saved, (ready, warnings) = stored(name), opened(ARTIFACTS / name)
+    saved, ready = stored(name), opened(ARTIFACTS / name)
     logits, values, mask = scores(ready, batch_of(saved))
     torch.testing.assert_close(some(logits), saved["logits"], **CLOSE)
     if "rows.values" in saved:
@@ -247,12 +238,12 @@ def test_an_old_artifact_scores_a_batch_as_then_and_fits_its_backbone_without_wa
         torch.testing.assert_close(values, saved["rows.values"], **CLOSE)
     else:
         assert [bits(row) for row in values] == [bits(saved["prompt"])] * len(values)
-    assert list(warnings) == told(name)["warnings"] == []
+    assert list(ready.warnings) == told(name)["warnings"] == []
 
 
 @pytest.mark.parametrize("name", ANSWERING)
 def test_an_old_artifact_answers_texts_as_then(name: str) -> None:
-    now, then = answered(opened(ARTIFACTS / name)[0], ARTIFACTS / name), told(name)["answers"]
+    now, then = answered(opened(ARTIFACTS / name), ARTIFACTS / name), told(name)["answers"]
     assert [(one["value"], one["text"]) for one in now] == [(one["value"], one["text"]) for one in then]
     for one, other in zip(now, then, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
@@ -277,7 +268,7 @@ def test_a_model_with_old_prompts_has_the_loss_and_the_scores_of_then(name: str)
 @pytest.mark.parametrize("name", ANSWERING)
 def test_an_old_artifact_that_is_saved_again_scores_as_before(name: str, tmp_path: Path) -> None:
     new = resaved(ARTIFACTS / name, tmp_path / "new")
-    logits, _, _ = scores(opened(new)[0], batch_of(stored(name)))
+    logits, _, _ = scores(opened(new), batch_of(stored(name)))
     torch.testing.assert_close(some(logits), stored(name)["logits"], **CLOSE)
     version = json.loads((new / "softprompts.json").read_text())["format_version"]
     assert version >= json.loads((ARTIFACTS / name / "softprompts.json").read_text())["format_version"]

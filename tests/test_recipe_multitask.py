@@ -384,7 +384,7 @@ def test_the_upper_lines(tmp_path):
         (lambda v: v["target"].update(shots=[0], few_arms=["spot-nearest"]), "needs rows of the target"),
         (lambda v: v.update(sources=v["sources"][:1]) or v["target"].update(arms=["spot-second"]), "a second source"),
         (lambda v: v.update(sources=[]), "sources"),
-        (lambda v: v["target"].update(shots=[16, 16]), "every value may stand there once, given 16, 16"),
+        (lambda v: v["target"].update(shots=[16, 16]), "every value may be listed once, given 16, 16"),
         (
             lambda v: v["target"].update(few={"objectives": {"distil-logits": 1.0}}),
             "target.few.objectives is set by the",
@@ -419,7 +419,7 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
     with pytest.raises(DataError, match=r"gone\.csv"):
         tried(targets=[{**values["targets"][0], "source": str(tmp_path / "gone.csv")}])
     target = {**values["targets"][0], "split": {"validation_fraction": 0.2, "test_fraction": 0}}
-    with pytest.raises(ConfigError, match="target gamma has no rows to judge by"):
+    with pytest.raises(ConfigError, match="target gamma has no test rows"):
         tried(targets=[target])
     with pytest.raises(ConfigError, match="arm 'labels' is not possible for target gamma"):
         tried(prompt={"num_virtual_tokens": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})

@@ -197,9 +197,9 @@ def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None
     assert sorted(one.state) == ["shared.soft", "shared.sources"]
     assert one.prompt is None
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
-    start = job.prepare(run).start
-    assert torch.equal(one.state["sources"][0], start.draw(40, 200))
-    assert not torch.equal(one.state["soft"], one.initial[:2])
+    start = job.prepare(run).init
+    assert torch.equal(one.state["shared.sources"][0], start.draw(40, 200))
+    assert not torch.equal(one.state["shared.soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
         opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         found = list(evaluate.answers(opened, task.train[:20], prompt=opened.task, config=EvaluationConfig()))

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from studies.instance_prompts import Study, execute
 from studies.instance_prompts.plan import ARMS, COMPARED
-from studies.instance_prompts.summary import _mean_of, page_of, verdict
+from studies.instance_prompts.summary import _mean_of_arms, page_of, verdict
 
 import local
 from softprompts.config import parse
@@ -198,9 +198,9 @@ def test_what_moved_is_counted_for_each_size():
 
     found = {("a", None): [one(10), one(30)], ("a", 16): [one(4)], ("b", None): [one(None), one(50)]}
     filled = types.SimpleNamespace(found=found)
-    assert _mean_of(filled, "moved", [None]) == {"arm": 30}
-    assert _mean_of(filled, "moved", [16]) == {"arm": 4}
-    assert _mean_of(filled, "moved", [None, 16]) == {"arm": 23.5}
+    assert _mean_of_arms(filled, "moved", [None]) == {"arm": 30}
+    assert _mean_of_arms(filled, "moved", [16]) == {"arm": 4}
+    assert _mean_of_arms(filled, "moved", [None, 16]) == {"arm": 23.5}
 
 
 def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
@@ -325,10 +325,10 @@ def test_verdict():
         ({"compare": {"tune_on": ["gamma"]}}, "compare.tune_on: 'gamma' is unknown"),
         ({"compare": {"weight_learning_rates": {"fine-tuning": [1e-3]}}}, "arm 'lora' needs rates"),
         ({"model": {"head": "sequence"}}, "share a language model's head, not 'sequence'"),
-        ({"arms": ["prompt-tuning", "prompt-tuning"]}, "arms: .*every value may stand there once"),
-        ({"upper": ["lora", "lora"]}, "upper: .*every value may stand there once"),
-        ({"compare": {"weight_learning_rates": {"lora": [0.01, 0.01]}}}, "every value may stand there once"),
-        ({"own": {"spt": {"learning_rates": [0.1, 0.1]}}}, "every value may stand there once"),
+        ({"arms": ["prompt-tuning", "prompt-tuning"]}, "arms: .*every value may be listed once"),
+        ({"upper": ["lora", "lora"]}, "upper: .*every value may be listed once"),
+        ({"compare": {"weight_learning_rates": {"lora": [0.01, 0.01]}}}, "every value may be listed once"),
+        ({"own": {"spt": {"learning_rates": [0.1, 0.1]}}}, "every value may be listed once"),
         ({"own": {"lora": {"prompt": {"method": "residual"}}}}, "own: 'lora' is another line of the table"),
         ({"own": {"no prompt": {}}}, "own: 'no prompt' is another line of the table"),
         ({"compare": {"training": {"max_steps": 0}}}, "training.max_steps must be at least 1"),

@@ -227,7 +227,7 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     study = parse({**values, "output_dir": str(tmp_path)}, Study)
-    found = stages._pair(stages._StudyResources(study, ProgressReporter()), pair)
+    found = stages.measure_pair(stages.StudyResources(study, ProgressReporter()), pair)
     assert found["tasks"] == list(pair)
     assert found["coefficients"] == list(grid)
     for task, other in (pair, pair[::-1]):
@@ -371,7 +371,7 @@ def test_the_page_says_what_held(done):
     values, results, _ = done
     text = Path(values["output_dir"], "report.html").read_text()
     for claim in results["claims"].values():
-        assert claim["words"].split(".")[0].replace("'", "&#x27;") in text
+        assert claim["words"].split(".")[0].replace("'", "&#39;") in text
     assert "Question 3: few examples of delta" in text
     assert "Cosines of vectors, flat" in text
     assert text.count("<svg") >= 5
@@ -479,10 +479,10 @@ def test_the_verdict_on_few_examples():
         ({"prompt": {"init": {"kind": "random"}}}, "prompt.init is set by the study itself"),
         ({"groups": {"x": ["alfa"]}}, "groups: 'alfa' is unknown; did you mean 'alpha'"),
         ({"sums": {"starts": 3}}, "sums.starts is 3, and there are 2 starts"),
-        ({"sums": {"pairs": [["alpha", "alpha"]], "starts": 2}}, "alpha stands beside itself"),
+        ({"sums": {"pairs": [["alpha", "alpha"]], "starts": 2}}, "alpha is paired with itself"),
         (
             {"sums": {"pairs": [["alpha", "beta"], ["beta", "alpha"]], "starts": 2}},
-            "a pair of tasks stands there twice",
+            "a pair of tasks is listed twice",
         ),
         ({"sums": {"coefficients": [float("inf")], "starts": 2}}, "sums.coefficients.0"),
         ({"vectors": {"starts": [{}]}}, "at least 2 items"),
@@ -553,13 +553,14 @@ def test_a_rate_that_failed_anywhere_is_not_chosen(tmp_path, monkeypatch, scores
     def read_results(out):
         return {"validation": [{"value": scores[out.parent.name][out.name.removeprefix("rate")]}]}
 
-    monkeypatch.setattr(stages.stage, "runs", runs)
-    monkeypatch.setattr(stages.stage, "read_results", read_results)
+    monkeypatch.setattr(stages.stages, "run_group", runs)
+    monkeypatch.setattr(stages.stages, "read_results", read_results)
     if rate is None:
-        with pytest.raises(TrainingError, match=r"every rate failed on some task; give lower ones in vectors\.rates"):
-            stages._rate(parse(values, Study), ProgressReporter())
+        message = r"every rate failed on some task; give lower ones in vectors\.learning_rates"
+        with pytest.raises(TrainingError, match=message):
+            stages._choose_rate(parse(values, Study), ProgressReporter())
         return
-    chosen, tried = stages._rate(parse(values, Study), ProgressReporter())
+    chosen, tried = stages._choose_rate(parse(values, Study), ProgressReporter())
     means = {at: (scores["alpha"][at] + scores["beta"][at]) / 2 for at in ("0.1", "0.3", "1")
              if None not in (scores["alpha"][at], scores["beta"][at])}  # fmt: skip
     assert chosen == rate
@@ -579,11 +580,11 @@ def test_rates_at_which_the_loss_is_no_number(tmp_path, monkeypatch):
         "learning_rates": [0.1, 1e6],
         "training": {**values["vectors"]["training"], "objectives": {"near": 1.0}},
     }
-    rate, tried = stages._rate(parse(values, Study), ProgressReporter())
+    rate, tried = stages._choose_rate(parse(values, Study), ProgressReporter())
     assert (rate, list(tried)) == (0.1, ["0.1"])
     values["vectors"] |= {"learning_rates": [1e6, 1e7]}
     with pytest.raises(TrainingError, match="not a number"):
-        stages._rate(parse({**values, "output_dir": str(tmp_path / "none")}, Study), ProgressReporter())
+        stages._choose_rate(parse({**values, "output_dir": str(tmp_path / "none")}, Study), ProgressReporter())
 
 
 @pytest.mark.parametrize("model", ["gpt2", "t5"])
@@ -636,8 +637,8 @@ def test_the_search_never_reads_test_rows(done):
     from dataclasses import replace
 
     values, results, _ = done
-    at_hand = stages._StudyResources(parse(values, Study), ProgressReporter())
-    judges = [at_hand.judge(name) for name in ("alpha", "beta")]
+    at_hand = stages.StudyResources(parse(values, Study), ProgressReporter())
+    judges = [at_hand.evaluator(name) for name in ("alpha", "beta")]
     poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
     start = one.reference.initial

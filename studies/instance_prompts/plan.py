@@ -1,4 +1,4 @@
-"""What a user writes for the study: tasks, the methods that are compared, and how; every cap is a key."""
+"""The configuration of the study: tasks, the methods that are compared, and how."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -86,13 +86,13 @@ ARMS: dict[str, Arm] = {
     ),
     "low-rank": Arm(about="a product of two matrices", prompt={"method": "low-rank", "options": {"rank": 5}}),
 }
-"""What can be compared by name."""
+"""The arms that a plan can name."""
 
 COMPARED = (
     *("prompt-tuning", "prefix", "p-tuning", "ipt-lookup", "ipt-pretrained", "ipt-encoder"),
     *("idpg-s", "idpg-m", "spt"),
 )
-"""What is compared where a plan does not say otherwise."""
+"""The arms of a plan that names none."""
 
 
 class PretrainStage(Section):
@@ -163,10 +163,13 @@ class Study(Section):
 
     @field_validator("own")
     @classmethod
-    def _whole(cls, own: dict[str, Arm]) -> dict[str, Arm]:
-        """An arm of a known name is that arm with what is set."""
-        sets = {name: {key: getattr(arm, key) for key in arm.model_fields_set} for name, arm in own.items()}
-        return {name: ARMS.get(name, arm).model_copy(update=sets[name]) for name, arm in own.items()}
+    def _complete(cls, arms: dict[str, Arm]) -> dict[str, Arm]:
+        """Complete an arm of a known name with the keys that it does not set."""
+        complete_arms = {}
+        for name, arm in arms.items():
+            changes = {key: getattr(arm, key) for key in arm.model_fields_set}
+            complete_arms[name] = ARMS.get(name, arm).model_copy(update=changes)
+        return complete_arms
 
     @field_validator("arms", "upper")
     @classmethod
@@ -199,8 +202,8 @@ class Study(Section):
             "compare.weight_targets": (self.compare.weight_targets or (), self.titles),
             "compare.weight_learning_rates": (self.compare.weight_learning_rates, list(WEIGHTS)),
         }
-        for where, (given, possible) in lists.items():
-            check_known(where, given, possible)
+        for key, (names, known) in lists.items():
+            check_known(key, names, known)
         for name in self.arms:
             if self.known[name].pretrain and self.pretrain is None:
                 raise ValueError(f"arm '{name}' begins at what was pretrained; give the section pretrain, with a task")

@@ -1,4 +1,4 @@
-"""Question 1: does a vector do on another start what it did on its own? With the controls that the paper lacks."""
+"""Question 1: does a vector work on another start as on its own? With the controls that the paper lacks."""
 
 from collections.abc import Mapping, Sequence
 from itertools import permutations
@@ -23,91 +23,119 @@ CONDITIONS = {
 }
 
 CONTROLS = ("start", "shuffled", "random", "alone")
-"""What `cross` must beat before a vector can be called independent of its start."""
+"""The conditions that `cross` must beat before a vector can be called independent of its start."""
 
-KEPT, BEATEN = 0.9, 0.5
-"""The claim holds where `cross` keeps at least this part of what training gained, and no control more than that.
+KEPT_SHARE = 0.9
+"""The claim holds where `cross` keeps at least this share of the gain of training, and no control more than
+CONTROL_SHARE."""
 
-Where the vectors alone keep more than that too, a start hardly matters, and nothing can be told of the claim.
-"""
+CONTROL_SHARE = 0.5
+"""Where the vectors alone keep more than this share too, a start hardly matters, and the claim cannot be decided."""
+
+MIN_GAIN = 0.02
+"""Tasks on which training gained less are left out."""
 
 
 def measure(
-    judge: Evaluator, found: Sequence[Vector], starts: Sequence[Tensor], screen: ProgressReporter
+    evaluator: Evaluator, task_vectors: Sequence[Vector], starts: Sequence[Tensor], reporter: ProgressReporter
 ) -> dict[str, Any]:
-    """Test scores of every condition, of the stock model, and how the vectors `found` of one task lie to each other.
+    """Measure every condition on the test rows of a task.
 
-    starts: where each vector was trained from, [P, D]; beside one of zeros a vector has no relative length (None).
+    Args:
+        evaluator: The task.
+        task_vectors: The vectors of the task, one from each start.
+        starts: The start of each vector [P, D].
+        reporter: Shows progress.
+
+    Returns:
+        The test scores of every condition and of the stock model, each vector's length over its start's (None for a
+        start of zeros), the cosines of the vectors, and the number of rows without a gradient.
     """
-    rows, title = judge.task.test, judge.task.name
-    made = prompts(found, starts)
-    values = [one.value for one in found]
+    rows = evaluator.task.test
+    title = evaluator.task.name
+    prompts_of_conditions = prompts(task_vectors, starts)
+    scores = {}
+    for name in CONDITIONS:
+        scores[name] = evaluator.scores(prompts_of_conditions[name], rows, f"{title} {name}", reporter.on_eval)
+    values = [vector.value for vector in task_vectors]
     return {
-        "metric": judge.metric,
-        "stock": judge.evaluate(None, rows).headline.value,
-        "scores": {name: judge.scores(made[name], rows, f"{title} {name}", screen.on_eval) for name in CONDITIONS},
+        "metric": evaluator.metric,
+        "stock": evaluator.evaluate(None, rows).headline.value,
+        "scores": scores,
         "ratios": [vectors.norm_ratio(value, start) for value, start in zip(values, starts, strict=True)],
         "cosines": {how: vectors.cosines(values, how).tolist() for how in vectors.COSINES},
         "dead": int(sum((~value.any(1)).sum() for value in values)),
     }
 
 
-def prompts(found: Sequence[Vector], starts: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def prompts(task_vectors: Sequence[Vector], starts: Sequence[Tensor]) -> dict[str, list[Tensor]]:
     """The prompts [P, D] of every condition; of those on other starts one for each ordered pair of starts."""
-    crossings = list(permutations(range(len(found)), 2))
     generator = torch.Generator().manual_seed(0)
-    shuffled, random = [], []
-    for of, on in crossings:
-        value = found[of].value
-        mixed = value.reshape(-1)[torch.randperm(value.numel(), generator=generator)].reshape(value.shape)
+    cross = []
+    shuffled = []
+    random = []
+    for vector_index, start_index in permutations(range(len(task_vectors)), 2):
+        vector = task_vectors[vector_index]
+        value = vector.value
+        start = starts[start_index]
+        order = torch.randperm(value.numel(), generator=generator)
+        mixed = value.reshape(-1)[order].reshape(value.shape)
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
-        shuffled.append((starts[on].double() + mixed).float())
-        random.append((starts[on].double() + noise * (value.norm() / noise.norm())).float())
+        cross.append(vectors.apply(vector, start))
+        shuffled.append((start.double() + mixed).float())
+        random.append((start.double() + noise * (value.norm() / noise.norm())).float())
+    zeros = torch.zeros_like(starts[0])
     return {
-        "own": [vectors.apply(one, start) for one, start in zip(found, starts, strict=True)],
-        "cross": [vectors.apply(found[of], starts[on]) for of, on in crossings],
+        "own": [vectors.apply(vector, start) for vector, start in zip(task_vectors, starts, strict=True)],
+        "cross": cross,
         "start": list(starts),
         "shuffled": shuffled,
         "random": random,
-        "alone": [vectors.apply(one, torch.zeros_like(starts[0])) for one in found],
+        "alone": [vectors.apply(vector, zeros) for vector in task_vectors],
     }
 
 
-def verdict(measured: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What the tasks' measurements say about the claim, in numbers and in words.
+def verdict(measurements: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The verdict on the claim that vectors are independent of their start.
 
-    kept: of each condition the part of what training gained, mean over the tasks in which training gained anything:
-    (score - start) / (own - start).
+    Args:
+        measurements: The result of `measure`, by task.
+
+    Returns:
+        `kept`: the share of the gain of training that each condition keeps, (score - start) / (own - start), mean over
+        the tasks on which training gained. `ratio`: the mean length of vectors over their starts'. `holds` and `words`:
+        the verdict for people.
     """
-    means = {task: {name: fmean(values) for name, values in one["scores"].items()} for task, one in measured.items()}
-    gained = {task: one for task, one in means.items() if one["own"] - one["start"] > 0.02}
+    gained = {}
+    for task, measurement in measurements.items():
+        means = {name: fmean(values) for name, values in measurement["scores"].items()}
+        if means["own"] - means["start"] > MIN_GAIN:
+            gained[task] = means
     if not gained:
-        return {
-            "kept": {},
-            "ratio": None,
-            "holds": None,
-            "words": "Training gained nothing, so there is nothing to keep.",
-        }
-    kept = {
-        name: fmean((one[name] - one["start"]) / (one["own"] - one["start"]) for one in gained.values())
-        for name in CONDITIONS
-        if name not in ("own", "start")
-    }
-    known = [ratio for task in gained for ratio in measured[task]["ratios"] if ratio is not None]
-    ratio = fmean(known) if known else None
-    best = max((name for name in kept if name in CONTROLS), key=kept.__getitem__)
-    if kept["cross"] > BEATEN and kept["alone"] > BEATEN:
+        words = "Training gained nothing, so there is nothing to keep."
+        return {"kept": {}, "ratio": None, "holds": None, "words": words}
+    shares = {}
+    for name in CONDITIONS:
+        if name not in ("own", "start"):
+            gains = [(means[name] - means["start"]) / (means["own"] - means["start"]) for means in gained.values()]
+            shares[name] = fmean(gains)
+    ratios: list[float] = []
+    for task in gained:
+        ratios += [ratio for ratio in measurements[task]["ratios"] if ratio is not None]
+    ratio = fmean(ratios) if ratios else None
+    best = max((name for name in shares if name in CONTROLS), key=shares.__getitem__)
+    if shares["cross"] > CONTROL_SHARE and shares["alone"] > CONTROL_SHARE:
         holds = "cannot be told"
-    elif kept["cross"] <= max(BEATEN, kept[best]):
+    elif shares["cross"] <= max(CONTROL_SHARE, shares[best]):
         holds = "does not hold"
     else:
-        holds = "holds" if kept["cross"] >= KEPT and kept[best] <= BEATEN else "holds in part"
+        holds = "holds" if shares["cross"] >= KEPT_SHARE and shares[best] <= CONTROL_SHARE else "holds in part"
     words = (
-        f"On another start a vector keeps {kept['cross']:.0%} of what training gained (mean of {len(gained)} tasks); "
-        f"the best control, {CONDITIONS[best]}, keeps {kept[best]:.0%}."
+        f"On another start a vector keeps {shares['cross']:.0%} of what training gained (mean of {len(gained)} tasks); "
+        f"the best control, {CONDITIONS[best]}, keeps {shares[best]:.0%}."
     )
     if ratio is not None:
         words += f" Vectors are {ratio:.2g} times as long as the starts."
     words += f" That vectors do not depend on their start {holds} on this model"
     words += ": they do as well on none, so the start hardly matters." if holds == "cannot be told" else "."
-    return {"kept": kept, "ratio": ratio, "holds": holds, "words": words}
+    return {"kept": shares, "ratio": ratio, "holds": holds, "words": words}

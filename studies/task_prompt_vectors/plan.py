@@ -1,4 +1,4 @@
-"""What a user writes for the study: tasks, starts, pairs, unseen targets; every cap is a key."""
+"""The configuration of the study: tasks, starts, pairs, unseen targets."""
 
 from itertools import combinations
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ FEW_ARMS = ("random", "prompt-tuning", "spot-first", "spot-second", "spot-mixtur
 
 
 class VectorStage(Section):
-    """The vectors: each task from each start, all starts of a task in the same batches of the same rows."""
+    """The vectors: each task from each start, where all starts of a task train on the same batches."""
 
     training: TrainConfig = TrainConfig(max_steps=150, batch_size=8, warmup_steps=15)
     """How the prompts are trained."""
@@ -37,7 +37,7 @@ class VectorStage(Section):
 
 
 class SumStage(Section):
-    """Sums of two vectors from the same start: evaluated as they are, and trained with few rows."""
+    """Sums of two vectors from the same start: evaluated by themselves, and trained with few rows."""
 
     pairs: tuple[tuple[str, str], ...] | None = None
     """The pairs of tasks; null: all."""
@@ -64,7 +64,7 @@ class Unseen(Section):
     """The task."""
 
     sources: tuple[str, ...] = Field(min_length=1)
-    """The tasks whose vectors are to help it."""
+    """The tasks whose vectors help it."""
 
 
 class FewStage(Section):
@@ -123,7 +123,7 @@ class Study(Section):
         return list(self.sums.pairs or combinations(self.titles, 2))
 
     def related(self, pair: tuple[str, str]) -> bool:
-        """Whether two tasks stand in one group."""
+        """Whether two tasks are in one group."""
         return any(set(pair) <= set(group) for group in self.groups.values())
 
     @model_validator(mode="after")
@@ -145,68 +145,69 @@ class Study(Section):
             for pair in self.sums.pairs or ():
                 check_known("sums.pairs", pair, titles)
                 if pair[0] == pair[1]:
-                    raise ValueError(f"sums.pairs: {pair[0]} stands beside itself; a pair has two tasks")
+                    raise ValueError(f"sums.pairs: {pair[0]} is paired with itself; a pair has two tasks")
             if len({frozenset(pair) for pair in self.pairs}) != len(self.pairs):
-                raise ValueError("sums.pairs: a pair of tasks stands there twice; the order of the two does not count")
+                raise ValueError("sums.pairs: a pair of tasks is listed twice; the order of the two does not count")
         self._check_unseen()
         return self
 
     def _check_starts(self) -> None:
-        """Raise ValueError for starts that are the same, or that a sum of two tasks would not have in common."""
+        """Raise ValueError for equal starts, and for a start that two tasks would not share."""
         seen: list[dict[str, Any]] = []
-        for place, init in enumerate(self.vectors.starts):
+        for index, init in enumerate(self.vectors.starts):
             drawn = init.kind in ("vocabulary", "random", "labels")
             seed = (self.vectors.seed if init.seed is None else init.seed) if drawn else None
-            told = {**init.model_dump(mode="json"), "seed": seed}
-            if told in seen:
-                advice = f"give them seeds, such as {{kind: {init.kind}, seed: {place}}}" if drawn else "leave one out"
+            settings = {**init.model_dump(mode="json"), "seed": seed}
+            if settings in seen:
+                advice = f"give them seeds, such as {{kind: {init.kind}, seed: {index}}}" if drawn else "leave one out"
                 raise ValueError(
-                    f"vectors.starts: number {place + 1} is number {seen.index(told) + 1} again, so a vector would be "
-                    f"put on its own start; {advice}"
+                    f"vectors.starts: number {index + 1} is number {seen.index(settings) + 1} again, so a vector would "
+                    f"be put on its own start; {advice}"
                 )
             if init.kind == "labels" and not init.labels and self.sums is not None:
                 raise ValueError(
                     "vectors.starts: kind labels takes each task's own words, so two tasks would not begin at the same "
                     "start; name the words in labels, or leave the sums out (sums: null)"
                 )
-            seen.append(told)
+            seen.append(settings)
 
     def _check_unseen(self) -> None:
-        """Raise ValueError for a target whose rows a vector was trained on, or that stands there twice."""
+        """Raise ValueError for a target whose rows a vector was trained on, or that is listed twice."""
         targets = self.few.targets if self.few else ()
-        if len({one.target.title for one in targets}) != len(targets):
+        if len({unseen.target.title for unseen in targets}) != len(targets):
             raise ValueError("few.targets: target names must differ; set the name of one")
-        rows = {_rows_of(task): task.title for task in self.tasks}
-        for one in targets:
-            check_known(f"few.targets, sources of {one.target.title}", one.sources, self.titles)
-            known = one.target.title if one.target.title in self.titles else rows.get(_rows_of(one.target))
+        titles_by_rows = {_rows_key(task): task.title for task in self.tasks}
+        for unseen in targets:
+            title = unseen.target.title
+            check_known(f"few.targets, sources of {title}", unseen.sources, self.titles)
+            known = title if title in self.titles else titles_by_rows.get(_rows_key(unseen.target))
             if known is not None:
-                raise ValueError(f"few.targets: {one.target.title} is among the tasks, as {known}, so it is not unseen")
-            self.few_plan(one)
+                raise ValueError(f"few.targets: {title} is among the tasks, as {known}, so it is not unseen")
+            self.few_plan(unseen)
 
-    def few_plan(self, one: Unseen) -> Plan:
+    def few_plan(self, unseen: Unseen) -> Plan:
         """The recipe of an unseen target: its sources' vectors from the first start are the teachers."""
         assert self.few is not None
-        own = {task.title: task for task in self.tasks}
+        tasks = {task.title: task for task in self.tasks}
         return Plan(
             model=self.model,
             prompt=self.prompt,
-            sources=tuple(own[name] for name in one.sources),
-            targets=(one.target,),
-            teachers={"trained": {name: prompt_path(self, name, 0) for name in one.sources}},  # type: ignore[arg-type]
+            sources=tuple(tasks[name] for name in unseen.sources),
+            targets=(unseen.target,),
+            teachers={"trained": {name: prompt_path(self, name, 0) for name in unseen.sources}},  # type: ignore[arg-type]
             source=self.few.source,
             target=self.few.target,
             evaluation=self.evaluation,
-            output_dir=f"{self.output_dir}/few/{one.target.title}",
+            output_dir=f"{self.output_dir}/few/{unseen.target.title}",
         )
 
 
-def _rows_of(task: TaskConfig) -> Any:
-    """What two tasks have in common that are made of the same rows, such as trec and trec-fine."""
+def _rows_key(task: TaskConfig) -> Any:
+    """A key that is equal for tasks with the same rows, such as trec and trec-fine."""
     asset = assets.ASSETS.get(task.source)
     return task.source if asset is None else (asset.package.name, asset.files)
 
 
 def prompt_path(study: Study, task: str, start: int) -> str:
-    """Where the prompt of a task that was trained from a start lies."""
+    """The directory of the prompt of a task that was trained from a start."""
     return f"{study.output_dir}/vectors/{task}/start{start}/prompt"

@@ -1,4 +1,4 @@
-"""Question 2: does the sum of two vectors serve both tasks, as it is and as a start for few examples?"""
+"""Question 2: does the sum of two vectors work on both tasks, by itself and as a start for few examples?"""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
@@ -12,96 +12,120 @@ from softprompts.recipes.coefficient_search import choose_coefficient
 from softprompts.recipes.evaluator import Evaluator
 from softprompts.recipes.run.run import ProgressReporter
 
-KEPT = 0.9
-"""The claim holds where a sum keeps at least this part of what the two vectors gain on their own tasks."""
+KEPT_SHARE = 0.9
+"""The claim holds where a sum keeps at least this share of the gain of the two vectors on their own tasks."""
+
+MIN_GAIN = 0.02
+"""Tasks on which training gained less are left out."""
 
 
 def measure(
-    judges: tuple[Evaluator, Evaluator],
-    found: Sequence[tuple[Vector, Vector]],
+    evaluators: tuple[Evaluator, Evaluator],
+    vector_pairs: Sequence[tuple[Vector, Vector]],
     starts: Sequence[Tensor],
     grid: Sequence[float],
-    screen: ProgressReporter,
+    reporter: ProgressReporter,
 ) -> dict[str, Any]:
-    """Test scores of the sum of two tasks' vectors, from each of `starts`, with the coefficient that validation chose.
+    """Measure the sums of two tasks' vectors on the test rows of both tasks.
 
-    Beside them, on both tasks: the start, the prompt of the task itself, and the prompt of the other task.
+    Args:
+        evaluators: The two tasks.
+        vector_pairs: The vectors of both tasks, one pair from each start.
+        starts: The start of each pair [P, D].
+        grid: The coefficients, of which validation rows choose one for each start.
+        reporter: Shows progress.
+
+    Returns:
+        The coefficients, and the test scores of the sum, the task's own prompt, the other task's prompt, and the start.
     """
-    names = [judge.task.name for judge in judges]
-    scores: dict[str, dict[str, list[float]]] = {
-        kind: {name: [] for name in names} for kind in ("sum", "own", "other", "start")
-    }
+    names = [evaluator.task.name for evaluator in evaluators]
+    scores: dict[str, dict[str, list[float]]] = {}
+    for kind in ("sum", "own", "other", "start"):
+        scores[kind] = {name: [] for name in names}
     coefficients = []
-    for pair, start in zip(found, starts, strict=True):
+    for pair, start in zip(vector_pairs, starts, strict=True):
         total = pair[0] + pair[1]
-        coefficients.append(choose_coefficient(judges, total, start, grid, screen).best)
-        added = vectors.apply(total, start, coefficients[-1])
-        own = [vectors.apply(one, start) for one in pair]
-        for at, judge in enumerate(judges):
-            judged = judge.scores([added, own[at], own[1 - at], start], judge.task.test, names[at], screen.on_eval)
-            for kind, value in zip(scores, judged, strict=True):
-                scores[kind][names[at]].append(value)
+        coefficient = choose_coefficient(evaluators, total, start, grid, reporter).best
+        coefficients.append(coefficient)
+        sum_prompt = vectors.apply(total, start, coefficient)
+        task_prompts = [vectors.apply(vector, start) for vector in pair]
+        for index, evaluator in enumerate(evaluators):
+            prompts = [sum_prompt, task_prompts[index], task_prompts[1 - index], start]
+            values = evaluator.scores(prompts, evaluator.task.test, names[index], reporter.on_eval)
+            for kind, value in zip(scores, values, strict=True):
+                scores[kind][names[index]].append(value)
     return {
         "tasks": names,
-        "metrics": [judge.metric for judge in judges],
+        "metrics": [evaluator.metric for evaluator in evaluators],
         "coefficients": coefficients,
         "scores": scores,
     }
 
 
-def kept_share(measured: Mapping[str, Any], kind: str) -> float | None:
-    """The part of what both tasks gained that a prompt of `kind` keeps, mean over both; None where neither gained."""
-    parts = []
-    for name in measured["tasks"]:
-        own, start, value = (fmean(measured["scores"][key][name]) for key in ("own", "start", kind))
-        if own - start > 0.02:
-            parts.append((value - start) / (own - start))
-    return fmean(parts) if parts else None
+def kept_share(pair: Mapping[str, Any], kind: str) -> float | None:
+    """The share of the gain of training that a prompt of `kind` keeps, mean over both tasks; None where none gained."""
+    shares = []
+    for name in pair["tasks"]:
+        own, start, value = (fmean(pair["scores"][key][name]) for key in ("own", "start", kind))
+        if own - start > MIN_GAIN:
+            shares.append((value - start) / (own - start))
+    return fmean(shares) if shares else None
 
 
-def verdict(
-    measured: Sequence[Mapping[str, Any]], again: Mapping[str, Mapping[str, Mapping[str, Any]]]
-) -> dict[str, Any]:
-    """What the pairs say about the claim that sums serve both tasks: of related pairs, of others, and in words.
+def verdict(pairs: Sequence[Mapping[str, Any]], again: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The verdict on the claim that a sum works on both of its tasks: of related pairs, of others, and in words.
 
-    again: of each task the spread of the scores of runs that began at a sum, or at the start alone, which is `start`.
+    Args:
+        pairs: The results of `measure`, each with `related`.
+        again: For each task, mean and standard deviation of the scores of few-row runs from sums, and from the start
+            alone under `start`.
     """
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     lines = []
     for name, related in (("related", True), ("unrelated", False)):
-        pairs = [one for one in measured if one["related"] == related]
-        values = {
-            kind: [x for x in (kept_share(one, kind) for one in pairs) if x is not None] for kind in ("sum", "other")
-        }
-        if not values["sum"]:
+        group = [pair for pair in pairs if pair["related"] == related]
+        sum_shares = _kept_shares(group, "sum")
+        other_shares = _kept_shares(group, "other")
+        if not sum_shares:
             continue
-        mean = {kind: fmean(each) for kind, each in values.items()}
-        whole = sum(value >= KEPT for value in values["sum"])
-        found[name] = {"pairs": len(values["sum"]), "kept": mean, "whole": whole}
+        means = {"sum": fmean(sum_shares), "other": fmean(other_shares)}
+        whole = sum(share >= KEPT_SHARE for share in sum_shares)
+        results[name] = {"pairs": len(sum_shares), "kept": means, "whole": whole}
         lines.append(
-            f"Sums of {len(values['sum'])} {name} pairs keep {mean['sum']:.0%} of what the two prompts gain on their "
-            f"own tasks, {whole} of them at least {KEPT:.0%}; the other task's prompt alone keeps {mean['other']:.0%}."
+            f"Sums of {len(sum_shares)} {name} pairs keep {means['sum']:.0%} of what the two prompts gain on their "
+            f"own tasks, {whole} of them at least {KEPT_SHARE:.0%}; the other task's prompt alone keeps "
+            f"{means['other']:.0%}."
         )
-    kept_all = [value for one in measured if (value := kept_share(one, "sum")) is not None]
-    if not kept_all:
+    as_starts = _sums_as_starts(again)
+    shares = _kept_shares(pairs, "sum")
+    if not shares:
         words = "Training gained nothing, so there is nothing to keep."
-        return {**found, **_as_starts(again), "holds": None, "words": words}
-    share = sum(value >= KEPT for value in kept_all) / len(kept_all)
-    holds = "holds" if share >= 0.9 else "holds in part" if share >= 0.25 else "does not hold"
-    trained = _as_starts(again)
-    lines += [f"That a sum serves both of its tasks {holds} on this model.", *filter(None, [trained.get("as_starts")])]
-    return {**found, **trained, "holds": holds, "words": " ".join(lines)}
+        return {**results, **as_starts, "holds": None, "words": words}
+    whole_share = sum(share >= KEPT_SHARE for share in shares) / len(shares)
+    holds = "holds" if whole_share >= 0.9 else "holds in part" if whole_share >= 0.25 else "does not hold"
+    lines.append(f"That a sum serves both of its tasks {holds} on this model.")
+    if as_starts:
+        lines.append(as_starts["as_starts"])
+    return {**results, **as_starts, "holds": holds, "words": " ".join(lines)}
 
 
-def _as_starts(again: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """How far training with few rows ends from a sum, of which the task's own vector is a part, and from its start."""
-    gaps, clear = [], 0
-    for spreads in again.values():
-        plain = spreads.get("start")
-        for name, one in spreads.items():
+def _kept_shares(pairs: Sequence[Mapping[str, Any]], kind: str) -> list[float]:
+    """The kept share of each pair whose training gained."""
+    shares = [kept_share(pair, kind) for pair in pairs]
+    return [share for share in shares if share is not None]
+
+
+def _sums_as_starts(again: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """How far few-row training from a sum, which contains the task's own vector, ends from that from its start."""
+    gaps = []
+    clear = 0
+    for scores_of_starts in again.values():
+        plain = scores_of_starts.get("start")
+        for name, score in scores_of_starts.items():
             if plain is not None and name != "start":
-                gaps.append(one["mean"] - plain["mean"])
-                clear += gaps[-1] > (one["sd"] or 0) + (plain["sd"] or 0)
+                gap = score["mean"] - plain["mean"]
+                gaps.append(gap)
+                clear += gap > (score["sd"] or 0) + (plain["sd"] or 0)
     if not gaps:
         return {}
     words = (

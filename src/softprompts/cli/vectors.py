@@ -240,7 +240,7 @@ def search(
             on=on,
             grid=tried,
             changes=model_changes(model, device, dtype, quantize),
-            screen=reporter,
+            reporter=reporter,
         )
     if as_json:
         show_json(results)

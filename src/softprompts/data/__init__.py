@@ -1,4 +1,4 @@
-"""From files to batches: sources give rows, a task describes them, a tokenizer encodes them, `collate` pads them."""
+"""From files to batches: sources give rows, `ExampleTokenizer` encodes them by the task, `collate` makes batches."""
 
 from softprompts.assets.datasets import PACKAGED, PackagedDataset
 from softprompts.data.collation import collate

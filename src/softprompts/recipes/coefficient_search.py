@@ -1,6 +1,6 @@
-"""How much of a task prompt vector to add: the coefficient that validation rows choose (Belanec et al. 2024).
+"""The coefficient of a task prompt vector, chosen on validation rows (Belanec et al. 2024).
 
-A grid of coefficients is judged on validation rows; test rows are judged once, with the coefficient that was chosen.
+The search evaluates every coefficient of a grid on validation rows, and the chosen one once on test rows.
 """
 
 import time
@@ -34,7 +34,7 @@ GRID = tuple(round(0.05 * step, 2) for step in range(21))
 
 @dataclass(frozen=True)
 class Choice:
-    """The coefficient that was chosen, and by what: each task's scores by coefficient, and their means."""
+    """The chosen coefficient, the validation scores of each task by coefficient, and their means."""
 
     best: float
     grid: tuple[float, ...]
@@ -43,21 +43,32 @@ class Choice:
 
 
 def choose_coefficient(
-    judges: Sequence[Evaluator], total: Vector, start: Tensor, grid: Sequence[float], screen: ProgressReporter
+    evaluators: Sequence[Evaluator], total: Vector, start: Tensor, grid: Sequence[float], reporter: ProgressReporter
 ) -> Choice:
-    """The coefficient with the best mean headline score over the judges' validation rows; of equal ones the smallest.
+    """Choose the coefficient with the best mean headline score on validation rows; of equal ones the smallest.
 
-    Raises ConfigError for a judge without validation rows, and for an empty grid.
+    Args:
+        evaluators: The tasks whose validation rows choose.
+        total: The task prompt vector.
+        start: The prompt that it is added to [P, D].
+        grid: The coefficients.
+        reporter: Shows progress.
+
+    Raises:
+        ConfigError: A task has no validation rows, or the grid is empty.
     """
     if not grid:
         raise ConfigError("there are no coefficients to choose from; give at least one")
-    for one in judges:
-        if not one.task.validation:
-            raise ConfigError(f"{one.task.name} has no validation rows to choose by; set its split's fractions")
+    for evaluator in evaluators:
+        if not evaluator.task.validation:
+            raise ConfigError(f"{evaluator.task.name} has no validation rows to choose by; set its split's fractions")
     prompts = [vectors.apply(total, start, coefficient) for coefficient in grid]
-    scores = {one.task.name: one.scores(prompts, one.task.validation, one.task.name, screen.on_eval) for one in judges}
+    scores = {}
+    for evaluator in evaluators:
+        task = evaluator.task
+        scores[task.name] = evaluator.scores(prompts, task.validation, task.name, reporter.on_eval)
     means = [fmean(values) for values in zip(*scores.values(), strict=True)]
-    best = max(range(len(grid)), key=lambda place: (means[place], -abs(grid[place])))
+    best = max(range(len(grid)), key=lambda index: (means[index], -abs(grid[index])))
     return Choice(grid[best], tuple(grid), scores, means)
 
 
@@ -70,50 +81,64 @@ def search(
     grid: Sequence[float] = GRID,
     model: ModelConfig | None = None,
     changes: Mapping[str, Any] | None = None,
-    screen: ProgressReporter = SILENT,
+    reporter: ProgressReporter = SILENT,
 ) -> dict[str, Any]:
-    """Choose the coefficient of the sum `text` on validation rows, judge the prompt it makes on test rows, write all.
+    """Choose the coefficient of a sum of task prompt vectors on validation rows, and evaluate it on test rows.
 
-    The prompt goes to `out/prompt`, what was found to results.json and report.html. start: an artifact whose prompt the
-    sum is added to (None: the start that all have in common); on: names of prompts whose tasks judge (none: those in
-    the sum); model: the backbone, where it is not where the prompts say; changes: keys of the section `model` that
-    differ from what the prompts say. Returns what results.json holds.
-    Raises VectorError, ArtifactError, DataError, BackboneError and ConfigError before anything is judged.
+    The prompt is written to `out/prompt`, and the results to results.json and report.html in `out`.
+
+    Args:
+        text: The sum, as an expression of prompts.
+        out: The output directory.
+        start: The artifact whose prompt the sum is added to; None: the start that all prompts of the sum share.
+        on: Prompts whose tasks choose the coefficient; none: those in the sum.
+        grid: The coefficients.
+        model: The backbone, where it is not the one that the prompts name.
+        changes: Keys of the section `model` that differ from the prompts' own.
+        reporter: Shows progress.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        VectorError, ArtifactError, DataError, BackboneError, ConfigError: An input is wrong. All are raised before any
+            evaluation.
     """
     began = time.time()
     total = vectors.read_expression(text)
-    begins = resolve_start(total, start)
-    found = {name: artifact.load(vectors.locate_prompt(name)) for name in (on or vectors.parse_expression(text))}
-    tasks, like = _tasks(found), total.reference
-    base = load_backbone(backbone_config(like, model, changes), log=screen.log)
-    artifact.check_fingerprint(like.fingerprint, fingerprint(base), False)
+    initial = resolve_start(total, start)
+    names = on or vectors.parse_expression(text)
+    prompts = _prompts_of_tasks({name: artifact.load(vectors.locate_prompt(name)) for name in names})
+    like = total.reference
+    backbone = load_backbone(backbone_config(like, model, changes), log=reporter.log)
+    artifact.check_fingerprint(like.fingerprint, fingerprint(backbone), False)
     site = Site(like.site, like.mode, like.placement)
-    judges = [
-        load_evaluator(base, site, like.shape[0], config, evaluation_config(own, resamples=100))
-        for config, own in tasks.values()
-    ]
-    choice = choose_coefficient(judges, total, begins, grid, screen)
-    made = vectors.to_artifact(total, begins, choice.best)
-    assert made.prompt is not None
-    exact = [replace(one, config=evaluation_config(own)) for one, (_, own) in zip(judges, tasks.values(), strict=True)]
-    told, warnings = _tested(exact, made.prompt, screen)
-    artifact.save(replace(made, scores=told), Path(out) / "prompt")
+    evaluators = []
+    for config, prompt in prompts.values():
+        evaluation = evaluation_config(prompt, resamples=100)
+        evaluators.append(load_evaluator(backbone, site, like.shape[0], config, evaluation))
+    choice = choose_coefficient(evaluators, total, initial, grid, reporter)
+    chosen = vectors.to_artifact(total, initial, choice.best)
+    assert chosen.prompt is not None
+    for index, (_, prompt) in enumerate(prompts.values()):
+        evaluators[index] = replace(evaluators[index], config=evaluation_config(prompt))
+    test_scores, warnings = _evaluate_on_test(evaluators, chosen.prompt, reporter)
+    artifact.save(replace(chosen, scores=test_scores), Path(out) / "prompt")
+    rows = {}
+    for evaluator in evaluators:
+        task = evaluator.task
+        rows[task.name] = {"validation": len(task.validation), "test": len(task.test)}
     results = {
         "format": 1,
         "title": f"How much of {total.name} to add",
-        "task": ", ".join(tasks),
+        "task": ", ".join(prompts),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - began, 1),
         "sum": total.name,
         "coefficient": choice.best,
-        "validation": [
-            {"coefficient": at, "mean": mean, "scores": {name: values[place] for name, values in choice.scores.items()}}
-            for place, (at, mean) in enumerate(zip(choice.grid, choice.means, strict=True))
-        ],
-        "test": told,
-        "judged": {
-            one.task.name: {"validation": len(one.task.validation), "test": len(one.task.test)} for one in judges
-        },
+        "validation": _validation_rows(choice),
+        "test": test_scores,
+        "judged": rows,
         "parents": list(total.parents),
         "versions": versions(),
         "warnings": warnings,
@@ -123,26 +148,41 @@ def search(
     return results
 
 
-def _tested(judges: Sequence[Evaluator], prompt: Tensor, screen: ProgressReporter) -> tuple[dict[str, Any], list[str]]:
-    """The scores of the prompt `[P, D]` on each judge's test rows; and which have none, so that nothing is known."""
-    told, warnings = {}, []
-    for one in judges:
-        if one.task.test:
-            scores = one.evaluate(prompt, one.task.test).scores
-            told[one.task.name] = {metric: asdict(score) for metric, score in scores.items()}
+def _validation_rows(choice: Choice) -> list[dict[str, Any]]:
+    """The validation scores of each coefficient."""
+    rows = []
+    for index, (coefficient, mean) in enumerate(zip(choice.grid, choice.means, strict=True)):
+        scores = {name: values[index] for name, values in choice.scores.items()}
+        rows.append({"coefficient": coefficient, "mean": mean, "scores": scores})
+    return rows
+
+
+def _evaluate_on_test(
+    evaluators: Sequence[Evaluator], prompt: Tensor, reporter: ProgressReporter
+) -> tuple[dict[str, Any], list[str]]:
+    """The scores of the prompt [P, D] on each task's test rows, and a warning for each task that has none."""
+    scores_of_tasks = {}
+    warnings = []
+    for evaluator in evaluators:
+        task = evaluator.task
+        if task.test:
+            scores = evaluator.evaluate(prompt, task.test).scores
+            scores_of_tasks[task.name] = {metric: asdict(score) for metric, score in scores.items()}
         else:
             warnings.append(
-                f"{one.task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
+                f"{task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
                 f"not known; set its split's test_fraction"
             )
-            screen.log(warnings[-1])
-    return told, warnings
+            reporter.log(warnings[-1])
+    return scores_of_tasks, warnings
 
 
 def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
-    """What the sum is added to: the prompt of `start`, or the start that all its prompts have in common.
+    """The prompt [P, D] that a sum is added to: that of `start`, or the start that all prompts of the sum share.
 
-    Raises ConfigError where they have none, ArtifactError for a start of another backbone, length or site.
+    Raises:
+        ConfigError: The prompts share no start.
+        ArtifactError: The start has another backbone, length or site.
     """
     if start is not None:
         vectors.check_start(start, total, "the start")
@@ -162,37 +202,53 @@ def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
 
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results with the tables and the picture of their page."""
-    names = list(results["judged"])
-    tested = [[name, metric, one["value"], one["n"]] for name, each in results["test"].items()
-              for metric, one in each.items()]  # fmt: skip
-    rows = [[f"{at['coefficient']:g}", *(at["scores"][name] for name in names), at["mean"]]
-            for at in results["validation"]]  # fmt: skip
-    points = [(at["coefficient"], at["mean"]) for at in results["validation"]]
-    return {
-        **{key: value for key, value in results.items() if key != "validation"},
-        "tables": [
-            {"title": f"Test rows, judged once, at coefficient {results['coefficient']:g}",
-             "columns": ["task", "metric", "score", "rows"], "rows": tested},
-            {"title": "Validation rows, by coefficient", "columns": ["coefficient", *names, "mean"], "rows": rows},
-        ],
-        "plots": [{"title": "Mean validation score by coefficient", "axis": "coefficient",
-                   "lines": [{"name": "mean", "points": points, "dots": True}]}],
-    }  # fmt: skip
+    """The results with the tables and the plot of their page."""
+    tasks = list(results["judged"])
+    test_rows = []
+    for task, scores in results["test"].items():
+        test_rows += [[task, metric, score["value"], score["n"]] for metric, score in scores.items()]
+    validation_rows = []
+    points = []
+    for row in results["validation"]:
+        scores = [row["scores"][task] for task in tasks]
+        validation_rows.append([f"{row['coefficient']:g}", *scores, row["mean"]])
+        points.append((row["coefficient"], row["mean"]))
+    test_table = {
+        "title": f"Test rows, evaluated once, at coefficient {results['coefficient']:g}",
+        "columns": ["task", "metric", "score", "rows"],
+        "rows": test_rows,
+    }
+    validation_table = {
+        "title": "Validation rows, by coefficient",
+        "columns": ["coefficient", *tasks, "mean"],
+        "rows": validation_rows,
+    }
+    plot = {
+        "title": "Mean validation score by coefficient",
+        "axis": "coefficient",
+        "lines": [{"name": "mean", "points": points, "dots": True}],
+    }
+    content = {key: value for key, value in results.items() if key != "validation"}
+    return {**content, "tables": [test_table, validation_table], "plots": [plot]}
 
 
-def _tasks(found: Mapping[str, Artifact]) -> dict[str, tuple[TaskConfig, Artifact]]:
-    """The tasks that prompts were trained on, by name, each once, with a prompt that says how it is judged."""
+def _prompts_of_tasks(prompts: Mapping[str, Artifact]) -> dict[str, tuple[TaskConfig, Artifact]]:
+    """The tasks that prompts were trained on, by name, each once and with the first prompt that was trained on it.
+
+    Raises:
+        ArtifactError: A prompt does not name its task.
+        ConfigError: Two prompts have different tasks of one name.
+    """
     tasks: dict[str, tuple[TaskConfig, Artifact]] = {}
-    for name, one in found.items():
-        values = one.settings("task")
+    for name, prompt in prompts.items():
+        values = prompt.settings("task")
         if not values:
             raise ArtifactError(
                 f"{name} does not say on which rows it was trained, so it cannot choose; name prompts that "
                 f"softprompts trained with --on"
             )
         config = parse(values, TaskConfig, f"the task of {name}")
-        known, _ = tasks.setdefault(config.title, (config, one))
+        known, _ = tasks.setdefault(config.title, (config, prompt))
         if known != config:
             raise ConfigError(
                 f"two prompts of {config.title} were trained on different rows or words; say by which to choose: --on"

@@ -1,8 +1,9 @@
-"""Arms compared on tasks: each arm's rate is chosen on validation rows, then every seed runs at that rate."""
+"""Arms compared on tasks: validation rows choose the learning rate of each arm, then every seed runs at that rate."""
 
 import statistics
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,7 @@ from softprompts.artifacts.io import read_json
 from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
 from softprompts.config.schema import Count, Seed
 from softprompts.errors import TrainingError
-from softprompts.recipes import stages as stage
+from softprompts.recipes import stages
 from softprompts.recipes.run.run import ProgressReporter
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -22,10 +23,10 @@ WEIGHTS = {"fine-tuning": "backbone", "lora": "lora"}
 """The arms that do not leave the backbone frozen, the upper lines of a table, and their `training.target`."""
 
 NO_PROMPT = "no prompt"
-"""The line of the stock model."""
+"""The arm of the stock model."""
 
 ALL_TARGETS = "together"
-"""What takes a task's name in the runs of all tasks."""
+"""Stands for a task's name in runs on all tasks."""
 
 
 class ComparisonStage(Section):
@@ -80,21 +81,23 @@ class ComparisonStage(Section):
         return self
 
     def training_for(self, shots: int | None, weights: bool = False) -> TrainConfig:
-        """How a task is trained; at the latest an evaluation at the end serves to choose the rate."""
+        """How a task is trained; at least an evaluation at the end serves to choose the rate."""
         train = self.training if shots is None else self.few
         if shots == 0:
             return train.model_copy(update={"max_steps": 0, "eval_steps": None, "early_stopping_patience": None})
-        own = self.weight_max_steps if weights else None
-        steps = train.max_steps if own is None else own[shots is not None]
+        steps = train.max_steps
+        if weights and self.weight_max_steps is not None:
+            steps = self.weight_max_steps[shots is not None]
         return train.model_copy(update={"max_steps": steps, "eval_steps": min(train.eval_steps or steps, steps)})
 
-    def weight_training(self, cell: "ArmRun", shots: int | None) -> dict[str, Any]:
-        """The section `train` of a run that trains weights of the backbone."""
+    def weight_training(self, arm_run: "ArmRun", shots: int | None) -> dict[str, Any]:
+        """The section `training` of a run that trains weights of the backbone."""
         train = self.training_for(shots, weights=True).model_dump(mode="json")
-        return {**train, "target": WEIGHTS[cell.arm], "learning_rate": cell.rate, "learning_rate_unit": "absolute"}
+        train |= {"target": WEIGHTS[arm_run.arm], "learning_rate": arm_run.rate, "learning_rate_unit": "absolute"}
+        return train
 
     def draw_rows(self, task: TaskConfig, shots: int | None, seed: int) -> TaskConfig:
-        """The task with all rows, or with few of them drawn by `seed`; the rows that judge are the same for all."""
+        """The task with all training rows, or with few of them drawn by `seed`; other rows are the same for all."""
         named = task.model_copy(update={"name": task.title})
         if not shots:
             return named
@@ -102,23 +105,23 @@ class ComparisonStage(Section):
         return named.model_copy(update={"split": task.split.model_copy(update=few)})
 
 
-def check_known(where: str, given: Iterable[str], possible: Collection[str]) -> None:
-    """Raise ValueError, with the names there are and the closest one, for a name that is not among them."""
-    for name in given:
-        if name not in possible:
-            raise ValueError(f"{where}: '{name}' is unknown{closest(name, possible)} known: {', '.join(possible)}")
+def check_known(key: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Raise ValueError, with the known names and the closest one, for a name under `key` that is not known."""
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{key}: '{name}' is unknown{closest(name, known)} known: {', '.join(known)}")
 
 
 def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same values; raises ValueError where one stands there twice."""
+    """The same values; raises ValueError where two of them are equal."""
     if len(set(values)) != len(values):
-        raise ValueError(f"every value may stand there once, given {', '.join(map(str, values))}")
+        raise ValueError(f"every value may be listed once, given {', '.join(map(str, values))}")
     return values
 
 
 @dataclass(frozen=True)
 class ArmRun:
-    """One run of the table: an arm at a rate with a seed."""
+    """One run of a comparison: an arm at a learning rate with a seed."""
 
     arm: str
     rate: float
@@ -126,40 +129,48 @@ class ArmRun:
 
     @property
     def name(self) -> str:
-        """Its folder."""
+        """The name of its folder."""
         return f"{self.arm}-rate{self.rate:g}-seed{self.seed}"
 
     @property
     def trains_weights(self) -> bool:
-        """Whether it leaves the backbone other than it was."""
+        """Whether it trains weights of the backbone."""
         return self.arm in WEIGHTS
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """A run's cell and the page of each of its tasks; none where it failed."""
+    """A run of a comparison and the results of each of its tasks; none where the run failed."""
 
     arm_run: ArmRun
     pages: Sequence[Mapping[str, Any]]
 
     @property
     def validation(self) -> float | None:
-        """The best validation score, which is that of the weights that are kept; None for a run that failed."""
+        """The best validation score, which is that of the saved weights; None for a run that failed."""
         if not self.pages:
             return None
         return max(float(point["value"]) for point in self.pages[0]["validation"])
 
 
 Results = Mapping[tuple[str, int | None], Sequence[ArmResult]]
-"""The runs of each task (or TOGETHER) and size."""
+"""The runs of each task (or ALL_TARGETS) and size."""
 
 Runner = Callable[[str, int | None, Sequence[ArmRun], str], list[ArmResult]]
-"""Does the runs of cells on a task (or TOGETHER) at a size, in a folder of that name."""
+"""Does runs on a task (or ALL_TARGETS) at a size, in a folder of the given name."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs of arms on tasks, and how each rate was chosen; `rates` says which an arm tries where the stage does not."""
+    """Runs of arms on tasks, and how each learning rate was chosen.
+
+    Attributes:
+        stage: How arms are compared.
+        run: Does the runs.
+        rates: The learning rates that an arm tries, where they are not the stage's.
+        results: The runs that are done, by task and size.
+        chosen_rates: For each arm and size, the rate that was chosen and the scores that chose it.
+    """
 
     stage: ComparisonStage
     run: Runner
@@ -168,90 +179,117 @@ class Comparison:
     chosen_rates: list[dict[str, Any]] = field(default_factory=list)
 
     def run_arms(self, shots: int | None, arms: Sequence[str], tasks: Sequence[str]) -> None:
-        """All runs of `arms` at one size: first the rates, with the first seed, then the other seeds at the best one.
+        """Do all runs of `arms` at one size: first every rate with the first seed, then all seeds at the best rate.
 
-        Raises TrainingError for an arm that fails at every rate.
+        Raises:
+            TrainingError: An arm fails at every rate.
         """
         if not arms or not tasks:
             return
         if shots == 0:  # nothing is trained, so there is no rate to choose
-            for name in tasks:
-                cells = [ArmRun(arm, self._tried(arm)[0], seed) for arm in arms for seed in self.stage.seeds]
-                self.results.setdefault((name, shots), []).extend(self.run(name, shots, cells, "seeds"))
+            rates = {arm: self._rates(arm)[0] for arm in arms}
+            for task in tasks:
+                self._add(task, shots, self.run(task, shots, self._seed_runs(rates), "seeds"))
             return
         tune_on = self.stage.tune_on
-        tuned = [name for name in tasks if tune_on is None or name in tune_on] or tasks[:1]
-        tried = [ArmRun(arm, rate, self.stage.seeds[0]) for arm in arms for rate in self._tried(arm)]
-        first = {name: self.run(name, shots, tried, "rates") for name in tuned}
-        best = {arm: self._best(arm, tried, first, shots) for arm in arms}
-        for name in tasks:
-            done = [one for one in first.get(name, ()) if one.arm_run == best[one.arm_run.arm]]
-            cells = [ArmRun(arm, best[arm].rate, seed) for arm in arms for seed in self.stage.seeds]
-            rest = [cell for cell in cells if cell not in [one.arm_run for one in done]]
-            more = self.run(name, shots, rest, "seeds") if rest else []
-            self.results.setdefault((name, shots), []).extend([*done, *more])
+        tuned_tasks = [task for task in tasks if tune_on is None or task in tune_on] or tasks[:1]
+        tried_runs: list[ArmRun] = []
+        for arm in arms:
+            tried_runs += [ArmRun(arm, rate, self.stage.seeds[0]) for rate in self._rates(arm)]
+        tried = {task: self.run(task, shots, tried_runs, "rates") for task in tuned_tasks}
+        rates = {arm: self._choose_rate(arm, tried_runs, tried, shots) for arm in arms}
+        for task in tasks:
+            wanted_runs = self._seed_runs(rates)
+            results = [result for result in tried.get(task, ()) if result.arm_run in wanted_runs]
+            done = {result.arm_run for result in results}
+            missing = [arm_run for arm_run in wanted_runs if arm_run not in done]
+            if missing:
+                results += self.run(task, shots, missing, "seeds")
+            self._add(task, shots, results)
 
-    def _tried(self, arm: str) -> Sequence[float]:
+    def _rates(self, arm: str) -> Sequence[float]:
         return self.rates.get(arm) or self.stage.weight_learning_rates.get(arm) or self.stage.learning_rates
 
-    def _best(
-        self, arm: str, tried: Sequence[ArmRun], runs: Mapping[str, Sequence[ArmResult]], shots: int | None
-    ) -> ArmRun:
+    def _seed_runs(self, rates: Mapping[str, float]) -> list[ArmRun]:
+        """A run of each arm at its rate with every seed."""
+        return [ArmRun(arm, rates[arm], seed) for arm, seed in product(rates, self.stage.seeds)]
+
+    def _add(self, task: str, shots: int | None, results: Sequence[ArmResult]) -> None:
+        self.results.setdefault((task, shots), []).extend(results)
+
+    def _choose_rate(
+        self, arm: str, tried_runs: Sequence[ArmRun], tried: Mapping[str, Sequence[ArmResult]], shots: int | None
+    ) -> float:
         """The rate with the best mean validation score over the tasks it was tried on; of equal ones the smaller."""
-        scores: dict[ArmRun, float] = {}
-        for cell in (cell for cell in tried if cell.arm == arm):
-            each = [one.validation for own in runs.values() for one in own if one.arm_run == cell]
-            if all(score is not None for score in each):
-                scores[cell] = statistics.fmean(score for score in each if score is not None)
+        scores: dict[float, float] = {}
+        for arm_run in tried_runs:
+            if arm_run.arm != arm:
+                continue
+            scores_of_tasks: list[float | None] = []
+            for results in tried.values():
+                scores_of_tasks += [result.validation for result in results if result.arm_run == arm_run]
+            known = [score for score in scores_of_tasks if score is not None]
+            if len(known) == len(scores_of_tasks):
+                scores[arm_run.rate] = statistics.fmean(known)
         if not scores:
             raise TrainingError(f"arm '{arm}', {size_name(shots)}, failed at every rate; give lower ones")
-        best = max(scores, key=lambda cell: (scores[cell], -cell.rate))
-        known = {f"{cell.rate:g}": score for cell, score in scores.items()}
+        best = max(scores, key=lambda rate: (scores[rate], -rate))
+        by_rate = {f"{rate:g}": score for rate, score in scores.items()}
         self.chosen_rates.append(
-            {"arm": arm, "size": size_name(shots), "rate": best.rate, "tried": known, "targets": list(runs)}
+            {"arm": arm, "size": size_name(shots), "rate": best, "tried": by_rate, "targets": list(tried)}
         )
         return best
 
 
 def run_shared_batch(
-    title: str, run: Run, cells: Sequence[ArmRun], screen: ProgressReporter, inputs: Sequence[str] = ()
+    title: str, run: Run, arm_runs: Sequence[ArmRun], reporter: ProgressReporter, inputs: Sequence[str] = ()
 ) -> list[ArmResult]:
-    """The runs of `cells` in one frozen batch, as `run` lists them by name; those that failed have no pages.
+    """Do runs that share batches of one frozen backbone.
 
-    inputs: directories with the prompts that they start from.
+    Args:
+        title: The name of the group for progress.
+        run: The configuration, which lists the runs by their names.
+        arm_runs: The runs.
+        reporter: Shows progress.
+        inputs: Directories of the prompts that they start from.
+
+    Returns:
+        The results of each run; those that failed have no pages.
     """
     try:
-        rows = stage.run_group(title, run, screen, inputs)["runs"]
+        rows = stages.run_group(title, run, reporter, inputs)["runs"]
     except TrainingError as error:
-        screen.log(f"{title}: {error}")
-        return [ArmResult(cell, []) for cell in cells]
+        reporter.log(f"{title}: {error}")
+        return [ArmResult(arm_run, []) for arm_run in arm_runs]
     failed = {row["name"] for row in rows if row["failed"]}
-    return [
-        ArmResult(cell, [] if cell.name in failed else _pages(Path(run.output_dir) / cell.name / "results.json"))
-        for cell in cells
-    ]
+    results = []
+    for arm_run in arm_runs:
+        file = Path(run.output_dir) / arm_run.name / stages.RESULTS
+        results.append(ArmResult(arm_run, [] if arm_run.name in failed else _read_pages(file)))
+    return results
 
 
-def run_single(title: str, run: Run, cell: ArmRun, screen: ProgressReporter) -> ArmResult:
-    """A run by itself, such as one that trains weights, of which nothing can be shared."""
+def run_single(title: str, run: Run, arm_run: ArmRun, reporter: ProgressReporter) -> ArmResult:
+    """Do a run by itself, such as one that trains weights, of which nothing can be shared."""
     try:
-        return ArmResult(cell, [stage.run_group(title, run, screen)])
+        return ArmResult(arm_run, [stages.run_group(title, run, reporter)])
     except TrainingError as error:
-        screen.log(f"{title}: {error}")
-        return ArmResult(cell, [])
+        reporter.log(f"{title}: {error}")
+        return ArmResult(arm_run, [])
 
 
-def _pages(file: Path) -> list[dict[str, Any]]:
+def _read_pages(file: Path) -> list[dict[str, Any]]:
+    """The results of each task in a file."""
     page = read_json(file)
     return page.get("tasks", [page])
 
 
 def size_name(shots: int | None) -> str:
-    """How a size is called in folders and tables."""
+    """The name of a size in folders and tables."""
     return "full" if shots is None else f"{shots}-shot"
 
 
-# What there is to read
+# Tables and curves of a comparison
 
 
 def mean_and_sd(values: Sequence[float]) -> dict[str, Any]:
@@ -260,30 +298,50 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
 
 
-def scores(found: Results, shots: int | None, tasks: Sequence[str], about: Mapping[str, str]) -> dict[str, Any]:
-    """The table of one size: of each arm, in the order of `about`, its numbers and for each task mean and spread."""
+def all_pages(results: Results) -> Iterator[tuple[ArmRun, Mapping[str, Any]]]:
+    """Yield the results of each task of each run, with the run."""
+    for result in chain.from_iterable(results.values()):
+        for page in result.pages:
+            yield result.arm_run, page
+
+
+def scores(results: Results, shots: int | None, tasks: Sequence[str], about: Mapping[str, str]) -> dict[str, Any]:
+    """The scores of one size.
+
+    Args:
+        results: All runs.
+        shots: The size.
+        tasks: The tasks, in the order of the columns.
+        about: What each arm is, in the order of the lines.
+
+    Returns:
+        For each arm, its trained numbers and for each task mean and standard deviation over the seeds.
+    """
+    size = {key: results_of_task for key, results_of_task in results.items() if key[1] == shots}
     pages: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for (_, size), own in found.items():
-        for one in own if size == shots else ():
-            for page in one.pages:
-                pages.setdefault(one.arm_run.arm, {}).setdefault(page["task"], []).append(page)
-    # Weights are judged on a float32 copy: the stock model's line is that of the arms that leave it as it is.
-    ordered = sorted(pages, key=lambda arm: arm in WEIGHTS)
-    every = [page for arm in ordered for same in pages[arm].values() for page in same]
+    for arm_run, page in all_pages(size):
+        pages.setdefault(arm_run.arm, {}).setdefault(page["task"], []).append(page)
+    # Arms that train weights evaluate a float32 copy, so the stock model's score is that of the other arms.
     stock: dict[str, list[float]] = {}
-    for page in every:
-        if page["summary"]["before"]:
-            stock.setdefault(page["task"], [page["summary"]["before"]["value"]])
-    lines = [_line(NO_PROMPT, "the stock model", 0, stock, tasks)]
-    for arm in (arm for arm in about if arm in pages):
-        trained = max(page["summary"]["trainable"] for same in pages[arm].values() for page in same)
-        values = {task: [page["summary"]["after"]["value"] for page in same] for task, same in pages[arm].items()}
-        lines.append(_line(arm, about[arm], trained, values, tasks))
-    metrics = {page["task"]: page["summary"]["metric"] for page in every}
+    metrics: dict[str, str] = {}
+    for arm in sorted(pages, key=lambda arm: arm in WEIGHTS):
+        for page in chain.from_iterable(pages[arm].values()):
+            metrics[page["task"]] = page["summary"]["metric"]
+            if page["summary"]["before"]:
+                stock.setdefault(page["task"], [page["summary"]["before"]["value"]])
+    lines = [_score_line(NO_PROMPT, "the stock model", 0, stock, tasks)]
+    for arm in about:
+        if arm not in pages:
+            continue
+        trainable = max(page["summary"]["trainable"] for page in chain.from_iterable(pages[arm].values()))
+        values = {}
+        for task, pages_of_task in pages[arm].items():
+            values[task] = [page["summary"]["after"]["value"] for page in pages_of_task]
+        lines.append(_score_line(arm, about[arm], trainable, values, tasks))
     return {"size": size_name(shots), "targets": list(tasks), "metrics": metrics, "lines": lines}
 
 
-def _line(
+def _score_line(
     arm: str, about: str, trainable: int, values: Mapping[str, Sequence[float]], tasks: Sequence[str]
 ) -> dict[str, Any]:
     """A line of the table: scores by task, and their mean where it has all of them."""
@@ -292,67 +350,75 @@ def _line(
     return {"arm": arm, "about": about, "trainable": trainable, "scores": cells, "mean": mean}
 
 
-def curves(found: Results) -> list[dict[str, Any]]:
+def curves(results: Results) -> list[dict[str, Any]]:
     """The loss by step, mean over the seeds, of each arm on each task and size."""
-    every = []
-    for (task, shots), own in found.items():
-        lines: dict[str, list[Mapping[str, Any]]] = {}
-        for one in own if task != ALL_TARGETS else ():
-            if one.pages:
-                lines.setdefault(one.arm_run.arm, []).append(one.pages[0])
-        means = {
-            arm: [
-                (steps[0]["step"], statistics.fmean(step["loss"] for step in steps))
-                for steps in zip(*(page["curve"] for page in pages), strict=False)
-            ]
-            for arm, pages in lines.items()
-        }
+    curves_of_tasks = []
+    for (task, shots), results_of_task in results.items():
+        if task == ALL_TARGETS:
+            continue
+        curves_of_arms: dict[str, list[Sequence[Mapping[str, Any]]]] = {}
+        for result in results_of_task:
+            if result.pages:
+                curves_of_arms.setdefault(result.arm_run.arm, []).append(result.pages[0]["curve"])
+        means = {arm: _mean_curve(curves_of_seeds) for arm, curves_of_seeds in curves_of_arms.items()}
         if means:
-            every.append({"target": task, "size": size_name(shots), "lines": means})
-    return every
+            curves_of_tasks.append({"target": task, "size": size_name(shots), "lines": means})
+    return curves_of_tasks
 
 
-def machine(found: Results) -> Mapping[str, Any]:
+def _mean_curve(curves_of_seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[tuple[int, float]]:
+    """The mean loss by step, as far as all curves go."""
+    points = []
+    for steps in zip(*curves_of_seeds, strict=False):
+        points.append((steps[0]["step"], statistics.fmean(step["loss"] for step in steps)))
+    return points
+
+
+def machine(results: Results) -> Mapping[str, Any]:
     """The machine of the first run; empty where there is none."""
-    return next((page["machine"] for own in found.values() for one in own for page in one.pages), {})
+    return next((page["machine"] for _, page in all_pages(results)), {})
 
 
-def failures(found: Results) -> list[str]:
+def failures(results: Results) -> list[str]:
     """A line for each run that failed."""
-    return [
-        f"{task} {size_name(shots)}: {one.arm_run.name} failed and is left out"
-        for (task, shots), own in found.items()
-        for one in own
-        if not one.pages
-    ]
+    lines = []
+    for (task, shots), results_of_task in results.items():
+        for result in results_of_task:
+            if not result.pages:
+                lines.append(f"{task} {size_name(shots)}: {result.arm_run.name} failed and is left out")
+    return lines
 
 
 def score_table(
-    one: Mapping[str, Any], title: str, more: Mapping[str, Mapping[str, Any]] | None = None
+    size: Mapping[str, Any], title: str, extra_columns: Mapping[str, Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """What `scores` gives as a table of the page; `more` are further columns, with what each arm has there."""
-    tasks = [f"{task} ({one['metrics'].get(task, '')})" for task in one["targets"]]
-    more = more or {}
-    rows = [
-        [
-            *(line[key] for key in ("arm", "about", "trainable")),
-            *(values.get(line["arm"]) for values in more.values()),
-            *map(line["scores"].get, one["targets"]),
-            line["mean"],
-        ]
-        for line in one["lines"]
-    ]
-    columns = ["arm", "what it is", "trained numbers", *more, *tasks, "mean"]
-    return {"title": f"{title}, {one['size']}", "columns": columns, "rows": rows}
+    """The result of `scores` as a table of the page.
+
+    Args:
+        size: The result of `scores`.
+        title: The title; the size is added to it.
+        extra_columns: Columns behind the trained numbers, with the cell of each arm.
+    """
+    extra_columns = extra_columns or {}
+    rows = []
+    for line in size["lines"]:
+        row = [line["arm"], line["about"], line["trainable"]]
+        row += [cells.get(line["arm"]) for cells in extra_columns.values()]
+        rows.append([*row, *map(line["scores"].get, size["targets"]), line["mean"]])
+    tasks = [f"{task} ({size['metrics'].get(task, '')})" for task in size["targets"]]
+    columns = ["arm", "what it is", "trained numbers", *extra_columns, *tasks, "mean"]
+    return {"title": f"{title}, {size['size']}", "columns": columns, "rows": rows}
 
 
-def rate_table(chosen: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def rate_table(chosen_rates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How each arm's rate was chosen, as a table of the page."""
-    rows = [[one["arm"], one["size"], f"{one['rate']:g}", format_scores(one["tried"])] for one in chosen]
+    rows = []
+    for choice in chosen_rates:
+        rows.append([choice["arm"], choice["size"], f"{choice['rate']:g}", format_scores(choice["tried"])])
     columns = ["arm", "size", "rate", "validation scores by rate"]
     return {"title": "Rates chosen on validation rows", "columns": columns, "rows": rows}
 
 
-def format_scores(values: Mapping[str, float]) -> str:
-    """Names with their values, in one cell of a table."""
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+def format_scores(scores: Mapping[str, float]) -> str:
+    """Names with their scores, in one cell of a table."""
+    return ", ".join(f"{name} {score:.3f}" for name, score in scores.items())

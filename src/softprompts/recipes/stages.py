@@ -1,4 +1,4 @@
-"""Stages of long work: each a directory that says what it was done with, and is not done again while that holds."""
+"""Stages of long work: each is a directory that records its settings, and is not done again while they are the same."""
 
 import glob
 import hashlib
@@ -19,77 +19,107 @@ from softprompts.recipes.run import run as job
 from softprompts.recipes.run.run import ProgressReporter
 
 STAGE_FILE = "stage.json"
-"""What a stage was done with: its settings, and the prompts it started from."""
+"""The file with a stage's settings and the digests of the prompts it started from."""
 
 RESULTS = "results.json"
 
 ASIDE_SUFFIX = ".before-"
-"""Between a stage's name and a number: the folder of one that was done with other settings."""
+"""Stands between a stage's name and a number in the folder of a stage that was done with other settings."""
 
 
-def check_output_directory(what: str, out: str) -> None:
-    """Raise ConfigError where `what` was started in several processes, and where nothing can be written into `out`."""
+def check_output_directory(title: str, out: str) -> None:
+    """Raise ConfigError where `title` was started in several processes, or where `out` cannot be written to."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"{what} runs in one process; start it without torchrun")
+        raise ConfigError(f"{title} runs in one process; start it without torchrun")
     job.check_writable(Path(out))
 
 
 def run_stage(
-    title: str, out: Path, told: Mapping[str, Any], screen: ProgressReporter, make: Callable[[], dict[str, Any]]
+    title: str,
+    out: Path,
+    settings: Mapping[str, Any],
+    reporter: ProgressReporter,
+    make_results: Callable[[], dict[str, Any]],
 ) -> dict[str, Any]:
-    """The results of a stage, from its directory `out` where it was done with the same things `told`, else made.
+    """The results of a stage: those in its directory where it was done with the same settings, else new ones.
 
-    What was begun with the same and interrupted is gone on with by `make`. What was begun otherwise stands aside, in a
-    folder beside `out`, until it is asked for again.
+    `make_results` continues a stage that was interrupted. A stage that was done with other settings moves to a folder
+    beside `out`, and comes back when its settings are asked for again.
+
+    Args:
+        title: The name of the stage for progress.
+        out: The directory of the stage.
+        settings: Everything that the results depend on, as JSON values.
+        reporter: Shows progress.
+        make_results: Does the stage.
     """
-    file, done = out / STAGE_FILE, out / RESULTS
-    stamp = json.loads(json.dumps(told))  # because that is how the values come back
-    changed = done.exists() if not file.exists() else read_json(file) != stamp
+    stage_file = out / STAGE_FILE
+    results_file = out / RESULTS
+    stored_settings = json.loads(json.dumps(settings))  # tuples come back as lists
+    changed = results_file.exists() if not stage_file.exists() else read_json(stage_file) != stored_settings
     if changed:
         _set_aside(out)
-    if not out.exists() and (found := _aside(out, stamp)) is not None:
-        found.rename(out)
-    if file.exists() and done.exists():
-        screen.log(f"{title}: done before, in {out}")
-        results: dict[str, Any] = read_json(done)
+    if not out.exists():
+        aside = _find_aside(out, stored_settings)
+        if aside is not None:
+            aside.rename(out)
+    if stage_file.exists() and results_file.exists():
+        reporter.log(f"{title}: done before, in {out}")
+        results: dict[str, Any] = read_json(results_file)
         return results
-    if changed and not file.exists():
-        screen.log(f"{title}: settings, or the prompts it starts from, have changed: done anew")
+    if changed and not stage_file.exists():
+        reporter.log(f"{title}: settings, or the prompts it starts from, have changed: done anew")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(file, stamp)
-    results = make()
-    if not done.exists():
-        write_json(done, results)
+    write_json(stage_file, stored_settings)
+    results = make_results()
+    if not results_file.exists():
+        write_json(results_file, results)
     return results
 
 
 def _set_aside(out: Path) -> None:
-    """Give the directory `out` a name beside it that nothing has."""
-    number = next(n for n in itertools.count(1) if not out.with_name(f"{out.name}{ASIDE_SUFFIX}{n}").exists())
-    out.rename(out.with_name(f"{out.name}{ASIDE_SUFFIX}{number}"))
+    """Rename the directory `out` to a free name beside it."""
+    for number in itertools.count(1):
+        aside = out.with_name(f"{out.name}{ASIDE_SUFFIX}{number}")
+        if not aside.exists():
+            out.rename(aside)
+            return
 
 
-def _aside(out: Path, stamp: Any) -> Path | None:
-    """The directory beside `out` that was set aside and says `stamp`."""
-    every = sorted(out.parent.glob(f"{glob.escape(out.name)}{ASIDE_SUFFIX}*"))
-    return next((one for one in every if (one / STAGE_FILE).exists() and read_json(one / STAGE_FILE) == stamp), None)
+def _find_aside(out: Path, settings: Any) -> Path | None:
+    """The directory beside `out` that was set aside with these settings."""
+    for aside in sorted(out.parent.glob(f"{glob.escape(out.name)}{ASIDE_SUFFIX}*")):
+        stage_file = aside / STAGE_FILE
+        if stage_file.exists() and read_json(stage_file) == settings:
+            return aside
+    return None
 
 
-def run_group(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
-    """The results of a group of runs; `inputs` are directories with the prompts that they start from."""
-    each = {name: explicit_settings(one) for name, one in sweep(run).items()}
-    told = {"version": __version__, "runs": each, "inputs": {path: artifacts_digest(path) for path in inputs}}
+def run_group(title: str, run: Run, reporter: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of runs that share a configuration.
 
-    def make() -> dict[str, Any]:
+    Args:
+        title: The name of the group for progress.
+        run: The configuration.
+        reporter: Shows progress.
+        inputs: Directories of the prompts that the runs start from.
+    """
+    settings = {
+        "version": __version__,
+        "runs": {name: explicit_settings(single_run) for name, single_run in sweep(run).items()},
+        "inputs": {path: artifacts_digest(path) for path in inputs},
+    }
+
+    def make_results() -> dict[str, Any]:
         count = len(run.runs) or 1
-        screen.log(f"{title}: {count} run{'s' * (count > 1)}, {run.training.max_steps} steps")
-        return job.run(run, screen)
+        reporter.log(f"{title}: {count} run{'s' * (count > 1)}, {run.training.max_steps} steps")
+        return job.run(run, reporter)
 
-    return run_stage(title, Path(run.output_dir), told, screen, make)
+    return run_stage(title, Path(run.output_dir), settings, reporter, make_results)
 
 
-class Settings(Protocol):
-    """What all runs of a plan have in common."""
+class CommonSettings(Protocol):
+    """The sections that all runs of a plan share."""
 
     model: ModelConfig
     prompt: PromptConfig
@@ -97,7 +127,7 @@ class Settings(Protocol):
 
 
 def build_run(
-    plan: Settings,
+    plan: CommonSettings,
     tasks: Sequence[TaskConfig],
     train: TrainConfig,
     out: Path,
@@ -106,9 +136,18 @@ def build_run(
     runs: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
 ) -> Run:
-    """A run of a plan on `tasks`, written to `out`; prompt: what it sets otherwise than the plan's section; runs: those
-    that train together, as in a configuration."""
-    found: Run = parse(
+    """The configuration of runs of a plan.
+
+    Args:
+        plan: The plan.
+        tasks: The tasks of every run.
+        train: How they train.
+        out: The output directory.
+        prompt: Keys of the section `prompt` that differ from the plan's.
+        runs: The runs that train together, as in a configuration.
+        seed: The seed.
+    """
+    run: Run = parse(
         {
             "model": plan.model.model_dump(mode="json"),
             "prompt": {**plan.prompt.model_dump(mode="json"), **(prompt or {})},
@@ -120,31 +159,36 @@ def build_run(
             "runs": list(runs),
         }
     )
-    return found
+    return run
 
 
 def explicit_settings(section: Section) -> dict[str, Any]:
-    """What a section sets otherwise than by default: a key that a later release adds does not undo what was done."""
+    """The settings that differ from their defaults: a key that a later release adds does not invalidate a stage."""
     return section.model_dump(mode="json", exclude_defaults=True)
 
 
-def run_complete_group(title: str, run: Run, screen: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
-    """The same of a group of which no run may be missing; raises TrainingError where one failed."""
-    results = run_group(title, run, screen, inputs)
-    if failed := [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]:
+def run_complete_group(title: str, run: Run, reporter: ProgressReporter, inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """The results of runs of which none may fail, as `run_group`.
+
+    Raises:
+        TrainingError: A run failed.
+    """
+    results = run_group(title, run, reporter, inputs)
+    failed = [f"{row['name']}: {row['failed']}" for row in results["runs"] if row["failed"]]
+    if failed:
         raise TrainingError(f"{title} could not all be trained: {'; '.join(failed)}")
     return results
 
 
 def read_results(out: Path) -> dict[str, Any]:
-    """What a run left in its directory."""
-    found: dict[str, Any] = read_json(out / RESULTS)
-    return found
+    """The results in the directory of a run."""
+    results: dict[str, Any] = read_json(out / RESULTS)
+    return results
 
 
 def artifacts_digest(path: str) -> str:
-    """What the artifacts below a directory hold."""
-    found = hashlib.sha256()
+    """A digest of all artifacts below a directory."""
+    digest = hashlib.sha256()
     for file in sorted(Path(path).rglob(artifact.TENSORS)):
-        found.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
-    return found.hexdigest()
+        digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The ways to adapt to a target, as rows of data: where each starts and what it trains."""
+"""The arms of the recipe: how each adapts to a target, from which start, and what it trains."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,12 +13,17 @@ Start = Literal[
 class Arm:
     """A line of the table.
 
-    method: of the target's prompt, or what of the weights is trained; start: random, vocabulary or labels as in
-    prompt.init; prompt, the variant's shared prompt; factors, the same with the average of the sources' factors;
-    first and second, the prompt of that source in the plan's list; nearest and weighted, the source prompts most like
-    the target's own (SPoT); sources, vocabulary beside the source prompts that are mixed (ATTEMPT); vectors, vocabulary
-    plus the sum of the sources' task prompt vectors; variant: of the source stage; together: one run for all targets;
-    asked: only where a plan names it.
+    Attributes:
+        about: What the arm is, in a few words.
+        method: The method of the target's prompt, or the weights that are trained.
+        start: The start of the prompt. `random`, `vocabulary` and `labels` are kinds of prompt.init. `prompt` is the
+            variant's shared prompt, and `factors` the same with the average of the sources' factors. `first` and
+            `second` are the prompts of these sources of the plan. `nearest` and `weighted` are the source prompts most
+            similar to the target's own (SPoT). `sources` is vocabulary, beside the source prompts that ATTEMPT mixes.
+            `vectors` is vocabulary plus the sum of the sources' task prompt vectors.
+        variant: The variant of the source stage that the arm starts from.
+        all_targets: Whether one run trains on all targets.
+        only_if_named: Whether the arm runs only where a plan names it.
     """
 
     about: str
@@ -51,7 +56,7 @@ ARMS: dict[str, Arm] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train the shared prompt: with teachers or without, with factors for each source or one prompt."""
+    """A way to train the shared prompt: with or without teachers, with factors for each source or one prompt."""
 
     distil: bool
     decompose: bool

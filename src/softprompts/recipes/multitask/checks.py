@@ -1,4 +1,4 @@
-"""What would only be noticed after hours of work is found before any of it."""
+"""Checks before any training of everything that would fail after hours."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -28,24 +28,27 @@ from softprompts.recipes.run.run import ProgressReporter
 from softprompts.training import backbone_weights
 
 
-def check(plan: Plan, screen: ProgressReporter) -> None:
-    """Raise ConfigError, DataError, ArtifactError or BackboneError for a plan that would fail on its way.
+def check(plan: Plan, reporter: ProgressReporter) -> None:
+    """Check a plan before any training.
 
-    Tasks must be there and targets have rows to choose and to judge by; given teachers must be plain prompts of this
-    model, length and site; layers, class labels and trained weights must be possible for the model.
+    Tasks must have rows, and targets validation and test rows. Trained teachers must be plain prompts of this model,
+    length and site. The model must support the distilled layers, starts from class labels and trained weights.
+
+    Raises:
+        ConfigError, DataError, ArtifactError, BackboneError: The plan would fail on its way.
     """
     targets = {}
     for task in (*plan.sources, *plan.targets):
         loaded = load_task(task)
         if task in plan.targets:
             targets[task.title] = loaded
-            for role, rows in (("choose a rate", loaded.validation), ("judge", loaded.test)):
+            for part, rows in (("validation", loaded.validation), ("test", loaded.test)):
                 if not rows:
-                    raise ConfigError(f"target {task.title} has no rows to {role} by; set its split's fractions")
+                    raise ConfigError(f"target {task.title} has no {part} rows; set split.{part}_fraction")
     for run in (teacher_runs(plan), source_runs(plan), probe_runs(plan)):
         if run.runs:
             sweep(run)
-    backbone = load_backbone(plan.model, log=screen.log)
+    backbone = load_backbone(plan.model, log=reporter.log)
     injection.check_layers(backbone, plan.source.layers)
     _check_labels(plan, backbone, targets)
     _check_teachers(plan, backbone)
@@ -57,20 +60,21 @@ def check(plan: Plan, screen: ProgressReporter) -> None:
 
 
 def _check_labels(plan: Plan, backbone: Backbone, targets: Mapping[str, Task]) -> None:
-    """A start from class labels, where an arm has one, must be possible for every target."""
+    """Raise ConfigError where an arm starts from class labels, and that is not possible for a target."""
     if not any("labels" in select_arms(plan, shots, weights=False) for shots in plan.target.shots):
         return
     site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.placement)
     for name, task in targets.items():
         words = tuple(f"{task.template.separator}{word}" for word in (task.template.verbalizer or {}).values())
-        slot = injection.prompt_spec(backbone, site, plan.prompt.num_virtual_tokens)
+        spec = injection.prompt_spec(backbone, site, plan.prompt.num_virtual_tokens)
         try:
-            initialization.initialize(InitConfig(kind="labels"), backbone, site, slot, labels=words)
+            initialization.initialize(InitConfig(kind="labels"), backbone, site, spec, labels=words)
         except ValueError as error:
             raise ConfigError(f"arm 'labels' is not possible for target {name}: {error}; leave the arm out") from None
 
 
 def _check_teachers(plan: Plan, backbone: Backbone) -> None:
+    """Raise ArtifactError for a trained teacher of other weights, or of another length or site than the plan's."""
     weights = fingerprint(backbone) if plan.teachers.trained else None
     site = Site(plan.prompt.site, plan.prompt.mode, plan.prompt.placement)
     wanted = {
@@ -81,15 +85,16 @@ def _check_teachers(plan: Plan, backbone: Backbone) -> None:
         "head": backbone.head,
     }
     for name, path in plan.teachers.trained.items():
-        one = artifact.load(path)
+        teacher = artifact.load(path)
         assert weights is not None
-        artifact.check_fingerprint(one.fingerprint, weights, False)
-        one.require_prompt(Path(path))
-        found = {"length": one.shape[0], **{key: getattr(one, key) for key in ("site", "mode", "placement", "head")}}
-        slotted = plan.prompt.placement == "auto" and one.placement == "template"  # as the source's own template says
+        artifact.check_fingerprint(teacher.fingerprint, weights, False)
+        teacher.require_prompt(Path(path))
+        # With placement auto, the source's own template decides.
+        placed_by_template = plan.prompt.placement == "auto" and teacher.placement == "template"
         for key, value in wanted.items():
-            if found[key] != value and not (key == "placement" and slotted):
+            actual = teacher.shape[0] if key == "length" else getattr(teacher, key)
+            if actual != value and not (key == "placement" and placed_by_template):
                 raise ArtifactError(
-                    f"the teacher of {name}, {path}, has {key} {found[key]} and the plan wants {value}: change the "
+                    f"the teacher of {name}, {path}, has {key} {actual} and the plan wants {value}: change the "
                     f"plan's prompt, or leave the teacher out so that it is trained"
                 )

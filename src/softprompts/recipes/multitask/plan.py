@@ -1,4 +1,4 @@
-"""What a user writes for the recipe: sources, targets, and how each stage trains; every cap is a key."""
+"""The configuration of the recipe: sources, targets, and how each stage trains."""
 
 from pydantic import Field, field_validator, model_validator
 
@@ -123,7 +123,8 @@ class Plan(Section):
 
     @model_validator(mode="after")
     def _names(self) -> "Plan":
-        sources, targets = ([task.title for task in tasks] for tasks in (self.sources, self.targets))
+        sources = [task.title for task in self.sources]
+        targets = [task.title for task in self.targets]
         if self.model.head != "lm":
             raise ValueError(f"tasks that share a prompt share a language model's head, not '{self.model.head}'")
         check_known("teachers.trained", self.teachers.trained, sources)
@@ -132,8 +133,8 @@ class Plan(Section):
         check_known("target.tune_on", self.target.tune_on or (), targets)
         check_known("target.weight_targets", self.target.weight_targets or (), targets)
         check_known("target.weight_learning_rates", self.target.weight_learning_rates, list(WEIGHTS))
-        few = self.target.arms if self.target.few_arms is None else self.target.few_arms
-        for arm in few if 0 in self.target.shots else ():
+        few_arms = self.target.arms if self.target.few_arms is None else self.target.few_arms
+        for arm in few_arms if 0 in self.target.shots else ():
             if arm in WEIGHTS or ARMS[arm].start in ("nearest", "weighted"):
                 raise ValueError(f"arm '{arm}' needs rows of the target, and target.shots has 0; leave one of them out")
         for arm in (*self.target.arms, *(self.target.few_arms or ())):

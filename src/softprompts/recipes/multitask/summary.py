@@ -1,7 +1,8 @@
-"""What the study leaves to read: the table of arms and targets, curves, similarities, the rates that were chosen."""
+"""The results of the recipe: scores of arms on targets, curves, similarities, and the chosen rates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
@@ -17,87 +18,89 @@ from softprompts.recipes.run.results import versions
 
 def summarize(
     plan: Plan,
-    filled: Comparison,
+    targets: Comparison,
     sources: Mapping[str, Any],
     origins: Origins,
     teachers: Mapping[str, Tensor],
     seconds: float,
 ) -> dict[str, Any]:
-    """The content of results.json and of the page."""
-    targets, about = [task.title for task in plan.targets], {name: arm.about for name, arm in ARMS.items()}
+    """The content of results.json and of the page.
+
+    Args:
+        plan: The plan.
+        targets: The runs of all arms on the targets.
+        sources: The results of the shared prompts.
+        origins: The prompts that targets start from.
+        teachers: The prompt of each source [P, D].
+        seconds: The duration of the whole recipe.
+    """
+    titles = [task.title for task in plan.targets]
+    about = {name: arm.about for name, arm in ARMS.items()}
+    nearest = []
+    for (target, shots, seed), weights in origins.nearest.items():
+        nearest.append({"target": target, "size": size_name(shots), "seed": seed, "sources": dict(weights)})
+    matrix = similarity.similarity_matrix(list(teachers.values())).tolist()
     return {
         "format": 1,
         "title": f"Multitask prompt tuning with {plan.model.name}",
-        "task": ", ".join(task.title for task in plan.targets),
+        "task": ", ".join(titles),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
-        "arms": [comparison.scores(filled.results, shots, targets, about) for shots in plan.target.shots],
-        "sources": _sources(sources),
-        "curves": comparison.curves(filled.results),
-        "similarity": {
-            "labels": list(teachers),
-            "matrix": similarity.similarity_matrix(list(teachers.values())).tolist(),
-        },
-        "nearest": [
-            {"target": target, "size": size_name(shots), "seed": seed, "sources": dict(near)}
-            for (target, shots, seed), near in origins.nearest.items()
-        ],
-        "rates": list(filled.chosen_rates),
+        "arms": [comparison.scores(targets.results, shots, titles, about) for shots in plan.target.shots],
+        "sources": _source_scores(sources),
+        "curves": comparison.curves(targets.results),
+        "similarity": {"labels": list(teachers), "matrix": matrix},
+        "nearest": nearest,
+        "rates": list(targets.chosen_rates),
         "config": plan.model_dump(mode="json"),
         "versions": versions(),
-        "machine": comparison.machine(filled.results),
-        "warnings": comparison.failures(filled.results),
+        "machine": comparison.machine(targets.results),
+        "warnings": comparison.failures(targets.results),
         "next": [f"softprompts inspect {path}" for path in list(origins.teachers.values())[:1]],
     }
 
 
-def _sources(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """How well each variant's prompts do on the sources themselves."""
-    found: dict[str, dict[str, Any]] = {}
+def _source_scores(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The scores of each variant's prompts on the sources."""
+    variants: dict[str, dict[str, Any]] = {}
     for row in results["runs"]:
-        scores = found.setdefault(row["name"], {"variant": row["name"], "loss": row["loss"], "scores": {}})["scores"]
+        variant = variants.setdefault(row["name"], {"variant": row["name"], "loss": row["loss"], "scores": {}})
         if row["after"]:
-            scores[row["task"]] = row["after"]["value"]
-    return [found[name] for name in VARIANTS if name in found]
+            variant["scores"][row["task"]] = row["after"]["value"]
+    return [variants[name] for name in VARIANTS if name in variants]
 
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results with the tables and pictures of their page."""
-    return {**results, "tables": _tables(results), "heatmaps": _heatmaps(results), "plots": _plots(results)}
+    """The results with the tables and plots of their page."""
+    tables = [comparison.score_table(size, "Targets") for size in results["arms"]]
+    tables += [_source_table(results["sources"]), comparison.rate_table(results["rates"])]
+    tables.append(_nearest_table(results["nearest"]))
+    heatmap = {"title": "Similarity of the sources' prompts (cosine of their mean tokens)", **results["similarity"]}
+    plots = [_loss_plot(curve) for curve in results["curves"]]
+    return {**results, "tables": tables, "heatmaps": [heatmap], "plots": plots}
 
 
-def _tables(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tables = [comparison.score_table(one, "Targets") for one in results["arms"]]
-    names = list(dict.fromkeys(task for line in results["sources"] for task in line["scores"]))
-    rows = [[line["variant"], line["loss"], *(line["scores"].get(n) for n in names)] for line in results["sources"]]
-    tables.append(
-        {"title": "Shared prompts on their sources", "columns": ["variant", "last loss", *names], "rows": rows}
-    )
-    tables.append(comparison.rate_table(results["rates"]))
-    rows = [
-        [*(str(one[key]) for key in ("target", "size", "seed")), format_scores(one["sources"])]
-        for one in results["nearest"]
-    ]
+def _source_table(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    tasks = list(dict.fromkeys(chain.from_iterable(source["scores"] for source in sources)))
+    rows = []
+    for source in sources:
+        rows.append([source["variant"], source["loss"], *map(source["scores"].get, tasks)])
+    columns = ["variant", "last loss", *tasks]
+    return {"title": "Shared prompts on their sources", "columns": columns, "rows": rows}
+
+
+def _nearest_table(nearest: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = []
+    for line in nearest:
+        rows.append([line["target"], line["size"], str(line["seed"]), format_scores(line["sources"])])
     columns = ["target", "size", "seed", "source, weight"]
-    tables.append({"title": "Nearest sources (SPoT)", "columns": columns, "rows": rows})
-    return tables
+    return {"title": "Nearest sources (SPoT)", "columns": columns, "rows": rows}
 
 
-def _heatmaps(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    title = "Similarity of the sources' prompts (cosine of their mean tokens)"
-    return [{"title": title, **results["similarity"]}]
-
-
-def _plots(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The loss of prompt tuning and of multitask prompt tuning on each target, where both are there."""
-    return [
-        {
-            "title": f"Loss on {one['target']}, {one['size']}",
-            "lines": [
-                {"name": arm, "points": one["lines"][arm], "look": look}
-                for arm, look in (("mpt", "after"), ("prompt-tuning", "before"))
-                if arm in one["lines"]
-            ],
-        }
-        for one in results["curves"]
-    ]
+def _loss_plot(curve: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss of prompt tuning and of multitask prompt tuning on a target."""
+    lines = []
+    for arm, look in (("mpt", "after"), ("prompt-tuning", "before")):
+        if arm in curve["lines"]:
+            lines.append({"name": arm, "points": curve["lines"][arm], "look": look})
+    return {"title": f"Loss on {curve['target']}, {curve['size']}", "lines": lines}
