@@ -33,13 +33,13 @@ class Ours:
         self.backbone, self.kernels = replace(loaded, kernels=choice.kernels), str(choice)
         self.prompt, self.loss, self.path = prompt, float("nan"), ""
         # PEFT puts the prompt of an encoder first, so here it stands there too.
-        self.site = Site(place="first" if models.kind(model) == "sequence" else "auto")
+        self.site = Site(placement="first" if models.kind(model) == "sequence" else "auto")
         self.objective = objectives.weigh({"task": 1.0})
 
     def start(self, ids: Sequence[int]) -> None:
         """See `workload.Side`."""
         values = from_ids(self.backbone, self.site, torch.tensor(ids)).to(self.backbone.device)
-        place: Any = self.site.place
+        place: Any = self.site.placement
         self.model = SoftPromptModel(self.backbone)
         config = PromptConfig(num_virtual_tokens=self.prompt, placement=place)
         self.model.add_prompt("benchmark", config, init=PromptInit(values))

@@ -99,7 +99,7 @@ def test_heads(name: str, head: str, site: injection.Site) -> None:
     end = bb.model.config.eos_token_id
     if name in tiny.SEQ2SEQ:
         texts = [torch.cat([text, torch.tensor([end])]) for text in texts]
-    place = int(injection.resolve_place(bb, site) == "after_start")
+    place = int(injection.resolve_placement(bb, site) == "after_start")
     sides = (("right", 0), ("left", 2))
     for (side, extra), path in itertools.product(sides, (None, *rows.paths(name, site))):
         text, mask = rows.pad(texts, side, extra, value=3)

@@ -28,7 +28,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 P = 4
 KINDS = {"lm": "CAUSAL_LM", "sequence": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 FACTORIZED = ("opt_projected", "albert")
-FIRST = injection.Site(place="first")
+FIRST = injection.Site(placement="first")
 
 
 def wrapped(name: str, head: str = "lm", values: Tensor | None = None) -> Any:

@@ -113,7 +113,7 @@ def test_words_in_segments(name: str) -> None:
 def test_deep_prompts_in_segments(name: str, site: injection.Site) -> None:
     bb, texts = tiny.backbone(name), rows.texts(name)
     values = rows.random(3, sum(SIZES), injection.prompt_width(bb, site))
-    parted = replace(site, place="template", segments=SIZES)  # the site says the sizes, the batch the places
+    parted = replace(site, placement="template", segments=SIZES)  # the site says the sizes, the batch the places
     batch = replace(rows.batch(name, texts, "left", 1), prompt_offsets=torch.tensor(PLACES))
     output = injection.score(bb, batch, rows.single(values, len(texts)), parted)
     for i, (row, place) in enumerate(zip(texts, PLACES, strict=True)):
@@ -154,7 +154,7 @@ def test_every_method_stands_in_segments(name: str, site: injection.Site, method
     """Each row of a padded batch as its prompt put in by hand; one that is shorter for its text ends in the first."""
     if site.name not in ("input", "layers"):
         return
-    parted = replace(site, place="template", segments=SIZES)
+    parted = replace(site, placement="template", segments=SIZES)
     made = contract.tuned(name, method, parted)
     for i, parameter in enumerate(made.prompts.parameters()):
         parameter.add_(rows.random(40 + i, *parameter.shape) / 4)
@@ -215,7 +215,7 @@ def test_continuations_behind_segments(name: str) -> None:
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, sum(SIZES))
     candidates = [[7], [9], [7, 9], [20, 22, 30]]
     prompt = rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
-    suffix = injection.Site(place="suffix")
+    suffix = injection.Site(placement="suffix")
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
         for one, site, places in (
@@ -230,7 +230,7 @@ def test_continuations_behind_segments(name: str) -> None:
                     own = logits.double().gather(1, torch.tensor(candidate)[:, None]).sum()
                     torch.testing.assert_close(found[i, c], own, atol=2e-5, rtol=1e-5)
     empty = rows.batch(name, [rows.ids(0, 0)])
-    for site in (suffix, injection.Site(place="after_start")):  # no text: behind it and before it are the same
+    for site in (suffix, injection.Site(placement="after_start")):  # no text: behind it and before it are the same
         found = injection.score_continuations(bb, empty, prompt.rows(torch.tensor([0])), site, candidates)
         front = injection.score_continuations(bb, empty, prompt.rows(torch.tensor([0])), INPUT, candidates)
         torch.testing.assert_close(found, front, atol=2e-5, rtol=1e-5)
@@ -245,7 +245,7 @@ def test_at_the_front_and_behind_the_first_token(name: str, place: str) -> None:
     stands = int(place == "after_start")
     expected = [read_words(bb, words, row, (stands,), (4,)) for row in texts]
     for side, extra in PADDINGS:
-        output = injection.score(bb, rows.batch(name, texts, side, extra), prompt, injection.Site(place=place))
+        output = injection.score(bb, rows.batch(name, texts, side, extra), prompt, injection.Site(placement=place))
         for i, scores in enumerate(expected):
             torch.testing.assert_close(rows.of_row(output, i), scores, **CLOSE)
 
@@ -255,7 +255,10 @@ def test_at_the_front_and_behind_the_first_token(name: str, place: str) -> None:
 def test_suffix(name: str) -> None:
     """Behind the text: before the first label, before the last special token, or at the end of the encoder's input."""
     bb, texts, words = tiny.backbone(name), rows.texts(name), rows.ids(7, 4)
-    site, prompt = injection.Site(place="suffix"), rows.single(initialization.from_ids(bb, INPUT, words), len(texts))
+    site, prompt = (
+        injection.Site(placement="suffix"),
+        rows.single(initialization.from_ids(bb, INPUT, words), len(texts)),
+    )
     known = (2, 9, 0, 6)  # text tokens before the first label
     for side, extra in PADDINGS:
         batch = rows.batch(name, texts, side, extra)
@@ -298,7 +301,7 @@ def test_the_prompt_is_left_out_where_there_is_none() -> None:
     """Rows with slots are the stock model's own without a prompt."""
     bb, texts = tiny.backbone("llama"), rows.texts("llama")
     batch = rows.batch("llama", texts)
-    output = injection.score(bb, slotted(batch), None, injection.Site(place="template"))
+    output = injection.score(bb, slotted(batch), None, injection.Site(placement="template"))
     torch.testing.assert_close(output.logits, injection.score(bb, batch, None, INPUT).logits)
     found = injection.score_continuations(bb, slotted(batch), None, INPUT, [[7], [8, 9]])
     torch.testing.assert_close(found, injection.score_continuations(bb, batch, None, INPUT, [[7], [8, 9]]))
@@ -329,15 +332,15 @@ def test_what_is_refused() -> None:
         ),
         (
             batch,
-            injection.Site(place="template"),
+            injection.Site(placement="template"),
             "the prompt stands in slots of the template, and the batch does not say",
         ),
         (
             batch,
-            injection.Site("kv", place="suffix"),
-            "place 'suffix' is not possible at site 'kv', where nothing can stand",
+            injection.Site("kv", placement="suffix"),
+            "placement 'suffix' is not possible at site 'kv', where nothing can stand",
         ),
-        (batch, injection.Site("kv", place="template"), "place 'template' is not possible at site 'kv'"),
+        (batch, injection.Site("kv", placement="template"), "placement 'template' is not possible at site 'kv'"),
     ):
         with pytest.raises(BackboneError, match=message):
             injection.score(bb, one, prompt, site)
@@ -346,9 +349,9 @@ def test_what_is_refused() -> None:
         injection.score(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything"):
         generation.generate(bb, slotted(batch, two.tolist()), deep, KV)
-    with pytest.raises(BackboneError, match="place 'suffix' is not possible at site 'decoder'"):
-        injection.prompt_width(tiny.backbone("t5"), injection.Site("decoder", place="suffix"))
-    assert injection.prompt_width(bb, replace(ADD, place="suffix")) == injection.prompt_width(bb, REPLACE)
+    with pytest.raises(BackboneError, match="placement 'suffix' is not possible at site 'decoder'"):
+        injection.prompt_width(tiny.backbone("t5"), injection.Site("decoder", placement="suffix"))
+    assert injection.prompt_width(bb, replace(ADD, placement="suffix")) == injection.prompt_width(bb, REPLACE)
 
 
 @settings(deadline=None, derandomize=True, max_examples=150)

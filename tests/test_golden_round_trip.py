@@ -39,7 +39,7 @@ def ours(model, head, values):
     prompt = Prompt(values[None], torch.ones(1, P, dtype=torch.bool), torch.zeros(2, dtype=torch.long))
     batch = Batch(IDS, torch.ones_like(IDS), prompt.prompt_index, labels)
     with torch.no_grad():
-        return injection.score(base, batch, prompt, Site(place="first")).logits
+        return injection.score(base, batch, prompt, Site(placement="first")).logits
 
 
 def theirs(model, kind):

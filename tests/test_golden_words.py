@@ -183,10 +183,14 @@ def test_wrong_sites_say_what_is_possible() -> None:
         ("llama", injection.Site(mode="multiply"), "mode 'multiply' is unknown; possible: replace, add"),
         (
             "llama",
-            injection.Site(place="last"),
-            "place 'last' is unknown; possible: auto, first, after_start, suffix, ",
+            injection.Site(placement="last"),
+            "placement 'last' is unknown; possible: auto, first, after_start, suffix, ",
         ),
-        ("llama", injection.Site("kv", place="after_start"), "place 'after_start' is not possible at site 'kv'"),
+        (
+            "llama",
+            injection.Site("kv", placement="after_start"),
+            "placement 'after_start' is not possible at site 'kv'",
+        ),
     ):
         with pytest.raises(BackboneError, match=match):
             injection.prompt_width(tiny.backbone(name), site)

@@ -121,7 +121,7 @@ def test_prompts_of_other_sites_and_heads_are_batched_apart() -> None:
         bb, INPUT, build("prompt-tuning", {}, injection.prompt_spec(bb, INPUT, 3), PromptInit(torch.zeros(3, 32)))
     )
     model.add_prompt("deep", PromptConfig(num_virtual_tokens=3, site="kv", init=InitConfig(kind="random")))
-    assert model.registry.site_of(("deep",)) == injection.Site("kv", place="first") != KV
+    assert model.registry.site_of(("deep",)) == injection.Site("kv", placement="first") != KV
     batch = rows.batch("llama", rows.texts("llama", (5, 9)))
     batch = type(batch)(batch.input_ids, batch.attention_mask, torch.tensor([0, 1]), batch.labels)
     with pytest.raises(BackboneError, match="prompts that enter at different sites cannot share a batch: a at input"):

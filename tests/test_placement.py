@@ -195,8 +195,12 @@ def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
         ({}, {"template": "<prompt:3>{text}"}, "slots have 3 prompt tokens, but prompt.num_virtual_tokens is 4"),
         ({}, {"template": "<prompt>:"}, "the template '<prompt>:' has no slot for the text"),
         ({}, {"template": "Type:"}, "the template 'Type:' has no slot for the text"),
-        ({"site": "kv"}, {"template": "{text}<prompt>"}, "place 'template' is not possible .*take <prompt> out of the"),
-        ({"site": "kv", "placement": "suffix"}, {}, "place 'suffix' is not possible at site 'kv'"),
+        (
+            {"site": "kv"},
+            {"template": "{text}<prompt>"},
+            "placement 'template' is not possible .*take <prompt> out of the",
+        ),
+        ({"site": "kv", "placement": "suffix"}, {}, "placement 'suffix' is not possible at site 'kv'"),
         ({"placement": "template"}, {}, "prompt.placement is template, but the template '{text}:' has no slot"),
         (
             {"site": "kv"},

@@ -29,7 +29,7 @@ def table() -> str:
     ]
     for family, name in itertools.product(FAMILIES.values(), tiny.ALL):
         if tiny.family(name) is family:
-            place = injection.resolve_place(tiny.backbone(name), injection.Site()).replace("_", " the ")
+            place = injection.resolve_placement(tiny.backbone(name), injection.Site()).replace("_", " the ")
             cells = " | ".join(cell(name, site) for site in SITES)
             lines.append(f"| {family.name} | {name} | {place.replace('the start', 'the first token')} | {cells} |")
     return "\n".join(lines)

@@ -1,8 +1,11 @@
-"""The frozen model: families, loading, devices, kernels, quantization."""
+"""The frozen model: its family, its facts, the kernels that run it.
+
+`loading`, `devices`, `cache` and `quantization` are modules of their own.
+"""
 
 from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family, family_of, head_of
+from softprompts.backbone.kernels import Kernels
 from softprompts.backbone.model import Backbone, fingerprint, freeze, wrap
-from softprompts.errors import BackboneError
 
 __all__ = [
     "CAUSAL",
@@ -10,8 +13,8 @@ __all__ = [
     "MASKED",
     "SEQ2SEQ",
     "Backbone",
-    "BackboneError",
     "Family",
+    "Kernels",
     "family_of",
     "fingerprint",
     "freeze",

@@ -16,7 +16,7 @@ class Family:
         name: causal, seq2seq or masked.
         auto_classes: Head -> the Auto class of transformers that loads it.
         sites: Names of the sites that a prompt may have.
-        default_place: Where in its row a prompt is unless the site says otherwise.
+        default_placement: Where in its row a prompt is unless the site says otherwise.
         scores_next_token: Whether a position scores the next label (causal), not its own.
         has_cache: Whether a cache may hold the prompt's keys and values.
     """
@@ -24,7 +24,7 @@ class Family:
     name: str
     auto_classes: dict[str, str]
     sites: tuple[str, ...]
-    default_place: str
+    default_placement: str
     scores_next_token: bool
     has_cache: bool
 
@@ -40,7 +40,7 @@ CAUSAL = Family(
     name="causal",
     auto_classes={"lm": "AutoModelForCausalLM", **_HEADS},
     sites=("input", "layers", "kv"),
-    default_place="first",
+    default_placement="first",
     scores_next_token=True,
     has_cache=True,
 )
@@ -48,7 +48,7 @@ SEQ2SEQ = Family(
     name="seq2seq",
     auto_classes={"lm": "AutoModelForSeq2SeqLM", **_HEADS},
     sites=("input", "decoder", "layers", "kv"),
-    default_place="first",
+    default_placement="first",
     scores_next_token=False,
     has_cache=True,
 )
@@ -56,7 +56,7 @@ MASKED = Family(
     name="masked",
     auto_classes={"lm": "AutoModelForMaskedLM", **_HEADS},
     sites=("input", "layers"),
-    default_place="after_start",
+    default_placement="after_start",
     scores_next_token=False,
     has_cache=False,
 )
@@ -81,7 +81,7 @@ def family_of(model: PreTrainedModel) -> Family:
         return SEQ2SEQ
     if type(config) in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING and not is_decoder:
         # An encoder alone (T5 with a token head): no special token in front.
-        return replace(MASKED, default_place="first")
+        return replace(MASKED, default_placement="first")
     if type(config) in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING and not is_decoder:
         return MASKED
     if type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -23,25 +23,11 @@ from softprompts.backbone.cache import (
     takes_cache,
     unsupported_layers,
 )
-from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family, family_of, head_of
+from softprompts.backbone.families import SEQ2SEQ, Family, family_of, head_of
 from softprompts.backbone.kernels import Kernels, replace_forwards, use_kernels
 from softprompts.backbone.quantization import quantization_kind
 from softprompts.errors import BackboneError
 from softprompts.types import Fingerprint
-
-__all__ = [
-    "CAUSAL",
-    "FAMILIES",
-    "MASKED",
-    "SEQ2SEQ",
-    "Backbone",
-    "Family",
-    "family_of",
-    "fingerprint",
-    "freeze",
-    "head_of",
-    "wrap",
-]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from softprompts.injection.sites import (
     check_site,
     prompt_spec,
     prompt_width,
-    resolve_place,
+    resolve_placement,
     split_by_layer,
 )
 
@@ -61,7 +61,7 @@ __all__ = [
     "prompt_offsets",
     "prompt_spec",
     "prompt_width",
-    "resolve_place",
+    "resolve_placement",
     "run_trunk",
     "score",
     "score_continuations",

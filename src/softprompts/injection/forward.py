@@ -22,7 +22,7 @@ from softprompts.injection.sites import (
     check_site,
     fill_cache,
     inject_at_layers,
-    resolve_place,
+    resolve_placement,
     split_by_layer,
 )
 from softprompts.types import Batch, Prompt
@@ -196,7 +196,7 @@ def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tens
 
 def can_compute_prefix(backbone: Backbone, site: Site) -> bool:
     """Whether prompts can be computed before any text: they precede it, and the model has a cache."""
-    precedes_text = backbone.family.scores_next_token and resolve_place(backbone, site) == "first"
+    precedes_text = backbone.family.scores_next_token and resolve_placement(backbone, site) == "first"
     return precedes_text and (site.in_cache or backbone.no_cache_reason is None)
 
 

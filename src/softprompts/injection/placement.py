@@ -7,29 +7,29 @@ from torch import Tensor
 
 from softprompts.backbone import Backbone
 from softprompts.errors import BackboneError
-from softprompts.injection.sites import Site, resolve_place
+from softprompts.injection.sites import Site, resolve_placement
 from softprompts.types import IGNORE, Batch, Prompt, mask_before_labels
 
 
-def prompt_offsets(backbone: Backbone, place: str, text_lengths: Tensor, unlabeled_lengths: Tensor) -> Tensor:
-    """How many text tokens precede a prompt at `place`: [B].
+def prompt_offsets(backbone: Backbone, placement: str, text_lengths: Tensor, unlabeled_lengths: Tensor) -> Tensor:
+    """How many text tokens precede a prompt with this placement: [B].
 
     Args:
         backbone: The frozen model.
-        place: first: none; after_start: the first token; suffix: in causal models all before the first label, in
+        placement: first: none; after_start: the first token; suffix: in causal models all before the first label, in
             encoders that put a special token at either end all but the last, in others all.
         text_lengths: [B], tokens in each text.
         unlabeled_lengths: [B], tokens before the first label, where the model scores its own text; else `text_lengths`.
 
     Raises:
-        BackboneError: The place is `template`: only the encoder of the text knows where its slots are.
+        BackboneError: The placement is `template`: only the encoder of the text knows where its slots are.
     """
-    if place == "first":
+    if placement == "first":
         return torch.zeros_like(text_lengths)
-    if place == "after_start":
+    if placement == "after_start":
         return text_lengths.clamp(max=1)
-    if place == "suffix":
-        return (unlabeled_lengths - int(backbone.family.default_place == "after_start")).clamp(min=0)
+    if placement == "suffix":
+        return (unlabeled_lengths - int(backbone.family.default_placement == "after_start")).clamp(min=0)
     raise BackboneError(
         "the prompt stands in slots of the template, and the batch does not say where these are; encode rows with the "
         "task's ExampleTokenizer, or give Batch.prompt_offsets (SoftPromptModel: prompt_places), text tokens before "
@@ -58,8 +58,8 @@ def place_prompts(backbone: Backbone, batch: Batch, site: Site, prompt: Prompt |
     text_lengths = text_mask.sum(1)
     if batch.prompt_offsets is None:
         unlabeled_lengths = _unlabeled_lengths(backbone, batch, text_mask)
-        place = resolve_place(backbone, site)
-        offsets = prompt_offsets(backbone, place, text_lengths, unlabeled_lengths)[:, None]
+        placement = resolve_placement(backbone, site)
+        offsets = prompt_offsets(backbone, placement, text_lengths, unlabeled_lengths)[:, None]
     else:
         offsets = batch.prompt_offsets.reshape(len(text_lengths), -1)
     if bool(((offsets < 0) | (offsets > text_lengths[:, None])).any()):

@@ -13,8 +13,8 @@ from softprompts.backbone.cache import Cache
 from softprompts.errors import BackboneError
 from softprompts.types import Prompt, PromptSpec
 
-PLACES = ("auto", "first", "after_start", "suffix", "template")
-"""Where in its row a prompt may be; `auto` is what is usual for the family."""
+PLACEMENTS = ("auto", "first", "after_start", "suffix", "template")
+"""Where in its row a prompt may be; `auto` is what is usual for the family, `template` the slots of the text."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Site:
     Attributes:
         name: input, decoder, layers or kv; the table in `injection/__init__.py` explains them.
         mode: At site layers, whether the prompt replaces the hidden states or is added to them: replace, add.
-        place: Where in the row the prompt is, one of PLACES; template: in the slots of the text.
+        placement: Where in the row the prompt is, one of PLACEMENTS; template: in the slots of the text.
         segments: Number of prompt tokens in each slot of the text; empty: one slot holds them all, or the batch says.
     """
 
     name: str = "input"
     mode: str = "replace"
-    place: str = "auto"
+    placement: str = "auto"
     segments: tuple[int, ...] = ()
 
     @property
@@ -109,7 +109,7 @@ def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[s
     pool = "mean"
     if backbone.family.scores_next_token:
         pool = "last"
-    elif backbone.family.default_place == "after_start":
+    elif backbone.family.default_placement == "after_start":
         pool = "first"
     return PromptSpec(
         length=length,
@@ -123,7 +123,7 @@ def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[s
 
 
 def check_site(backbone: Backbone, site: Site) -> None:
-    """Raise BackboneError unless the backbone has this site, mode and place."""
+    """Raise BackboneError unless the backbone has this site, mode and placement."""
     family = backbone.family
     if site.name not in family.sites:
         hint = "; 'layers' puts a prompt at every layer of a model without a cache" if site.in_cache else ""
@@ -136,13 +136,15 @@ def check_site(backbone: Backbone, site: Site) -> None:
         raise BackboneError(f"site '{site.name}' needs a language model head; use site 'input' or 'layers'")
     if site.mode not in ("replace", "add"):
         raise BackboneError(f"mode '{site.mode}' is unknown; possible: replace, add")
-    if site.place not in PLACES:
-        raise BackboneError(f"place '{site.place}' is unknown; possible: {', '.join(PLACES)}")
-    if not site.in_text and site.place not in ("auto", "first"):
-        advice = "take <prompt> out of the template, or use site 'input'" if site.place == "template" else "use 'first'"
+    if site.placement not in PLACEMENTS:
+        raise BackboneError(f"placement '{site.placement}' is unknown; possible: {', '.join(PLACEMENTS)}")
+    if not site.in_text and site.placement not in ("auto", "first"):
+        advice = "use 'first'"
+        if site.placement == "template":
+            advice = "take <prompt> out of the template, or use site 'input'"
         raise BackboneError(
-            f"place '{site.place}' is not possible at site '{site.name}', where nothing can stand before the prompt; "
-            f"{advice}"
+            f"placement '{site.placement}' is not possible at site '{site.name}', where nothing can stand before the "
+            f"prompt; {advice}"
         )
     if site.in_layers and len(backbone.layers) and backbone.embedding_size != _layer_input_size(backbone):
         raise BackboneError(
@@ -151,11 +153,11 @@ def check_site(backbone: Backbone, site: Site) -> None:
         )
 
 
-def resolve_place(backbone: Backbone, site: Site) -> str:
-    """The place of `site`; where that is `auto`, the usual one of this backbone: `first` or `after_start`."""
-    if site.place != "auto":
-        return site.place
-    return backbone.family.default_place if site.in_text else "first"
+def resolve_placement(backbone: Backbone, site: Site) -> str:
+    """The placement of `site`; where that is `auto`, the usual one of this backbone: `first` or `after_start`."""
+    if site.placement != "auto":
+        return site.placement
+    return backbone.family.default_placement if site.in_text else "first"
 
 
 def split_by_layer(values: Tensor, backbone: Backbone) -> Tensor:

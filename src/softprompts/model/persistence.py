@@ -108,7 +108,7 @@ def create(
     if start.seed is not None:
         torch.manual_seed(start.seed)
     methods = build_tasks(config.method, config.options, spec, init, names)
-    site = replace(site, place=injection.resolve_place(backbone, site))
+    site = replace(site, placement=injection.resolve_placement(backbone, site))
     prompts = []
     for name, template in zip(names, templates or [None] * len(names), strict=True):
         prompt = fold(methods[name])
@@ -230,7 +230,7 @@ def open_artifact(
             head.requires_grad_(False)
     config = PromptConfig.model_validate(
         {"method": name_of_method, "num_virtual_tokens": spec.length, "site": site.name, "mode": site.mode}
-        | {"placement": site.place, "options": options, "segments": site.segments}
+        | {"placement": site.placement, "options": options, "segments": site.segments}
     )
     record = PromptRecord(site, config, opened.initial, artifact=opened)
     return NewPrompt(name or opened.task, method, record, head), warnings
@@ -355,7 +355,7 @@ def pack(
         heads={key: value.detach().cpu().clone() for key, value in registry.head(name).items()},
         site=record.site.name,
         mode=record.site.mode,
-        placement=record.site.place,
+        placement=record.site.placement,
         family=backbone.family.name,
         head=backbone.head,
         backbone=backbone.name,

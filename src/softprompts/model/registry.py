@@ -186,12 +186,12 @@ class PromptRegistry:
         used = self.used(batch.task_ids)
         sites = {index: self.records[name].site for index, name in used.items()}
         rows = batch.task_ids.tolist()
-        places = {site.place for site in sites.values()}
+        places = {site.placement for site in sites.values()}
         if batch.prompt_offsets is None and (len(places) > 1 or "suffix" in places):
             # In a batch of the stock model's arguments only `mask` knows where the labels begin.
             texts, free = batch.attention_mask.bool().sum(1), mask.bool().sum(1)
             each = {place: injection.prompt_offsets(backbone, place, texts, free) for place in places}
-            offsets = torch.stack([each[sites[index].place][row] for row, index in enumerate(rows)])
+            offsets = torch.stack([each[sites[index].placement][row] for row, index in enumerate(rows)])
             batch = replace(batch, prompt_offsets=offsets)
         if batch.segment_lengths is not None or not any(site.segments for site in sites.values()):
             return batch

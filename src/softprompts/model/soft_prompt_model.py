@@ -323,7 +323,7 @@ class SoftPromptModel(nn.Module):
         if template is None:
             raise ConfigError(f"prompt '{name}' has no template; give one to add_prompt")
         return setup.example_tokenizer(
-            self.backbone, template, record.config.num_virtual_tokens, place, record.site.place
+            self.backbone, template, record.config.num_virtual_tokens, place, record.site.placement
         )
 
     @contextlib.contextmanager
@@ -675,7 +675,7 @@ class SoftPromptModel(nn.Module):
     def loss_type(self) -> str | None:
         """What Trainer goes by when it counts labels: keys, values and prompts behind text score no row's first one."""
         site = self.registry.records[self._active].site if self._active is not None else None
-        unscored = site is not None and (not site.scores_first_token or site.place in ("after_start", "template"))
+        unscored = site is not None and (not site.scores_first_token or site.placement in ("after_start", "template"))
         return "ForCausalLM" if self.accepts_loss_kwargs and unscored else None
 
     @property

@@ -42,7 +42,7 @@ class Evaluator:
         name = None
         if prompt is not None:
             name = self.task.name
-            site = {"site": self.site.name, "mode": self.site.mode, "placement": self.site.place}
+            site = {"site": self.site.name, "mode": self.site.mode, "placement": self.site.placement}
             config = PromptConfig.model_validate({"num_virtual_tokens": self.length, **site})
             model.add_prompt(name, config, init=PromptInit(prompt))
         return evaluate.evaluate(model, rows, prompt=name, encoder=self.encoder, config=self.config)
@@ -83,6 +83,6 @@ def load_evaluator(
             f"prompts are evaluated by the words of a language model, and this model has head '{backbone.head}'"
         )
     task = load_task(config)
-    site = replace(site, place=resolve_placement(site.place, [task.template]))
-    encoder = example_tokenizer(backbone, task.template, length, place=site.place)
+    site = replace(site, placement=resolve_placement(site.placement, [task.template]))
+    encoder = example_tokenizer(backbone, task.template, length, place=site.placement)
     return Evaluator(backbone, site, length, task, encoder, evaluation)

@@ -110,7 +110,7 @@ def continue_text(
     """
     opened = _open(path, model, allow_other_weights, log)
     backbone = opened.backbone
-    if opened.registry.site_of(opened.tasks).place == "template":
+    if opened.registry.site_of(opened.tasks).placement == "template":
         raise ConfigError(
             f"{path} stands in slots of its task's template, and generate continues a bare text; use predict"
         )

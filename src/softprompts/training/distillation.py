@@ -201,7 +201,7 @@ def _read(
     """The backbone's output for examples behind the prompt of their teacher."""
     pad = 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
     batch = collate(examples, pad).to(backbone.device)
-    if batch.segment_lengths is not None and teacher.site.place != "template":
+    if batch.segment_lengths is not None and teacher.site.placement != "template":
         # The slots of the rows are for the student's prompt.
         batch = replace(batch, prompt_offsets=None, segment_lengths=None)
     values = teacher.prompt[None].to(backbone.device)

@@ -81,7 +81,7 @@ def _check_teachers(plan: Plan, backbone: Backbone) -> None:
         "length": plan.prompt.num_virtual_tokens,
         "site": site.name,
         "mode": site.mode,
-        "placement": injection.resolve_place(backbone, site),
+        "placement": injection.resolve_placement(backbone, site),
         "head": backbone.head,
     }
     for name, path in plan.teachers.trained.items():

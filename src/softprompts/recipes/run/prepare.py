@@ -160,7 +160,7 @@ def _prepare_prompts(name: str, run: Run, model: SoftPromptModel, tasks: tuple[T
     config = run.prompt.model_copy(update={"placement": resolve_placement(run.prompt.placement, templates)})
     site = Site(config.site, config.mode, config.placement)
     spec = injection.prompt_spec(backbone, site, length, model.registry.encoders.widths)
-    encoders = _encoders(backbone, tasks, length, site.place)
+    encoders = _encoders(backbone, tasks, length, site.placement)
     words: list[str] = []
     for template in templates:
         words += label_words(template)
