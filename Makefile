@@ -48,7 +48,7 @@ test-wheels: env ## ask the package index for every dependency on Python 3.11 to
 house: env ## print the measures of the source: size, names, layers
 	@$(VENV)/bin/python -m tests.house
 
-bench: env ## measure speed and memory beside PEFT, about half an hour; ARGS="--resume" continues
+bench: env ## measure speed and memory beside PEFT, about 40 minutes; ARGS="--resume" continues
 	@echo "Running the benchmarks; the machine must have nothing else to do."
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
 

@@ -22,8 +22,8 @@ from benchmarks.ours import Ours
 from benchmarks.theirs import RATE, Theirs
 from benchmarks.workload import IGNORE, Row, Shape
 
-TRAINER_STEPS = 2
-"""Steps of one call of Trainer; a round counts with their mean."""
+TRAINER_STEPS = 1
+"""Steps of one call of Trainer; a round counts with the mean of their times."""
 
 
 def padded(rows: Sequence[Row], device: str) -> dict[str, Tensor]:
@@ -119,8 +119,8 @@ def loops(model: str, device: str, dtype: str, shape: Sequence[int], pairs: int)
     """Steps of the command's path, of a plain loop and of Trainer, over ours and over PEFT, in turns on one batch."""
     size = Shape(*shape)
     command, theirs = Ours(model, dtype, device, size.prompt), Theirs(model, dtype, device, size.prompt)
-    ids = workload.start_ids(size.prompt, command.backbone.vocabulary)
-    rows = workload.rows(size, command.backbone.vocabulary, "causal")
+    ids = workload.start_ids(size.prompt, command.backbone.vocab_size)
+    rows = workload.rows(size, command.backbone.vocab_size, "causal")
     command.start(ids)
     theirs.start(ids)
     command_batch, batch = command.prepare(rows), padded(rows, device)
@@ -166,8 +166,8 @@ def busy(model: str, device: str, dtype: str, shape: Sequence[int], pairs: int) 
     """
     size = Shape(*shape)
     command = Ours(model, dtype, device, size.prompt)
-    command.start(workload.start_ids(size.prompt, command.backbone.vocabulary))
-    batch = command.prepare(workload.rows(size, command.backbone.vocabulary, "causal"))
+    command.start(workload.start_ids(size.prompt, command.backbone.vocab_size))
+    batch = command.prepare(workload.rows(size, command.backbone.vocab_size, "causal"))
     command.step(batch)
     seconds: dict[str, list[float]] = {"quiet": [], "busy": []}
     for number in range(pairs):

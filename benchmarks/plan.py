@@ -53,12 +53,12 @@ def _whole(options: Options) -> list[Measurement]:
         Measurement("step/p100", "step", "step", {**step, "shape": headline}, 6.5),
         Measurement("step/p20", "step", "step", {**step, "shape": (20, 16, 8, 64), "eager": False}, 2.5),
     ]
-    for dtype, minutes in zip(DTYPES, (8.0, 5.0), strict=True):
+    for dtype, minutes in zip(DTYPES, (4.2, 2.2), strict=True):
         arguments = {**base, "dtype": dtype, "shape": headline, "pairs": options.pairs}
         made.append(Measurement(f"loops/{dtype}", "loops", "loops", arguments, minutes))
     for policy in WAIT_POLICIES:
         arguments = {**base, "dtype": "float32", "shape": headline, "pairs": options.pairs}
-        made.append(Measurement(f"busy/{policy}", "busy", "busy", arguments, 1.5, {"OMP_WAIT_POLICY": policy.upper()}))
+        made.append(Measurement(f"busy/{policy}", "busy", "busy", arguments, 0.7, {"OMP_WAIT_POLICY": policy.upper()}))
     for dtype, minutes in zip(DTYPES, (2.9, 1.8), strict=True):
         arguments = {**base, "dtype": dtype, "shape": headline, "repeats": 3, "threads": options.threads}
         made.append(Measurement(f"memory/{dtype}", "memory", "peaks", arguments, minutes))

@@ -1,12 +1,24 @@
 """Fixtures that several test files share."""
 
 import io
+import os
 import sys
 
 import pytest
 from studies import __main__ as studies
 
 from softprompts import cli
+from softprompts.backbone import devices
+
+HAS_DEVICE = bool(os.environ.get("SOFTPROMPTS_TEST_DEVICE")) or devices.available_devices() != ["cpu"]
+"""Whether there is an accelerator, or a device that a person names, for the tests of devices."""
+
+collect_ignore = [] if HAS_DEVICE else ["test_gpu.py"]
+
+
+def pytest_report_header():
+    """Say why the tests of devices are missing."""
+    return [] if HAS_DEVICE else ["test_gpu.py is not collected: torch sees neither CUDA nor MPS here"]
 
 
 def calling(monkeypatch, capsys, name, command):

@@ -305,14 +305,14 @@ def test_unknown_names_get_a_suggestion() -> None:
 
 def test_of_two_at_once_one_works_and_the_other_waits(register: Register, calls: Calls) -> None:
     register()
-    found: list[Path] = []
-    threads = [threading.Thread(target=lambda: found.append(fetch("fake-data"))) for _ in range(2)]
+    folders: list[Path] = []
+    threads = [threading.Thread(target=lambda: folders.append(fetch("fake-data"))) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(found)) == 1
-    assert len(found) == 2
+    assert len(set(folders)) == 1
+    assert len(folders) == 2
     assert len(calls) == 1
 
 

@@ -298,7 +298,7 @@ def test_a_model_with_named_prompts(values: dict[str, Any], tmp_path: Path) -> N
         optimizer.zero_grad()
         model(**batch, labels=labels, tasks=tasks).loss.backward()
         optimizer.step()
-    assert "prompts.mixed.sources" in model.state_dict()
+    assert "prompts.mixed.shared.sources" in model.state_dict()
     with torch.no_grad():
         together = model(**batch, tasks=tasks).logits
         for i, (text, task) in enumerate(zip(texts, tasks, strict=True)):
@@ -318,9 +318,10 @@ def test_a_model_with_named_prompts(values: dict[str, Any], tmp_path: Path) -> N
     again.save_pretrained(tmp_path / "again")
     same = artifact.load(tmp_path / "again" / "mixed")
     assert same.digest == found.digest
-    assert same.parents == ()
+    paths = values["prompt"]["init"]["sources"]
+    assert same.parents == found.parents == tuple(artifact.load(path).digest for path in paths)
     with torch.no_grad():
-        again.prompts["mixed"].up.weight.add_(1)
+        again.prompts["mixed"].shared.up.weight.add_(1)
     again.save_pretrained(tmp_path / "moved")
     assert artifact.load(tmp_path / "moved" / "mixed").parents == (found.digest,)
 
@@ -334,7 +335,7 @@ def test_labels_of_a_model_shape_no_prompt(values: dict[str, Any]) -> None:
     labels = torch.tensor([[-100] * len(text) + answer])
     mixer = model.prompts["mixed"]
     seen: list[torch.Tensor] = []
-    mixer.register_forward_hook(lambda _, __, made: seen.append(made.values.detach()))
+    mixer.register_forward_hook(lambda _, __, made: seen.append(made.prompt.detach()))
     with torch.no_grad():
         model(input_ids=ids, labels=labels, tasks="mixed")
         model(input_ids=torch.tensor([text]), tasks="mixed")

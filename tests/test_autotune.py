@@ -56,7 +56,7 @@ def test_a_little_faster_is_not_enough(clock: dict[str, float]) -> None:
     assert setup.autotune(tiny.backbone("llama")).kernels == Kernels()
     clock["eager"] = 0.5
     found = setup.autotune(tiny.backbone("qwen2")).kernels
-    assert found == Kernels(path="shared", attention="eager")
+    assert found == Kernels(path="shared", attn_implementation="eager")
 
 
 def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:

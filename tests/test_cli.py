@@ -484,7 +484,7 @@ def test_predict_counts_its_rows_and_reads_them_as_they_come(trained, call, tmp_
             taken.append(i)
             yield {"text": f"{i % 9}"}
 
-    monkeypatch.setattr("softprompts.data.streams.stream_rows", lambda path: numbered())
+    monkeypatch.setattr("softprompts.data.sources.stream_rows", lambda path: numbered())
     monkeypatch.setattr("softprompts.evaluation.evaluate.CHUNK", 50)
     ahead = []
     monkeypatch.setattr(predict, "answer_line", lambda row, columns, answer: ahead.append(len(taken)) or row)

@@ -3,7 +3,11 @@
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,8 +181,8 @@ def test_a_begin_token_stays_and_nothing_else_is_added():
 @pytest.mark.parametrize("tokenizer", [BPE, BOS, WORDS, PIECES], ids=["bpe", "bos", "wordpiece", "unigram"])
 @pytest.mark.parametrize("name", [n for n, p in PACKAGED.items() if p.verbalizer])
 def test_answer_tokens_are_the_same_in_training_scoring_and_generation(name, tokenizer):
-    found = PACKAGED[name]
-    form = TaskTemplate(name, found.template, verbalizer=dict(found.verbalizer))
+    dataset = PACKAGED[name]
+    form = TaskTemplate(name, dataset.template, verbalizer=dict(dataset.verbalizer))
     encoder = causal(form, tokenizer)
     candidates = encoder.candidates()
     assert tuple(candidates) == classes(form)
@@ -313,18 +317,18 @@ def test_cutting_touches_neither_template_nor_answer(a, b, room, tokenizer):
     form = TaskTemplate("t", "a: {a}\nb: {b}\nc:", verbalizer={"x": "yes", "y": "no"})
     encoder, whole = causal(form, tokenizer, room), causal(form, tokenizer, 10_000)
     row = {"a": a, "b": b, "label": "x"}
-    found, full = encoder.example(row), whole.example(row)
-    assert len(found.input_ids) <= room
-    assert found.truncated_tokens == len(full.input_ids) - len(found.input_ids)
+    cut, full = encoder.example(row), whole.example(row)
+    assert len(cut.input_ids) <= room
+    assert cut.truncated_tokens == len(full.input_ids) - len(cut.input_ids)
     longest = max(len(encoder.answer_ids(word)) for word in ("yes", "no"))
-    assert (found.truncated_tokens > 0) == (full.text_tokens + longest > room)
-    assert found.truncated_tokens or found == full
-    assert found.input_ids[found.text_tokens :] == encoder.answer_ids("yes")
+    assert (cut.truncated_tokens > 0) == (full.text_tokens + longest > room)
+    assert cut.truncated_tokens or cut == full
+    assert cut.input_ids[cut.text_tokens :] == encoder.answer_ids("yes")
     assert (
-        found.input_ids[: found.text_tokens] == encoder.encode(row, "no").input_ids[: found.text_tokens]
+        cut.input_ids[: cut.text_tokens] == encoder.encode(row, "no").input_ids[: cut.text_tokens]
     )  # the same text for all
     if tokenizer in (BPE, BOS):
-        text = tokenizer.decode(found.input_ids[: found.text_tokens]).removeprefix("<s>")
+        text = tokenizer.decode(cut.input_ids[: cut.text_tokens]).removeprefix("<s>")
         left = text.removeprefix("a: ").removesuffix("\nc:")
         assert text == f"a: {left}\nc:"
         assert any(
@@ -402,9 +406,13 @@ def test_a_token_across_the_place_is_split():
 
 def test_sequence_heads():
     row = {"a": "Who is it", "b": "the king", "label": "n"}
-    found = ExampleTokenizer(NLI, WORDS, "masked", "sequence", 50).encode(row)
+    encoded_pair = ExampleTokenizer(NLI, WORDS, "masked", "sequence", 50).encode(row)
     both = WORDS("Who is it", "the king")
-    assert (found.input_ids, found.token_type_ids, found.labels) == (both["input_ids"], both["token_type_ids"], 1)
+    assert (encoded_pair.input_ids, encoded_pair.token_type_ids, encoded_pair.labels) == (
+        both["input_ids"],
+        both["token_type_ids"],
+        1,
+    )
     many = replace(NLI, kind="multilabel")
     assert ExampleTokenizer(many, WORDS, "masked", "sequence", 50).encode({**row, "label": ["n", "y"]}).labels == [
         1.0,
@@ -436,19 +444,19 @@ def test_token_heads(tokenizer, family):
     words = ["Who", "wrote", "the", "abbreviations", "?", "Xylophone-players", "né"]
     row = {"words": words, "label": ["O", "O", "O", "P", "O", "P", "O"]}
     encoder = ExampleTokenizer(TAGS, tokenizer, family, "token", 200)
-    found, firsts = encoder.encode(row), encoder.first_tokens(row)
-    assert [found.labels[at] for at in firsts] == [0, 0, 0, 1, 0, 1, 0]
-    assert sum(label != IGNORE for label in found.labels) == len(words)
+    whole, firsts = encoder.encode(row), encoder.first_tokens(row)
+    assert [whole.labels[at] for at in firsts] == [0, 0, 0, 1, 0, 1, 0]
+    assert sum(label != IGNORE for label in whole.labels) == len(words)
     split = tokenizer(words, is_split_into_words=True).word_ids(0)
     if tokenizer is WORDS:
         assert firsts == [split.index(i) for i in range(len(words))]
-    assert encoder.encode({**row, "words": " ".join(words), "label": "O O O P O P O"}) == found
-    for room in range(6, len(found.input_ids)):
+    assert encoder.encode({**row, "words": " ".join(words), "label": "O O O P O P O"}) == whole
+    for room in range(6, len(whole.input_ids)):
         short = ExampleTokenizer(TAGS, tokenizer, family, "token", room).encode(row)
-        kept = ExampleTokenizer(TAGS, tokenizer, family, "token", room).first_tokens(row)
+        firsts_left = ExampleTokenizer(TAGS, tokenizer, family, "token", room).first_tokens(row)
         assert len(short.input_ids) <= room
-        assert short.truncated_tokens == len(found.input_ids) - len(short.input_ids)
-        assert [short.labels[at] for at in kept] == [0, 0, 0, 1, 0, 1, 0][: len(kept)]
+        assert short.truncated_tokens == len(whole.input_ids) - len(short.input_ids)
+        assert [short.labels[at] for at in firsts_left] == [0, 0, 0, 1, 0, 1, 0][: len(firsts_left)]
     assert encoder.encode({"words": words}).labels is None
     with pytest.raises(DataError, match="tags: a row has 2 words but 1 tags: 'a b'"):
         encoder.encode({"words": ["a", "b"], "label": ["O"]})
@@ -464,8 +472,8 @@ def test_span_heads(tokenizer, family, words):
     row = {"question": "Where was it written?", "context": CONTEXT}
     at = CONTEXT.index(f" {words}") + 1 if words != "The play" else 0
     encoder = ExampleTokenizer(SPAN, tokenizer, family, "span", 300)
-    found = encoder.encode({**row, "answers": {"text": [words], "answer_start": [at]}})
-    start, end = found.labels
+    example = encoder.encode({**row, "answers": {"text": [words], "answer_start": [at]}})
+    start, end = example.labels
     assert encoder.decode_span(row, start, end) == words
     for given_ in ([at, at + len(words)], f"[{at}, {at + len(words)}]"):
         assert encoder.encode({**row, "answers": given_}).labels == [start, end]
@@ -610,7 +618,7 @@ def test_order_has_every_row_once(lengths, size, seed, epoch):
 def test_order_changes_with_seed_and_epoch_and_saves_padding():
     lengths = [(i * 7919) % 101 for i in range(2000)]
     orders = [training_order(lengths, 8, seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
-    assert len({str(found) for found in orders}) == 4
+    assert len({str(epoch_order) for epoch_order in orders}) == 4
     padded = sum(max(lengths[i] for i in batch) * len(batch) for batch in orders[0])
     assert padded < 1.06 * sum(lengths)
     firsts = [lengths[batch[0]] for batch in orders[0]]
@@ -660,8 +668,8 @@ def test_packaged_rows_have_the_tokens_of_their_plain_text(name, smollm):
         )
         assert encoder.example(row).input_ids == [*smollm(text)["input_ids"], smollm.eos_token_id]
     if task.template.kind == "label":
-        found = encoder.candidates()
-        assert {k: smollm.decode(v).strip() for k, v in found.items()} == task.template.verbalizer
+        candidates = encoder.candidates()
+        assert {k: smollm.decode(v).strip() for k, v in candidates.items()} == task.template.verbalizer
 
 
 @pytest.mark.assets
@@ -696,3 +704,23 @@ def test_micro_batches_are_a_function_of_their_number(lengths, size, tokens):
     assert [[row.task_id for row in forward.at(i)] for i in range(len(expected))] == expected
     last = range(len(expected))[::-1]
     assert [[row.task_id for row in backward.at(i)] for i in last] == [expected[i] for i in last]
+
+
+@pytest.mark.parametrize(
+    ("package", "unused"),
+    [
+        ("softprompts.data", ("pyarrow", "pandas", "datasets", "gguf", "tokenizers", "transformers")),
+        ("softprompts.assets", ("gguf", "tokenizers", "numpy", "torch", "transformers", "safetensors")),
+    ],
+)
+def test_importing_a_package_does_not_import_what_only_some_calls_need(package, unused):
+    code = f"import sys, {package}; print([name for name in {unused!r} if name in sys.modules])"
+    source = Path(__file__).parent.parent / "src"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"

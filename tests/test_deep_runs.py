@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def values(folder: Path, out: Path, prompt: dict[str, Any], **train: Any) -> dict[str, Any]:
     """The configuration of a small run of a method."""
-    known = [name for name in methods.groups(methods.find(prompt["method"])) if name in RATES]
+    known = [name for name in methods.find(prompt["method"]).groups if name in RATES]
     return {
         "model": {"name": str(folder / "llama"), "dtype": "float32", "threads": 1},
         "prompt": {"num_virtual_tokens": 4, **prompt},
@@ -387,7 +387,7 @@ def test_methods_of_others_are_listed(call: Callable[..., Any], monkeypatch: pyt
     monkeypatch.setattr(f"{__name__}.Needing", Needing, raising=False)
     entries = [types.SimpleNamespace(name=kind.lower(), value=f"{__name__}:{kind}") for kind in ("Shared", "Needing")]
     monkeypatch.setattr(
-        methods, "entry_points", lambda group, name=None: [e for e in entries if name in (None, e.name)]
+        methods.registry, "entry_points", lambda group, name=None: [e for e in entries if name in (None, e.name)]
     )
     found = json.loads(call("methods", "--json")[1])
     assert found["shared"] == {

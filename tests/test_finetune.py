@@ -215,14 +215,15 @@ def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     found = examples("llama")
     plain = fitted(b.wrap(tiny.model("llama")), found, config(**chosen))
     other = fitted(replace(b.wrap(tiny.model("llama")), kernels=kernels), found, config(**chosen))
-    assert "rows shared, core math, attention None, matmul_backend torch, compiled False" in other[1][0].machine
+    expected = "path shared, packed_attention math, attn_implementation None, matmul_backend torch, compiled False"
+    assert expected in other[1][0].machine
     assert [r.loss for r in plain[1]] == [r.loss for r in other[1]]
     for key, value in plain[0].trained.items():
         assert torch.equal(other[0].trained[key], value), key
 
 
 def test_a_large_vocabulary_leaves_the_head_its_gradient(monkeypatch):
-    monkeypatch.setattr(scoring, "LOGITS", 1)
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 1)
     backbone, found = double("mistral"), examples("mistral")
     measured = gradients(copy_backbone(backbone, config(**ALL)), found)
     assert measured[1]["lm_head.weight"].abs().max() > 0

@@ -170,9 +170,7 @@ def test_a_prompt_does_not_know_the_answer(name: str, method: str) -> None:
         ]
     for other in same:
         found = made.make_prompts(other)
-        torch.testing.assert_close(
-            found.values[found.prompt_index], prompt.values[prompt.prompt_index], atol=1e-6, rtol=1e-5
-        )
+        assert_close(found.values[found.prompt_index], prompt.values[prompt.prompt_index])
 
 
 @torch.no_grad()

@@ -213,7 +213,7 @@ def test_peers_seq2seq_unused_rows(name: str) -> None:
     assert prompt_of(made).grad[:P].abs().sum(1).gt(0).all()
     assert prompt_of(made).grad[P:].abs().sum() == 0
     values = values_for(name).requires_grad_()
-    assert injection.prompt_spec(tiny.backbone(name), INPUT, ("a",), P).length == P
+    assert injection.prompt_spec(tiny.backbone(name), INPUT, P).length == P
     loss(injection.score(tiny.backbone(name), batch, rows.single(values, 4), INPUT)).backward()
     assert values.grad.abs().sum(1).gt(0).all()
 

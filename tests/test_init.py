@@ -208,7 +208,7 @@ def test_artifact(tmp_path: Path) -> None:
     )
     path = str(artifact.save(saved, tmp_path / "prompt"))
     assert start(bb, kind="artifact", path=path).equal(prompt)
-    with pytest.raises(ArtifactError, match=r"set prompt\.length and prompt\.site to match"):
+    with pytest.raises(ArtifactError, match=r"set prompt\.num_virtual_tokens and prompt\.site to match"):
         start(bb, kind="artifact", path=path, length=P + 1)
     with pytest.raises(ArtifactError):
         start(b.wrap(tiny.model("llama", seed=1, tokenizer=bb.tokenizer), bb.tokenizer), kind="artifact", path=path)
@@ -250,11 +250,11 @@ def multitask(bb: b.Backbone, folder: Path, names: Sequence[str] = ("mnli", "qqp
     """Artifacts of tasks that share a prompt, as a run of several tasks leaves them."""
     for i, name in enumerate(names):
         state = {
-            "shared": rows.random(shared, P, 32),
-            "columns.0": rows.random(20 + i, P, 1) + 1,
-            "rows.0": rows.random(30 + i, 1, 32) + 1,
+            "shared.prompt": rows.random(shared, P, 32),
+            "columns": rows.random(20 + i, P, 1) + 1,
+            "rows": rows.random(30 + i, 1, 32) + 1,
         }
-        prompt = state["shared"] * (state["columns.0"] @ state["rows.0"])
+        prompt = state["shared.prompt"] * (state["columns"] @ state["rows"])
         saved(bb, folder / name, 0, prompt=prompt, task=name, method="multitask-prompt-tuning", state=state, options={})
     return folder
 
@@ -293,10 +293,10 @@ def test_multitask_sources_that_a_model_saved(tmp_path: Path) -> None:
         shutil.copy(tmp_path / "ours" / name, tmp_path / "theirs")
     slot = injection.prompt_spec(bb, INPUT, P)
     state = model.state_dict()
-    columns = torch.stack([value for key, value in state.items() if ".columns." in key]).mean(0)
+    columns = torch.stack([value for key, value in state.items() if key.endswith(".columns")]).mean(0)
     for folder in ("ours", "theirs"):
         found = initialization.initialize(InitConfig(kind="multitask", path=str(tmp_path / folder)), bb, INPUT, slot)
-        assert found.prompt.equal(next(value for key, value in state.items() if key.endswith("shared")))
+        assert found.prompt.equal(next(value for key, value in state.items() if key.endswith("shared.prompt")))
         assert found.factors is not None
         torch.testing.assert_close(found.factors[0], columns)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import rows
 import tiny
 from closeness import assert_close
-from prompted import each, prompted, prompts_of, spec_of
+from prompted import each, prompted, prompts_of, rates_of, spec_of
 from rows import INPUT, KV, REPLACE, called
 from softprompts import injection
 from softprompts.config import TrainConfig
@@ -495,9 +495,7 @@ def test_rows_that_no_text_reads_are_left_alone(table: str) -> None:
     """AdamW with weight decay and all: rows move from the first step that reads them on, and from then on always."""
     made = tuned("llama", table=table)
     config = TrainConfig(learning_rate=0.1, weight_decay=0.1, max_steps=4)
-    adamw = optimizer.build_optimizer(
-        InstancePromptTuning.groups, made.trainable(), config, made.backbone.embedding_rms
-    )
+    adamw = optimizer.build_optimizer(rates_of(made, config), config)
     shared = made.prompts["one"].shared
     held = shared.table.rows if table == "full" else shared.table.codes
     moved = []

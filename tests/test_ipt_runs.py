@@ -303,7 +303,7 @@ def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None
     prompt = tmp_path / "topics" / "prompt"
     status, out, err = call("train", "--config", file, "--set", f"prompt.init.state={prompt}")
     assert status == 0, err
-    assert "moved)" in out
+    assert "changed)" in out
     status, out, err = call("predict", tmp_path / "out" / "prompt", "the thing is red")
     assert (status, json.loads(out)["answer"] in ("warm", "cold")) == (0, True), err
     with pytest.raises(ArtifactError, match="what pretraining taught method ipt and answers no task"):

@@ -213,8 +213,8 @@ def test_results_tell_what_the_run_was_made_with(values, tmp_path):
     values["model"] |= {"matmul_backend": products, "attention": "packed-fused", "gradient_checkpointing": True}
     machine = run.run(parse(values))["machine"]
     chosen = {
-        "rows": "packed",
-        "core": "fused",
+        "path": "packed",
+        "packed_attention": "fused",
         "matmul_backend": products,
         "gradient_checkpointing": True,
         "compiled": False,
@@ -241,7 +241,10 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
     monkeypatch.setattr(setup, "autotune", lambda *_, **__: choice)
     said = []
     results = run.run(parse(values), run.ProgressReporter(log=said.append))
-    line = "from step 3 on computed with core fused, before with core math: the same up to rounding, not to the bit"
+    line = (
+        "from step 3 on computed with packed_attention fused, before with packed_attention math: the same up to "
+        "rounding, not to the bit"
+    )
     assert line in said
     assert line in results["warnings"]
     assert [bool(row["machine"]) for row in results["curve"]] == [True, False, True]

@@ -77,7 +77,7 @@ def test_the_loss_of_an_accumulated_batch_is_divided_by_the_given_number_of_labe
 def test_a_large_vocabulary_is_scored_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = prompted_model("llama").train(), padded("llama", "right")
     whole, expected = loss_and_gradient(model, batch)
-    monkeypatch.setattr(injection.scoring, "LOGITS", 2 * tiny.VOCABULARY)
+    monkeypatch.setattr(injection.scoring, "MAX_LOGITS", 2 * tiny.VOCABULARY)
     parts, gradient = loss_and_gradient(model, batch)
     assert_close(parts.loss, whole.loss)
     assert_close(gradient, expected, GRADIENT_ROUNDINGS)

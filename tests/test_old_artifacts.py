@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -74,40 +74,31 @@ def tensors(directory: Path) -> dict[str, Tensor]:
     return {**{name: value for name, value in single.items() if value is not None}, **heads}
 
 
-class Opened(NamedTuple):
-    """A model with the prompt of an artifact, and the warnings of opening it."""
-
-    model: SoftPromptModel
-    warnings: tuple[str, ...]
-
-
-def opened(directory: Path) -> Opened:
+def opened(directory: Path) -> tuple[SoftPromptModel, tuple[str, ...]]:
     """The artifact with its backbone, ready to answer."""
-    return Opened(*open_prompts([directory], config=backbone_config(artifact.load(directory).backbone)))
+    return open_prompts([directory], config=backbone_config(artifact.load(directory).backbone))
 
 
 def backbone_config(name: str) -> ModelConfig:
     return ModelConfig(name=str(ARTIFACTS / name), dtype="float32", device="cpu", threads=1)
 
 
-def scores(ready: Opened, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def scores(ready: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The logits [N, V] of the labels of a batch, and the prompt of each row: values [B, P, D] and mask [B, P]."""
     given = Batch(task_ids=torch.zeros(3, dtype=torch.long), **{FIELDS.get(name, name): batch[name] for name in batch})
     with torch.no_grad():
-        prompt = ready.model.make_prompts(given)
-        logits = ready.model.score(given, prompts=prompt).logits
+        prompt = ready.make_prompts(given)
+        logits = ready.score(given, prompts=prompt).logits
     return logits, prompt.values[prompt.prompt_index], prompt.mask[prompt.prompt_index]
 
 
-def answered(ready: Opened, directory: Path) -> list[dict[str, Any]]:
+def answered(ready: SoftPromptModel, directory: Path) -> list[dict[str, Any]]:
     """The answers to TEXTS, judged as in the run; none where the artifact holds no task."""
     saved = artifact.load(directory)
     if saved.template is None:
         return []
     rows = [{"text": text} for text in TEXTS]
-    return [
-        vars(answer) for answer in answers(ready.model, rows, prompt=ready.model.task, config=evaluation_config(saved))
-    ]
+    return [vars(answer) for answer in answers(ready, rows, prompt=ready.task, config=evaluation_config(saved))]
 
 
 def judging(directory: Path) -> dict[str, Any]:

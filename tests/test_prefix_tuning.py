@@ -32,7 +32,7 @@ from softprompts.types import PromptInit, PromptSpec
 
 P, D, H = 4, 24, 6
 TASKS = ("one", "two")
-NETWORK = {"reparametrise": True, "hidden": 8}
+NETWORK = {"reparametrize": True, "hidden": 8}
 
 
 def made(start: Tensor | None = None, tasks: tuple[str, ...] = TASKS, **options: Any) -> Any:
@@ -98,8 +98,8 @@ def test_numbers_of_trained_parameters() -> None:
         return sum(p.numel() for p in method.parameters())
 
     assert count() == 230_400  # 20 tokens of 30 layers with keys and values of 3 heads of 64
-    assert count(reparametrise=True) == 20 * 576 + 512 * 577 + 11_520 * 513 == 6_216_704
-    assert count(reparametrise=True, hidden=100) == 20 * 576 + 100 * 577 + 11_520 * 101
+    assert count(reparametrize=True) == 20 * 576 + 512 * 577 + 11_520 * 513 == 6_216_704
+    assert count(reparametrize=True, hidden=100) == 20 * 576 + 100 * 577 + 11_520 * 101
 
 
 # Against others
@@ -262,7 +262,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     ("options", "words"),
     [
         ({"hidden": 0}, "hidden must be a whole number from 1 on, given 0"),
-        ({"reparametrise": "yes"}, "reparametrise must be true or false, given 'yes'"),
+        ({"reparametrize": "yes"}, "reparametrize must be true or false, given 'yes'"),
         ({"output": "none"}, "output 'none' is unknown; possible: zero, torch"),
         ({"dropout": 1}, "dropout must be a number from 0 to below 1, given 1"),
         ({"dropout": "a tenth"}, "dropout must be a number from 0 to below 1, given 'a tenth'"),

@@ -51,7 +51,7 @@ def loss_of(bb, name, values, site):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "site"), rows.cases((*tiny.MAIN, "falcon", "mpt")), ids=called)
 def test_the_gradient_is_that_of_the_rounded_weights(name, site, kind, monkeypatch):
-    monkeypatch.setattr(quantization, "PART", 500)  # several parts, of unequal size
+    monkeypatch.setattr(quantization, "WEIGHTS_PER_CHUNK", 500)  # several parts, of unequal size
     small, plain = quantized(name, kind)
     found = []
     for bb in (small, plain):

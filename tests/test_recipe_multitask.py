@@ -14,7 +14,7 @@ from softprompts.artifacts import artifact
 from softprompts.artifacts.vectors import similarity
 from softprompts.config import parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError, TrainingError
-from softprompts.recipes.comparison import ALL_TARGETS, ArmRun, Comparison, ArmResult
+from softprompts.recipes.comparison import ALL_TARGETS, ArmResult, ArmRun, Comparison
 from softprompts.recipes.multitask import Plan, execute
 from softprompts.recipes.multitask.runs import Origins, select_arms, source_runs, target_run, teacher_runs
 from softprompts.recipes.multitask.summary import summarize
@@ -153,10 +153,10 @@ def test_targets_start_where_their_arm_says(done):
     out = Path(values["output_dir"])
     sources = [artifact.load(out / "sources/mpt/prompt" / name) for name in ("alpha", "beta")]
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
-    columns = torch.stack([one.state["columns.0"] for one in sources]).mean(0)
-    rows = torch.stack([one.state["rows.0"] for one in sources]).mean(0)
+    columns = torch.stack([one.state["columns"] for one in sources]).mean(0)
+    rows = torch.stack([one.state["rows"] for one in sources]).mean(0)
     target = artifact.load(out / f"targets/gamma-full/rates/mpt-rate{rate:g}-seed0/prompt")
-    torch.testing.assert_close(target.initial, sources[0].state["shared"] * (columns @ rows))
+    torch.testing.assert_close(target.initial, sources[0].state["shared.prompt"] * (columns @ rows))
     mixture = artifact.load(out / "sources/mixture/prompt/alpha").prompt
     assert mixture.equal(artifact.load(out / "sources/mixture/prompt/beta").prompt)
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spot-mixture", "full"))

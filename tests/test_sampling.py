@@ -20,8 +20,8 @@ def rows(sizes=SIZES):
 
 
 def batches(count, size=12, sizes=SIZES, seed=0, **sampling):
-    made = TaskBatches(rows(sizes), size, seed, SamplingConfig(**{"draw": "some", **sampling}))
-    return [made.at(i) for i in range(count)]
+    sampler = TaskBatches(rows(sizes), size, seed, SamplingConfig(**{"draw": "some", **sampling}))
+    return [sampler.at(i) for i in range(count)]
 
 
 def test_the_number_of_tasks_is_uniform_from_two_to_all():
@@ -33,7 +33,7 @@ def test_the_number_of_tasks_is_uniform_from_two_to_all():
 @pytest.mark.parametrize("mixing", ["proportional", "capped", "log", "equal"])
 def test_first_tasks_are_drawn_by_their_weights(mixing):
     """With rows for one task only, which task it is follows the weights."""
-    found = Counter(batch[0].task_id for batch in batches(6000, size=1, mixing=mixing, cap=60))
+    counts = Counter(batch[0].task_id for batch in batches(6000, size=1, mixing=mixing, cap=60))
     raw = {
         "proportional": SIZES,
         "capped": [min(size, 60) for size in SIZES],
@@ -41,7 +41,7 @@ def test_first_tasks_are_drawn_by_their_weights(mixing):
         "equal": [1] * len(SIZES),
     }[mixing]
     expected = 6000 * np.array(raw) / np.sum(raw)
-    assert stats.chisquare([found[i] for i in range(len(SIZES))], expected).pvalue > 1e-3
+    assert stats.chisquare([counts[i] for i in range(len(SIZES))], expected).pvalue > 1e-3
 
 
 def test_a_batch_is_full_and_split_evenly():
@@ -89,7 +89,7 @@ def test_seeds_differ_and_one_task_is_enough():
 
 def test_weights_sum_to_one_and_a_single_row_counts_in_logarithms():
     for mixing in ("proportional", "capped", "log", "equal"):
-        found = mixing_weights([1, 10, 2**19], SamplingConfig(mixing=mixing))
-        assert sum(found) == pytest.approx(1)
-        assert all(one > 0 for one in found)
+        weights = mixing_weights([1, 10, 2**19], SamplingConfig(mixing=mixing))
+        assert sum(weights) == pytest.approx(1)
+        assert all(weight > 0 for weight in weights)
     assert mixing_weights([2**18, 2**19], SamplingConfig(mixing="capped")) == [0.5, 0.5]

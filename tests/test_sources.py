@@ -1,5 +1,6 @@
-"""Rows from files, the splits made of them, and every message for data that cannot be used."""
+"""Rows from files, whole and streamed, their splits, and every message for data that cannot be used."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from softprompts.assets.datasets import read_rows, with_packaged_defaults
 from softprompts.config import SplitConfig, TaskConfig
 from softprompts.data import PACKAGED, load_task, read_splits
+from softprompts.data.sources import read_file, stream_rows
 from softprompts.data.splits import Table, divide
 from softprompts.data.templates import text_key
 from softprompts.errors import DataError
@@ -28,8 +30,8 @@ def table(path: Path, count: int = 40, classes: int = 2) -> str:
     return write(path, "text,label\n" + "".join(f"row number {i},c{i % classes}\n" for i in range(count)))
 
 
-def texts(found) -> list[str]:
-    return [row["text"] for row in found]
+def texts(rows) -> list[str]:
+    return [row["text"] for row in rows]
 
 
 # Formats
@@ -52,10 +54,10 @@ def test_the_same_rows_from_every_format(tmp_path):
     data.save_to_disk(tmp_path / "disk")
     split = SplitConfig(validation_fraction=0, test_fraction=0)
     for name in ("d.csv", "d.jsonl", "d.json", "d.tsv", "d.parquet", "disk"):
-        found = read_splits(TaskConfig(source=str(tmp_path / name), split=split))
-        assert list(found.train) == wanted, name
-        assert found.columns == ("text", "label"), name
-        assert (found.validation, found.test, found.notes) == ((), (), ()), name
+        splits = read_splits(TaskConfig(source=str(tmp_path / name), split=split))
+        assert list(splits.train) == wanted, name
+        assert splits.columns == ("text", "label"), name
+        assert (splits.validation, splits.test, splits.notes) == ((), (), ()), name
 
 
 def test_a_quotation_mark_in_a_tsv_file_is_an_ordinary_character(tmp_path):
@@ -76,11 +78,11 @@ def test_class_numbers_of_a_dataset_get_their_names(tmp_path):
     )
     data = datasets.Dataset.from_dict({"text": list("abcd"), "label": [0, 1, 1, -1]}, features=features)
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "disk")
-    found = read_splits(
+    splits = read_splits(
         TaskConfig(source=str(tmp_path / "disk"), split=SplitConfig(validation_fraction=0, test_fraction=0))
     )
-    assert [row["label"] for row in found.train] == ["bad", "good", "good"]
-    assert found.notes == (f"{tmp_path / 'disk'} train: 1 rows with nothing in 'label' left out",)
+    assert [row["label"] for row in splits.train] == ["bad", "good", "good"]
+    assert splits.notes == (f"{tmp_path / 'disk'} train: 1 rows with nothing in 'label' left out",)
 
 
 def test_a_folder_of_files_has_the_splits_its_names_say(tmp_path):
@@ -89,17 +91,98 @@ def test_a_folder_of_files_has_the_splits_its_names_say(tmp_path):
     write(tmp_path / "data/train-00001-of-00002.csv", "text,label\nb,y\n")
     write(tmp_path / "data/dev.jsonl", '{"text": "c", "label": "x"}')
     write(tmp_path / "data/test.csv", "text,label\nd,y\n")
-    found = read_splits(TaskConfig(source=str(tmp_path)))
-    assert (texts(found.train), texts(found.validation), texts(found.test)) == (["a", "b"], ["c"], ["d"])
+    splits = read_splits(TaskConfig(source=str(tmp_path)))
+    assert (texts(splits.train), texts(splits.validation), texts(splits.test)) == (["a", "b"], ["c"], ["d"])
+
+
+# Files read row by row
+
+
+CSV = 'text,label\n"a ""quoted"", field",x\r\n"two\nlines",y\n\nplain,\xe9\n'
+TSV = 'text\tlabel\nhe said "no\tx\nfine\ty\n'
+QUOTED = 'text\tlabel\n"a\tb"\tx\nfine\ty\n'
+JSONL = '{"text": "a\u2028b", "n": 1}\n\n{"text": null, "n": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", CSV), ("b.csv", "\ufeff" + CSV), ("c.tsv", TSV), ("d.tsv", QUOTED), ("e.jsonl", JSONL)],
+)
+def test_a_stream_has_the_rows_of_the_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    whole = [dict(row) for row in read_file(tmp_path / name)[""].rows]
+    assert list(stream_rows(tmp_path / name)) == whole
+    assert len(whole) == (3 if name.endswith(".csv") else 2)
+
+
+def test_a_stream_of_parquet_and_json(tmp_path):
+    import datasets
+
+    rows = [{"text": f"t{i}", "label": i % 2} for i in range(5000)]
+    dataset = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=["no", "yes"]))
+    dataset.to_parquet(str(tmp_path / "a.parquet"))
+    streamed = list(stream_rows(tmp_path / "a.parquet"))
+    assert streamed == [{"text": f"t{i}", "label": ("no", "yes")[i % 2]} for i in range(5000)]
+    (tmp_path / "b.json").write_text(json.dumps(rows[:3]))
+    assert list(stream_rows(tmp_path / "b.json")) == rows[:3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "before"),
+    [
+        ("a.csv", b"text,label\na,x\nb,y,z\nc,x\n", 1),
+        ("b.csv", b"text,label\na,x\nb,y\n\xff,x\n", 2),
+        ("c.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "c"}\n', 1),
+        ("d.jsonl", b'{"text": "a"}\n["b"]\n', 1),
+        ("e.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', 1),
+        ("f.tsv", b"text\tlabel\na\tx\nb\n", 1),
+    ],
+)
+def test_a_stream_names_a_broken_row_once_those_before_it_are_read(tmp_path, name, content, before):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as whole:
+        read_file(tmp_path / name)
+    rows = stream_rows(tmp_path / name)
+    assert [row["text"] for row in itertools.islice(rows, before)] == ["a", "b"][:before]
+    with pytest.raises(DataError) as streamed:
+        next(rows)
+    assert str(streamed.value) == str(whole.value)
+    assert f"{tmp_path / name}:" in str(streamed.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", b""), ("b.csv", b"text,label\n"), ("c.jsonl", b"\n\n"), ("d.txt", b"x"), ("e.parquet", b"PAR0"),
+     ("g.csv", b"a;b\n1;2\n")],
+)  # fmt: skip
+def test_a_stream_of_what_is_no_file_of_rows_is_refused_at_once(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as whole:
+        read_file(tmp_path / name)
+    with pytest.raises(DataError) as streamed:
+        stream_rows(tmp_path / name)
+    assert str(streamed.value) == str(whole.value)
+    with pytest.raises(DataError, match="no file"):
+        stream_rows(tmp_path / "nothing.csv")
+
+
+def test_a_stream_reads_no_further_than_it_is_asked(tmp_path):
+    """The file goes on growing: what is written after the first row was taken is read too."""
+    with (tmp_path / "a.jsonl").open("w", buffering=1) as file:
+        file.write('{"n": 0}\n')
+        rows = stream_rows(tmp_path / "a.jsonl")
+        for i in range(1, 20_000):
+            assert next(rows) == {"n": i - 1}
+            file.write(json.dumps({"n": i}) + "\n")
 
 
 # Splits
 
 
 def test_fractions_are_of_texts_and_stratified(tmp_path):
-    found = read_splits(TaskConfig(source=table(tmp_path / "d.csv", 200, 4)))
-    assert (len(found.train), len(found.validation), len(found.test)) == (162, 18, 20)
-    assert Counter(row["label"] for row in found.test) == {"c0": 5, "c1": 5, "c2": 5, "c3": 5}
+    splits = read_splits(TaskConfig(source=table(tmp_path / "d.csv", 200, 4)))
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (162, 18, 20)
+    assert Counter(row["label"] for row in splits.test) == {"c0": 5, "c1": 5, "c2": 5, "c3": 5}
 
 
 def test_splits_do_not_depend_on_the_order_of_the_rows_but_on_the_seed(tmp_path):
@@ -107,8 +190,8 @@ def test_splits_do_not_depend_on_the_order_of_the_rows_but_on_the_seed(tmp_path)
     backwards = write(tmp_path / "b.csv", "\n".join([lines[0], *lines[:0:-1]]) + "\n")
 
     def sets(source, **split):
-        found = read_splits(TaskConfig(source=source, split=SplitConfig(**split)))
-        return [set(texts(part)) for part in (found.train, found.validation, found.test)]
+        splits = read_splits(TaskConfig(source=source, split=SplitConfig(**split)))
+        return [set(texts(part)) for part in (splits.train, splits.validation, splits.test)]
 
     for split in ({}, {"shots": 4}, {"limit": {"train": 11, "test": 3}}):
         assert sets(str(tmp_path / "a.csv"), **split) == sets(backwards, **split), split
@@ -125,11 +208,11 @@ def test_own_splits_win_over_fractions_and_the_test_split_stays_whole(tmp_path):
             }
         ),
     )
-    found = read_splits(TaskConfig(source=source))
-    assert texts(found.test) == ["SHARED ", "u", "u"]
-    assert len(found.validation) == 2
-    assert set(texts(found.train)) | set(texts(found.validation)) == {f"t{i}" for i in range(20)}
-    assert found.notes == (
+    splits = read_splits(TaskConfig(source=source))
+    assert texts(splits.test) == ["SHARED ", "u", "u"]
+    assert len(splits.validation) == 2
+    assert set(texts(splits.train)) | set(texts(splits.validation)) == {f"t{i}" for i in range(20)}
+    assert splits.notes == (
         "test: kept as the source has it, with 1 repeated texts",
         "train: 1 rows left out whose text is also in a later split",
     )
@@ -141,28 +224,28 @@ def test_splits_may_be_named(tmp_path):
     }
     source = write(tmp_path / "d.json", json.dumps(parts))
     other = write(tmp_path / "o.csv", "text,label\nother,a\n")
-    found = read_splits(
+    splits = read_splits(
         TaskConfig(source=source, split=SplitConfig(test="validation"))
     )  # common where test has no labels
-    assert set(texts(found.test)) == {f"validation{i}" for i in range(10)}
-    assert len(found.validation) == 1
-    assert all(text.startswith("train") for text in texts(found.validation))
+    assert set(texts(splits.test)) == {f"validation{i}" for i in range(10)}
+    assert len(splits.validation) == 1
+    assert all(text.startswith("train") for text in texts(splits.validation))
     assert texts(read_splits(TaskConfig(source=source, split=SplitConfig(test=other))).test) == ["other"]
 
 
 def test_a_test_split_without_labels_is_drawn_from_the_training_rows(tmp_path):
     rows = [{"text": f"t{i}", "label": "a"} for i in range(10)]
     source = write(tmp_path / "d.json", json.dumps({"train": rows, "test": [{"text": "x", "label": None}]}))
-    found = read_splits(TaskConfig(source=source))
-    assert len(found.test) == 1
-    assert texts(found.test) != ["x"]
+    splits = read_splits(TaskConfig(source=source))
+    assert len(splits.test) == 1
+    assert texts(splits.test) != ["x"]
 
 
 def test_duplicates_and_contradictions_are_left_out_and_counted(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\na,x\na,x\na ,x\nb,x\nB,y\nc,y\nC,y\n")
-    found = read_splits(TaskConfig(source=source, split=SplitConfig(validation_fraction=0, test_fraction=0)))
-    assert [(row["text"], row["label"]) for row in found.train] == [("a", "x"), ("c", "y"), ("C", "y")]
-    assert found.notes == (
+    splits = read_splits(TaskConfig(source=source, split=SplitConfig(validation_fraction=0, test_fraction=0)))
+    assert [(row["text"], row["label"]) for row in splits.train] == [("a", "x"), ("c", "y"), ("C", "y")]
+    assert splits.notes == (
         "train: 2 exact duplicates left out",
         "train: 1 texts with contradicting labels left out (2 rows)",
     )
@@ -174,10 +257,10 @@ def test_duplicates_and_contradictions_are_left_out_and_counted(tmp_path):
 
 def test_shots_are_per_class_and_limit_the_validation_rows(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'abc'[min(i // 40, 2)]}\n" for i in range(90)))
-    found = read_splits(TaskConfig(source=source, split=SplitConfig(shots=3, validation_fraction=0.4)))
-    assert Counter(row["label"] for row in found.train) == {"a": 3, "b": 3, "c": 3}
-    assert Counter(row["label"] for row in found.validation) == {"a": 3, "b": 3, "c": 3}
-    assert len(found.test) == 9
+    splits = read_splits(TaskConfig(source=source, split=SplitConfig(shots=3, validation_fraction=0.4)))
+    assert Counter(row["label"] for row in splits.train) == {"a": 3, "b": 3, "c": 3}
+    assert Counter(row["label"] for row in splits.validation) == {"a": 3, "b": 3, "c": 3}
+    assert len(splits.test) == 9
     many = read_splits(TaskConfig(source=source, split=SplitConfig(shots=20)))
     assert Counter(row["label"] for row in many.train) == {"a": 20, "b": 20, "c": 8}
     assert many.notes == ("train: fewer than 20 shots of c 8",)
@@ -187,14 +270,14 @@ def test_shots_are_per_class_and_limit_the_validation_rows(tmp_path):
 
 def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(80)))
-    found = [
+    by_seed = [
         read_splits(TaskConfig(source=source, split=SplitConfig(shots=3, shots_seed=seed, validation_fraction=0.3)))
         for seed in (None, 0, 1, 2)
     ]
-    assert all(one.test == found[0].test for one in found)
-    assert found[0].train == found[1].train  # without one, that of the split
-    assert len({tuple(row["text"] for row in one.train) for one in found[1:]}) == 3
-    assert len({tuple(row["text"] for row in one.validation) for one in found[1:]}) == 3
+    assert all(splits.test == by_seed[0].test for splits in by_seed)
+    assert by_seed[0].train == by_seed[1].train  # without one, that of the split
+    assert len({tuple(row["text"] for row in splits.train) for splits in by_seed[1:]}) == 3
+    assert len({tuple(row["text"] for row in splits.validation) for splits in by_seed[1:]}) == 3
 
 
 @pytest.mark.parametrize("kind", ["label", "multilabel", "generation", "regression"])
@@ -204,12 +287,12 @@ def test_shots_per_set_are_so_many_in_all(tmp_path, kind):
     whole = read_splits(TaskConfig(source=source, kind=kind, split=SplitConfig(validation_fraction=0.3)))
     for shots in (1, 5, 20):
         split = SplitConfig(shots=shots, shots_per="set", validation_fraction=0.3)
-        found = read_splits(TaskConfig(source=source, kind=kind, split=split))
-        assert (len(found.train), len(found.validation)) == (shots, shots)
-        assert found.test == whole.test
-        assert {*texts(found.train)} <= {*texts(whole.train)}
-        assert {*texts(found.validation)} <= {*texts(whole.validation)}
-        assert found.notes == ()
+        splits = read_splits(TaskConfig(source=source, kind=kind, split=split))
+        assert (len(splits.train), len(splits.validation)) == (shots, shots)
+        assert splits.test == whole.test
+        assert {*texts(splits.train)} <= {*texts(whole.train)}
+        assert {*texts(splits.validation)} <= {*texts(whole.validation)}
+        assert splits.notes == ()
 
 
 def test_shots_per_set_by_their_seed_and_not_by_the_order_of_rows(tmp_path):
@@ -221,12 +304,12 @@ def test_shots_per_set_by_their_seed_and_not_by_the_order_of_rows(tmp_path):
         split = SplitConfig(shots_per="set", validation_fraction=0.3, **split)
         return read_splits(TaskConfig(source=str(tmp_path / name), split=split))
 
-    found = [drawn(shots=6, shots_seed=seed) for seed in range(4)]
-    assert len({tuple(texts(one.train)) for one in found}) == 4
-    assert len({tuple(texts(one.validation)) for one in found}) == 4
-    assert all(one.test == found[0].test for one in found)
-    assert sorted(texts(drawn("turned.csv", shots=6, shots_seed=2).train)) == sorted(texts(found[2].train))
-    assert {*texts(found[0].train)} < {*texts(drawn(shots=12, shots_seed=0).train)}, "more shots hold the fewer"
+    by_seed = [drawn(shots=6, shots_seed=seed) for seed in range(4)]
+    assert len({tuple(texts(splits.train)) for splits in by_seed}) == 4
+    assert len({tuple(texts(splits.validation)) for splits in by_seed}) == 4
+    assert all(splits.test == by_seed[0].test for splits in by_seed)
+    assert sorted(texts(drawn("turned.csv", shots=6, shots_seed=2).train)) == sorted(texts(by_seed[2].train))
+    assert {*texts(by_seed[0].train)} < {*texts(drawn(shots=12, shots_seed=0).train)}, "more shots hold the fewer"
     counts = [Counter(row["label"] for row in drawn(shots=6, shots_seed=seed).train) for seed in range(12)]
     assert len({count["a"] for count in counts}) > 1, "drawn from all rows, not class by class"
 
@@ -234,15 +317,15 @@ def test_shots_per_set_by_their_seed_and_not_by_the_order_of_rows(tmp_path):
 def test_shots_per_set_that_are_not_there_are_told(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'ab'[i % 2]}\n" for i in range(10)))
     split = SplitConfig(shots=20, shots_per="set", validation_fraction=0.2, test_fraction=0)
-    found = read_splits(TaskConfig(source=source, split=split))
-    assert (len(found.train), len(found.validation)) == (8, 2)
-    assert found.notes == ("train: fewer than 20 shots of rows 8",)
+    splits = read_splits(TaskConfig(source=source, split=split))
+    assert (len(splits.train), len(splits.validation)) == (8, 2)
+    assert splits.notes == ("train: fewer than 20 shots of rows 8",)
 
 
 def test_shots_of_a_multilabel_task_reach_every_label(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f't{i},"a,{"bcd"[i % 3]}"\n' for i in range(60)))
-    found = read_splits(TaskConfig(source=source, kind="multilabel", split=SplitConfig(shots=2)))
-    counts = Counter(name for row in found.train for name in row["label"].split(","))
+    splits = read_splits(TaskConfig(source=source, kind="multilabel", split=SplitConfig(shots=2)))
+    counts = Counter(name for row in splits.train for name in row["label"].split(","))
     assert {counts[name] for name in "bcd"} == {2}
 
 
@@ -250,17 +333,17 @@ def test_nothing_in_the_label_column_is_no_label_but_in_a_multilabel_task(tmp_pa
     source = write(tmp_path / "d.csv", 'text,label\na,x\nb,\nc,"x,y"\n')
     split = SplitConfig(validation_fraction=0, test_fraction=0)
     assert texts(read_splits(TaskConfig(source=source, kind="multilabel", split=split)).train) == ["a", "b", "c"]
-    found = read_splits(TaskConfig(source=source, split=split))
-    assert texts(found.train) == ["a", "c"]
-    assert found.notes == (f"{source}: 1 rows with nothing in 'label' left out",)
+    splits = read_splits(TaskConfig(source=source, split=split))
+    assert texts(splits.train) == ["a", "c"]
+    assert splits.notes == (f"{source}: 1 rows with nothing in 'label' left out",)
 
 
 def test_limit_keeps_the_proportions(tmp_path):
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{'a' if i < 90 else 'b'}\n" for i in range(120)))
-    found = read_splits(
+    splits = read_splits(
         TaskConfig(source=source, split=SplitConfig(limit={"train": 20}, validation_fraction=0, test_fraction=0))
     )
-    assert Counter(row["label"] for row in found.train) == {"a": 15, "b": 5}
+    assert Counter(row["label"] for row in splits.train) == {"a": 15, "b": 5}
 
 
 @settings(max_examples=60, deadline=None)
@@ -281,15 +364,15 @@ def test_no_text_is_in_two_splits(train, test, validation_fraction, test_fractio
     split = SplitConfig(validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed)
     tables = {"train": made([*train, ("only here", "x")], "train")} | ({"test": made(test, "test")} if test else {})
     try:
-        found = divide(tables, TaskConfig(kind=kind, split=split), ("text",))
+        splits = divide(tables, TaskConfig(kind=kind, split=split), ("text",))
     except DataError:  # all texts went to the other splits
         return
-    seen = [{text_key(row, ("text",)) for row in part} for part in (found.train, found.validation, found.test)]
+    seen = [{text_key(row, ("text",)) for row in part} for part in (splits.train, splits.validation, splits.test)]
     assert len(seen[0] | seen[1] | seen[2]) == sum(map(len, seen))
     if test:
-        assert [(row["text"], row["label"]) for row in found.test] == test
+        assert [(row["text"], row["label"]) for row in splits.test] == test
     if kind == "label":
-        for part in (found.train, found.validation):
+        for part in (splits.train, splits.validation):
             labels = {}
             for row in part:
                 assert labels.setdefault(text_key(row, ("text",)), row["label"]) == row["label"]
@@ -431,14 +514,14 @@ def test_a_hub_name_without_a_hub_is_said(monkeypatch):
 def test_the_hub_is_read_with_its_splits(monkeypatch):
     import datasets
 
-    made = datasets.DatasetDict(
+    hub_data = datasets.DatasetDict(
         {name: datasets.Dataset.from_list([{"text": name, "label": "x"}]) for name in ("train", "validation", "test")}
     )
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, subset: made if (name, subset) == ("o/n", None) else None
+        datasets, "load_dataset", lambda name, subset: hub_data if (name, subset) == ("o/n", None) else None
     )
-    found = read_splits(TaskConfig(source="o/n"))
-    assert (texts(found.train), texts(found.validation), texts(found.test)) == (["train"], ["validation"], ["test"])
+    splits = read_splits(TaskConfig(source="o/n"))
+    assert (texts(splits.train), texts(splits.validation), texts(splits.test)) == (["train"], ["validation"], ["test"])
 
 
 def test_reading_a_csv_file_does_not_import_datasets(tmp_path):
@@ -459,17 +542,17 @@ def test_reading_a_csv_file_does_not_import_datasets(tmp_path):
 
 
 def test_a_packaged_set_fills_in_what_is_left_open():
-    found = with_packaged_defaults(TaskConfig(source="dialogue"))
-    assert (found.kind, found.label, found.template) == ("generation", "reply", "A: {prompt}\nB:")
-    own = with_packaged_defaults(TaskConfig(source="trec", template="{text} =", verbalizer={"human": "who"}))
-    assert (own.template, own.verbalizer) == ("{text} =", {"human": "who"})
+    dialogue = with_packaged_defaults(TaskConfig(source="dialogue"))
+    assert (dialogue.kind, dialogue.label, dialogue.template) == ("generation", "reply", "A: {prompt}\nB:")
+    configured = with_packaged_defaults(TaskConfig(source="trec", template="{text} =", verbalizer={"human": "who"}))
+    assert (configured.template, configured.verbalizer) == ("{text} =", {"human": "who"})
     assert with_packaged_defaults(TaskConfig(source="dialogue", label="prompt")).label == "prompt"
     assert with_packaged_defaults(TaskConfig(source="x.csv")).kind == "label"
 
 
 def test_packaged_answers_are_single_distinct_words():
-    for name, found in PACKAGED.items():
-        words = list((found.verbalizer or {}).values())
+    for name, dataset in PACKAGED.items():
+        words = list((dataset.verbalizer or {}).values())
         assert len(set(words)) == len(words), name
         assert all(word.isalpha() and word.islower() for word in words), name
 
@@ -486,17 +569,17 @@ BIG = {
 
 
 def unique(name: str) -> list[tuple[str, ...]]:
-    found = read_rows(name)
-    return list({tuple(" ".join(v.split()) for v in row.values()) for part in found.values() for row in part})
+    rows_by_split = read_rows(name)
+    return list({tuple(" ".join(v.split()) for v in row.values()) for part in rows_by_split.values() for row in part})
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", COUNTS)
 def test_packaged_counts(name):
-    found = unique(name)
-    assert len(found) == COUNTS[name][0]
+    cells = unique(name)
+    assert len(cells) == COUNTS[name][0]
     if PACKAGED[name].kind == "label":
-        labels = Counter(row[-1] for row in found)
+        labels = Counter(row[-1] for row in cells)
         assert labels.most_common(1)[0][1] == COUNTS[name][1]
         assert set(labels) == set(PACKAGED[name].verbalizer)
 
@@ -508,11 +591,11 @@ def test_packaged_counts_of_the_big_group(name):
     from softprompts.errors import AssetError
 
     try:
-        found = unique(name)
+        cells = unique(name)
     except AssetError as error:
         pytest.skip(str(error))
-    labels = Counter(row[-1] for row in found)
-    assert (len(found), labels.most_common(1)[0][1]) == BIG[name]
+    labels = Counter(row[-1] for row in cells)
+    assert (len(cells), labels.most_common(1)[0][1]) == BIG[name]
     assert set(labels) == set(PACKAGED[name].verbalizer)
 
 

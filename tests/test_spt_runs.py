@@ -194,12 +194,12 @@ def test_a_run_and_its_artifacts(values: dict[str, Any], tmp_path: Path) -> None
     assert pages
     assert all("Retrieval entropy" in page for page in pages)
     one, two = (artifact.load(tmp_path / "out" / "prompt" / name) for name in ("one", "two"))
-    assert sorted(one.state) == ["soft", "sources"]
+    assert sorted(one.state) == ["shared.soft", "shared.sources"]
     assert one.prompt is None
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
-    start = job.prepare(run).start
-    assert torch.equal(one.state["sources"][0], start.draw(40, 200))
-    assert not torch.equal(one.state["soft"], one.initial[:2])
+    start = job.prepare(run).init
+    assert torch.equal(one.state["shared.sources"][0], start.draw(40, 200))
+    assert not torch.equal(one.state["shared.soft"], one.initial[:2])
     for name, task in zip(("one", "two"), job.prepare(run).tasks, strict=True):
         opened = open_prompts([tmp_path / "out" / "prompt" / name], config=run.model)[0]
         found = list(evaluate.answers(opened, task.train[:20], prompt=opened.task, config=EvaluationConfig()))
@@ -227,7 +227,7 @@ def test_it_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
     again = job.run(cut)
     one, two = (artifact.load(tmp_path / name / "prompt" / "one").state for name in ("out", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
-    assert not torch.equal(one["sources"][0], job.prepare(cut).start.draw(40, 200))
+    assert not torch.equal(one["shared.sources"][0], job.prepare(cut).init.draw(40, 200))
     measures = [[row["measures"] for row in page["tasks"][0]["curve"]] for page in (whole, again)]
     assert measures[0] == measures[1]
 
@@ -264,7 +264,7 @@ def test_in_a_stock_model(values: dict[str, Any], tmp_path: Path) -> None:
         with model.no_prompt():
             model(**given, words=batch.instruction_mask)
     model.add_task("new")
-    assert model._held.method("new") is model._held.method("one")
+    assert model.registry.group("new") == ("one", "new")
     model.save_pretrained(tmp_path / "both")
     again = SoftPromptModel.from_pretrained(
         transformers.AutoModelForCausalLM.from_pretrained(values["model"]["name"]), tmp_path / "both"

@@ -73,7 +73,7 @@ class Watch:
         train_many, loss = job.train_many, TrainablePrompts.loss
 
         def trained(trainable, runs):
-            self.fits.append(([str(run.directory) for run in runs], {id(trainable.backbone)}))
+            self.fits.append(([str(run.directory) for run in runs], {id(trainable.model.backbone)}))
             return train_many(trainable, runs)
 
         def stepped(*arguments):
@@ -176,7 +176,7 @@ def local_artifacts(starts, tuned):
     import artifacts
 
     return [
-        artifacts.example(prompt=prompt, initial=start, state={"prompts.0": prompt}, options={})
+        artifacts.example(prompt=prompt, initial=start, state={"prompt": prompt}, options={})
         for start, prompt in zip(starts, tuned, strict=True)
     ]
 

@@ -408,7 +408,7 @@ def test_scores_find_their_run_in_any_order():
     assert [one.batch_rows.tolist() for one in found] == [[0, 1, 0], [0], [1, 0]]
     assert [one.labels.tolist() for one in found] == [[11, 14, 15], [12], [10, 13]]
     assert [one.logits[:, 0].tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
-    assert [one.column.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
+    assert [one.label_columns.tolist() for one in found] == [[1, 4, 5], [2], [0, 3]]
     assert {one.path for one in found} == {"packed"}
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 import local
+import softprompts
 from closeness import tolerance
 from softprompts import errors, injection
 from softprompts.artifacts.io import read_tensors
@@ -250,15 +251,17 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     assert torch.equal(prompt_of(plain), prompt_of(checked))  # comparing changes nothing
     assert reports[0].equivalence.startswith("packed against concatenation: asked for: loss differs by ")
     assert [r.equivalence for r in reports[1:]] == [""] * (len(reports) - 1)
-    honest = packed_attention._math
+    honest = packed_attention._math_attention
 
-    def wrong(seen, q, k, v, *rest):
-        return honest(seen, q, k, v * 1.01, *rest)
+    def wrong(part, *rest):
+        return honest(replace(part, values=part.values * 1.01), *rest)
 
     made = job.prepare(parse({**values, "training": {**values["training"], "equivalence": "check"}}))
     injection.why_not_packed(made.model.backbone)  # the model is found fit, and goes wrong after that
     monkeypatch.setitem(
-        packed_attention.ALL_ATTENTION_FUNCTIONS, packed_attention.CORES["math"], packed_attention._attention(wrong)
+        packed_attention.ALL_ATTENTION_FUNCTIONS,
+        packed_attention.ATTENTION_NAMES["math"],
+        packed_attention._attention_function(wrong),
     )
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()
@@ -273,3 +276,14 @@ def test_checkpointed_layers_train_the_same_prompt(values):
     assert again.model.backbone.kernels.gradient_checkpointing
     assert [r.loss for r in others] == pytest.approx([r.loss for r in reports], rel=tolerance(1.0))
     torch.testing.assert_close(prompt_of(again), prompt_of(plain))
+
+
+def test_a_model_is_trained_with_rows(values):
+    """The door for people: rows of a data set by the name of the prompt, and the losses of the run."""
+    made, reports = fitted(values)
+    other = job.prepare(parse(values))
+    steps = softprompts.train(other.model, {"colors": other.tasks[0].train}, other.run.training)
+    assert [progress.loss for progress in steps] == [progress.loss for progress in reports]
+    assert torch.equal(prompt_of(other), prompt_of(made))
+    with pytest.raises(ConfigError, match="no prompt 'colours'; did you mean 'colors'"):
+        next(softprompts.train(other.model, {"colours": other.tasks[0].train}, other.run.training))

@@ -1,4 +1,4 @@
-"""The names that PEFT's pages on prompt tuning and multitask prompt tuning document, for people who change one import."""
+"""The names on PEFT's pages about prompt tuning and multitask prompt tuning."""
 
 from softprompts.model.peft import MultitaskPromptEmbedding as MultitaskPromptEmbedding
 from softprompts.model.peft import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig

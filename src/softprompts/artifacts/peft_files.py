@@ -12,6 +12,9 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+PEFT_SITE = "input"
+"""The only site whose prompts PEFT's files hold."""
+
 PICKLE = "adapter_model.bin"
 
 PEFT_VERSION = "0.21.2"
@@ -99,7 +102,7 @@ def why_peft_cannot_load(
         heads: The task's copy of a classification head.
         template: The task's `TaskTemplate`, as JSON.
     """
-    if site != "input":
+    if site != PEFT_SITE:
         return f"site {site}: PEFT's prompt tuning enters at the input embeddings only"
     if placement != "first":
         first = "[CLS]" if placement == "after_start" else "the text"

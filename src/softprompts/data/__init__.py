@@ -1,10 +1,10 @@
-"""From files to batches: sources give rows, a task gives them words, an encoder tokens, collate batches."""
+"""From files to batches: sources give rows, `ExampleTokenizer` encodes them by the task, `collate` makes batches."""
 
 from softprompts.assets.datasets import PACKAGED, PackagedDataset
-from softprompts.data.collation import ExampleBatches, collate, evaluation_order, training_order
+from softprompts.data.collation import collate
 from softprompts.data.encoding import EncodedExample, ExampleTokenizer
-from softprompts.data.sampling import TaskBatches
-from softprompts.data.sources import read_splits
+from softprompts.data.sampling import ExampleBatches, TaskBatches, evaluation_order, training_order
+from softprompts.data.sources import read_splits, stream_rows
 from softprompts.data.splits import Splits
 from softprompts.data.task import Task, TaskTemplate, answer_text, classes, decode_answer, load_task, resolve_placement
 from softprompts.types import Row
@@ -28,5 +28,6 @@ __all__ = [
     "load_task",
     "read_splits",
     "resolve_placement",
+    "stream_rows",
     "training_order",
 ]

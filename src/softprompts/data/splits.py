@@ -1,12 +1,13 @@
-"""From rows to splits: duplicates, contradictions and leaks out, then seeded draws that do not depend on row order."""
+"""From rows to splits: without duplicates, contradictions and leaks, by seeded draws that ignore the order of rows."""
 
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from softprompts.config import SplitConfig, TaskConfig, closest
+from softprompts.config import TaskConfig, closest
 from softprompts.data.templates import cell_text, is_missing, label_names, text_key
 from softprompts.errors import DataError
 from softprompts.types import Row
@@ -14,21 +15,21 @@ from softprompts.types import Row
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one file or split, its columns, and the line each row began at where that is known."""
+    """Rows of one file or split, its columns, and the line at which each row begins where that is known."""
 
     name: str
     rows: Sequence[Row]
     columns: tuple[str, ...]
     lines: Sequence[int] | None = None
 
-    def where(self, index: int) -> str:
-        """How a person finds the row: `file:line`, or the number of the row from 1."""
+    def locate(self, index: int) -> str:
+        """The place of a row for a person: `file:line`, or the number of the row from 1."""
         return f"{self.name}:{self.lines[index]}" if self.lines else f"{self.name} row {index + 1}"
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows that train, choose and judge; `notes` says what was left out on the way."""
+    """Rows for training, validation and test; `notes` says which rows were left out."""
 
     train: tuple[Row, ...]
     validation: tuple[Row, ...]
@@ -39,168 +40,233 @@ class Splits:
 
 def check_labels(table: Table, config: TaskConfig) -> None:
     """Raise DataError for the first label that the verbalizer does not know, or the first value that is no number."""
+    verbalizer = config.verbalizer or {}
     for index, row in enumerate(table.rows):
         value = row[config.label]
         if is_missing(value):
             continue
-        if config.kind == "regression":
-            try:
-                finite = math.isfinite(float(value))
-            except (TypeError, ValueError):
-                finite = False
-            if not finite:
-                raise DataError(f"{table.where(index)}: '{value}' in column '{config.label}' is no number")
-        for name in label_names(value, config.kind or "label") if config.verbalizer else ():
-            if name not in (config.verbalizer or {}):
-                known = list(config.verbalizer or {})
-                shown = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
-                raise DataError(f"{table.where(index)}: label '{name}' is not in the verbalizer{closest(name, known)} "
-                                f"known labels: {shown}")  # fmt: skip
+        if config.kind == "regression" and not _is_finite(value):
+            raise DataError(f"{table.locate(index)}: '{value}' in column '{config.label}' is no number")
+        for name in label_names(value, config.kind or "label") if verbalizer else ():
+            if name not in verbalizer:
+                known = list(verbalizer)
+                listed = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
+                raise DataError(f"{table.locate(index)}: label '{name}' is not in the verbalizer"
+                                f"{closest(name, known)} known labels: {listed}")  # fmt: skip
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def divide(tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[str]) -> Splits:
-    """The splits of `tables` ("train", and "validation" and "test" where the source has them).
+    """Clean the rows, draw the splits that the source does not have, then apply `shots` and `limit`.
 
-    `columns` make the text of a row. What the source does not have is drawn from "train"; then `shots` and `limit`.
-    Raises DataError when nothing is left to train on.
+    Args:
+        tables: "train", and "validation" and "test" where the source has them.
+        config: The task with its split settings.
+        columns: The columns that make the text of a row.
+
+    Returns:
+        The three splits.
+
+    Raises:
+        DataError: No row is left to train on.
     """
-    split, notes = config.split, list[str]()
-    parts = {role: _labeled(table, config, notes) for role, table in tables.items()}
-    parts = {role: rows for role, rows in parts.items() if rows or role == "train"}  # many test sets have no labels
-    if "test" in parts:
-        repeated = len(parts["test"]) - len({text_key(row, columns) for row in parts["test"]})
-        if repeated:
-            notes.append(f"test: kept as the source has it, with {repeated} repeated texts")
+    division = _Division(tables, config, columns)
+    if "test" in division.splits:
+        division.note_repeated_test_texts()
     for role in ("train", "validation"):
-        if role in parts:
-            parts[role] = _clean(parts[role], role, config, columns, notes)
-    _no_leaks(parts, columns, notes)
-    for role, fraction in (("test", split.test_fraction), ("validation", split.validation_fraction)):
-        if role not in parts:
-            parts[role], parts["train"] = _draw(parts["train"], fraction, role, config, columns)
-    if split.shots:
-        _shots(parts, split, config, columns, notes)
-    for name, limit in split.limit.items():
-        parts[name] = _sample(parts[name], limit, f"limit {name}", config, columns)
-    if not parts["train"]:
+        if role in division.splits:
+            division.remove_duplicates(role)
+    division.remove_leaks()
+    for role, fraction in (("test", config.split.test_fraction), ("validation", config.split.validation_fraction)):
+        if role not in division.splits:
+            division.draw(role, fraction)
+    if config.split.shots:
+        for role in ("train", "validation"):
+            division.limit_to_shots(role, config.split.shots)
+    for role, limit in config.split.limit.items():
+        division.limit(role, limit)
+    splits, notes = division.splits, tuple(division.notes)
+    if not splits["train"]:
         raise DataError(
             f"{tables['train'].name}: no rows are left to train on; {'; '.join(notes) or 'lower the fractions'}"
         )
     return Splits(
-        tuple(parts["train"]), tuple(parts["validation"]), tuple(parts["test"]), tables["train"].columns, tuple(notes)
+        train=tuple(splits["train"]),
+        validation=tuple(splits["validation"]),
+        test=tuple(splits["test"]),
+        columns=tables["train"].columns,
+        notes=notes,
     )
 
 
-def _labeled(table: Table, config: TaskConfig, notes: list[str]) -> list[Row]:
-    empty = config.kind == "multilabel"  # there "" means that no label applies
-    found = [row for row in table.rows if not is_missing(row[config.label]) and (empty or row[config.label] != "")]
-    if len(found) < len(table.rows):
-        notes.append(f"{table.name}: {len(table.rows) - len(found)} rows with nothing in '{config.label}' left out")
-    return found
+class _Division:
+    """The splits of one task while they are cleaned and drawn.
+
+    splits  the rows of each split so far
+    notes   what was left out, for a person
+    """
+
+    def __init__(self, tables: Mapping[str, Table], config: TaskConfig, columns: Sequence[str]) -> None:
+        """Start with the rows of `tables` that have a label; a test split without labels is dropped."""
+        self.config = config
+        self.columns = columns
+        self.seed = config.split.seed
+        self.notes: list[str] = []
+        self.splits: dict[str, list[Row]] = {}
+        for role, table in tables.items():
+            labeled = self._labeled_rows(table)
+            if labeled or role == "train":
+                self.splits[role] = labeled
+
+    def note_repeated_test_texts(self) -> None:
+        """Note how many texts of the source's own test split are repeated; none is removed."""
+        rows = self.splits["test"]
+        repeated = len(rows) - len({self._text(row) for row in rows})
+        if repeated:
+            self.notes.append(f"test: kept as the source has it, with {repeated} repeated texts")
+
+    def remove_duplicates(self, role: str) -> None:
+        """Remove exact repetitions, and in tasks with classes the texts that have several answers.
+
+        Of repeated rows the first stays, at the place of the last: seeded orders of training depend on this place.
+        """
+        cells = (*self.columns, self.config.label)
+        first_rows: dict[tuple[str, ...], Row] = {}
+        for row in self.splits[role]:
+            identity = tuple(" ".join(cell_text(row[cell]).split()) for cell in cells)
+            first_rows[identity] = first_rows.pop(identity, row)
+        unique = list(first_rows.values())
+        if removed := len(self.splits[role]) - len(unique):
+            self.notes.append(f"{role}: {removed} exact duplicates left out")
+        self.splits[role] = unique
+        if self.config.kind in ("label", "multilabel"):
+            self._remove_contradictions(role)
+
+    def _remove_contradictions(self, role: str) -> None:
+        answers: dict[str, set[tuple[str, ...]]] = {}
+        for row in self.splits[role]:
+            answers.setdefault(self._text(row), set()).add(tuple(sorted(self._classes(row))))
+        contradicting = {text for text, labels in answers.items() if len(labels) > 1}
+        if removed := self._keep(role, lambda row: self._text(row) not in contradicting):
+            texts = len(contradicting)
+            self.notes.append(f"{role}: {texts} texts with contradicting labels left out ({removed} rows)")
+
+    def remove_leaks(self) -> None:
+        """Keep each text in the last split that has it: the test split of a source never changes."""
+        later_texts: set[str] = set()
+        for role in ("test", "validation", "train"):
+            if role not in self.splits:
+                continue
+            if removed := self._keep(role, lambda row: self._text(row) not in later_texts):
+                self.notes.append(f"{role}: {removed} rows left out whose text is also in a later split")
+            later_texts.update(map(self._text, self.splits[role]))
+
+    def draw(self, role: str, fraction: float) -> None:
+        """Move `fraction` of the training texts, with all their rows, to the split `role`."""
+        rows = self.splits["train"]
+        texts = [self._text(row) for row in rows]
+        strata = {text: self._stratum(row) for text, row in zip(texts, rows, strict=True)}
+        count = round(fraction * len(strata))
+        if fraction and not count and len(strata) > 2:
+            count = 1
+        drawn = _draw_stratified(strata, min(count, len(strata)), f"{self.seed} {role}") if count else set()
+        self.splits[role] = [row for text, row in zip(texts, rows, strict=True) if text in drawn]
+        self.splits["train"] = [row for text, row in zip(texts, rows, strict=True) if text not in drawn]
+
+    def limit_to_shots(self, role: str, shots: int) -> None:
+        """Keep `shots` rows, of each class or in all."""
+        settings = self.config.split
+        seed = settings.seed if settings.shots_seed is None else settings.shots_seed
+        rows = self.splits[role]
+        counts = Counter[str]()
+        chosen: set[int] = set()
+        for index in self._random_order(rows, f"{seed} shots {role}"):
+            classes = (self._classes(rows[index]) if settings.shots_per == "class" else ()) or ("",)
+            if any(counts[name] < shots for name in classes):
+                counts.update(classes)
+                chosen.add(index)
+        self.splits[role] = [rows[index] for index in sorted(chosen)]
+        short = [f"{name or 'rows'} {count}" for name, count in sorted(counts.items()) if count < shots]
+        if short and role == "train":
+            self.notes.append(f"train: fewer than {shots} shots of {', '.join(short)}")
+
+    def limit(self, role: str, limit: int) -> None:
+        """Keep at most `limit` rows, each class in its proportion."""
+        rows, salt = self.splits[role], f"{self.seed} limit {role}"
+        if len(rows) <= limit:
+            return
+        order = self._random_order(rows, salt)
+        strata = {str(rank): self._stratum(rows[index]) for rank, index in enumerate(order)}
+        chosen = [order[int(rank)] for rank in _draw_stratified(strata, limit, salt)]
+        self.splits[role] = [rows[index] for index in sorted(chosen)]
+
+    def _keep(self, role: str, condition: Callable[[Row], bool]) -> int:
+        """Keep the rows of a split that meet a condition; returns the number of removed rows."""
+        before = len(self.splits[role])
+        self.splits[role] = [row for row in self.splits[role] if condition(row)]
+        return before - len(self.splits[role])
+
+    def _labeled_rows(self, table: Table) -> list[Row]:
+        allows_empty = self.config.kind == "multilabel"  # there "" means that no label applies
+        rows: list[Row] = []
+        for row in table.rows:
+            label = row[self.config.label]
+            if not is_missing(label) and (allows_empty or label != ""):
+                rows.append(row)
+        if removed := len(table.rows) - len(rows):
+            self.notes.append(f"{table.name}: {removed} rows with nothing in '{self.config.label}' left out")
+        return rows
+
+    def _text(self, row: Row) -> str:
+        return text_key(row, self.columns)
+
+    def _classes(self, row: Row) -> tuple[str, ...]:
+        kind = self.config.kind or "label"
+        return label_names(row[self.config.label], kind) if kind in ("label", "multilabel") else ()
+
+    def _stratum(self, row: Row) -> str:
+        return ",".join(sorted(self._classes(row)))
+
+    def _random_order(self, rows: Sequence[Row], salt: str) -> list[int]:
+        """Indices of `rows` in a random order that does not depend on theirs."""
+
+        def rank(index: int) -> tuple[bytes, str]:
+            return _hash_rank(self._text(rows[index]), salt), str(sorted(rows[index].items(), key=str))
+
+        return sorted(range(len(rows)), key=rank)
 
 
-def _clean(rows: list[Row], role: str, config: TaskConfig, columns: Sequence[str], notes: list[str]) -> list[Row]:
-    """Without exact repetitions, and for classes without texts that have several answers."""
-    cells = (*columns, config.label)
-    unique = list({tuple(" ".join(cell_text(row[c]).split()) for c in cells): row for row in reversed(rows)}.values())[
-        ::-1
-    ]
-    if len(unique) < len(rows):
-        notes.append(f"{role}: {len(rows) - len(unique)} exact duplicates left out")
-    if config.kind not in ("label", "multilabel"):
-        return unique
-    answers: dict[str, set[tuple[str, ...]]] = {}
-    for row in unique:
-        answers.setdefault(text_key(row, columns), set()).add(tuple(sorted(_classes(row, config))))
-    kept = [row for row in unique if len(answers[text_key(row, columns)]) == 1]
-    if len(kept) < len(unique):
-        texts = sum(len(found) > 1 for found in answers.values())
-        notes.append(f"{role}: {texts} texts with contradicting labels left out ({len(unique) - len(kept)} rows)")
-    return kept
-
-
-def _no_leaks(parts: dict[str, list[Row]], columns: Sequence[str], notes: list[str]) -> None:
-    """Keep each text in the last split that has it: the test split of a source is never changed."""
-    taken: set[str] = set()
-    for role in ("test", "validation", "train"):
-        rows = parts.get(role, [])
-        kept = [row for row in rows if text_key(row, columns) not in taken]
-        if len(kept) < len(rows):
-            notes.append(f"{role}: {len(rows) - len(kept)} rows left out whose text is also in a later split")
-        taken.update(text_key(row, columns) for row in kept)
-        if role in parts:
-            parts[role] = kept
-
-
-def _rank(text: str, salt: str) -> bytes:
-    """A place in a random order that depends on the text and the seed only."""
+def _hash_rank(text: str, salt: str) -> bytes:
+    """A rank in a random order that depends on the text and the salt only."""
     return hashlib.blake2b(f"{salt}\x1f{text}".encode("utf-8", "replace"), digest_size=16).digest()
 
 
-def _classes(row: Row, config: TaskConfig) -> tuple[str, ...]:
-    kind = config.kind or "label"
-    return label_names(row[config.label], kind) if kind in ("label", "multilabel") else ()
+def _draw_stratified(strata: Mapping[str, str], count: int, salt: str) -> set[str]:
+    """Draw texts by seeded hash, each stratum in its proportion.
 
+    Args:
+        strata: The stratum of each text.
+        count: How many texts to draw.
+        salt: The seed and the purpose of the draw.
 
-def _stratum(row: Row, config: TaskConfig) -> str:
-    return ",".join(sorted(_classes(row, config)))
-
-
-def _pick(items: Mapping[str, str], count: int, salt: str) -> set[str]:
-    """`count` of the texts `items` (text -> stratum), each stratum in its proportion, by seeded hash."""
-    strata: dict[str, list[str]] = {}
-    for text in sorted(items, key=lambda text: _rank(text, salt)):
-        strata.setdefault(items[text], []).append(text)
-    shares = {name: count * len(texts) / len(items) for name, texts in strata.items()}
-    take = {name: int(share) for name, share in shares.items()}
-    fractions = sorted(strata, key=lambda name: (take[name] - shares[name], _rank(name, salt)))
-    for name in fractions[: count - sum(take.values())]:
-        take[name] += 1
-    return {text for name, texts in strata.items() for text in texts[: take[name]]}
-
-
-def _draw(
-    rows: list[Row], fraction: float, role: str, config: TaskConfig, columns: Sequence[str]
-) -> tuple[list[Row], list[Row]]:
-    """`fraction` of the texts of `rows` with all their rows, and the rest."""
-    texts = {text_key(row, columns): _stratum(row, config) for row in rows}
-    count = round(fraction * len(texts))
-    if fraction and not count and len(texts) > 2:
-        count = 1
-    drawn = _pick(texts, min(count, len(texts)), f"{config.split.seed} {role}") if count else set()
-    inside = [text_key(row, columns) in drawn for row in rows]
-    return [r for r, i in zip(rows, inside, strict=True) if i], [r for r, i in zip(rows, inside, strict=True) if not i]
-
-
-def _order(rows: list[Row], salt: str, columns: Sequence[str]) -> list[int]:
-    """Indices of `rows` in a random order that does not depend on theirs."""
-    return sorted(
-        range(len(rows)), key=lambda i: (_rank(text_key(rows[i], columns), salt), str(sorted(rows[i].items(), key=str)))
-    )
-
-
-def _sample(rows: list[Row], limit: int, salt: str, config: TaskConfig, columns: Sequence[str]) -> list[Row]:
-    if len(rows) <= limit:
-        return rows
-    order = _order(rows, f"{config.split.seed} {salt}", columns)
-    names = {str(place): _stratum(rows[i], config) for place, i in enumerate(order)}
-    chosen = {order[int(place)] for place in _pick(names, limit, f"{config.split.seed} {salt}")}
-    return [row for i, row in enumerate(rows) if i in chosen]
-
-
-def _shots(
-    parts: dict[str, list[Row]], split: SplitConfig, config: TaskConfig, columns: Sequence[str], notes: list[str]
-) -> None:
-    """`split.shots` rows, of each class or in all, to train on, and no more than that to choose with."""
-    shots, seed = split.shots or 0, split.seed if split.shots_seed is None else split.shots_seed
-    for role in ("train", "validation"):
-        rows, counts, chosen = parts[role], Counter[str](), set[int]()
-        for i in _order(rows, f"{seed} shots {role}", columns):
-            names = (_classes(rows[i], config) if split.shots_per == "class" else ()) or ("",)
-            if any(counts[name] < shots for name in names):
-                counts.update(names)
-                chosen.add(i)
-        parts[role] = [row for i, row in enumerate(rows) if i in chosen]
-        short = [f"{name or 'rows'} {count}" for name, count in sorted(counts.items()) if count < shots]
-        if short and role == "train":
-            notes.append(f"train: fewer than {shots} shots of {', '.join(short)}")
+    Returns:
+        The drawn texts.
+    """
+    texts_of: dict[str, list[str]] = {}
+    for text in sorted(strata, key=lambda text: _hash_rank(text, salt)):
+        texts_of.setdefault(strata[text], []).append(text)
+    shares = {stratum: count * len(texts) / len(strata) for stratum, texts in texts_of.items()}
+    sizes = {stratum: int(share) for stratum, share in shares.items()}
+    by_remainder = sorted(texts_of, key=lambda stratum: (sizes[stratum] - shares[stratum], _hash_rank(stratum, salt)))
+    for stratum in by_remainder[: count - sum(sizes.values())]:
+        sizes[stratum] += 1
+    drawn: set[str] = set()
+    for stratum, texts in texts_of.items():
+        drawn.update(texts[: sizes[stratum]])
+    return drawn

@@ -1,4 +1,4 @@
-"""A task: its rows, and the format that says how a row is put into words and what the answers are called."""
+"""A task: its rows, and the template that turns a row into text and names the answers."""
 
 import dataclasses
 import typing
@@ -24,10 +24,10 @@ from softprompts.types import Row
 
 @dataclass(frozen=True)
 class TaskTemplate:
-    """All that is needed to encode a row of a task, at training and years later at prediction time; JSON both ways.
+    """All that encodes a row of a task, in training and years later in prediction; JSON both ways.
 
-    The fields are those of `TaskConfig`, settled: `verbalizer` maps each class to its answer, in the order of the
-    classes, and is None where answers are free; `truncate` names the columns that may be cut, None means all.
+    The fields are those of `TaskConfig` without open choices. `verbalizer` maps each class to its answer, in the order
+    of the classes, and is None where answers are free. `truncate` names the columns that may be cut; None means all.
     """
 
     name: str
@@ -52,12 +52,12 @@ class TaskTemplate:
 
     @property
     def templates(self) -> tuple[str | None, ...]:
-        """Where slots for the prompt may stand, in the order of the text: system message, template, pair."""
+        """The texts that may have slots for the prompt, in their order: system message, template, pair."""
         return (self.system if self.chat else None, self.template, self.pair)
 
     @property
     def has_prompt_slots(self) -> bool:
-        """Whether the template says where the prompt stands."""
+        """Whether a template has slots for the prompt."""
         return any(split_slots(template)[1] for template in self.templates)
 
     @property
@@ -66,12 +66,12 @@ class TaskTemplate:
         return self.columns if self.truncate is None else self.truncate
 
     def to_json(self) -> dict[str, Any]:
-        """The format as JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        """The fields as JSON values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> "TaskTemplate":
-        """The format that `to_json` wrote. Raises DataError for unknown or missing keys and wrong kinds."""
+        """The template that `to_json` wrote. Raises DataError for unknown or missing keys and wrong kinds."""
         known = {field.name: field for field in dataclasses.fields(TaskTemplate)}
         for name in values:
             if name not in known:
@@ -81,13 +81,13 @@ class TaskTemplate:
                 raise DataError(f"format: '{name}' must be text, found {type(values.get(name)).__name__}")
         if values.get("kind", "label") not in typing.get_args(Kind):
             raise DataError(f"format: unknown kind '{values['kind']}', known: {', '.join(typing.get_args(Kind))}")
-        settled: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return TaskTemplate(**settled)
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return TaskTemplate(**fields)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A named task with its rows; `notes` says in plain words what was left out or assumed on the way."""
+    """A named task with its rows; `notes` says which rows were left out and which cells were empty."""
 
     name: str
     template: TaskTemplate
@@ -97,36 +97,39 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def load_task(config: TaskConfig) -> Task:
-    """The task that `config` describes, with what it leaves open taken from the packaged set or from the rows.
+def load_task(config: TaskConfig | str) -> Task:
+    """Load the rows of a task, and settle its open choices by the packaged set or the rows.
 
-    Classes without a verbalizer are the sorted labels of all splits and answer with their own names.
+    Classes without a verbalizer are the sorted labels of all splits, and their answers are their names.
 
-    Raises DataError as `sources.read` does, and for a format that cannot be used: a template without any column,
-    answers that two labels share, an unknown positive label, a column to truncate that the template does not have.
+    Args:
+        config: The task, or the source of its rows: a packaged set, a file, a directory or a hub name.
+
+    Returns:
+        The task with its rows and its template.
+
+    Raises:
+        DataError: As `read_splits`; and for a template without a column, labels with the same answer, an unknown
+            positive label, and a column to truncate that the template does not have.
     """
-    config = datasets.with_packaged_defaults(config)
-    if (
-        config.template
-        and config.kind != "generation"
-        and not (template_columns(config.template) or template_columns(config.pair))
-    ):
+    config = datasets.with_packaged_defaults(TaskConfig(source=config) if isinstance(config, str) else config)
+    has_text = template_columns(config.template) or template_columns(config.pair)
+    if config.template and config.kind != "generation" and not has_text:
         raise DataError(
             f"{config.title}: the template {config.template!r} has no slot for the text, so that all rows would be the "
             f"same; write a column in braces, as in {config.template + '{text}'!r}"
         )
-    rows = sources.read_splits(config)
-    every = (*rows.train, *rows.validation, *rows.test)
-    template = default_template(rows.columns, config.label) if config.template is None else config.template
+    splits = sources.read_splits(config)
+    rows = (*splits.train, *splits.validation, *splits.test)
     kind = config.kind or "label"
-    form = TaskTemplate(
+    template = TaskTemplate(
         name=config.title,
-        template=template,
+        template=default_template(splits.columns, config.label) if config.template is None else config.template,
         kind=kind,
         pair=config.pair,
         label=config.label,
         separator=config.separator,
-        verbalizer=dict(config.verbalizer) if config.verbalizer else _labels(every, config.label, kind),
+        verbalizer=dict(config.verbalizer) if config.verbalizer else _label_verbalizer(rows, config.label, kind),
         truncate=config.truncate,
         max_length=config.max_length,
         chat=config.chat,
@@ -135,47 +138,62 @@ def load_task(config: TaskConfig) -> Task:
         metrics=config.metrics or (),
         positive=config.positive,
     )
-    _check(form)
-    empty = {c: sum(is_missing(row.get(c)) for row in every) for c in form.columns}
-    notes = [f"{count} rows have no {column}: read as empty text" for column, count in empty.items() if count]
-    return Task(form.name, form, rows.train, rows.validation, rows.test, (*rows.notes, *notes))
+    _check_template(template)
+    notes = list(splits.notes)
+    for column in template.columns:
+        if empty := sum(is_missing(row.get(column)) for row in rows):
+            notes.append(f"{empty} rows have no {column}: read as empty text")
+    return Task(template.name, template, splits.train, splits.validation, splits.test, tuple(notes))
 
 
-def resolve_placement(asked: str, forms: Sequence[TaskTemplate]) -> str:
-    """What `prompt.placement` means for tasks of these formats: `template` where their templates have slots.
+def resolve_placement(placement: str, templates: Sequence[TaskTemplate]) -> str:
+    """The prompt's placement in tasks with these templates.
 
-    Raises DataError where one has slots and another none, where `asked` says another place than the slots, where it
-    asks for slots that are not there, and where a chat's place says another than either.
+    Args:
+        placement: `prompt.placement` of the configuration.
+        templates: The templates of all tasks of a run.
+
+    Returns:
+        `template` where the templates have slots for the prompt, else `placement`.
+
+    Raises:
+        DataError: Some templates have slots and some have none; `placement` differs from the slots, or asks for missing
+            slots; a chat's placement contradicts either.
     """
-    slotted = [form for form in forms if form.has_prompt_slots]
-    without = next((form for form in forms if not form.has_prompt_slots), None)
-    if slotted and without is not None:
+    with_slots = next((template for template in templates if template.has_prompt_slots), None)
+    without_slots = next((template for template in templates if not template.has_prompt_slots), None)
+    if with_slots and without_slots:
         raise DataError(
-            f"{slotted[0].name} has slots for the prompt in its template, {without.name} has none; put <prompt> into "
-            f"every task's template, or into none"
+            f"{with_slots.name} has slots for the prompt in its template, {without_slots.name} has none; put <prompt> "
+            "into every task's template, or into none"
         )
-    if asked == "template" and without is not None:
+    if placement == "template" and without_slots:
         raise DataError(
-            f"{without.name}: prompt.placement is template, but the template {without.template!r} has no slot for the "
-            f"prompt; write <prompt> where it shall stand, or choose another place"
+            f"{without_slots.name}: prompt.placement is template, but the template {without_slots.template!r} has no "
+            "slot for the prompt; write <prompt> at its place, or choose another placement"
         )
-    if slotted and asked not in ("auto", "template"):
+    if with_slots and placement not in ("auto", "template"):
         raise DataError(
-            f"{slotted[0].name}: the template has a slot for the prompt, and prompt.placement is {asked}; leave one out"
+            f"{with_slots.name}: the template has a slot for the prompt, and prompt.placement is {placement}; leave "
+            "one out"
         )
-    said = "the template has a slot" if slotted else f"prompt.placement is {asked}"
-    for form in forms:
-        if form.chat and form.chat_placement == "user" and (slotted or asked not in ("auto", "first")):
+    placed_by = "the template has a slot" if with_slots else f"prompt.placement is {placement}"
+    for template in templates:
+        in_user_message = template.chat and template.chat_placement == "user"
+        if in_user_message and (with_slots or placement not in ("auto", "first")):
             raise DataError(
-                f"{form.name}: chat_placement is user, and {said}: both say where the prompt stands; leave one out"
+                f"{template.name}: chat_placement is user, and {placed_by}: both place the prompt; leave one out"
             )
-    return "template" if slotted else asked
+    return "template" if with_slots else placement
 
 
-def _labels(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | None:
+def _label_verbalizer(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | None:
+    """The labels of the rows, in order, each with its name as answer; None for tasks without classes."""
     if kind not in ("label", "multilabel", "tagging"):
         return None
-    names = {name for row in rows for name in label_names(row[column], kind)}
+    names: set[str] = set()
+    for row in rows:
+        names.update(label_names(row[column], kind))
     try:
         ordered = sorted(names, key=float)  # ratings 1..10 in the order of their values
     except ValueError:
@@ -183,71 +201,92 @@ def _labels(rows: Sequence[Row], column: str, kind: Kind) -> dict[str, str] | No
     return {name: name for name in ordered}
 
 
-def _check(form: TaskTemplate) -> None:
-    answers: dict[str, str] = {}
-    for label, answer in (form.verbalizer or {}).items():
-        if not answer.strip():
-            raise DataError(f"{form.name}: the verbalizer's answer for label '{label}' is empty")
-        if answer.strip() in answers:
-            raise DataError(f"{form.name}: labels '{answers[answer.strip()]}' and '{label}' have the same answer "
+def _check_template(template: TaskTemplate) -> None:
+    """Raise DataError for answers that are empty or shared, an unknown positive label or an unknown column."""
+    label_of_answer: dict[str, str] = {}
+    for label, answer in (template.verbalizer or {}).items():
+        bare = answer.strip()
+        if not bare:
+            raise DataError(f"{template.name}: the verbalizer's answer for label '{label}' is empty")
+        if bare in label_of_answer:
+            raise DataError(f"{template.name}: labels '{label_of_answer[bare]}' and '{label}' have the same answer "
                             f"'{answer}'; answers must differ")  # fmt: skip
-        answers[answer.strip()] = label
-    if form.positive is not None and form.verbalizer:
-        require_label(form, form.positive, "positive label")
-    for column in form.truncatable_columns:
-        require_column(column, (*form.columns, form.label), "truncation", form.name)
+        label_of_answer[bare] = label
+    if template.positive is not None and template.verbalizer:
+        require_label(template, template.positive, "positive label")
+    for column in template.truncatable_columns:
+        require_column(column, (*template.columns, template.label), "truncation", template.name)
 
 
-def require_label(form: TaskTemplate, label: str, what: str = "label") -> None:
-    """Raise DataError, with the labels there are, when `label` is no class of the format."""
-    if label not in classes(form):
-        known = classes(form)
-        raise DataError(f"{form.name}: {what} '{label}' is not in the verbalizer{closest(label, known)} "
+def require_label(template: TaskTemplate, label: str, role: str = "label") -> None:
+    """Raise DataError, with the known labels, when `label` is no class of the task; `role` names it in the message."""
+    known = classes(template)
+    if label not in known:
+        raise DataError(f"{template.name}: {role} '{label}' is not in the verbalizer{closest(label, known)} "
                         f"known labels: {', '.join(known)}")  # fmt: skip
 
 
-def classes(form: TaskTemplate) -> tuple[str, ...]:
-    """The classes of a format in the order of their indices; empty where answers are free."""
-    return tuple(form.verbalizer or ())
+def classes(template: TaskTemplate) -> tuple[str, ...]:
+    """The classes of a task in the order of their indices; empty where answers are free."""
+    return tuple(template.verbalizer or ())
 
 
-def answer_text(form: TaskTemplate, row: Row) -> str:
-    """The right answer of `row` as a language model should write it, without the separator.
+def answer_text(template: TaskTemplate, row: Row) -> str:
+    """The right answer of a row, as a language model writes it, without the separator.
 
-    Several labels are joined by ", ", tags by spaces, a span is its first text. Raises DataError when the row has no
-    such column or an unknown label.
+    Args:
+        template: The task's template.
+        row: The row.
+
+    Returns:
+        The answer. Commas join several labels, spaces join tags, and a span is its first text.
+
+    Raises:
+        DataError: The row has no label column, or an unknown label.
     """
-    require_column(form.label, row, "label", form.name)
-    value = row[form.label]
-    if form.kind in ("label", "multilabel", "tagging"):
-        names = label_names(value, form.kind)
+    require_column(template.label, row, "label", template.name)
+    value = row[template.label]
+    if template.kind in ("label", "multilabel", "tagging"):
+        names = label_names(value, template.kind)
         for name in names:
-            require_label(form, name)
-        words = [(form.verbalizer or {})[name] for name in names]
-        return " ".join(words) if form.kind == "tagging" else ", ".join(words)
-    if form.kind == "regression":
+            require_label(template, name)
+        answers = [(template.verbalizer or {})[name] for name in names]
+        return " ".join(answers) if template.kind == "tagging" else ", ".join(answers)
+    if template.kind == "regression":
         return f"{float(value):g}"
-    if form.kind == "span" and isinstance(value, Mapping):
+    if template.kind == "span" and isinstance(value, Mapping):
         return cell_text(next(iter(value["text"]), ""))
     return cell_text(value).strip()
 
 
-def decode_answer(form: TaskTemplate, text: str) -> str | None:
-    """What a generated `text` means: a label, a number, or the text itself; None when it is no legal answer.
+def decode_answer(template: TaskTemplate, text: str) -> str | None:
+    """The meaning of a generated text; only the space around an answer is forgiven.
 
-    Only the space around an answer is forgiven. Several labels come back joined by ", ".
+    Args:
+        template: The task's template.
+        text: The generated text.
+
+    Returns:
+        A label, several labels joined by ", ", a number, or the text itself; None when it is no legal answer.
     """
     text = text.strip()
-    if form.kind == "regression":
+    if template.kind == "regression":
         try:
             return f"{float(text):g}"
         except ValueError:
             return None
-    labels = {given.strip(): label for label, given in (form.verbalizer or {}).items()}
-    if form.kind == "label":
-        return labels.get(text)
-    if form.kind in ("multilabel", "tagging"):
-        cut = ", " if form.kind == "multilabel" else " "
-        found = [labels.get(word.strip()) for word in text.split(cut.strip() or None) if word.strip()]
-        return None if None in found else cut.join(name for name in found if name)
-    return text
+    label_of_answer = {answer.strip(): label for label, answer in (template.verbalizer or {}).items()}
+    if template.kind == "label":
+        return label_of_answer.get(text)
+    if template.kind not in ("multilabel", "tagging"):
+        return text
+    joiner = ", " if template.kind == "multilabel" else " "
+    labels: list[str] = []
+    for answer in text.split(joiner.strip() or None):
+        if not answer.strip():
+            continue
+        label = label_of_answer.get(answer.strip())
+        if label is None:
+            return None
+        labels.append(label)
+    return joiner.join(label for label in labels if label)

@@ -1,50 +1,75 @@
-"""Templates: how the columns of a row become text, and what the values of a row mean."""
+"""Templates: how the columns of a row become text, and what the cells of a row mean."""
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from softprompts.config import closest
 from softprompts.errors import DataError
 from softprompts.types import Row
 
 MASK = "mask"
-"""The name that stands for the masked answer in templates of masked models: `{mask}`."""
-
-SLOT = "<prompt>"
-"""What stands in a template where the prompt enters; `<prompt:10>` where ten of its tokens do."""
+"""The name of the masked answer in templates of masked models: `{mask}`."""
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 _SLOT = re.compile(r"<prompt(?::([^<>]*))?>")
+"""A slot for the prompt: `<prompt>`, or `<prompt:10>` for ten of its tokens."""
+
+CharRange = tuple[int, int]
+"""Characters [start, end) of a text."""
+
+
+class FilledText(NamedTuple):
+    """A filled template.
+
+    text      the whole text
+    inserted  the characters that were filled in; all others are the template's own
+    """
+
+    text: str
+    inserted: list[CharRange]
+
+
+# Templates
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """The pieces of `template` as (literal text, column that follows or None); `{{` and `}}` are literal braces.
+    """Cut a template into its columns; `{{` and `}}` are literal braces.
 
-    Raises DataError for a brace that is neither doubled nor part of a `{column}`.
+    Args:
+        template: The template.
+
+    Returns:
+        Pairs of literal text and the column behind it. The column of the last pair is None.
+
+    Raises:
+        DataError: A brace is neither doubled nor part of a `{column}`.
     """
-    found: list[tuple[str, str | None]] = []
-    literal, at = "", 0
+    pieces: list[tuple[str, str | None]] = []
+    literal = ""
+    end = 0
     for match in _PIECE.finditer(template):
-        literal += template[at : match.start()]
-        at = match.end()
+        literal += template[end : match.start()]
+        end = match.end()
         if match.group() in ("{{", "}}"):
             literal += match.group()[0]
         elif match.group(1):
-            found.append((literal, match.group(1)))
+            pieces.append((literal, match.group(1)))
             literal = ""
         else:
-            given = match.group()
-            raise DataError(f"template {template!r}: '{given}' at character {match.start() + 1} names no column; "
-                            "write {column}, and {{ or }} for a literal brace")  # fmt: skip
-    return [*found, (literal + template[at:], None)]
+            raise DataError(
+                f"template {template!r}: '{match.group()}' at character {match.start() + 1} names no column; "
+                "write {column}, and {{ or }} for a literal brace"
+            )
+    return [*pieces, (literal + template[end:], None)]
 
 
 def template_columns(template: str | None) -> tuple[str, ...]:
     """The columns that `template` names, each once, in order; `{mask}` is none of them."""
-    named = [column for _, column in parse_template(template or "") if column and column != MASK]
-    return tuple(dict.fromkeys(named))
+    columns = [column for _, column in parse_template(template or "") if column and column != MASK]
+    return tuple(dict.fromkeys(columns))
 
 
 def mask_count(template: str) -> int:
@@ -52,70 +77,147 @@ def mask_count(template: str) -> int:
     return sum(column == MASK for _, column in parse_template(template))
 
 
-def split_slots(template: str | None) -> tuple[list[str], list[int | None]]:
-    """The pieces of a template around its slots, one more than slots, and each slot's number of prompt tokens.
+def has_words(template: str | None) -> bool:
+    """Whether `template` has words of its own, beside the columns that it names."""
+    return any(literal.strip() for literal, _ in parse_template(template or ""))
 
-    None stands for a slot that names no number. Only the template's own words are looked at, never a row's.
 
-    Raises DataError for a slot that names something else than a number.
+def render(template: str, values: Mapping[str, str], mask: str = "") -> str:
+    """The text of `fill_template`."""
+    return fill_template(template, values, mask).text
+
+
+def fill_template(template: str, values: Mapping[str, str], mask: str = "") -> FilledText:
+    """Fill a template.
+
+    Args:
+        template: The template.
+        values: The text of each column.
+        mask: The text for `{mask}`.
+
+    Returns:
+        The text, with the places of the columns and of the mask.
+
+    Raises:
+        DataError: The template names a column that `values` does not have.
     """
-    *both, last = _SLOT.split(template or "")
-    for size in both[1::2]:
+    text = ""
+    inserted: list[CharRange] = []
+    for literal, column in parse_template(template):
+        text += literal
+        if column is None:
+            continue
+        if column != MASK:
+            require_column(column, values, "template")
+        value = mask if column == MASK else values[column]
+        if value:
+            inserted.append((len(text), len(text) + len(value)))
+        text += value
+    return FilledText(text, inserted)
+
+
+def default_template(columns: Sequence[str], label: str) -> str:
+    """The template of a source without one: its `text` column, or its only column beside the label.
+
+    Args:
+        columns: The columns of the source.
+        label: The label column.
+
+    Returns:
+        A template of one column.
+
+    Raises:
+        DataError: There are several columns to choose from, or none.
+    """
+    others = [column for column in columns if column != label]
+    if "text" in others:
+        return "{text}"
+    if len(others) == 1:
+        return "{" + others[0] + "}"
+    shown = ", ".join(others) if others else "none"
+    raise DataError(f"give the task a template, such as '{{{others[0] if others else 'text'}}}'; columns: {shown}")
+
+
+# Slots for the prompt
+
+
+def split_slots(template: str | None) -> tuple[list[str], list[int | None]]:
+    """Split a template at its slots for the prompt.
+
+    Slots are part of the template's own words; the same words in a row are text.
+
+    Args:
+        template: The template; None has no slot.
+
+    Returns:
+        The pieces around the slots, one more than slots, and the number of prompt tokens that each slot names, or None.
+
+    Raises:
+        DataError: A slot names something else than a number.
+    """
+    *pieces_and_sizes, last = _SLOT.split(template or "")
+    sizes: list[int | None] = []
+    for size in pieces_and_sizes[1::2]:
         if size is not None and not size.strip().isdecimal():
             raise DataError(
                 f"template {template!r}: '<prompt:{size}>' names no number of prompt tokens, as <prompt:10>"
             )
-    return [*both[::2], last], [None if size is None else int(size) for size in both[1::2]]
+        sizes.append(None if size is None else int(size))
+    return [*pieces_and_sizes[::2], last], sizes
 
 
 def slot_sizes(templates: Sequence[str | None], length: int, name: str) -> tuple[int, ...]:
-    """How many of a prompt's `length` tokens each slot in `templates` has, in order; () where there are none.
+    """Divide a prompt among the slots of a task's templates.
 
-    One slot may leave the number out and has the whole prompt. Raises DataError, naming the task, for several of which
-    one does, for a slot of none, and for numbers that do not sum to `length`.
+    Args:
+        templates: The system message, the template and the pair's template.
+        length: The number of prompt tokens.
+        name: The task, for messages.
+
+    Returns:
+        The number of prompt tokens in each slot, in order; () without slots. A single slot may leave its number out and
+        has the whole prompt.
+
+    Raises:
+        DataError: One of several slots names no number, a slot has no token, or the numbers do not sum to `length`.
     """
-    given = [size for template in templates for size in split_slots(template)[1]]
-    if given == [None]:
+    stated: list[int | None] = []
+    for template in templates:
+        stated += split_slots(template)[1]
+    if stated == [None]:
         return (length,)
-    sizes = tuple(size for size in given if size)
-    if len(sizes) != len(given):
+    sizes = tuple(size for size in stated if size)
+    if len(sizes) != len(stated):
         raise DataError(
-            f"{name}: the template has {len(given)} slots for the prompt; write how many of its {length} tokens each "
-            f"has, at least one, as in <prompt:{max(1, length // max(1, len(given)))}>"
+            f"{name}: the template has {len(stated)} slots for the prompt; write how many of its {length} tokens each "
+            f"has, at least one, as in <prompt:{max(1, length // max(1, len(stated)))}>"
         )
     if sizes and sum(sizes) != length:
-        told = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
+        total = " + ".join(map(str, sizes)) + (f" = {sum(sizes)}" if len(sizes) > 1 else "")
         raise DataError(
-            f"{name}: the template's slots have {told} prompt tokens, but prompt.num_virtual_tokens is {length}; make "
+            f"{name}: the template's slots have {total} prompt tokens, but prompt.num_virtual_tokens is {length}; make "
             "them equal"
         )
     return sizes
 
 
-def render(template: str, values: Mapping[str, str], mask: str = "") -> str:
-    """`template` with the column texts `values` and, for `{mask}`, the text `mask` filled in.
+# Cells
 
-    Raises DataError for a column that `values` does not have.
+
+def require_column(column: str, columns: Iterable[str], role: str, origin: str = "") -> None:
+    """Raise DataError, with the known columns and the closest one, when `column` is not among `columns`.
+
+    Args:
+        column: The column.
+        columns: The known columns.
+        role: The use of the column, for the message.
+        origin: The file or task, for the message.
     """
-    return fill_template(template, values, mask)[0]
-
-
-def fill_template(template: str, values: Mapping[str, str], mask: str = "") -> tuple[str, list[tuple[int, int]]]:
-    """The same, and from where to where in it each text stands that was filled in; the rest is the template's own."""
-    text, places = "", list[tuple[int, int]]()
-    for literal, column in parse_template(template):
-        text += literal
-        if column is not None and column != MASK:
-            require_column(column, values, "template")
-        given = "" if column is None else mask if column == MASK else values[column]
-        places += [(len(text), len(text) + len(given))] if given else []
-        text += given
-    return text, places
-
-
-def has_words(template: str | None) -> bool:
-    """Whether `template` has words of its own, beside the columns that it names."""
-    return any(literal.strip() for literal, _ in parse_template(template or ""))
+    known = list(columns)
+    if column not in known:
+        prefix = f"{origin}: " if origin else ""
+        listed = ", ".join(known) if known else "none"
+        raise DataError(f"{prefix}no column '{column}' for the {role}{closest(column, known)} columns: {listed}")
 
 
 def is_missing(value: Any) -> bool:
@@ -124,7 +226,7 @@ def is_missing(value: Any) -> bool:
 
 
 def cell_text(value: Any) -> str:
-    """A cell as text: nothing becomes the empty string, a list of words is joined by spaces."""
+    """A cell as text: nothing becomes the empty string, spaces join a list of words."""
     if is_missing(value):
         return ""
     if isinstance(value, list | tuple):
@@ -132,13 +234,16 @@ def cell_text(value: Any) -> str:
     return str(value)
 
 
-def require_column(column: str, columns: Iterable[str], what: str, origin: str = "") -> None:
-    """Raise DataError, with the columns there are and the closest one, when `column` is not among `columns`."""
-    known = list(columns)
-    if column not in known:
-        there = ", ".join(known) if known else "none"
-        before = f"{origin}: " if origin else ""
-        raise DataError(f"{before}no column '{column}' for the {what}{closest(column, known)} columns: {there}")
+def text_key(row: Row, columns: Sequence[str]) -> str:
+    """The identity of a row's text: the cells of `columns` without regard to case and spacing."""
+    return "\x1f".join(" ".join(cell_text(row.get(column)).split()).casefold() for column in columns)
+
+
+def split_words(value: Any) -> list[str]:
+    """The words of a cell: its items, or its text cut at spaces."""
+    if isinstance(value, str):
+        return value.split()
+    return [cell_text(item) for item in value or ()]
 
 
 def label_name(value: Any) -> str:
@@ -151,35 +256,56 @@ def label_name(value: Any) -> str:
 
 
 def label_names(value: Any, kind: str) -> tuple[str, ...]:
-    """All labels in a cell: one for kind label, any number for multilabel and tagging, none for the other kinds.
+    """The labels in a cell: one for kind label, any number for multilabel and tagging, none for the other kinds.
 
-    Lists are taken as they are; text is cut at commas (multilabel) or spaces (tagging).
+    Args:
+        value: The cell. Lists are taken as they are; text is cut at commas (multilabel) or spaces (tagging).
+        kind: The kind of the task.
+
+    Returns:
+        The names of the labels.
     """
     if kind == "label":
         return (label_name(value),)
     if kind not in ("multilabel", "tagging"):
         return ()
     if isinstance(value, str):
-        value = [item for item in (value.split(",") if kind == "multilabel" else value.split()) if item.strip()]
+        items = value.split(",") if kind == "multilabel" else value.split()
+        return tuple(label_name(item) for item in items if item.strip())
     if not isinstance(value, Sequence):
         return (label_name(value),)
     return tuple(label_name(item) for item in value)
 
 
-def text_key(row: Row, columns: Sequence[str]) -> str:
-    """What makes two rows the same text: the cells of `columns` without regard to case and spacing."""
-    return "\x1f".join(" ".join(cell_text(row.get(column)).split()).casefold() for column in columns)
+def answer_offsets(value: Any, name: str) -> tuple[int, int] | None:
+    """The characters [start, end) of a span label.
 
+    Args:
+        value: SQuAD's `{"text": [...], "answer_start": [...]}`, of which the first answer counts, or `[start, end]`; in
+            a file of text either may be written as JSON.
+        name: The task, for messages.
 
-def default_template(columns: Sequence[str], label: str) -> str:
-    """The template of a source that comes without one: its `text` column, or its only column beside the label.
+    Returns:
+        The range; (0, 0) where there is no answer, None where there is no label.
 
-    Raises DataError when there are several to choose from.
+    Raises:
+        DataError: The value is anything else.
     """
-    others = [column for column in columns if column != label]
-    if "text" in others:
-        return "{text}"
-    if len(others) == 1:
-        return "{" + others[0] + "}"
-    shown = ", ".join(others) if others else "none"
-    raise DataError(f"give the task a template, such as '{{{others[0] if others else 'text'}}}'; columns: {shown}")
+    if is_missing(value) or value == "":
+        return None
+    label = value
+    if isinstance(value, str):
+        try:
+            label = json.loads(value)
+        except json.JSONDecodeError:
+            label = None
+    if isinstance(label, Mapping) and {"text", "answer_start"} <= set(label):
+        texts, starts = label["text"], label["answer_start"]
+        if not len(texts):
+            return 0, 0
+        return int(starts[0]), int(starts[0]) + len(texts[0])
+    if isinstance(label, Sequence) and len(label) == 2 and all(isinstance(offset, int) for offset in label):
+        return label[0], label[1]
+    raise DataError(
+        f"{name}: a span label is {{'text': [...], 'answer_start': [...]}} or [start, end], found {value!r}"
+    )

@@ -3,295 +3,435 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from softprompts.config import Head
 from softprompts.data.task import TaskTemplate
-from softprompts.data.templates import MASK, fill_template, has_words, mask_count, split_slots
+from softprompts.data.templates import (
+    MASK,
+    CharRange,
+    FilledText,
+    fill_template,
+    has_words,
+    mask_count,
+    split_slots,
+)
 from softprompts.errors import DataError
 
 Family = Literal["causal", "seq2seq", "masked"]
 
-Place = tuple[int, int]  # from one character to another
-Filled = tuple[str, list[Place]]  # a text, and where in it stands what was filled in
-Span = tuple[int, int, int]  # of which text, and from one character to another
-Spelt = tuple[list[int], list[Span]]  # tokens of a text, and where in it each stands
-
 ANCHORS = ("\n", ":", "a")
-"""What an answer is tokenized behind, so that it gets the tokens of a continuation and not those of a text's start."""
+"""An answer is tokenized behind one of these: it gets the tokens of a continuation, not those of a text's start."""
 
 SENTINELS = tuple(map(chr, range(0xE000, 0xF900)))
-"""Characters that no chat template writes: one shows where the user's words begin, or where the slots are."""
+"""Characters that no chat template writes: one marks the begin of the user's words, or the slots."""
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Tokenized text: ids, types, and of each token (segment, start, end) in characters.
+class TokenSpan(NamedTuple):
+    """The characters of a token.
 
-    Segment 0 is the text, 1 the second text of a pair, -1 what the tokenizer added; spans are there where the head
-    needs them. place: how many tokens stand before the prompt, or before each slot of the template; None where the
-    family decides. words: 1 for tokens of the template's own words, None where it has none or nobody can say.
+    segment     0: the text; 1: the second text of a pair; -1: the tokenizer added the token
+    start, end  the characters [start, end) in that text
+    """
+
+    segment: int
+    start: int
+    end: int
+
+
+class SpannedTokens(NamedTuple):
+    """The tokens of a text, and the span of each; a slow tokenizer has no spans."""
+
+    ids: list[int]
+    spans: list[TokenSpan]
+
+
+class _Frame(NamedTuple):
+    """Special tokens around texts.
+
+    ids        the tokens before a text, or behind the last one
+    types      their token types, where the tokenizer has these
+    text_type  the token type of the text behind them
     """
 
     ids: list[int]
     types: list[int] | None = None
-    spans: list[Span] | None = None
-    place: int | tuple[int, ...] | None = None
-    words: list[int] | None = None
+    text_type: int = 0
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A row's text as tokens, without an answer.
+
+    input_ids         [T] the tokens
+    token_type_ids    [T] where the tokenizer has them
+    spans             [T] the characters of each token, where the head needs them
+    prompt_offsets    how many tokens come before the prompt, or before each slot; None lets the family decide
+    instruction_mask  [T] 1 for tokens of the template's own words; None: it has none, or the tokenizer is a slow one
+    """
+
+    input_ids: list[int]
+    token_type_ids: list[int] | None = None
+    spans: list[TokenSpan] | None = None
+    prompt_offsets: int | tuple[int, ...] | None = None
+    instruction_mask: list[int] | None = None
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """Spells texts and answers of one format in the tokens of one tokenizer, as a family of models reads them.
+    """Tokenizes texts and answers of one task for one tokenizer, in the way that a family of models reads them.
 
-    slotted: whether `<prompt>` in the format's templates is a slot for the prompt; else it is text like other.
+    template   the task's template
+    tokenizer  the tokenizer of transformers
+    family     the family of models
+    head       the head of the model
+    has_slots  whether `<prompt>` in the templates is a slot for the prompt; else it is text like other
     """
 
     template: TaskTemplate
     tokenizer: Any
     family: Family
     head: Head
-    slotted: bool = False
+    has_slots: bool = False
 
     def answer(self, answer: str) -> list[int]:
-        """The tokens of `answer`: a pure function of it, the same in training, scoring and generation.
+        """Tokenize an answer: a pure function of it, the same in training, scoring and generation.
 
-        Causal models: continuation tokens of `separator + answer` (of the answer alone in a chat, or where the template
-        is empty), then the end token. Masked models: the same without the end token. Encoder-decoder models: what the
-        tokenizer makes of a target text, with the end token.
+        Causal models: the continuation tokens of `separator + answer` (of the answer alone in a chat, or where the
+        template is empty), then the end token. Masked models: the same without the end token. Encoder-decoder models:
+        the tokenizer's tokens for a target text, with the end token.
+
+        Args:
+            answer: The answer.
+
+        Returns:
+            Its tokens.
         """
         if self.family == "seq2seq":
             ids = list(self.tokenizer(text_target=answer, verbose=False)["input_ids"])
-            return ids if self.end is None or ids[-1:] == [self.end] else [*ids, self.end]
-        bare = self.template.chat or not self.template.template
-        ids = self._continuation(answer if bare else self.template.separator + answer)
-        return ids if self.family == "masked" or self.end is None else [*ids, self.end]
+            return ids if self.end_token is None or ids[-1:] == [self.end_token] else [*ids, self.end_token]
+        needs_separator = self.template.template and not self.template.chat
+        ids = self._tokenize_continuation(self.template.separator + answer if needs_separator else answer).ids
+        return ids if self.family == "masked" or self.end_token is None else [*ids, self.end_token]
 
-    @cached_property
-    def end(self) -> int | None:
-        """The token that ends an answer: the tokenizer's end token, or its separator in encoders used as decoders."""
-        found = self.tokenizer.eos_token_id
-        return int(found) if found is not None else self.tokenizer.sep_token_id
+    def text(self, values: dict[str, str], masks: int) -> TokenizedText:
+        """Tokenize a row's text.
 
-    @cached_property
-    def _begin(self) -> list[int]:
-        """What the tokenizer puts before a single text, such as the begin token; nothing it puts behind it."""
-        whole, bare = self.tokenizer("a")["input_ids"], self.plain("a")
-        found = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
-        return list(whole[: found[0]]) if found else []
+        Args:
+            values: The text of each column.
+            masks: The number of mask tokens for the answer.
 
-    def plain(self, text: str) -> list[int]:
+        Returns:
+            The tokens of the filled template, and of the pair's.
+        """
+        template, pair = self.template.template, self.template.pair
+        if masks and not mask_count(template) + mask_count(pair or ""):
+            template += self.template.separator + "{" + MASK + "}"
+        mask_text = (self.tokenizer.mask_token or "") * masks
+        if self.has_slots:
+            texts: list[list[FilledText]] = []
+            for whole in [template] if pair is None else [template, pair]:
+                texts.append([fill_template(piece, values, mask_text) for piece in split_slots(whole)[0]])
+            return self._tokenize_around_slots(texts)
+        first = fill_template(template, values, mask_text)
+        second = None if pair is None else fill_template(pair, values, mask_text)
+        if self.family == "causal":
+            return self._tokenize_causal(first, second)
+        return self._tokenize_bidirectional(first, second)
+
+    def tokenize(self, text: str) -> list[int]:
         """The tokens of `text` alone, without special ones."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def starts(self, text: str) -> list[int]:
-        """The character at which each token of `text` begins; every character where the tokenizer cannot say."""
+    def token_starts(self, text: str) -> list[int]:
+        """The character at which each token of `text` begins; every character where the tokenizer is a slow one."""
         if not self.tokenizer.is_fast:
             return list(range(len(text)))
-        return [start for _, start, _ in self._spelt(text)[1]]
-
-    def _continuation(self, text: str) -> list[int]:
-        """`text` tokenized behind the first anchor that it does not merge with.
-
-        Byte-level pieces keep their leading space that way, and SentencePiece adds no second one.
-        """
-        return self._continued(text)[0]
-
-    def _continued(self, text: str) -> Spelt:
-        for anchor in ANCHORS:
-            before, (whole, spans) = self.plain(anchor), self._spelt(anchor + text)
-            if whole[: len(before)] == before and len(whole) > len(before):
-                return whole[len(before) :], _moved(spans[len(before) :], -len(anchor))
-        return self._spelt(text)
-
-    def text(self, values: dict[str, str], masks: int) -> Tokens:
-        """The template (and the pair's) with `values` filled in, and `masks` mask tokens where the answer belongs."""
-        form = self.template
-        template, pair = form.template, form.pair
-        if masks and not mask_count(template) + mask_count(pair or ""):
-            template += form.separator + "{" + MASK + "}"
-        filler = (self.tokenizer.mask_token or "") * masks
-        if self.slotted:
-            texts = [template] if pair is None else [template, pair]
-            return self._around(
-                [[fill_template(piece, values, filler) for piece in split_slots(one)[0]] for one in texts]
-            )
-        first = fill_template(template, values, filler)
-        second = None if pair is None else fill_template(pair, values, filler)
-        if self.family == "causal":
-            return self._causal(first, second)
-        wants = self.head in ("token", "span")
-        both = (first[0], second and second[0])
-        found = self.tokenizer(*both, return_offsets_mapping=wants or self._marks, verbose=False)
-        spans = words = None
-        if wants or self._marks:
-            each = zip(found.sequence_ids(0), found["offset_mapping"], strict=True)
-            spans = [(-1 if segment is None else segment, start, end) for segment, (start, end) in each]
-            words = self._own(spans, [first] if second is None else [first, second])
-        return Tokens(list(found["input_ids"]), found.get("token_type_ids"), spans if wants else None, words=words)
+        return [span.start for span in self._tokenize_with_spans(text).spans]
 
     @cached_property
-    def _marks(self) -> bool:
-        """Whether the template has words of its own and the tokenizer can say which tokens these are."""
-        texts = [self.template.template, self.template.pair]
-        pieces = [piece for text in texts for piece in split_slots(text)[0]] if self.slotted else texts
-        return bool(self.tokenizer.is_fast) and any(map(has_words, pieces))
+    def end_token(self) -> int | None:
+        """The token that ends an answer: the tokenizer's end token, or its separator in encoders used as decoders."""
+        end_token = self.tokenizer.eos_token_id
+        return int(end_token) if end_token is not None else self.tokenizer.sep_token_id
 
-    def _own(self, spans: Sequence[Span], texts: Sequence[Filled]) -> list[int] | None:
-        """1 for each token that is of the template's own words and of nothing else, by segments; space is no word."""
-        if not self._marks:
-            return None
-        return [
-            int(
-                segment >= 0
-                and bool(texts[segment][0][start:end].strip())
-                and not any(start < b and end > a for a, b in texts[segment][1])
-            )
-            for segment, start, end in spans
-        ]
+    @cached_property
+    def _begin_tokens(self) -> list[int]:
+        """The tokens that the tokenizer puts before a single text, such as the begin token."""
+        ids, bare = list(self.tokenizer("a")["input_ids"]), self.tokenize("a")
+        begin = _find_tokens(bare, ids, 0)
+        return [] if begin is None else ids[:begin]
 
-    def _spelt(self, text: str) -> Spelt:
-        """The tokens of `text` alone, and where in it each stands, as spans of segment 0; a slow tokenizer has none."""
+    def _tokenize_with_spans(self, text: str) -> SpannedTokens:
+        """The tokens of `text` alone, with spans of segment 0."""
         if not self.tokenizer.is_fast:
-            return self.plain(text), []
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return list(found["input_ids"]), [(0, start, end) for start, end in found["offset_mapping"]]
+            return SpannedTokens(self.tokenize(text), [])
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return SpannedTokens(
+            list(encoding["input_ids"]), [TokenSpan(0, start, end) for start, end in encoding["offset_mapping"]]
+        )
 
-    def _causal(self, first: Filled, second: Filled | None) -> Tokens:
-        # tokenizers of causal models do not separate pairs, so the second text gets a line of its own
-        whole, shift = first if second is None else _two_lines(first, second), len(first[0]) + 1
-        if self.template.chat:
-            return self._chat(whole)
-        wants = self.head in ("token", "span")
-        ids, spans = self._spelt(whole[0]) if wants or self._marks else (self.plain(whole[0]), [])
-        spans = [(-1, 0, 0)] * len(self._begin) + spans
-        words = self._own(spans, [whole])
-        parts = [(1, a - shift, b - shift) if a >= shift else (s, a, b) for s, a, b in spans] if wants else None
-        return Tokens([*self._begin, *ids], None, parts, 0, words)
+    def _tokenize_continuation(self, text: str) -> SpannedTokens:
+        """Tokenize `text` behind the first anchor that it does not merge with.
 
-    def _chat(self, content: Filled) -> Tokens:
-        text = self._rendered(content[0], self.template.system)
-        whole = _inside(text, content)
-        ids, spans = self._spelt(text)
-        if self.template.chat_placement == "start":
-            return Tokens(ids, place=0, words=self._own(spans, [whole]))
-        begin = len(self._opening)
-        if not text.startswith(self._opening):
-            raise DataError(f"{self.template.name}: the chat template does not begin the same for every row, so that "
-                            "chat_placement 'user' is not defined; use chat_placement: start")  # fmt: skip
-        if self.tokenizer.is_fast:
-            place = next((i for i, (_, _, end) in enumerate(spans) if end > begin), len(ids))
-            if place == len(ids) or spans[place][1] >= begin:
-                return Tokens(ids, place=place, words=self._own(spans, [whole]))
-        # a token reaches across the place where the prompt enters: the two sides are tokenized on their own
-        before, (ids, spans) = self.plain(self._opening), self._spelt(text[begin:])
-        spans = [(-1, 0, 0)] * len(before) + _moved(spans, begin)
-        return Tokens([*before, *ids], place=len(before), words=self._own(spans, [whole]))
+        Byte-level tokens keep their leading space that way, and SentencePiece adds no second one.
+        """
+        for anchor in ANCHORS:
+            anchor_ids = self.tokenize(anchor)
+            ids, spans = self._tokenize_with_spans(anchor + text)
+            if ids[: len(anchor_ids)] == anchor_ids and len(ids) > len(anchor_ids):
+                return SpannedTokens(ids[len(anchor_ids) :], _shift(spans[len(anchor_ids) :], -len(anchor)))
+        return self._tokenize_with_spans(text)
 
     @cached_property
-    def _opening(self) -> str:
-        """What the chat template writes before the user's words."""
-        before, found, _ = self._rendered(SENTINELS[0], self.template.system).partition(SENTINELS[0])
-        if not found:
+    def _marks_instruction(self) -> bool:
+        """Whether the template has words of its own and the tokenizer can say which tokens these are."""
+        for template in (self.template.template, self.template.pair):
+            pieces = split_slots(template)[0] if self.has_slots else [template]
+            if any(map(has_words, pieces)):
+                return bool(self.tokenizer.is_fast)
+        return False
+
+    def _instruction_mask(self, spans: Sequence[TokenSpan], texts: Sequence[FilledText]) -> list[int] | None:
+        """1 for each token that holds the template's own words only; space is no word.
+
+        Args:
+            spans: The spans of the tokens.
+            texts: The text of each segment.
+
+        Returns:
+            The mask; None where the template has no words, or the tokenizer is a slow one.
+        """
+        if not self._marks_instruction:
+            return None
+        mask: list[int] = []
+        for segment, start, end in spans:
+            is_instruction = False
+            if segment >= 0 and texts[segment].text[start:end].strip():
+                inserted = texts[segment].inserted
+                is_instruction = not any(start < range_end and end > begin for begin, range_end in inserted)
+            mask.append(int(is_instruction))
+        return mask
+
+    # Templates without slots
+
+    def _tokenize_bidirectional(self, first: FilledText, second: FilledText | None) -> TokenizedText:
+        """Tokenize a text, or a pair, as masked and encoder-decoder models read it."""
+        needs_spans = self.head in ("token", "span")
+        encoding = self.tokenizer(
+            first.text,
+            second and second.text,
+            return_offsets_mapping=needs_spans or self._marks_instruction,
+            verbose=False,
+        )
+        spans = instruction_mask = None
+        if needs_spans or self._marks_instruction:
+            spans = []
+            for segment, (start, end) in zip(encoding.sequence_ids(0), encoding["offset_mapping"], strict=True):
+                spans.append(TokenSpan(-1 if segment is None else segment, start, end))
+            instruction_mask = self._instruction_mask(spans, [first] if second is None else [first, second])
+        return TokenizedText(
+            list(encoding["input_ids"]),
+            encoding.get("token_type_ids"),
+            spans if needs_spans else None,
+            instruction_mask=instruction_mask,
+        )
+
+    def _tokenize_causal(self, first: FilledText, second: FilledText | None) -> TokenizedText:
+        """Tokenize a text as causal models read it, or a chat.
+
+        Tokenizers of causal models do not separate pairs, so the second text has a line of its own.
+        """
+        whole = first if second is None else _two_lines(first, second)
+        if self.template.chat:
+            return self._tokenize_chat(whole)
+        needs_spans = self.head in ("token", "span")
+        if needs_spans or self._marks_instruction:
+            ids, text_spans = self._tokenize_with_spans(whole.text)
+        else:
+            ids, text_spans = self.tokenize(whole.text), []
+        spans = [TokenSpan(-1, 0, 0)] * len(self._begin_tokens) + text_spans
+        return TokenizedText(
+            [*self._begin_tokens, *ids],
+            spans=_split_lines(spans, len(first.text) + 1) if needs_spans else None,
+            prompt_offsets=0,
+            instruction_mask=self._instruction_mask(spans, [whole]),
+        )
+
+    def _tokenize_chat(self, content: FilledText) -> TokenizedText:
+        """Tokenize a chat of the system message and the user's words `content`."""
+        text = self._render_chat(content.text, self.template.system)
+        whole = _locate_message(text, content)
+        ids, spans = self._tokenize_with_spans(text)
+        if self.template.chat_placement == "start":
+            return TokenizedText(ids, prompt_offsets=0, instruction_mask=self._instruction_mask(spans, [whole]))
+        begin = len(self._chat_opening)
+        if not text.startswith(self._chat_opening):
+            raise DataError(
+                f"{self.template.name}: the chat template does not begin the same for every row, so that "
+                "chat_placement 'user' is not defined; use chat_placement: start"
+            )
+        if self.tokenizer.is_fast:
+            offset = next((number for number, span in enumerate(spans) if span.end > begin), len(ids))
+            if offset == len(ids) or spans[offset].start >= begin:
+                mask = self._instruction_mask(spans, [whole])
+                return TokenizedText(ids, prompt_offsets=offset, instruction_mask=mask)
+        # A token reaches across the prompt's place: the two sides are tokenized on their own.
+        opening_ids = self.tokenize(self._chat_opening)
+        ids, spans = self._tokenize_with_spans(text[begin:])
+        spans = [TokenSpan(-1, 0, 0)] * len(opening_ids) + _shift(spans, begin)
+        return TokenizedText(
+            [*opening_ids, *ids],
+            prompt_offsets=len(opening_ids),
+            instruction_mask=self._instruction_mask(spans, [whole]),
+        )
+
+    @cached_property
+    def _chat_opening(self) -> str:
+        """The text of the chat template before the user's words."""
+        opening, sentinel, _ = self._render_chat(SENTINELS[0], self.template.system).partition(SENTINELS[0])
+        if not sentinel:
             raise DataError(
                 f"{self.template.name}: the chat template hides the user's words; use chat_placement: start"
             )
-        return before
+        return opening
 
-    def _rendered(self, content: str, system: str | None) -> str:
-        first = [{"role": "system", "content": system}] if system else []
-        messages = [*first, {"role": "user", "content": content}]
+    def _render_chat(self, content: str, system: str | None) -> str:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": content})
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        except Exception as error:  # a chat template is a program that raises what it likes
+        except Exception as error:  # a chat template is a program that raises anything
             raise DataError(f"{self.template.name}: the chat template refuses the messages: {error}") from None
 
     # Templates with slots for the prompt
 
-    def _around(self, texts: list[list[Filled]]) -> Tokens:
-        """The pieces around the slots of one text or two, and how many tokens stand before each slot.
+    def _tokenize_around_slots(self, texts: list[list[FilledText]]) -> TokenizedText:
+        """Tokenize the pieces around the slots, each on its own.
 
-        Each piece is tokenized on its own, so that its tokens hang neither on what stands on the slot's other side nor
-        on the prompt: the first one with words as a text begins, the others as a text goes on.
+        The tokens of a piece depend neither on the other side of a slot nor on the prompt. The first piece with words
+        is tokenized as the start of a text, the others as continuations.
+
+        Args:
+            texts: The pieces of the text, and of the second text of a pair.
+
+        Returns:
+            The tokens, and how many come before each slot.
         """
         if self.family == "causal":
-            first, *rest = texts
-            second = rest[0] if rest else None
-            pieces = first if second is None else [*first[:-1], _two_lines(first[-1], second[0]), *second[1:]]
-            frame = Tokens([]) if self.template.chat else Tokens(self._begin)
-            texts, frames = [self._turns(pieces) if self.template.chat else pieces], [frame, Tokens([])]
-            inside: list[int | None] = [None]
-        else:
-            frames, inside = self._frames
+            pieces = texts[0] if len(texts) == 1 else _join_pieces(*texts)
+            texts = [self._render_chat_pieces(pieces) if self.template.chat else pieces]
         ids: list[int] = []
         types: list[int] = []
-        words: list[int] = []
-        places: list[int] = []
-        for before, pieces, kind in zip(frames, texts, inside, strict=False):
-            ids, types, words = ids + before.ids, types + (before.types or []), words + [0] * len(before.ids)
-            begin = next((number for number, (piece, _) in enumerate(pieces) if piece), 0)
+        mask: list[int] = []
+        offsets: list[int] = []
+        for frame, pieces in zip(self._frames, [*texts, []], strict=True):
+            ids += frame.ids
+            types += frame.types or [0] * len(frame.ids)
+            mask += [0] * len(frame.ids)
+            begin = next((number for number, piece in enumerate(pieces) if piece.text), 0)
             for number, piece in enumerate(pieces):
                 if number:
-                    places.append(len(ids))
-                tokens, spans = self._spelt(piece[0]) if number <= begin else self._continued(piece[0])
-                ids, types = ids + tokens, types + [kind or 0] * len(tokens)
-                words += self._own(spans, [piece]) or []
-        ids, types = ids + frames[-1].ids, types + (frames[-1].types or [])
-        words += [0] * len(frames[-1].ids)
-        return Tokens(ids, None if inside[0] is None else types, None, tuple(places), words if self._marks else None)
+                    offsets.append(len(ids))
+                if number <= begin:
+                    piece_ids, spans = self._tokenize_with_spans(piece.text)
+                else:
+                    piece_ids, spans = self._tokenize_continuation(piece.text)
+                ids += piece_ids
+                types += [frame.text_type] * len(piece_ids)
+                mask += self._instruction_mask(spans, [piece]) or []
+        return TokenizedText(
+            ids,
+            token_type_ids=None if self._frames[0].types is None else types,
+            prompt_offsets=tuple(offsets),
+            instruction_mask=mask if self._marks_instruction else None,
+        )
 
     @cached_property
-    def _frames(self) -> tuple[list[Tokens], list[int | None]]:
-        """What the tokenizer puts before, between and behind texts; and the token type of each text, None without."""
+    def _frames(self) -> list[_Frame]:
+        """The special tokens before each text, and those behind the last."""
+        if self.family == "causal":
+            return [_Frame([] if self.template.chat else self._begin_tokens), _Frame([])]
         texts = ("a",) if self.template.pair is None else ("a", "b")
-        whole = self.tokenizer(*texts, verbose=False)
-        ids, types = list(whole["input_ids"]), whole.get("token_type_ids")
-        frames, inside, at = [], [], 0
+        encoding = self.tokenizer(*texts, verbose=False)
+        ids, types = list(encoding["input_ids"]), encoding.get("token_type_ids")
+        frames: list[_Frame] = []
+        end = 0
         for text in texts:
-            own = self.plain(text)
-            begin = next((i for i in range(at, len(ids) - len(own) + 1) if ids[i : i + len(own)] == own), None)
+            text_ids = self.tokenize(text)
+            begin = _find_tokens(text_ids, ids, end)
             if begin is None:
                 raise DataError(f"{self.template.name}: the tokenizer writes a text in another way beside special "
                                 "tokens, so slots for the prompt have no place; take <prompt> out")  # fmt: skip
-            frames.append(Tokens(ids[at:begin], types and list(types[at:begin])))
-            inside.append(types and types[begin])
-            at = begin + len(own)
-        return [*frames, Tokens(ids[at:], types and list(types[at:]))], inside
+            frames.append(_Frame(ids[end:begin], types and list(types[end:begin]), types[begin] if types else 0))
+            end = begin + len(text_ids)
+        return [*frames, _Frame(ids[end:], types and list(types[end:]))]
 
-    def _turns(self, pieces: list[Filled]) -> list[Filled]:
-        """What the chat template writes around the slots of the system message and of the user's words `pieces`."""
+    def _render_chat_pieces(self, pieces: list[FilledText]) -> list[FilledText]:
+        """The chat's text around the slots of the system message and of the user's words `pieces`."""
         system = split_slots(self.template.system)[0]
-        contents = [content for content, _ in pieces]
-        every = "".join([*system, *contents])
-        mark = next(one for one in SENTINELS if one not in every)
-        found = self._rendered(mark.join(contents), mark.join(system)).split(mark)
-        if len(found) != len(system) + len(pieces) - 1:
+        contents = [piece.text for piece in pieces]
+        all_text = "".join([*system, *contents])
+        mark = next(sentinel for sentinel in SENTINELS if sentinel not in all_text)
+        texts = self._render_chat(mark.join(contents), mark.join(system)).split(mark)
+        if len(texts) != len(system) + len(pieces) - 1:
             raise DataError(f"{self.template.name}: the chat template leaves a slot for the prompt out or repeats it; "
                             "put <prompt> into another message")  # fmt: skip
-        before = len(system) - 1
-        inside = [
-            _inside(text, piece, last=len(pieces) > 1 and number == 0)
-            for number, (text, piece) in enumerate(zip(found[before:], pieces, strict=True))
-        ]
-        return [*((text, [(0, len(text))]) for text in found[:before]), *inside]
+        user_begin = len(system) - 1
+        rendered = [FilledText(text, [(0, len(text))]) for text in texts[:user_begin]]
+        for number, (text, piece) in enumerate(zip(texts[user_begin:], pieces, strict=True)):
+            rendered.append(_locate_message(text, piece, last=len(pieces) > 1 and number == 0))
+        return rendered
 
 
-def _moved(spans: Sequence[Span], by: int) -> list[Span]:
-    return [(segment, start + by, end + by) for segment, start, end in spans]
+def _find_tokens(part: Sequence[int], whole: Sequence[int], start: int) -> int | None:
+    """The first index from `start` at which `whole` has the tokens `part`."""
+    for index in range(start, len(whole) - len(part) + 1):
+        if whole[index : index + len(part)] == part:
+            return index
+    return None
 
 
-def _two_lines(first: Filled, second: Filled) -> Filled:
-    at = len(first[0]) + 1
-    return f"{first[0]}\n{second[0]}", [*first[1], (at - 1, at), *((a + at, b + at) for a, b in second[1])]
+def _shift(spans: Sequence[TokenSpan], by: int) -> list[TokenSpan]:
+    return [TokenSpan(segment, start + by, end + by) for segment, start, end in spans]
 
 
-def _inside(text: str, content: Filled, last: bool = False) -> Filled:
-    """`text`, which a chat template made of a message or a piece of one, with the message's own places.
+def _shift_ranges(ranges: Sequence[CharRange], by: int) -> list[CharRange]:
+    return [(start + by, end + by) for start, end in ranges]
 
-    What the template writes around the message, or makes of it, is no part of the task's words. last: where the same
-    words stand several times in `text`, the message is the last of them, as before a slot; else the first.
+
+def _split_lines(spans: Sequence[TokenSpan], second: int) -> list[TokenSpan]:
+    """Count tokens from the character `second` on as segment 1, from its start."""
+    split: list[TokenSpan] = []
+    for span in spans:
+        split.append(TokenSpan(1, span.start - second, span.end - second) if span.start >= second else span)
+    return split
+
+
+def _two_lines(first: FilledText, second: FilledText) -> FilledText:
+    begin = len(first.text) + 1
+    inserted = [*first.inserted, (begin - 1, begin), *_shift_ranges(second.inserted, begin)]
+    return FilledText(f"{first.text}\n{second.text}", inserted)
+
+
+def _join_pieces(first: list[FilledText], second: list[FilledText]) -> list[FilledText]:
+    """The pieces of two texts in two lines."""
+    return [*first[:-1], _two_lines(first[-1], second[0]), *second[1:]]
+
+
+def _locate_message(text: str, content: FilledText, last: bool = False) -> FilledText:
+    """Find a message in the text that a chat template wrote around it.
+
+    Args:
+        text: The text of the chat template.
+        content: The message, or a piece of one.
+        last: Whether the message is the last of equal words in `text`, as before a slot; else it is the first.
+
+    Returns:
+        `text`; all around the message, and all that was filled into it, counts as inserted.
     """
-    bare = content[0].strip()
-    found = text.rfind(bare) if last else text.find(bare)
-    at = found - content[0].find(bare) if bare in text else len(text)
-    return text, [(0, at), *((a + at, b + at) for a, b in content[1]), (at + len(content[0]), len(text))]
+    bare = content.text.strip()
+    position = text.rfind(bare) if last else text.find(bare)
+    begin = position - content.text.find(bare) if bare in text else len(text)
+    end = begin + len(content.text)
+    return FilledText(text, [(0, begin), *_shift_ranges(content.inserted, begin), (end, len(text))])

@@ -23,9 +23,8 @@ from softprompts.data import (
     decode_answer,
     evaluation_order,
 )
-from softprompts.data.spans import split_words
 from softprompts.data.task import require_label
-from softprompts.data.templates import label_names, require_column
+from softprompts.data.templates import label_names, require_column, split_words
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import generation

@@ -72,9 +72,9 @@ def bleu(predictions: Sequence[Any], references: Sequence[Any]) -> tuple[MetricO
         corpora = (counts @ statistics_of_rows).round().astype(np.int64).tolist()
         scores = []
         for corpus in corpora:
-            *ngrams, length, reference_length = corpus
-            row = BLEU.compute_bleu(ngrams[:4], ngrams[4:], length, reference_length, smooth_method="exp")
-            scores.append(row.score)
+            matches, totals, output_length, reference_length = corpus[:4], corpus[4:8], corpus[8], corpus[9]
+            bleu_score = BLEU.compute_bleu(matches, totals, output_length, reference_length, smooth_method="exp")
+            scores.append(bleu_score.score)
         return np.minimum(np.array(scores) / 100, 1.0)
 
     return of_counts, ""

@@ -109,6 +109,13 @@ class PromptMethod(nn.Module):
         """Whether tasks of one run train parameters together."""
         return self.shared is not None and any(True for _ in self.shared.parameters())
 
+    @property
+    def shares_all(self) -> bool:
+        """Whether tasks that have this module `shared` have the same prompts."""
+        if self.shared is None:
+            return False
+        return all(name.startswith("shared.") for name in self.state_dict(keep_vars=True))
+
 
 def fold(method: PromptMethod) -> Tensor | None:
     """The plain prompt [P, D], in float32 on the CPU; None where a text decides it, or it changes the text."""
@@ -129,6 +136,8 @@ def _plain(method: PromptMethod) -> Tensor | None:
 def make_prompts(methods: Mapping[int, PromptMethod], task_ids: Tensor, context: Context) -> Prompt:
     """The prompts of a batch, each task's made once by its own method.
 
+    Tasks that share all that makes a prompt are one task here, so that their rows can share prompts too.
+
     Args:
         methods: The method of each task, by the number that `task_ids` uses.
         task_ids: The task of each row, [B].
@@ -137,14 +146,19 @@ def make_prompts(methods: Mapping[int, PromptMethod], task_ids: Tensor, context:
     Returns:
         The distinct prompts [U, P, D] of the batch. Tasks that are not in it are not computed and get no gradient.
     """
-    tasks = task_ids.unique().tolist()
-    if len(tasks) == 1:
+    alike: dict[int, list[int]] = {}
+    for task in task_ids.unique().tolist():
+        method = methods[task]
+        alike.setdefault(id(method.shared if method.shares_all else method), []).append(task)
+    if len(alike) == 1:
+        (tasks,) = alike.values()
         return _prompt_of(methods[tasks[0]](context), context)
-    rows = [(task_ids == task).nonzero()[:, 0] for task in tasks]
-    prompts = []
-    for task, index in zip(tasks, rows, strict=True):
+    prompts, rows = [], []
+    for tasks in alike.values():
+        index = torch.isin(task_ids, torch.tensor(tasks, device=task_ids.device)).nonzero()[:, 0]
         part = context.rows(index)
-        prompts.append(_prompt_of(methods[task](part), part))
+        prompts.append(_prompt_of(methods[tasks[0]](part), part))
+        rows.append(index)
     return mix_prompts(prompts, rows)
 
 

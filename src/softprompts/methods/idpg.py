@@ -160,11 +160,11 @@ def phm(values: Tensor, rules: Tensor, blocks: Tensor) -> Tensor:
     rows = rows.expand(len(rules), *rows.shape[-3:])
     if blocks.shape[2] < blocks.shape[3]:  # whichever of the two products leaves less for the other comes first
         inner = torch.einsum("gbrs,giqs->gbriq", rows, blocks)
-        found = torch.einsum("gipr,gbriq->gbpq", rules, inner)
+        product = torch.einsum("gipr,gbriq->gbpq", rules, inner)
     else:
         inner = torch.einsum("gipr,gbrs->gbpis", rules, rows)
-        found = torch.einsum("gbpis,giqs->gbpq", inner, blocks)
-    return found.flatten(2)
+        product = torch.einsum("gbpis,giqs->gbpq", inner, blocks)
+    return product.flatten(2)
 
 
 def _kind(kind: str, spec: PromptSpec) -> str:
@@ -189,7 +189,7 @@ def _begin(config: Idpg.Config, spec: PromptSpec, kind: str, prompt: Tensor) -> 
         raise ValueError(f"encoder '{config.encoder}' is not here; possible: {', '.join(known)}")
     width = known[config.encoder]
     count = len(spec.layers) if kind == "L" else 1
-    made = spec.length * (spec.width if kind == "S" else spec.layers[0])
+    output_size = spec.length * (spec.width if kind == "S" else spec.layers[0])
     hidden = config.hidden or (256 if kind == "S" else 16)
 
     def drawn(*shape: int) -> Tensor:
@@ -197,14 +197,14 @@ def _begin(config: Idpg.Config, spec: PromptSpec, kind: str, prompt: Tensor) -> 
 
     start = {"bias": prompt.detach().clone().float()}
     if config.generator == "linear":
-        start["up"] = drawn(made, width)
+        start["up"] = drawn(output_size, width)
     elif config.generator == "dnn":
-        start |= {"down": drawn(hidden, width), "hidden": drawn(hidden), "up": drawn(made, hidden)}
+        start |= {"down": drawn(hidden, width), "hidden": drawn(hidden), "up": drawn(output_size, hidden)}
     else:
         n = config.phm
-        _check_divides(n, {"the width of M(x)": width, "hidden": hidden, "what W2 makes": made})
+        _check_divides(n, {"the width of M(x)": width, "hidden": hidden, "what W2 makes": output_size})
         start |= {"down": drawn(n, hidden // n, width // n), "hidden": drawn(hidden)}
-        start |= {"up": drawn(n, made // n, hidden // n)}
+        start |= {"up": drawn(n, output_size // n, hidden // n)}
         for name in ("rules",) if config.shared else ("rules_down", "rules_up"):
             start[name] = drawn(n, n, n)
     if config.start == "zero":

@@ -256,15 +256,15 @@ class Convolutions(nn.Module):
         super().__init__()
         self.kernels = nn.ModuleList(nn.Conv1d(width, 1, height) for height in (3, 4, 5))
 
-    def forward(self, seen: Tensor, there: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, mask: Tensor) -> Tensor:
         """seen [B, n, d], zero where there [B, n] is not."""
-        columns, found = nn.functional.pad(seen, (0, 0, 0, 4)).transpose(1, 2), []
+        columns, maxima = nn.functional.pad(seen, (0, 0, 0, 4)).transpose(1, 2), []
         for height, kernel in zip((3, 4, 5), self.kernels, strict=True):
-            made = kernel(columns)[:, 0].relu()
-            last = (there.sum(1, keepdim=True) - height).clamp(min=0)
-            inside = torch.arange(made.shape[1], device=made.device) <= last
-            found.append(made.masked_fill(~inside, 0).amax(1))
-        return torch.stack(found, 1)
+            activations = kernel(columns)[:, 0].relu()
+            last = (mask.sum(1, keepdim=True) - height).clamp(min=0)
+            inside = torch.arange(activations.shape[1], device=activations.device) <= last
+            maxima.append(activations.masked_fill(~inside, 0).amax(1))
+        return torch.stack(maxima, 1)
 
 
 class Recurrent(nn.Module):
@@ -276,9 +276,9 @@ class Recurrent(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(width, 64, num_layers=2, batch_first=True, bidirectional=True)
 
-    def forward(self, seen: Tensor, there: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, mask: Tensor) -> Tensor:
         """seen [B, n, d], zero where there [B, n] is not; a text of no tokens reads as one zero."""
-        lengths = there.sum(1).clamp(min=1).cpu()
+        lengths = mask.sum(1).clamp(min=1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(seen, lengths, batch_first=True, enforce_sorted=False)
         _, (states, _) = self.lstm(packed)
         return torch.cat([states[-2], states[-1]], 1)
@@ -291,9 +291,9 @@ class Mean(nn.Module):
         super().__init__()
         self.size = width
 
-    def forward(self, seen: Tensor, there: Tensor) -> Tensor:
+    def forward(self, seen: Tensor, mask: Tensor) -> Tensor:
         """seen [B, n, d], zero where there [B, n] is not."""
-        return seen.sum(1) / there.sum(1, keepdim=True).clamp(min=1)
+        return seen.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 ENCODERS: dict[str, type[Convolutions] | type[Recurrent] | type[Mean]] = {

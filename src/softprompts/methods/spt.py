@@ -200,23 +200,23 @@ def _instructions(context: Context) -> tuple[Tensor, Tensor, Tensor]:
 
     Rows have the same h where its words are the same in the same order, wherever they stand in the text.
     """
-    there = (
+    readable = (
         context.attention_mask.bool()
         if context.instruction_mask is None
         else context.attention_mask.bool() & context.instruction_mask.bool()
     )
-    counts = there.sum(1)
+    counts = readable.sum(1)
     size = int(counts.max())
-    order = there.long().argsort(dim=1, descending=True, stable=True)[:, :size]
+    order = readable.long().argsort(dim=1, descending=True, stable=True)[:, :size]
     words = (
         context.inputs_embeds.detach()
         .float()
         .gather(1, order[..., None].expand(-1, -1, context.inputs_embeds.shape[2]))
     )
-    words = words.masked_fill((torch.arange(size, device=there.device) >= counts[:, None])[..., None], 0)
+    words = words.masked_fill((torch.arange(size, device=readable.device) >= counts[:, None])[..., None], 0)
     flat = torch.cat([counts[:, None].float(), words.flatten(1)], 1)
-    found, row = flat.unique(dim=0, return_inverse=True)
-    return found[:, 1:].reshape(len(found), size, words.shape[2]), found[:, 0].long(), row
+    texts, row = flat.unique(dim=0, return_inverse=True)
+    return texts[:, 1:].reshape(len(texts), size, words.shape[2]), texts[:, 0].long(), row
 
 
 def _queries(words: Tensor, kind: str) -> Tensor:
@@ -239,10 +239,10 @@ def products(memory: Tensor, queries: Tensor) -> Tensor:
 
     Row by row: a matrix product may round equal rows of the memory differently, and then there are no ties.
     """
-    found = (memory * queries[0]).sum(1)
+    largest = (memory * queries[0]).sum(1)
     for query in queries[1:]:
-        found = torch.maximum(found, (memory * query).sum(1))
-    return found
+        largest = torch.maximum(largest, (memory * query).sum(1))
+    return largest
 
 
 def best(scores: Tensor, k: int) -> Tensor:

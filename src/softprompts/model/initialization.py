@@ -57,26 +57,26 @@ def initialize(
     read = _fitting(
         [(path, None) for path in (*paths, *config.sources, *state)], backbone, site, spec, allow_other_weights
     )
-    sources = [one.require_prompt(path) for one, path in zip(read[len(paths) :], config.sources, strict=False)]
-    found = [one.require_prompt(path).clone() for one, path in zip(read, paths, strict=False)]
+    sources = [source.require_prompt(path) for source, path in zip(read[len(paths) :], config.sources, strict=False)]
+    prompts = [source.require_prompt(path).clone() for source, path in zip(read, paths, strict=False)]
     if config.kind == "artifact":
-        made = PromptInit(found[0])
+        init = PromptInit(prompts[0])
     elif config.kind == "mean":
-        made = PromptInit(similarity.weighted_mean(found, config.weights))
+        init = PromptInit(similarity.weighted_mean(prompts, config.weights))
     elif config.kind == "multitask":
         assert config.path is not None
         parts = _fitting(_parts(config.path), backbone, site, spec, allow_other_weights)
-        made = replace(_from_multitask(config, config.path, parts), parents=tuple(one.digest for one in parts))
+        init = replace(_from_multitask(config, config.path, parts), parents=tuple(source.digest for source in parts))
     elif config.kind == "vector":
-        made = _from_vector(config, backbone, site, spec, seed, labels, allow_other_weights)
+        init = _from_vector(config, backbone, site, spec, seed, labels, allow_other_weights)
     else:
-        made = PromptInit(_made(config, backbone, site, spec, torch.Generator().manual_seed(seed), labels))
+        init = PromptInit(_made(config, backbone, site, spec, torch.Generator().manual_seed(seed), labels))
     return replace(
-        made,
+        init,
         sources=torch.stack(sources) if sources else None,
         state=read[-1].state if state else None,
         draw=functools.partial(_draw, backbone, seed),
-        parents=tuple(dict.fromkeys([*made.parents, *(one.digest for one in read)])),
+        parents=tuple(dict.fromkeys([*init.parents, *(source.digest for source in read)])),
     )
 
 
@@ -153,10 +153,10 @@ def from_ids(backbone: Backbone, site: Site, ids: Tensor) -> Tensor:
 
 def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
     """Each layer's input [P, H] when the model reads `ids [1, P]`; layer 0 takes the embeddings themselves."""
-    found: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def keep(module: Any, args: Any, kwargs: Any) -> None:
-        found.append((args[0] if args else kwargs["hidden_states"])[0])
+        inputs.append((args[0] if args else kwargs["hidden_states"])[0])
 
     handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in backbone.layers]
     try:
@@ -166,8 +166,8 @@ def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
             handle.remove()
     embedded = backbone.embed(ids)[0]
     if site.mode == "add":  # what is added at layer 0 is carried on by the model itself
-        return [embedded, *[torch.zeros_like(part) for part in found[1:]]]
-    return [embedded, *found[1:]]
+        return [embedded, *[torch.zeros_like(part) for part in inputs[1:]]]
+    return [embedded, *inputs[1:]]
 
 
 def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
@@ -243,22 +243,22 @@ def _fitting(
     """
     every = [artifact.load(path, task) for path, task in places]
     weights = fingerprint(backbone) if places else None
-    for (path, _), found in zip(places, every, strict=True):
+    for (path, _), opened in zip(places, every, strict=True):
         assert weights is not None
-        _check_fits(found, path, weights, site, spec, allow_other_weights)
+        _check_fits(opened, path, weights, site, spec, allow_other_weights)
     return every
 
 
 def _check_fits(
-    found: Artifact, path: str | Path, weights: Fingerprint, site: Site, spec: PromptSpec, allow_other_weights: bool
+    opened: Artifact, path: str | Path, weights: Fingerprint, site: Site, spec: PromptSpec, allow_other_weights: bool
 ) -> None:
     try:
-        artifact.check_fingerprint(found.fingerprint, weights, allow_other_weights)
+        artifact.check_fingerprint(opened.fingerprint, weights, allow_other_weights)
     except errors.WrongBackboneError as error:
         raise errors.WrongBackboneError(f"{path}: {error}") from None
-    if found.site != site.name or found.shape != (spec.length, spec.width):
+    if opened.site != site.name or opened.shape != (spec.length, spec.width):
         raise ArtifactError(
-            f"{path} holds a prompt of {list(found.shape)} at site {found.site}, but the run wants "
+            f"{path} holds a prompt of {list(opened.shape)} at site {opened.site}, but the run wants "
             f"[{spec.length}, {spec.width}] at site {site.name}; set prompt.num_virtual_tokens and prompt.site to match"
         )
 
@@ -300,11 +300,11 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
 
     Columns and rows are averaged on their own; the average of their products would not be of the same rank.
     """
-    states = {one.task: one.state for one in artifacts}
-    for one in artifacts:
-        if not set(peft_files.MULTITASK_STATE) <= set(states[one.task]):
+    states = {source.task: source.state for source in artifacts}
+    for source in artifacts:
+        if not set(peft_files.MULTITASK_STATE) <= set(states[source.task]):
             raise ArtifactError(
-                f"{path}: the prompt of {one.task} was trained with {one.method}, which has no shared prompt and "
+                f"{path}: the prompt of {source.task} was trained with {source.method}, which has no shared prompt and "
                 f"factors; start from a multitask prompt, or use init kind 'artifact'"
             )
     prompt, columns, rows = peft_files.MULTITASK_STATE
@@ -326,7 +326,10 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
 
 def _parts(path: str) -> list[tuple[str | Path, int | None]]:
     """The prompts in a directory: what a run of several tasks or a SoftPromptModel left, PEFT's, or a single one."""
-    found = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
-    if found and not (Path(path) / collection.INDEX).is_file():
-        return [(one, None) for one in found]
-    return [(part.path, part.task) for unit in collection.member_groups(Path(path)) for part in unit]
+    folders = sorted(entry.parent for entry in Path(path).glob(f"*/{artifact.MANIFEST}"))
+    if folders and not (Path(path) / collection.INDEX).is_file():
+        return [(folder, None) for folder in folders]
+    members: list[tuple[str | Path, int | None]] = []
+    for group in collection.member_groups(Path(path)):
+        members.extend((member.path, member.task) for member in group)
+    return members

@@ -302,13 +302,13 @@ def _share(path: Path, group: Sequence[NewPrompt]) -> None:
     """Give the methods of a group one shared module; raises ArtifactError where what they should share differs."""
     shared = group[0].method.shared
     for prompt in group[1:]:
-        own = prompt.method.shared
-        tensors = {} if own is None else own.state_dict()
+        module = prompt.method.shared
+        tensors = {} if module is None else module.state_dict()
         for name, value in ({} if shared is None else shared.state_dict()).items():
             if not torch.equal(value, tensors.get(name, value[:0])):
                 raise ArtifactError(
-                    f"{path}: 'shared.{name}', which {group[0].name} and {prompt.name} share, differs between them: they were "
-                    "not saved together; load them one by one"
+                    f"{path}: 'shared.{name}', which {group[0].name} and {prompt.name} share, differs between them: "
+                    "they were not saved together; load them one by one"
                 )
         prompt.method.shared = shared
 
@@ -371,8 +371,8 @@ def pack(
     if source is None:
         return packed
     same = unchanged(source, packed)
-    kept = source.scores if same and scores is None else packed.scores
-    return replace(packed, scores=kept, parents=source.parents if same else (source.digest,))
+    stored_scores = source.scores if same and scores is None else packed.scores
+    return replace(packed, scores=stored_scores, parents=source.parents if same else (source.digest,))
 
 
 def unchanged(before: Artifact, now: Artifact) -> bool:
@@ -401,8 +401,8 @@ def save(backbone: Backbone, registry: PromptRegistry, directory: Path) -> None:
         return
     if collection.is_artifact(directory):
         raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(packed)} of them")
-    for name, one in packed.items():
-        artifact.save(one, directory / collection.folder_name(name))
+    for name, packed_prompt in packed.items():
+        artifact.save(packed_prompt, directory / collection.folder_name(name))
     groups = [group for group in dict.fromkeys(registry.group(name) for name in packed) if len(group) > 1]
     folders = tuple(tuple(map(collection.folder_name, group)) for group in groups)
     peft = _peft([[packed[name] for name in group] for group in groups]) if groups else None

@@ -119,14 +119,14 @@ class SentenceEncoders:
         key = (name, ids, types) if ids_are_text and batch.position_ids is None else None
         if key is None or key not in self.kept:
             if name in self.encoders:
-                found = self._encoded(backbone, name, ids, ids_are_text)
+                vector = self._encoded(backbone, name, ids, ids_are_text)
             else:
-                found = _pooled_state(backbone, batch, row, mask, name)
+                vector = _pooled_state(backbone, batch, row, mask, name)
             if key is None:
-                return found
+                return vector
             if len(self.kept) >= KEPT:
                 self.kept.pop(next(iter(self.kept)))
-            self.kept[key] = found.float().cpu()
+            self.kept[key] = vector.float().cpu()
         return self.kept[key].to(batch.input_ids.device)
 
     def _encoded(self, backbone: Backbone, name: str, ids: tuple[int, ...], ids_are_text: bool) -> Tensor:
@@ -142,7 +142,7 @@ def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name
     """What the backbone makes of a row's text alone, one state [H]; `name` says which ("backbone-last")."""
     if not bool(mask.any()):
         return torch.zeros(backbone.output_size, device=mask.device)
-    given = {
+    arguments = {
         name: None if value is None else value[row][mask][None]
         for name, value in (
             ("token_type_ids", batch.token_type_ids),
@@ -151,7 +151,7 @@ def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name
         )
     }
     ids = batch.input_ids[row][mask][None]
-    alone = Batch(ids, torch.ones_like(ids), batch.task_ids[row : row + 1], **given)
+    alone = Batch(ids, torch.ones_like(ids), batch.task_ids[row : row + 1], **arguments)
     return pool_states(_states(backbone, alone), alone.attention_mask, name.removeprefix("backbone-"))[0]
 
 

@@ -141,7 +141,7 @@ def _check_attention(name: str | None) -> None:
     """Raise BackboneError for an attention that neither we nor transformers have; names with a slash are its own."""
     known = [*PACKED, "eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]
     if name is not None and name not in known and "/" not in name:
-        plain = [one for one in known if "|" not in one]
+        plain = [implementation for implementation in known if "|" not in implementation]
         raise BackboneError(
             f"no attention '{name}'{closest(name, known)} possible: {', '.join(plain)}; or leave it out"
         )
@@ -333,7 +333,7 @@ def fastest_of(times: Mapping[str, Sequence[float]]) -> str | None:
         if best is None:
             best = name
             continue
-        ratios = [mine / others for mine, others in zip(seconds, times[best], strict=False)]
+        ratios = [challenger / incumbent for challenger, incumbent in zip(seconds, times[best], strict=False)]
         if statistics.median(ratios) <= MARGIN and min(seconds) <= MARGIN * min(times[best]):
             best = name
     return best

@@ -114,7 +114,8 @@ class SoftPromptModel(nn.Module):
             path: A directory of prompts that `save_pretrained` or PEFT wrote; None: no prompts.
             tokenizer: The stock model's tokenizer.
             allow_other_weights: Whether prompts that were made for other weights only cost a warning.
-            config: How a named model is loaded: number format, device, head, kernels; its name is `model`.
+            config: How a named model is loaded: number format, device, head, kernels. What it leaves out is as by
+                default or, for prompts, as in the run that made them. Its name does not count.
             log: Is told what is done while a named model is loaded.
 
         Raises:
@@ -123,20 +124,23 @@ class SoftPromptModel(nn.Module):
             AssetError: A packaged model cannot be fetched.
         """
         if isinstance(model, str | Path):
+            changes = {} if config is None else config.model_dump(include=config.model_fields_set - {"name"})
             if path is None and (collection.is_artifact(Path(model)) or collection.written_by_softprompts(Path(model))):
                 path = model
-                first = artifact.load(
-                    collection.member_groups(Path(path))[0][0].path, collection.member_groups(Path(path))[0][0].task
-                )
-                made = cls(setup.load_backbone(backbone_config(first, config), labels=head_rows(first), log=log))
             else:
-                loading = (config or ModelConfig()).model_copy(update={"name": str(model)})
-                made = cls(setup.load_backbone(loading, log=log))
+                changes["name"] = str(model)
+            if path is None:
+                prompted = cls(setup.load_backbone(parse(changes, ModelConfig, "model"), log=log))
+            else:
+                member = collection.member_groups(Path(path))[0][0]
+                first = artifact.load(member.path, member.task)
+                loading = backbone_config(first, changes=changes)
+                prompted = cls(setup.load_backbone(loading, labels=head_rows(first), log=log))
         else:
-            made = cls(model, tokenizer=tokenizer)
+            prompted = cls(model, tokenizer=tokenizer)
         if path is not None:
-            made.load_prompts(path, allow_other_weights)
-        return made.eval()
+            prompted.load_prompts(path, allow_other_weights)
+        return prompted.eval()
 
     # The prompts
 
@@ -365,10 +369,10 @@ class SoftPromptModel(nn.Module):
         options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
         if not self._prompted:
             return injection.score(self.backbone, batch, None, Site(), **options)
-        if prompts is None:
-            prompts = self.make_prompts(batch)
         names = tuple(self.registry.used(batch.task_ids).values())
         site = self.registry.site_of(names)
+        if prompts is None:
+            prompts = self.make_prompts(batch)
         if len({self.registry.records[name].site for name in names}) > 1:
             batch = self.registry.place(self.backbone, batch, self._readable(batch))
         with self._own_head(names):
@@ -506,7 +510,7 @@ class SoftPromptModel(nn.Module):
         words [B, T]: 1 for instructions, for methods that ask; logits_to_keep, num_items_in_batch: as in stock models.
         Raises ConfigError for unknown tasks, BackboneError when prompt and text do not fit the model's positions.
         """
-        given = {
+        arguments = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "token_type_ids": token_type_ids,
@@ -523,21 +527,21 @@ class SoftPromptModel(nn.Module):
         }
         self._tune()
         if not self._prompted:
-            return self.model(**{name: value for name, value in given.items() if value is not None})
-        batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+            return self.model(**{name: value for name, value in arguments.items() if value is not None})
+        batch, prompt, site = self._read({**arguments, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
         if self.training and labels is not None and logits_to_keep is None and self.backbone.head == "lm":
             loss = stock.training_output(self.backbone, batch, prompt, site, labels.to(self.device), num_items_in_batch)
             return loss.to_tuple() if return_dict is False else loss
         reading = injection.run_trunk(self.backbone, batch, prompt, site)
-        wanted = stock_inputs.labels(given)
+        wanted = stock_inputs.labels(arguments)
         wish = stock.OutputOptions(
             labels=None if wanted is None else wanted.to(self.device),
             keep=0 if logits_to_keep is None else logits_to_keep,
             items=num_items_in_batch,
         )
         heads = {i: self.registry.head(name) for i, name in enumerate(self.tasks)} if self.heads else {}
-        made = stock.output(self.backbone, batch, reading, wish, heads)
-        return made.to_tuple() if return_dict is False else made
+        output = stock.output(self.backbone, batch, reading, wish, heads)
+        return output.to_tuple() if return_dict is False else output
 
     def generate(
         self,
@@ -561,7 +565,7 @@ class SoftPromptModel(nn.Module):
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
             attention_mask = stock_inputs.text_mask(ids, options, getattr(self.model, "generation_config", None))
-        given = {
+        arguments = {
             "input_ids": ids,
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,
@@ -571,9 +575,11 @@ class SoftPromptModel(nn.Module):
         self._tune()
         if not self._prompted:
             stock_model: Any = self.model
-            return stock_model.generate(**{k: v for k, v in given.items() if v is not None}, **options)
+            return stock_model.generate(**{k: v for k, v in arguments.items() if v is not None}, **options)
         with torch.no_grad():
-            batch, prompt, site = self._read({**given, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
+            batch, prompt, site = self._read(
+                {**arguments, "words": words, "prompt_places": prompt_places}, tasks, task_ids
+            )
             if inputs_embeds is not None:
                 batch = replace(batch, input_ids=batch.input_ids[:, :0])
             return generation.generate(self.backbone, batch, prompt, site, **options)
@@ -587,15 +593,15 @@ class SoftPromptModel(nn.Module):
             self._tuned_for = place
 
     def _read(
-        self, given: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places
+        self, arguments: Mapping[str, Any], names: stock_inputs.Names, ids: stock_inputs.Places
     ) -> tuple[Batch, Prompt, Site]:
         """The batch, the prompts of all its rows, whatever their tasks, and the site where they enter."""
         places = functools.partial(
             stock_inputs.places, names, ids, loaded=self.tasks, index=self.index, active=lambda: self.task
         )
-        batch = stock_inputs.batch(self.backbone, given, places)
+        batch = stock_inputs.batch(self.backbone, arguments, places)
         site = self.registry.site_of(tuple(self.registry.used(batch.task_ids).values()))
-        readable = stock_inputs.readable(self.backbone, batch.attention_mask, given)
+        readable = stock_inputs.readable(self.backbone, batch.attention_mask, arguments)
         batch = self.registry.place(self.backbone, batch, readable)
         ids_are_text = batch.inputs_embeds is None
         return batch, self.registry.make(self.backbone, batch, readable, ids_are_text=ids_are_text), site
@@ -671,6 +677,11 @@ class SoftPromptModel(nn.Module):
         site = self.registry.records[self._active].site if self._active is not None else None
         unscored = site is not None and (not site.scores_first_token or site.place in ("after_start", "template"))
         return "ForCausalLM" if self.accepts_loss_kwargs and unscored else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None where none was given."""
+        return self.backbone.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -823,7 +834,7 @@ def open_prompts(
             differs.append("task format")
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
-    if len(opened) > 1 and any(one.heads for one in opened):
+    if len(opened) > 1 and any(artifact_opened.heads for artifact_opened in opened):
         raise ConfigError(
             "prompts with classification heads of their own cannot vote in one batch; open them one by one"
         )
@@ -831,8 +842,8 @@ def open_prompts(
         setup.load_backbone(backbone_config(first, config, changes), labels=head_rows(first), log=log)
     )
     warnings: list[str] = []
-    for place, (path, one) in enumerate(zip(paths, opened, strict=True)):
-        name = one.task if len(paths) == 1 else f"{place}:{one.task}"
+    for place, (path, artifact_opened) in enumerate(zip(paths, opened, strict=True)):
+        name = artifact_opened.task if len(paths) == 1 else f"{place}:{artifact_opened.task}"
         prompt, noted = persistence.open_artifact(
             model.backbone,
             model.registry.encoders,
@@ -840,7 +851,7 @@ def open_prompts(
             name=name,
             allow_other_weights=allow_other_weights,
             trainable=False,
-            loaded=one,
+            loaded=artifact_opened,
         )
         model._add(prompt)
         warnings += noted

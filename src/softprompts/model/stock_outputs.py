@@ -99,24 +99,24 @@ def _each(backbone: Backbone, batch: Batch, heads: Heads, score: Callable[[], Te
     """`score()` [B, ...] with each row's own head."""
     if not heads:
         return score()
-    made: Tensor | None = None
-    own = dict(backbone.model.named_parameters())
+    combined: Tensor | None = None
+    parameters = dict(backbone.model.named_parameters())
     for index in batch.task_ids.unique().tolist():
-        with backbone.with_head({name: value.to(own[name].dtype) for name, value in heads[index].items()}):
-            one = score()
-        here = (batch.task_ids == index).view(-1, *[1] * (one.dim() - 1))
-        made = one if made is None else torch.where(here, one, made)
-    assert made is not None
-    return made
+        with backbone.with_head({name: value.to(parameters[name].dtype) for name, value in heads[index].items()}):
+            scores = score()
+        here = (batch.task_ids == index).view(-1, *[1] * (scores.dim() - 1))
+        combined = scores if combined is None else torch.where(here, scores, combined)
+    assert combined is not None
+    return combined
 
 
 @contextlib.contextmanager
 def _class_of_outputs(backbone: Backbone) -> Iterator[list[type]]:
     """Collects the classes of what the stock model returns inside."""
-    found: list[type] = []
-    handle = backbone.model.register_forward_hook(lambda module, args, made: found.append(type(made)))
+    classes: list[type] = []
+    handle = backbone.model.register_forward_hook(lambda module, args, result: classes.append(type(result)))
     try:
-        yield found
+        yield classes
     finally:
         handle.remove()
 
@@ -137,13 +137,13 @@ def _shifted(
     Each label is scored by the state before it in the full sequence: for the text token behind a segment of the prompt
     that is the segment's last, which the stock layout has no column for. It is scored along and then left out.
     """
-    own, columns = reading.text_positions, reading.token_order
-    before = functional.pad(own[:, :-1], (1, 0), value=-1)
-    behind = (own - 1 != before) & reading.text_mask  # tokens that stand right behind a segment of the prompt
+    positions, columns = reading.text_positions, reading.token_order
+    before = functional.pad(positions[:, :-1], (1, 0), value=-1)
+    behind = (positions - 1 != before) & reading.text_mask  # tokens that stand right behind a segment of the prompt
     count = int(behind.sum(1).max())
     at = behind.long().argsort(dim=1, descending=True, stable=True)[:, :count]
-    extra = (own.gather(1, at) - 1).clamp(min=0)
-    logits = injection.apply_head(backbone, reading, _at(reading, torch.cat([extra, own], 1)))
+    extra = (positions.gather(1, at) - 1).clamp(min=0)
+    logits = injection.apply_head(backbone, reading, _at(reading, torch.cat([extra, positions], 1)))
     wanted = labels.gather(1, columns).masked_fill(~reading.text_mask, IGNORE)
     first = wanted.gather(1, at).masked_fill(~behind.gather(1, at), IGNORE)
     others = wanted.masked_fill(behind, IGNORE)[:, 1:]

@@ -7,6 +7,7 @@ checkpoint needs only tensors and a few numbers, and a killed run continues bit 
 """
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -344,7 +345,7 @@ class RunStep:
             loss=float(self.loss),
             rate=rate,
             rms_ratio=facts.rms_ratio,
-            tokens=sum(len(example.input_ids) for part in self.examples for example in part),
+            tokens=sum(len(example.input_ids) for example in itertools.chain(*self.examples)),
             seconds=time.perf_counter() - started,
             score=score,
             path=self.path,
@@ -393,7 +394,7 @@ def _initial_state(trainable: Trainable, run: TrainingRun) -> RunState:
 @contextlib.contextmanager
 def _gradients_enabled(states: Iterable[RunState]) -> Iterator[None]:
     """Let the trained parameters have gradients inside; afterwards they are as frozen as before, without gradients."""
-    parameters = [parameter for state in states for parameter in state.parameters.values()]
+    parameters = list(itertools.chain(*(state.parameters.values() for state in states)))
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
         for parameter in parameters:

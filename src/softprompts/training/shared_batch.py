@@ -1,6 +1,7 @@
 """One batch with the rows of several runs, which the frozen backbone reads in one pass."""
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -51,8 +52,7 @@ class SharedBatch:
         alone = [prompt_batch(model, names, part) for names, part in zip(prompts, examples, strict=True)]
         whole = alone[0]
         if len(examples) > 1:
-            together = [example for part in examples for example in part]
-            whole = collate(together, pad_token(model.backbone)).to(model.device)
+            whole = collate(list(itertools.chain(*examples)), pad_token(model.backbone)).to(model.device)
             whole = replace(whole, task_ids=torch.cat([batch.task_ids for batch in alone]))
         embeddings = model.backbone.embed(whole.input_ids)
         whole = replace(whole, inputs_embeds=embeddings)

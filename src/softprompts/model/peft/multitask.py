@@ -117,20 +117,20 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
         Raises ConfigError where it does not fit, and ArtifactError where it was made for another `backbone`.
         """
-        found = source.load(str(self.prompt_tuning_init_state_dict_path)).fit(rows, width)
+        loaded = source.load(str(self.prompt_tuning_init_state_dict_path)).fit(rows, width)
         if backbone is not None:
-            check_fingerprint(found.fingerprint, fingerprint(backbone))
+            check_fingerprint(loaded.fingerprint, fingerprint(backbone))
         if self.prompt_tuning_init not in _FACTORS:
-            return PromptInit(found.shared)
-        if found.columns.shape[-1] != self.num_ranks:
+            return PromptInit(loaded.shared)
+        if loaded.columns.shape[-1] != self.num_ranks:
             raise ConfigError(
-                f"{found.path} holds factors of rank {found.columns.shape[-1]}, wanted is rank {self.num_ranks}; set "
+                f"{loaded.path} holds factors of rank {loaded.columns.shape[-1]}, wanted is rank {self.num_ranks}; set "
                 f"num_ranks to match, or take {MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
             )
         if self.prompt_tuning_init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
-            index = found.index(self.prompt_tuning_init_task)
-            return PromptInit(found.shared, factors=(found.columns[index], found.rows[index]))
-        return PromptInit(found.shared, factors=(found.columns.mean(0), found.rows.mean(0)))
+            index = loaded.index(self.prompt_tuning_init_task)
+            return PromptInit(loaded.shared, factors=(loaded.columns[index], loaded.rows[index]))
+        return PromptInit(loaded.shared, factors=(loaded.columns.mean(0), loaded.rows.mean(0)))
 
     def _init(self) -> InitConfig:
         if self.prompt_tuning_init not in _SOURCES:
@@ -183,8 +183,8 @@ class MultitaskPromptEmbedding(nn.Module):
         if bool(((tasks < 0) | (tasks >= count)).any()):
             raise ConfigError(f"task_ids {tasks.tolist()} name tasks that are not there; num_tasks is {count}")
         columns = self.prefix_task_cols[tasks[:, None], indices]
-        found: Tensor = self.embedding(indices) * (columns @ self.prefix_task_rows[tasks])
-        return found
+        embeddings: Tensor = self.embedding(indices) * (columns @ self.prefix_task_rows[tasks])
+        return embeddings
 
 
 def _start(config: MultitaskPromptTuningConfig, embed: Any) -> PromptInit:

@@ -173,8 +173,8 @@ class PromptEmbedding(nn.Module):
 
     def forward(self, indices: Tensor) -> Tensor:
         """indices (batch, total_virtual_tokens) -> (batch, total_virtual_tokens, token_dim)."""
-        found: Tensor = self.embedding(indices)
-        return found
+        embeddings: Tensor = self.embedding(indices)
+        return embeddings
 
 
 def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
@@ -197,13 +197,13 @@ def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
         return _words(embed, _sample(embed.weight.shape[0], count))
     if kind == PromptTuningInit.CLASS_LABELS:
         return _label_rows(config, embed, count)
-    found = artifact.load(str(config.prompt_tuning_init_text)).require_prompt(str(config.prompt_tuning_init_text))
-    if tuple(found.shape) != (count, width):
+    prompt = artifact.load(str(config.prompt_tuning_init_text)).require_prompt(str(config.prompt_tuning_init_text))
+    if tuple(prompt.shape) != (count, width):
         raise ConfigError(
-            f"{config.prompt_tuning_init_text} holds a prompt of {list(found.shape)}, wanted is {[count, width]}; set "
+            f"{config.prompt_tuning_init_text} holds a prompt of {list(prompt.shape)}, wanted is {[count, width]}; set "
             f"num_virtual_tokens to match"
         )
-    return found
+    return prompt
 
 
 def _label_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
@@ -220,8 +220,8 @@ def _label_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
 
 
 def _words(embed: Any, ids: Tensor) -> Tensor:
-    found: Tensor = embed(ids.to(embed.weight.device)).detach().clone()
-    return found.to(torch.float32)
+    embeddings: Tensor = embed(ids.to(embed.weight.device)).detach().clone()
+    return embeddings.to(torch.float32)
 
 
 def _sample(population: int, count: int) -> Tensor:
@@ -250,9 +250,11 @@ def _labels(text: str | None) -> tuple[str, ...]:
     return tuple(label.strip() for label in (text or "").split(",") if label.strip())
 
 
-def check_width(given: int | None, found: int) -> None:
-    if given is not None and given != found:
-        raise ConfigError(f"token_dim is {given}, but the word embeddings are {found} wide; leave it out to ask them")
+def check_width(token_dim: int | None, width: int) -> None:
+    if token_dim is not None and token_dim != width:
+        raise ConfigError(
+            f"token_dim is {token_dim}, but the word embeddings are {width} wide; leave it out to ask them"
+        )
 
 
 Known = TypeVar("Known", bound=enum.Enum)

@@ -62,12 +62,12 @@ class Source:
         raise ConfigError(f"prompt_tuning_init_task {task!r} is no task of {self.path}{hint} its tasks: {here}")
 
 
-def load(given: str) -> Source:
+def load(location: str) -> Source:
     """The multitask prompt at `given`: a .safetensors file with PEFT's names, or a directory of PEFT's or ours.
 
     Raises ConfigError for anything else, with how to convert a torch pickle, which is never opened.
     """
-    path = Path(given)
+    path = Path(location)
     try:
         if path.is_dir():
             return _of_directory(path)
@@ -93,7 +93,9 @@ def _of_directory(path: Path) -> Source:
         return _checked(path, lambda: _of_peft(path, values, stored))
     # what a run of several tasks leaves
     parts = sorted(part.parent for part in path.glob(f"*/{artifact.MANIFEST}"))
-    return _of_ours(path, [[one for part in parts if (one := artifact.load(part)).method == peft_files.MULTITASK]])
+    return _of_ours(
+        path, [[opened for part in parts if (opened := artifact.load(part)).method == peft_files.MULTITASK]]
+    )
 
 
 def _checked(path: Path, read: Callable[[], Source]) -> Source:
@@ -104,15 +106,15 @@ def _checked(path: Path, read: Callable[[], Source]) -> Source:
 
 
 def _of_peft(path: Path, values: dict[str, Any], stored: dict[str, Tensor]) -> Source:
-    found = peft_files.read_multitask(values, stored)
-    names = tuple(map(str, range(len(found.columns))))
+    factors = peft_files.read_multitask(values, stored)
+    names = tuple(map(str, range(len(factors.columns))))
     copies = peft_files.count_prompt_copies(values) if values else 1
-    return Source(str(path), found.shared, found.columns, found.rows, names, copies)
+    return Source(str(path), factors.shared, factors.columns, factors.rows, names, copies)
 
 
 def _of_ours(path: Path, groups: Sequence[Sequence[Artifact]]) -> Source:
     """From the artifacts of one group, or of one task alone; plain prompts beside them are passed over."""
-    groups = [group for group in groups if group and all(one.method == peft_files.MULTITASK for one in group)]
+    groups = [group for group in groups if group and all(opened.method == peft_files.MULTITASK for opened in group)]
     if len(groups) != 1:
         raise ArtifactError(f"{path} holds {len(groups) or 'no'} multitask prompts; one is needed")
     return _stacked(path, groups[0])
@@ -120,10 +122,10 @@ def _of_ours(path: Path, groups: Sequence[Sequence[Artifact]]) -> Source:
 
 def _stacked(path: Path, group: Sequence[Artifact]) -> Source:
     try:
-        states = [{name: one.state[name].float() for name in peft_files.MULTITASK_STATE} for one in group]
+        states = [{name: opened.state[name].float() for name in peft_files.MULTITASK_STATE} for opened in group]
         shared, columns, rows = (torch.stack([state[name] for state in states]) for name in peft_files.MULTITASK_STATE)
     except (KeyError, RuntimeError):
         raise ArtifactError(f"{path}: the tensors of {peft_files.MULTITASK} are missing or differ in shape") from None
     if not bool((shared == shared[0]).all()):
         raise ArtifactError(f"{path}: its tasks hold different shared prompts; they were not saved together")
-    return Source(str(path), shared[0], columns, rows, tuple(one.task for one in group), 1, group[0].fingerprint)
+    return Source(str(path), shared[0], columns, rows, tuple(opened.task for opened in group), 1, group[0].fingerprint)

@@ -1,4 +1,4 @@
-"""What packaged models are after their conversion: a tiny Gemma 3 written as GGUF here, and the real ones."""
+"""Packaged models after their conversion: a tiny Llama and a tiny Gemma 3 written as GGUF here, and the real ones."""
 
 import json
 import logging
@@ -8,7 +8,19 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
+from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from softprompts.assets import fetch, where
 from softprompts.assets.gguf import CONVERT
@@ -35,6 +47,125 @@ def quiet() -> Iterator[Callable[[], list[str]]]:
     logger.removeHandler(handler)
 
 
+LLAMA_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLAMA_MERGES = ("t h", "th e", "Ġ c", "2 0")
+LLAMA_TOKENS = (
+    *LLAMA_SPECIAL,
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    *(m.replace(" ", "") for m in LLAMA_MERGES),
+)
+CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """Two layers with grouped heads; 32 columns are one block of Q4_1."""
+    config = LlamaConfig(
+        vocab_size=len(LLAMA_TOKENS), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval()
+
+
+def permute(weight: Tensor, heads: int) -> Tensor:
+    """llama.cpp keeps the two halves of a rotated pair next to each other."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_llama(model: LlamaForCausalLM, path: Path) -> dict[str, Tensor]:
+    """Write the file that llama.cpp writes in Q4_1; returns the weights that it holds, dequantized."""
+    writer, config = gguf.GGUFWriter(path, "llama"), model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(100_000.0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(LLAMA_TOKENS)
+    writer.add_token_types([CONTROL] * 3 + [NORMAL] * (len(LLAMA_TOKENS) - 3))
+    writer.add_token_merges(LLAMA_MERGES)
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    written: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        gguf_name, part = names.get_name(name, try_suffixes=(".weight",)), name.split(".")[-2]
+        if weight.dim() == 1:
+            writer.add_tensor(gguf_name, weight.numpy())
+            written[name] = weight
+            continue
+        stored = permute(weight, heads[part]) if part in heads else weight
+        blocks = gguf.quantize(stored.contiguous().numpy(), gguf.GGMLQuantizationType.Q4_1)
+        writer.add_tensor(gguf_name, blocks, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
+        # A block is a piece of one row, and the permutation moves whole rows.
+        plain = gguf.quantize(weight.contiguous().numpy(), gguf.GGMLQuantizationType.Q4_1)
+        written[name] = torch.from_numpy(gguf.dequantize(plain, gguf.GGMLQuantizationType.Q4_1))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return written
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], Path]:
+    """The weights in the file of the tiny Llama, and the directory that the conversion made of it."""
+    root = tmp_path_factory.mktemp("llama")
+    files, ready = root / "files", root / "ready"
+    files.mkdir()
+    ready.mkdir()
+    weights = write_llama(tiny_llama(), files / "model.gguf")
+    CONVERT["smollm2-135m"](files, ready)
+    return weights, ready
+
+
+def test_the_weights_of_a_quantized_llama_are_those_of_the_file_bit_for_bit(
+    llama: tuple[dict[str, Tensor], Path],
+) -> None:
+    weights, folder = llama
+    converted = load_file(folder / "model.safetensors")
+    assert converted.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert converted[name].dtype == torch.float32
+        assert torch.equal(converted[name], weight), name
+
+
+def test_the_configuration_of_a_llama_is_that_of_its_model(llama: tuple[dict[str, Tensor], Path]) -> None:
+    config = AutoConfig.from_pretrained(llama[1], local_files_only=True).to_dict()
+    expected = tiny_llama().config.to_dict()
+    expected |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "architectures": ["LlamaForCausalLM"]}
+    differing = {key for key in config | expected if config.get(key) != expected.get(key)}
+    assert differing <= {"_name_or_path", "dtype"}
+    assert config["rms_norm_eps"] == 1e-5  # and not the float32 of the file
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("the cat", ["the", "Ġc", "a", "t"]), ("2024 20", ["2", "0", "2", "4", "Ġ", "2", "0"])],
+)
+def test_the_tokens_of_a_llama_cut_numbers_into_digits(
+    llama: tuple[dict[str, Tensor], Path], text: str, tokens: list[str]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama[1], local_files_only=True)
+    ids = tokenizer(text).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == tokens
+    assert tokenizer.decode(ids) == text
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "the"}], return_dict=False)
+    assert tokenizer.decode(chat) == "<|im_start|>user\nthe<|im_end|>"
+    assert chat[0] == tokenizer.bos_token_id == 1
+
+
 def tiny() -> Gemma3ForCausalLM:
     """Seven layers, so that the sixth sees the whole text; norms that are far from doing nothing."""
     config = Gemma3TextConfig(
@@ -50,7 +181,7 @@ def tiny() -> Gemma3ForCausalLM:
 
 
 def write(model: Gemma3ForCausalLM, path: Path) -> None:
-    """What llama.cpp writes for Gemma 3, without quantizing."""
+    """Write the file that llama.cpp writes for Gemma 3, without quantizing."""
     writer, config = gguf.GGUFWriter(path, "gemma3"), model.config
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -80,7 +211,7 @@ def write(model: Gemma3ForCausalLM, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Gemma3ForCausalLM, Path]:
-    """The tiny model, and what the conversion made of it, packed in four parts as the packages are."""
+    """The tiny model, and the directory that the conversion made of it, packed in four parts as the packages are."""
     root = tmp_path_factory.mktemp("gemma")
     model, files, ready = tiny(), root / "files", root / "ready"
     write(model, root / "whole.gguf")
@@ -102,6 +233,12 @@ def test_the_weights_and_the_windows_of_gemma3(gemma: tuple[Gemma3ForCausalLM, P
     ids = torch.arange(len(TOKENS) - 12, len(TOKENS))[None]  # three windows
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
+    for name, weight in load_file(folder / "model.safetensors").items():
+        original = expected.get_parameter(name)
+        if name.endswith("norm.weight"):  # the file has it plus one, which rounds
+            torch.testing.assert_close(weight, original.detach(), atol=1e-6, rtol=0)
+        else:
+            assert torch.equal(weight, original), name
     assert model.config.layer_types == expected.config.layer_types
     assert model.config.rope_parameters == expected.config.rope_parameters
     assert (folder / "GEMMA_TERMS.html").read_text() == "terms"
