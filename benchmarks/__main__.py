@@ -102,7 +102,7 @@ def _measure(todo: Sequence[Measurement], options: Options, results: dict[str, A
             torch.set_num_threads(options.threads)
             result = RUNS[measurement.run](**measurement.arguments)
         else:
-            result = fresh.call(measurement.run, measurement.arguments, options.threads, row.environment)
+            result = fresh.call(measurement.run, measurement.arguments, options.threads, measurement.environment)
         store.add(out, results, measurement.name, {**result, **conditions})
         done += measurement.minutes
 
