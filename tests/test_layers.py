@@ -71,7 +71,7 @@ EXCLUSIVE = {
     "safetensors": "artifacts.io assets.gguf",
     "transformers.cache_utils": "backbone.cache",
     "transformers.generation": "backbone injection",
-    "transformers.models.auto": "backbone.loading backbone.families assets.gguf",
+    "transformers.models.auto": "backbone.loading backbone.families",
     "bitsandbytes": "backbone.quantization",
     "jinja2": "evaluation.page",
     "matplotlib": "evaluation.plots",

@@ -100,7 +100,7 @@ def test_every_arm_has_a_line_at_every_size(done):
 
 def test_scores_are_those_of_the_runs_at_the_rate_that_validation_chose(done):
     values, results = done
-    chosen = {(one["arm"], one["size"]): one for one in results["learning_rates"]}
+    chosen = {(one["arm"], one["size"]): one for one in results["rates"]}
     for size, name in ((0, "full"), (1, "2-shot")):
         for arm in TRAINED:
             one = chosen[arm, name]
@@ -122,7 +122,7 @@ def test_arms_train_what_they_say(done):
     values, results = done
     for arm in TRAINED:
         rate = next(
-            one["learning_rate"] for one in results["learning_rates"] if (one["arm"], one["size"]) == (arm, "full")
+            one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == (arm, "full")
         )
         run = page(values, "tasks", "beta-full", "seeds", arm, f"{arm}-rate{rate:g}-seed1")["config"]
         known = parse(values, Study).known[arm]
@@ -138,7 +138,7 @@ def test_arms_train_what_they_say(done):
         assert state == (str(Path(values["output_dir"], "pretrain", arm, "prompt")) if known.pretrain else None)
     for name, seed in (("alpha-2-shot", 1), ("beta-2-shot", 1)):
         rate = next(
-            one["learning_rate"] for one in results["learning_rates"] if (one["arm"], one["size"]) == ("spt", "2-shot")
+            one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("spt", "2-shot")
         )
         run = page(values, "tasks", name, "seeds", "spt", f"spt-rate{rate:g}-seed{seed}")
         assert run["config"]["tasks"][0]["split"]["shots_seed"] == seed
@@ -197,7 +197,7 @@ def test_what_moved_is_counted_for_each_size():
         return comparison.ArmResult(comparison.ArmRun("arm", 0.1, 0), [{"summary": {"moved": moved}}])
 
     found = {("a", None): [one(10), one(30)], ("a", 16): [one(4)], ("b", None): [one(None), one(50)]}
-    filled = types.SimpleNamespace(found=found)
+    filled = types.SimpleNamespace(results=found)
     assert _mean_of_arms(filled, "moved", [None]) == {"arm": 30}
     assert _mean_of_arms(filled, "moved", [16]) == {"arm": 4}
     assert _mean_of_arms(filled, "moved", [None, 16]) == {"arm": 23.5}
@@ -363,9 +363,9 @@ def test_a_rate_can_be_chosen_whatever_is_evaluated_on_the_way(tmp_path):
     train = {"max_steps": 3, "batch_size": 4, "eval_steps": 5}
     values = {**study_values(tmp_path), "compare": {"training": train, "few": train, "weight_max_steps": [2, 9]}}
     stage = parse(values, Study).compare
-    assert [stage.training(shots).evaluate_every for shots in (None, 16)] == [3, 3]
-    assert [stage.training(shots, weights=True).evaluate_every for shots in (None, 16)] == [2, 5]
-    assert stage.training(0).evaluate_every is None
+    assert [stage.training_for(shots).eval_steps for shots in (None, 16)] == [3, 3]
+    assert [stage.training_for(shots, weights=True).eval_steps for shots in (None, 16)] == [2, 5]
+    assert stage.training_for(0).eval_steps is None
 
 
 @pytest.mark.parametrize("first", ["prompt-tuning", "ipt-pretrained"])

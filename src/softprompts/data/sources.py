@@ -125,7 +125,8 @@ def make_table(name: str, rows: Sequence[Row], lines: Sequence[int] | None = Non
     columns: dict[str, None] = {}
     for row in rows:
         columns.update(dict.fromkeys(row))
-    complete_rows = [row if len(row) == len(columns) else {c: row.get(c) for c in columns} for row in rows]
+    blank = dict.fromkeys(columns)
+    complete_rows = [row if len(row) == len(columns) else {**blank, **row} for row in rows]
     return Table(name, complete_rows, tuple(columns), lines)
 
 

@@ -176,8 +176,9 @@ class _Division:
         if fraction and not count and len(strata) > 2:
             count = 1
         drawn = _draw_stratified(strata, min(count, len(strata)), f"{self.seed} {role}") if count else set()
-        self.splits[role] = [row for text, row in zip(texts, rows, strict=True) if text in drawn]
-        self.splits["train"] = [row for text, row in zip(texts, rows, strict=True) if text not in drawn]
+        self.splits |= {role: [], "train": []}
+        for text, row in zip(texts, rows, strict=True):
+            self.splits[role if text in drawn else "train"].append(row)
 
     def limit_to_shots(self, role: str, shots: int) -> None:
         """Keep `shots` rows, of each class or in all."""

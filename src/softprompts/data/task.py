@@ -198,7 +198,7 @@ def _label_verbalizer(rows: Sequence[Row], column: str, kind: Kind) -> dict[str,
         ordered = sorted(names, key=float)  # ratings 1..10 in the order of their values
     except ValueError:
         ordered = sorted(names)
-    return {name: name for name in ordered}
+    return dict(zip(ordered, ordered, strict=True))
 
 
 def _check_template(template: TaskTemplate) -> None:
