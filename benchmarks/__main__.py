@@ -1,4 +1,4 @@
-"""The command line: `python -m benchmarks` measures, `python -m benchmarks table` shows what was measured."""
+"""The command line: `python -m benchmarks` measures, `python -m benchmarks table` shows the results."""
 
 import json
 import os
@@ -22,18 +22,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.callback(invoke_without_command=True)
 def bench(
     context: typer.Context,
-    quick: Annotated[bool, typer.Option(help="Tiny random models, in seconds: does all work?")] = False,
-    rows: Annotated[str, typer.Option(help="Which measurements, with commas between.")] = ",".join(GROUPS),
+    quick: Annotated[
+        bool, typer.Option(help="Tiny random models, in seconds: checks that all measurements run.")
+    ] = False,
+    rows: Annotated[str, typer.Option(help="The groups of measurements, with commas between.")] = ",".join(GROUPS),
     pairs: Annotated[int, typer.Option(min=1, help="Interleaved pairs; fewer than 15 reach no goal.")] = 15,
     threads: Annotated[int, typer.Option(min=1, help="Threads of both sides.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     model: Annotated[str, typer.Option(help="The causal model: a packaged one or a directory.")] = "smollm2-135m",
     out: Annotated[
-        Path | None, typer.Option(help=f"Where results are kept; {RESULTS}, quick ones in the temporary folder.")
+        Path | None, typer.Option(help=f"The file of the results; {RESULTS}, quick ones in the temporary folder.")
     ] = None,
-    resume: Annotated[bool, typer.Option(help="Keep what --out holds and measure the rest.")] = False,
+    resume: Annotated[bool, typer.Option(help="Keep the results in --out and measure the rest.")] = False,
 ) -> None:
-    """Measure, keep each result in --out as soon as it is there, and print the tables."""
+    """Measure, write each result to --out as soon as it is known, and print the tables."""
     if context.invoked_subcommand:
         return
     options = Options(quick, pairs, threads, device, "tiny" if quick else model)
@@ -44,11 +46,12 @@ def bench(
     try:
         chosen = plan(options, tuple(rows.split(",")))
         results = store.begin(out, settings(options), resume)
-        _measure([one for one in chosen if one.name not in results["results"]], options, results, out)
+        missing = [measurement for measurement in chosen if measurement.name not in results["results"]]
+        _measure(missing, options, results, out)
     except (ValueError, fresh.FreshError) as error:
         raise SystemExit(f"error: {error}") from None
     print(table.page(results))
-    _say(f"kept in {out}")
+    _log(f"written to {out}")
 
 
 @app.command("table")
@@ -71,7 +74,7 @@ def show(
 
 @app.command(hidden=True)
 def one(run: str, arguments: str, file: Path) -> None:
-    """One measurement, for `fresh.call`: `runs.<run>` with JSON arguments, its result as JSON into a file."""
+    """Do one measurement for `fresh.call`: `runs.<run>` with JSON arguments; write the result as JSON into a file."""
     from benchmarks.runs import RUNS
 
     _quiet()
@@ -79,15 +82,17 @@ def one(run: str, arguments: str, file: Path) -> None:
 
 
 def _measure(todo: Sequence[Measurement], options: Options, results: dict[str, Any], out: Path) -> None:
-    """Each in a process of its own (quick: all in this one), with what is left estimated from what is done."""
+    """Do each measurement in a process of its own (quick: all in this one), and log the estimated time left."""
     from benchmarks import store
 
-    whole, done, begin = sum(row.minutes for row in todo), 0.0, time.perf_counter()
-    for number, row in enumerate(todo, 1):
+    total = sum(measurement.minutes for measurement in todo)
+    done = 0.0
+    begin = time.perf_counter()
+    for number, measurement in enumerate(todo, 1):
         spent = (time.perf_counter() - begin) / 60
-        left = (whole - done) * (spent / done if done else 1.0)
-        _say(f"[{number}/{len(todo)}] {row.name}: {spent:.1f} minutes so far, about {left:.0f} left")
-        around = {"load": store.load(), "commit": store.commit()}
+        left = (total - done) * (spent / done if done else 1.0)
+        _log(f"[{number}/{len(todo)}] {measurement.name}: {spent:.1f} minutes so far, about {left:.0f} left")
+        conditions = {"load": store.load(), "commit": store.commit()}
         if options.quick:
             import torch
 
@@ -95,22 +100,22 @@ def _measure(todo: Sequence[Measurement], options: Options, results: dict[str, A
 
             _quiet()
             torch.set_num_threads(options.threads)
-            result = RUNS[row.run](**row.arguments)
+            result = RUNS[measurement.run](**measurement.arguments)
         else:
-            result = fresh.call(row.run, row.arguments, options.threads, row.environment)
-        store.add(out, results, row.name, {**result, **around})
-        done += row.minutes
+            result = fresh.call(measurement.run, measurement.arguments, options.threads, measurement.environment)
+        store.add(out, results, measurement.name, {**result, **conditions})
+        done += measurement.minutes
 
 
 def _quiet() -> None:
-    """Keep transformers' bars and notes out of the progress lines."""
+    """Switch off the progress bars and notes of transformers."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 

@@ -1,7 +1,7 @@
-"""The floor: operations that a step cannot do without, over the rate at which this machine multiplies matrices.
+"""The floor of a step's time: its necessary operations over the rate at which this machine multiplies matrices.
 
 operations = 2 x (matrix parameters of the blocks) x (prompt tokens + text tokens) x 2 (forward, gradient of the input)
-+ the head on labeled positions. What attention needs is listed apart.
++ the head on labeled positions. The operations of attention are listed separately.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LAYERS_TIMED = 4
-"""Layers whose matrices take turns when the rate is measured: as in a model, they do not stay in the caches."""
+"""Layers whose matrices take turns when the rate is measured, so that they leave the caches as in a model."""
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What the floor needs to know of a decoder: `matrices` are (out, in) of one layer, all layers being alike."""
+    """The dimensions of a decoder whose layers are alike; `matrices` are (out, in) of one layer."""
 
     layers: int
     matrices: tuple[tuple[int, int], ...]
@@ -30,7 +30,7 @@ class Dimensions:
     @property
     def parameters(self) -> int:
         """Matrix parameters of all blocks."""
-        return self.layers * sum(out * into for out, into in self.matrices)
+        return self.layers * sum(rows * columns for rows, columns in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Operations:
 
     @property
     def floor(self) -> int:
-        """What the floor counts."""
+        """The operations that the floor counts."""
         return self.blocks + self.head
 
 
@@ -64,10 +64,16 @@ def dimensions(model: Any) -> Dimensions:
 
 
 def operations(size: Dimensions, prompts: Sequence[int], texts: Sequence[int], labeled: int) -> Operations:
-    """What one step needs when each of the distinct `prompts` (lengths) and each of the `texts` (lengths) is read once.
+    """The operations of one step that computes each distinct prompt and each text once.
 
-    `labeled` positions reach the vocabulary. Every text is taken to stand behind the first prompt. Attention looks at
-    what precedes a token and at itself: two products forward, four backward, of head_width for each pair and head.
+    Every text follows the first prompt. A token attends to itself and to the tokens before it: two products forward and
+    four backward, of head_width for each pair and head.
+
+    Args:
+        size: The dimensions of the decoder.
+        prompts: The lengths of the distinct prompts.
+        texts: The lengths of the texts.
+        labeled: Positions whose logits are computed.
     """
     tokens = sum(prompts) + sum(texts)
     pairs = sum(p * (p + 1) // 2 for p in prompts) + sum(t * prompts[0] + t * (t + 1) // 2 for t in texts)
@@ -79,29 +85,38 @@ def operations(size: Dimensions, prompts: Sequence[int], texts: Sequence[int], l
 
 
 def products(size: Dimensions, tokens: int, dtype: str, device: str) -> tuple[int, dict[str, Callable[[], None]]]:
-    """Ways of multiplying `tokens` rows with some layers' matrices, forward and backward, and the operations of one go.
+    """Kernels that multiply the states of `tokens` tokens with the matrices of some layers, forward and backward.
 
-    Each has run once already. linear: torch's own; oneDNN: the product that torch's compiler would take, and packed:
-    with the matrices laid out for it beforehand, where torch has them.
+    Each kernel has run once already. `linear` is torch's own. `oneDNN` is the product that torch's compiler takes, and
+    `oneDNN, packed` the same with matrices in its own layout, where torch has them.
+
+    Returns:
+        The operations of one call, and the kernels by name.
     """
-    kind = getattr(torch, dtype)
-    both = [shape for out, into in size.matrices for shape in ((out, into), (into, out))]
-    inputs = {into: torch.randn(tokens, into).to(device, kind) for _, into in both}
-    weights = [torch.randn(shape).to(device, kind) for _ in range(min(LAYERS_TIMED, size.layers)) for shape in both]
+    torch_dtype = getattr(torch, dtype)
+    shapes: list[tuple[int, int]] = []
+    for rows, columns in size.matrices:
+        shapes += [(rows, columns), (columns, rows)]
+    inputs = {columns: torch.randn(tokens, columns).to(device, torch_dtype) for _, columns in shapes}
+    weights = []
+    for _ in range(min(LAYERS_TIMED, size.layers)):
+        weights += [torch.randn(shape).to(device, torch_dtype) for shape in shapes]
     count = sum(2 * tokens * weight.numel() for weight in weights)
 
-    def over(chosen: Sequence[Tensor], multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-        turns = [(inputs[plain.shape[1]], weight) for plain, weight in zip(weights, chosen, strict=True)]
+    def kernel(matrices: Sequence[Tensor], multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        pairs = []
+        for weight, matrix in zip(weights, matrices, strict=True):
+            pairs.append((inputs[weight.shape[1]], matrix))
 
-        def go() -> None:
+        def call() -> None:
             with torch.no_grad():
-                for states, weight in turns:
-                    multiply(states, weight)
+                for states, matrix in pairs:
+                    multiply(states, matrix)
 
-        return go
+        return call
 
-    ways = {"linear": over(weights, functional.linear)}
-    ways["linear"]()
+    kernels = {"linear": kernel(weights, functional.linear)}
+    kernels["linear"]()
     fused = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     pack = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
@@ -114,11 +129,11 @@ def products(size: Dimensions, tokens: int, dtype: str, device: str) -> tuple[in
         candidates = {"oneDNN": lambda: weights}
         if pack is not None:
             candidates["oneDNN, packed"] = lambda: [pack(weight, tokens) for weight in weights]
-        for name, laid_out in candidates.items():
+        for name, matrices in candidates.items():
             try:
-                way = over(laid_out(), onednn)
-                way()
+                candidate = kernel(matrices(), onednn)
+                candidate()
             except (RuntimeError, NotImplementedError):  # a CPU or build of torch without it
                 continue
-            ways[name] = way
-    return count, ways
+            kernels[name] = candidate
+    return count, kernels

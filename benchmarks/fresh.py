@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, so that nothing else is loaded and no memory is left over."""
+"""A measurement in a process of its own, without other modules and without memory of earlier measurements."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class FreshError(RuntimeError):
-    """A measurement's process failed; what it wrote stands on the terminal."""
+    """A measurement's process failed; its output is on the terminal."""
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -48,5 +48,5 @@ def call(
         )
         if done.returncode:
             raise FreshError(f"the process of measurement '{run}' ended with status {done.returncode}; see above")
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return result

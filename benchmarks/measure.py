@@ -25,9 +25,10 @@ class Ratio:
 def ratio(above: Sequence[float], below: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> Ratio:
     """median(above) / median(below); entry i of both was measured in the same round.
 
-    The interval is the 2.5th to 97.5th percentile over rounds drawn again with replacement, both sides of a round
-    together.
-    Raises ValueError when the two have different lengths or none.
+    The interval is the 2.5th to 97.5th percentile over rounds drawn with replacement, both sides of a round together.
+
+    Raises:
+        ValueError: The two have different lengths or none.
     """
     if len(above) != len(below) or not above:
         raise ValueError(f"a ratio needs as many times above as below, given {len(above)} and {len(below)}")
@@ -47,7 +48,7 @@ def timed(call: Call, device: str = "cpu") -> float:
 
 
 def wait(device: str) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
 
@@ -60,9 +61,11 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each contestant in each of `rounds` rounds.
 
-    All run once a round, in an order that turns by one from round to round and is reversed in every second one, so that
-    neither a slow drift of the machine nor the place behind a certain other one favors any of them.
-    Raises RuntimeError when a contestant leaves torch with another number of threads for the others.
+    All run once a round. The order rotates by one from round to round, and every second round is reversed. Neither a
+    slow drift of the machine nor the contestant before favors any of them.
+
+    Raises:
+        RuntimeError: A contestant changes torch's number of threads.
     """
     threads = torch.get_num_threads()
     names = list(contestants)
@@ -78,6 +81,6 @@ def interleave(
     return seconds
 
 
-def relative(given: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The norm of the difference over the norm of `wanted`."""
-    return float((given.double() - wanted.double()).norm() / wanted.double().norm())
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The norm of the difference over the norm of `expected`."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())

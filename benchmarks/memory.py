@@ -11,22 +11,25 @@ STATUS = Path("/proc/self/status")
 
 
 def watch(device: str) -> Callable[[], dict[str, float]]:
-    """Begin to watch this process; the answer gives MiB when it is called.
+    """Begin to watch the memory of this process.
 
-    `above`: VmHWM now minus VmRSS at the beginning; `of_steps`: the same with the high-water mark lowered at the
-    beginning, where the kernel lets us, so that a peak of loading is left out. On CUDA both are the allocator's.
+    Returns:
+        A function that gives MiB: `above` is VmHWM now minus VmRSS at the beginning. `of_steps` is the same with the
+        high-water mark reset at the beginning, where the kernel permits it, so that it excludes a peak of loading. On
+        CUDA both are the allocator's. `before` is the memory at the beginning.
     """
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
+        loaded = torch.cuda.memory_allocated()
 
         def allocated() -> dict[str, float]:
-            above = (torch.cuda.max_memory_allocated() - held) / MIB
-            return {"above": above, "of_steps": above, "before": held / MIB}
+            above = (torch.cuda.max_memory_allocated() - loaded) / MIB
+            return {"above": above, "of_steps": above, "before": loaded / MIB}
 
         return allocated
-    resident, loading = read("VmRSS"), read("VmHWM")
+    resident = read("VmRSS")
+    loading = read("VmHWM")
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

@@ -1,4 +1,4 @@
-"""The frozen models that are measured: the packaged one, and well-known shapes with random weights."""
+"""The measured frozen models: the packaged one, and well-known shapes with random weights."""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,29 +44,30 @@ def is_random(name: str) -> bool:
 
 
 def kind(name: str) -> str:
-    """What a row of this model is labeled with: `causal` a token, `seq2seq` a target, `sequence` a class."""
+    """The kind of a model's labels: `causal` a token, `seq2seq` a target, `sequence` a class."""
     return "seq2seq" if "t5" in name else "sequence" if "bert" in name else "causal"
 
 
 def path(name: str) -> str:
-    """The local directory of a packaged model; another name is taken as a directory of its own."""
+    """The local directory of a packaged model; another name is a directory itself."""
     return str(assets.fetch(name)) if assets.is_asset(name) else name
 
 
 def randomly(name: str, dtype: str, device: str, attention: str | None = None) -> Any:
     """A stock model of a well-known shape, with random weights that depend on the shape alone."""
-    made, config = RANDOM[name]
+    model_class, config = RANDOM[name]
     torch.manual_seed(SEED)
     options = {} if attention is None else {"attn_implementation": attention}
-    return made._from_config(config(), **options).to(device=device, dtype=getattr(torch, dtype))  # type: ignore[attr-defined]
+    model = model_class._from_config(config(), **options)  # type: ignore[attr-defined]
+    return model.to(device=device, dtype=getattr(torch, dtype))
 
 
 def tokenizer(name: str) -> Any:
-    """The model's tokenizer; a shape with random weights reads the words w3, w4, ... as its tokens 3, 4, ..."""
+    """The model's tokenizer; that of a random shape encodes the words w3, w4, ... as tokens 3, 4, ..."""
     if not is_random(name):
         return t.AutoTokenizer.from_pretrained(path(name))
     size = RANDOM[name][1]().vocab_size
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, size)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<s>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return t.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
+    backend = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return t.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>")

@@ -1,4 +1,4 @@
-"""The file that results are kept in, and the facts of the machine that made them."""
+"""The file of the results, with the facts of the machine that measured them."""
 
 import json
 import os
@@ -20,27 +20,29 @@ VERSION = 1
 
 
 class StoreError(ValueError):
-    """Results that cannot be read or gone on with."""
+    """Results that cannot be read or continued."""
 
 
 def read(file: Path) -> dict[str, Any]:
     """The results in `file`.
 
-    Raises StoreError when there are none that this version understands.
+    Raises:
+        StoreError: The file has no results of this version of the format.
     """
     try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        results: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StoreError(f"no results in {file}: {error}; make some with `python -m benchmarks`") from None
-    if found.get("version") != VERSION:
-        raise StoreError(f"{file} has version {found.get('version')} of the format, known is {VERSION}; measure anew")
-    return found
+    if results.get("version") != VERSION:
+        raise StoreError(f"{file} has version {results.get('version')} of the format, known is {VERSION}; measure anew")
+    return results
 
 
 def begin(file: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
-    """The results to add to: those in `file` when resuming and there are some, else none yet.
+    """The results to add to: those in `file` when resuming, else none yet.
 
-    Raises StoreError when results were made on another machine, with other versions or other settings.
+    Raises:
+        StoreError: The results come from another machine, other versions or other settings.
     """
     fresh: dict[str, Any] = {
         "version": VERSION,
@@ -50,27 +52,28 @@ def begin(file: Path, settings: dict[str, Any], resume: bool) -> dict[str, Any]:
     }
     if not (resume and file.exists()):
         return fresh
-    kept = read(file)
+    stored = read(file)
     for part in ("settings", "machine"):
-        changed = [key for key in fresh[part] if kept[part].get(key) != fresh[part][key]]
+        changed = [key for key in fresh[part] if stored[part].get(key) != fresh[part][key]]
         if changed:
-            was, now = kept[part].get(changed[0]), fresh[part][changed[0]]
+            was = stored[part].get(changed[0])
+            now = fresh[part][changed[0]]
             raise StoreError(
                 f"{file} was made with {changed[0]} {was}, now it is {now}: the times do not compare; "
                 f"leave --resume out or choose another file with --out"
             )
-    return kept
+    return stored
 
 
 def add(file: Path, results: dict[str, Any], name: str, value: dict[str, Any]) -> None:
-    """Keep one measurement; whoever reads the file at any time sees whole results."""
+    """Write one measurement; the file is complete at any time."""
     results["results"][name] = value
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, results)
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the times depend on."""
+    """The facts that times depend on: CPU, threads, accelerator, versions."""
     able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return {
         "cpu": _cpu(),
@@ -91,12 +94,12 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Processes that wanted to run during the last minute: whether the machine was quiet."""
+    """The load average of the last minute, which tells whether the machine was quiet."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def commit() -> str | None:
-    """The state of the checkout that is measured, where git can say."""
+    """The commit of the measured checkout, where git knows it."""
     words = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -10,7 +10,7 @@ BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
 
 
 def page(stored: Mapping[str, Any]) -> str:
-    """All tables of what `store.read` gives, in Markdown; only what was measured appears."""
+    """All tables of the results of `store.read`, in Markdown; measurements that are missing are left out."""
     results = stored["results"]
     parts = [_machine(stored), _targets(results), _steps(results, "step/"), _loops(results), _busy(results)]
     parts += [_floor(results)]
@@ -41,7 +41,7 @@ def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) ->
 
 def _machine(stored: Mapping[str, Any]) -> str:
     facts, settings = stored["machine"], stored["settings"]
-    native = [name for name, there in facts["bfloat16"].items() if there]
+    native = [name for name, supported in facts["bfloat16"].items() if supported]
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     loads = [r["load"] for r in stored["results"].values() if r.get("load") is not None]
     busy = f"; load average before each measurement {min(loads):.1f} to {max(loads):.1f}" if loads else ""
@@ -58,7 +58,7 @@ def _machine(stored: Mapping[str, Any]) -> str:
 def _targets(results: Mapping[str, Any]) -> str:
     rows = [
         (
-            verdict.target.what,
+            verdict.target.figure,
             f"{'at least' if verdict.target.least else 'at most'} {verdict.target.value:g}",
             _interval(vars(verdict.ratio)),
             "yes" if verdict.reached else "no" if verdict.enough else "too few pairs",
@@ -115,8 +115,8 @@ def _loops(results: Mapping[str, Any]) -> str:
             "PEFT Trainer": f"ours is {_interval(ratios['PEFT Trainer to Trainer'])} times faster",
         }
         for name, seconds in result["medians"].items():
-            what = f"{result['model']}, {_shape(result['shape'])}"
-            rows.append((what, result["dtype"], name, f"{seconds:.3f}", notes.get(name, "")))
+            workload = f"{result['model']}, {_shape(result['shape'])}"
+            rows.append((workload, result["dtype"], name, f"{seconds:.3f}", notes.get(name, "")))
     columns = ("what", "dtype", "written as", "seconds a step", "compared")
     return _table("A plain loop and Trainer, in one run with the command's path", columns, rows)
 

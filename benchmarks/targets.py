@@ -12,12 +12,12 @@ PAIRS = 15
 
 @dataclass(frozen=True)
 class Target:
-    """`what` counts as reached when the unfavorable end of the interval of its ratio is at least (at most) `value`.
+    """A figure, which is reached when the unfavorable end of the interval of its ratio is at least (at most) `value`.
 
-    The ratio stands in the results of `measurement` at `path`; inverse: there it is PEFT's over ours.
+    The results of `measurement` hold the ratio at `path`; inverse: as PEFT's over ours.
     """
 
-    what: str
+    figure: str
     measurement: str
     path: tuple[str, ...]
     value: float
@@ -73,7 +73,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """A target with what was measured; `enough` pairs or not."""
+    """A target with its measured ratio, and whether there were `enough` pairs."""
 
     target: Target
     ratio: Ratio
@@ -81,21 +81,21 @@ class Verdict:
 
     @property
     def reached(self) -> bool:
-        """Whether the whole interval lies on the right side, and there were enough pairs."""
+        """Whether the whole interval is on the right side, and there were enough pairs."""
         ratio, target = self.ratio, self.target
         return self.enough and (ratio.low >= target.value if target.least else ratio.high <= target.value)
 
 
 def verdicts(results: Mapping[str, Any]) -> list[Verdict]:
-    """All targets of which a measurement is there."""
+    """The verdicts on all targets that were measured."""
     return [_verdict(target, results[target.measurement]) for target in TARGETS if target.measurement in results]
 
 
 def _verdict(target: Target, result: Mapping[str, Any]) -> Verdict:
-    found: Any = result
+    entry: Any = result
     for key in target.path:
-        found = found[key]
-    ratio = Ratio(found["value"], found["low"], found["high"])
+        entry = entry[key]
+    ratio = Ratio(entry["value"], entry["low"], entry["high"])
     if target.inverse:
         ratio = Ratio(1 / ratio.value, 1 / ratio.high, 1 / ratio.low)
     if "processes" in result:

@@ -1,4 +1,4 @@
-"""PEFT's side of the measurements, as its documentation trains a prompt; every call to PEFT stands here."""
+"""PEFT's side of the measurements, as its documentation trains a prompt; no other module calls PEFT."""
 
 import inspect
 import warnings
@@ -21,15 +21,15 @@ TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "sequence": "SEQ_CLS"
 class Theirs:
     """`get_peft_model(PromptTuningConfig(...))` on the same model; a `workload.Side`.
 
-    attention: transformers' implementation; None is what the model takes by itself. No cache is built in training,
-    which its documentation leaves to transformers' Trainer.
+    attention: transformers' implementation; None is the model's default. Training builds no cache, which PEFT's
+    documentation leaves to transformers' Trainer.
     """
 
     def __init__(self, model: str, dtype: str, device: str, prompt: int, attention: str | None = None) -> None:
         self.kind, self.device, self.loss = models.kind(model), device, float("nan")
         base = _load(model, dtype, device, attention)
         self.tokenizer = models.tokenizer(model) if self.kind == "causal" else None
-        self.keeps = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(base.forward).parameters
         # Of an encoder-decoder PEFT makes two prompts and trains the first; here it makes one.
         config = peft.PromptTuningConfig(
             task_type=TASKS[self.kind],
@@ -83,8 +83,8 @@ class Theirs:
 
     def gradient(self) -> Tensor:
         """See `workload.Side`."""
-        found: Tensor = self.weight.grad
-        return found.float().cpu()
+        gradient: Tensor = self.weight.grad
+        return gradient.float().cpu()
 
     def touch(self) -> None:
         """See `workload.Side`."""
@@ -101,7 +101,7 @@ class Theirs:
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         names = list(labels)
         singles = [name for name in names if len(labels[name]) == 1]
-        found = torch.empty(len(texts), len(names), dtype=torch.float64)
+        log_probs = torch.empty(len(texts), len(names), dtype=torch.float64)
         groups = ([singles] if singles else []) + [[name] for name in names if name not in singles]
         order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
         self.model.eval()
@@ -111,12 +111,12 @@ class Theirs:
                 columns = torch.tensor([names.index(name) for name in group])
                 for at in range(0, len(order), size):
                     index = order[at : at + size]
-                    chances = self._chances([ids[i] for i in index], answers)
-                    found[torch.tensor(index)[:, None], columns] = chances.double().cpu()
+                    batch_log_probs = self._log_probs([ids[i] for i in index], answers)
+                    log_probs[torch.tensor(index)[:, None], columns] = batch_log_probs.double().cpu()
         self.model.train()
-        return found
+        return log_probs
 
-    def _chances(self, texts: list[list[int]], answers: Tensor) -> Tensor:
+    def _log_probs(self, texts: list[list[int]], answers: Tensor) -> Tensor:
         """Log-probability [rows, labels] of `answers` [labels, tokens]: many of one token, or one of several."""
         read = answers[0, :-1].tolist()
         rows = [torch.tensor(text + read) for text in texts]
@@ -126,11 +126,11 @@ class Theirs:
             "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(self.device),
         }
         longest = batch["input_ids"].shape[1]
-        kept = longest - int(first.min())
-        options = {"logits_to_keep": kept} if self.keeps else {}
-        logits = self.model(**batch, use_cache=False, **options).logits[:, -kept:]
+        scored = longest - int(first.min())
+        options = {"logits_to_keep": scored} if self.takes_logits_to_keep else {}
+        logits = self.model(**batch, use_cache=False, **options).logits[:, -scored:]
         tokens = answers.shape[1]
-        places = first[:, None] - (longest - kept) + torch.arange(tokens, device=self.device)
+        places = first[:, None] - (longest - scored) + torch.arange(tokens, device=self.device)
         chosen = logits[torch.arange(len(texts), device=self.device)[:, None], places].float().log_softmax(-1)
         if tokens == 1:
             return chosen[:, 0, answers[:, 0]]

@@ -1,4 +1,4 @@
-"""What is read: random rows of given lengths as token ids, and random texts for classification, all from seeds."""
+"""The workload: random rows of given lengths as token ids, and random texts for classification, all from seeds."""
 
 import random
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Row:
 
 
 class Side(Protocol):
-    """What ours and PEFT's have in common; the measurements know no more of either."""
+    """The interface of our side and PEFT's; the measurements use nothing else."""
 
     loss: float
 
@@ -69,16 +69,16 @@ def rows(shape: Shape, vocabulary: int, kind: str, classes: int = 3, seed: int =
     def tokens(count: int) -> list[int]:
         return [draw.randrange(first, vocabulary) for _ in range(count)]
 
-    made = []
+    batch = []
     for _ in range(shape.rows):
         ids = tokens(draw.randint(shape.shortest, shape.longest))
         if kind == "seq2seq":
-            made.append(Row(ids, tokens(4)))
+            batch.append(Row(ids, tokens(4)))
         elif kind == "sequence":
-            made.append(Row(ids, draw.randrange(classes)))
+            batch.append(Row(ids, draw.randrange(classes)))
         else:
-            made.append(Row(ids, [IGNORE] * (len(ids) - 1) + ids[-1:]))
-    return made
+            batch.append(Row(ids, [IGNORE] * (len(ids) - 1) + ids[-1:]))
+    return batch
 
 
 def start_ids(prompt: int, vocabulary: int, seed: int = 0) -> list[int]:

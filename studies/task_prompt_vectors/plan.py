@@ -1,6 +1,6 @@
 """The configuration of the study: tasks, starts, pairs, unseen targets."""
 
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
@@ -137,7 +137,7 @@ class Study(Section):
             if getattr(self.prompt, key) != getattr(PromptConfig(), key):
                 raise ValueError(f"prompt.{key} is set by the study itself; leave it out (see vectors.starts)")
         check_known("vectors.tune_on", self.vectors.tune_on or (), titles)
-        check_known("groups", [name for group in self.groups.values() for name in group], titles)
+        check_known("groups", chain.from_iterable(self.groups.values()), titles)
         self._check_starts()
         if self.sums is not None:
             if self.sums.starts > len(self.vectors.starts):

@@ -66,9 +66,10 @@ def kept_share(pair: Mapping[str, Any], kind: str) -> float | None:
     """The share of the gain of training that a prompt of `kind` keeps, mean over both tasks; None where none gained."""
     shares = []
     for name in pair["tasks"]:
-        own, start, value = (fmean(pair["scores"][key][name]) for key in ("own", "start", kind))
-        if own - start > MIN_GAIN:
-            shares.append((value - start) / (own - start))
+        start = fmean(pair["scores"]["start"][name])
+        gain = fmean(pair["scores"]["own"][name]) - start
+        if gain > MIN_GAIN:
+            shares.append((fmean(pair["scores"][kind][name]) - start) / gain)
     return fmean(shares) if shares else None
 
 
