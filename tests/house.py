@@ -329,7 +329,7 @@ def measure_opening(checkout: "Checkout") -> Measurement:
     """Count the functions that read an artifact and build its method.
 
     A function rebuilds where it builds a method and either takes an Artifact or reads one. A way to open a prompt is a
-    function that rebuilds and reads, or one that calls a function that rebuilds without rebuilding itself.
+    function that rebuilds and reads, or one that passes an artifact to a function that rebuilds and does not read.
 
     Raises:
         LookupError: The functions that build methods and read artifacts have other names now.
@@ -347,8 +347,9 @@ def measure_opening(checkout: "Checkout") -> Measurement:
             rebuilding.add(function.name)
             if reads:
                 places.add(function.name)
+    takes_an_artifact = rebuilding - places
     for function in functions:
-        if function.name not in rebuilding and function.calls & rebuilding:
+        if function.name not in rebuilding and function.calls & takes_an_artifact:
             places.add(function.name)
     return Measurement(len(places), sorted(places))
 

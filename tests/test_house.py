@@ -13,7 +13,6 @@ from house import LIMITS, Checkout, Limit, Measurement, Module
 PENDING = {
     "modules with exactly one importer",
     "calls from the command to the backbone's forward",
-    "ways to open a prompt",
     "comprehensions per 1,000 lines",
     "source lines",
 }
@@ -168,6 +167,15 @@ LIBRARY = {
             def open_one(path): return rebuild(path)
             """,
             ["model.open_all", "model.open_one"],
+        ),
+        (
+            """
+            from softprompts.artifacts import artifact
+            from softprompts.methods import build
+            def open_artifact(path): return build(artifact.load(path).method)
+            def open_directory(paths): return list(map(open_artifact, paths)) or [open_artifact(paths[0])]
+            """,
+            ["model.open_artifact"],
         ),
     ],
 )
