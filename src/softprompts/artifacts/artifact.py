@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from softprompts.artifacts import collection, peft_files
-from softprompts.artifacts.fingerprint import check_fingerprint as check_fingerprint
 from softprompts.artifacts.fingerprint import rms
 from softprompts.artifacts.io import (
     decode_tensors,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompts.assets import fetch
+from softprompts.assets.download import fetch
 from softprompts.config import TaskConfig
 from softprompts.types import Row
 

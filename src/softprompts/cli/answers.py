@@ -16,10 +16,10 @@ from softprompts.cli.options import (
     Prompt,
     Prompts,
     Quantize,
-    key_help,
     model_changes,
 )
 from softprompts.cli.screen import counting, log, progress, quiet, show_json, show_table
+from softprompts.config.reference import key_help
 from softprompts.errors import ConfigError
 
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=key_help("evaluation.max_new_tokens"))]

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from softprompts.config.schema import Run
+from softprompts.config.old_keys import section_in
+from softprompts.config.schema import Run, Section
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -38,6 +39,17 @@ def list_keys(model: type[BaseModel] = Run) -> list[Key]:
     schema = model.model_json_schema()
     _list_section(schema, schema.get("$defs", {}), "", {}, {}, keys)
     return keys
+
+
+def key_help(path: str) -> str:
+    """The help of a key of a run, such as `training.max_steps`."""
+    *sections, name = path.split(".")
+    owner: type[Section] = Run
+    for key in sections:
+        inside = section_in(owner.model_fields[key].annotation)
+        assert inside is not None
+        owner = inside
+    return str(owner.model_fields[name].description)
 
 
 def json_schema(model: type[BaseModel] = Run, options: Mapping[str, type[BaseModel]] | None = None) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from softprompts.data.task import require_label
 from softprompts.data.templates import label_names, require_column, split_words
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
-from softprompts.injection import generation
+from softprompts.injection import continuations, generation
 from softprompts.model import SoftPromptModel
 from softprompts.model.prefix_cache import PrefixCache
 from softprompts.types import IGNORE, Batch
@@ -366,10 +366,10 @@ def _causal_log_probs(
     labels = list(candidates.values())
     log_probs = torch.empty(len(prompted_rows), len(labels), dtype=torch.float64)
     leading, examples = _split_leading(cache, _encode_texts(encoder, prompted_rows))
-    label_tokens = len(injection.candidate_tree(labels).token_ids)
+    label_tokens = len(continuations.candidate_tree(labels).token_ids)
     for indices, batch in _batches(examples, cache, encoder, config, extra_tokens=label_tokens):
         prompt, prefix = cache.prompts(batch, leading)
-        scores = injection.score_continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
+        scores = continuations.score_continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
         log_probs[torch.tensor(indices)] = scores.cpu()
     return log_probs
 

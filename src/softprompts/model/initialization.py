@@ -16,7 +16,9 @@ from torch import Tensor
 from softprompts import errors
 from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.artifacts.vectors import similarity
+from softprompts.artifacts.vectors.expression import read_expression
 from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
 from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
 from softprompts.config import InitConfig, closest
@@ -253,7 +255,7 @@ def _check_fits(
     opened: Artifact, path: str | Path, weights: Fingerprint, site: Site, spec: PromptSpec, allow_other_weights: bool
 ) -> None:
     try:
-        artifact.check_fingerprint(opened.fingerprint, weights, allow_other_weights)
+        check_fingerprint(opened.fingerprint, weights, allow_other_weights)
     except errors.WrongBackboneError as error:
         raise errors.WrongBackboneError(f"{path}: {error}") from None
     if opened.site != site.name or opened.shape != (spec.length, spec.width):
@@ -274,7 +276,7 @@ def _from_vector(
 ) -> PromptInit:
     """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
-    total = vectors.read_expression(config.vector)
+    total = read_expression(config.vector)
     _check_fits(total.reference, config.vector, fingerprint(backbone), site, spec, allow_other_weights)
     if config.start is not None:
         began = initialize(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from softprompts import __version__, injection
 from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import PromptConfig, closest
 from softprompts.data import TaskTemplate
@@ -202,7 +203,7 @@ def open_artifact(
         ConfigError: Its method or options are not known here.
     """
     opened = artifact.load(path, member) if loaded is None else loaded
-    warnings = artifact.check_fingerprint(opened.fingerprint, fingerprint(backbone), allow_other_weights)
+    warnings = check_fingerprint(opened.fingerprint, fingerprint(backbone), allow_other_weights)
     if opened.head != backbone.head or opened.family not in (None, backbone.family.name):
         raise ArtifactError(
             f"{path} holds a prompt for a {opened.family or 'any'} model with head '{opened.head}', but "

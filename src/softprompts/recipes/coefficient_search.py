@@ -15,7 +15,9 @@ from torch import Tensor
 
 from softprompts.artifacts import artifact, vectors
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.artifacts.vectors import Vector
+from softprompts.artifacts.vectors.expression import locate_prompt, parse_expression, read_expression
 from softprompts.backbone import fingerprint
 from softprompts.config import ModelConfig, TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
@@ -24,7 +26,7 @@ from softprompts.evaluation.evaluate import evaluation_config
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import backbone_config
-from softprompts.recipes.evaluator import Evaluator, load_evaluator
+from softprompts.recipes.evaluate_prompts import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, versions
 
@@ -72,7 +74,7 @@ def choose_coefficient(
     return Choice(grid[best], tuple(grid), scores, means)
 
 
-def search(
+def search_coefficient(
     text: str,
     out: str | Path,
     *,
@@ -105,13 +107,13 @@ def search(
             evaluation.
     """
     began = time.time()
-    total = vectors.read_expression(text)
+    total = read_expression(text)
     initial = resolve_start(total, start)
-    names = on or vectors.parse_expression(text)
-    prompts = _prompts_of_tasks({name: artifact.load(vectors.locate_prompt(name)) for name in names})
+    names = on or parse_expression(text)
+    prompts = _prompts_of_tasks({name: artifact.load(locate_prompt(name)) for name in names})
     like = total.reference
     backbone = load_backbone(backbone_config(like, model, changes), log=reporter.log)
-    artifact.check_fingerprint(like.fingerprint, fingerprint(backbone), False)
+    check_fingerprint(like.fingerprint, fingerprint(backbone), False)
     site = Site(like.site, like.mode, like.placement)
     evaluators = []
     for config, prompt in prompts.values():

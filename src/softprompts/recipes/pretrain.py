@@ -18,10 +18,11 @@ from typing import Any
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run, TrainConfig
-from softprompts.data import EncodedExample, ExampleTokenizer, Row, classes
+from softprompts.data import ExampleTokenizer, Row, classes
+from softprompts.data.encoding import EncodedExample
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate, metrics, page
-from softprompts.methods import find, names
+from softprompts.methods.registry import find, names
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.results import validation_curve
 from softprompts.recipes.run.run import (
@@ -46,7 +47,7 @@ USED = (
 """The keys of `training` that pretraining uses; `head_learning_rate` is the classifier's."""
 
 
-def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
+def pretrain(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
     """Pretrain a run's method on the classes of its task; write what `prompt.init.state` takes to `output_dir/prompt`.
 
     results.json and report.html beside it have the classifier's scores on the test rows. An interrupted run continues

@@ -17,13 +17,17 @@ from torch import Tensor
 
 from softprompts import injection
 from softprompts.artifacts import artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import DistillationConfig, closest
-from softprompts.data import EncodedExample, collate, evaluation_order
+from softprompts.data.collation import collate
+from softprompts.data.encoding import EncodedExample
+from softprompts.data.sampling import evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.training.checkpoint import machine_of
+from softprompts.training.shared_batch import pad_token
 from softprompts.types import Output, Prompt, TeacherBatch
 
 FILE = "teacher-states.safetensors"
@@ -107,7 +111,7 @@ def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequenc
 
 def _load_teacher(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher:
     loaded = artifact.load(path)
-    artifact.check_fingerprint(loaded.fingerprint, weights, False)
+    check_fingerprint(loaded.fingerprint, weights, False)
     if loaded.head != backbone.head or backbone.head != "lm":
         raise ConfigError(
             f"the teacher of {task}, {path}, reads head '{loaded.head}' and the model has '{backbone.head}'; teachers "
@@ -199,8 +203,7 @@ def _read(
     backbone: Backbone, teacher: TaskTeacher, examples: Sequence[EncodedExample], layers: Collection[int]
 ) -> Output:
     """The backbone's output for examples behind the prompt of their teacher."""
-    pad = 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
-    batch = collate(examples, pad).to(backbone.device)
+    batch = collate(examples, pad_token(backbone)).to(backbone.device)
     if batch.segment_lengths is not None and teacher.site.placement != "template":
         # The slots of the rows are for the student's prompt.
         batch = replace(batch, prompt_offsets=None, segment_lengths=None)

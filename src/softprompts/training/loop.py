@@ -24,7 +24,8 @@ from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
 
 from softprompts.config import TrainConfig
-from softprompts.data import EncodedExample, ExampleBatches, TaskBatches
+from softprompts.data.encoding import EncodedExample
+from softprompts.data.sampling import ExampleBatches, TaskBatches
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.model import SoftPromptModel
 from softprompts.training import checkpoint, objectives

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import Backbone
-from softprompts.data import EncodedExample, collate
+from softprompts.data.collation import collate
+from softprompts.data.encoding import EncodedExample
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.model import SoftPromptModel

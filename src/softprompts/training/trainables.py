@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.config import TrainConfig
-from softprompts.data import EncodedExample, collate, evaluation_order
+from softprompts.data.collation import collate
+from softprompts.data.encoding import EncodedExample
+from softprompts.data.sampling import evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.model import SoftPromptModel

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompts.artifacts.artifact import Artifact, check_fingerprint
+from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.errors import ArtifactError, WrongBackboneError
 
 Coefficient = int | float | Fraction

@@ -14,7 +14,7 @@ from softprompts.data.templates import slot_sizes
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import Site
-from softprompts.methods import check_site, find, sentence_encoders
+from softprompts.methods.registry import check_site, find, sentence_encoders
 from softprompts.model import SoftPromptModel, initialization
 from softprompts.model.persistence import Start
 from softprompts.model.setup import example_tokenizer, head_size, load_backbone
