@@ -245,9 +245,7 @@ def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: 
     with pytest.raises(ConfigError, match=r"cannot write into .*file/out: .*choose another directory with --out"):
         pretrain(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
     run = parse(topics(values, tmp_path / "topics", base="start"))
-    pretrain(
-        run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})})
-    )
+    pretrain(run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})}))
     with pytest.raises(
         ArtifactError, match="holds what pretraining taught method ipt and answers no task; train a run"
     ):

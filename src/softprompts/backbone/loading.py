@@ -8,9 +8,9 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from softprompts.backbone.model import Backbone, freeze, wrap
 from softprompts.backbone.devices import choose_device, choose_dtype, return_memory
 from softprompts.backbone.families import family_of_config
+from softprompts.backbone.model import Backbone, freeze, wrap
 from softprompts.backbone.quantization import quantize as quantize_model
 from softprompts.errors import BackboneError
 

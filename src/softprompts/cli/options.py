@@ -7,7 +7,6 @@ import typer
 
 from softprompts.config.reference import key_help
 
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Set one key of the configuration: section.key=value.")]
 Model = Annotated[str | None, typer.Option("--model", help=key_help("model.name"))]
