@@ -206,6 +206,17 @@ def test_the_model_s_rotation_is_back_after_an_error() -> None:
     assert modeling_llama.apply_rotary_pos_emb is stock
 
 
+@pytest.mark.parametrize("path", ["packed", "shared"])
+def test_recomputed_layers_use_the_same_fused_parts(path: str) -> None:
+    """The backward pass comes after the kernels' context has ended, and must round as the first run did."""
+    stored, recomputed = (
+        step(replace(tiny.backbone("llama"), kernels=Kernels(path=path, gradient_checkpointing=again)), "llama", INPUT)
+        for again in (False, True)
+    )
+    for gradient, again in zip(stored[1], recomputed[1], strict=True):
+        assert torch.equal(gradient, again)
+
+
 def seen(module: Any, run: Callable[[], Any]) -> list[tuple[int, ...]]:
     """Shapes of what `module` was given while `run` ran."""
     shapes: list[tuple[int, ...]] = []
