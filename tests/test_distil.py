@@ -16,6 +16,7 @@ from prompted import methods_of, plain, several
 from softprompts import injection
 from softprompts.artifacts import artifact
 from softprompts.config import DistillationConfig, PromptConfig, parse
+from softprompts.config.schema import DISTILLATION_OBJECTIVES
 from softprompts.data import collate
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
@@ -158,7 +159,7 @@ def test_hidden_by_the_mean_of_rows():
 
 def test_a_step_without_a_teacher_says_so():
     step = replace(step_of(rows.random(1, 2, 4), rows.random(1, 2, 4)), teacher=None)
-    for name in objectives.TAUGHT:
+    for name in DISTILLATION_OBJECTIVES:
         with pytest.raises(ValueError, match=r"the step has none; name them in training\.distillation"):
             objectives.OBJECTIVES[name](step)
 

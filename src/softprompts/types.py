@@ -467,7 +467,7 @@ def _mix_measures(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> dict[str
     for name in names:
         parts = [prompt.aux[name] for prompt in prompts]
         if all(part.dim() == 0 for part in parts):
-            counts = torch.tensor([len(index) for index in rows], device=parts[0].device, dtype=parts[0].dtype)
+            counts = torch.tensor(list(map(len, rows)), device=parts[0].device, dtype=parts[0].dtype)
             mixed[name] = (torch.stack(parts) * counts).sum() / counts.sum()
         elif len({part.shape[1:] for part in parts}) == 1:
             mixed[name] = torch.cat(parts)[order]

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from softprompts.artifacts import collection, peft_files
 from softprompts.artifacts.fingerprint import check_fingerprint as check_fingerprint
-from softprompts.artifacts.fingerprint import rms
+from softprompts.artifacts.fingerprint import rms, tensor_bytes
 from softprompts.artifacts.io import (
+    add_prefix,
     decode_tensors,
     encode_json,
     encode_tensors,
@@ -26,6 +27,7 @@ from softprompts.artifacts.io import (
     read_json,
     read_tensors,
     replace_directory,
+    take_prefix,
     to_json,
     to_number,
 )
@@ -125,7 +127,7 @@ class Artifact:
             tensors = [self.prompt]
         sha256 = hashlib.sha256(json.dumps(to_json(facts, "digest"), sort_keys=True).encode() + b"\0")
         for tensor in tensors:
-            sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            sha256.update(tensor_bytes(tensor))
         return sha256.hexdigest()
 
     @property
@@ -246,7 +248,7 @@ def _count_parameters(artifact: Artifact) -> int:
     state = artifact.state
     if not state and artifact.prompt is not None:
         state = {"prompt": artifact.prompt}
-    count = sum(value.numel() for value in artifact.heads.values())
+    count = sum(map(torch.numel, artifact.heads.values()))
     for name, value in state.items():
         if name.split(".")[-1] not in frozen:
             count += value.numel()
@@ -315,8 +317,7 @@ def _check(artifact: Artifact, path: Path) -> None:
 
 def _tensors(artifact: Artifact) -> dict[str, Tensor]:
     """The tensors of `softprompts.safetensors`."""
-    tensors = {f"state.{name}": value for name, value in artifact.state.items()}
-    tensors |= {f"head.{name}": value for name, value in artifact.heads.items()}
+    tensors = add_prefix("state.", artifact.state) | add_prefix("head.", artifact.heads)
     if artifact.prompt is not None:
         tensors["prompt"] = artifact.prompt
     if artifact.initial is not None:
@@ -334,14 +335,13 @@ def _load_softprompts(path: Path) -> Artifact:
     fingerprint = None
     if manifest.fingerprint is not None:
         fingerprint = Fingerprint(sketch=tensors["sketch"], **manifest.fingerprint.model_dump())
-    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
     converted = ("fingerprint", "parents", "segments")
     artifact = Artifact(
         **{key: getattr(manifest, key) for key in _SHARED_KEYS if key not in converted},
         prompt=tensors.get("prompt"),
         initial=tensors.get("initial"),
-        state=upgrade_state(manifest.method, state, manifest.format_version),
-        heads={name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")},
+        state=upgrade_state(manifest.method, take_prefix("state.", tensors), manifest.format_version),
+        heads=take_prefix("head.", tensors),
         fingerprint=fingerprint,
         parents=tuple(manifest.parents),
         segments=tuple(manifest.segments),
@@ -516,6 +516,6 @@ def _null_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _null_nonfinite(score) for key, score in value.items()}
     if isinstance(value, list | tuple):
-        return [_null_nonfinite(score) for score in value]
+        return list(map(_null_nonfinite, value))
     value = to_number(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -159,8 +159,10 @@ class Backbone:
 
     def _first_setting(self, *names: str) -> int | None:
         """The first of these settings that the model's configuration has; families name the same thing differently."""
-        values = (getattr(self.model.config, name, None) for name in names)
-        return next((value for value in values if value), None)
+        for name in names:
+            if value := getattr(self.model.config, name, None):
+                return int(value)
+        return None
 
     def _layer_stack(self, module: nn.Module, count: int | None) -> nn.ModuleList:
         for part in module.modules():

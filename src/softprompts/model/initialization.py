@@ -166,7 +166,7 @@ def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
             handle.remove()
     embedded = backbone.embed(ids)[0]
     if site.mode == "add":  # what is added at layer 0 is carried on by the model itself
-        return [embedded, *[torch.zeros_like(part) for part in inputs[1:]]]
+        return [embedded, *map(torch.zeros_like, inputs[1:])]
     return [embedded, *inputs[1:]]
 
 
@@ -216,13 +216,16 @@ def _from_labels(
         )
     if not site.at_embeddings:
         raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
+    rows = []
+    for word in words:
+        ids = text_pieces(backbone.tokenizer, word)
+        if not len(ids):
+            raise BackboneError(f"the label word {word!r} has no tokens; name words in init.labels or the verbalizer")
+        rows.append(from_ids(backbone, site, ids).mean(0, keepdim=True))
     filler = sample_vocabulary(backbone, spec.length - len(words), population, generator)
-    pieces = {word: text_pieces(backbone.tokenizer, word) for word in words}
-    empty = [word for word, ids in pieces.items() if not len(ids)]
-    if empty:
-        raise BackboneError(f"the label word {empty[0]!r} has no tokens; name words in init.labels or the verbalizer")
-    rows = [from_ids(backbone, site, pieces[word]).mean(0, keepdim=True) for word in words]
-    return torch.cat([*rows, *([from_ids(backbone, site, filler)] if len(filler) else [])])
+    if len(filler):
+        rows.append(from_ids(backbone, site, filler))
+    return torch.cat(rows)
 
 
 def text_pieces(tokenizer: Any, text: str) -> Tensor:

@@ -5,7 +5,7 @@ The search evaluates every coefficient of a grid on validation rows, and the cho
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
@@ -21,6 +21,7 @@ from softprompts.config import ModelConfig, TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation import page
 from softprompts.evaluation.evaluate import evaluation_config
+from softprompts.evaluation.metrics import plain_scores
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import backbone_config
@@ -67,7 +68,7 @@ def choose_coefficient(
     for evaluator in evaluators:
         task = evaluator.task
         scores[task.name] = evaluator.scores(prompts, task.validation, task.name, reporter.on_eval)
-    means = [fmean(values) for values in zip(*scores.values(), strict=True)]
+    means = list(map(fmean, zip(*scores.values(), strict=True)))
     best = max(range(len(grid)), key=lambda index: (means[index], -abs(grid[index])))
     return Choice(grid[best], tuple(grid), scores, means)
 
@@ -166,8 +167,7 @@ def _evaluate_on_test(
     for evaluator in evaluators:
         task = evaluator.task
         if task.test:
-            scores = evaluator.evaluate(prompt, task.test).scores
-            scores_of_tasks[task.name] = {metric: asdict(score) for metric, score in scores.items()}
+            scores_of_tasks[task.name] = plain_scores(evaluator.evaluate(prompt, task.test).scores)
         else:
             warnings.append(
                 f"{task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "

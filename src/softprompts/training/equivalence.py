@@ -188,5 +188,6 @@ def _loss_and_gradient(
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = []
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        flat.append(torch.zeros(parameter.numel()) if gradient is None else gradient.detach().cpu().flatten())
-    return float(loss.detach()), output.path, torch.cat([part.double() for part in flat])
+        part = torch.zeros(parameter.numel()) if gradient is None else gradient.detach().cpu().flatten()
+        flat.append(part.double())
+    return float(loss.detach()), output.path, torch.cat(flat)

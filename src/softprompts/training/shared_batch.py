@@ -48,7 +48,7 @@ class SharedBatch:
             examples: The examples of each run.
             seeds: The seed of each run's random stream, from which its methods draw.
         """
-        sizes = [len(part) for part in examples]
+        sizes = list(map(len, examples))
         alone = [prompt_batch(model, names, part) for names, part in zip(prompts, examples, strict=True)]
         whole = alone[0]
         if len(examples) > 1:
@@ -126,7 +126,7 @@ def label_count(example: EncodedExample, backbone: Backbone, site: Site | None) 
     first_is_unscored = site is None or not site.scores_first_token or bool(tokens_before_prompt)
     if backbone.head == "lm" and backbone.family.scores_next_token and first_is_unscored:
         labels = labels[1:]
-    return sum(label != IGNORE for label in labels)
+    return len(labels) - labels.count(IGNORE)
 
 
 def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]) -> None:

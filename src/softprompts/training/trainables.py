@@ -171,10 +171,11 @@ class TrainablePrompts:
         examples = [batch.examples for batch in batches]
         shared = SharedBatch.of(self.model, prompts, examples, [batch.prompt_seed for batch in batches])
         layers: set[int] = set()
+        with_teacher = False
         for batch in batches:
             if batch.run in self.teachers:
                 layers.update(self.teachers[batch.run].layer_numbers)
-        with_teacher = any(batch.run in self.teachers for batch in batches)
+                with_teacher = True
         output = self.model.score(
             shared.batch, prompts=shared.prompt, logits=True if with_teacher else None, layers=sorted(layers)
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softprompts.artifacts.artifact import Artifact, check_fingerprint
+from softprompts.artifacts.fingerprint import tensor_bytes
 from softprompts.errors import ArtifactError, WrongBackboneError
 
 Coefficient = int | float | Fraction
@@ -130,7 +131,7 @@ def task_vector(artifact: Artifact, name: str | Path = "") -> Vector:
             f"the start); name the start: softprompts vector make {title} --start START --out DIRECTORY"
         )
     # The digest does not cover the start, and two artifacts may differ in their starts alone.
-    key = hashlib.sha256(artifact.digest.encode() + _bits(artifact.initial)).hexdigest()
+    key = hashlib.sha256(artifact.digest.encode() + tensor_bytes(artifact.initial)).hexdigest()
     provenance = {"name": title, "task": artifact.task, "parents": [artifact.digest]}
     return Vector((Summand(key, Fraction(1), tuned, artifact.initial, provenance),), artifact)
 
@@ -254,7 +255,7 @@ def merged_vector(value: Tensor, sources: Sequence[Vector], provenance: dict[str
         digests |= set(source.parents)
     parents = sorted(digests)
     # The provenance is not part of the identity, because the names of the sources do not change the merge.
-    identity = f"{_frame(reference)}\n{provenance['how']} {parents}\n".encode() + _bits(value)
+    identity = f"{_frame(reference)}\n{provenance['how']} {parents}\n".encode() + tensor_bytes(value)
     summand = Summand(
         key=hashlib.sha256(identity).hexdigest(),
         coefficient=Fraction(1),
@@ -368,7 +369,3 @@ def _term(summand: Summand) -> str:
     if not _PLAIN_NAME.fullmatch(name) or _NUMBER.fullmatch(name):
         name = f'"{name}"'
     return name if coefficient == 1 else f"{float(coefficient):g}*{name}"
-
-
-def _bits(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
