@@ -232,7 +232,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "rms_initial": None if initial is None else rms(initial),
         "distance": distance,
         "fingerprint": _fingerprint_facts(artifact.fingerprint),
-        "peft": _why_not_peft(artifact) or True,
+        "peft": why_not_peft(artifact) or True,
         "parents": list(artifact.parents),
         "segments": list(artifact.segments),
         "sum": artifact.vector_sum,
@@ -258,7 +258,7 @@ def _count_parameters(artifact: Artifact) -> int:
 def _contents(artifact: Artifact, path: Path) -> dict[str, bytes]:
     """Every file of the directory, made and checked before the disk is touched."""
     _check(artifact, path)
-    reason = _why_not_peft(artifact)
+    reason = why_not_peft(artifact)
     tensor_files = {TENSORS: encode_tensors(_tensors(artifact), {"format": "pt"}, path / TENSORS)}
     if reason is None:
         tensors = peft_files.adapter_tensors(artifact.require_prompt(path), artifact.heads)
@@ -280,17 +280,21 @@ def _contents(artifact: Artifact, path: Path) -> dict[str, bytes]:
     files[MANIFEST] = encode_json(manifest, path / MANIFEST)
     files[CARD] = _card(artifact, reason).encode()
     if reason is None:
-        config = peft_files.adapter_config(
-            shape=(artifact.shape[0], artifact.shape[1]),
-            family=artifact.family,
-            head=artifact.head,
-            heads=artifact.heads,
-            backbone=artifact.backbone,
-            revision=artifact.revision,
-            architecture=artifact.fingerprint.architecture if artifact.fingerprint else {},
-        )
-        files[peft_files.CONFIG] = encode_json(config, path / peft_files.CONFIG)
+        files[peft_files.CONFIG] = encode_json(peft_config(artifact), path / peft_files.CONFIG)
     return files
+
+
+def peft_config(artifact: Artifact) -> dict[str, Any]:
+    """The content of PEFT's `adapter_config.json` for an artifact."""
+    return peft_files.adapter_config(
+        shape=(artifact.shape[0], artifact.shape[1]),
+        family=artifact.family,
+        head=artifact.head,
+        heads=artifact.heads,
+        backbone=artifact.backbone,
+        revision=artifact.revision,
+        architecture=artifact.fingerprint.architecture if artifact.fingerprint else {},
+    )
 
 
 def _check(artifact: Artifact, path: Path) -> None:
@@ -441,7 +445,7 @@ def _fingerprint_facts(fingerprint: Fingerprint | None) -> dict[str, Any] | None
     return {key: getattr(fingerprint, key) for key in ("architecture", "tokenizer", "dtype")}
 
 
-def _why_not_peft(artifact: Artifact) -> str | None:
+def why_not_peft(artifact: Artifact) -> str | None:
     """Why PEFT cannot load the prompt; None where it can."""
     if artifact.prompt is None:
         return f"method {artifact.method}: it has no plain prompt, and PEFT stores one matrix"

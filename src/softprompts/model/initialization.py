@@ -17,8 +17,7 @@ from softprompts import errors
 from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
 from softprompts.artifacts.vectors import similarity
-from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
-from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
+from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import InitConfig, closest
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
@@ -171,18 +170,8 @@ def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
 
 
 def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
-    """Each layer's keys and values [P, 2, heads, size] after reading `ids [1, P]`.
-
-    A decoder also has an encoder to look at: it reads the same words.
-    """
-    cache = backbone.new_cache()
-    if backbone.family is SEQ2SEQ:
-        state = backbone.encoder(input_ids=ids).last_hidden_state
-        pair = EncoderDecoderCache(cache, backbone.new_cache())
-        backbone.decoder(input_ids=ids, encoder_hidden_states=state, **cache_argument(backbone.decoder, pair))
-    else:
-        backbone.trunk(input_ids=ids, **cache_argument(backbone.trunk, cache))
-    layers: list[Any] = cache.layers
+    """Each layer's keys and values [P, 2, heads, size] after reading `ids [1, P]`."""
+    layers = backbone.read_into_cache(ids)
     if any(layer.keys.shape[2] != ids.shape[1] for layer in layers):
         raise BackboneError(
             f"a sliding window of {backbone.config.sliding_window} positions cannot hold {ids.shape[1]} prompt tokens; "
@@ -284,17 +273,9 @@ def _from_vector(
             config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
-    common = vectors.common_start(total)
-    if common is None and not total.summands:
-        raise ConfigError(
-            f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
-            f"such as init.start: {{kind: vocabulary}}"
-        )
-    if common is None:
-        raise ConfigError(
-            f"the prompts of '{config.vector}' did not all begin at the same start; say with init.start what to add "
-            f"their sum to, such as init.start: {{kind: vocabulary}}"
-        )
+    common = vectors.require_common_start(
+        total, "say with init.start what to add it to, such as init.start: {kind: vocabulary}"
+    )
     return PromptInit(vectors.apply(total, common), parents=total.parents)
 
 

@@ -426,29 +426,13 @@ def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
         return f"{len(groups)} groups: PEFT's files hold one"
     if first.method != peft_files.MULTITASK:
         return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
-    reason = peft_files.why_peft_cannot_load(
-        site=first.site,
-        placement=first.placement,
-        family=first.family,
-        head=first.head,
-        heads=first.heads,
-        template=first.template,
-    )
+    reason = artifact.why_not_peft(first)
     if reason is not None:
         return reason
     for member in members:
         if not _are_equal(first.heads, member.heads):
             return f"head {first.head} of each task: PEFT has one for all"
-    single = peft_files.adapter_config(
-        shape=(first.shape[0], first.shape[1]),
-        family=first.family,
-        head=first.head,
-        heads=first.heads,
-        backbone=first.backbone,
-        revision=first.revision,
-        architecture=first.fingerprint.architecture if first.fingerprint else {},
-    )
     states = [member.state for member in members]
-    columns = peft_files.MULTITASK_STATE[1]
-    config = peft_files.multitask_config(single, tasks=len(members), ranks=states[0][columns].shape[1])
+    ranks = states[0][peft_files.MULTITASK_STATE[1]].shape[1]
+    config = peft_files.multitask_config(artifact.peft_config(first), tasks=len(members), ranks=ranks)
     return collection.PeftFiles(config, peft_files.multitask_tensors(states, first.heads))

@@ -6,7 +6,6 @@ The search evaluates every coefficient of a grid on validation rows, and the cho
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -26,8 +25,8 @@ from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import backbone_config
 from softprompts.recipes.evaluator import Evaluator, load_evaluator
-from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import ProgressReporter, versions
+from softprompts.recipes.run.prepare import SILENT, ProgressReporter
+from softprompts.recipes.run.results import header, versions
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
 """The paper's coefficients: 0, 0.05, ..., 1."""
@@ -130,10 +129,7 @@ def search(
         task = evaluator.task
         rows[task.name] = {"validation": len(task.validation), "test": len(task.test)}
     results = {
-        "format": 1,
-        "title": f"How much of {total.name} to add",
-        "task": ", ".join(prompts),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"How much of {total.name} to add", ", ".join(prompts)),
         "seconds": round(time.time() - began, 1),
         "sum": total.name,
         "coefficient": choice.best,
@@ -187,18 +183,8 @@ def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
     if start is not None:
         vectors.check_start(start, total, "the start")
         return start.require_prompt("the start")
-    common = vectors.common_start(total)
-    if common is None and not total.summands:
-        raise ConfigError(
-            "the sum is zero, so no prompt of it says where to begin; say what to add it to: --start PROMPT, or "
-            "--start-of PROMPT for where the training of that prompt began"
-        )
-    if common is None:
-        raise ConfigError(
-            f"the prompts of '{total.name}' did not all begin at the same start; say what to add their sum to: --start "
-            f"PROMPT, or --start-of PROMPT for where the training of that prompt began"
-        )
-    return common
+    advice = "--start PROMPT, or --start-of PROMPT for where the training of that prompt began"
+    return vectors.require_common_start(total, f"say what to add it to: {advice}")
 
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +24,7 @@ from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate, metrics, page
 from softprompts.methods import find, names
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.results import tokens_per_second, validation_curve
+from softprompts.recipes.run.results import header, tokens_per_second, validation_curve
 from softprompts.recipes.run.run import (
     PreparedRun,
     ProgressReporter,
@@ -157,10 +156,7 @@ def _page(
         if name.startswith("prompts.") and tensor in parameters:
             moved += int((parameters[tensor] != initial).sum())
     return {
-        "format": 1,
-        "title": f"{run.prompt.method} pretrained on {task.name}",
-        "task": task.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"{run.prompt.method} pretrained on {task.name}", task.name),
         "summary": {
             "metric": next(iter(evaluation["scores"]), None),
             "before": None,

@@ -19,6 +19,7 @@ from softprompts.artifacts.vectors.vector import (
     apply,
     check_start,
     common_start,
+    require_common_start,
     task_vector,
     to_artifact,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "norm_ratio",
     "parse_expression",
     "read_expression",
+    "require_common_start",
     "slerp",
     "task_vector",
     "ties",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from softprompts.artifacts.artifact import Artifact, check_fingerprint
 from softprompts.artifacts.fingerprint import tensor_bytes
-from softprompts.errors import ArtifactError, WrongBackboneError
+from softprompts.errors import ArtifactError, ConfigError, WrongBackboneError
 
 Coefficient = int | float | Fraction
 """What multiplies a vector. It is kept exactly, so that (a + b) + c equals a + (b + c)."""
@@ -175,6 +175,20 @@ def common_start(vector: Vector) -> Tensor | None:
         if "how" in summand.provenance or not torch.equal(summand.initial, start):
             return None
     return start
+
+
+def require_common_start(vector: Vector, advice: str) -> Tensor:
+    """The start [P, D] from which all summands were trained; `advice` tells a user how to give another one.
+
+    Raises:
+        ConfigError: They share no start, or the vector is zero.
+    """
+    start = common_start(vector)
+    if start is not None:
+        return start
+    if not vector.summands:
+        raise ConfigError(f"the sum is zero, so no prompt of it says where to begin; {advice}")
+    raise ConfigError(f"the prompts of '{vector.name}' did not all begin at the same start; {advice}")
 
 
 def to_artifact(vector: Vector, start: Tensor, scale: Coefficient = 1) -> Artifact:

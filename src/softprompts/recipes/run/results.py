@@ -42,6 +42,11 @@ def versions() -> dict[str, str]:
     return {"softprompts": __version__, "python": platform.python_version(), **numbers}
 
 
+def header(title: str, task: str) -> dict[str, Any]:
+    """What results.json begins with."""
+    return {"format": 1, "title": title, "task": task, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
 def machine_changes(history: Sequence[Progress]) -> list[str]:
     """A line for each step from which on the machine or its kernels differ, as after a resume elsewhere."""
     lines = []
@@ -82,10 +87,7 @@ def page_of(
         library_versions["peft"] = version("peft")
     machine = machine_of(backbone if weights is None else weights.backbone)
     content: dict[str, Any] = {
-        "format": 1,
-        "title": f"{task.name} with {backbone.name}{TRAINED[run.training.target]}",
-        "task": task.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"{task.name} with {backbone.name}{TRAINED[run.training.target]}", task.name),
         "summary": {
             "metric": next(iter(after.scores)) if after else None,
             "before": asdict(before.headline) if before else None,
@@ -193,10 +195,7 @@ def compare(
             )
     backbone = next(iter(prepared.values())).model.backbone
     return {
-        "format": 1,
-        "title": f"{len(prepared)} runs with {backbone.name}",
-        "task": ", ".join(dict.fromkeys(str(row["task"]) for row in rows)),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"{len(prepared)} runs with {backbone.name}", ", ".join(dict.fromkeys(row["task"] for row in rows))),
         "seconds": round(seconds, 1),
         "runs": rows,
         "groups": _seed_groups(rows),
