@@ -342,11 +342,11 @@ def _read_parquet(path: Path) -> NumberedRows:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            begin = 1
             for batch in file.iter_batches(PARQUET_BATCH):
-                table = pyarrow.Table.from_batches([batch], schema=file.schema_arrow)
-                for number, row in enumerate(_dataset_rows(Dataset(table)), number + 1):
-                    yield number, row
+                rows = _dataset_rows(Dataset(pyarrow.Table.from_batches([batch], schema=file.schema_arrow)))
+                yield from enumerate(rows, begin)
+                begin += len(rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
 
