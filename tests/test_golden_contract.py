@@ -374,7 +374,7 @@ def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site
 
     def both() -> tuple[Tensor, Tensor]:
         prompt = made.make_prompts(batch)
-        step = Step(batch, prompt, made.score(batch, prompts=prompt), lambda other: made.score(batch, prompts=other))
+        step = Step(batch, prompt, made.score(batch, prompts=prompt))
         options = {"max_new_tokens": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
         written = generate(made.backbone, texts, made.make_prompts(texts), site, **options)
         return objectives.task(step), torch.stack(written.scores)

@@ -306,14 +306,12 @@ class Step:
         batch: The rows.
         prompt: Their prompts.
         output: Their scores.
-        rerun: Scores the batch with another prompt; None: without one.
         teacher: What a teacher makes of the same rows, where there is one.
     """
 
     batch: Batch
     prompt: Prompt
     output: Output
-    rerun: Callable[[Prompt | None], Output]
     teacher: TeacherBatch | None = None
 
 

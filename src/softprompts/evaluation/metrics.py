@@ -201,13 +201,11 @@ def confusion(predictions: Sequence[Any], references: Sequence[Any], labels: Seq
     return np.asarray(matrix[:-1], dtype=np.int64)
 
 
-def per_class(
-    predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable], *, kind: str | None = None
-) -> list[ClassScore]:
-    """Score each of `labels`, in their order; rows and `kind` as in `score`."""
+def per_class(predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable]) -> list[ClassScore]:
+    """Score each of `labels`, in their order; rows as in `score`."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    table = _label_table(Rows(predictions, references, kind), labels)
+    table = _label_table(Rows(predictions, references), labels)
     codes = [table.codes[label] for label in labels]
     columns = precision_recall_fscore_support(*table.for_sklearn, labels=codes, zero_division=0.0)
     scores = []

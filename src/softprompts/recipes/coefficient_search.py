@@ -16,7 +16,7 @@ from softprompts.artifacts import artifact, vectors
 from softprompts.artifacts.artifact import Artifact
 from softprompts.artifacts.vectors import Vector
 from softprompts.backbone import fingerprint
-from softprompts.config import ModelConfig, TaskConfig, parse
+from softprompts.config import TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation import page
 from softprompts.evaluation.evaluate import evaluation_config
@@ -79,7 +79,6 @@ def search(
     start: Artifact | None = None,
     on: Sequence[str] = (),
     grid: Sequence[float] = GRID,
-    model: ModelConfig | None = None,
     changes: Mapping[str, Any] | None = None,
     reporter: ProgressReporter = SILENT,
 ) -> dict[str, Any]:
@@ -93,7 +92,6 @@ def search(
         start: The artifact whose prompt the sum is added to; None: the start that all prompts of the sum share.
         on: Prompts whose tasks choose the coefficient; none: those in the sum.
         grid: The coefficients.
-        model: The backbone, where it is not the one that the prompts name.
         changes: Keys of the section `model` that differ from the prompts' own.
         reporter: Shows progress.
 
@@ -110,7 +108,7 @@ def search(
     names = on or vectors.parse_expression(text)
     prompts = _prompts_of_tasks({name: artifact.load(vectors.locate_prompt(name)) for name in names})
     like = total.reference
-    backbone = load_backbone(backbone_config(like, model, changes), log=reporter.log)
+    backbone = load_backbone(backbone_config(like, changes=changes), log=reporter.log)
     artifact.check_fingerprint(like.fingerprint, fingerprint(backbone), False)
     site = Site(like.site, like.mode, like.placement)
     evaluators = []

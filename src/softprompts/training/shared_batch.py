@@ -1,6 +1,5 @@
 """One batch with the rows of several runs, which the frozen backbone reads in one pass."""
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,16 +84,7 @@ def training_step(model: SoftPromptModel, batch: Batch) -> Step:
     if batch.inputs_embeds is None:
         batch = replace(batch, inputs_embeds=model.backbone.embed(batch.input_ids))
     prompt = model.make_prompts(batch, training=True)
-    again = functools.partial(score_again, model, batch)
-    return Step(batch, prompt, again(prompt), again)
-
-
-def score_again(model: SoftPromptModel, batch: Batch, prompt: Prompt | None) -> Output:
-    """Score a batch with another prompt; None scores it without one."""
-    if prompt is not None:
-        return model.score(batch, prompts=prompt)
-    with model.no_prompt():
-        return model.score(batch)
+    return Step(batch, prompt, model.score(batch, prompts=prompt))
 
 
 def prompt_batch(model: SoftPromptModel, prompts: Sequence[str], examples: Sequence[EncodedExample]) -> Batch:

@@ -1,6 +1,5 @@
 """What the training loop can train: prompts, the weights of a backbone, a method's features with a classifier."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -27,7 +26,6 @@ from softprompts.training.shared_batch import (
     label_count,
     pad_token,
     prompt_batch,
-    score_again,
 )
 from softprompts.types import Batch, Objective, Output, Prompt, Step, in_mode
 
@@ -122,7 +120,7 @@ class TrainablePrompts:
     """The prompts of one run, or of several runs that share every batch: prompts of one model.
 
     The rows of all runs go through the backbone in one pass. Every run has the prompts, batch and output that it would
-    have alone; only `Step.again` reads the rows of its run alone.
+    have alone.
     """
 
     resumable = True
@@ -209,14 +207,13 @@ class TrainablePrompts:
 
     def _step(self, batch: RunBatch, collated: Batch, prompt: Prompt, output: Output) -> Step:
         """What the objective of a run sees."""
-        again = functools.partial(score_again, self.model, collated)
         teacher = self.teachers.get(batch.run)
         if teacher is None:
-            return Step(collated, prompt, output, again)
+            return Step(collated, prompt, output)
         # Other runs of the batch may ask for other layers.
         layers = {key: states for key, states in output.layer_states.items() if key in teacher.layers}
         targets = teacher.of(batch.examples, self.device)
-        return Step(collated, prompt, replace(output, layer_states=layers), again, targets)
+        return Step(collated, prompt, replace(output, layer_states=layers), targets)
 
 
 class TrainableWeights:
@@ -270,17 +267,13 @@ class TrainableWeights:
         """See `Trainable`."""
         (batch,) = batches
         collated = collate(batch.examples, pad_token(self.backbone)).to(self.device)
-
-        def forward(prompt: Prompt | None) -> Output:
-            # The loss of large vocabularies is computed in chunks, which give the head's weights no gradient.
-            return injection.score(self.backbone, collated, prompt, Site(), return_logits=True)
-
+        # The loss of large vocabularies is computed in chunks, which give the head's weights no gradient.
+        output = injection.score(self.backbone, collated, None, Site(), return_logits=True)
         index = torch.zeros_like(collated.task_ids)
         values = torch.zeros(1, 0, self.backbone.embedding_size, device=self.device)
         no_prompt = Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=self.device), index)
-        output = forward(None)
         torch.manual_seed(batch.objective_seed)
-        value = batch.objective(Step(collated, no_prompt, output, forward))
+        value = batch.objective(Step(collated, no_prompt, output))
         return [Loss(value, output.path)]
 
     def state(self, run: str) -> TrainableState:

@@ -14,7 +14,6 @@ from softprompts.artifacts.vectors.expression import (
 from softprompts.artifacts.vectors.measures import COSINES, compare, cosine, cosines, distances, norm, norm_ratio
 from softprompts.artifacts.vectors.merging import MERGES, MergeOptions, average, dare, merge, slerp, ties, weighted
 from softprompts.artifacts.vectors.vector import (
-    Summand,
     Vector,
     apply,
     check_start,
@@ -28,7 +27,6 @@ __all__ = [
     "COSINES",
     "MERGES",
     "MergeOptions",
-    "Summand",
     "Vector",
     "apply",
     "average",
