@@ -273,9 +273,8 @@ def _from_vector(
             config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
-    common = vectors.require_common_start(
-        total, "say with init.start what to add it to, such as init.start: {kind: vocabulary}"
-    )
+    advice = "say with init.start where to begin, such as init.start: {kind: vocabulary}"
+    common = vectors.require_common_start(total, advice, f"the sum '{config.vector}'")
     return PromptInit(vectors.apply(total, common), parents=total.parents)
 
 

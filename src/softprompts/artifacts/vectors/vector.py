@@ -177,17 +177,22 @@ def common_start(vector: Vector) -> Tensor | None:
     return start
 
 
-def require_common_start(vector: Vector, advice: str) -> Tensor:
-    """The start [P, D] from which all summands were trained; `advice` tells a user how to give another one.
+def require_common_start(vector: Vector, advice: str, title: str = "the sum") -> Tensor:
+    """The start [P, D] from which all summands were trained.
+
+    Args:
+        vector: The vector.
+        advice: How a user gives another start, for messages.
+        title: What messages call a vector of zero.
 
     Raises:
-        ConfigError: They share no start, or the vector is zero.
+        ConfigError: The summands share no start, or there are none.
     """
     start = common_start(vector)
     if start is not None:
         return start
     if not vector.summands:
-        raise ConfigError(f"the sum is zero, so no prompt of it says where to begin; {advice}")
+        raise ConfigError(f"{title} is zero, so no prompt of it says where to begin; {advice}")
     raise ConfigError(f"the prompts of '{vector.name}' did not all begin at the same start; {advice}")
 
 
