@@ -15,7 +15,7 @@ from prompted import by_tensor, methods_of, prompted, spec_of, tensors
 from rows import INPUT, called
 from softprompts import backbone as b
 from softprompts import injection
-from softprompts.errors import PromptError
+from softprompts.errors import BackboneError, PromptError
 from softprompts.injection.generation import generate
 from softprompts.methods import METHODS, build, build_tasks, find, fold
 from softprompts.model import SoftPromptModel
@@ -426,6 +426,6 @@ def test_a_head_that_reads_something_else_is_noticed() -> None:
 
     output = bb.trunk(input_ids=torch.tensor([[5, 6]]))
     bb.model.forward = elsewhere
-    with pytest.raises(b.BackboneError, match="the head of LlamaForCausalLM does not read its trunk's output"):  # noqa: SIM117
+    with pytest.raises(BackboneError, match="the head of LlamaForCausalLM does not read its trunk's output"):  # noqa: SIM117
         with bb.replay(output):
             bb.model(input_ids=torch.tensor([[5, 6]]))
