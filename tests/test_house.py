@@ -10,9 +10,7 @@ import pytest
 import house
 from house import LIMITS, Checkout, Limit, Measurement, Module
 
-PENDING = {
-    "comprehensions per 1,000 lines",
-}
+PENDING: frozenset[str] = frozenset()
 """Limits that the rebuild has not reached yet; a test fails as soon as one holds and is still in this set."""
 
 

@@ -130,7 +130,7 @@ def _use_attention(model: Any, name: str | None) -> Iterator[None]:
 
 def frozen_linears(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that are plain matrix products of frozen float weights on the CPU."""
-    return [module for module in model.modules() if _is_frozen_linear(module)]
+    return list(filter(_is_frozen_linear, model.modules()))
 
 
 def _is_frozen_linear(module: nn.Module) -> bool:
@@ -320,7 +320,7 @@ def compile_parts(model: nn.Module, kernels: Kernels) -> dict[nn.Module, Forward
     for layer in _checkpointable_layers(model):
         for part in layer.children():
             has_children = any(part.children())
-            has_parameters = any(True for _ in part.parameters())
+            has_parameters = next(part.parameters(), None) is not None
             is_norm = not has_children and not isinstance(part, nn.Linear | Conv1D | nn.Dropout)
             is_mlp = has_children and not any(hasattr(module, "layer_idx") for module in part.modules())
             if has_parameters and (is_norm or (is_mlp and kernels.matmul_backend == "torch")):

@@ -81,10 +81,13 @@ def _mapping(text: str | None) -> dict[str, str] | None:
     """`a=b,c=d` as a dictionary."""
     if not text:
         return None
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(label.strip() and name.strip() for label, _, name in pairs):
-        raise ConfigError(f"--map {text}: write it as label=name,label=name")
-    return {label.strip(): name.strip() for label, _, name in pairs}
+    mapping = {}
+    for pair in text.split(","):
+        label, _, name = map(str.strip, pair.partition("="))
+        if not label or not name:
+            raise ConfigError(f"--map {text}: write it as label=name,label=name")
+        mapping[label] = name
+    return mapping
 
 
 def predict(

@@ -182,7 +182,7 @@ def inspect(
         stored = opened.registry.records[opened.task].artifact
         assert stored is not None
         nearest = nearest_tokens(opened.backbone, stored.require_prompt(prompt))
-        facts["nearest_words"] = [vars(row) for row in nearest]
+        facts["nearest_words"] = list(map(vars, nearest))
     if as_json:
         show_json(facts)
         return

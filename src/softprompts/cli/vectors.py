@@ -185,8 +185,8 @@ def compare(
         "task": ", ".join(prompts),
         **comparison,
     }
-    labels, norms, ratios = (comparison[key] for key in ("labels", "norms", "ratios"))
-    lengths = [[*row] for row in zip(labels, norms, ratios, strict=True)]
+    labels = comparison["labels"]
+    lengths = list(zip(labels, comparison["norms"], comparison["ratios"], strict=True))
     distances = [[name, *row] for name, row in zip(labels, comparison["distances"], strict=True)]
     heatmaps = []
     for kind, matrix in comparison["cosines"].items():
@@ -205,7 +205,7 @@ def compare(
         show_json(results)
         return
     rows = []
-    for name, norm, ratio, cosines in zip(labels, norms, ratios, comparison["cosines"][f"vectors, {how}"], strict=True):
+    for (name, norm, ratio), cosines in zip(lengths, comparison["cosines"][f"vectors, {how}"], strict=True):
         shown = "-" if ratio is None else f"{ratio:.3g}"
         rows.append((name, f"{norm:.3g}", shown, *(f"{cosine:.3f}" for cosine in cosines)))
     columns = ("vector", "norm", "norm / start's", *labels)
@@ -259,12 +259,12 @@ def search(
 def _read(prompts: list[str]) -> list[Any]:
     from softprompts.artifacts import vectors
 
-    return [vectors.read_expression(text) for text in prompts]
+    return list(map(vectors.read_expression, prompts))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(map(float, text.split(",")))
     except ValueError:
         raise ConfigError(f"{option} {text}: write numbers with commas between them, such as 1,0.5") from None
 

@@ -139,7 +139,7 @@ def _section_of(field: Mapping[str, Any]) -> tuple[str | None, str]:
 def _type(field: Mapping[str, Any]) -> str:
     """What values a field allows, in words."""
     if "anyOf" in field:
-        return " | ".join(_type(part) for part in field["anyOf"])
+        return " | ".join(map(_type, field["anyOf"]))
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if "const" in field:
@@ -148,8 +148,8 @@ def _type(field: Mapping[str, Any]) -> str:
         return "section"
     kind = field.get("type", "any")
     if kind == "array":
-        items = [_type(part) for part in field["prefixItems"]] if "prefixItems" in field else [_type(field["items"])]
-        return f"list of {_grouped(', '.join(dict.fromkeys(items)))}"
+        items = field["prefixItems"] if "prefixItems" in field else [field["items"]]
+        return f"list of {_grouped(', '.join(dict.fromkeys(map(_type, items))))}"
     if kind == "object":
         values = field.get("additionalProperties")
         return f"mapping to {_grouped(_type(values))}" if isinstance(values, Mapping) else "mapping"

@@ -78,11 +78,12 @@ class TeacherOutputs:
     def of(self, examples: Sequence[EncodedExample], device: torch.device) -> TeacherBatch:
         """The teachers' outputs for a batch of these very examples."""
         places = [self.index[id(example)] for example in examples]
-        layers = {}
-        for key, layer in self.layers.items():
-            layers[key] = torch.cat([layer[place] for place in places]).to(device)
-        states = torch.cat([self.states[place] for place in places]).to(device)
-        return TeacherBatch(states, layers, self.temperature)
+
+        def join(states: Sequence[Tensor]) -> Tensor:
+            return torch.cat([states[place] for place in places]).to(device)
+
+        layers = {key: join(states) for key, states in self.layers.items()}
+        return TeacherBatch(join(self.states), layers, self.temperature)
 
 
 def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
@@ -193,9 +194,10 @@ def _compute(
             progress(done, len(examples))
     cache = {}
     for name in of_examples[0]:
-        cache[name] = torch.cat([tensors[name] for tensors in of_examples])
+        states = [tensors[name] for tensors in of_examples]
         counts = f"tokens.{name.split('.')[1]}" if name.startswith("layers.") else f"{name}.counts"
-        cache[counts] = torch.tensor([len(tensors[name]) for tensors in of_examples])
+        cache[name] = torch.cat(states)
+        cache[counts] = torch.tensor(list(map(len, states)))
     return cache
 
 
@@ -221,7 +223,7 @@ def _by_row(output: Output, rows: int) -> list[dict[str, Tensor]]:
     split = {"states": output.label_states.cpu().split(counts)}
     for (side, number), states in output.layer_states.items():
         split[f"layers.{side}.{number}"] = states.cpu().split(output.token_counts[side].tolist())
-    return [{name: tensors[row] for name, tensors in split.items()} for row in range(rows)]
+    return [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
 
 
 def _cache_key(

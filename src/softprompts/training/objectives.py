@@ -108,9 +108,6 @@ def _wide(values: Tensor) -> Tensor:
 
 OBJECTIVES: dict[str, Objective] = {"task": task, "distil-logits": distil_logits, "distil-hidden": distil_hidden}
 
-TAUGHT = ("distil-logits", "distil-hidden")
-"""The objectives that need a teacher."""
-
 
 def weigh(weights: Mapping[str, float]) -> Objective:
     """The weighted sum of objectives; one with weight 0 is not computed.
