@@ -439,7 +439,7 @@ def test_predict_writes_a_file_and_goes_on_with_it(trained, call, tmp_path, monk
     source.write_text(good)
     status, _, err = call("predict", prompt, "--file", source, "--out", out, *exact)
     assert status == 0, err
-    assert "25 rows were answered before" in err
+    assert "25 rows are already answered" in err
     found = lines(out.read_text())
     assert [one["text"] for one in found] == texts
     assert [one["answer"] for one in found].count("kept") == 1

@@ -116,7 +116,7 @@ def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_pat
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["value"] == load("alpha").scores["accuracy"]["value"]
     assert call("vector", "add", "alpha", "beta", "--out", tmp_path / "two")[0] == 0
-    refused(call("evaluate", tmp_path / "two"), "does not say which rows it was made for; give --data")
+    refused(call("evaluate", tmp_path / "two"), "does not name the data it was trained on; give --data")
     status, out, err = call("evaluate", tmp_path / "two", "--data", here / "beta.csv", "--json")
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["n"] == 40
@@ -161,7 +161,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
     silent = tmp_path / "silent"
     artifact.save(replace(one, initial=None), silent)
     refused(
-        call("vector", "negate", silent, "--out", tmp_path / "x"), "does not say where its training began", "--start"
+        call("vector", "negate", silent, "--out", tmp_path / "x"), "does not store where its training began", "--start"
     )
     began = tmp_path / "began"
     artifact.save(replace(one, prompt=one.initial, state={"prompt": one.initial}), began)
@@ -172,7 +172,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
     assert made.prompt.equal(one.prompt)
     assert made.scores == one.scores
     wrong = call("vector", "make", "alpha", "--start", "other", "--out", tmp_path / "wrong")
-    refused(wrong, "alpha says itself where its training began", "softprompts vector apply alpha --start PROMPT")
+    refused(wrong, "alpha stores where its training began", "softprompts vector apply alpha --start PROMPT")
     assert call("vector", "make", "alpha", "--start-of", "alpha", "--out", tmp_path / "same")[0] == 0
 
 

@@ -236,9 +236,9 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "options of method dept: rank must be a whole number from 1 on, given 0"),
-        ({"positions": 2.5}, "positions must be a whole number from 1 on, given 2.5"),
-        ({"positions": True}, "positions must be a whole number from 1 on, given True"),
+        ({"rank": 0}, "options of method dept: rank must be a whole number of at least 1, given 0"),
+        ({"positions": 2.5}, "positions must be a whole number of at least 1, given 2.5"),
+        ({"positions": True}, "positions must be a whole number of at least 1, given True"),
         ({"scale": 0}, "scale must be a number above 0, given 0"),
         ({"scale": "big"}, "scale must be a number above 0, given 'big'"),
         ({"alpha": 1}, "'alpha'"),

@@ -96,9 +96,9 @@ def test_states_of_an_encoder():
 
 def test_layers_that_are_not_there():
     bb = tiny.backbone("llama")
-    with pytest.raises(BackboneError, match=r"there is no layer 4; LlamaForCausalLM has layers 1 to 3, and -1 is what"):
+    with pytest.raises(BackboneError, match=r"no layer 4; LlamaForCausalLM has layers 1 to 3, and -1 is what"):
         injection.check_layers(bb, (1, 4))
-    with pytest.raises(BackboneError, match="there is no layer 0"):
+    with pytest.raises(BackboneError, match="no layer 0"):
         injection.check_layers(bb, (0,))
     injection.check_layers(tiny.backbone("albert"), (-1,))
 
@@ -401,14 +401,14 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
         (
             lambda v: v["training"]["distillation"]["teachers"].update(c="x"),
             ConfigError,
-            "training.distillation.teachers: there is no task 'c'; tasks: a, b",
+            "training.distillation.teachers: no task 'c'; tasks: a, b",
         ),
         (
             lambda v: v["training"]["distillation"]["teachers"].update(b="nowhere"),
             ArtifactError,
             "no directory nowhere",
         ),
-        (lambda v: v["training"]["distillation"].update(layers=[9]), BackboneError, "there is no layer 9"),
+        (lambda v: v["training"]["distillation"].update(layers=[9]), BackboneError, "no layer 9"),
         (lambda v: v["training"].pop("distillation"), ConfigError, "objective 'distil-logits' compares with teachers"),
         (lambda v: v["training"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
         (

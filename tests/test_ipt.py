@@ -350,10 +350,10 @@ def test_only_the_prompts_of_a_batch_say_how_large_they_are() -> None:
         ({"table": "tiny"}, {}, "table 'tiny' is unknown"),
         ({"base": "prefix"}, {}, "base 'prefix' is unknown; possible: none, start"),
         ({"start": "ones"}, {}, "start 'ones' is unknown; possible: uniform, zero, words"),
-        ({"rank": 0}, {}, "rank must be a whole number from 1 on, given 0"),
+        ({"rank": 0}, {}, "rank must be a whole number of at least 1, given 0"),
         ({"rows": 1.5}, {}, "rows must be a whole number"),
-        ({"scale": -1}, {}, "scale must be a number from 0 on, given -1"),
-        ({"spread": "wide"}, {}, "spread must be a number from 0 on, given 'wide'"),
+        ({"scale": -1}, {}, "scale must be a number of at least 0, given -1"),
+        ({"spread": "wide"}, {}, "spread must be a number of at least 0, given 'wide'"),
         ({"dropout": 1}, {}, "dropout must be a number from 0 to below 1, given 1"),
         ({"tokens": 5}, {}, "tokens is for strategies that encode"),
         ({"strategy": "rnn", "start": "zero"}, {}, "strategy rnn would learn nothing from a table of zeros"),
@@ -364,8 +364,8 @@ def test_only_the_prompts_of_a_batch_say_how_large_they_are() -> None:
         ({"table": "common", "rows": 20}, {}, "table common of 20 rows would not be smaller"),
         ({"heat": 1}, {}, "prompt.options of method ipt: 'heat' is unknown; possible: strategy, table"),
         ({"stratagy": "cnn"}, {}, "'stratagy' is unknown; did you mean 'strategy'\\? possible: strategy, table, rank"),
-        ({"rank": True}, {}, "rank must be a whole number from 1 on, given True"),
-        ({"scale": False}, {}, "scale must be a number from 0 on, given False"),
+        ({"rank": True}, {}, "rank must be a whole number of at least 1, given True"),
+        ({"scale": False}, {}, "scale must be a number of at least 0, given False"),
         ({"table": True}, {}, "table 'True' is unknown; possible: full, low-rank"),
     ],
 )
@@ -388,7 +388,7 @@ def test_texts_that_cannot_be_looked_up() -> None:
     with pytest.raises(PromptError, match="the text was given as embeddings; give input_ids"):
         method(nameless)
     empty = replace(seen, attention_mask=torch.zeros_like(seen.attention_mask))
-    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
+    with pytest.raises(PromptError, match="no row of the batch has text before its labels"):
         method(empty)
     with torch.no_grad():
         assert not method(empty).mask.any()
@@ -462,7 +462,7 @@ def test_a_text_of_no_words_has_no_prompt() -> None:
         scores = injection.score_continuations(made.backbone, texts, made.make_prompts(texts), INPUT, candidates)
         assert scores[1, 0] == 0
         found[seed] = torch.cat([found[seed].flatten(), scores[1].float()])
-        with pytest.raises(BackboneError, match="a row has neither text nor"):
+        with pytest.raises(BackboneError, match="a row has no text, and its prompt"):
             generation.generate(made.backbone, texts, made.make_prompts(texts), INPUT, max_new_tokens=1)
     torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=1e-5)
     alone = Batch(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))

@@ -441,7 +441,7 @@ def test_prompts_of_every_place_share_a_batch() -> None:
     for i, name in enumerate(names):
         alone = model.generate(texts[i][None], tasks=name, **options)
         assert together[i, -4:].tolist() == alone[0, -4:].tolist()
-    with pytest.raises(BackboneError, match=r"the batch does not say where these are.*prompt_places"):
+    with pytest.raises(BackboneError, match=r"the batch does not say where they are.*prompt_places"):
         model(ids, mask, tasks="parted")
     with pytest.raises(BackboneError, match="2 segments of the prompt, but 1 places; give one place for each"):
         model(ids, mask, tasks="parted", prompt_places=torch.tensor([1, 2, 3]))

@@ -134,7 +134,7 @@ class Batch:
 
 
 def _no_encoder(name: str) -> Tensor:
-    raise ValueError(f"no encoder '{name}' of whole texts is here")
+    raise ValueError(f"no encoder '{name}' of whole texts is available")
 
 
 @dataclass(frozen=True)

@@ -248,7 +248,7 @@ def _is_full(message: str) -> bool:
 def _no_room(asset: Asset) -> AssetError:
     needed = asset.megabytes * (8 if asset.kind == "model" else 3)
     return AssetError(
-        f"no room for {asset.name!r} in the cache {cache_dir()}: it takes about {needed:.0f} MB while it is made; free "
+        f"no room for {asset.name!r} in the cache {cache_dir()}: it needs about {needed:.0f} MB; free "
         "some space, or set SOFTPROMPTS_CACHE (and TMPDIR, which pip uses) to a folder on another disk"
     )
 

@@ -211,7 +211,7 @@ class CheckpointedForward:
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         if self.layer_index is None or isinstance(cache, EncoderDecoderCache):
             raise BackboneError(
-                f"{self.layer_name} writes into a cache that cannot be handed to it twice: gradient checkpointing is "
+                f"{self.layer_name} writes into a cache that cannot be passed to it twice: gradient checkpointing is "
                 f"not possible here; leave it off, or use site 'input'"
             )
         return self._call_with_cache(cache, enter_context, args, kwargs)

@@ -113,7 +113,7 @@ def multitask(
 
 
 def pretrain(
-    config: Annotated[Path, typer.Option("--config", help="A YAML file as for `train`, its task one of classes.")],
+    config: Annotated[Path, typer.Option("--config", help="A YAML file as for `train`; its task must have classes.")],
     out_dir: OutDirectory = None,
     model: Model = None,
     device: Device = None,
@@ -193,7 +193,7 @@ def _train(run: Run, as_json: bool) -> None:
     except KeyboardInterrupt:
         checkpoints = directory.glob(f"*/{CHECKPOINT}" if run.runs else CHECKPOINT)
         if run.training.target != "prompt":
-            log("interrupted; weights are saved when they are finished only: the same command starts anew")
+            log("interrupted; weights are saved only when training ends; the same command starts again")
         elif any(checkpoints):
             log(f"interrupted; the checkpoint is in {directory}: the same command continues")
         else:

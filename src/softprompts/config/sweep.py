@@ -71,7 +71,7 @@ def _check_shared(runs: Mapping[str, Run]) -> None:
         if run.training.target != "prompt":
             raise ConfigError(
                 f"run '{name}' changes weights (target: {run.training.target}), and runs that train together share a "
-                f"frozen backbone; start such runs one after the other, each with an --out of its own, without "
+                f"frozen backbone; start such runs one after the other, each with its own --out, without "
                 f"--seeds, --rates and runs"
             )
         for key in SHARED:
@@ -84,7 +84,7 @@ def _check_shared(runs: Mapping[str, Run]) -> None:
     head = runs[first].model.head
     if len(runs) > 1 and head != "lm":
         raise ConfigError(
-            f"head '{head}' is trained with each run, and a batch is read with one head; train such runs one "
+            f"head '{head}' is trained with each run, and a batch has one head; train such runs one "
             f"after the other, or use model.head: lm"
         )
 

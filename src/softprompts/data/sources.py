@@ -343,7 +343,7 @@ def _read_parquet(path: Path) -> NumberedRows:
             tables = (pyarrow.Table.from_batches([batch], schema=file.schema_arrow) for batch in batches)
             yield from enumerate(itertools.chain.from_iterable(_dataset_rows(Dataset(table)) for table in tables), 1)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
 
 
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
@@ -399,7 +399,7 @@ def _lines(path: Path, newline: str) -> Iterator[str]:
         for number, line in enumerate(file, 1):
             if "\0" in line:
                 raise DataError(
-                    f"{path}:{number}: a NUL byte; the file is no text, or saved as UTF-16: save it as UTF-8"
+                    f"{path}:{number}: a NUL byte; the file is not text, or is UTF-16; save it as UTF-8"
                 )
             try:
                 line.encode()

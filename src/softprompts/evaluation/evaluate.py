@@ -189,7 +189,7 @@ def evaluation_config(artifact: Artifact, **changes: Any) -> EvaluationConfig:
 def _default_encoder(model: SoftPromptModel, prompt: Prompts) -> ExampleTokenizer:
     name = prompt if isinstance(prompt, str) or prompt is None else prompt[0]
     if name is None:
-        raise ConfigError("the stock model has no template of its own; give the encoder of a task")
+        raise ConfigError("the stock model has no template; give the encoder of a task")
     return model.example_tokenizer(name)
 
 

@@ -479,7 +479,7 @@ def _correlation(ranked: bool) -> Callable[[Rows], Measurement]:
     def measure(rows: Rows) -> Measurement:
         references = np.array([float(reference) for reference in rows.references])
         if not np.isfinite(references).all():
-            raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is no finite number")
+            raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is not a finite number")
         predictions = np.array([math.nan if number is None else float(number) for number in rows.predictions])
         illegal = ~np.isfinite(predictions)
         predictions[illegal] = references.mean()

@@ -81,7 +81,7 @@ class Idpg(PromptMethod):
         """The share of M(x) and of the hidden units that a training step leaves out."""
 
         start: Literal["zero", "normal"] = "zero"
-        """How W2 begins: at zero, so that training begins at the start itself, or drawn as the rest is."""
+        """How W2 begins: at zero, so that training begins at the start, or drawn as the other weights."""
 
         spread: float = Field(default=0.05, ge=0)
         """The standard deviation of what is drawn."""
@@ -186,7 +186,7 @@ def _begin(config: Idpg.Config, spec: PromptSpec, kind: str, prompt: Tensor) -> 
     """Where a generator begins: its parameters by name, with G generators, in kind L one for each layer."""
     known = {"static": spec.features, **spec.encoders}
     if config.encoder not in known:
-        raise ValueError(f"encoder '{config.encoder}' is not here; possible: {', '.join(known)}")
+        raise ValueError(f"encoder '{config.encoder}' is not available; possible: {', '.join(known)}")
     width = known[config.encoder]
     count = len(spec.layers) if kind == "L" else 1
     output_size = spec.length * (spec.width if kind == "S" else spec.layers[0])

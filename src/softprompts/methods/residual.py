@@ -35,7 +35,7 @@ class ResidualPromptTuning(PromptMethod):
         """b, the hidden units of the network."""
 
         per_token: bool = False
-        """Whether each prompt token has a network of its own, instead of one that they share."""
+        """Whether each prompt token has its own network, instead of a shared one."""
 
         output: Literal["zero", "torch"] = "zero"
         """How g begins: at `zero`, so that training begins at the start, or as in `torch`, at one."""

@@ -180,7 +180,7 @@ class Memory(nn.Module):
 def _memory(config: SemiParametric.Config, init: PromptInit) -> Tensor:
     """The memory as sources, [S, n, D]: trained prompts that were named, or one set of words."""
     if init.sources is None and init.draw is None:
-        raise ValueError("its memory needs words of a model or, in prompt.init.sources, trained prompts")
+        raise ValueError("its memory needs words of a model, or trained prompts in prompt.init.sources")
     size = config.bank if init.sources is None else init.sources.shape[:2].numel()
     if size < config.k:
         where = "prompt.options.bank" if init.sources is None else "prompt.init.sources"

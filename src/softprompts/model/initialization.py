@@ -132,7 +132,7 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
     pool = torch.tensor([i for i in range(known) if i not in special])[:population]
     if count > len(pool):
         raise BackboneError(
-            f"{count} different words are wanted, but only {len(pool)} can be drawn; ask for fewer"
+            f"{count} different words are needed, but only {len(pool)} can be drawn; ask for fewer"
             + ("" if population is None or population >= known else f", or set a population above {population}")
         )
     return pool[torch.randperm(len(pool), generator=generator)[:count]]
@@ -284,13 +284,13 @@ def _from_vector(
     common = vectors.common_start(total)
     if common is None and not total.summands:
         raise ConfigError(
-            f"the sum '{config.vector}' is zero, so no prompt of it says where to begin; say with init.start where, "
-            f"such as init.start: {{kind: vocabulary}}"
+            f"the sum '{config.vector}' is zero, so it has no start; set init.start, such as init.start: "
+            f"{{kind: vocabulary}}"
         )
     if common is None:
         raise ConfigError(
-            f"the prompts of '{config.vector}' did not all begin at the same start; say with init.start what to add "
-            f"their sum to, such as init.start: {{kind: vocabulary}}"
+            f"the prompts of '{config.vector}' did not all begin at the same start; set init.start, to which "
+            f"their sum is added, such as init.start: {{kind: vocabulary}}"
         )
     return PromptInit(vectors.apply(total, common), parents=total.parents)
 
@@ -316,7 +316,7 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
     if config.factors == "task":
         if config.task not in states:
             raise ConfigError(
-                f"{path} has no source task '{config.task}'{closest(str(config.task), states)} there are: "
+                f"{path} has no source task '{config.task}'{closest(str(config.task), states)} tasks: "
                 f"{', '.join(states)}"
             )
         states = {config.task: states[config.task]}

@@ -152,7 +152,7 @@ def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, 
     for module in modules:
         if not any(name == module or name.endswith(f".{module}") for name in known):
             raise ConfigError(
-                f"modules_to_save '{module}' is no module of the head of {type(backbone.model).__name__}"
+                f"modules_to_save '{module}' is not a module of the head of {type(backbone.model).__name__}"
                 f"{closest(module, known)} possible: {', '.join(known) or 'none'}"
             )
     inside = [m for m in known if any(m == module or m.endswith(f".{module}") for module in modules)]
@@ -400,7 +400,7 @@ def save(backbone: Backbone, registry: PromptRegistry, directory: Path) -> None:
         artifact.save(next(iter(packed.values())), directory)
         return
     if collection.is_artifact(directory):
-        raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(packed)} of them")
+        raise ArtifactError(f"{directory} already holds a prompt; give another directory for these {len(packed)}")
     for name, packed_prompt in packed.items():
         artifact.save(packed_prompt, directory / collection.folder_name(name))
     groups = [group for group in dict.fromkeys(registry.group(name) for name in packed) if len(group) > 1]

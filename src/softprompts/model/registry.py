@@ -119,7 +119,7 @@ class PromptRegistry:
                 raise ConfigError("a task needs a name")
             if name in self.records or name in names[:i]:
                 raise ConfigError(
-                    f"there is a prompt '{name}' already; remove_task('{name}') first, or give another name"
+                    f"prompt '{name}' already exists; remove_task('{name}') first, or give another name"
                 )
 
     def add(self, prompt: NewPrompt, device: torch.device) -> None:
@@ -158,7 +158,7 @@ class PromptRegistry:
         if len({(site.name, site.mode) for site in sites.values()}) > 1:
             where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
             raise BackboneError(
-                f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
+                f"prompts that enter at different sites cannot share a batch: {where}; put them into separate batches"
             )
         return next(iter(sites.values()))
 

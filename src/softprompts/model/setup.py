@@ -71,7 +71,7 @@ def load_backbone(
         config: The model, its number format, device and kernels.
         labels: Classes of the head; None: as the model has them.
         retune: Whether to measure the kernels again.
-        log: Is told what is done.
+        log: Receives a line about each step.
 
     Raises:
         AssetError: It cannot be fetched.
@@ -119,7 +119,7 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, retune: bool, log: Call
     ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
     log(str(choice))
     if config.torch_compile:
-        log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
+        log(f"compiled in {first_step(ready):.0f} s; the next process reuses most of it")
     return ready
 
 

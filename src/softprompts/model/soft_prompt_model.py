@@ -93,7 +93,7 @@ class SoftPromptModel(nn.Module):
         if config is not None:
             self.add_tasks(persistence.prompt_names(config, task, tasks), config)
         elif tasks is not None:
-            raise ConfigError("tasks are named, but there is no config that says what they are")
+            raise ConfigError("tasks names prompts, but config is missing; give a config for them")
 
     @classmethod
     def from_pretrained(
@@ -116,7 +116,7 @@ class SoftPromptModel(nn.Module):
             allow_other_weights: Whether prompts that were made for other weights only cost a warning.
             config: How a named model is loaded: number format, device, head, kernels. What it leaves out is as by
                 default or, for prompts, as in the run that made them. Its name does not count.
-            log: Is told what is done while a named model is loaded.
+            log: Receives a line about each step of loading.
 
         Raises:
             ArtifactError: As `load_prompt` does.
@@ -467,7 +467,7 @@ class SoftPromptModel(nn.Module):
             return
         if len(names) > 1:
             raise BackboneError(
-                f"prompts with classification heads of their own are scored one by one, given {', '.join(names)}"
+                f"prompts with separate classification heads are scored one by one, given {', '.join(names)}"
             )
         # The copy is trained in float32 and used in the model's own number format.
         parameter = self.model.get_parameter
@@ -784,7 +784,7 @@ def backbone_config(
         values["device_map"] = "auto"
     if "name" not in changes:
         if not opened.backbone:
-            raise ConfigError("the prompt does not say which model it is for; give one with --model")
+            raise ConfigError("the artifact does not name its model; give one with --model")
         values |= {"name": opened.backbone, "revision": opened.revision}
     resolved: ModelConfig = parse({**values, **changes, "head": opened.head}, ModelConfig, "model")
     return resolved
@@ -813,7 +813,7 @@ def open_prompts(
         config: Where the backbone is, when not where the artifact says; its head is the artifact's all the same.
         changes: Keys of the section `model` that differ from the run that made the artifacts.
         allow_other_weights: Whether prompts that were made for other weights only cost a warning.
-        log: Is told what is done.
+        log: Receives a line about each step.
 
     Returns:
         The model, and warnings. A single prompt has its own name; several are called 0:NAME, 1:NAME, ...
@@ -836,7 +836,7 @@ def open_prompts(
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
     if len(opened) > 1 and any(artifact_opened.heads for artifact_opened in opened):
         raise ConfigError(
-            "prompts with classification heads of their own cannot vote in one batch; open them one by one"
+            "prompts with separate classification heads cannot vote in one batch; open them one by one"
         )
     model = SoftPromptModel(
         setup.load_backbone(backbone_config(first, config, changes), labels=head_rows(first), log=log)

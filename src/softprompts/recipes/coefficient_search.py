@@ -58,7 +58,7 @@ def choose_coefficient(
         ConfigError: A task has no validation rows, or the grid is empty.
     """
     if not grid:
-        raise ConfigError("there are no coefficients to choose from; give at least one")
+        raise ConfigError("no coefficients to choose from; give at least one")
     for evaluator in evaluators:
         if not evaluator.task.validation:
             raise ConfigError(f"{evaluator.task.name} has no validation rows to choose by; set its split's fractions")
@@ -170,8 +170,8 @@ def _evaluate_on_test(
             scores_of_tasks[task.name] = {metric: asdict(score) for metric, score in scores.items()}
         else:
             warnings.append(
-                f"{task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
-                f"not known; set its split's test_fraction"
+                f"{task.name} has no test rows, so the coefficient has no score on rows that did not "
+                f"choose it; set its split's test_fraction"
             )
             reporter.log(warnings[-1])
     return scores_of_tasks, warnings
@@ -190,13 +190,13 @@ def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
     common = vectors.common_start(total)
     if common is None and not total.summands:
         raise ConfigError(
-            "the sum is zero, so no prompt of it says where to begin; say what to add it to: --start PROMPT, or "
-            "--start-of PROMPT for where the training of that prompt began"
+            "the sum is zero, so it has no start; give a prompt to add it to with --start PROMPT, or the start of "
+            "a prompt with --start-of PROMPT"
         )
     if common is None:
         raise ConfigError(
-            f"the prompts of '{total.name}' did not all begin at the same start; say what to add their sum to: --start "
-            f"PROMPT, or --start-of PROMPT for where the training of that prompt began"
+            f"the prompts of '{total.name}' did not all begin at the same start; give a prompt to add their sum to "
+            f"with --start PROMPT, or the start of a prompt with --start-of PROMPT"
         )
     return common
 
@@ -244,13 +244,13 @@ def _prompts_of_tasks(prompts: Mapping[str, Artifact]) -> dict[str, tuple[TaskCo
         values = prompt.settings("task")
         if not values:
             raise ArtifactError(
-                f"{name} does not say on which rows it was trained, so it cannot choose; name prompts that "
+                f"{name} does not name the rows it was trained on, so it cannot choose; name prompts that "
                 f"softprompts trained with --on"
             )
         config = parse(values, TaskConfig, f"the task of {name}")
         known, _ = tasks.setdefault(config.title, (config, prompt))
         if known != config:
             raise ConfigError(
-                f"two prompts of {config.title} were trained on different rows or words; say by which to choose: --on"
+                f"two prompts of {config.title} were trained on different rows or words; choose one with --on"
             )
     return tasks

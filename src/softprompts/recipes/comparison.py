@@ -74,7 +74,7 @@ class ComparisonStage(Section):
         for name, train in (("training", self.training), ("few", self.few)):
             if not train.max_steps:
                 raise ValueError(
-                    f"{name}.max_steps must be at least 1; what the start does untrained is size 0 in shots"
+                    f"{name}.max_steps must be at least 1; list 0 in shots to score the untrained start"
                 )
         for rates in self.weight_learning_rates.values():
             check_distinct(rates)
@@ -115,7 +115,7 @@ def check_known(key: str, names: Iterable[str], known: Collection[str]) -> None:
 def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same values; raises ValueError where two of them are equal."""
     if len(set(values)) != len(values):
-        raise ValueError(f"every value may be listed once, given {', '.join(map(str, values))}")
+        raise ValueError(f"each value may be listed once, given {', '.join(map(str, values))}")
     return values
 
 

@@ -36,7 +36,7 @@ def evaluate_prompts(
         evaluation: Keys of the section `evaluation` that differ from the run that made the prompt; None values do not.
         model: Keys of the section `model` that differ from that run.
         allow_other_weights: Whether prompts that were made for other weights only cost a warning.
-        reporter: Is told what is done.
+        reporter: Receives a line about each step.
 
     Returns:
         `task` and `split`, the names of the rows, and `scores`, each score by its metric.
@@ -85,7 +85,7 @@ def load_test_rows(
     stored = record.artifact.settings("task")
     if data is None:
         if not stored:
-            raise ConfigError(f"{path} does not say which rows it was made for; give --data")
+            raise ConfigError(f"{path} does not name the data it was trained on; give --data")
         return load_task(parse(stored, TaskConfig, str(path)))
     config = TaskConfig(
         source=data,

@@ -86,7 +86,7 @@ def check(
     equivalence = compare(model, batch, objective, teacher, prompts)
     if not equivalence.holds:
         raise TrainingError(
-            f"the next batch does not come out as by plain concatenation: {equivalence}. No step was made; set "
+            f"the next batch differs from plain concatenation: {equivalence}. No step was made; set "
             f"model.attention to eager and model.matmul_backend to torch, and please report the model"
         )
     return str(equivalence)

@@ -124,8 +124,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             return PromptInit(loaded.shared)
         if loaded.columns.shape[-1] != self.num_ranks:
             raise ConfigError(
-                f"{loaded.path} holds factors of rank {loaded.columns.shape[-1]}, wanted is rank {self.num_ranks}; set "
-                f"num_ranks to match, or take {MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
+                f"{loaded.path} holds factors of rank {loaded.columns.shape[-1]}, but rank {self.num_ranks} is needed; "
+                f"set num_ranks to match, or take {MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
             )
         if self.prompt_tuning_init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
             index = loaded.index(self.prompt_tuning_init_task)
@@ -181,7 +181,7 @@ class MultitaskPromptEmbedding(nn.Module):
         tasks = task_ids.reshape(-1)
         count = len(self.prefix_task_cols)
         if bool(((tasks < 0) | (tasks >= count)).any()):
-            raise ConfigError(f"task_ids {tasks.tolist()} name tasks that are not there; num_tasks is {count}")
+            raise ConfigError(f"task_ids {tasks.tolist()} name tasks that do not exist; num_tasks is {count}")
         columns = self.prefix_task_cols[tasks[:, None], indices]
         embeddings: Tensor = self.embedding(indices) * (columns @ self.prefix_task_rows[tasks])
         return embeddings

@@ -40,13 +40,15 @@ class Source:
         Raises ConfigError where it has another length or width.
         """
         if self.shared.shape[1] != width:
-            raise ConfigError(f"{self.path} holds a prompt of width {self.shared.shape[1]}, wanted is width {width}")
+            raise ConfigError(
+                f"{self.path} holds a prompt of width {self.shared.shape[1]}, but width {width} is needed"
+            )
         count = len(self.shared)
         if count == rows:
             return self
         if count != rows * self.copies:
             raise ConfigError(
-                f"{self.path} holds a prompt of {count // self.copies} tokens, wanted are {rows}; set "
+                f"{self.path} holds a prompt of {count // self.copies} tokens, but {rows} are needed; set "
                 f"num_virtual_tokens to match"
             )
         return replace(self, shared=self.shared[:rows], columns=self.columns[:, :rows], copies=1)
@@ -59,7 +61,7 @@ class Source:
             return self.names.index(task)
         here = ", ".join(f"{i} {name}" if str(i) != name else name for i, name in enumerate(self.names))
         hint = closest(task, self.names) if isinstance(task, str) else ";"
-        raise ConfigError(f"prompt_tuning_init_task {task!r} is no task of {self.path}{hint} its tasks: {here}")
+        raise ConfigError(f"prompt_tuning_init_task {task!r} is not a task of {self.path}{hint} its tasks: {here}")
 
 
 def load(location: str) -> Source:

@@ -26,7 +26,7 @@ class TeacherStage(Section):
     """How the teachers are trained."""
 
     trained: dict[str, str] = Field(default={})
-    """Directories of prompts that exist already, by source."""
+    """Directories of trained prompts, by source."""
 
 
 class SourceStage(Section):
