@@ -379,7 +379,7 @@ def test_training_that_is_broken_off_leaves_a_frozen_model():
             {**LORA, "learning_rate_unit": "absolute", "optimizer": "adafactor"},
             "training.optimizer: adamw, not adafactor",
         ),
-        ({**LORA, "learning_rate_unit": "absolute", "objectives": {"task": 1, "distil": 1}}, "given task, distil"),
+        ({**LORA, "learning_rate_unit": "absolute", "objectives": {"task": 1, "distill": 1}}, "given task, distill"),
         ({**LORA, "learning_rate_unit": "absolute", "equivalence": "check"}, "leave it off"),
         ({**LORA, "learning_rate_unit": "absolute", "save_model": True}, "save_model is for target: backbone"),
         ({"target": "lorra"}, "did you mean 'lora'"),

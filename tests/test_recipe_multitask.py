@@ -386,7 +386,7 @@ def test_the_upper_lines(tmp_path):
         (lambda v: v.update(sources=[]), "sources"),
         (lambda v: v["target"].update(shots=[16, 16]), "each value may be listed once, given 16, 16"),
         (
-            lambda v: v["target"].update(few={"objectives": {"distil-logits": 1.0}}),
+            lambda v: v["target"].update(few={"objectives": {"distill-logits": 1.0}}),
             "target.few.objectives is set by the",
         ),
         (lambda v: v["prompt"].update(method="attempt"), "prompt.method is set by the recipe itself"),

@@ -11,7 +11,7 @@ LearningRate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 
-DISTILLATION_OBJECTIVES = ("distil-logits", "distil-hidden")
+DISTILLATION_OBJECTIVES = ("distill-logits", "distill-hidden")
 """The objectives that compare with a teacher."""
 
 
@@ -308,7 +308,7 @@ class SamplingConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Teachers for the objectives `distil-logits` and `distil-hidden` (Wang et al. 2023, section 3.1)."""
+    """Teachers for the objectives `distill-logits` and `distill-hidden` (Wang et al. 2023, section 3.1)."""
 
     teachers: dict[str, str]
     """The directory of a trained prompt for each task."""

@@ -58,13 +58,13 @@ ARMS: dict[str, Arm] = {
 class Variant:
     """A way to train the shared prompt: with or without teachers, with factors for each source or one prompt."""
 
-    distil: bool
+    distill: bool
     decompose: bool
 
 
 VARIANTS: dict[str, Variant] = {
-    "mpt": Variant(distil=True, decompose=True),
-    "no-distillation": Variant(distil=False, decompose=True),
-    "no-decomposition": Variant(distil=True, decompose=False),
-    "mixture": Variant(distil=False, decompose=False),
+    "mpt": Variant(distill=True, decompose=True),
+    "no-distillation": Variant(distill=False, decompose=True),
+    "no-decomposition": Variant(distill=True, decompose=False),
+    "mixture": Variant(distill=False, decompose=False),
 }

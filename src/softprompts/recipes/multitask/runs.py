@@ -57,11 +57,11 @@ def source_runs(plan: Plan) -> Run:
         "layers": list(stage.layers),
         "cache": str(out / "teacher-states.safetensors"),
     }
-    weights = {"distil-logits": stage.logits, "distil-hidden": stage.hidden}
+    weights = {"distill-logits": stage.logits, "distill-hidden": stage.hidden}
     entries = []
     for name in stage.variants:
         variant = VARIANTS[name]
-        objectives = {key: weight for key, weight in weights.items() if weight and variant.distil}
+        objectives = {key: weight for key, weight in weights.items() if weight and variant.distill}
         entries.append(
             {
                 "name": name,
