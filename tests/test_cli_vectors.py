@@ -109,7 +109,7 @@ def test_nothing_of_a_vector_is_its_start(call, here, tmp_path, command):
     assert load("alpha").digest in made.parents
 
 
-def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_path):
+def test_a_sum_is_evaluated_where_its_tasks_answer_alike(call, here, tmp_path):
     """A multiple of a vector answers as its run did; a sum of tasks with the same words needs rows, others cannot."""
     assert call("vector", "scale", "alpha", "--by", "1", "--out", tmp_path / "one")[0] == 0
     status, out, err = call("evaluate", tmp_path / "one", "--json")
@@ -236,10 +236,10 @@ def test_search_reads_test_rows_once_and_last(call, here, tmp_path, monkeypatch)
     read = []
     original = Evaluator.evaluate
 
-    def watched(judge, prompt, rows):
-        (role,) = [role for role in ("train", "validation", "test") if rows is getattr(judge.task, role)]
-        read.append((judge.task.name, role, prompt))
-        return original(judge, prompt, rows)
+    def watched(evaluator, prompt, rows):
+        (role,) = [role for role in ("train", "validation", "test") if rows is getattr(evaluator.task, role)]
+        read.append((evaluator.task.name, role, prompt))
+        return original(evaluator, prompt, rows)
 
     monkeypatch.setattr(Evaluator, "evaluate", watched)
     status, _, err = call("vector", "search", "alpha + beta", "--out", tmp_path / "s")

@@ -281,7 +281,7 @@ def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_artifact(tmp_path: Path) -> None:
-    """Trained, cut and gone on with bit for bit; judged rows, which begin alike, are what each is alone."""
+    """Trained, interrupted and continued bit for bit; evaluated rows, which begin alike, are what each is alone."""
     values = local.run_values(tmp_path, max_steps=4, save_steps=1, learning_rates={"matrices": 0.05})
     values["prompt"] |= {"method": "dept", "options": {"rank": R, "positions": 6}}
 

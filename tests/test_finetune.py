@@ -479,7 +479,7 @@ def test_a_run_from_configuration_to_page(values, tmp_path, train):
     assert again["scores"] == results["scores"]
 
 
-def judged(prepared, model, index=0):
+def evaluate_rows(prepared, model, index=0):
     """Log-probabilities of the labels of some test rows, by a stock model that is read by hand."""
     encoder, found = prepared.encoders[index], []
     for row in prepared.tasks[index].test[:4]:
@@ -493,7 +493,7 @@ def judged(prepared, model, index=0):
 
 @pytest.mark.parametrize("attention", ["packed", "eager"])
 def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
-    """Trained, judged with the fast kernels, saved, loaded by PEFT alone: the same scores and the same logits."""
+    """Trained, evaluated with the fast kernels, saved, loaded by PEFT alone: the same scores and the same logits."""
     values["model"]["attention"] = attention
     prepared = job.prepare(run_of(values, "lora", learning_rate=1e-1))
     encoded = [prepared.encoders[0].example(row) for row in prepared.tasks[0].train]
@@ -517,7 +517,7 @@ def test_an_adapter_is_peft_s_own(values, tmp_path, attention):
         mine = prepared.weights.backbone.model(ids).logits
         assert_close(loaded(ids).logits, mine)
         assert (mine - before).abs().max() > 1e-2
-        for one, expected in zip(answers, judged(prepared, loaded), strict=True):
+        for one, expected in zip(answers, evaluate_rows(prepared, loaded), strict=True):
             assert one.scores == pytest.approx(expected, abs=2e-5)
 
 
@@ -527,7 +527,7 @@ def test_a_model_is_kept_where_asked_for(values, tmp_path):
     kept = loading.load(str(tmp_path / "out" / "model"), dtype="float32", device="cpu")
     prepared = job.prepare(run)
     with torch.no_grad():
-        found = judged(prepared, kept.model)
+        found = evaluate_rows(prepared, kept.model)
     for scores, example in zip(found[:1], results["examples"], strict=False):
         assert max(scores, key=scores.get) == example["after"]
     again = job.run(

@@ -481,8 +481,8 @@ def test_a_causal_prompt_does_not_see_the_answer(strategy: str) -> None:
     assert not torch.equal(prompt.values, made.make_prompts(Batch(ids, batch.attention_mask, batch.task_ids)).values)
 
 
-def test_training_drops_and_judging_does_not() -> None:
-    """Whoever judges after a step gets the prompts without dropout, whatever was done before."""
+def test_training_drops_and_evaluation_does_not() -> None:
+    """Evaluation after a step gets the prompts without dropout, whatever was done before."""
     made, batch = tuned("llama", strategy="mlp"), batch_of("llama", [0, 1])
     torch.manual_seed(0)
     expected = made.make_prompts(batch).values

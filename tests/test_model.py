@@ -672,11 +672,11 @@ def test_trainer_trains_it_as_it_is(tmp_path: Path, name: str, kind: str) -> Non
         metric_for_best_model="eval_loss",
     )
 
-    def judge(prediction: Any) -> dict[str, float]:
+    def compute_metrics(prediction: Any) -> dict[str, float]:
         seen.append((prediction.predictions, prediction.label_ids))
         return {"seen": 1.0}
 
-    run.compute_metrics = judge
+    run.compute_metrics = compute_metrics
     first = run.evaluate()
     assert first["eval_seen"] == 1.0
     run.train()

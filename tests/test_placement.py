@@ -252,7 +252,7 @@ def test_segments_are_the_prompt() -> None:
     ],
 )
 def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -> None:
-    """Trained, judged, saved and opened again: answers are the stock model's with the prompt in its slots."""
+    """Trained, evaluated, saved and opened again: answers are the stock model's with the prompt in its slots."""
     values = local.run_values(tmp_path, name, max_steps=3)
     values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
     values["prompt"] |= {"placement": "suffix"} if place == "suffix" else {}

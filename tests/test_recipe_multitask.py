@@ -88,7 +88,7 @@ def test_the_table_holds_the_runs_own_scores(done):
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     tried = next(one["tried"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     assert rate == max(map(float, tried), key=lambda r: (tried[f"{r:g}"], -r))
-    for one in (0.1, 0.3):  # chosen on validation rows, not on those that judge
+    for one in (0.1, 0.3):  # chosen on validation rows, not on test rows
         pages = [
             json.loads((out / f"targets/{target}-full/rates/mpt-rate{one:g}-seed0/results.json").read_text())
             for target in ("gamma", "delta")

@@ -282,7 +282,7 @@ def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp
 
 @pytest.mark.parametrize("kind", ["label", "multilabel", "generation", "regression"])
 def test_shots_per_set_are_so_many_in_all(tmp_path, kind):
-    """Whatever the classes are; as many to choose with, and those that judge stay."""
+    """Whatever the classes are; as many to choose with, and the test rows stay."""
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{i % 3}\n" for i in range(90)))
     whole = read_splits(TaskConfig(source=source, kind=kind, split=SplitConfig(validation_fraction=0.3)))
     for shots in (1, 5, 20):

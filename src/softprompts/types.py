@@ -372,7 +372,7 @@ class Fingerprint:
 
 @contextlib.contextmanager
 def in_mode(method: Any, training: bool) -> Iterator[None]:
-    """Inside, the method is in training mode, or in the mode of judging, folding and answering; then as it was."""
+    """Inside, the method is in training mode, or in eval mode for evaluation, folding and answering; then as it was."""
     before = method.training
     method.train(training)
     try:
