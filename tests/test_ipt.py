@@ -32,9 +32,9 @@ STRATEGIES = ("lookup", "cnn", "rnn", "mlp")
 ENCODING = STRATEGIES[1:]
 
 
-def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocabulary: int = V) -> Any:
+def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocab_size: int = V) -> Any:
     """Methods of two tasks whose every parameter is random, in float64 and as in answering (without dropout)."""
-    spec = PromptSpec(length, sum(layers) or D, D, vocabulary, layers)
+    spec = PromptSpec(length, sum(layers) or D, D, vocab_size, layers)
     start = PromptInit(rows.random(0, length, spec.width))
     methods = torch.nn.ModuleDict(build_tasks("ipt", options, spec, start, TASKS))
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_what_of_a_text_counts(strategy: str) -> None:
 
 @torch.no_grad()
 def test_three_filters_make_prompts_of_rank_three() -> None:
-    method = made({"strategy": "cnn", "tokens": T}, vocabulary=V)["one"]
+    method = made({"strategy": "cnn", "tokens": T}, vocab_size=V)["one"]
     values = method(context(lengths=(9, 8, 7, 9, 6, 9, 8, 5, 9, 7, 8, 9))).prompt.flatten(1)
     sizes = torch.linalg.svdvals(values - values.mean(0))
     assert float(sizes[3]) < 1e-10
@@ -281,7 +281,7 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "vocabulary", "width", "length", "count"),
+    ("options", "vocab_size", "width", "length", "count"),
     [
         ({}, 50265, 1024, 100, 51_471_360),
         ({"strategy": "cnn"}, 50265, 1024, 100, 12_291 + 409_600 + 51_471_360),
@@ -295,10 +295,10 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
     ],
     ids=str,
 )
-def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: int, count: int) -> None:
+def test_counts(options: dict[str, Any], vocab_size: int, width: int, length: int, count: int) -> None:
     """Trained numbers by the formulas, at the sizes of RoBERTa-large and of SmolLM2-135M."""
     with torch.device("meta"):
-        spec = PromptSpec(length, width, width, vocabulary)
+        spec = PromptSpec(length, width, width, vocab_size)
         method = InstancePromptTuning(
             InstancePromptTuning.Config(**options), spec, PromptInit(torch.ones(length, width, device="cpu"))
         )
@@ -359,7 +359,7 @@ def test_only_the_prompts_of_a_batch_say_how_large_they_are() -> None:
         ({"strategy": "rnn", "start": "zero"}, {}, "strategy rnn would learn nothing from a table of zeros"),
         ({"base": "none"}, {"layers": (4, 2)}, "base none would leave all layers but the first without a prompt"),
         ({"start": "words"}, {"layers": (4, 2)}, "start words needs prompts as wide as the embeddings, 6, not 4"),
-        ({}, {"vocabulary": 0}, "the spec says nothing of the vocabulary"),
+        ({}, {"vocab_size": 0}, "PromptSpec.vocab_size must be at least 1"),
         ({"table": "hashed"}, {}, "table hashed of 2048 rows would not be smaller than that of all 20 tokens"),
         ({"table": "common", "rows": 20}, {}, "table common of 20 rows would not be smaller"),
         ({"heat": 1}, {}, "prompt.options of method ipt: 'heat' is unknown; possible: strategy, table"),
@@ -370,14 +370,14 @@ def test_only_the_prompts_of_a_batch_say_how_large_they_are() -> None:
     ],
 )
 def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
-    given = {"vocabulary": V, **slot}
+    given = {"vocab_size": V, **slot}
     with pytest.raises(ConfigError, match=message):
         build("ipt", options, PromptSpec(P, D, D, **given), PromptInit(torch.zeros(P, D)))
 
 
 def test_numbers_that_yaml_takes_for_words() -> None:
     """5e-2 is a word to YAML; a word that is no number stays one."""
-    given = PromptSpec(P, D, D, vocabulary=V)
+    given = PromptSpec(P, D, D, vocab_size=V)
     assert build("ipt", {"spread": "5e-2"}, given, PromptInit(torch.zeros(P, D))).config.spread == 0.05
 
 

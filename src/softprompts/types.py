@@ -33,8 +33,8 @@ class PromptSpec:
     Attributes:
         length: P, the number of prompt tokens.
         width: D, the numbers of a prompt token at the site.
-        features: H, the width of the backbone's input embeddings, which a method that reads the text sees.
-        vocabulary: The number of the backbone's token ids.
+        embedding_size: H, the width of the backbone's input embeddings, which a method that reads the text sees.
+        vocab_size: The number of the backbone's token ids.
         layers: The widths of each layer's part of a prompt that has one for every layer (sites layers and kv); they
             sum to `width`.
         encoders: The widths of the vectors that frozen encoders make of whole texts, by the encoder's name:
@@ -44,8 +44,8 @@ class PromptSpec:
 
     length: int
     width: int
-    features: int
-    vocabulary: int = 0
+    embedding_size: int
+    vocab_size: int = 0
     layers: tuple[int, ...] = ()
     encoders: Mapping[str, int] = field(default_factory=dict)
     pool: str = "mean"

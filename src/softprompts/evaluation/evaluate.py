@@ -400,7 +400,7 @@ def _filled_log_probs(
             word = (encoder.template.verbalizer or {})[label]
             examples = [replace(encoder.encode(row, word), task_id=index) for row, index in prompted_rows]
         for indices, batch in _batches(examples, cache, encoder, config, max_rows=max_rows):
-            output = cache.score(batch, logits=group is single)
+            output = cache.score(batch, return_logits=group is single)
             assert output.labels is not None
             if group is single:
                 assert output.logits is not None

@@ -114,8 +114,8 @@ def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[s
     return PromptSpec(
         length=length,
         width=width,
-        features=backbone.embedding_size,
-        vocabulary=backbone.vocab_size,
+        embedding_size=backbone.embedding_size,
+        vocab_size=backbone.vocab_size,
         layers=_layer_widths(backbone, site),
         encoders={"backbone": backbone.output_size, **(encoders or {})},
         pool=pool,

@@ -184,7 +184,7 @@ def _kind(kind: str, spec: PromptSpec) -> str:
 
 def _begin(config: Idpg.Config, spec: PromptSpec, kind: str, prompt: Tensor) -> dict[str, Tensor]:
     """Where a generator begins: its parameters by name, with G generators, in kind L one for each layer."""
-    known = {"static": spec.features, **spec.encoders}
+    known = {"static": spec.embedding_size, **spec.encoders}
     if config.encoder not in known:
         raise ValueError(f"encoder '{config.encoder}' is not available; possible: {', '.join(known)}")
     width = known[config.encoder]

@@ -129,10 +129,10 @@ class Memory(nn.Module):
                 f"k {config.k} leaves no room for a trained prompt: prompt.num_virtual_tokens {spec.length} counts "
                 f"both; choose a smaller k or a longer prompt"
             )
-        if config.k and (spec.width != spec.features or spec.layers):
+        if config.k and (spec.width != spec.embedding_size or spec.layers):
             raise ValueError(
-                f"its memory has the width of the embeddings, {spec.features}, and the site has {spec.width}; use "
-                f"site input or decoder"
+                f"its memory has the width of the embeddings, {spec.embedding_size}, and the site has {spec.width}; "
+                f"use site input or decoder"
             )
         self.config = config
         self.soft = nn.Parameter(init.prompt.detach().float()[: spec.length - config.k].clone())

@@ -347,7 +347,7 @@ class SoftPromptModel(nn.Module):
         *,
         prompts: Prompt | None = None,
         prefix: Prefix | None = None,
-        logits: bool | None = None,
+        return_logits: bool | None = None,
         layers: Collection[int] = (),
         path: str | None = None,
     ) -> Output:
@@ -357,7 +357,7 @@ class SoftPromptModel(nn.Module):
             batch: The rows; `task_ids` [B] are places in `tasks`.
             prompts: Their prompts, as `make_prompts` gives them; None: they are made.
             prefix: What was read of these prompts before; see `PrefixCache`.
-            logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N] alone
+            return_logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N] alone
                 (False); None takes the latter where scores would be large.
             layers: Layers whose states of the text are returned too; 1 is the first, -1 what the head reads.
             path: `packed`, `shared` or `concatenation`; None takes the best that is possible.
@@ -366,7 +366,7 @@ class SoftPromptModel(nn.Module):
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
         self._tune()
-        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": return_logits, "layers": layers, "path": path}
         if not self._prompted:
             return injection.score(self.backbone, batch, None, Site(), **options)
         names = tuple(self.registry.used(batch.task_ids).values())

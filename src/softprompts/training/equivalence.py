@@ -178,7 +178,7 @@ def _loss_and_gradient(
         if prompt is None:
             with model.no_prompt():
                 return model.score(batch, path=path)
-        return model.score(batch, prompts=prompt, path=path, logits=True if teacher else None, layers=layers)
+        return model.score(batch, prompts=prompt, path=path, return_logits=True if teacher else None, layers=layers)
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # on every device, so that both ways drop out alike; each step seeds itself anyway
