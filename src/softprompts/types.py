@@ -72,9 +72,9 @@ class PromptInit:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters of a method that learn at a rate of their own: those whose names begin with one of `parameters`.
+    """Parameters of a method that learn at a separate rate: those whose names begin with one of `parameters`.
 
-    unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
+    unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", a plain number, which is
     right for factors around one and for weights. rate: what it is unless `training.learning_rates` says otherwise;
     None: the run's. decay: whether `training.weight_decay` counts: it would shrink rows of a table in every step, used
     or not.
@@ -307,7 +307,7 @@ class Step:
         prompt: Their prompts.
         output: Their scores.
         rerun: Scores the batch with another prompt; None: without one.
-        teacher: What a teacher makes of the same rows, where there is one.
+        teacher: A teacher's outputs for the same rows, or None.
     """
 
     batch: Batch

@@ -81,7 +81,7 @@ def fetch(name: str, say: Say = lambda line: None) -> Path:
             if not directory.is_dir():
                 with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as work:
                     _make(asset, Path(work), say).rename(directory)
-    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
+    except Exception as error:  # safetensors and tokenizers raise their own exceptions for a full disk
         if _is_full(str(error)):
             raise _no_room(asset) from error
         if isinstance(error, OSError):

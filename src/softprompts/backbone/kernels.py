@@ -186,7 +186,7 @@ class CheckpointedForward:
     """A layer's forward that stores nothing for the backward pass and runs again there.
 
     A layer that reads and extends a cache gets its keys and values as inputs and returns the new ones. It works on a
-    cache of its own both times: the second run would otherwise find what the first one had added.
+    separate cache both times: the second run would otherwise find what the first one had added.
     """
 
     def __init__(self, layer: nn.Module, forwards: dict[nn.Module, Forward]) -> None:

@@ -301,7 +301,7 @@ def _combine(
     from softprompts.artifacts import vectors
     from softprompts.recipes.coefficient_search import resolve_start
 
-    # The result of a merge has no start of its own; that of its sources' sum is the one they have in common.
+    # The result of a merge has no start; it takes the common start of its sources.
     initial = resolve_start(vectors.weighted(sources) if sources else total, _start(start, start_of))
     _save(total * by, vectors.to_artifact(total, initial, by), out_dir, as_json)
 

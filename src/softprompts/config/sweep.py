@@ -18,7 +18,7 @@ SHORT_NAMES = {"training.learning_rate": "rate"}
 
 
 def sweep(run: Run) -> dict[str, Run]:
-    """The runs that a configuration stands for, by name.
+    """The runs of a configuration, by name.
 
     Args:
         run: A configuration. Each entry of its list `runs` becomes a run that is written to a folder of its
@@ -90,7 +90,7 @@ def _check_shared(runs: Mapping[str, Run]) -> None:
 
 
 def _check_name(entry: Mapping[str, Any], number: int, taken: Iterable[str]) -> str:
-    """The name of an entry of the list; raises ConfigError unless it can be a folder of its own."""
+    """The name of an entry of the list; raises ConfigError unless it can be the name of a separate folder."""
     name = str(entry.get("name", ""))
     if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(

@@ -383,7 +383,7 @@ def _filled_log_probs(
 ) -> Tensor:
     """The log-probability [rows, labels] of each label, of encoder-decoder and masked models.
 
-    All labels of one token come from one pass. Each longer label has a pass of its own.
+    All labels of one token come from one pass. Each longer label has a separate pass.
     """
     labels = list(candidates)
     log_probs = torch.full((len(prompted_rows), len(labels)), -torch.inf, dtype=torch.float64)

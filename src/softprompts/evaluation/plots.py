@@ -206,7 +206,7 @@ def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, 
             dots_of_metrics[name] = dots
     if not dots_of_metrics:
         return None
-    height = sum(len(dots) + 1.2 for dots in dots_of_metrics.values())  # the name of a metric has a line of its own
+    height = sum(len(dots) + 1.2 for dots in dots_of_metrics.values())  # the name of a metric has a separate line
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         from matplotlib.ticker import MaxNLocator

@@ -19,7 +19,7 @@ class Idpg(PromptMethod):
 
     With M(x) [E] the text's vector, section 3.2 of the paper has the prompt `W2 GELU(W1 M(x) + b1) + b2`, W1 [m, E];
     `linear`: `W2 M(x) + b2`; `phm`: W1 and W2 are sums of Kronecker products (see `phm`). What W2 makes is [P, D] in
-    kind S; [P, w] in kind M, the same for every layer's part w of D; in kind L each layer has a generator of its own.
+    kind S; [P, w] in kind M, the same for every layer's part w of D; in kind L each layer has its own generator.
     b2 [P, D] has a part for every layer. Each task has a generator to itself, and begins at b2 = `init.prompt`.
 
     Raises:

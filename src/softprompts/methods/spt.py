@@ -198,7 +198,7 @@ def _memory(config: SemiParametric.Config, init: PromptInit) -> Tensor:
 def _instructions(context: Context) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct h of a batch: embeddings [U, W, H] of their words, how many each has [U], and each row's, [B].
 
-    Rows have the same h where its words are the same in the same order, wherever they stand in the text.
+    Rows have the same h where its words are the same in the same order, wherever they are in the text.
     """
     readable = (
         context.attention_mask.bool()

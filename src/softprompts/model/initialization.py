@@ -1,6 +1,6 @@
 """Where a prompt starts: random vectors, zeros, words, class labels or other artifacts, at any site.
 
-A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
+A start from words is the frozen model's own result for those words at the site: their embeddings, their hidden
 states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
 """
 
@@ -272,7 +272,7 @@ def _from_vector(
     labels: Sequence[str],
     allow_other_weights: bool,
 ) -> PromptInit:
-    """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
+    """A start plus a sum of task prompt vectors (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
     total = vectors.read_expression(config.vector)
     _check_fits(total.reference, config.vector, fingerprint(backbone), site, spec, allow_other_weights)

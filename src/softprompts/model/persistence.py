@@ -268,8 +268,8 @@ def rebuild(opened: Artifact, spec: PromptSpec, origin: str | Path) -> PromptMet
                 f"{origin} holds what pretraining taught method {opened.method} and answers no task; train a run "
                 f"that begins with it (prompt.init.state)"
             ) from None
-        told = " ".join(str(error).split())
-        raise ArtifactError(f"{origin}: the tensors of method {opened.method} do not fit: {told}") from None
+        message = " ".join(str(error).split())
+        raise ArtifactError(f"{origin}: the tensors of method {opened.method} do not fit: {message}") from None
     return method
 
 
@@ -287,11 +287,11 @@ def open_directory(
     for unit in collection.member_groups(path):
         group = []
         for member in unit:
-            prompt, told = open_artifact(
+            prompt, notes = open_artifact(
                 backbone, encoders, member.path, member=member.task, allow_other_weights=allow_other_weights
             )
             group.append(prompt)
-            warnings += told
+            warnings += notes
             places.append((member.position, prompt.name))
         _share(path, group)
         prompts += group

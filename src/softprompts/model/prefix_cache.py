@@ -50,7 +50,7 @@ class PrefixCache:
 
         Args:
             batch: The rows; `task_ids` are places in the model's tasks.
-            leading: Tokens that stood before every text of `batch`, and are now read behind every prompt.
+            leading: Tokens that preceded every text of `batch`, and are now read behind every prompt.
         """
         if not self.names:
             return None, None

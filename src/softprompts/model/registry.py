@@ -51,7 +51,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class NewPrompt:
-    """A prompt that is ready to be registered: its method, its record and its head (None: it has none of its own)."""
+    """A prompt that is ready to be registered: its method, its record and its head (None: the model's)."""
 
     name: str
     method: PromptMethod
@@ -71,7 +71,7 @@ class PromptRegistry:
 
     Attributes:
         prompts: The method of each prompt, by `key(name)`. Methods that share something have one module `shared`.
-        heads: The head of each prompt that has one of its own.
+        heads: The head of each prompt that has its own.
         records: What is known of each prompt.
         encoders: The frozen encoders of whole texts that methods read with.
     """

@@ -54,7 +54,7 @@ def no_log(line: str) -> None:
 
 
 def log_to_logger(line: str) -> None:
-    """Show a line through Python's logging, for callers without a screen of their own."""
+    """Show a line through Python's logging, for callers without a screen."""
     logging.getLogger("softprompts").warning("%s (autotune=False skips this)", line)
 
 
@@ -156,7 +156,7 @@ def example_tokenizer(
         backbone: The backbone.
         template: How a row is put into words.
         length: The number of prompt tokens.
-        task: The number of the task, which its rows bear.
+        task: The number of the task, which its rows have.
         place: As of the site; `template` makes slots of the `<prompt>` in the templates, without a prompt of none.
     """
     room = UNBOUNDED if backbone.max_positions is None else backbone.max_positions - length

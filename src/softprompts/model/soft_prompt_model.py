@@ -1,4 +1,4 @@
-"""SoftPromptModel: a stock transformers model with named prompts, each task with a copy of the head of its own."""
+"""SoftPromptModel: a stock transformers model with named prompts, each task with its own copy of the head."""
 
 import contextlib
 import functools
@@ -53,7 +53,7 @@ class SoftPromptModel(nn.Module):
     Attributes:
         backbone: The frozen model as the library sees it.
         prompts: The method of each prompt.
-        heads: The head of each prompt that has one of its own.
+        heads: The head of each prompt that has its own.
         registry: What is known of each prompt.
 
     Raises:
@@ -357,8 +357,8 @@ class SoftPromptModel(nn.Module):
             batch: The rows; `task_ids` [B] are places in `tasks`.
             prompts: Their prompts, as `make_prompts` gives them; None: they are made.
             prefix: What was read of these prompts before; see `PrefixCache`.
-            return_logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N] alone
-                (False); None takes the latter where scores would be large.
+            return_logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N]
+                alone (False); None takes the latter where scores would be large.
             layers: Layers whose states of the text are returned too; 1 is the first, -1 what the head reads.
             path: `packed`, `shared` or `concatenation`; None takes the best that is possible.
 
@@ -504,7 +504,7 @@ class SoftPromptModel(nn.Module):
 
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
-        end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
+        end_positions as the stock model takes them; padding may be on either side. tasks: a name for all rows or one
         each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] where
         prompts have segments: text tokens before each; None: by the prompts' own place, which `template` leaves open.
         words [B, T]: 1 for instructions, for methods that ask; logits_to_keep, num_items_in_batch: as in stock models.

@@ -26,7 +26,7 @@ NO_PROMPT = "no prompt"
 """The arm of the stock model."""
 
 ALL_TARGETS = "together"
-"""Stands for a task's name in runs on all tasks."""
+"""Replaces a task's name in runs on all tasks."""
 
 
 class ComparisonStage(Section):

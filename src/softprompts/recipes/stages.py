@@ -24,7 +24,7 @@ STAGE_FILE = "stage.json"
 RESULTS = "results.json"
 
 ASIDE_SUFFIX = ".before-"
-"""Stands between a stage's name and a number in the folder of a stage that was done with other settings."""
+"""Separates a stage's name from a number in the folder of a stage that was done with other settings."""
 
 
 def check_output_directory(title: str, out: str) -> None:

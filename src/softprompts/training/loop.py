@@ -87,7 +87,7 @@ class TrainingRun:
         return [self.batches.at(step * count + part) for part in range(count)]
 
     def batch(self, step: int, part: int, examples: Sequence[EncodedExample], share: float = 1.0) -> RunBatch:
-        """Examples of micro-batch `part` of a step, with random streams of their own, whatever other runs draw."""
+        """Examples of micro-batch `part` of a step, with separate random streams, whatever other runs draw."""
         prompt_seed, objective_seed = (
             (self.seed * 1_000_003 + step + (draw << 40)) % 2**63 for draw in (2 * part, 2 * part + 1)
         )

@@ -22,7 +22,7 @@ FIELD = "prompt_tuning_init_state_dict_path"
 class Source:
     """shared [R, D], columns [K, R, r] and rows [K, r, D] of the tasks called `names`, in float32.
 
-    copies: how many prompts stand behind each other in R, 2 where PEFT also trained one for the decoder; fingerprint:
+    copies: how many prompts follow each other in R, 2 where PEFT also trained one for the decoder; fingerprint:
     of the weights that they were made for, where that is known.
     """
 
