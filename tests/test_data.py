@@ -88,7 +88,10 @@ def test_a_format_goes_through_json():
     [
         ({"name": "a", "template": "", "templat": ""}, "unknown key 'templat'; did you mean 'template'? known: name, "),
         ({"template": ""}, "template: 'name' must be text, found NoneType"),
-        ({"name": "a", "template": "", "kind": "x"}, "template: unknown kind 'x', known: label, multilabel, regression"),
+        (
+            {"name": "a", "template": "", "kind": "x"},
+            "template: unknown kind 'x', known: label, multilabel, regression",
+        ),
     ],
 )
 def test_a_format_that_is_none(values, message):

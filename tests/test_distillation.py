@@ -347,7 +347,10 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
 def test_a_weight_of_zero_is_the_task_alone():
     data = together.encoded("llama", 8, 5, tasks=2)
     losses = []
-    for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distill-logits": 0.0, "distill-hidden": 0.0}, True)):
+    for weights, taught in (
+        ({"task": 1.0}, False),
+        ({"task": 1.0, "distill-logits": 0.0, "distill-hidden": 0.0}, True),
+    ):
         one = student("llama")
         targets = distillation.targets(one.backbone, teachers([rows.random(7, 4, 32)] * 2), data, config())
         settings = together.config(max_steps=6, objectives=weights)

@@ -1,4 +1,4 @@
-"""Evaluation: ranked answers against sums written out with the stock model, generation, heads, votes and mapped labels."""
+"""Evaluation: ranked answers against sums by the stock model, generation, heads, votes and mapped labels."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""What evaluation costs: prompts and common words read once, rows encoded once, batches of tokens, rows as they come."""
+"""What evaluation costs: prompts and common words read once, rows encoded once, batches of tokens, rows in order."""
 
 from dataclasses import replace
 

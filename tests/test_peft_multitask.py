@@ -243,7 +243,11 @@ def from_source(path: Path, **more: Any) -> dict[str, Any]:
         ({"width": 8}, {}, "holds a prompt of width 8, but width 16 is needed"),
         ({"ranks": 2}, {}, "holds factors of rank 2, but rank 1 is needed; set num_ranks to match, or take ONLY"),
         ({}, {"prompt_tuning_init_task": 3}, "prompt_tuning_init_task 3 is not a task of .*; its tasks: 0, 1, 2"),
-        ({}, {"prompt_tuning_init_task": "qqp"}, "prompt_tuning_init_task 'qqp' is not a task of .*; its tasks: 0, 1, 2"),
+        (
+            {},
+            {"prompt_tuning_init_task": "qqp"},
+            "prompt_tuning_init_task 'qqp' is not a task of .*; its tasks: 0, 1, 2",
+        ),
         ({}, {"prompt_tuning_init_task": None}, "prompt_tuning_init_task None is not a task"),
         ({}, {"prompt_tuning_init_task": True}, "prompt_tuning_init_task True is not a task"),
         ({}, {"token_dim": 8}, "token_dim is 8, but the word embeddings are 16 wide"),

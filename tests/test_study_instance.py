@@ -222,7 +222,9 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
     said.clear()
     values = {**values, "pretrain": {**values["pretrain"], "training": results["config"]["pretrain"]["training"]}}
     back = execute(parse(values, Study), ProgressReporter(log=said.append))
-    assert not [line for line in said if line.endswith("it runs again") or " steps" in line], "what was finished is kept"
+    assert not [line for line in said if line.endswith("it runs again") or " steps" in line], (
+        "what was finished is kept"
+    )
     assert back["arms"] == results["arms"]
 
 

@@ -293,7 +293,7 @@ def test_a_second_call_measures_nothing(done, monkeypatch):
 
 
 def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
-    """What was measured hangs on the prompts: a prompt that was trained again, with other numbers, is evaluated again."""
+    """Measurements belong to prompts: a prompt that was trained again with other numbers is evaluated again."""
     values, _, _ = done
     asked = []
     original = independence.measure

@@ -118,9 +118,7 @@ class PromptRegistry:
             if not name:
                 raise ConfigError("a task needs a name")
             if name in self.records or name in names[:i]:
-                raise ConfigError(
-                    f"prompt '{name}' already exists; remove_task('{name}') first, or give another name"
-                )
+                raise ConfigError(f"prompt '{name}' already exists; remove_task('{name}') first, or give another name")
 
     def add(self, prompt: NewPrompt, device: torch.device) -> None:
         """Register a prompt and move it to `device`; it takes the place of one that has its name."""

@@ -835,9 +835,7 @@ def open_prompts(
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
     if len(opened) > 1 and any(artifact_opened.heads for artifact_opened in opened):
-        raise ConfigError(
-            "prompts with separate classification heads cannot vote in one batch; open them one by one"
-        )
+        raise ConfigError("prompts with separate classification heads cannot vote in one batch; open them one by one")
     model = SoftPromptModel(
         setup.load_backbone(backbone_config(first, config, changes), labels=head_rows(first), log=log)
     )

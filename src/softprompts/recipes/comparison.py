@@ -73,9 +73,7 @@ class ComparisonStage(Section):
     def _runs(self) -> "ComparisonStage":
         for name, train in (("training", self.training), ("few", self.few)):
             if not train.max_steps:
-                raise ValueError(
-                    f"{name}.max_steps must be at least 1; list 0 in shots to score the untrained start"
-                )
+                raise ValueError(f"{name}.max_steps must be at least 1; list 0 in shots to score the untrained start")
         for rates in self.weight_learning_rates.values():
             check_distinct(rates)
         return self
