@@ -207,7 +207,7 @@ def test_compare_prints_a_table_and_writes_heatmaps(call, here, tmp_path):
     assert len(re.findall("<svg", text)) == 4
     assert "Cosines of vectors, rows" in text
     assert json.loads(call("vector", "compare", "alpha", "beta", "--how", "mean", "--json", "--out", tmp_path / "c")[1])
-    refused(call("vector", "compare", "alpha", "alpha", "--out", tmp_path / "c"), "each prompt can stand once")
+    refused(call("vector", "compare", "alpha", "alpha", "--out", tmp_path / "c"), "a comparison takes each prompt once")
     refused(call("vector", "compare", "alpha", "beta", "--how", "row", "--out", tmp_path / "c"), "flat, mean, rows")
 
 
@@ -285,7 +285,7 @@ def test_the_search_of_a_single_vector_scores_it_as_its_run_did(call, here, tmp_
         (["apply", "alpha beta"], ["after 'alpha' there should be `+` or `-`, found 'beta'"]),
         (["merge", "alpha", "--how", "tie"], ["no merge 'tie'", "ties"]),
         (["merge", "alpha", "beta", "--how", "ties", "--weights", "1;2"], ["write numbers with commas"]),
-        (["merge", "alpha", "--how", "slerp"], ["give two"]),
+        (["merge", "alpha", "--how", "slerp"], ["slerp needs two vectors"]),
         (["search", "alpha", "--coefficients", "a"], ["write numbers with commas"]),
         (["scale", "alpha", "--by", "nan"], ["give a finite number"]),
         (["apply", "alpha - alpha"], ["the sum is zero", "--start PROMPT"]),

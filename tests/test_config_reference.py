@@ -71,7 +71,7 @@ def test_the_json_schema_knows_one_task_and_the_options_of_each_method():
         ({"training": {"distillation": {"teachers": {}}}}, "names teachers that nothing uses"),
         ({"model": {"head": "features"}}, "head 'features' has nothing to train on"),
         ({"model": {"head": "token"}, "tasks": [{"name": "a"}, {"name": "b"}]}, "for one task at a time"),
-        ({"prompt": {"site": "kv"}, "task": {"chat": True, "chat_placement": "user"}}, "nothing can stand before"),
+        ({"prompt": {"site": "kv"}, "task": {"chat": True, "chat_placement": "user"}}, "nothing can come before"),
     ],
 )  # fmt: skip
 def test_what_a_configuration_alone_shows_is_refused(values, message):

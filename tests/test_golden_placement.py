@@ -338,7 +338,7 @@ def test_what_is_refused() -> None:
         (
             batch,
             injection.Site("kv", placement="suffix"),
-            "placement 'suffix' is not possible at site 'kv', where nothing can stand",
+            "placement 'suffix' is not possible at site 'kv', where nothing can come",
         ),
         (batch, injection.Site("kv", placement="template"), "placement 'template' is not possible at site 'kv'"),
     ):

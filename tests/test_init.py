@@ -431,7 +431,7 @@ def test_vectors_that_do_not_fit(trained: dict[str, artifact.Artifact]) -> None:
     saved(bb, Path("runs/deep/prompt"), 6, site=KV)
     for values, message in (
         ({"vector": "movies - sms"}, r"'movies - sms' did not all begin at the same start; set init\.start"),
-        ({"vector": "movies - movies"}, r"the sum 'movies - movies' is zero, .* say with init\.start where"),
+        ({"vector": "movies - movies"}, r"the sum 'movies - movies' is zero, .* set init\.start"),
         ({"vector": "text"}, "text holds no plain prompt: attempt makes one from each text"),
         ({"vector": "peft"}, "softprompts vector make peft --start START --out DIRECTORY"),
         ({"vector": "films"}, r"no trained prompt 'films' \(looked for films"),

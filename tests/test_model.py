@@ -386,7 +386,7 @@ def test_mistakes_are_named() -> None:
         model(two, task_ids=[0, 3])
     with pytest.raises(BackboneError, match="mnli at input, deep at kv"):
         model(two, tasks=["mnli", "deep"])
-    with pytest.raises(ConfigError, match="there is a prompt 'mnli' already"):
+    with pytest.raises(ConfigError, match="prompt 'mnli' already exists"):
         model.add_task("mnli")
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()

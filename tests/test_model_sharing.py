@@ -489,12 +489,12 @@ def test_names_and_numbers_must_agree() -> None:
         (lambda: SoftPromptModel(stock, config, tasks=["a", "b"]), "num_tasks is 3, but 2 are named: a, b"),
         (lambda: SoftPromptModel(stock, config, tasks="abc"), "name the tasks as a list, given 'abc'"),
         (lambda: SoftPromptModel(stock, config, "a"), "task 'a' names one prompt; give the names of all 3 as tasks"),
-        (lambda: SoftPromptModel(stock, config, tasks=["a", "b", "a"]), "there is a prompt 'a' already"),
+        (lambda: SoftPromptModel(stock, config, tasks=["a", "b", "a"]), "prompt 'a' already exists"),
         (lambda: SoftPromptModel(stock, config, tasks=["a", "b", ""]), "a task needs a name"),
         (lambda: SoftPromptModel(stock, tasks=["a"]), "tasks names prompts, but config is missing"),
         (lambda: SoftPromptModel(stock, PLAIN, tasks=[]), r"name the tasks as a list, given \[\]"),
         (lambda: model.add_task("a", config), "num_tasks is 3, but 1 are named: a"),
-        (lambda: model.add_tasks(["a", "b", "plain"], config), "there is a prompt 'plain' already"),
+        (lambda: model.add_tasks(["a", "b", "plain"], config), "prompt 'plain' already exists"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()

@@ -205,7 +205,7 @@ def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
         (
             {"site": "kv"},
             {"chat": True, "chat_placement": "user"},
-            "chat_placement is user, but at site 'kv' nothing can stand",
+            "chat_placement is user, but at site 'kv' nothing can come",
         ),
         (
             {"placement": "template", "segments": [1, 3]},
