@@ -317,7 +317,7 @@ def test_what_is_refused() -> None:
             INPUT,
             "2 places are given, and nothing says how many prompt tokens each has",
         ),
-        (slotted(batch, [(3, 2), (0, 0)]), INPUT, r"places \[\[3, 2\], \[0, 0\]\] must not fall"),
+        (slotted(batch, [(3, 2), (0, 0)]), INPUT, r"places \[\[3, 2\], \[0, 0\]\] must not decrease"),
         (slotted(batch, [(3, 6), (0, 0)]), INPUT, r"do not all lie within texts of \[5, 9\] tokens"),
         (
             slotted(batch, two.tolist(), (2, 2)),

@@ -149,7 +149,7 @@ def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]
     site = model.registry.site_of(first_prompts)
     for name, prompts in others:
         other = model.registry.site_of(prompts)
-        for attribute in ("name", "mode", "place"):
+        for attribute in ("name", "mode", "placement"):
             expected, actual = getattr(site, attribute), getattr(other, attribute)
             if expected != actual:
                 raise ConfigError(
