@@ -250,7 +250,7 @@ def search(
     for point in results["validation"]:
         scores = (f"{score:.3f}" for score in point["scores"].values())
         rows.append((f"{point['coefficient']:g}", *scores, f"{point['mean']:.3f}"))
-    table_or_lines("validation rows", ("coefficient", *results["rows"], "mean"), rows)
+    table_or_lines("validation rows", ("coefficient", *results["evaluated"], "mean"), rows)
     for name, scores in results["test"].items():
         for metric, score in scores.items():
             out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {results['coefficient']:g}")

@@ -138,7 +138,7 @@ def search(
         "coefficient": choice.best,
         "validation": _validation_rows(choice),
         "test": test_scores,
-        "rows": rows,
+        "evaluated": rows,
         "parents": list(total.parents),
         "versions": versions(),
         "warnings": warnings,
@@ -203,7 +203,7 @@ def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results with the tables and the plot of their page."""
-    tasks = list(results["rows"])
+    tasks = list(results["evaluated"])
     test_rows = []
     for task, scores in results["test"].items():
         test_rows += [[task, metric, score["value"], score["n"]] for metric, score in scores.items()]
