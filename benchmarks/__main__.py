@@ -82,7 +82,7 @@ def one(run: str, arguments: str, file: Path) -> None:
 
 
 def _measure(todo: Sequence[Measurement], options: Options, results: dict[str, Any], out: Path) -> None:
-    """Do each measurement in a process of its own (quick: all in this one), and log the estimated time left."""
+    """Do each measurement in a separate process (quick: all in this one), and log the estimated time left."""
     from benchmarks import store
 
     total = sum(measurement.minutes for measurement in todo)

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own, without other modules and without memory of earlier measurements."""
+"""A measurement in a separate process, without other modules and without memory of earlier measurements."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Our side of the measurements: every call to softprompts stands here."""
+"""Our side of the measurements: every call to softprompts is here."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ class Ours:
         choice = setup.autotune(loaded)
         self.backbone, self.kernels = replace(loaded, kernels=choice.kernels), str(choice)
         self.prompt, self.loss, self.path = prompt, float("nan"), ""
-        # PEFT puts the prompt of an encoder first, so here it stands there too.
+        # PEFT puts the prompt of an encoder first, so here it comes first too.
         self.site = Site(placement="first" if models.kind(model) == "sequence" else "auto")
         self.objective = objectives.weigh({"task": 1.0})
 

@@ -231,7 +231,7 @@ def _ready(side: Side, rows: Sequence[Row]) -> Callable[[], None]:
 
 
 def _sides(model: str, device: str, dtypes: Sequence[str], prompt: int) -> dict[str, Any]:
-    """Both sides in every dtype, each with a model of its own."""
+    """Both sides in every dtype, each with its own model."""
     sides: dict[str, Any] = {}
     for dtype in dtypes:
         ours = Ours(model, dtype, device, prompt)

@@ -92,10 +92,10 @@ class Theirs:
             self.model.get_base_model()(input_ids=torch.ones(1, 1, dtype=torch.long, device=self.device))
 
     def score(self, texts: Sequence[str], labels: dict[str, list[int]], size: int) -> Tensor:
-        """See `workload.Side`. All labels of one token come from one pass, each longer one from a pass of its own.
+        """See `workload.Side`. All labels of one token come from one pass, each longer one from a separate pass.
 
-        Batches are of similar length, only the last positions reach the vocabulary where the model can be told so, and
-        a label's last token is not read, as nothing stands behind it.
+        Batches are of similar length, only the last positions reach the vocabulary where the model allows it, and
+        a label's last token is not read, as nothing follows it.
         """
         assert self.tokenizer is not None
         ids = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]

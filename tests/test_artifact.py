@@ -196,7 +196,7 @@ def test_without_a_prompt_the_state_is_the_artifact(tmp_path: Path) -> None:
     assert facts["rms_initial"] > 0
     assert facts["peft"] == "method attempt: it has no plain prompt, and PEFT stores one matrix"
     card = (tmp_path / "x" / "README.md").read_text()
-    assert "There is no plain prompt, the method answers each text" in card
+    assert "The method computes a prompt for each text" in card
     assert "PEFT cannot load it (method attempt" in card
     with pytest.raises(ArtifactError, match=r"^x holds no plain prompt: attempt makes one from each text"):
         loaded.require_prompt("x")

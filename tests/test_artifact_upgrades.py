@@ -43,6 +43,20 @@ def test_each_step_adds_or_renames_the_keys_of_its_format() -> None:
     }
 
 
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_an_artifact_whose_run_has_old_objectives_loads_with_the_names_of_today(tmp_path: Path, version: int) -> None:
+    """Format 4 wrote `distil-logits` until the objectives got their American names."""
+    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    manifest = artifact.save(example(), tmp_path / "x") / "softprompts.json"
+    if version < 4:
+        write_as_format(manifest, version)
+    edit(manifest, config={"training" if version == 4 else "train": {"objectives": weights}})
+    objectives = {"task": 1.0, "distill-logits": 0.9, "distill-hidden": 0.5}
+    assert artifact.load(tmp_path / "x").config == {"training": {"objectives": objectives}}
+    again = artifact.save(artifact.load(tmp_path / "x"), tmp_path / "again") / "softprompts.json"
+    assert json.loads(again.read_text())["config"]["training"]["objectives"] == objectives
+
+
 def test_names_of_tensors_change_at_their_beginning_only() -> None:
     values = {name: torch.ones(1) for name in ("prompts.0", "up.weight", "upper.weight", "sources", "prompts.1")}
     upgraded = upgrade_state("attempt", values, 3)

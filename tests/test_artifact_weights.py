@@ -25,7 +25,7 @@ def test_equal_weights_pass_in_silence() -> None:
 
 def test_no_fingerprint_warns() -> None:
     assert check_fingerprint(None, fingerprint()) == [
-        "nothing ties this prompt to weights: PEFT's files do not say which it was made for"
+        "this prompt has no fingerprint: PEFT's files do not name the weights it was trained on"
     ]
 
 

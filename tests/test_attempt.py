@@ -161,7 +161,7 @@ def test_a_wide_site_reads_a_narrow_text() -> None:
         (
             {"rank": 0},
             torch.zeros(1, P, D),
-            "options of method attempt: rank must be a whole number from 1 on, given 0",
+            "options of method attempt: rank must be a whole number of at least 1, given 0",
         ),
         ({"rank": 2.5}, torch.zeros(1, P, D), "rank must be a whole number"),
         ({"temperature": 0}, torch.zeros(1, P, D), "temperature must be a number above 0, given 0"),

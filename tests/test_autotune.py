@@ -68,7 +68,7 @@ def test_what_is_asked_for_is_taken(clock: dict[str, float]) -> None:
     assert setup.autotune(bb, matmul_backend="torch", torch_compile=True).kernels == Kernels(compiled=True)
     with pytest.raises(BackboneError, match=r"attention 'packed-fused' is not possible: .*caps scores"):
         setup.autotune(tiny.backbone("gemma2"), attention="packed-fused")
-    for name, reason in (("bloom", "has an attention of its own kind"), ("t5", "an encoder's prompt sees the text")):
+    for name, reason in (("bloom", "uses another kind of attention"), ("t5", "an encoder's prompt sees the text")):
         with pytest.raises(BackboneError, match=f"attention 'packed' is not possible: .*{reason}; leave"):
             setup.autotune(tiny.backbone(name), attention="packed")
 

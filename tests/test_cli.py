@@ -64,7 +64,7 @@ def test_methods_and_assets(call):
 
 
 def test_methods_that_read_texts_need_texts(call, tmp_path):
-    """Plain language modelling, of a template without a word: one line, and nothing half done is left as a result."""
+    """Plain language modeling, of a template without a word: one line, and nothing half done is left as a result."""
     values = local.run_values(tmp_path)
     values["prompt"] |= {"method": "idpg", "options": {"hidden": 8, "phm": 4, "encoder": "static"}}
     values["task"] |= {"kind": "generation", "template": "", "label": "text"}
@@ -381,7 +381,7 @@ def test_labels_that_yaml_reads_as_numbers_are_labels(tmp_path):
     assert read(tmp_path / "run.yaml").tasks[0].verbalizer == {"0": "bad", "2": "good", "true": "1"}
 
 
-def test_judging_goes_on_as_the_run_judged(call, tmp_path):
+def test_evaluate_gives_the_scores_of_the_run(call, tmp_path):
     values = local.run_values(tmp_path)
     values["evaluation"] |= {"by": "generate", "max_new_tokens": 3}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
@@ -397,7 +397,7 @@ def test_judging_goes_on_as_the_run_judged(call, tmp_path):
     assert said["output"]
 
 
-def test_another_file_is_judged_whole(trained, call, tmp_path):
+def test_another_file_is_evaluated_whole(trained, call, tmp_path):
     rows = local.colors(tmp_path / "other.csv", rows=30, seed=5)
     found = json.loads(call("evaluate", trained / "out" / "prompt", "--data", rows, "--json")[1])
     assert found["split"] == "all"
@@ -457,7 +457,7 @@ def test_predict_writes_a_file_and_goes_on_with_it(trained, call, tmp_path, monk
     source.write_text(good)
     status, _, err = call("predict", prompt, "--file", source, "--out", out, *exact)
     assert status == 0, err
-    assert "25 rows were answered before" in err
+    assert "25 rows are already answered" in err
     found = lines(out.read_text())
     assert [one["text"] for one in found] == texts
     assert [one["answer"] for one in found].count("kept") == 1

@@ -110,14 +110,14 @@ def test_nothing_of_a_vector_is_its_start(call, here, tmp_path, command):
     assert load("alpha").digest in made.parents
 
 
-def test_what_is_made_is_judged_where_its_tasks_answer_alike(call, here, tmp_path):
+def test_a_sum_is_evaluated_where_its_tasks_answer_alike(call, here, tmp_path):
     """A multiple of a vector answers as its run did; a sum of tasks with the same words needs rows, others cannot."""
     assert call("vector", "scale", "alpha", "--by", "1", "--out", tmp_path / "one")[0] == 0
     status, out, err = call("evaluate", tmp_path / "one", "--json")
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["value"] == load("alpha").scores["accuracy"]["value"]
     assert call("vector", "add", "alpha", "beta", "--out", tmp_path / "two")[0] == 0
-    refused(call("evaluate", tmp_path / "two"), "does not say which rows it was made for; give --data")
+    refused(call("evaluate", tmp_path / "two"), "does not name the data it was trained on; give --data")
     status, out, err = call("evaluate", tmp_path / "two", "--data", here / "beta.csv", "--json")
     assert status == 0, err
     assert json.loads(out)["scores"]["accuracy"]["n"] == 40
@@ -162,7 +162,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
     silent = tmp_path / "silent"
     artifact.save(replace(one, initial=None), silent)
     refused(
-        call("vector", "negate", silent, "--out", tmp_path / "x"), "does not say where its training began", "--start"
+        call("vector", "negate", silent, "--out", tmp_path / "x"), "does not store where its training began", "--start"
     )
     began = tmp_path / "began"
     artifact.save(replace(one, prompt=one.initial, state={"prompt": one.initial}), began)
@@ -173,7 +173,7 @@ def test_make_tells_where_a_prompt_began(call, here, tmp_path):
     assert made.prompt.equal(one.prompt)
     assert made.scores == one.scores
     wrong = call("vector", "make", "alpha", "--start", "other", "--out", tmp_path / "wrong")
-    refused(wrong, "alpha says itself where its training began", "softprompts vector apply alpha --start PROMPT")
+    refused(wrong, "alpha stores where its training began", "softprompts vector apply alpha --start PROMPT")
     assert call("vector", "make", "alpha", "--start-of", "alpha", "--out", tmp_path / "same")[0] == 0
 
 
@@ -208,7 +208,7 @@ def test_compare_prints_a_table_and_writes_heatmaps(call, here, tmp_path):
     assert len(re.findall("<svg", text)) == 4
     assert "Cosines of vectors, rows" in text
     assert json.loads(call("vector", "compare", "alpha", "beta", "--how", "mean", "--json", "--out", tmp_path / "c")[1])
-    refused(call("vector", "compare", "alpha", "alpha", "--out", tmp_path / "c"), "each prompt can stand once")
+    refused(call("vector", "compare", "alpha", "alpha", "--out", tmp_path / "c"), "a comparison takes each prompt once")
     refused(call("vector", "compare", "alpha", "beta", "--how", "row", "--out", tmp_path / "c"), "flat, mean, rows")
 
 
@@ -239,10 +239,10 @@ def test_search_reads_test_rows_once_and_last(call, here, tmp_path, monkeypatch)
     read = []
     original = Evaluator.evaluate
 
-    def watched(judge, prompt, rows):
-        (role,) = [role for role in ("train", "validation", "test") if rows is getattr(judge.task, role)]
-        read.append((judge.task.name, role, prompt))
-        return original(judge, prompt, rows)
+    def watched(evaluator, prompt, rows):
+        (role,) = [role for role in ("train", "validation", "test") if rows is getattr(evaluator.task, role)]
+        read.append((evaluator.task.name, role, prompt))
+        return original(evaluator, prompt, rows)
 
     monkeypatch.setattr(Evaluator, "evaluate", watched)
     status, _, err = call("vector", "search", "alpha + beta", "--out", tmp_path / "s")
@@ -288,7 +288,7 @@ def test_the_search_of_a_single_vector_scores_it_as_its_run_did(call, here, tmp_
         (["apply", "alpha beta"], ["after 'alpha' there should be `+` or `-`, found 'beta'"]),
         (["merge", "alpha", "--how", "tie"], ["no merge 'tie'", "ties"]),
         (["merge", "alpha", "beta", "--how", "ties", "--weights", "1;2"], ["write numbers with commas"]),
-        (["merge", "alpha", "--how", "slerp"], ["give two"]),
+        (["merge", "alpha", "--how", "slerp"], ["slerp needs two vectors"]),
         (["search", "alpha", "--coefficients", "a"], ["write numbers with commas"]),
         (["scale", "alpha", "--by", "nan"], ["give a finite number"]),
         (["apply", "alpha - alpha"], ["the sum is zero", "--start PROMPT"]),

@@ -67,11 +67,11 @@ def test_the_json_schema_knows_one_task_and_the_options_of_each_method():
         ({"task": {"split": {"limit": {"train": 0}}}}, r"tasks.0.split.limit.train: .* equal to 1 \(given: 0\)$"),
         ({"training": {"learning_rates": {"codes": -1}}}, r"training.learning_rates.codes: .* greater than 0"),
         ({"training": {"sampling": {"draw": "all"}, "batch_tokens": 9}}, "draw 'all' draws tasks first"),
-        ({"training": {"objectives": {"distil-hidden": 1}}}, "'distil-hidden' compares with teachers; name them in"),
+        ({"training": {"objectives": {"distill-hidden": 1}}}, "'distill-hidden' compares with teachers; name them in"),
         ({"training": {"distillation": {"teachers": {}}}}, "names teachers that nothing uses"),
         ({"model": {"head": "features"}}, "head 'features' has nothing to train on"),
         ({"model": {"head": "token"}, "tasks": [{"name": "a"}, {"name": "b"}]}, "for one task at a time"),
-        ({"prompt": {"site": "kv"}, "task": {"chat": True, "chat_placement": "user"}}, "nothing can stand before"),
+        ({"prompt": {"site": "kv"}, "task": {"chat": True, "chat_placement": "user"}}, "nothing can come before"),
     ],
 )  # fmt: skip
 def test_what_a_configuration_alone_shows_is_refused(values, message):

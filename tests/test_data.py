@@ -87,8 +87,11 @@ def test_a_format_goes_through_json():
     ("values", "message"),
     [
         ({"name": "a", "template": "", "templat": ""}, "unknown key 'templat'; did you mean 'template'? known: name, "),
-        ({"template": ""}, "format: 'name' must be text, found NoneType"),
-        ({"name": "a", "template": "", "kind": "x"}, "format: unknown kind 'x', known: label, multilabel, regression"),
+        ({"template": ""}, "template: 'name' must be text, found NoneType"),
+        (
+            {"name": "a", "template": "", "kind": "x"},
+            "template: unknown kind 'x', known: label, multilabel, regression",
+        ),
     ],
 )
 def test_a_format_that_is_none(values, message):

@@ -278,7 +278,10 @@ def test_a_rate_that_changes_nothing_is_told(folder: Path, tmp_path: Path) -> No
         lines: list[str] = []
         job.prepare(parse(run), job.ProgressReporter(log=lines.append))
         said[name] = [line for line in lines if line.startswith("training.learning_rate")]
-    every = "training.learning_rate changes nothing: all of method {} has rates of its own, training.learning_rates: {}"
+    every = (
+        "training.learning_rate changes nothing: all parameters of method {} have separate rates, "
+        "training.learning_rates: {}"
+    )
     assert said == {
         "network": [every.format("prefix-tuning", "network")],
         "mlp": [every.format("p-tuning", "network, output")],

@@ -236,9 +236,9 @@ def test_budget_is_the_papers(length: int, rank: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "options of method dept: rank must be a whole number from 1 on, given 0"),
-        ({"positions": 2.5}, "positions must be a whole number from 1 on, given 2.5"),
-        ({"positions": True}, "positions must be a whole number from 1 on, given True"),
+        ({"rank": 0}, "options of method dept: rank must be a whole number of at least 1, given 0"),
+        ({"positions": 2.5}, "positions must be a whole number of at least 1, given 2.5"),
+        ({"positions": True}, "positions must be a whole number of at least 1, given True"),
         ({"scale": 0}, "scale must be a number above 0, given 0"),
         ({"scale": "big"}, "scale must be a number above 0, given 'big'"),
         ({"alpha": 1}, "'alpha'"),
@@ -281,7 +281,7 @@ def test_in_a_stock_model_as_in_training(tmp_path: Path) -> None:
 
 
 def test_a_run_and_its_artifact(tmp_path: Path) -> None:
-    """Trained, cut and gone on with bit for bit; judged rows, which begin alike, are what each is alone."""
+    """Trained, interrupted and continued bit for bit; evaluated rows, which begin alike, are what each is alone."""
     values = local.run_values(tmp_path, max_steps=4, save_steps=1, learning_rates={"matrices": 0.05})
     values["prompt"] |= {"method": "dept", "options": {"rank": R, "positions": 6}}
 

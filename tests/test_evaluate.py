@@ -1,4 +1,4 @@
-"""Judging: ranked answers against sums written out with the stock model, generation, heads, votes and mapped labels."""
+"""Evaluation: ranked answers against sums by the stock model, generation, heads, votes and mapped labels."""
 
 import csv
 import json
@@ -286,7 +286,7 @@ def test_an_opened_artifact_scores_bit_for_bit_as_in_its_run(tmp_path):
     ]
 
 
-def test_labels_are_judged_by_name_whatever_their_words(tmp_path):
+def test_labels_are_evaluated_by_name_whatever_their_words(tmp_path):
     """Multi-label and tagging references are labels, as predictions are, also where the answers are other words."""
     rows = [
         {"text": "a red one", "label": "C,O"},

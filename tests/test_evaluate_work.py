@@ -1,4 +1,4 @@
-"""What judging costs: prompts and common words read once, rows encoded once, batches of tokens, rows as they come."""
+"""What evaluation costs: prompts and common words read once, rows encoded once, batches of tokens, rows in order."""
 
 from dataclasses import replace
 
@@ -114,7 +114,7 @@ def test_models_that_cannot_pack_read_their_prompts_once_too(tmp_path):
     assert read[0] == 4 + alike([made.encoders[0].encode(row).input_ids for row in rows])
 
 
-def test_each_task_is_judged_with_its_own_prompt(tmp_path):
+def test_each_task_is_evaluated_with_its_own_prompt(tmp_path):
     made = prepared(tmp_path, tasks=3)
     with torch.no_grad():
         for i in range(3):

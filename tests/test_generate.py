@@ -320,7 +320,7 @@ def test_nothing_continues_from_nothing() -> None:
     batch = Batch(
         torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, dtype=torch.long)
     )
-    with pytest.raises(BackboneError, match="without a prompt a text of no tokens cannot be continued; give the templ"):
+    with pytest.raises(BackboneError, match="a text of no tokens cannot be continued without a prompt; give the templ"):
         generate(bb, batch, None, INPUT, max_new_tokens=2)
     prompt = rows.single(rows.random(1, 3, bb.embedding_size))
     assert generate(bb, batch, prompt, INPUT, max_new_tokens=2, do_sample=False).shape[0] == 1

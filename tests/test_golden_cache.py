@@ -115,7 +115,7 @@ def test_a_wrong_name_would_switch_sharing_off(name: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(cache, "NAMES", ("key_value_store",))
     bb = b.wrap(tiny.model(name), name=name)
     path, positions = positions_read(bb, rows.INPUT)
-    assert path == f"concatenation: {type(bb.model).__name__} keeps a state that is no key-value cache"
+    assert path == f"concatenation: {type(bb.model).__name__} keeps a state that is not a key-value cache"
     assert positions == expected_positions(path, rows.INPUT)
     assert positions > expected_positions(PATHS[name], rows.INPUT)
     with pytest.raises(BackboneError, match="site 'kv' needs a key-value cache, but"):

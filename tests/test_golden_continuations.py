@@ -161,7 +161,7 @@ def test_given_positions_and_embeddings(name: str) -> None:
     torch.testing.assert_close(found[0][1, 4], chances.sum(), **CLOSE)
 
 
-def judged(name: str, site: injection.Site, head: str = "lm") -> SoftPromptModel:
+def headed_model(name: str, site: injection.Site, head: str = "lm") -> SoftPromptModel:
     """A model with two tasks of different prompts."""
     bb = tiny.backbone(name, head)
     spec = injection.prompt_spec(bb, site, 5)
@@ -173,7 +173,7 @@ def judged(name: str, site: injection.Site, head: str = "lm") -> SoftPromptModel
 @pytest.mark.parametrize("name", tiny.CAUSAL)
 def test_what_all_texts_begin_with_is_read_with_the_prompts(name: str) -> None:
     """The common tokens, read once behind the prompts: nothing changes, also where nothing more is left of a row."""
-    model, common = judged(name, INPUT), rows.ids(50, 4)
+    model, common = headed_model(name, INPUT), rows.ids(50, 4)
     texts = [torch.cat([common, text]) for text in (*rows.texts(name, TEXTS), rows.ids(1, 0))]
     tasks = torch.tensor([1, 0, 0, 1, 1])
     whole = replace(rows.batch(name, texts), task_ids=tasks)
@@ -194,7 +194,7 @@ def test_what_all_texts_begin_with_is_read_with_the_prompts(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "gemma3", "gptj", "bloom"])
 def test_sequence_heads_with_prompts_that_were_read_before(name: str) -> None:
     for site in rows.sites(name):
-        model, texts = judged(name, site, "sequence"), rows.texts(name, TEXTS)
+        model, texts = headed_model(name, site, "sequence"), rows.texts(name, TEXTS)
         whole = replace(rows.batch(name, texts), task_ids=torch.tensor([1, 0, 0, 1]), labels=None)
         cache = model.prefix_cache(["a", "b"])
         plain = model.score(whole).logits
@@ -207,7 +207,7 @@ def test_sequence_heads_with_prompts_that_were_read_before(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "t5"])
 def test_encoders_read_their_prompts_with_the_text(name: str) -> None:
-    model = judged(name, INPUT)
+    model = headed_model(name, INPUT)
     cache, batch = model.prefix_cache(["a", "b"]), rows.batch(name, rows.texts(name, TEXTS))
     prompt, prefix = cache.prompts(batch)
     assert prefix is None

@@ -197,7 +197,7 @@ def test_nothing_is_learned_from_batches_without_text(method: str) -> None:
     if not find(CASES[method][0]).input_dependent:
         assert made.make_prompts(batch, training=True).values.requires_grad
         return
-    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
+    with pytest.raises(PromptError, match="no row of the batch has text before its labels"):
         made.make_prompts(batch, training=True)
     with torch.no_grad():
         assert len(made.make_prompts(batch).prompt_index) == 4

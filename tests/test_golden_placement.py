@@ -317,7 +317,7 @@ def test_what_is_refused() -> None:
             INPUT,
             "2 places are given, and nothing says how many prompt tokens each has",
         ),
-        (slotted(batch, [(3, 2), (0, 0)]), INPUT, r"places \[\[3, 2\], \[0, 0\]\] must not fall"),
+        (slotted(batch, [(3, 2), (0, 0)]), INPUT, r"places \[\[3, 2\], \[0, 0\]\] must not decrease"),
         (slotted(batch, [(3, 6), (0, 0)]), INPUT, r"do not all lie within texts of \[5, 9\] tokens"),
         (
             slotted(batch, two.tolist(), (2, 2)),
@@ -333,21 +333,21 @@ def test_what_is_refused() -> None:
         (
             batch,
             injection.Site(placement="template"),
-            "the prompt stands in slots of the template, and the batch does not say",
+            "the template has slots for the prompt, and the batch does not say",
         ),
         (
             batch,
             injection.Site("kv", placement="suffix"),
-            "placement 'suffix' is not possible at site 'kv', where nothing can stand",
+            "placement 'suffix' is not possible at site 'kv', where nothing can come",
         ),
         (batch, injection.Site("kv", placement="template"), "placement 'template' is not possible at site 'kv'"),
     ):
         with pytest.raises(BackboneError, match=message):
             injection.score(bb, one, prompt, site)
     deep = rows.single(rows.random(0, 5, injection.prompt_width(bb, KV)), 2)
-    with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything, but the rows put text"):
+    with pytest.raises(BackboneError, match="a prompt at site 'kv' comes before everything, but the rows put text"):
         injection.score(bb, slotted(batch, two.tolist()), deep, KV)
-    with pytest.raises(BackboneError, match="a prompt at site 'kv' stands before everything"):
+    with pytest.raises(BackboneError, match="a prompt at site 'kv' comes before everything"):
         generation.generate(bb, slotted(batch, two.tolist()), deep, KV)
     with pytest.raises(BackboneError, match="placement 'suffix' is not possible at site 'decoder'"):
         injection.prompt_width(tiny.backbone("t5"), injection.Site("decoder", placement="suffix"))
@@ -369,7 +369,7 @@ def test_layout_of_segments(data: st.DataObject) -> None:
     where = injection.layout_rows(mask, torch.tensor(places), prompt, left, torch.tensor(sizes))
     slots = max(map(sum, sizes))
     for i, (text, size, place) in enumerate(zip(texts, sizes, places, strict=True)):
-        spare = slots - sum(size)  # a short prompt stands at the right edge of its slot
+        spare = slots - sum(size)  # a short prompt is at the right edge of its slot
         expected = [token + spare for token in order(place, size, text)]
         begin = where.attention_mask.shape[1] - len(expected) if left else 0
         assert where.attention_mask[i].nonzero()[:, 0].tolist() == list(range(begin, begin + len(expected)))

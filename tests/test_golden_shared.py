@@ -71,7 +71,7 @@ def test_prompt_of_each_row(name: str) -> None:
         values = three(name, INPUT)
         prompt = rows.several(values, [1, 2, 0])
         value, output = loss(bb, rows.batch(name, rows.texts(name, TEXTS[:3])), prompt, INPUT, path)
-        best = "packed" if name not in rows.UNPACKED else "concatenation: every row has a prompt of its own"
+        best = "packed" if name not in rows.UNPACKED else "concatenation: every row has its own prompt"
         assert output.path == (path or best)
         found.append((output.logits, torch.autograd.grad(value, values)))
     torch.testing.assert_close(found[1][0], found[0][0], **CLOSE)
@@ -121,7 +121,7 @@ def test_reasons() -> None:
     )
     for name, given, prompt, reason in (
         ("llama", batch, None, "no prompt"),
-        ("llama", after, rows.single(values, 2), "text stands before the prompt"),
+        ("llama", after, rows.single(values, 2), "text comes before the prompt"),
         ("bert", batch, rows.single(values, 2), "an encoder's prompt sees the text"),
         ("t5", batch, rows.single(values, 2), "an encoder's prompt sees the text"),
     ):
@@ -131,14 +131,14 @@ def test_reasons() -> None:
             with pytest.raises(BackboneError, match=f"path '{path}' is not possible: {reason}; leave the path out"):
                 injection.score(tiny.backbone(name), given, prompt, INPUT, path=path)
     prompt = rows.single(values, 2)
-    with pytest.raises(BackboneError, match="path 'concatenation' is not possible: keys and values are no tokens"):
+    with pytest.raises(BackboneError, match="path 'concatenation' is not possible: keys and values are not tokens"):
         injection.score(
             tiny.backbone("llama"), batch, rows.single(rows.random(0, 3, 96), 2), rows.KV, path="concatenation"
         )
     with pytest.raises(BackboneError, match="path 'pack' is unknown; possible: packed, shared, concatenation"):
         injection.score(tiny.backbone("llama"), batch, prompt, INPUT, path="pack")
     with pytest.raises(
-        BackboneError, match="path 'packed' is not possible: BloomForCausalLM has an attention of its own"
+        BackboneError, match="path 'packed' is not possible: BloomForCausalLM uses another kind of attention"
     ):
         injection.score(tiny.backbone("bloom"), batch, prompt, INPUT, path="packed")
     shared = replace(tiny.backbone("llama"), kernels=Kernels(path="shared"))

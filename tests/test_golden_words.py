@@ -25,7 +25,7 @@ WORDS = [(n, s) for n, s in rows.cases(tiny.ALL) if not (n in BIDIRECTIONAL and 
 
 
 def places(name: str, batch: Batch) -> list[int]:
-    """Where the prompt stands by default."""
+    """Where the prompt enters by default."""
     return [1 if name in tiny.MASKED else 0] * len(batch.input_ids)
 
 
@@ -177,7 +177,7 @@ def test_no_prompt(name: str) -> None:
 def test_wrong_sites_say_what_is_possible() -> None:
     for name, site, match in (
         ("bert", KV, "possible: input, layers; 'layers' puts a prompt at every layer of a model without a cache"),
-        ("albert", ADD, "has no stack of 3 layers of its own .* use site 'input'"),
+        ("albert", ADD, "has no stack of 3 separate layers .* use site 'input'"),
         ("opt_projected", REPLACE, "embeds in 24 dimensions and works in 32: .* use site 'input'"),
         ("llama", injection.Site("decoder"), "site 'decoder' is not possible for causal models"),
         ("llama", injection.Site(mode="multiply"), "mode 'multiply' is unknown; possible: replace, add"),

@@ -112,7 +112,7 @@ def test_a_run_its_resumption_and_its_artifact(
 
 
 def test_dropout_is_drawn_in_training_only(folder: Path, tmp_path: Path) -> None:
-    """Steps differ with it and without, judging does not draw, and the model is left answering."""
+    """Steps differ with it and without, evaluation does not draw, and the model is left answering."""
     finals = []
     for dropout in (0.0, 0.5):
         options = {"generator": "dnn", "encoder": "static", "start": "normal", "dropout": dropout}
@@ -300,7 +300,7 @@ def test_what_the_encoder_of_sentences_makes(folder: Path, encoder: Path) -> Non
 
 
 def test_a_text_is_read_once(folder: Path, encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Epochs, validation and judging read each text once; more than is kept is read again."""
+    """Epochs, validation and evaluation read each text once; more than is kept is read again."""
     read: list[Any] = []
     encode, states = sentence_encoders.SentenceEncoder.encode, sentence_encoders._states
 

@@ -171,7 +171,7 @@ def test_words_are_what_the_model_makes_of_them(name: str, site: injection.Site)
 @pytest.mark.parametrize(
     ("site", "values", "match"),
     [
-        (INPUT, {"kind": "vocabulary", "population": 5}, "12 different words are wanted, but only 5 can be drawn"),
+        (INPUT, {"kind": "vocabulary", "population": 5}, "12 different words are needed, but only 5 can be drawn"),
         (INPUT, {"kind": "text", "text": " "}, "the start text ' ' has no tokens"),
         (INPUT, {"kind": "labels"}, "a start from class labels needs label words"),
         (INPUT, {"kind": "labels", "labels": tuple("abcdefghijklm")}, "13 labels do not fit into a prompt of 12"),
@@ -430,8 +430,8 @@ def test_vectors_that_do_not_fit(trained: dict[str, artifact.Artifact]) -> None:
     saved(bb, Path("runs/short/prompt"), 5, length=P - 1)
     saved(bb, Path("runs/deep/prompt"), 6, site=KV)
     for values, message in (
-        ({"vector": "movies - sms"}, r"'movies - sms' did not all begin at the same start; say with init\.start"),
-        ({"vector": "movies - movies"}, r"the sum 'movies - movies' is zero, .* say with init\.start where"),
+        ({"vector": "movies - sms"}, r"'movies - sms' did not all begin at the same start; set init\.start"),
+        ({"vector": "movies - movies"}, r"the sum 'movies - movies' is zero, .* set init\.start"),
         ({"vector": "text"}, "text holds no plain prompt: attempt makes one from each text"),
         ({"vector": "peft"}, "softprompts vector make peft --start START --out DIRECTORY"),
         ({"vector": "films"}, r"no trained prompt 'films' \(looked for films"),

@@ -32,9 +32,9 @@ STRATEGIES = ("lookup", "cnn", "rnn", "mlp")
 ENCODING = STRATEGIES[1:]
 
 
-def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocabulary: int = V) -> Any:
+def made(options: dict[str, Any], length: int = P, layers: tuple[int, ...] = (), vocab_size: int = V) -> Any:
     """Methods of two tasks whose every parameter is random, in float64 and as in answering (without dropout)."""
-    spec = PromptSpec(length, sum(layers) or D, D, vocabulary, layers)
+    spec = PromptSpec(length, sum(layers) or D, D, vocab_size, layers)
     start = PromptInit(rows.random(0, length, spec.width))
     methods = torch.nn.ModuleDict(build_tasks("ipt", options, spec, start, TASKS))
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_what_of_a_text_counts(strategy: str) -> None:
 
 @torch.no_grad()
 def test_three_filters_make_prompts_of_rank_three() -> None:
-    method = made({"strategy": "cnn", "tokens": T}, vocabulary=V)["one"]
+    method = made({"strategy": "cnn", "tokens": T}, vocab_size=V)["one"]
     values = method(context(lengths=(9, 8, 7, 9, 6, 9, 8, 5, 9, 7, 8, 9))).prompt.flatten(1)
     sizes = torch.linalg.svdvals(values - values.mean(0))
     assert float(sizes[3]) < 1e-10
@@ -281,7 +281,7 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "vocabulary", "width", "length", "count"),
+    ("options", "vocab_size", "width", "length", "count"),
     [
         ({}, 50265, 1024, 100, 51_471_360),
         ({"strategy": "cnn"}, 50265, 1024, 100, 12_291 + 409_600 + 51_471_360),
@@ -295,10 +295,10 @@ def test_gradients_reach_the_rows_of_the_tokens_that_were_read() -> None:
     ],
     ids=str,
 )
-def test_counts(options: dict[str, Any], vocabulary: int, width: int, length: int, count: int) -> None:
+def test_counts(options: dict[str, Any], vocab_size: int, width: int, length: int, count: int) -> None:
     """Trained numbers by the formulas, at the sizes of RoBERTa-large and of SmolLM2-135M."""
     with torch.device("meta"):
-        spec = PromptSpec(length, width, width, vocabulary)
+        spec = PromptSpec(length, width, width, vocab_size)
         method = InstancePromptTuning(
             InstancePromptTuning.Config(**options), spec, PromptInit(torch.ones(length, width, device="cpu"))
         )
@@ -350,34 +350,34 @@ def test_only_the_prompts_of_a_batch_say_how_large_they_are() -> None:
         ({"table": "tiny"}, {}, "table 'tiny' is unknown"),
         ({"base": "prefix"}, {}, "base 'prefix' is unknown; possible: none, start"),
         ({"start": "ones"}, {}, "start 'ones' is unknown; possible: uniform, zero, words"),
-        ({"rank": 0}, {}, "rank must be a whole number from 1 on, given 0"),
+        ({"rank": 0}, {}, "rank must be a whole number of at least 1, given 0"),
         ({"rows": 1.5}, {}, "rows must be a whole number"),
-        ({"scale": -1}, {}, "scale must be a number from 0 on, given -1"),
-        ({"spread": "wide"}, {}, "spread must be a number from 0 on, given 'wide'"),
+        ({"scale": -1}, {}, "scale must be a number of at least 0, given -1"),
+        ({"spread": "wide"}, {}, "spread must be a number of at least 0, given 'wide'"),
         ({"dropout": 1}, {}, "dropout must be a number from 0 to below 1, given 1"),
         ({"tokens": 5}, {}, "tokens is for strategies that encode"),
         ({"strategy": "rnn", "start": "zero"}, {}, "strategy rnn would learn nothing from a table of zeros"),
         ({"base": "none"}, {"layers": (4, 2)}, "base none would leave all layers but the first without a prompt"),
         ({"start": "words"}, {"layers": (4, 2)}, "start words needs prompts as wide as the embeddings, 6, not 4"),
-        ({}, {"vocabulary": 0}, "the spec says nothing of the vocabulary"),
+        ({}, {"vocab_size": 0}, "PromptSpec.vocab_size must be at least 1"),
         ({"table": "hashed"}, {}, "table hashed of 2048 rows would not be smaller than that of all 20 tokens"),
         ({"table": "common", "rows": 20}, {}, "table common of 20 rows would not be smaller"),
         ({"heat": 1}, {}, "prompt.options of method ipt: 'heat' is unknown; possible: strategy, table"),
         ({"stratagy": "cnn"}, {}, "'stratagy' is unknown; did you mean 'strategy'\\? possible: strategy, table, rank"),
-        ({"rank": True}, {}, "rank must be a whole number from 1 on, given True"),
-        ({"scale": False}, {}, "scale must be a number from 0 on, given False"),
+        ({"rank": True}, {}, "rank must be a whole number of at least 1, given True"),
+        ({"scale": False}, {}, "scale must be a number of at least 0, given False"),
         ({"table": True}, {}, "table 'True' is unknown; possible: full, low-rank"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], slot: dict[str, Any], message: str) -> None:
-    given = {"vocabulary": V, **slot}
+    given = {"vocab_size": V, **slot}
     with pytest.raises(ConfigError, match=message):
         build("ipt", options, PromptSpec(P, D, D, **given), PromptInit(torch.zeros(P, D)))
 
 
 def test_numbers_that_yaml_takes_for_words() -> None:
     """5e-2 is a word to YAML; a word that is no number stays one."""
-    given = PromptSpec(P, D, D, vocabulary=V)
+    given = PromptSpec(P, D, D, vocab_size=V)
     assert build("ipt", {"spread": "5e-2"}, given, PromptInit(torch.zeros(P, D))).config.spread == 0.05
 
 
@@ -388,7 +388,7 @@ def test_texts_that_cannot_be_looked_up() -> None:
     with pytest.raises(PromptError, match="the text was given as embeddings; give input_ids"):
         method(nameless)
     empty = replace(seen, attention_mask=torch.zeros_like(seen.attention_mask))
-    with pytest.raises(PromptError, match="no row of the batch has text in front of what is to be learned"):
+    with pytest.raises(PromptError, match="no row of the batch has text before its labels"):
         method(empty)
     with torch.no_grad():
         assert not method(empty).mask.any()
@@ -462,7 +462,7 @@ def test_a_text_of_no_words_has_no_prompt() -> None:
         scores = injection.score_continuations(made.backbone, texts, made.make_prompts(texts), INPUT, candidates)
         assert scores[1, 0] == 0
         found[seed] = torch.cat([found[seed].flatten(), scores[1].float()])
-        with pytest.raises(BackboneError, match="a row has neither text nor"):
+        with pytest.raises(BackboneError, match="a row has no text, and its prompt"):
             generation.generate(made.backbone, texts, made.make_prompts(texts), INPUT, max_new_tokens=1)
     torch.testing.assert_close(found[1], found[2], atol=1e-5, rtol=1e-5)
     alone = Batch(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))
@@ -481,8 +481,8 @@ def test_a_causal_prompt_does_not_see_the_answer(strategy: str) -> None:
     assert not torch.equal(prompt.values, made.make_prompts(Batch(ids, batch.attention_mask, batch.task_ids)).values)
 
 
-def test_training_drops_and_judging_does_not() -> None:
-    """Whoever judges after a step gets the prompts without dropout, whatever was done before."""
+def test_training_drops_and_evaluation_does_not() -> None:
+    """Evaluation after a step gets the prompts without dropout, whatever was done before."""
     made, batch = tuned("llama", strategy="mlp"), batch_of("llama", [0, 1])
     torch.manual_seed(0)
     expected = made.make_prompts(batch).values

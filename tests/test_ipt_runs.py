@@ -275,7 +275,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
         ({"prompt": {"method": "prompt-tuning"}}, "method prompt-tuning has nothing to pretrain; possible: ipt"),
         (
             {"model": {"name": "x", "head": "sequence"}},
-            "pretraining has a classifier of its own; leave model.head at lm",
+            "pretraining adds its own classifier; leave model.head at lm",
         ),
         (
             {"training": {"early_stopping_patience": 2, "eval_steps": 1}},

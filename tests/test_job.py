@@ -243,7 +243,7 @@ def test_a_run_that_goes_on_with_other_kernels_says_so(values, tmp_path, monkeyp
     said = []
     results = run.run(parse(values), run.ProgressReporter(log=said.append))
     line = (
-        "from step 3 on computed with packed_attention fused, before with packed_attention math: the same up to "
+        "from step 3 on with packed_attention fused, before with packed_attention math: equal up to "
         "rounding, not to the bit"
     )
     assert line in said

@@ -345,7 +345,7 @@ def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     reasons = {name: injection.why_not_packed(tiny.backbone(name)) for name in tiny.ALL}
     for name in tiny.CAUSAL:
         assert (reasons[name] is None) == (name not in rows.UNPACKED)
-    assert reasons["bloom"] == "BloomForCausalLM has an attention of its own kind"
+    assert reasons["bloom"] == "BloomForCausalLM uses another kind of attention"
     assert reasons["bert"] == "an encoder's prompt sees the text"
     # Attention that is not what the model's own is: packed rows are not taken, and the next best path is.
     honest = packed_attention._math_attention
@@ -366,7 +366,7 @@ def test_a_model_that_cannot_pack_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(mistral.model.config, "sliding_window", None)
     monkeypatch.setattr("softprompts.injection.packed.layer_windows", lambda backbone: (6,) * 3)
     assert injection.why_not_packed(mistral) == (
-        "MistralForCausalLM cannot pack rows: its attention keeps its window to itself"
+        "MistralForCausalLM cannot pack rows: its attention does not report its window"
     )
     # A window that is longer than the few tokens that are tried.
     monkeypatch.setattr("softprompts.injection.packed.layer_windows", lambda backbone: (4096,) * 3)

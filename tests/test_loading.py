@@ -100,7 +100,7 @@ def test_a_language_model_must_be_whole(tmp_path):
     whole = local.model_directory(tmp_path / "bert", "bert")
     assert loading.load(str(whole), dtype="float32", device="cpu").head == "lm"
     transformers.AutoModel.from_pretrained(whole).save_pretrained(whole)
-    message = r"holds no whole language model: cls.predictions.* would be random; set model.head to sequence, token"
+    message = r"holds no complete language model: cls.predictions.* would be random; set model.head to sequence, token"
     with pytest.raises(BackboneError, match=message):
         loading.load(str(whole), dtype="float32", device="cpu")
     for head in ("sequence", "features"):

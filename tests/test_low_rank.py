@@ -120,7 +120,7 @@ def test_groups_learn_at_their_own_rates() -> None:
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"rank": 0}, "rank must be a whole number from 1 on, given 0"), ({"rank": 1.5}, "given 1.5")],
+    [({"rank": 0}, "rank must be a whole number of at least 1, given 0"), ({"rank": 1.5}, "given 1.5")],
 )
 def test_options_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"prompt.options of method low-rank: .*{words}"):

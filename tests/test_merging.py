@@ -210,9 +210,9 @@ def test_slerp_of_vectors_in_one_line(t: float) -> None:
         other = of([[1.0, 2.0 + aside]])
         wanted = (1 - t) * one.value + t * other.value
         torch.testing.assert_close(vectors.slerp([one, other], t).value, wanted, rtol=1e-8, atol=0)
-    with pytest.raises(ArtifactError, match="north and south point opposite ways: there are many ways between them"):
+    with pytest.raises(ArtifactError, match="north and south point in opposite directions: the path between them"):
         vectors.slerp([of([[1.0, 2.0]], "north"), of([[-2.0, -4.0]], "south")], t)
-    with pytest.raises(ArtifactError, match="point opposite ways"):
+    with pytest.raises(ArtifactError, match="point in opposite directions"):
         vectors.slerp([one, -one], t)
 
 
@@ -336,7 +336,7 @@ def test_merges_by_name() -> None:
     [
         ("tise", THREE, MergeOptions(), "no merge 'tise'; possible: weighted, average, ties, dare, slerp"),
         *((how, (), MergeOptions(), "no vectors to combine") for how in ("weighted", "average", "ties", "dare")),
-        ("slerp", THREE, MergeOptions(), "from one vector to another, given 3; give two"),
+        ("slerp", THREE, MergeOptions(), "slerp needs two vectors, given 3"),
         ("slerp", THREE[:2], MergeOptions(t=1.5), "t must be from 0 to 1, given 1.5"),
         ("slerp", THREE[:2], MergeOptions(t=math.nan), "t must be from 0 to 1, given nan"),
         ("slerp", (THREE[0], THREE[1] - THREE[1]), MergeOptions(), "one of the vectors is zero"),

@@ -382,7 +382,7 @@ def test_vote_invariants(votes):
         (("accuracy", [["a"]], [["a"]]), {}, "kind='tagging' or kind='multilabel'"),
         (("accuracy", ["a"], [["a"]]), {"kind": "multilabel"}, "is one string"),
         (("matthews", [{"a"}], [{"a"}]), {}, "does not measure tasks of kind 'multilabel'"),
-        (("pearson", [1.0], [math.nan]), {}, "reference 0 is no finite number"),
+        (("pearson", [1.0], [math.nan]), {}, "reference 0 is not a finite number"),
         (("bleu", ["a"], ["a"]), {"kind": "regression"}, "does not measure"),
     ],
 )

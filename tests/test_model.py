@@ -55,7 +55,7 @@ def put(model: Any, task: str, values: Tensor) -> None:
 
 
 def with_words(name: str, row: Tensor, words: Tensor = WORDS) -> tuple[Tensor, Tensor]:
-    """The row with the words where the prompt stands, and which of its columns are the row's own."""
+    """The row with the words where the prompt is, and which of its columns are the row's own."""
     place = 1 if name in tiny.MASKED else 0
     own = torch.cat([torch.arange(place), torch.arange(place, len(row)) + len(words)])
     return torch.cat([row[:place], words, row[place:]])[None], own
@@ -303,7 +303,7 @@ def test_modules_to_save_names_parts_of_the_head() -> None:
     assert not any("heads.none" in key for key in model.state_dict())
     model.add_task("all", PromptConfig(num_virtual_tokens=3, init=RANDOM), modules_to_save=["classifier"])
     assert len([key for key in model.state_dict() if "heads.all" in key]) == 4
-    with pytest.raises(ConfigError, match=r"'clasifier' is no module of the head.*did you mean 'classifier'"):
+    with pytest.raises(ConfigError, match=r"'clasifier' is not a module of the head.*did you mean 'classifier'"):
         model.add_task("typo", PromptConfig(num_virtual_tokens=3, init=RANDOM), modules_to_save=["clasifier"])
     with pytest.raises(ConfigError, match="possible: none"):
         SoftPromptModel(tiny.model("gpt2"), PromptTuningConfig(num_virtual_tokens=3, modules_to_save=["lm_head"]))
@@ -386,7 +386,7 @@ def test_mistakes_are_named() -> None:
         model(two, task_ids=[0, 3])
     with pytest.raises(BackboneError, match="mnli at input, deep at kv"):
         model(two, tasks=["mnli", "deep"])
-    with pytest.raises(ConfigError, match="there is a prompt 'mnli' already"):
+    with pytest.raises(ConfigError, match="prompt 'mnli' already exists"):
         model.add_task("mnli")
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
@@ -491,7 +491,7 @@ def test_any_name_will_do_and_many_tasks_come_back_in_order(tmp_path: Path) -> N
     SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(
         tmp_path / "one"
     )
-    with pytest.raises(ArtifactError, match="holds a prompt of its own; give another directory for 7 of them"):
+    with pytest.raises(ArtifactError, match="already holds a prompt; give another directory for these 7"):
         model.save_pretrained(tmp_path / "one")
     with pytest.raises(ArtifactError, match="is not empty and is not an artifact"):
         SoftPromptModel(tiny.model("llama"), PromptConfig(num_virtual_tokens=3, init=RANDOM)).save_pretrained(
@@ -672,11 +672,11 @@ def test_trainer_trains_it_as_it_is(tmp_path: Path, name: str, kind: str) -> Non
         metric_for_best_model="eval_loss",
     )
 
-    def judge(prediction: Any) -> dict[str, float]:
+    def compute_metrics(prediction: Any) -> dict[str, float]:
         seen.append((prediction.predictions, prediction.label_ids))
         return {"seen": 1.0}
 
-    run.compute_metrics = judge
+    run.compute_metrics = compute_metrics
     first = run.evaluate()
     assert first["eval_seen"] == 1.0
     run.train()

@@ -475,7 +475,7 @@ def test_one_prompt_is_not_saved_among_several_nor_several_over_one(saved: Path)
     one = SoftPromptModel(tiny.model("llama"), PLAIN)
     with pytest.raises(ArtifactError, match="is not empty and is not an artifact: it holds several"):
         one.save_pretrained(saved)
-    with pytest.raises(ArtifactError, match="holds a prompt of its own; give another directory for 3 of them"):
+    with pytest.raises(ArtifactError, match="already holds a prompt; give another directory for these 3"):
         shared("llama").save_pretrained(copy_of_peft(saved))
     shared("llama").save_pretrained(saved)
     with pytest.raises(ConfigError, match="no prompt is loaded"):
@@ -489,12 +489,12 @@ def test_names_and_numbers_must_agree() -> None:
         (lambda: SoftPromptModel(stock, config, tasks=["a", "b"]), "num_tasks is 3, but 2 are named: a, b"),
         (lambda: SoftPromptModel(stock, config, tasks="abc"), "name the tasks as a list, given 'abc'"),
         (lambda: SoftPromptModel(stock, config, "a"), "task 'a' names one prompt; give the names of all 3 as tasks"),
-        (lambda: SoftPromptModel(stock, config, tasks=["a", "b", "a"]), "there is a prompt 'a' already"),
+        (lambda: SoftPromptModel(stock, config, tasks=["a", "b", "a"]), "prompt 'a' already exists"),
         (lambda: SoftPromptModel(stock, config, tasks=["a", "b", ""]), "a task needs a name"),
-        (lambda: SoftPromptModel(stock, tasks=["a"]), "tasks are named, but there is no config"),
+        (lambda: SoftPromptModel(stock, tasks=["a"]), "tasks names prompts, but config is missing"),
         (lambda: SoftPromptModel(stock, PLAIN, tasks=[]), r"name the tasks as a list, given \[\]"),
         (lambda: model.add_task("a", config), "num_tasks is 3, but 1 are named: a"),
-        (lambda: model.add_tasks(["a", "b", "plain"], config), "there is a prompt 'plain' already"),
+        (lambda: model.add_tasks(["a", "b", "plain"], config), "prompt 'plain' already exists"),
     ):
         with pytest.raises(ConfigError, match=message):
             call()

@@ -1,4 +1,4 @@
-"""Training and judging are told apart: what a method does in training only, such as dropout, is off everywhere else."""
+"""What a method does in training only, such as dropout, is off everywhere else."""
 
 import contextlib
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_a_mode_comes_back_after_an_error() -> None:
     assert not method.inner.training
 
 
-def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
+def test_runs_evaluate_without_dropout_and_continue_with_it(tmp_path: Path) -> None:
     """With dropout an artifact scores as its run did, and a resumed run is the whole one; it makes a difference."""
     values = local.run_values(tmp_path, max_steps=4, save_steps=2, eval_steps=2)
     values["prompt"] |= {"method": "prefix-tuning", "site": "kv", "options": {"dropout": 0.5}}
@@ -126,7 +126,7 @@ def test_runs_judge_without_dropout_and_go_on_with_it(tmp_path: Path) -> None:
     assert not torch.allclose(artifact.load(tmp_path / "plain" / "prompt").prompt, whole.prompt, atol=1e-4)
 
 
-def test_a_model_judges_until_it_is_told_to_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_in_eval_mode_until_train_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a model of transformers' from_pretrained: new, loaded and joined prompts are in the model's mode."""
     monkeypatch.setitem(methods.METHODS, "watched", f"{__name__}:Watched")
     config = PromptConfig(method="watched", num_virtual_tokens=4)

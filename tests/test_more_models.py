@@ -87,8 +87,10 @@ OTHERWISE = {
     "Qwen2MoeConfig": "shared",  # its attention does not say its window
     **({} if rows.AT_LEAST_5_24 else {"CodeGenConfig": "shared"}),  # as GPT-J: its attention became switchable
     "XGLMConfig": "shared",
-    "BertGenerationConfig": "concatenation: BertGenerationDecoder looks both ways, so its prompt sees the text",
-    "MambaConfig": "concatenation: MambaForCausalLM keeps a state that is no key-value cache",
+    "BertGenerationConfig": (
+        "concatenation: BertGenerationDecoder attends in both directions, so its prompt sees the text"
+    ),
+    "MambaConfig": "concatenation: MambaForCausalLM keeps a state that is not a key-value cache",
 }
 WHOLE = ("Gemma3nTextConfig",)  # their last layer cannot be run for some tokens only
 
@@ -149,7 +151,7 @@ def test_other_architectures(name: str) -> None:
     ("name", "reason"),
     [
         ("GptOssConfig", "GptOssForCausalLM cannot pack rows: its attention has sinks"),
-        ("BertGenerationConfig", "BertGenerationDecoder looks both ways, so its prompt sees the text"),
+        ("BertGenerationConfig", "BertGenerationDecoder attends in both directions, so its prompt sees the text"),
     ],
 )
 def test_what_would_pass_for_rounding(name: str, reason: str) -> None:

@@ -141,7 +141,7 @@ def test_pefts_start_is_nearly_nothing():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ranks": 0}, "ranks must be a whole number from 1 on, given 0"),
+        ({"ranks": 0}, "ranks must be a whole number of at least 1, given 0"),
         ({"factors": "frozen"}, "factors 'frozen' is unknown; possible: trained, fixed"),
         ({"start": "one"}, "start 'one' is unknown; possible: ones, normal"),
     ],

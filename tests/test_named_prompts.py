@@ -60,7 +60,7 @@ def test_a_model_by_its_name_is_trained_evaluated_saved_and_loaded(tmp_path: Pat
     by_prompt = SoftPromptModel.from_pretrained(tmp_path / "prompt", config=ModelConfig(dtype="float32", threads=1))
     assert by_prompt.tasks == ("colors",)
     assert evaluate.evaluate(by_prompt, task.test, prompt="colors", config=CONFIG).answers == after.answers
-    with pytest.raises(ConfigError, match="the stock model has no template of its own"):
+    with pytest.raises(ConfigError, match="the stock model has no template"):
         evaluate.evaluate(model, task.test, prompt=None, config=CONFIG)
     model.add_prompt("bare", PromptConfig(num_virtual_tokens=2, init=InitConfig(kind="random")))
     with pytest.raises(ConfigError, match="prompt 'bare' has no template; give one to add_prompt"):
@@ -130,6 +130,6 @@ def test_prompts_of_other_sites_and_heads_are_batched_apart() -> None:
     for name in ("one", "two"):
         heads.add_prompt(name, PromptConfig(num_virtual_tokens=2, init=InitConfig(kind="random")))
     batch = type(batch)(batch.input_ids, batch.attention_mask, torch.tensor([0, 1]), torch.tensor([0, 1]))
-    with pytest.raises(BackboneError, match="heads of their own are scored one by one, given one, two"):
+    with pytest.raises(BackboneError, match="separate classification heads are scored one by one, given one, two"):
         heads.score(batch)
     assert heads.score(batch.rows(torch.tensor([1]))).logits.shape == (1, 3)

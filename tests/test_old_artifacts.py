@@ -93,7 +93,7 @@ def scores(ready: SoftPromptModel, batch: Mapping[str, Tensor]) -> tuple[Tensor,
 
 
 def answered(ready: SoftPromptModel, directory: Path) -> list[dict[str, Any]]:
-    """The answers to TEXTS, judged as in the run; none where the artifact holds no task."""
+    """The answers to TEXTS, evaluated as in the run; none where the artifact holds no task."""
     saved = artifact.load(directory)
     if saved.template is None:
         return []
@@ -101,8 +101,8 @@ def answered(ready: SoftPromptModel, directory: Path) -> list[dict[str, Any]]:
     return [vars(answer) for answer in answers(ready, rows, prompt=ready.task, config=evaluation_config(saved))]
 
 
-def judging(directory: Path) -> dict[str, Any]:
-    """How answers of the artifact are judged, under the names of expected.json."""
+def evaluation_settings(directory: Path) -> dict[str, Any]:
+    """How answers of the artifact are evaluated, under the names of expected.json."""
     config = evaluation_config(artifact.load(directory))
     return {"by": config.by, "normalise": config.normalize, "max_new_tokens": config.max_new_tokens}
 
@@ -247,8 +247,8 @@ def test_an_old_artifact_answers_texts_as_then(name: str) -> None:
     assert [(one["value"], one["text"]) for one in now] == [(one["value"], one["text"]) for one in then]
     for one, other in zip(now, then, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
-    judged = judging(ARTIFACTS / name)
-    assert judged == {key: told(name)["evaluate"][key] for key in judged}
+    settings = evaluation_settings(ARTIFACTS / name)
+    assert settings == {key: told(name)["evaluate"][key] for key in settings}
 
 
 @pytest.mark.parametrize("name", MODELS)

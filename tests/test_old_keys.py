@@ -37,10 +37,27 @@ def test_an_old_key_in_a_new_section_is_refused():
         ),
         ({"task": {"split": {"train": "a.csv"}}}, []),
         ({"training": {"train": "lora"}}, [("training.train", "training.target")]),
+        (
+            {"training": {"objectives": {"task": 1, "distil-logits": 0.5}}},
+            [("training.objectives.distil-logits", "training.objectives.distill-logits")],
+        ),
+        (
+            {"runs": [{"name": "a", "training.objectives.distil-hidden": 0.5}]},
+            [("runs.0.training.objectives.distil-hidden", "runs.0.training.objectives.distill-hidden")],
+        ),
     ],
 )
 def test_the_whole_path_of_an_old_key_is_found(values, renames):
     assert find_old_keys(values) == renames
+
+
+def test_an_old_objective_is_refused_with_the_new_one_named():
+    with pytest.raises(ConfigError) as error:
+        parse(override({}, ["training.objectives.distil-hidden=0.5"]))
+    assert str(error.value) == (
+        "configuration: unknown key 'training.objectives.distil-hidden'; "
+        "it is called 'training.objectives.distill-hidden' now"
+    )
 
 
 def test_keys_of_plans_and_their_base_classes_are_found():
@@ -59,7 +76,12 @@ def test_a_stored_run_of_an_earlier_release_is_read():
         "model": {"name": "m", "quantise": "int8", "products": "torch"},
         "prompt": {"length": 5, "init": {"kind": "artefact", "path": "p"}},
         "task": {"name": "t", "split": {"train": "a.csv"}, "verbaliser": {"x": "y"}},
-        "train": {"steps": 3, "keep": False, "distil": {"teachers": {"t": "p"}}},
+        "train": {
+            "steps": 3,
+            "keep": False,
+            "objectives": {"task": 1, "distil-logits": 0.5},
+            "distil": {"teachers": {"t": "p"}},
+        },
         "evaluate": {"normalise": True},
         "vector": {"sum": "a + b"},
         "out": "runs/t",
@@ -68,7 +90,12 @@ def test_a_stored_run_of_an_earlier_release_is_read():
         "model": {"name": "m", "quantize": "int8", "matmul_backend": "torch"},
         "prompt": {"num_virtual_tokens": 5, "init": {"kind": "artifact", "path": "p"}},
         "task": {"name": "t", "split": {"train": "a.csv"}, "verbalizer": {"x": "y"}},
-        "training": {"max_steps": 3, "save_model": False, "distillation": {"teachers": {"t": "p"}}},
+        "training": {
+            "max_steps": 3,
+            "save_model": False,
+            "objectives": {"task": 1, "distill-logits": 0.5},
+            "distillation": {"teachers": {"t": "p"}},
+        },
         "evaluation": {"normalize": True},
         "vector": {"sum": "a + b"},
         "output_dir": "runs/t",

@@ -139,7 +139,7 @@ def test_groups_learn_at_their_own_rates() -> None:
     ("options", "words"),
     [
         ({"network": "gru"}, "network 'gru' is unknown; possible: lstm, mlp"),
-        ({"hidden": 0}, "hidden must be a whole number from 1 on, given 0"),
+        ({"hidden": 0}, "hidden must be a whole number of at least 1, given 0"),
         ({"output": "start"}, "output 'start' is unknown; possible: zero, torch"),
     ],
 )

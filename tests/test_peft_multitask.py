@@ -159,7 +159,7 @@ def test_task_ids_are_needed_and_must_be_there(words: Any) -> None:
         with pytest.raises(ValueError, match=r"^task_ids cannot be None$"):
             made(torch.arange(P)[None], None)
     for wrong in (2, -1):
-        with pytest.raises(ConfigError, match=rf"task_ids \[{wrong}\] name tasks that are not there; num_tasks is 2"):
+        with pytest.raises(ConfigError, match=rf"task_ids \[{wrong}\] name tasks that do not exist; num_tasks is 2"):
             ours(torch.arange(P)[None], torch.tensor([wrong]))
 
 
@@ -239,13 +239,17 @@ def from_source(path: Path, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "options", "message"),
     [
-        ({"length": 7}, {}, "holds a prompt of 7 tokens, wanted are 5; set num_virtual_tokens to match"),
-        ({"width": 8}, {}, "holds a prompt of width 8, wanted is width 16"),
-        ({"ranks": 2}, {}, "holds factors of rank 2, wanted is rank 1; set num_ranks to match, or take ONLY_SOURCE_SH"),
-        ({}, {"prompt_tuning_init_task": 3}, "prompt_tuning_init_task 3 is no task of .*; its tasks: 0, 1, 2"),
-        ({}, {"prompt_tuning_init_task": "qqp"}, "prompt_tuning_init_task 'qqp' is no task of .*; its tasks: 0, 1, 2"),
-        ({}, {"prompt_tuning_init_task": None}, "prompt_tuning_init_task None is no task"),
-        ({}, {"prompt_tuning_init_task": True}, "prompt_tuning_init_task True is no task"),
+        ({"length": 7}, {}, "holds a prompt of 7 tokens, but 5 are needed; set num_virtual_tokens to match"),
+        ({"width": 8}, {}, "holds a prompt of width 8, but width 16 is needed"),
+        ({"ranks": 2}, {}, "holds factors of rank 2, but rank 1 is needed; set num_ranks to match, or take ONLY"),
+        ({}, {"prompt_tuning_init_task": 3}, "prompt_tuning_init_task 3 is not a task of .*; its tasks: 0, 1, 2"),
+        (
+            {},
+            {"prompt_tuning_init_task": "qqp"},
+            "prompt_tuning_init_task 'qqp' is not a task of .*; its tasks: 0, 1, 2",
+        ),
+        ({}, {"prompt_tuning_init_task": None}, "prompt_tuning_init_task None is not a task"),
+        ({}, {"prompt_tuning_init_task": True}, "prompt_tuning_init_task True is not a task"),
         ({}, {"token_dim": 8}, "token_dim is 8, but the word embeddings are 16 wide"),
         ({}, {"num_tasks": 3}, "EXACT_SOURCE_TASK starts one task, but num_tasks is 3; set it to 1, or start several"),
     ],
@@ -398,7 +402,7 @@ def test_a_source_of_ours_knows_its_tasks_by_name_and_its_weights(tmp_path: Path
         assert_close(effective(made, 0), fold(methods["qqp"]))
     one = MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all" / "sst2"))
     assert torch.equal(MultitaskPromptEmbedding(one, words).prefix_task_cols[0], methods["sst2"].columns)
-    with pytest.raises(ConfigError, match=r"'qpq' is no task of .*; did you mean 'qqp'.*: 0 mnli, 1 qqp, 2 sst2"):
+    with pytest.raises(ConfigError, match=r"'qpq' is not a task of .*; did you mean 'qqp'.*: 0 mnli, 1 qqp, 2 sst2"):
         MultitaskPromptEmbedding(
             MultitaskPromptTuningConfig(**options, **from_source(tmp_path / "all", prompt_tuning_init_task="qpq")),
             words,

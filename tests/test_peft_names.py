@@ -123,7 +123,7 @@ def test_sampled_words_are_words_and_none_comes_twice(words: Any) -> None:
     config = PromptTuningConfig(num_virtual_tokens=400, token_dim=16, prompt_tuning_init="SAMPLE_VOCAB")
     found = PromptEmbedding(config, words).embedding.weight
     assert torch.equal(found.sum(1).sort().values, words.weight.sum(1).sort().values)
-    with pytest.raises(ConfigError, match="401 different words are wanted, but the model has 400"):
+    with pytest.raises(ConfigError, match="401 different words are needed, but the model has 400"):
         PromptEmbedding(dataclasses.replace(config, num_virtual_tokens=401), words)
 
 

@@ -205,7 +205,7 @@ def test_heads_that_look_at_words_have_no_slots(head: str) -> None:
         (
             {"site": "kv"},
             {"chat": True, "chat_placement": "user"},
-            "chat_placement is user, but at site 'kv' nothing can stand",
+            "chat_placement is user, but at site 'kv' nothing can come",
         ),
         (
             {"placement": "template", "segments": [1, 3]},
@@ -252,7 +252,7 @@ def test_segments_are_the_prompt() -> None:
     ],
 )
 def test_a_run_with_slots(tmp_path: Any, name: str, template: str, place: str) -> None:
-    """Trained, judged, saved and opened again: answers are the stock model's with the prompt in its slots."""
+    """Trained, evaluated, saved and opened again: answers are the stock model's with the prompt in its slots."""
     values = local.run_values(tmp_path, name, max_steps=3)
     values["task"] |= {"template": template, "split": {"test_fraction": 0.2, "limit": {"train": 16, "test": 4}}}
     values["prompt"] |= {"placement": "suffix"} if place == "suffix" else {}
@@ -441,7 +441,7 @@ def test_prompts_of_every_place_share_a_batch() -> None:
     for i, name in enumerate(names):
         alone = model.generate(texts[i][None], tasks=name, **options)
         assert together[i, -4:].tolist() == alone[0, -4:].tolist()
-    with pytest.raises(BackboneError, match=r"the batch does not say where these are.*prompt_places"):
+    with pytest.raises(BackboneError, match=r"the batch does not say where they are.*prompt_places"):
         model(ids, mask, tasks="parted")
     with pytest.raises(BackboneError, match="2 segments of the prompt, but 1 places; give one place for each"):
         model(ids, mask, tasks="parted", prompt_places=torch.tensor([1, 2, 3]))

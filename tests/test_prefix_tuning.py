@@ -261,7 +261,7 @@ def test_groups_learn_at_their_own_rates() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"hidden": 0}, "hidden must be a whole number from 1 on, given 0"),
+        ({"hidden": 0}, "hidden must be a whole number of at least 1, given 0"),
         ({"reparametrize": "yes"}, "reparametrize must be true or false, given 'yes'"),
         ({"output": "none"}, "output 'none' is unknown; possible: zero, torch"),
         ({"dropout": 1}, "dropout must be a number from 0 to below 1, given 1"),

@@ -88,7 +88,7 @@ def test_the_table_holds_the_runs_own_scores(done):
     rate = next(one["rate"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     tried = next(one["tried"] for one in results["rates"] if (one["arm"], one["size"]) == ("mpt", "full"))
     assert rate == max(map(float, tried), key=lambda r: (tried[f"{r:g}"], -r))
-    for one in (0.1, 0.3):  # chosen on validation rows, not on those that judge
+    for one in (0.1, 0.3):  # chosen on validation rows, not on test rows
         pages = [
             json.loads((out / f"targets/{target}-full/rates/mpt-rate{one:g}-seed0/results.json").read_text())
             for target in ("gamma", "delta")
@@ -189,7 +189,7 @@ def test_a_second_call_trains_nothing(done, monkeypatch):
     assert {key: again[key] for key in ("arms", "rates", "similarity", "nearest", "sources")} == {
         key: results[key] for key in ("arms", "rates", "similarity", "nearest", "sources")
     }
-    assert sum("done before" in line for line in said) > 5
+    assert sum("already done" in line for line in said) > 5
 
 
 def trained(values: dict) -> dict:
@@ -384,9 +384,9 @@ def test_the_upper_lines(tmp_path):
         (lambda v: v["target"].update(shots=[0], few_arms=["spot-nearest"]), "needs rows of the target"),
         (lambda v: v.update(sources=v["sources"][:1]) or v["target"].update(arms=["spot-second"]), "a second source"),
         (lambda v: v.update(sources=[]), "sources"),
-        (lambda v: v["target"].update(shots=[16, 16]), "every value may be listed once, given 16, 16"),
+        (lambda v: v["target"].update(shots=[16, 16]), "each value may be listed once, given 16, 16"),
         (
-            lambda v: v["target"].update(few={"objectives": {"distil-logits": 1.0}}),
+            lambda v: v["target"].update(few={"objectives": {"distill-logits": 1.0}}),
             "target.few.objectives is set by the",
         ),
         (lambda v: v["prompt"].update(method="attempt"), "prompt.method is set by the recipe itself"),
@@ -423,7 +423,7 @@ def test_teachers_and_files_are_checked_before_any_training(done, tmp_path, monk
         tried(targets=[target])
     with pytest.raises(ConfigError, match="arm 'labels' is not possible for target gamma"):
         tried(prompt={"num_virtual_tokens": 4, "site": "kv"}, target={**values["target"], "arms": ["labels"]})
-    with pytest.raises(BackboneError, match="there is no layer 9"):
+    with pytest.raises(BackboneError, match="no layer 9"):
         tried(source={**values["source"], "layers": [9]})
     monkeypatch.setattr(
         backbone_weights, "_import_peft", lambda: (_ for _ in ()).throw(ConfigError("pip install softprompts[lora]"))

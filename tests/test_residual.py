@@ -166,7 +166,7 @@ def test_groups_learn_at_their_own_rates() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"bottleneck": 0}, "bottleneck must be a whole number from 1 on, given 0"),
+        ({"bottleneck": 0}, "bottleneck must be a whole number of at least 1, given 0"),
         ({"per_token": 1}, "per_token must be true or false, given 1"),
         ({"output": "one"}, "output 'one' is unknown; possible: zero, torch"),
     ],

@@ -90,15 +90,21 @@ def test_entries_that_cannot_be(values, runs, words):
 
 
 def test_every_run_is_written_as_it_would_be_alone(values, tmp_path, monkeypatch):
-    judged, original = [], evaluate.evaluate
+    without_prompt, original = [], evaluate.evaluate
 
     def counted(model, *arguments, **options):
-        judged.append(options["prompt"] is None)
+        without_prompt.append(options["prompt"] is None)
         return original(model, *arguments, **options)
 
     monkeypatch.setattr(evaluate, "evaluate", counted)
     results = job.run(parse({**values, "runs": RUNS}))
-    assert judged == [True, True, False, False, False]  # the stock model once for a and b, and once for c's template
+    assert without_prompt == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]  # the stock model once for a and b, and once for c's template
     for name, run in sweep(parse({**values, "runs": RUNS})).items():
         alone = job.run(run.model_copy(update={"output_dir": str(tmp_path / "alone" / name)}))
         here, there = tmp_path / "out" / name, tmp_path / "alone" / name

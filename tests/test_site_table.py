@@ -24,7 +24,7 @@ def cell(name: str, site: str) -> str:
 def table() -> str:
     """Markdown: one line for each tested model, with its prompt width D at each site."""
     lines = [
-        f"| family | model | prompt stands | {' | '.join(f'`{site}`' for site in SITES)} |",
+        f"| family | model | prompt | {' | '.join(f'`{site}`' for site in SITES)} |",
         f"|---|---|---|{'---|' * len(SITES)}",
     ]
     for family, name in itertools.product(FAMILIES.values(), tiny.ALL):

@@ -282,7 +282,7 @@ def test_shots_drawn_by_a_seed_of_their_own_leave_the_other_rows_as_they_are(tmp
 
 @pytest.mark.parametrize("kind", ["label", "multilabel", "generation", "regression"])
 def test_shots_per_set_are_so_many_in_all(tmp_path, kind):
-    """Whatever the classes are; as many to choose with, and those that judge stay."""
+    """Whatever the classes are; as many to choose with, and the test rows stay."""
     source = write(tmp_path / "d.csv", "text,label\n" + "".join(f"t{i},{i % 3}\n" for i in range(90)))
     whole = read_splits(TaskConfig(source=source, kind=kind, split=SplitConfig(validation_fraction=0.3)))
     for shots in (1, 5, 20):
@@ -408,7 +408,7 @@ BROKEN = {
     "json text": ("d.json", b'"a"', "d.json must be a list of objects, or an object with such a list for each split"),
     "json row": ("d.json", b'[{"a": 1}, 2]', "d.json row 2: expected an object of columns, found int"),
     "no json rows": ("d.json", b"[]", "d.json has no rows"),
-    "parquet": ("d.parquet", b"PAR2", "d.parquet is no parquet file: "),
+    "parquet": ("d.parquet", b"PAR2", "d.parquet is not a parquet file: "),
     "no table": ("d.txt", b"a", "d.txt is none of the files read here: .csv, .tsv, .jsonl, .json, .parquet"),
     "column": ("d.csv", b"txt,label\na,b\n", None),
 }
@@ -438,7 +438,7 @@ def test_a_broken_file_is_named(name, tmp_path):
         ({"verbalizer": {"c0": " ", "c1": "b"}}, "the verbalizer's answer for label 'c0' is empty"),
         ({"positive": "c9"}, "positive label 'c9' is not in the verbalizer; did you mean 'c1'? known labels: c0, c1"),
         ({"truncate": ["txet"]}, "no column 'txet' for the truncation; did you mean 'text'? columns: text, label"),
-        ({"kind": "regression"}, "d.csv:2: 'c0' in column 'label' is no number"),
+        ({"kind": "regression"}, "d.csv:2: 'c0' in column 'label' is not a number"),
         ({"template": "{text"}, "template '{text': '{' at character 1 names no column; write {column}, and {{ or }}"),
         ({"split": {"test": "tset"}}, "has no split 'tset' for test; it has no named splits; or give a file"),
         ({"split": {"test": "no.csv"}}, "no file no.csv"),

@@ -341,11 +341,11 @@ def test_start_tasks_and_names() -> None:
     ("options", "sources", "message"),
     [
         ({}, None, f"method {NAME}: .*k 5 leaves no room .* prompt.num_virtual_tokens 5 counts both"),
-        ({"k": 3}, None, "its memory needs words of a model or, in prompt.init.sources, trained prompts"),
+        ({"k": 3}, None, "its memory needs words of a model, or trained prompts in prompt.init.sources"),
         ({"k": 3}, torch.zeros(1, 2, D), "a memory of 2 rows cannot give k = 3; enlarge prompt.init.sources"),
-        ({"k": -1}, None, f"options of method {NAME}: k must be a whole number from 0 on, given -1"),
-        ({"bank": 0}, None, "bank must be a whole number from 1 on, given 0"),
-        ({"population": 0}, None, "population must be a whole number from 1 on, given 0"),
+        ({"k": -1}, None, f"options of method {NAME}: k must be a whole number of at least 0, given -1"),
+        ({"bank": 0}, None, "bank must be a whole number of at least 1, given 0"),
+        ({"population": 0}, None, "population must be a whole number of at least 1, given 0"),
         ({"query": "max"}, None, "query 'max' is unknown; possible: mean, words"),
         ({"retrieval": "both"}, None, "retrieval 'both' is unknown; possible: hard, soft"),
         ({"index": "usearch"}, None, "index 'usearch' is unknown; possible: torch, faiss"),
@@ -368,10 +368,10 @@ def test_more_of_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         build(NAME, {"k": 3, "bank": 2}, PromptSpec(P, D, D), start)
     few = functools.partial(initialization.sample_vocabulary, tiny.backbone("llama"), generator=torch.Generator())
     start = PromptInit(torch.zeros(P, D), draw=lambda count, population: few(count, population).float())
-    message = "its memory, prompt.options.bank: 40 different words are wanted, but only 20 can be drawn; ask for fewer"
+    message = "its memory, prompt.options.bank: 40 different words are needed, but only 20 can be drawn; ask for fewer"
     with pytest.raises(ConfigError, match=message + ", or set a population above 20$"):
         build(NAME, {"k": 2, "bank": 40, "population": 20}, PromptSpec(P, D, D), start)
-    with pytest.raises(ConfigError, match=r"1000 different words are wanted, but only .* can be drawn; ask for fewer$"):
+    with pytest.raises(ConfigError, match=r"1000 different words are needed, but only .* can be drawn; ask for fewer$"):
         build(NAME, {"k": 2}, PromptSpec(P, D, D), start)
     for slot in (PromptSpec(P, D, D - 1), PromptSpec(P, D, D, 0, (D,))):
         with pytest.raises(

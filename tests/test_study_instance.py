@@ -212,7 +212,7 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
         "pretrain": {**values["pretrain"], "training": {"max_steps": 3, "batch_size": 8, "learning_rate": 0.1}},
     }
     execute(parse(values, Study), ProgressReporter(log=said.append))
-    anew = {line.partition(":")[0] for line in said if line.endswith("done anew")}
+    anew = {line.partition(":")[0] for line in said if line.endswith("it runs again")}
     assert anew == {
         "pretraining of ipt-pretrained",
         *(f"step time of ipt-pretrained, turn {turn}" for turn in (1, 2)),
@@ -222,7 +222,9 @@ def test_nothing_is_done_twice_and_what_changed_is_done_anew(done):
     said.clear()
     values = {**values, "pretrain": {**values["pretrain"], "training": results["config"]["pretrain"]["training"]}}
     back = execute(parse(values, Study), ProgressReporter(log=said.append))
-    assert not [line for line in said if line.endswith("done anew") or " steps" in line], "what was finished is kept"
+    assert not [line for line in said if line.endswith("it runs again") or " steps" in line], (
+        "what was finished is kept"
+    )
     assert back["arms"] == results["arms"]
 
 
@@ -321,10 +323,10 @@ def test_verdict():
         ({"compare": {"tune_on": ["gamma"]}}, "compare.tune_on: 'gamma' is unknown"),
         ({"compare": {"weight_learning_rates": {"fine-tuning": [1e-3]}}}, "arm 'lora' needs rates"),
         ({"model": {"head": "sequence"}}, "share a language model's head, not 'sequence'"),
-        ({"arms": ["prompt-tuning", "prompt-tuning"]}, "arms: .*every value may be listed once"),
-        ({"upper": ["lora", "lora"]}, "upper: .*every value may be listed once"),
-        ({"compare": {"weight_learning_rates": {"lora": [0.01, 0.01]}}}, "every value may be listed once"),
-        ({"own": {"spt": {"learning_rates": [0.1, 0.1]}}}, "every value may be listed once"),
+        ({"arms": ["prompt-tuning", "prompt-tuning"]}, "arms: .*each value may be listed once"),
+        ({"upper": ["lora", "lora"]}, "upper: .*each value may be listed once"),
+        ({"compare": {"weight_learning_rates": {"lora": [0.01, 0.01]}}}, "each value may be listed once"),
+        ({"own": {"spt": {"learning_rates": [0.1, 0.1]}}}, "each value may be listed once"),
         ({"own": {"lora": {"prompt": {"method": "residual"}}}}, "own: 'lora' is another line of the table"),
         ({"own": {"no prompt": {}}}, "own: 'no prompt' is another line of the table"),
         ({"compare": {"training": {"max_steps": 0}}}, "training.max_steps must be at least 1"),

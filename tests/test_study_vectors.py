@@ -131,7 +131,7 @@ def test_all_starts_of_a_task_train_in_one_batch(watched):
 
 
 def test_own_scores_are_those_of_the_trained_prompts(done):
-    """The judge of the study and the job that trained the prompts agree, row by row."""
+    """The evaluator of the study and the run that trained the prompts agree, row by row."""
     values, results, _ = done
     for task in TASKS:
         found = results["independence"][task]
@@ -181,7 +181,7 @@ def local_artifacts(starts, tuned):
     ]
 
 
-def test_pairs_hold_what_a_judge_finds(done):
+def test_pairs_hold_the_scores_of_an_evaluator(done):
     _, results, _ = done
     assert [one["tasks"] for one in results["pairs"]] == [["alpha", "beta"], ["alpha", "gamma"], ["beta", "gamma"]]
     assert [one["related"] for one in results["pairs"]] == [True, False, False]
@@ -199,7 +199,7 @@ def test_pairs_hold_what_a_judge_finds(done):
 def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
     """Each kind of prompt, made by hand of the artifacts, with another coefficient from each start.
 
-    The judge's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
+    The evaluator's score is a number of the prompt: on validation rows how near it is to what is to be chosen.
     """
     values, _, _ = done
     shutil.copytree(Path(values["output_dir"], "vectors"), tmp_path / "vectors")
@@ -219,11 +219,11 @@ def test_sums_are_measured_as_defined(done, monkeypatch, tmp_path):
     def number(task, prompt):
         return float((prompt.double() * weights[task]).sum())
 
-    def scores(judge, prompts, rows, *_):
-        if rows is judge.task.validation:
+    def scores(evaluator, prompts, rows, *_):
+        if rows is evaluator.task.validation:
             return [-min(float((prompt - one).norm()) for one in wanted) for prompt in prompts]
-        assert rows is judge.task.test
-        return [number(judge.task.name, prompt) for prompt in prompts]
+        assert rows is evaluator.task.test
+        return [number(evaluator.task.name, prompt) for prompt in prompts]
 
     monkeypatch.setattr(Evaluator, "scores", scores)
     study = parse({**values, "output_dir": str(tmp_path)}, Study)
@@ -260,7 +260,7 @@ def test_sums_are_trained_on_from_where_they_are(done):
 
 
 def test_unseen_targets_start_from_their_sources(done):
-    """With no rows nothing is trained: what is judged is the start. With few, as many rows as were asked for in all."""
+    """With no rows nothing is trained: the start is evaluated. With few, as many rows as were asked for in all."""
     values, results, _ = done
     zero, four = results["few"]["delta"]["arms"]
     assert (zero["size"], four["size"]) == ("0-shot", "4-shot")
@@ -293,7 +293,7 @@ def test_a_second_call_measures_nothing(done, monkeypatch):
 
 
 def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
-    """What was measured hangs on the prompts: one that was made anew, with other numbers, is judged anew."""
+    """Measurements belong to prompts: a prompt that was trained again with other numbers is evaluated again."""
     values, _, _ = done
     asked = []
     original = independence.measure
@@ -312,13 +312,13 @@ def test_other_vectors_are_measured_anew(done, monkeypatch, tmp_path):
 
 
 class Cut:
-    """A screen that is interrupted once, at a training step or at a prompt that was judged, under a certain line."""
+    """A screen that is interrupted once, at a training step or at a prompt that was evaluated, under a certain line."""
 
     def __init__(self, line: str, at: str) -> None:
         self.line, self.at, self.under = line, at, ""
 
     def screen(self) -> ProgressReporter:
-        return ProgressReporter(log=self.say, on_step=self.step, on_eval=self.judged)
+        return ProgressReporter(log=self.say, on_step=self.step, on_eval=self.evaluated)
 
     def say(self, line: str) -> None:
         if line.endswith((" steps", " crossed", " coefficients")):
@@ -327,7 +327,7 @@ class Cut:
     def step(self, name: str, report: Any) -> None:
         self.reach(f"step {report.step}")
 
-    def judged(self, title: str, number: int, of: int) -> None:
+    def evaluated(self, title: str, number: int, of: int) -> None:
         self.reach(f"{title} {number}")
 
     def reach(self, at: str) -> None:
@@ -638,12 +638,12 @@ def test_the_search_never_reads_test_rows(done):
 
     values, results, _ = done
     at_hand = stages.StudyResources(parse(values, Study), ProgressReporter())
-    judges = [at_hand.evaluator(name) for name in ("alpha", "beta")]
-    poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in judges]
+    evaluators = [at_hand.evaluator(name) for name in ("alpha", "beta")]
+    poisoned = [replace(one, task=replace(one.task, test=Poison())) for one in evaluators]
     one, other = (at_hand.vectors(name)[0] for name in ("alpha", "beta"))
     start = one.reference.initial
     found = coefficient.choose_coefficient(poisoned, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.best == results["pairs"][0]["coefficients"][0]
-    assert found == coefficient.choose_coefficient(judges, one + other, start, (0, 0.5, 1), ProgressReporter())
+    assert found == coefficient.choose_coefficient(evaluators, one + other, start, (0, 0.5, 1), ProgressReporter())
     assert found.means == [pytest.approx((a + b) / 2) for a, b in zip(*found.scores.values(), strict=True)]
     assert found.means[found.grid.index(found.best)] == max(found.means)

@@ -396,7 +396,7 @@ def test_what_cannot_share_a_batch_is_refused():
     for name in ("0/a", "1/a"):
         model.add_prompt(name, PromptConfig(num_virtual_tokens=4, init=InitConfig(kind="random")))
     runs = [run_of(name, model, [EncodedExample([1, 7, 8], 1)], config(1)) for name in ("0", "1")]
-    with pytest.raises(ConfigError, match=r"classification head of its own.*one after the other"):
+    with pytest.raises(ConfigError, match=r"its own classification head.*one after the other"):
         next(train_many(runs))
 
 

@@ -265,7 +265,7 @@ def test_the_first_batch_is_compared_where_asked_for(values, monkeypatch):
     )
     rows = [made.encoders[0].example(row) for row in made.tasks[0].train]
     before = prompt_of(made).clone()
-    with pytest.raises(errors.TrainingError, match=r"as by plain concatenation: packed against .*eager"):
+    with pytest.raises(errors.TrainingError, match=r"from plain concatenation: packed against .*eager"):
         next(fit(made.model, rows, made.run.training))
     assert torch.equal(prompt_of(made), before)
 

@@ -535,7 +535,7 @@ OTHER: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "heads": (
         {"heads": {"score.weight": torch.ones(2, D)}},
-        "classification head of its own; train with model.head: lm",
+        "its own classification head; train with model.head: lm",
     ),
 }
 COMBINE: dict[str, Callable[[Vector, Vector], Any]] = {
@@ -635,7 +635,7 @@ def test_pefts_files_do_not_say_where_a_prompt_began(tmp_path: Path) -> None:
     theirs = artifact.load(path)
     with pytest.raises(ArtifactError, match="softprompts vector make theirs --start START --out DIRECTORY") as caught:
         task_vector(theirs)
-    assert "PEFT does not keep the start" in str(caught.value)
+    assert "PEFT does not store the start" in str(caught.value)
     named = dataclasses.replace(theirs, initial=START)
     assert bits(task_vector(named).value) == bits(task_vector(tuned(1)).value)
 

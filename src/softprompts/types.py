@@ -33,8 +33,8 @@ class PromptSpec:
     Attributes:
         length: P, the number of prompt tokens.
         width: D, the numbers of a prompt token at the site.
-        features: H, the width of the backbone's input embeddings, which a method that reads the text sees.
-        vocabulary: The number of the backbone's token ids.
+        embedding_size: H, the width of the backbone's input embeddings, which a method that reads the text sees.
+        vocab_size: The number of the backbone's token ids.
         layers: The widths of each layer's part of a prompt that has one for every layer (sites layers and kv); they
             sum to `width`.
         encoders: The widths of the vectors that frozen encoders make of whole texts, by the encoder's name:
@@ -44,8 +44,8 @@ class PromptSpec:
 
     length: int
     width: int
-    features: int
-    vocabulary: int = 0
+    embedding_size: int
+    vocab_size: int = 0
     layers: tuple[int, ...] = ()
     encoders: Mapping[str, int] = field(default_factory=dict)
     pool: str = "mean"
@@ -72,9 +72,9 @@ class PromptInit:
 
 @dataclass(frozen=True)
 class ParamGroup:
-    """Parameters of a method that learn at a rate of their own: those whose names begin with one of `parameters`.
+    """Parameters of a method that learn at a separate rate: those whose names begin with one of `parameters`.
 
-    unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", as it stands, which is
+    unit: "rms", the rate counts in rms of the word embeddings, as that of prompts does; "one", a plain number, which is
     right for factors around one and for weights. rate: what it is unless `training.learning_rates` says otherwise;
     None: the run's. decay: whether `training.weight_decay` counts: it would shrink rows of a table in every step, used
     or not.
@@ -134,7 +134,7 @@ class Batch:
 
 
 def _no_encoder(name: str) -> Tensor:
-    raise ValueError(f"no encoder '{name}' of whole texts is here")
+    raise ValueError(f"no encoder '{name}' of whole texts is available")
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ class Step:
         batch: The rows.
         prompt: Their prompts.
         output: Their scores.
-        teacher: What a teacher makes of the same rows, where there is one.
+        teacher: A teacher's outputs for the same rows, or None.
     """
 
     batch: Batch
@@ -370,7 +370,7 @@ class Fingerprint:
 
 @contextlib.contextmanager
 def in_mode(method: Any, training: bool) -> Iterator[None]:
-    """Inside, the method is in training mode, or in the mode of judging, folding and answering; then as it was."""
+    """Inside, the method is in training mode, or in eval mode for evaluation, folding and answering; then as it was."""
     before = method.training
     method.train(training)
     try:

@@ -131,7 +131,7 @@ class Study(Section):
     """The arms that are compared."""
 
     own: dict[str, Arm] = Field(default={})
-    """Arms of your own, and keys in which an arm of a known name differs."""
+    """Your own arms, and keys in which an arm of a known name differs."""
 
     upper: tuple[str, ...] = tuple(WEIGHTS)
     """The arms that train weights, the upper lines of the table."""
@@ -192,7 +192,7 @@ class Study(Section):
             for key in ("learning_rate", "learning_rates"):
                 if getattr(getattr(self.compare, stage), key) != getattr(TrainConfig(), key):
                     raise ValueError(
-                        f"compare.{stage}.{key}: arms try the rates of compare.learning_rates, or rates of their own, "
+                        f"compare.{stage}.{key}: arms try the rates of compare.learning_rates, or their own rates, "
                         f"and those of their groups follow (own: learning_rates, follow); leave it out"
                     )
         lists = {

@@ -479,7 +479,7 @@ def _card(artifact: Artifact, why_not_peft: str | None) -> str:
     ]
     if artifact.prompt is None:
         paragraphs.append(
-            "There is no plain prompt, the method answers each text: `SoftPromptModel.from_pretrained(model, "
+            "The method computes a prompt for each text: `SoftPromptModel.from_pretrained(model, "
             '"path/to/this/directory")`, or `softprompts predict path/to/this/directory TEXT`.'
         )
     else:

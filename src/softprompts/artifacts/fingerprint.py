@@ -43,7 +43,7 @@ def check_fingerprint(saved: Fingerprint | None, current: Fingerprint, allow_oth
         WrongBackboneError: The architecture differs, or the sketch is outside the band of the coarser dtype of the two.
     """
     if saved is None:
-        return ["nothing ties this prompt to weights: PEFT's files do not say which it was made for"]
+        return ["this prompt has no fingerprint: PEFT's files do not name the weights it was trained on"]
     differences = _differing_facts(saved, current)
     if saved.sketch.shape != current.sketch.shape:
         differences.append(f"sketch {list(saved.sketch.shape)}, here {list(current.sketch.shape)}")
@@ -54,7 +54,7 @@ def check_fingerprint(saved: Fingerprint | None, current: Fingerprint, allow_oth
         warnings.append("the tokenizer differs from the one this prompt was made with")
     problem = _other_weights(saved, current)
     if problem and not allow_other_weights:
-        raise WrongBackboneError(f"{problem}; --allow-other-weights uses it all the same")
+        raise WrongBackboneError(f"{problem}; --allow-other-weights uses it anyway")
     return [*warnings, problem] if problem else warnings
 
 
@@ -94,7 +94,7 @@ def _other_weights(saved: Fingerprint, current: Fingerprint) -> str | None:
     """Why the sketches belong to different weights; None where they may belong to the same."""
     for dtype in (saved.dtype, current.dtype):
         if dtype not in BANDS:
-            return f"sketches in {dtype} cannot be compared: there are bands for {', '.join(BANDS)}"
+            return f"sketches in {dtype} cannot be compared: bands exist for {', '.join(BANDS)}"
     band = max(BANDS[saved.dtype], BANDS[current.dtype])
     distance = sketch_distance(saved.sketch, current.sketch)
     if distance <= band:  # in this form, NaN is outside the band

@@ -278,7 +278,7 @@ def read_multitask(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
     if not _shapes_fit(shared, columns, rows):
         raise ValueError(
             f"{_PROMPT} {list(shared.shape)}, {_COLUMNS} {list(columns.shape)} and {_ROWS} {list(rows.shape)} do not "
-            f"fit each other: [R, D], [K, R, r] and [K, r, D] are wanted"
+            f"fit each other: [R, D], [K, R, r] and [K, r, D] are needed"
         )
     for key, size in (("num_tasks", len(columns)), ("num_ranks", columns.shape[2])):
         configured = _optional(config, key, int)

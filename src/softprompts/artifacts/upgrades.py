@@ -64,7 +64,9 @@ In format 3 a method held a list with one entry for each task, and an artifact t
 
 
 def upgrade_manifest(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The manifest of an older format with the keys of format 4. Its `format_version` stays that of the file.
+    """The manifest with the keys of format 4, and its run's configuration with those of today.
+
+    Its `format_version` stays that of the file.
 
     Args:
         values: The JSON object of the file, with a `format_version` from 1 to 4; nothing else of it is checked yet.
@@ -77,6 +79,8 @@ def upgrade_manifest(values: Mapping[str, Any], path: Path) -> dict[str, Any]:
     upgraded = dict(values)
     for step in range(version, FORMAT):
         upgraded = _STEPS[step](upgraded, f"format {version} has none", path)
+    if isinstance(upgraded.get("config"), Mapping):  # it records a run, so its names change without a new format
+        upgraded["config"] = update_old_keys(upgraded["config"])
     return upgraded
 
 
@@ -105,15 +109,13 @@ def _to_format_3(values: dict[str, Any], complaint: str, path: Path) -> dict[str
 
 
 def _to_format_4(values: dict[str, Any], complaint: str, path: Path) -> dict[str, Any]:
-    """Format 4 renamed keys of the manifest, of the template, of the run's configuration and of methods' options."""
+    """Format 4 renamed keys of the manifest, of the template and of methods' options."""
     _refuse_keys(OLD_MANIFEST_KEYS.values(), values, complaint, path)
     renamed = rename(values, OLD_MANIFEST_KEYS)
     template = renamed.get("template")
     if isinstance(template, Mapping):
         _refuse_keys(OLD_KEYS["TaskTemplate"].values(), template, complaint, path)
         renamed["template"] = rename(template, OLD_KEYS["TaskTemplate"])
-    if isinstance(renamed.get("config"), Mapping):
-        renamed["config"] = update_old_keys(renamed["config"])
     if isinstance(renamed.get("options"), Mapping):
         renamed["options"] = update_old_options(str(renamed.get("method")), renamed["options"])
     return renamed

@@ -81,7 +81,7 @@ def fetch(name: str, say: Say = lambda line: None) -> Path:
             if not directory.is_dir():
                 with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as work:
                     _make(asset, Path(work), say).rename(directory)
-    except Exception as error:  # safetensors and tokenizers have exceptions of their own for a full disk
+    except Exception as error:  # safetensors and tokenizers raise their own exceptions for a full disk
         if _is_full(str(error)):
             raise _no_room(asset) from error
         if isinstance(error, OSError):
@@ -248,7 +248,7 @@ def _is_full(message: str) -> bool:
 def _no_room(asset: Asset) -> AssetError:
     needed = asset.megabytes * (8 if asset.kind == "model" else 3)
     return AssetError(
-        f"no room for {asset.name!r} in the cache {cache_dir()}: it takes about {needed:.0f} MB while it is made; free "
+        f"no room for {asset.name!r} in the cache {cache_dir()}: it needs about {needed:.0f} MB; free "
         "some space, or set SOFTPROMPTS_CACHE (and TMPDIR, which pip uses) to a folder on another disk"
     )
 

@@ -1,6 +1,6 @@
 """The frozen model: its family, its facts, the kernels that run it.
 
-`loading`, `devices`, `cache` and `quantization` are modules of their own.
+`loading`, `devices`, `cache` and `quantization` are separate modules.
 """
 
 from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family

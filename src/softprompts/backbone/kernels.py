@@ -342,7 +342,7 @@ class CheckpointedForward:
     """A layer's forward that stores nothing for the backward pass and runs again there.
 
     A layer that reads and extends a cache gets its keys and values as inputs and returns the new ones. It works on a
-    cache of its own both times: the second run would otherwise find what the first one had added.
+    separate cache both times: the second run would otherwise find what the first one had added.
     """
 
     def __init__(
@@ -370,7 +370,7 @@ class CheckpointedForward:
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
         if self.layer_index is None or isinstance(cache, EncoderDecoderCache):
             raise BackboneError(
-                f"{self.layer_name} writes into a cache that cannot be handed to it twice: gradient checkpointing is "
+                f"{self.layer_name} writes into a cache that cannot be passed to it twice: gradient checkpointing is "
                 f"not possible here; leave it off, or use site 'input'"
             )
         return self._call_with_cache(cache, enter_context, args, kwargs)

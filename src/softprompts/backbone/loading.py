@@ -94,8 +94,8 @@ def _check_whole(source: str, model: Any, missing_keys: Iterable[str]) -> None:
     names = sorted(set(missing_keys).intersection(dict(model.named_parameters())))
     if names:
         raise BackboneError(
-            f"'{source}' holds no whole language model: {', '.join(names[:3])}{' ...' * (len(names) > 3)} would be "
-            f"random; set model.head to sequence, token, span or features, or choose a model that was trained to write"
+            f"'{source}' holds no complete language model: {', '.join(names[:3])}{' ...' * (len(names) > 3)} would be "
+            f"random; set model.head to sequence, token, span or features, or choose a language model"
         )
 
 

@@ -169,7 +169,7 @@ class Backbone:
             if isinstance(part, nn.ModuleList) and len(part) == count:
                 return part
         raise BackboneError(
-            f"{type(self.model).__name__} has no stack of {count} layers of its own (it shares them), "
+            f"{type(self.model).__name__} has no stack of {count} separate layers (they share weights), "
             f"so site 'layers' is not possible; use site 'input'"
         )
 
@@ -202,9 +202,9 @@ class Backbone:
         if not self.family.has_cache:
             return "an encoder's prompt sees the text"
         if any(getattr(m, "is_causal", None) is False and hasattr(m, "layer_idx") for m in self.trunk.modules()):
-            return f"{type(self.model).__name__} looks both ways, so its prompt sees the text"
+            return f"{type(self.model).__name__} attends in both directions, so its prompt sees the text"
         if not takes_cache(self.trunk) or self.model._is_stateful:
-            return f"{type(self.model).__name__} keeps a state that is no key-value cache"
+            return f"{type(self.model).__name__} keeps a state that is not a key-value cache"
         kinds = unsupported_layers(self.new_cache())
         if kinds:
             return f"{type(self.model).__name__} has cache layers of kind {', '.join(kinds)}"

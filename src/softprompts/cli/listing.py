@@ -48,7 +48,7 @@ def config(
 
 
 def methods(
-    length: Annotated[int, typer.Option(help="Tokens of the prompt that parameters are counted for.")] = 20,
+    length: Annotated[int, typer.Option(help="Prompt tokens for which parameters are counted.")] = 20,
     model: Model = None,
     as_json: Json = False,
 ) -> None:

@@ -16,7 +16,7 @@ Quantize = Annotated[
     str | None, typer.Option("--quantize", help=f"int8, nf4, fp4 or none. {key_help('model.quantize')}")
 ]
 OtherWeights = Annotated[
-    bool, typer.Option("--allow-other-weights", help="Use a prompt on weights that it was not made for.")
+    bool, typer.Option("--allow-other-weights", help="Use a prompt on other weights than those it was trained on.")
 ]
 Prompt = Annotated[Path, typer.Argument(help="Directory of a trained prompt.")]
 Prompts = Annotated[list[Path], typer.Argument(help="Directory of a trained prompt; several vote.")]

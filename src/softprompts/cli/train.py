@@ -150,7 +150,7 @@ def multitask() -> PlanParts:
     return Plan, execute, show_arms
 
 
-@plan_command("A YAML file as for `train`, its task one of classes.")
+@plan_command("A YAML file as for `train`; its task must have classes.")
 def pretrain() -> PlanParts:
     """Teach what reads the text in a method, such as ipt's table, to tell topics apart; a run starts from it."""
     from softprompts.recipes.pretrain import pretrain as pretrain_run
@@ -180,7 +180,7 @@ def _run_leftovers(run: Run) -> str:
 
     directory = Path(run.output_dir)
     if run.training.target != "prompt":
-        return "weights are saved when they are finished only: the same command starts anew"
+        return "weights are saved only when training ends; the same command starts again"
     if any(directory.glob(f"*/{CHECKPOINT}" if run.runs else CHECKPOINT)):
         return f"the checkpoint is in {directory}: the same command continues"
     return "nothing was trained yet"

@@ -24,9 +24,9 @@ Sum = Annotated[
 Sums = Annotated[list[str], typer.Argument(help="Trained prompts, or sums such as 'movies + 0.5*tweets'.")]
 Out = Annotated[Path, typer.Option("--out", help="Where the prompt is written.")]
 StartOption = Annotated[
-    str | None, typer.Option("--start", help="The prompt to add to. Default: where the training of all began.")
+    str | None, typer.Option("--start", help="The prompt to add to. Default: the common start of all.")
 ]
-StartOf = Annotated[str | None, typer.Option("--start-of", help="Add to where the training of this prompt began.")]
+StartOf = Annotated[str | None, typer.Option("--start-of", help="Add to the start of this prompt.")]
 
 
 def fold(prompt: Prompt, out_dir: Out) -> None:
@@ -45,10 +45,11 @@ def make(
     prompt: Annotated[str, typer.Argument(help="A trained prompt.")],
     out_dir: Out,
     start: Annotated[
-        str | None, typer.Option("--start", help="The prompt that training began at, where it is not known.")
+        str | None,
+        typer.Option("--start", help="The prompt at which training began, if the artifact does not store it."),
     ] = None,
     start_of: Annotated[
-        str | None, typer.Option("--start-of", help="Training began where that of this prompt did.")
+        str | None, typer.Option("--start-of", help="Training began at the start of this prompt.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -66,8 +67,8 @@ def make(
         and not folded.initial.equal(chosen.require_prompt("the start"))
     ):
         raise ConfigError(
-            f"{prompt} says itself where its training began, and the start given is another one; leave --start and "
-            f"--start-of out, or put its vector on that start with: softprompts vector apply {prompt} --start PROMPT"
+            f"{prompt} stores where its training began, and the given start differs; leave --start and "
+            f"--start-of out, or add its vector to that start with: softprompts vector apply {prompt} --start PROMPT"
         )
     if chosen is not None:
         vectors.check_start(chosen, vectors.task_vector(replace(folded, initial=chosen.prompt), prompt), "the start")
@@ -177,7 +178,7 @@ def compare(
     if how not in measures.COSINES:
         raise ConfigError(f"no cosine '{how}'; possible: {', '.join(measures.COSINES)}")
     if len(set(prompts)) != len(prompts):
-        raise ConfigError(f"each prompt can stand once in a comparison, given {', '.join(prompts)}")
+        raise ConfigError(f"a comparison takes each prompt once, given {', '.join(prompts)}")
     comparison = measures.compare(dict(zip(prompts, _read(prompts), strict=True)))
     results: dict[str, Any] = {
         "format": 1,
@@ -249,7 +250,7 @@ def search(
     for point in results["validation"]:
         scores = (f"{score:.3f}" for score in point["scores"].values())
         rows.append((f"{point['coefficient']:g}", *scores, f"{point['mean']:.3f}"))
-    table_or_lines("validation rows", ("coefficient", *results["judged"], "mean"), rows)
+    table_or_lines("validation rows", ("coefficient", *results["evaluated"], "mean"), rows)
     for name, scores in results["test"].items():
         for metric, score in scores.items():
             out.print(f"{name}, test rows: {metric} {score['value']:.3f} with coefficient {results['coefficient']:g}")
@@ -301,7 +302,7 @@ def _combine(
     from softprompts.artifacts.vectors import merging
     from softprompts.recipes.coefficient_search import resolve_start
 
-    # The result of a merge has no start of its own; that of its sources' sum is the one they have in common.
+    # The result of a merge has no start; it takes the common start of its sources.
     initial = resolve_start(merging.weighted(sources) if sources else total, _start(start, start_of))
     _save(total * by, vectors.to_artifact(total, initial, by), out_dir, as_json)
 

@@ -57,6 +57,11 @@ OLD_KEYS: dict[str, dict[str, str]] = {
 }
 """Class of a section -> key of an earlier release -> key of today. A class has the keys of its base classes too."""
 
+OLD_ENTRIES: dict[str, dict[str, dict[str, str]]] = {
+    "TrainConfig": {"objectives": {"distil-logits": "distill-logits", "distil-hidden": "distill-hidden"}}
+}
+"""Class of a section -> key whose value is a mapping -> its entry of an earlier release -> its entry of today."""
+
 OLD_VALUES: dict[str, dict[str, dict[str, str]]] = {"InitConfig": {"kind": {"artefact": "artifact"}}}
 """Class of a section -> key -> value of an earlier release -> value of today."""
 
@@ -158,18 +163,31 @@ def _update_section(
         annotation = _UNTYPED.get((section.__name__, name), field.annotation if field else None)
         if name == "task":
             annotation = section_in(annotation)
+        entries = OLD_ENTRIES.get(section.__name__, {}).get(name, {})
+        value = _update_entries({rest: value} if dot else value, entries, path, today, renames)
+        value = _update(value, annotation, path, today, renames)
         if dot:
-            value = _update({rest: value}, annotation, path, today, renames)
             inner = next(iter(value))
             updated[f"{name}.{inner}"] = value[inner]
             continue
-        value = _update(value, annotation, path, today, renames)
         if isinstance(value, str):
             value = OLD_VALUES.get(section.__name__, {}).get(name, {}).get(value, value)
         updated[name if name != first else key] = value
     if section is PromptConfig and isinstance(updated.get("options"), Mapping):
         updated["options"] = _update_options(updated, old, new, renames)
     return updated
+
+
+def _update_entries(
+    value: Any, names: Mapping[str, str], old: tuple[str, ...], new: tuple[str, ...], renames: Renames
+) -> Any:
+    """A mapping with today's names of its entries, and any other value as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    for name in value:
+        if name in names:
+            renames.append((".".join((*old, name)), ".".join((*new, names[name]))))
+    return {names.get(name, name): inner for name, inner in value.items()}
 
 
 def _update_options(

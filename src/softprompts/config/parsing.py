@@ -95,7 +95,7 @@ def assign(node: Any, keys: list[str], value: Any, item: str) -> None:
         last = depth == len(keys) - 1
         if isinstance(node, list):
             if not key.isdigit() or int(key) >= len(node):
-                raise ConfigError(f"{item}: '{key}' is no index of a list of {len(node)}")
+                raise ConfigError(f"{item}: '{key}' is not an index of a list of {len(node)}")
             if last:
                 node[int(key)] = value
             else:

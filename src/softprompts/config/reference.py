@@ -88,7 +88,7 @@ def _list_section(
     Args:
         section: The section's JSON schema.
         definitions: The schemas of the sections inside it, by class.
-        prefix: What stands before the section's own keys, with the dot.
+        prefix: What precedes the section's own keys, with the dot.
         defaults: Defaults that this section has and others of its class do not.
         listed: The path of the first section of each class, which is added to.
         keys: The keys so far, which are added to.

@@ -11,7 +11,7 @@ LearningRate = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 
-DISTILLATION_OBJECTIVES = ("distil-logits", "distil-hidden")
+DISTILLATION_OBJECTIVES = ("distill-logits", "distill-hidden")
 """The objectives that compare with a teacher."""
 
 
@@ -58,7 +58,7 @@ class ModelConfig(Section):
     """Compute layers again in the backward pass instead of keeping their states: less memory, more time."""
 
     threads: Count | None = None
-    """Threads of torch on a CPU; null: as many as there are cores."""
+    """Threads of torch on a CPU; null: the number of cores."""
 
 
 class InitConfig(Section):
@@ -206,7 +206,7 @@ class SplitConfig(Section):
     """Seed of all draws of rows."""
 
     shots: Count | None = None
-    """Training rows per class, or in all where there are no classes; null: all rows."""
+    """Training rows per class, or in all without classes; null: all rows."""
 
     shots_per: Literal["class", "set"] = "class"
     """`set`: `shots` counts all training rows, whatever their classes."""
@@ -228,7 +228,7 @@ class TaskConfig(Section):
     """A packaged set, a csv, tsv, jsonl or parquet file, a directory of a data set, or a name on the hub."""
 
     kind: Kind | None = None
-    """What is answered; null: what the packaged set says, else `label`."""
+    """The kind of answer; null: that of the packaged set, else `label`."""
 
     template: str | None = None
     """The text, with columns in braces, as in `Review: {text}`; `{mask}` and `<prompt>` mark their places."""
@@ -243,7 +243,7 @@ class TaskConfig(Section):
     """The answer for each label; null: the packaged set's, else the labels themselves."""
 
     separator: str = " "
-    """What stands between text and answer."""
+    """The text between a row's text and its answer."""
 
     max_length: int | None = Field(default=None, ge=8)
     """Most tokens of a text, without the prompt; null: as many as the model can take."""
@@ -255,7 +255,7 @@ class TaskConfig(Section):
     """Put the text into the tokenizer's chat template."""
 
     chat_placement: Literal["start", "user"] = "start"
-    """Chat: the prompt stands before everything, or where the user's words begin."""
+    """Chat: the prompt comes before everything, or where the user's words begin."""
 
     system: str | None = None
     """Chat: the system message, which may have `<prompt>` too."""
@@ -308,7 +308,7 @@ class SamplingConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Teachers for the objectives `distil-logits` and `distil-hidden` (Wang et al. 2023, section 3.1)."""
+    """Teachers for the objectives `distill-logits` and `distill-hidden` (Wang et al. 2023, section 3.1)."""
 
     teachers: dict[str, str]
     """The directory of a trained prompt for each task."""
@@ -450,7 +450,7 @@ class EvaluationConfig(Section):
     """How rows are answered and answers scored."""
 
     by: Literal["auto", "rank", "generate"] = "auto"
-    """Rank the label words, or let the model write; `auto`: rank where there are label words."""
+    """Rank the label words, or let the model write; `auto`: rank where the task has label words."""
 
     normalize: bool = False
     """Rank by the mean instead of the sum of the answer's token log-probabilities."""
@@ -521,7 +521,7 @@ class Run(Section):
         for task in self.tasks:
             if self.prompt.site in ("decoder", "kv") and task.chat and task.chat_placement == "user":
                 raise ValueError(
-                    f"{task.title}: chat_placement is user, but at site '{self.prompt.site}' nothing can stand before "
+                    f"{task.title}: chat_placement is user, but at site '{self.prompt.site}' nothing can come before "
                     f"the prompt; use chat_placement: start, or site input or layers"
                 )
         return self

@@ -19,7 +19,7 @@ SHORT_NAMES = {"training.learning_rate": "rate"}
 
 
 def sweep(run: Run) -> dict[str, Run]:
-    """The runs that a configuration stands for, by name.
+    """The runs of a configuration, by name.
 
     Args:
         run: A configuration. Each entry of its list `runs` becomes a run that is written to a folder of its
@@ -72,7 +72,7 @@ def _check_shared(runs: Mapping[str, Run]) -> None:
         if run.training.target != "prompt":
             raise ConfigError(
                 f"run '{name}' changes weights (target: {run.training.target}), and runs that train together share a "
-                f"frozen backbone; start such runs one after the other, each with an --out of its own, without "
+                f"frozen backbone; start such runs one after the other, each with its own --out, without "
                 f"--seeds, --rates and runs"
             )
         for key in SHARED:
@@ -85,13 +85,13 @@ def _check_shared(runs: Mapping[str, Run]) -> None:
     head = runs[first].model.head
     if len(runs) > 1 and head != "lm":
         raise ConfigError(
-            f"head '{head}' is trained with each run, and a batch is read with one head; train such runs one "
+            f"head '{head}' is trained with each run, and a batch has one head; train such runs one "
             f"after the other, or use model.head: lm"
         )
 
 
 def _check_name(entry: Mapping[str, Any], number: int, taken: Iterable[str]) -> str:
-    """The name of an entry of the list; raises ConfigError unless it can be a folder of its own."""
+    """The name of an entry of the list; raises ConfigError unless it can be the name of a separate folder."""
     name = str(entry.get("name", ""))
     if not name.strip() or name in (".", "..") or "/" in name or "\\" in name:
         raise ConfigError(

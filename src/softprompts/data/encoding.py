@@ -289,7 +289,7 @@ class ExampleTokenizer:
         shorter = dict(values)
         for column, starts in token_starts.items():
             if lengths[column] < len(starts):
-                # At least one character goes, also where the token has no characters of its own.
+                # At least one character goes, also where the token has no characters.
                 end = min(starts[lengths[column]], len(values[column]) - 1)
                 shorter[column] = values[column][:end].rstrip()
             elif not starts:  # nothing but space

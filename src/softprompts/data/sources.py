@@ -348,7 +348,7 @@ def _read_parquet(path: Path) -> NumberedRows:
                 yield from enumerate(rows, begin)
                 begin += len(rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
 
 
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
@@ -403,9 +403,7 @@ def _lines(path: Path, newline: str) -> Iterator[str]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline) as file:
         for number, line in enumerate(file, 1):
             if "\0" in line:
-                raise DataError(
-                    f"{path}:{number}: a NUL byte; the file is no text, or saved as UTF-16: save it as UTF-8"
-                )
+                raise DataError(f"{path}:{number}: a NUL byte; the file is not text, or is UTF-16; save it as UTF-8")
             try:
                 line.encode()
             except UnicodeEncodeError as error:  # a byte that is not UTF-8 was read as half a surrogate pair

@@ -46,7 +46,7 @@ def check_labels(table: Table, config: TaskConfig) -> None:
         if is_missing(value):
             continue
         if config.kind == "regression" and not _is_finite(value):
-            raise DataError(f"{table.locate(index)}: '{value}' in column '{config.label}' is no number")
+            raise DataError(f"{table.locate(index)}: '{value}' in column '{config.label}' is not a number")
         for name in label_names(value, config.kind or "label") if verbalizer else ():
             if name not in verbalizer:
                 known = list(verbalizer)

@@ -75,12 +75,12 @@ class TaskTemplate:
         known = {field.name: field for field in dataclasses.fields(TaskTemplate)}
         for name in values:
             if name not in known:
-                raise DataError(f"format: unknown key '{name}'{closest(name, known)} known: {', '.join(known)}")
+                raise DataError(f"template: unknown key '{name}'{closest(name, known)} known: {', '.join(known)}")
         for name in ("name", "template"):
             if not isinstance(values.get(name), str):
-                raise DataError(f"format: '{name}' must be text, found {type(values.get(name)).__name__}")
+                raise DataError(f"template: '{name}' must be text, found {type(values.get(name)).__name__}")
         if values.get("kind", "label") not in typing.get_args(Kind):
-            raise DataError(f"format: unknown kind '{values['kind']}', known: {', '.join(typing.get_args(Kind))}")
+            raise DataError(f"template: unknown kind '{values['kind']}', known: {', '.join(typing.get_args(Kind))}")
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return TaskTemplate(**fields)
 

@@ -78,7 +78,7 @@ def mask_count(template: str) -> int:
 
 
 def has_words(template: str | None) -> bool:
-    """Whether `template` has words of its own, beside the columns that it names."""
+    """Whether `template` has words beside the columns that it names."""
     return any(literal.strip() for literal, _ in parse_template(template or ""))
 
 

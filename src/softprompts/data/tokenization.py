@@ -185,7 +185,7 @@ class TextTokenizer:
 
     @cached_property
     def _marks_instruction(self) -> bool:
-        """Whether the template has words of its own and the tokenizer can say which tokens these are."""
+        """Whether the template has words beside its columns and the tokenizer can say which tokens these are."""
         for template in (self.template.template, self.template.pair):
             pieces = split_slots(template)[0] if self.has_slots else [template]
             if any(map(has_words, pieces)):
@@ -240,7 +240,7 @@ class TextTokenizer:
     def _tokenize_causal(self, first: FilledText, second: FilledText | None) -> TokenizedText:
         """Tokenize a text as causal models read it, or a chat.
 
-        Tokenizers of causal models do not separate pairs, so the second text has a line of its own.
+        Tokenizers of causal models do not separate pairs, so the second text has a separate line.
         """
         whole = first if second is None else _two_lines(first, second)
         if self.template.chat:

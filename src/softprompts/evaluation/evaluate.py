@@ -189,7 +189,7 @@ def evaluation_config(artifact: Artifact, **changes: Any) -> EvaluationConfig:
 def _default_encoder(model: SoftPromptModel, prompt: Prompts) -> ExampleTokenizer:
     name = prompt if isinstance(prompt, str) or prompt is None else prompt[0]
     if name is None:
-        raise ConfigError("the stock model has no template of its own; give the encoder of a task")
+        raise ConfigError("the stock model has no template; give the encoder of a task")
     return model.example_tokenizer(name)
 
 
@@ -388,7 +388,7 @@ def _filled_log_probs(
 ) -> Tensor:
     """The log-probability [rows, labels] of each label, of encoder-decoder and masked models.
 
-    All labels of one token come from one pass. Each longer label has a pass of its own.
+    All labels of one token come from one pass. Each longer label has a separate pass.
     """
     labels = list(candidates)
     log_probs = torch.full((len(prompted_rows), len(labels)), -torch.inf, dtype=torch.float64)
@@ -409,7 +409,7 @@ def _filled_log_probs(
             word = (encoder.template.verbalizer or {})[label]
             examples = [replace(encoder.encode(row, word), task_id=index) for row, index in prompted_rows]
         for indices, batch in _batches(examples, cache, encoder, config, max_rows=max_rows):
-            output = cache.score(batch, logits=group is single)
+            output = cache.score(batch, return_logits=group is single)
             assert output.labels is not None
             if group is single:
                 assert output.logits is not None

@@ -499,7 +499,7 @@ def _correlation(ranked: bool) -> Callable[[Rows], Measurement]:
     def measure(rows: Rows) -> Measurement:
         references = np.array(rows.references, dtype=np.float64)
         if not np.isfinite(references).all():
-            raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is no finite number")
+            raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is not a finite number")
         predictions = np.array(rows.predictions, dtype=np.float64)  # nan for None
         illegal = ~np.isfinite(predictions)
         predictions[illegal] = references.mean()

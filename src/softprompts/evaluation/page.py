@@ -221,7 +221,7 @@ def make_table(names: Sequence[str], rows: Iterable[Sequence[Any]], caption: str
         rows: As many values a row as there are columns; None becomes a dash. A column whose first value is a number
             is numeric.
         caption: A line above the table.
-        title: The heading of the table's section, where it has a section of its own.
+        title: The heading of the table's section, where it has its own section.
     """
     rows = list(rows)
     first = rows[0] if rows else [""] * len(names)

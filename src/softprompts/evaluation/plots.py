@@ -211,7 +211,7 @@ def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, 
             dots_of_metrics[name] = dots
     if not dots_of_metrics:
         return None
-    height = len(parts) + 1.2 * len(dots_of_metrics)  # the name of a metric has a line of its own
+    height = len(parts) + 1.2 * len(dots_of_metrics)  # the name of a metric has a separate line
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         from matplotlib.ticker import MaxNLocator

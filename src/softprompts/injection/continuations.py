@@ -207,7 +207,7 @@ def _score_apart(
     path: str | None,
     prefix: Prefix | None,
 ) -> Tensor:
-    """All candidates of one token in one pass, each longer one in a pass of its own: [B, C]."""
+    """All candidates of one token in one pass, each longer one in a separate pass: [B, C]."""
     rows = len(batch.input_ids)
     device = batch.input_ids.device
     log_probs = torch.zeros(rows, len(candidates), dtype=torch.float64, device=device)

@@ -83,7 +83,7 @@ def decode(
     prompt: Prompt | None,
     site: Site,
 ) -> DecoderOutput:
-    """Run the decoder over `tokens` behind a prompt of its own.
+    """Run the decoder over `tokens` behind its own prompt.
 
     Args:
         backbone: An encoder-decoder model.

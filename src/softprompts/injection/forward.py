@@ -259,7 +259,7 @@ def choose_path(
         if path in ("packed", "shared"):
             raise BackboneError(f"path '{path}' is not possible: {reason}; leave the path out")
         if site.in_cache and reason is None:
-            raise BackboneError("path 'concatenation' is not possible: keys and values are no tokens; leave it out")
+            raise BackboneError("path 'concatenation' is not possible: keys and values are not tokens; leave it out")
         return "concatenation", reason or "asked for"
     if path == "packed" or (path is None and backbone.kernels.path == "packed"):
         unpackable = why_not_packed(backbone)
@@ -269,7 +269,7 @@ def choose_path(
             raise BackboneError(f"path 'packed' is not possible: {unpackable}; leave the path out")
     every_row_apart = prompt is not None and len(prompt.values) >= len(prompt.prompt_index)
     if path is None and not site.in_cache and every_row_apart:
-        return "concatenation", "every row has a prompt of its own"
+        return "concatenation", "every row has its own prompt"
     return "shared", ""
 
 
@@ -288,7 +288,7 @@ def _why_concatenated(backbone: Backbone, batch: Batch, prompt: Prompt | None, s
         return backbone.no_cache_reason
     assert batch.prompt_offsets is not None
     if bool((batch.prompt_offsets > 0).any()):
-        return "text stands before the prompt"
+        return "text comes before the prompt"
     return "a row has a prompt of no tokens" if bool((prompt.lengths[prompt.prompt_index] == 0).any()) else None
 
 

@@ -75,7 +75,7 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
         )
     if prompt is None:
         if backbone.family is not SEQ2SEQ and batch.inputs_embeds is None and not bool(batch.attention_mask.any()):
-            raise BackboneError("without a prompt a text of no tokens cannot be continued; give the template words")
+            raise BackboneError("a text of no tokens cannot be continued without a prompt; give the template words")
         return _call_generate(backbone, _stock_arguments(batch, backbone), options)
     check_site(backbone, site)
     settings = _Settings(backbone, options)
@@ -84,7 +84,7 @@ def generate(backbone: Backbone, batch: Batch, prompt: Prompt | None, site: Site
     if bool(no_text.any()) and site.name != "input":
         raise BackboneError(f"a row without text cannot be continued at site '{site.name}'; use site 'input'")
     if backbone.family is not SEQ2SEQ and bool((no_text & (prompt.lengths[prompt.prompt_index] == 0)).any()):
-        raise BackboneError("a row has neither text nor, as its prompt is made from the text, a prompt; give it words")
+        raise BackboneError("a row has no text, and its prompt is computed from text; give it words")
     batch = place_prompts(backbone, batch, site, prompt)
     with torch.no_grad():
         if backbone.family is SEQ2SEQ:
@@ -178,7 +178,7 @@ class _Settings:
         if model_kind is not None:
             raise BackboneError(
                 f"the model's own generation_config asks for cache_implementation '{model_kind}', and transformers "
-                f"then takes no cache that holds a prompt; set it to None there and hand it to generate instead"
+                f"then takes no cache that holds a prompt; set it to None there and pass it to generate instead"
             )
         return max(filled + new_tokens, self.get("max_cache_len") or 0) if cache_kind == "static" else None
 

@@ -25,7 +25,7 @@ def check_layers(backbone: Backbone, layers: Collection[int]) -> None:
     for layer in inner_layers:
         if not 1 <= layer <= count:
             raise BackboneError(
-                f"there is no layer {layer}; {type(backbone.model).__name__} has layers 1 to {count}, and -1 is what "
+                f"no layer {layer}; {type(backbone.model).__name__} has layers 1 to {count}, and -1 is what "
                 f"the head reads"
             )
 

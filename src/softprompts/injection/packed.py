@@ -81,7 +81,7 @@ def _try_packing(backbone: Backbone) -> str | None:
     if backbone.no_cache_reason:
         return backbone.no_cache_reason
     if not backbone.model._can_set_attn_implementation() or "position_ids" not in backbone.trunk_arguments:
-        return f"{name} has an attention of its own kind"
+        return f"{name} uses another kind of attention"
     if len({parameter.device for parameter in backbone.model.parameters()}) > 1:
         return "the model's parts lie on several devices"
     ids = (torch.arange(12, device=backbone.device) * 7 + 3) % backbone.vocab_size

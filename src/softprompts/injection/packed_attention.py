@@ -324,11 +324,11 @@ def _check_layer(module: nn.Module, packing: Packing, window: int | None, other_
     if layer is None:
         raise Unpackable("its attention does not know its layer")
     if packing.windows[layer] and window is None:
-        raise Unpackable("its attention keeps its window to itself")
+        raise Unpackable("its attention does not report its window")
     if packing.windows[layer] != window:
         raise Unpackable(f"its attention has a window of {window} tokens and its cache one of {packing.windows[layer]}")
     if not getattr(module, "is_causal", True):
-        raise Unpackable("its attention looks both ways")
+        raise Unpackable("its attention is bidirectional")
     if other_arguments.get("s_aux") is not None:
         raise Unpackable("its attention has sinks")
     return int(layer)

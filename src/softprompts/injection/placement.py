@@ -31,7 +31,7 @@ def prompt_offsets(backbone: Backbone, placement: str, text_lengths: Tensor, unl
     if placement == "suffix":
         return (unlabeled_lengths - int(backbone.family.default_placement == "after_start")).clamp(min=0)
     raise BackboneError(
-        "the prompt stands in slots of the template, and the batch does not say where these are; encode rows with the "
+        "the template has slots for the prompt, and the batch does not say where they are; encode rows with the "
         "task's ExampleTokenizer, or give Batch.prompt_offsets (SoftPromptModel: prompt_places), text tokens before "
         "each slot"
     )
@@ -49,7 +49,7 @@ def place_prompts(backbone: Backbone, batch: Batch, site: Site, prompt: Prompt |
     if not site.in_text:
         if batch.prompt_offsets is not None and bool((batch.prompt_offsets > 0).any()):
             raise BackboneError(
-                f"a prompt at site '{site.name}' stands before everything, but the rows put text before it (slots in "
+                f"a prompt at site '{site.name}' comes before everything, but the rows put text before it (slots in "
                 f"the template, chat_placement: user, Batch.prompt_offsets); leave that out, or use site 'input' or "
                 f"'layers'"
             )
@@ -67,7 +67,7 @@ def place_prompts(backbone: Backbone, batch: Batch, site: Site, prompt: Prompt |
             f"places {offsets.squeeze(1).tolist()} do not all lie within texts of {text_lengths.tolist()} tokens"
         )
     if offsets.shape[1] > 1 and bool((offsets.diff(dim=1) < 0).any()):
-        raise BackboneError(f"places {offsets.tolist()} must not fall: a prompt's segments stand in their order")
+        raise BackboneError(f"places {offsets.tolist()} must not decrease: a prompt's segments come in order")
     segment_lengths = batch.segment_lengths
     if segment_lengths is None and site.segments:
         segment_lengths = torch.tensor(site.segments, device=offsets.device).expand(len(offsets), -1)

@@ -114,8 +114,8 @@ def prompt_spec(backbone: Backbone, site: Site, length: int, encoders: Mapping[s
     return PromptSpec(
         length=length,
         width=width,
-        features=backbone.embedding_size,
-        vocabulary=backbone.vocab_size,
+        embedding_size=backbone.embedding_size,
+        vocab_size=backbone.vocab_size,
         layers=_layer_widths(backbone, site),
         encoders={"backbone": backbone.output_size, **(encoders or {})},
         pool=pool,
@@ -143,7 +143,7 @@ def check_site(backbone: Backbone, site: Site) -> None:
         if site.placement == "template":
             advice = "take <prompt> out of the template, or use site 'input'"
         raise BackboneError(
-            f"placement '{site.placement}' is not possible at site '{site.name}', where nothing can stand before the "
+            f"placement '{site.placement}' is not possible at site '{site.name}', where nothing can come before the "
             f"prompt; {advice}"
         )
     if site.in_layers and len(backbone.layers) and backbone.embedding_size != _layer_input_size(backbone):

@@ -21,7 +21,7 @@ class SharedAttention(nn.Module):
     def __init__(self, config: "Attempt.Config", spec: PromptSpec, sources: Tensor) -> None:
         super().__init__()
         self.register_buffer("sources", sources.detach().clone().float())
-        self.down = nn.Linear(spec.features, config.rank, bias=False)
+        self.down = nn.Linear(spec.embedding_size, config.rank, bias=False)
         self.up = nn.Linear(config.rank, spec.width, bias=False)
         self.norm = nn.LayerNorm(spec.width)
 

@@ -43,7 +43,7 @@ class PromptMethod(nn.Module):
         input_dependent: Whether the prompt depends on the text. If not, `fold` gives its plain prompt.
         changes_text: Whether it adds to the embeddings of the text (`PromptOutput.embedding_delta`); such a method has
             no plain prompt.
-        groups: Parameters with learning rates of their own, by the beginnings of their names.
+        groups: Parameters with separate learning rates, by the beginnings of their names.
         pretrained: The beginnings of the names of what `softprompts pretrain` can teach; the method then has
             `features`.
         spec: What the method fills.

@@ -49,7 +49,7 @@ class DePT(PromptMethod):
         self.prompt = nn.Parameter(init.prompt.detach().clone().float())
         columns = nn.init.kaiming_uniform_(torch.empty(config.positions, config.rank), a=math.sqrt(5))
         self.columns = nn.Parameter(columns)
-        self.rows = nn.Parameter(torch.zeros(config.rank, spec.features))
+        self.rows = nn.Parameter(torch.zeros(config.rank, spec.embedding_size))
 
     def forward(self, context: Context) -> PromptOutput:
         """The prompt [P, D], and what it adds to the text, [s, H]."""

@@ -19,7 +19,7 @@ class Idpg(PromptMethod):
 
     With M(x) [E] the text's vector, section 3.2 of the paper has the prompt `W2 GELU(W1 M(x) + b1) + b2`, W1 [m, E];
     `linear`: `W2 M(x) + b2`; `phm`: W1 and W2 are sums of Kronecker products (see `phm`). What W2 makes is [P, D] in
-    kind S; [P, w] in kind M, the same for every layer's part w of D; in kind L each layer has a generator of its own.
+    kind S; [P, w] in kind M, the same for every layer's part w of D; in kind L each layer has its own generator.
     b2 [P, D] has a part for every layer. Each task has a generator to itself, and begins at b2 = `init.prompt`.
 
     Raises:
@@ -81,7 +81,7 @@ class Idpg(PromptMethod):
         """The share of M(x) and of the hidden units that a training step leaves out."""
 
         start: Literal["zero", "normal"] = "zero"
-        """How W2 begins: at zero, so that training begins at the start itself, or drawn as the rest is."""
+        """How W2 begins: at zero, so that training begins at the start, or drawn as the other weights."""
 
         spread: float = Field(default=0.05, ge=0)
         """The standard deviation of what is drawn."""
@@ -184,9 +184,9 @@ def _kind(kind: str, spec: PromptSpec) -> str:
 
 def _begin(config: Idpg.Config, spec: PromptSpec, kind: str, prompt: Tensor) -> dict[str, Tensor]:
     """Where a generator begins: its parameters by name, with G generators, in kind L one for each layer."""
-    known = {"static": spec.features, **spec.encoders}
+    known = {"static": spec.embedding_size, **spec.encoders}
     if config.encoder not in known:
-        raise ValueError(f"encoder '{config.encoder}' is not here; possible: {', '.join(known)}")
+        raise ValueError(f"encoder '{config.encoder}' is not available; possible: {', '.join(known)}")
     width = known[config.encoder]
     count = len(spec.layers) if kind == "L" else 1
     output_size = spec.length * (spec.width if kind == "S" else spec.layers[0])

@@ -141,17 +141,17 @@ class TextReader(nn.Module):
         super().__init__()
         lookup, based = config.strategy == "lookup", _has_base(config, spec)
         part = spec.layers[0] if spec.layers else spec.width
-        width = part if lookup else spec.features
+        width = part if lookup else spec.embedding_size
         self.config = config
         self.length = spec.length
         self.words = config.start == "words"
-        if self.words and width != spec.features:
+        if self.words and width != spec.embedding_size:
             raise ValueError(
-                f"start words needs prompts as wide as the embeddings, {spec.features}, not {width}; use uniform"
+                f"start words needs prompts as wide as the embeddings, {spec.embedding_size}, not {width}; use uniform"
             )
         unit = float(prompt[:, :part].square().mean().sqrt()) if config.spread is None else config.spread
         zero = self.words or (config.start or ("zero" if lookup and based else "uniform")) == "zero"
-        self.table = Table(config, spec.vocabulary, width, unit, zero)
+        self.table = Table(config, spec.vocab_size, width, unit, zero)
         self.encoder = ENCODERS[config.strategy](width)
         if not lookup:
             self.linear = nn.Linear(self.encoder.size, spec.length * part)
@@ -213,24 +213,24 @@ class Table(nn.Module):
     """
 
     def __init__(
-        self, config: InstancePromptTuning.Config, vocabulary: int, width: int, unit: float, zero: bool
+        self, config: InstancePromptTuning.Config, vocab_size: int, width: int, unit: float, zero: bool
     ) -> None:
         super().__init__()
-        if vocabulary < 1:
-            raise ValueError("it has a row for each token, and the spec says nothing of the vocabulary")
-        if config.table in ("hashed", "common") and config.rows >= vocabulary:
+        if vocab_size < 1:
+            raise ValueError("it has a row for each token, so PromptSpec.vocab_size must be at least 1")
+        if config.table in ("hashed", "common") and config.rows >= vocab_size:
             raise ValueError(
-                f"table {config.table} of {config.rows} rows would not be smaller than that of all {vocabulary} "
+                f"table {config.table} of {config.rows} rows would not be smaller than that of all {vocab_size} "
                 f"tokens; set rows lower, or use table full"
             )
         self.kind, self.limit = config.table, config.rows
         if self.kind == "low-rank":
             # Codes alone decide whether T is zero, so that a token which no text had adds nothing.
-            codes = torch.zeros(vocabulary, config.rank) if zero else _uniform(1.0, vocabulary, config.rank)
+            codes = torch.zeros(vocab_size, config.rank) if zero else _uniform(1.0, vocab_size, config.rank)
             self.codes = nn.Parameter(codes)
             self.directions = nn.Parameter(_uniform(unit / math.sqrt(config.rank), config.rank, width))
         else:
-            count = {"full": vocabulary, "hashed": config.rows, "common": config.rows + 1}[self.kind]
+            count = {"full": vocab_size, "hashed": config.rows, "common": config.rows + 1}[self.kind]
             self.rows = nn.Parameter(torch.zeros(count, width) if zero else _uniform(unit, count, width))
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class MultitaskPromptTuning(PromptMethod):
         """
 
         start: Literal["ones", "normal"] = "ones"
-        """Where factors begin that no source brings.
+        """Where factors begin without a source.
 
         `ones`: training begins at the shared prompt. `normal`: with deviation `spread`, PEFT's start, of which the
         product is nearly zero.

@@ -69,8 +69,8 @@ class _Network(nn.Module):
     def __init__(self, config: PrefixTuning.Config, spec: PromptSpec, start: Tensor) -> None:
         super().__init__()
         self.register_buffer(START, start.detach().clone().float())
-        self.inputs = nn.Parameter(torch.randn(spec.length, spec.features))
-        self.hidden = nn.Linear(spec.features, config.hidden)
+        self.inputs = nn.Parameter(torch.randn(spec.length, spec.embedding_size))
+        self.hidden = nn.Linear(spec.embedding_size, config.hidden)
         self.output = nn.Linear(config.hidden, spec.width)
         if config.output == "zero":
             nn.init.zeros_(self.output.weight)

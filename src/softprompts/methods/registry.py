@@ -180,7 +180,7 @@ def choices_of(field: FieldInfo) -> tuple[str, ...]:
 
 
 def allowed(field: FieldInfo) -> str:
-    """What an option allows, in words: "a whole number from 1 on"."""
+    """What an option allows, in words: "a whole number of at least 1"."""
     kinds = _kinds(field)
     if bool in kinds:
         return "true or false"
@@ -193,7 +193,7 @@ def allowed(field: FieldInfo) -> str:
     if "gt" in bounds:
         text += f" above {bounds['gt']:g}"
     if "ge" in bounds:
-        text += f" from {bounds['ge']:g}" + (" on" if not {"le", "lt"} & bounds.keys() else "")
+        text += f" {'from' if {'le', 'lt'} & bounds.keys() else 'of at least'} {bounds['ge']:g}"
     if "lt" in bounds:
         text += f" to below {bounds['lt']:g}"
     if "le" in bounds:

@@ -17,7 +17,7 @@ class ResidualPromptTuning(PromptMethod):
     """The prompt is `P + Φ(P)`, `Φ(p) = g ∘ norm(W_up ReLU(W_down p + b_down) + b_up) + s` (section 3).
 
     P [P, D], W_down [b, D], W_up [D, b], and g and s [D], the scale and shift of the layer norm. The tokens of a prompt
-    share Φ, or each has one of its own. Training begins at `init.prompt` with g = s = 0, where this is prompt tuning,
+    share Φ, or each has its own. Training begins at `init.prompt` with g = s = 0, where this is prompt tuning,
     or with g = 1, as the paper has it. Trained numbers: P·D + n·(b·(2·D + 1) + 3·D), n = 1 or P.
     """
 
@@ -35,7 +35,7 @@ class ResidualPromptTuning(PromptMethod):
         """b, the hidden units of the network."""
 
         per_token: bool = False
-        """Whether each prompt token has a network of its own, instead of one that they share."""
+        """Whether each prompt token has its own network, instead of a shared one."""
 
         output: Literal["zero", "torch"] = "zero"
         """How g begins: at `zero`, so that training begins at the start, or as in `torch`, at one."""

@@ -129,10 +129,10 @@ class Memory(nn.Module):
                 f"k {config.k} leaves no room for a trained prompt: prompt.num_virtual_tokens {spec.length} counts "
                 f"both; choose a smaller k or a longer prompt"
             )
-        if config.k and (spec.width != spec.features or spec.layers):
+        if config.k and (spec.width != spec.embedding_size or spec.layers):
             raise ValueError(
-                f"its memory has the width of the embeddings, {spec.features}, and the site has {spec.width}; use "
-                f"site input or decoder"
+                f"its memory has the width of the embeddings, {spec.embedding_size}, and the site has {spec.width}; "
+                f"use site input or decoder"
             )
         self.config = config
         self.soft = nn.Parameter(init.prompt.detach().float()[: spec.length - config.k].clone())
@@ -180,7 +180,7 @@ class Memory(nn.Module):
 def _memory(config: SemiParametric.Config, init: PromptInit) -> Tensor:
     """The memory as sources, [S, n, D]: trained prompts that were named, or one set of words."""
     if init.sources is None and init.draw is None:
-        raise ValueError("its memory needs words of a model or, in prompt.init.sources, trained prompts")
+        raise ValueError("its memory needs words of a model, or trained prompts in prompt.init.sources")
     size = config.bank if init.sources is None else init.sources.shape[:2].numel()
     if size < config.k:
         where = "prompt.options.bank" if init.sources is None else "prompt.init.sources"
@@ -198,7 +198,7 @@ def _memory(config: SemiParametric.Config, init: PromptInit) -> Tensor:
 def _instructions(context: Context) -> tuple[Tensor, Tensor, Tensor]:
     """The distinct h of a batch: embeddings [U, W, H] of their words, how many each has [U], and each row's, [B].
 
-    Rows have the same h where its words are the same in the same order, wherever they stand in the text.
+    Rows have the same h where its words are the same in the same order, wherever they are in the text.
     """
     readable = (
         context.attention_mask.bool()

@@ -18,6 +18,6 @@ def require_text(context: Context) -> None:
     mask = context.attention_mask if context.batch_mask is None else context.batch_mask
     if torch.is_grad_enabled() and not bool(mask.any()):
         raise PromptError(
-            "no row of the batch has text in front of what is to be learned, and this method makes prompts from text; "
-            "give a template with text before the answer, or use a method that does not look at the text"
+            "no row of the batch has text before its labels, and this method computes prompts from text; "
+            "give a template with text before the answer, or use a method that does not read the text"
         )

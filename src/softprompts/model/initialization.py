@@ -1,6 +1,6 @@
 """Where a prompt starts: random vectors, zeros, words, class labels or other artifacts, at any site.
 
-A start from words is what the frozen model itself makes of those words at the site: their embeddings, their hidden
+A start from words is the frozen model's own result for those words at the site: their embeddings, their hidden
 states at every layer, or their keys and values. So a prompt that starts from words begins exactly as those words.
 """
 
@@ -133,7 +133,7 @@ def sample_vocabulary(backbone: Backbone, count: int, population: int | None, ge
     pool = torch.tensor([i for i in range(known) if i not in special])[:population]
     if count > len(pool):
         raise BackboneError(
-            f"{count} different words are wanted, but only {len(pool)} can be drawn; ask for fewer"
+            f"{count} different words are needed, but only {len(pool)} can be drawn; ask for fewer"
             + ("" if population is None or population >= known else f", or set a population above {population}")
         )
     return pool[torch.randperm(len(pool), generator=generator)[:count]]
@@ -266,7 +266,7 @@ def _from_vector(
     labels: Sequence[str],
     allow_other_weights: bool,
 ) -> PromptInit:
-    """What a sum of task prompt vectors makes of a start (Belanec et al. 2024, section 3)."""
+    """A start plus a sum of task prompt vectors (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
     total = read_expression(config.vector)
     _check_fits(total.reference, config.vector, fingerprint(backbone), site, spec, allow_other_weights)
@@ -275,7 +275,7 @@ def _from_vector(
             config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
-    advice = "say with init.start where to begin, such as init.start: {kind: vocabulary}"
+    advice = "set init.start, to which it is added, such as init.start: {kind: vocabulary}"
     common = vectors.require_common_start(total, advice, f"the sum '{config.vector}'")
     return PromptInit(vectors.apply(total, common), parents=total.parents)
 
@@ -301,7 +301,7 @@ def _from_multitask(config: InitConfig, path: str, artifacts: Sequence[Artifact]
     if config.factors == "task":
         if config.task not in states:
             raise ConfigError(
-                f"{path} has no source task '{config.task}'{closest(str(config.task), states)} there are: "
+                f"{path} has no source task '{config.task}'{closest(str(config.task), states)} tasks: "
                 f"{', '.join(states)}"
             )
         states = {config.task: states[config.task]}

@@ -155,7 +155,7 @@ def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, 
         matching = tuple(f"{name}." for name in known if f".{name}".endswith(f".{module}"))
         if not matching:
             raise ConfigError(
-                f"modules_to_save '{module}' is no module of the head of {type(backbone.model).__name__}"
+                f"modules_to_save '{module}' is not a module of the head of {type(backbone.model).__name__}"
                 f"{closest(module, known)} possible: {', '.join(known) or 'none'}"
             )
         prefixes += matching
@@ -271,8 +271,8 @@ def rebuild(opened: Artifact, spec: PromptSpec, origin: str | Path) -> PromptMet
                 f"{origin} holds what pretraining taught method {opened.method} and answers no task; train a run "
                 f"that begins with it (prompt.init.state)"
             ) from None
-        told = " ".join(str(error).split())
-        raise ArtifactError(f"{origin}: the tensors of method {opened.method} do not fit: {told}") from None
+        message = " ".join(str(error).split())
+        raise ArtifactError(f"{origin}: the tensors of method {opened.method} do not fit: {message}") from None
     return method
 
 
@@ -290,11 +290,11 @@ def open_directory(
     for unit in collection.member_groups(path):
         group = []
         for member in unit:
-            prompt, told = open_artifact(
+            prompt, notes = open_artifact(
                 backbone, encoders, member.path, member=member.task, allow_other_weights=allow_other_weights
             )
             group.append(prompt)
-            warnings += told
+            warnings += notes
             places.append((member.position, prompt.name))
         _share(path, group)
         prompts += group
@@ -408,7 +408,7 @@ def save(backbone: Backbone, registry: PromptRegistry, directory: Path) -> None:
         artifact.save(next(iter(packed.values())), directory)
         return
     if collection.is_artifact(directory):
-        raise ArtifactError(f"{directory} holds a prompt of its own; give another directory for {len(packed)} of them")
+        raise ArtifactError(f"{directory} already holds a prompt; give another directory for these {len(packed)}")
     for name, packed_prompt in packed.items():
         artifact.save(packed_prompt, directory / collection.folder_name(name))
     groups = [group for group in dict.fromkeys(registry.group(name) for name in packed) if len(group) > 1]

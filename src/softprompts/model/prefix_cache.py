@@ -50,7 +50,7 @@ class PrefixCache:
 
         Args:
             batch: The rows; `task_ids` are places in the model's tasks.
-            leading: Tokens that stood before every text of `batch`, and are now read behind every prompt.
+            leading: Tokens that preceded every text of `batch`, and are now read behind every prompt.
         """
         if not self.names:
             return None, None
@@ -64,13 +64,13 @@ class PrefixCache:
         _, prompt, prefix = self._entry
         return prompt.rows(self._local[batch.task_ids]), prefix
 
-    def score(self, batch: Batch, leading: tuple[int, ...] = (), logits: bool | None = None) -> Output:
+    def score(self, batch: Batch, leading: tuple[int, ...] = (), return_logits: bool | None = None) -> Output:
         """Scores that line up with the labels of `batch`; see `SoftPromptModel.score`."""
         prompts, prefix = self.prompts(batch, leading)
         if prompts is None:
             with self.model.no_prompt():
-                return self.model.score(batch, logits=logits)
-        return self.model.score(batch, prompts=prompts, prefix=prefix, logits=logits)
+                return self.model.score(batch, return_logits=return_logits)
+        return self.model.score(batch, prompts=prompts, prefix=prefix, return_logits=return_logits)
 
     def _followed(self, prompt: Prompt, leading: tuple[int, ...]) -> Prompt:
         """The prompts with the embeddings of `leading` behind each: to the model they are tokens like others."""

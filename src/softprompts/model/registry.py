@@ -51,7 +51,7 @@ class PromptRecord:
 
 @dataclass(frozen=True)
 class NewPrompt:
-    """A prompt that is ready to be registered: its method, its record and its head (None: it has none of its own)."""
+    """A prompt that is ready to be registered: its method, its record and its head (None: the model's)."""
 
     name: str
     method: PromptMethod
@@ -71,7 +71,7 @@ class PromptRegistry:
 
     Attributes:
         prompts: The method of each prompt, by `key(name)`. Methods that share something have one module `shared`.
-        heads: The head of each prompt that has one of its own.
+        heads: The head of each prompt that has its own.
         records: What is known of each prompt.
         encoders: The frozen encoders of whole texts that methods read with.
     """
@@ -118,9 +118,7 @@ class PromptRegistry:
             if not name:
                 raise ConfigError("a task needs a name")
             if name in self.records or name in names[:i]:
-                raise ConfigError(
-                    f"there is a prompt '{name}' already; remove_task('{name}') first, or give another name"
-                )
+                raise ConfigError(f"prompt '{name}' already exists; remove_task('{name}') first, or give another name")
 
     def add(self, prompt: NewPrompt, device: torch.device) -> None:
         """Register a prompt and move it to `device`; it takes the place of one that has its name."""
@@ -158,7 +156,7 @@ class PromptRegistry:
         if len({(site.name, site.mode) for site in sites.values()}) > 1:
             where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
             raise BackboneError(
-                f"prompts that enter at different sites cannot share a batch: {where}; batch them apart"
+                f"prompts that enter at different sites cannot share a batch: {where}; put them into separate batches"
             )
         return next(iter(sites.values()))
 

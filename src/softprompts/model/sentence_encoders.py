@@ -1,7 +1,7 @@
 """What frozen models make of whole texts: the vectors that a method such as IDPG makes prompts from.
 
 A text is read alone and not beside others, so that not even the last digit of its vector hangs on its neighbors: a run
-that is resumed goes on bit for bit. It is read once, and its vector kept.
+that is resumed continues bit for bit. It is read once, and its vector is stored.
 """
 
 import functools
@@ -29,7 +29,7 @@ Key = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """A frozen model of sentences with a tokenizer of its own; it reads the first `longest` tokens of a text."""
+    """A frozen model of sentences with its own tokenizer; it reads the first `longest` tokens of a text."""
 
     backbone: Backbone
     longest: int
@@ -108,7 +108,7 @@ class SentenceEncoders:
         )
 
     def _read(self, backbone: Backbone, batch: Batch, mask: Tensor, ids_are_text: bool, name: str) -> Tensor:
-        """The vectors [B, E] that the encoder `name` makes of each row of `batch`."""
+        """The vectors [B, E] that the encoder `name` computes for each row of `batch`."""
         return torch.stack([self._of_row(backbone, batch, i, mask[i], ids_are_text, name) for i in range(len(mask))])
 
     def _of_row(
@@ -139,7 +139,7 @@ class SentenceEncoders:
 
 
 def _pooled_state(backbone: Backbone, batch: Batch, row: int, mask: Tensor, name: str) -> Tensor:
-    """What the backbone makes of a row's text alone, one state [H]; `name` says which ("backbone-last")."""
+    """The backbone's state of a row's text alone, [H]; `name` says which ("backbone-last")."""
     if not bool(mask.any()):
         return torch.zeros(backbone.output_size, device=mask.device)
     arguments = {

@@ -54,7 +54,7 @@ def no_log(line: str) -> None:
 
 
 def log_to_logger(line: str) -> None:
-    """Show a line through Python's logging, for callers without a screen of their own."""
+    """Show a line through Python's logging, for callers without a screen."""
     logging.getLogger("softprompts").warning("%s (autotune=False skips this)", line)
 
 
@@ -71,7 +71,7 @@ def load_backbone(
         config: The model, its number format, device and kernels.
         labels: Classes of the head; None: as the model has them.
         retune: Whether to measure the kernels again.
-        log: Is told what is done.
+        log: Receives a line about each step.
 
     Raises:
         AssetError: It cannot be fetched.
@@ -119,7 +119,7 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, retune: bool, log: Call
     ready = replace(loaded, kernels=replace(choice.kernels, gradient_checkpointing=config.gradient_checkpointing))
     log(str(choice))
     if config.torch_compile:
-        log(f"compiled in {first_step(ready):.0f} s; the next process finds most of it done")
+        log(f"compiled in {first_step(ready):.0f} s; the next process reuses most of it")
     return ready
 
 
@@ -156,7 +156,7 @@ def example_tokenizer(
         backbone: The backbone.
         template: How a row is put into words.
         length: The number of prompt tokens.
-        task: The number of the task, which its rows bear.
+        task: The number of the task, which its rows have.
         place: As of the site; `template` makes slots of the `<prompt>` in the templates, without a prompt of none.
     """
     room = UNBOUNDED if backbone.max_positions is None else backbone.max_positions - length

@@ -1,4 +1,4 @@
-"""SoftPromptModel: a stock transformers model with named prompts, each task with a copy of the head of its own."""
+"""SoftPromptModel: a stock transformers model with named prompts, each task with its own copy of the head."""
 
 import contextlib
 import functools
@@ -53,7 +53,7 @@ class SoftPromptModel(nn.Module):
     Attributes:
         backbone: The frozen model as the library sees it.
         prompts: The method of each prompt.
-        heads: The head of each prompt that has one of its own.
+        heads: The head of each prompt that has its own.
         registry: What is known of each prompt.
 
     Raises:
@@ -93,7 +93,7 @@ class SoftPromptModel(nn.Module):
         if config is not None:
             self.add_tasks(persistence.prompt_names(config, task, tasks), config)
         elif tasks is not None:
-            raise ConfigError("tasks are named, but there is no config that says what they are")
+            raise ConfigError("tasks names prompts, but config is missing; give a config for them")
 
     @classmethod
     def from_pretrained(
@@ -116,7 +116,7 @@ class SoftPromptModel(nn.Module):
             allow_other_weights: Whether prompts that were made for other weights only cost a warning.
             config: How a named model is loaded: number format, device, head, kernels. What it leaves out is as by
                 default or, for prompts, as in the run that made them. Its name does not count.
-            log: Is told what is done while a named model is loaded.
+            log: Receives a line about each step of loading.
 
         Raises:
             ArtifactError: As `load_prompt` does.
@@ -347,7 +347,7 @@ class SoftPromptModel(nn.Module):
         *,
         prompts: Prompt | None = None,
         prefix: Prefix | None = None,
-        logits: bool | None = None,
+        return_logits: bool | None = None,
         layers: Collection[int] = (),
         path: str | None = None,
     ) -> Output:
@@ -357,8 +357,8 @@ class SoftPromptModel(nn.Module):
             batch: The rows; `task_ids` [B] are places in `tasks`.
             prompts: Their prompts, as `make_prompts` gives them; None: they are made.
             prefix: What was read of these prompts before; see `PrefixCache`.
-            logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N] alone
-                (False); None takes the latter where scores would be large.
+            return_logits: Of a language model the scores [N, V] (True) or each label's negative log-likelihood [N]
+                alone (False); None takes the latter where scores would be large.
             layers: Layers whose states of the text are returned too; 1 is the first, -1 what the head reads.
             path: `packed`, `shared` or `concatenation`; None takes the best that is possible.
 
@@ -366,7 +366,7 @@ class SoftPromptModel(nn.Module):
             BackboneError: Prompt and text do not fit the model's positions, or the rows' prompts cannot share a batch.
         """
         self._tune()
-        options: dict[str, Any] = {"prefix": prefix, "return_logits": logits, "layers": layers, "path": path}
+        options: dict[str, Any] = {"prefix": prefix, "return_logits": return_logits, "layers": layers, "path": path}
         if not self._prompted:
             return injection.score(self.backbone, batch, None, Site(), **options)
         names = tuple(self.registry.used(batch.task_ids).values())
@@ -466,7 +466,7 @@ class SoftPromptModel(nn.Module):
             return
         if len(names) > 1:
             raise BackboneError(
-                f"prompts with classification heads of their own are scored one by one, given {', '.join(names)}"
+                f"prompts with separate classification heads are scored one by one, given {', '.join(names)}"
             )
         # The copy is trained in float32 and used in the model's own number format.
         parameter = self.model.get_parameter
@@ -503,7 +503,7 @@ class SoftPromptModel(nn.Module):
 
         input_ids, attention_mask, token_type_ids, position_ids [B, T] (positions count text, without the prompt),
         inputs_embeds [B, T, H], decoder_input_ids, decoder_attention_mask [B, S], labels, start_positions and
-        end_positions as the stock model takes them; padding may stand on either side. tasks: a name for all rows or one
+        end_positions as the stock model takes them; padding may be on either side. tasks: a name for all rows or one
         each; task_ids [B]: the same as places in `tasks`; neither: the active task. prompt_places [B], or [B, S] where
         prompts have segments: text tokens before each; None: by the prompts' own place, which `template` leaves open.
         words [B, T]: 1 for instructions, for methods that ask; logits_to_keep, num_items_in_batch: as in stock models.
@@ -783,7 +783,7 @@ def backbone_config(
         values["device_map"] = "auto"
     if "name" not in changes:
         if not opened.backbone:
-            raise ConfigError("the prompt does not say which model it is for; give one with --model")
+            raise ConfigError("the artifact does not name its model; give one with --model")
         values |= {"name": opened.backbone, "revision": opened.revision}
     resolved: ModelConfig = parse({**values, **changes, "head": opened.head}, ModelConfig, "model")
     return resolved
@@ -812,7 +812,7 @@ def open_prompts(
         config: Where the backbone is, when not where the artifact says; its head is the artifact's all the same.
         changes: Keys of the section `model` that differ from the run that made the artifacts.
         allow_other_weights: Whether prompts that were made for other weights only cost a warning.
-        log: Is told what is done.
+        log: Receives a line about each step.
 
     Returns:
         The model, and warnings. A single prompt has its own name; several are called 0:NAME, 1:NAME, ...
@@ -834,9 +834,7 @@ def open_prompts(
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
     if len(opened) > 1 and any(artifact_opened.heads for artifact_opened in opened):
-        raise ConfigError(
-            "prompts with classification heads of their own cannot vote in one batch; open them one by one"
-        )
+        raise ConfigError("prompts with separate classification heads cannot vote in one batch; open them one by one")
     model = SoftPromptModel(
         setup.load_backbone(backbone_config(first, config, changes), labels=head_rows(first), log=log)
     )

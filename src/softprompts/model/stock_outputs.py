@@ -15,7 +15,7 @@ from softprompts.injection import Site, TrunkOutput
 from softprompts.types import IGNORE, Batch, Prompt
 
 Heads = Mapping[int, Mapping[str, Tensor]]
-"""Tensors that replace the model's head, for each place in Batch.task; empty where no task has a head of its own."""
+"""Tensors that replace the model's head, for each place in Batch.task; empty where no task has its own head."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _shifted(
     """
     positions, columns = reading.text_positions, reading.token_order
     before = functional.pad(positions[:, :-1], (1, 0), value=-1)
-    behind = (positions - 1 != before) & reading.text_mask  # tokens that stand right behind a segment of the prompt
+    behind = (positions - 1 != before) & reading.text_mask  # tokens right behind a segment of the prompt
     count = int(behind.sum(1).max())
     at = behind.long().argsort(dim=1, descending=True, stable=True)[:, :count]
     extra = (positions.gather(1, at) - 1).clamp(min=0)

@@ -60,7 +60,7 @@ def choose_coefficient(
         ConfigError: A task has no validation rows, or the grid is empty.
     """
     if not grid:
-        raise ConfigError("there are no coefficients to choose from; give at least one")
+        raise ConfigError("no coefficients to choose from; give at least one")
     for evaluator in evaluators:
         if not evaluator.task.validation:
             raise ConfigError(f"{evaluator.task.name} has no validation rows to choose by; set its split's fractions")
@@ -135,7 +135,7 @@ def search_coefficient(
         "coefficient": choice.best,
         "validation": _validation_rows(choice),
         "test": test_scores,
-        "judged": rows,
+        "evaluated": rows,
         "parents": list(total.parents),
         "versions": versions(),
         "warnings": warnings,
@@ -166,8 +166,8 @@ def _evaluate_on_test(
             scores_of_tasks[task.name] = plain_scores(evaluator.evaluate(prompt, task.test).scores)
         else:
             warnings.append(
-                f"{task.name} has no test rows: what the coefficient is worth on rows that did not choose it is "
-                f"not known; set its split's test_fraction"
+                f"{task.name} has no test rows, so the coefficient has no score on rows that did not "
+                f"choose it; set its split's test_fraction"
             )
             reporter.log(warnings[-1])
     return scores_of_tasks, warnings
@@ -183,13 +183,13 @@ def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
     if start is not None:
         vectors.check_start(start, total, "the start")
         return start.require_prompt("the start")
-    advice = "--start PROMPT, or --start-of PROMPT for where the training of that prompt began"
-    return vectors.require_common_start(total, f"say what to add it to: {advice}")
+    advice = "give a prompt to add it to with --start PROMPT, or the start of a prompt with --start-of PROMPT"
+    return vectors.require_common_start(total, advice)
 
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:
     """The results with the tables and the plot of their page."""
-    tasks = list(results["judged"])
+    tasks = list(results["evaluated"])
     test_rows = []
     for task, scores in results["test"].items():
         test_rows += [[task, metric, score["value"], score["n"]] for metric, score in scores.items()]
@@ -230,13 +230,13 @@ def _prompts_of_tasks(prompts: Mapping[str, Artifact]) -> dict[str, tuple[TaskCo
         values = prompt.settings("task")
         if not values:
             raise ArtifactError(
-                f"{name} does not say on which rows it was trained, so it cannot choose; name prompts that "
+                f"{name} does not name the rows it was trained on, so it cannot choose; name prompts that "
                 f"softprompts trained with --on"
             )
         config = parse(values, TaskConfig, f"the task of {name}")
         known, _ = tasks.setdefault(config.title, (config, prompt))
         if known != config:
             raise ConfigError(
-                f"two prompts of {config.title} were trained on different rows or words; say by which to choose: --on"
+                f"two prompts of {config.title} were trained on different rows or words; choose one with --on"
             )
     return tasks

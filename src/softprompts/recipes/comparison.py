@@ -26,7 +26,7 @@ NO_PROMPT = "no prompt"
 """The arm of the stock model."""
 
 ALL_TARGETS = "together"
-"""Stands for a task's name in runs on all tasks."""
+"""Replaces a task's name in runs on all tasks."""
 
 
 class ComparisonStage(Section):
@@ -73,9 +73,7 @@ class ComparisonStage(Section):
     def _runs(self) -> "ComparisonStage":
         for name, train in (("training", self.training), ("few", self.few)):
             if not train.max_steps:
-                raise ValueError(
-                    f"{name}.max_steps must be at least 1; what the start does untrained is size 0 in shots"
-                )
+                raise ValueError(f"{name}.max_steps must be at least 1; list 0 in shots to score the untrained start")
         for rates in self.weight_learning_rates.values():
             check_distinct(rates)
         return self
@@ -115,7 +113,7 @@ def check_known(key: str, names: Iterable[str], known: Collection[str]) -> None:
 def check_distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same values; raises ValueError where two of them are equal."""
     if len(set(values)) != len(values):
-        raise ValueError(f"every value may be listed once, given {', '.join(map(str, values))}")
+        raise ValueError(f"each value may be listed once, given {', '.join(map(str, values))}")
     return values
 
 

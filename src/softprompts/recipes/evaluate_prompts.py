@@ -100,7 +100,7 @@ def load_test_rows(
     stored = record.artifact.settings("task")
     if data is None:
         if not stored:
-            raise ConfigError(f"{path} does not say which rows it was made for; give --data")
+            raise ConfigError(f"{path} does not name the data it was trained on; give --data")
         return load_task(parse(stored, TaskConfig, str(path)))
     config = TaskConfig(
         source=data,

@@ -45,7 +45,7 @@ def predict(
         max_new_tokens: Most tokens of a written answer; None: as in the run that made the prompt.
         model: Keys of the section `model` that differ from that run.
         allow_other_weights: Whether a prompt that was made for other weights only costs a warning.
-        log: Is told what is done.
+        log: Receives a line about each step.
 
     Yields:
         The number of the row, from 1 on, and its answer with the columns of the template. Rows that were answered
@@ -75,7 +75,7 @@ def predict(
     unanswered: deque[Row] = deque()
     with answer_file(out, rows, columns, settings) as (done, write):
         if done:
-            log(f"{done:,} rows were answered before")
+            log(f"{done:,} rows are already answered")
         for answer in answers(opened, _remember(rows, unanswered), prompt=opened.task, config=config):
             done += 1
             line = answer_line(unanswered.popleft(), columns, answer)
@@ -101,18 +101,18 @@ def continue_text(
         seed: Seed of what is sampled.
         model: Keys of the section `model` that differ from the run that made the prompt.
         allow_other_weights: Whether a prompt that was made for other weights only costs a warning.
-        log: Is told what is done.
+        log: Receives a line about each step.
         options: Arguments of transformers' `generate`.
 
     Raises:
         ArtifactError, BackboneError, AssetError: The prompt or its model cannot be opened.
-        ConfigError: The prompt stands inside its task's template.
+        ConfigError: The prompt enters inside its task's template.
     """
     opened = _open(path, model, allow_other_weights, log)
     backbone = opened.backbone
     if opened.registry.site_of(opened.tasks).placement == "template":
         raise ConfigError(
-            f"{path} stands in slots of its task's template, and generate continues a bare text; use predict"
+            f"{path} fills slots of its task's template, and generate continues a plain text; use predict"
         )
     ids = backbone.tokenizer(text, return_tensors="pt")["input_ids"].to(backbone.device)
     torch.manual_seed(seed)
@@ -230,7 +230,7 @@ def _continue_partial(
             count, end = count + 1, end + len(line)
             row = next(rows, None)
             if row is None or not _answers_row(line, row, columns):
-                raise ConfigError(f"{partial}:{count} answers another row than the one that is given now{way_out}")
+                raise ConfigError(f"{partial}:{count} answers another row than the input has now{way_out}")
         file.truncate(end)
     return count
 

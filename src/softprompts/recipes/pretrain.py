@@ -96,9 +96,9 @@ def _check(run: Run) -> None:
         possible = ", ".join(name for name in names() if find(name).pretrained)
         raise ConfigError(f"method {run.prompt.method} has nothing to pretrain; possible: {possible}")
     if len(run.tasks) > 1 or run.runs:
-        raise ConfigError("pretraining takes one task and no list of runs; give each a command of its own")
+        raise ConfigError("pretraining takes one task and no list of runs; start each with a separate command")
     if run.model.head != "lm":
-        raise ConfigError(f"pretraining has a classifier of its own; leave model.head at lm, not {run.model.head}")
+        raise ConfigError(f"pretraining adds its own classifier; leave model.head at lm, not {run.model.head}")
     for key in sorted(run.training.model_fields_set - set(USED)):
         if getattr(run.training, key) != getattr(TrainConfig(), key):
             raise ConfigError(f"training.{key} means nothing in pretraining; possible: {', '.join(USED)}")

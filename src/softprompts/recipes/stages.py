@@ -24,7 +24,7 @@ STAGE_FILE = "stage.json"
 RESULTS = "results.json"
 
 ASIDE_SUFFIX = ".before-"
-"""Stands between a stage's name and a number in the folder of a stage that was done with other settings."""
+"""Separates a stage's name from a number in the folder of a stage that was done with other settings."""
 
 
 def check_output_directory(title: str, out: str) -> None:
@@ -64,11 +64,11 @@ def run_stage(
         if aside is not None:
             aside.rename(out)
     if stage_file.exists() and results_file.exists():
-        reporter.log(f"{title}: done before, in {out}")
+        reporter.log(f"{title}: already done, in {out}")
         results: dict[str, Any] = read_json(results_file)
         return results
     if changed and not stage_file.exists():
-        reporter.log(f"{title}: settings, or the prompts it starts from, have changed: done anew")
+        reporter.log(f"{title}: settings or starting prompts have changed; it runs again")
     out.mkdir(parents=True, exist_ok=True)
     write_json(stage_file, stored_settings)
     results = make_results()

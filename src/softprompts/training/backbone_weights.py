@@ -85,7 +85,7 @@ def check_trainable(backbone: Backbone) -> None:
         )
     if "flash" in attention:
         raise BackboneError(
-            f"attention '{attention}' reads half precision alone, and weights are trained in float32; use sdpa, or "
+            f"attention '{attention}' supports half precision only, and weights are trained in float32; use sdpa, or "
             f"leave model.attention out"
         )
 
@@ -134,7 +134,8 @@ def weights_directory(config: TrainConfig, output_dir: str | Path) -> Path | Non
     directory = Path(output_dir) / name
     if directory.exists() and not (directory / MARKERS[name]).is_file():
         raise ConfigError(
-            f"{directory} exists and is none of ours; choose another directory with --out, or move it away"
+            f"{directory} exists and was not written by softprompts; choose another directory with --out, or "
+            f"move it away"
         )
     return directory
 

@@ -97,8 +97,7 @@ def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequenc
     for name in config.teachers:
         if name not in tasks:
             raise ConfigError(
-                f"training.distillation.teachers: there is no task '{name}'{closest(name, tasks)} tasks: "
-                f"{', '.join(tasks)}"
+                f"training.distillation.teachers: no task '{name}'{closest(name, tasks)} tasks: {', '.join(tasks)}"
             )
     if missing := [name for name in tasks if name not in config.teachers]:
         raise ConfigError(

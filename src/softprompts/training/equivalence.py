@@ -86,7 +86,7 @@ def check(
     equivalence = compare(model, batch, objective, teacher, prompts)
     if not equivalence.holds:
         raise TrainingError(
-            f"the next batch does not come out as by plain concatenation: {equivalence}. No step was made; set "
+            f"the next batch differs from plain concatenation: {equivalence}. No step was made; set "
             f"model.attention to eager and model.matmul_backend to torch, and please report the model"
         )
     return str(equivalence)
@@ -176,7 +176,7 @@ def _loss_and_gradient(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # on every device, so that both ways drop out alike; each step seeds itself anyway
         prompt = model.make_prompts(batch, training=True)
-        output = model.score(batch, prompts=prompt, path=path, logits=True if teacher else None, layers=layers)
+        output = model.score(batch, prompts=prompt, path=path, return_logits=True if teacher else None, layers=layers)
         loss = objective(Step(batch, prompt, output, teacher))
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = []

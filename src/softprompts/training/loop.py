@@ -88,7 +88,7 @@ class TrainingRun:
         return [self.batches.at(step * count + part) for part in range(count)]
 
     def batch(self, step: int, part: int, examples: Sequence[EncodedExample], share: float = 1.0) -> RunBatch:
-        """Examples of micro-batch `part` of a step, with random streams of their own, whatever other runs draw."""
+        """Examples of micro-batch `part` of a step, with separate random streams, whatever other runs draw."""
         prompt_seed = (self.seed * 1_000_003 + step + (2 * part << 40)) % 2**63
         objective_seed = (prompt_seed + (1 << 40)) % 2**63
         return RunBatch(self.name, examples, self.objective, prompt_seed, objective_seed, share)

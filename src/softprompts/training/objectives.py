@@ -39,7 +39,7 @@ def task(step: Step) -> Tensor:
     return functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
 
 
-def distil_logits(step: Step) -> Tensor:
+def distill_logits(step: Step) -> Tensor:
     """T² KL(teacher || student) of softmax(logits / T), mean over the N labeled positions.
 
     Wang et al. 2023, section 3.1 (L_Logits); both read the right answer. The factor T² keeps the size of the gradient
@@ -64,7 +64,7 @@ def distil_logits(step: Step) -> Tensor:
     return divergence.mean() * teacher.temperature**2
 
 
-def distil_hidden(step: Step) -> Tensor:
+def distill_hidden(step: Step) -> Tensor:
     """The mean squared difference between the teacher's and the student's states of the text.
 
     Wang et al. 2023, section 3.1 (L_Hidden). The paper's sum would dwarf the other losses, so a row counts with the
@@ -106,7 +106,7 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-OBJECTIVES: dict[str, Objective] = {"task": task, "distil-logits": distil_logits, "distil-hidden": distil_hidden}
+OBJECTIVES: dict[str, Objective] = {"task": task, "distill-logits": distill_logits, "distill-hidden": distill_hidden}
 
 
 def weigh(weights: Mapping[str, float]) -> Objective:

@@ -31,7 +31,7 @@ def prompt_param_groups(
     """The parameter groups of prompts and of classification heads.
 
     Args:
-        groups: The groups of the method's parameters, which may have learning rates of their own.
+        groups: The groups of the method's parameters, which may have separate learning rates.
         parameters: The trained parameters by the names of `SoftPromptModel.trainable`: `prompts.PROMPT.TENSOR` and
             `heads.PROMPT.TENSOR`.
         config: The learning rates; in units of `rms` where the configuration and the group say so.

@@ -134,7 +134,7 @@ def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]
     for name, prompts in runs.items():
         if others and any(model.registry.head(prompt) for prompt in prompts):
             raise ConfigError(
-                f"run '{name}' trains a classification head of its own, and a batch is read with one head; train such "
+                f"run '{name}' trains its own classification head, and a batch has one head; train such "
                 f"runs one after the other, or use model.head: lm"
             )
     site = model.registry.site_of(first_prompts)

@@ -177,7 +177,7 @@ class TrainablePrompts:
                 layers.update(self.teachers[batch.run].layer_numbers)
                 with_teacher = True
         output = self.model.score(
-            shared.batch, prompts=shared.prompt, logits=True if with_teacher else None, layers=sorted(layers)
+            shared.batch, prompts=shared.prompt, return_logits=True if with_teacher else None, layers=sorted(layers)
         )
         losses = []
         for index, run_output in enumerate(shared.split(output)):

@@ -136,7 +136,7 @@ def slerp(vectors: Sequence[Vector], t: float = 0.5) -> Vector:
             that no way between them is shortest.
     """
     if len(vectors) != 2:
-        raise ArtifactError(f"slerp goes from one vector to another, given {len(vectors)}; give two")
+        raise ArtifactError(f"slerp needs two vectors, given {len(vectors)}")
     if not 0 <= t <= 1:
         raise ArtifactError(f"slerp's t must be from 0 to 1, given {t}")
     weights = (1 - t, t)
@@ -150,7 +150,9 @@ def slerp(vectors: Sequence[Vector], t: float = 0.5) -> Vector:
     unit_a, unit_b = a / a.norm(), b / b.norm()
     angle = 2 * math.atan2(float((unit_a - unit_b).norm()), float((unit_a + unit_b).norm()))
     if math.pi - angle < 1e-6:
-        raise ArtifactError(f"{first.name} and {second.name} point opposite ways: there are many ways between them")
+        raise ArtifactError(
+            f"{first.name} and {second.name} point in opposite directions: the path between them is not unique"
+        )
     factors = [weights[index] for index in order]
     if angle >= 1e-6:
         factors = [math.sin(factor * angle) / math.sin(angle) for factor in factors]

@@ -127,8 +127,8 @@ def task_vector(artifact: Artifact, name: str | Path = "") -> Vector:
     tuned = artifact.require_prompt(title)
     if artifact.initial is None:
         raise ArtifactError(
-            f"{title} does not say where its training began, so there is no difference to take (PEFT does not keep "
-            f"the start); name the start: softprompts vector make {title} --start START --out DIRECTORY"
+            f"{title} does not store where its training began, so it has no task vector (PEFT does not store "
+            f"the start); give the start: softprompts vector make {title} --start START --out DIRECTORY"
         )
     # The digest does not cover the start, and two artifacts may differ in their starts alone.
     key = hashlib.sha256(artifact.digest.encode() + tensor_bytes(artifact.initial)).hexdigest()
@@ -192,7 +192,7 @@ def require_common_start(vector: Vector, advice: str, title: str = "the sum") ->
     if start is not None:
         return start
     if not vector.summands:
-        raise ConfigError(f"{title} is zero, so no prompt of it says where to begin; {advice}")
+        raise ConfigError(f"{title} is zero, so it has no start; {advice}")
     raise ConfigError(f"the prompts of '{vector.name}' did not all begin at the same start; {advice}")
 
 
@@ -292,7 +292,7 @@ def check_combinable(vectors: Sequence[Vector]) -> None:
         ArtifactError: There are none, or two of them have other backbones, sites or lengths.
     """
     if not vectors:
-        raise ArtifactError("there are no vectors to combine; give at least one")
+        raise ArtifactError("no vectors to combine; give at least one")
     for first, second in combinations(vectors, 2):
         _check_pair(first, second)
 
@@ -354,7 +354,7 @@ def _check_artifacts(first: Artifact, second: Artifact, first_name: str, second_
             )
     if (first.heads or second.heads) and first.digest != second.digest:
         raise ArtifactError(
-            f"{pair}: each was trained with a classification head of its own; train with model.head: lm to add prompts"
+            f"{pair}: each was trained with its own classification head; train with model.head: lm to add prompts"
         )
     if first.fingerprint is None or second.fingerprint is None:
         _check_backbone_names(first, second, pair)

@@ -132,8 +132,8 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             return PromptInit(loaded.shared)
         if loaded.columns.shape[-1] != self.num_ranks:
             raise ConfigError(
-                f"{loaded.path} holds factors of rank {loaded.columns.shape[-1]}, wanted is rank {self.num_ranks}; set "
-                f"num_ranks to match, or take {MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
+                f"{loaded.path} holds factors of rank {loaded.columns.shape[-1]}, but rank {self.num_ranks} is needed; "
+                f"set num_ranks to match, or take {MultitaskPromptTuningInit.ONLY_SOURCE_SHARED.value}"
             )
         if self.prompt_tuning_init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK:
             index = loaded.index(self.prompt_tuning_init_task)
@@ -189,7 +189,7 @@ class MultitaskPromptEmbedding(nn.Module):
         tasks = task_ids.reshape(-1)
         count = len(self.prefix_task_cols)
         if bool(((tasks < 0) | (tasks >= count)).any()):
-            raise ConfigError(f"task_ids {tasks.tolist()} name tasks that are not there; num_tasks is {count}")
+            raise ConfigError(f"task_ids {tasks.tolist()} name tasks that do not exist; num_tasks is {count}")
         columns = self.prefix_task_cols[tasks[:, None], indices]
         embeddings: Tensor = self.embedding(indices) * (columns @ self.prefix_task_rows[tasks])
         return embeddings
@@ -232,13 +232,15 @@ class Source:
         Raises ConfigError where it has another length or width.
         """
         if self.shared.shape[1] != width:
-            raise ConfigError(f"{self.path} holds a prompt of width {self.shared.shape[1]}, wanted is width {width}")
+            raise ConfigError(
+                f"{self.path} holds a prompt of width {self.shared.shape[1]}, but width {width} is needed"
+            )
         count = len(self.shared)
         if count == rows:
             return self
         if count != rows * self.copies:
             raise ConfigError(
-                f"{self.path} holds a prompt of {count // self.copies} tokens, wanted are {rows}; set "
+                f"{self.path} holds a prompt of {count // self.copies} tokens, but {rows} are needed; set "
                 f"num_virtual_tokens to match"
             )
         return replace(self, shared=self.shared[:rows], columns=self.columns[:, :rows], copies=1)
@@ -251,7 +253,7 @@ class Source:
             return self.names.index(task)
         here = ", ".join(f"{i} {name}" if str(i) != name else name for i, name in enumerate(self.names))
         hint = closest(task, self.names) if isinstance(task, str) else ";"
-        raise ConfigError(f"prompt_tuning_init_task {task!r} is no task of {self.path}{hint} its tasks: {here}")
+        raise ConfigError(f"prompt_tuning_init_task {task!r} is not a task of {self.path}{hint} its tasks: {here}")
 
 
 def load_source(location: str) -> Source:

@@ -115,7 +115,7 @@ class PromptTuningConfig:
     def length(self) -> int:
         """Number of prompt tokens; raises ConfigError where it was not given."""
         if self.num_virtual_tokens is None:
-            raise ConfigError("num_virtual_tokens is missing: say how many prompt tokens there are, for example 20")
+            raise ConfigError("num_virtual_tokens is missing: give the number of prompt tokens, for example 20")
         return self.num_virtual_tokens
 
     @property
@@ -200,8 +200,8 @@ def first_rows(config: PromptTuningConfig, embed: Any, count: int) -> Tensor:
     prompt = artifact.load(str(config.prompt_tuning_init_text)).require_prompt(str(config.prompt_tuning_init_text))
     if tuple(prompt.shape) != (count, width):
         raise ConfigError(
-            f"{config.prompt_tuning_init_text} holds a prompt of {list(prompt.shape)}, wanted is {[count, width]}; set "
-            f"num_virtual_tokens to match"
+            f"{config.prompt_tuning_init_text} holds a prompt of {list(prompt.shape)}, but {[count, width]} is needed; "
+            f"set num_virtual_tokens to match"
         )
     return prompt
 
@@ -226,7 +226,7 @@ def _words(embed: Any, ids: Tensor) -> Tensor:
 
 def _sample(population: int, count: int) -> Tensor:
     if count > population:
-        raise ConfigError(f"{count} different words are wanted, but the model has {population}")
+        raise ConfigError(f"{count} different words are needed, but the model has {population}")
     return torch.randperm(population)[:count]
 
 

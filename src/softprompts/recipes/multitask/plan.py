@@ -87,15 +87,15 @@ ARMS: dict[str, Arm] = {
 class Variant:
     """A way to train the shared prompt: with or without teachers, with factors for each source or one prompt."""
 
-    distil: bool
+    distill: bool
     decompose: bool
 
 
 VARIANTS: dict[str, Variant] = {
-    "mpt": Variant(distil=True, decompose=True),
-    "no-distillation": Variant(distil=False, decompose=True),
-    "no-decomposition": Variant(distil=True, decompose=False),
-    "mixture": Variant(distil=False, decompose=False),
+    "mpt": Variant(distill=True, decompose=True),
+    "no-distillation": Variant(distill=False, decompose=True),
+    "no-decomposition": Variant(distill=True, decompose=False),
+    "mixture": Variant(distill=False, decompose=False),
 }
 
 RECIPE_KEYS = ("target", "distillation", "objectives", "learning_rates")
@@ -109,7 +109,7 @@ class TeacherStage(Section):
     """How the teachers are trained."""
 
     trained: dict[str, str] = Field(default={})
-    """Directories of prompts that exist already, by source."""
+    """Directories of trained prompts, by source."""
 
 
 class SourceStage(Section):
@@ -286,11 +286,11 @@ def source_runs(plan: Plan) -> Run:
         "layers": list(stage.layers),
         "cache": str(out / "teacher-states.safetensors"),
     }
-    weights = {"distil-logits": stage.logits, "distil-hidden": stage.hidden}
+    weights = {"distill-logits": stage.logits, "distill-hidden": stage.hidden}
     entries = []
     for name in stage.variants:
         variant = VARIANTS[name]
-        objectives = {key: weight for key, weight in weights.items() if weight and variant.distil}
+        objectives = {key: weight for key, weight in weights.items() if weight and variant.distill}
         entries.append(
             {
                 "name": name,

@@ -264,6 +264,6 @@ def _unused_rate(prepared: PreparedRun) -> str:
             return ""
         used.append(group_name)
     return (
-        f"training.learning_rate changes nothing: all of method {method} has rates of its own, "
+        f"training.learning_rate changes nothing: all parameters of method {method} have separate rates, "
         f"training.learning_rates: {', '.join(used)}"
     )

@@ -55,7 +55,7 @@ def machine_changes(history: Sequence[Progress]) -> list[str]:
         new = [fact for fact in new_facts if fact not in old_facts]
         old = [fact for fact in old_facts if fact not in new_facts]
         lines.append(
-            f"from step {after.step} on computed with {', '.join(new)}, before with {', '.join(old)}: the same up to "
+            f"from step {after.step} on with {', '.join(new)}, before with {', '.join(old)}: equal up to "
             f"rounding, not to the bit"
         )
     return lines

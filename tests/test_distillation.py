@@ -97,9 +97,9 @@ def test_states_of_an_encoder():
 
 def test_layers_that_are_not_there():
     bb = tiny.backbone("llama")
-    with pytest.raises(BackboneError, match=r"there is no layer 4; LlamaForCausalLM has layers 1 to 3, and -1 is what"):
+    with pytest.raises(BackboneError, match=r"no layer 4; LlamaForCausalLM has layers 1 to 3, and -1 is what"):
         injection.check_layers(bb, (1, 4))
-    with pytest.raises(BackboneError, match="there is no layer 0"):
+    with pytest.raises(BackboneError, match="no layer 0"):
         injection.check_layers(bb, (0,))
     injection.check_layers(tiny.backbone("albert"), (-1,))
 
@@ -127,11 +127,11 @@ def divergence(p, q, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_logits_by_the_sum_and_in_the_right_direction(temperature):
     student, teacher = rows.random(1, 3, 5) * 4, rows.random(2, 3, 5) * 4
-    found = float(objectives.distil_logits(step_of(student, teacher, temperature)))
+    found = float(objectives.distill_logits(step_of(student, teacher, temperature)))
     assert found == pytest.approx(temperature**2 * divergence(teacher, student, temperature), rel=1e-5)
     assert found != pytest.approx(temperature**2 * divergence(student, teacher, temperature), rel=1e-2)
     assert found > 0
-    assert float(objectives.distil_logits(step_of(teacher, teacher, temperature))) == 0
+    assert float(objectives.distill_logits(step_of(teacher, teacher, temperature))) == 0
 
 
 def test_hidden_by_the_mean_of_rows():
@@ -146,7 +146,7 @@ def test_hidden_by_the_mean_of_rows():
     )
     square = (student - teacher).square()
     expected = 0.25 * square[:2].mean() + 0.75 * square[2:].mean()
-    torch.testing.assert_close(objectives.distil_hidden(step), expected)
+    torch.testing.assert_close(objectives.distill_hidden(step), expected)
     two = {key: student, ("text", 1): student * 0}
     both = replace(
         step,
@@ -154,7 +154,7 @@ def test_hidden_by_the_mean_of_rows():
         teacher=TeacherBatch(torch.zeros(0), dict.fromkeys(two, teacher)),
     )
     zero = 0.25 * teacher[:2].square().mean() + 0.75 * teacher[2:].square().mean()
-    torch.testing.assert_close(objectives.distil_hidden(both), (expected + zero) / 2)
+    torch.testing.assert_close(objectives.distill_hidden(both), (expected + zero) / 2)
 
 
 def test_a_step_without_a_teacher_says_so():
@@ -221,7 +221,7 @@ def check_equal_student(name, site, layers):
     for prompts, equal in ((same, True), (turned, False)):
         targets = distillation.targets(model.backbone, teachers(prompts, site), data, config(layers=layers))
         trainable = TrainablePrompts(model, {"one": TASKS}, {"one": targets})
-        for objective in (objectives.distil_logits, objectives.distil_hidden):
+        for objective in (objectives.distill_logits, objectives.distill_hidden):
             (measured,) = trainable.loss([RunBatch("one", data[2:7], objective)])
             loss = measured.value
             gradient = torch.autograd.grad(loss, list(model.trainable().values()), retain_graph=True)
@@ -279,7 +279,7 @@ def test_states_are_computed_once_and_again_where_anything_changed(tmp_path, mon
 
 def test_distilled_runs_train_alone_and_together_alike():
     """Two students with other layers and a plain run share their batches; each is the run it is alone, step by step."""
-    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    weights = {"task": 1.0, "distill-logits": 0.9, "distill-hidden": 0.5}
     data = together.encoded("llama", 12, 5, tasks=2)
 
     def runs():
@@ -306,7 +306,7 @@ def test_distilled_runs_train_alone_and_together_alike():
 
 
 def test_accumulated_batches_equal_one_large_batch():
-    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    weights = {"task": 1.0, "distill-logits": 0.9, "distill-hidden": 0.5}
     data = together.encoded("llama", 8, 5, tasks=2)
     found = []
     for size, parts in ((8, 1), (2, 4)):
@@ -323,7 +323,7 @@ def test_accumulated_batches_equal_one_large_batch():
 def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
     """Three steps, a stop, five more: the losses and prompts of eight steps in one go."""
     data = together.encoded("llama", 14, 5, tasks=2)
-    weights = {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.5}
+    weights = {"task": 1.0, "distill-logits": 0.9, "distill-hidden": 0.5}
     settings = together.config(max_steps=8, objectives=weights, sampling={"draw": "some"}, save_steps=2)
 
     def fitted(folder, stop=None):
@@ -348,7 +348,10 @@ def test_a_cut_run_with_teachers_and_drawn_tasks_goes_on_bit_for_bit(tmp_path):
 def test_a_weight_of_zero_is_the_task_alone():
     data = together.encoded("llama", 8, 5, tasks=2)
     losses = []
-    for weights, taught in (({"task": 1.0}, False), ({"task": 1.0, "distil-logits": 0.0, "distil-hidden": 0.0}, True)):
+    for weights, taught in (
+        ({"task": 1.0}, False),
+        ({"task": 1.0, "distill-logits": 0.0, "distill-hidden": 0.0}, True),
+    ):
         one = student("llama")
         targets = distillation.targets(one.backbone, teachers([rows.random(7, 4, 32)] * 2), data, config())
         settings = together.config(max_steps=6, objectives=weights)
@@ -370,7 +373,7 @@ def values(tmp_path):
         run.run(parse({**made, "tasks": [{**task, "name": name}], "output_dir": str(tmp_path / name)}))
     made["prompt"] |= {"method": "multitask-prompt-tuning"}
     made["training"] |= {
-        "objectives": {"task": 1.0, "distil-logits": 0.9, "distil-hidden": 0.9},
+        "objectives": {"task": 1.0, "distill-logits": 0.9, "distill-hidden": 0.9},
         "distillation": {"teachers": {name: str(tmp_path / name / "prompt") for name in TASKS}},
         "sampling": {"draw": "some"},
     }
@@ -402,15 +405,15 @@ def test_a_run_with_teachers_from_its_configuration(values, tmp_path):
         (
             lambda v: v["training"]["distillation"]["teachers"].update(c="x"),
             ConfigError,
-            "training.distillation.teachers: there is no task 'c'; tasks: a, b",
+            "training.distillation.teachers: no task 'c'; tasks: a, b",
         ),
         (
             lambda v: v["training"]["distillation"]["teachers"].update(b="nowhere"),
             ArtifactError,
             "no directory nowhere",
         ),
-        (lambda v: v["training"]["distillation"].update(layers=[9]), BackboneError, "there is no layer 9"),
-        (lambda v: v["training"].pop("distillation"), ConfigError, "objective 'distil-logits' compares with teachers"),
+        (lambda v: v["training"]["distillation"].update(layers=[9]), BackboneError, "no layer 9"),
+        (lambda v: v["training"].pop("distillation"), ConfigError, "objective 'distill-logits' compares with teachers"),
         (lambda v: v["training"].update(objectives={"task": 1.0}), ConfigError, "names teachers that nothing uses"),
         (
             lambda v: v["training"].update(learning_rates={"factor": 1.0}),
@@ -452,4 +455,4 @@ def test_a_teacher_that_scores_other_tokens_is_refused(values, tmp_path):
 def test_divergence_equals_torchs_own():
     student, teacher = rows.random(1, 6, 9) * 3, rows.random(2, 6, 9) * 3
     expected = functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
-    torch.testing.assert_close(objectives.distil_logits(step_of(student, teacher)), expected)
+    torch.testing.assert_close(objectives.distill_logits(step_of(student, teacher)), expected)
