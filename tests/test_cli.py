@@ -372,7 +372,7 @@ def test_more_bad_input(trained, call, tmp_path):
     refused(call("predict", prompt, "--file", tmp_path / "wrong.csv"), "wrong.csv", "'text'")
     refused(call("predict", prompt, "a", "--file", tmp_path / "wrong.csv"), "not both")
     (tmp_path / "inf.csv").write_text("text,label\na,1\nb,inf\nc,2\n")
-    refused(trains(f"task.source={tmp_path / 'inf.csv'}", "task.kind=regression"), "inf.csv:3", "no number")
+    refused(trains(f"task.source={tmp_path / 'inf.csv'}", "task.kind=regression"), "inf.csv:3", "not a number")
     assert not list((tmp_path / "o").iterdir())
 
 

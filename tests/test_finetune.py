@@ -215,7 +215,8 @@ def test_the_backbone_s_kernels_do_not_touch_the_steps(kernels, chosen):
     found = examples("llama")
     plain = fitted(b.wrap(tiny.model("llama")), found, config(**chosen))
     other = fitted(replace(b.wrap(tiny.model("llama")), kernels=kernels), found, config(**chosen))
-    expected = "path shared, packed_attention math, attn_implementation None, matmul_backend torch, compiled False"
+    expected = "path shared, packed_attention math, attn_implementation None, matmul_backend torch, "
+    expected += "fuse_elementwise True, compiled False"
     assert expected in other[1][0].machine
     assert [r.loss for r in plain[1]] == [r.loss for r in other[1]]
     for key, value in plain[0].trained.items():

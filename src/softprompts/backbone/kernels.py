@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -75,12 +76,12 @@ def use_kernels(model: Any, kernels: Kernels, facts: dict[str, Any]) -> Iterator
     if kernels.matmul_backend == "onednn":
         for linear in frozen_linears(model):
             forwards[linear] = functools.partial(_onednn_linear, linear)
-    rotary_globals: list[dict[str, Any]] = []
+    rotary_modules: list[str] = []
     if kernels.fuse_elementwise:
         if "fused" not in facts:
             facts["fused"] = FusedParts.of(model)
         forwards |= facts["fused"].norms
-        rotary_globals = facts["fused"].rotary_globals
+        rotary_modules = facts["fused"].rotary_modules
     if kernels.compiled:
         if "compiled" not in facts:
             facts["compiled"] = compile_parts(model, kernels)
@@ -88,10 +89,10 @@ def use_kernels(model: Any, kernels: Kernels, facts: dict[str, Any]) -> Iterator
     if kernels.gradient_checkpointing and torch.is_grad_enabled():
         for layer in _checkpointable_layers(model):
             if not isinstance(layer.__dict__.get("forward"), CheckpointedForward):
-                forwards[layer] = CheckpointedForward(layer, forwards, rotary_globals)
+                forwards[layer] = CheckpointedForward(layer, forwards, rotary_modules)
     with (
         replace_forwards(forwards),
-        _replace_rotations(rotary_globals),
+        _replace_rotations(rotary_modules),
         _use_attention(model, kernels.attn_implementation),
     ):
         yield
@@ -178,26 +179,26 @@ class FusedParts:
 
     Attributes:
         norms: The forward of each RMS norm.
-        rotary_globals: The namespaces of the model's attention code, whose `ROTARY` is replaced.
+        rotary_modules: The names of the Python modules of the model's attention, whose `ROTARY` is replaced.
     """
 
     norms: dict[nn.Module, Forward]
-    rotary_globals: list[dict[str, Any]]
+    rotary_modules: list[str]
 
     @classmethod
     def of(cls, model: nn.Module) -> "FusedParts":
         """The parts of `model` that give the fused results on random input, up to rounding."""
         norms: dict[nn.Module, Forward] = {}
-        rotary_globals: list[dict[str, Any]] = []
+        rotary_modules: dict[str, bool] = {}
         for module in model.modules():
             norm = _fused_norm(module)
             if norm is not None:
                 norms[module] = norm
             if hasattr(module, "layer_idx"):
-                namespace = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
-                if not any(namespace is known for known in rotary_globals) and _rotates_halves(namespace.get(ROTARY)):
-                    rotary_globals.append(namespace)
-        return cls(norms, rotary_globals)
+                name = inspect.unwrap(type(module).forward).__module__
+                if name not in rotary_modules:
+                    rotary_modules[name] = _rotates_halves(getattr(sys.modules[name], ROTARY, None))
+        return cls(norms, [name for name, rotates_halves in rotary_modules.items() if rotates_halves])
 
 
 def _fused_norm(module: nn.Module) -> Forward | None:
@@ -262,16 +263,16 @@ def _rotates_halves(function: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _replace_rotations(namespaces: list[dict[str, Any]]) -> Iterator[None]:
-    """Inside, the attention code in these namespaces rotates with `_Rotation` where it can."""
-    stock = [namespace[ROTARY] for namespace in namespaces]
-    for namespace, function in zip(namespaces, stock, strict=True):
-        namespace[ROTARY] = functools.partial(_rotate, function)
+def _replace_rotations(modules: list[str]) -> Iterator[None]:
+    """Inside, the attention code of these Python modules rotates with `_Rotation` where it can."""
+    stock = {name: getattr(sys.modules[name], ROTARY) for name in modules}
+    for name, function in stock.items():
+        setattr(sys.modules[name], ROTARY, functools.partial(_rotate, function))
     try:
         yield
     finally:
-        for namespace, function in zip(namespaces, stock, strict=True):
-            namespace[ROTARY] = function
+        for name, function in stock.items():
+            setattr(sys.modules[name], ROTARY, function)
 
 
 def _rotate(stock: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
@@ -345,11 +346,9 @@ class CheckpointedForward:
     separate cache both times: the second run would otherwise find what the first one had added.
     """
 
-    def __init__(
-        self, layer: nn.Module, forwards: dict[nn.Module, Forward], rotary_globals: list[dict[str, Any]]
-    ) -> None:
+    def __init__(self, layer: nn.Module, forwards: dict[nn.Module, Forward], rotary_modules: list[str]) -> None:
         self.plain_forward: Forward = layer.forward
-        self.rotary_globals = rotary_globals
+        self.rotary_modules = rotary_modules
         self.part_forwards = {module: forwards[module] for module in layer.modules() if module in forwards}
         self.layer_name = type(layer).__name__
         self.layer_index: int | None = None
@@ -378,7 +377,7 @@ class CheckpointedForward:
     @contextlib.contextmanager
     def _with_parts(self) -> Iterator[None]:
         """Inside, the layer's parts run as in the first run: the backward pass comes after `use_kernels` has ended."""
-        with replace_forwards(self.part_forwards), _replace_rotations(self.rotary_globals):
+        with replace_forwards(self.part_forwards), _replace_rotations(self.rotary_modules):
             yield
 
     def _call_with_cache(
