@@ -1,15 +1,13 @@
 """`python -m studies NAME --config FILE`: the experiments of papers, on packaged data."""
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from softprompts.cli import main
-from softprompts.cli.options import Device, Dtype, Json, Model, OutDirectory, Quantize, Sets, model_changes
 from softprompts.cli.screen import out, show_arms
-from softprompts.cli.train import carry_out, read_plan
+from softprompts.cli.train import PlanParts, plan_command
 
 app = typer.Typer(
     add_completion=False,
@@ -21,39 +19,21 @@ app = typer.Typer(
 
 
 @app.command()
-def vectors(
-    config: Annotated[Path, typer.Option("--config", help="A YAML file with tasks and unseen targets.")],
-    out_dir: OutDirectory = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    sets: Sets = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+@plan_command("A YAML file with tasks and unseen targets.")
+def vectors() -> PlanParts:
     """Task prompt vectors: do they depend on their start, do sums work, do they help with few examples?"""
     from studies.task_prompt_vectors import Study, execute
 
-    plan = read_plan(config, Study, out_dir, model_changes(model, device, dtype, quantize), sets)
-    carry_out(plan, execute, show_claims, as_json)
+    return Study, execute, show_claims
 
 
 @app.command()
-def instance(
-    config: Annotated[Path, typer.Option("--config", help="A YAML file with tasks and the methods to compare.")],
-    out_dir: OutDirectory = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    sets: Sets = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+@plan_command("A YAML file with tasks and the methods to compare.")
+def instance() -> PlanParts:
     """Prompts that look at the input, and deep prompts, beside prompt tuning: what they gain and what they cost."""
     from studies.instance_prompts import Study, execute
 
-    plan = read_plan(config, Study, out_dir, model_changes(model, device, dtype, quantize), sets)
-    carry_out(plan, execute, show_comparison, as_json)
+    return Study, execute, show_comparison
 
 
 def show_claims(results: Mapping[str, Any]) -> None:

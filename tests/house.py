@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tokenize
 import tomllib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,11 @@ HEAVY = frozenset(
 """Packages that `from softprompts import SoftPromptModel` must not add to what transformers imports by itself."""
 
 NECESSARY = frozenset({"torch", "transformers", "safetensors", "pydantic"})
+
+WITHOUT_CODE = frozenset(
+    {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+)
+"""Tokens that alone make no line of code."""
 
 RELATIONS: Mapping[str, Callable[[float, float], bool]] = {
     "at most": operator.le,
@@ -462,9 +468,23 @@ def measure_comprehensions(checkout: "Checkout") -> Measurement:
     return Measurement(1000 * count / max(line_count(checkout.modules), 1))
 
 
-def measure_lines(checkout: "Checkout") -> Measurement:
-    """Count the source lines."""
-    return Measurement(line_count(checkout.modules))
+def measure_code_lines(checkout: "Checkout") -> Measurement:
+    """Count the source lines that hold code: no docstrings, comments and blank lines (ADR 9)."""
+    return Measurement(sum(code_line_count(module) for module in checkout.modules.values()))
+
+
+def code_line_count(module: Module) -> int:
+    """The number of a module's lines with code; strings that are statements are documentation."""
+    documentation: set[int] = set()
+    for node in ast.walk(module.tree):
+        is_string = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if is_string and isinstance(node.value.value, str):
+            documentation.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(module.text).readline):
+        if token.type not in WITHOUT_CODE:
+            code.update(range(token.start[0], token.end[0] + 1))
+    return len(code - documentation)
 
 
 def measure_unused_dependencies(checkout: "Checkout") -> Measurement:
@@ -680,7 +700,7 @@ LIMITS: Mapping[str, Limit] = {
     "content-free names in percent": Limit(measure_content_free_names, "under", 0.5),
     "comprehensions with two `for`": Limit(measure_double_comprehensions, "exactly", 0),
     "comprehensions per 1,000 lines": Limit(measure_comprehensions, "under", 25),
-    "source lines": Limit(measure_lines, "under", 18_500),
+    "lines of code": Limit(measure_code_lines, "under", 18_500),
     "dependencies that nothing imports": Limit(measure_unused_dependencies, "exactly", 0),
     "heavy packages imported with the model": Limit(measure_heavy_imports, "exactly", 0),
 }
@@ -688,12 +708,13 @@ LIMITS: Mapping[str, Limit] = {
 
 
 def describe_sizes(checkout: Checkout, count: int = 5) -> list[str]:
-    """Lines that name the largest files and functions, which have no limit."""
+    """Lines on size in all and on the largest files and functions, which have no limit."""
     files = sorted(checkout.modules.values(), key=lambda module: len(module.text.splitlines()), reverse=True)
     functions = sorted(functions_of(checkout.modules), key=lambda function: function.lines, reverse=True)
     shown = [f"{module.name} {len(module.text.splitlines())}" for module in files[:count]]
     longest = [f"{function.name} {function.lines}" for function in functions[:count]]
-    return [f"largest files (lines): {', '.join(shown)}", f"longest functions (lines): {', '.join(longest)}"]
+    total = f"lines of all kinds: {line_count(checkout.modules):,}"
+    return [total, f"largest files (lines): {', '.join(shown)}", f"longest functions (lines): {', '.join(longest)}"]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from artifacts import D, assert_equal, example, fingerprint
 from softprompts.artifacts import artifact as a
-from softprompts.artifacts.fingerprint import sketch_distance
+from softprompts.artifacts.fingerprint import check_fingerprint, sketch_distance
 from softprompts.errors import WrongBackboneError
 
 
@@ -18,13 +18,13 @@ def saved(tmp_path: Path) -> Path:
 
 
 def test_equal_weights_pass_in_silence() -> None:
-    assert a.check_fingerprint(fingerprint(), fingerprint()) == []
+    assert check_fingerprint(fingerprint(), fingerprint()) == []
     noisy = fingerprint(sketch=fingerprint().sketch * (1 + 5e-5))
-    assert a.check_fingerprint(fingerprint(), noisy) == []
+    assert check_fingerprint(fingerprint(), noisy) == []
 
 
 def test_no_fingerprint_warns() -> None:
-    assert a.check_fingerprint(None, fingerprint()) == [
+    assert check_fingerprint(None, fingerprint()) == [
         "this prompt has no fingerprint: PEFT's files do not name the weights it was trained on"
     ]
 
@@ -33,27 +33,27 @@ def test_another_architecture_names_each_difference_and_cannot_be_overridden() -
     facts = {**fingerprint().architecture, "hidden_size": 16, "model_type": "gpt2"}
     for allow in (False, True):
         with pytest.raises(WrongBackboneError) as caught:
-            a.check_fingerprint(fingerprint(), fingerprint(architecture=facts), allow)
+            check_fingerprint(fingerprint(), fingerprint(architecture=facts), allow)
         assert "model_type 'llama', here 'gpt2'; hidden_size 8, here 16" in str(caught.value)
     facts.pop("hidden_size")
     with pytest.raises(WrongBackboneError, match="hidden_size 8, here None"):
-        a.check_fingerprint(fingerprint(), fingerprint(architecture=facts))
+        check_fingerprint(fingerprint(), fingerprint(architecture=facts))
     with pytest.raises(WrongBackboneError, match=r"sketch \[32, 8\], here \[32, 9\]"):
-        a.check_fingerprint(fingerprint(), fingerprint(sketch=torch.ones(32, 9)), True)
+        check_fingerprint(fingerprint(), fingerprint(sketch=torch.ones(32, 9)), True)
 
 
 def test_facts_survive_json_and_later_facts_do_not_count(tmp_path: Path) -> None:
     current = fingerprint(architecture={**fingerprint().architecture, "kv": (2, 4)})
     loaded = a.load(a.save(example(fingerprint=current), tmp_path / "x")).fingerprint
-    assert a.check_fingerprint(loaded, current) == []
-    assert a.check_fingerprint(fingerprint(), current) == []
+    assert check_fingerprint(loaded, current) == []
+    assert check_fingerprint(fingerprint(), current) == []
 
 
 def test_another_tokenizer_warns() -> None:
-    assert a.check_fingerprint(fingerprint(), fingerprint(tokenizer="beef")) == [
+    assert check_fingerprint(fingerprint(), fingerprint(tokenizer="beef")) == [
         "the tokenizer differs from the one this prompt was made with"
     ]
-    assert a.check_fingerprint(fingerprint(), fingerprint(tokenizer=None)) == []
+    assert check_fingerprint(fingerprint(), fingerprint(tokenizer=None)) == []
 
 
 @pytest.mark.parametrize(
@@ -75,13 +75,13 @@ def test_other_weights_are_refused_unless_allowed(saved_dtype: str, dtype: str, 
     one = fingerprint(dtype=saved_dtype)
     two = fingerprint(dtype=dtype, sketch=one.sketch * (1 + moved))
     if fits:
-        assert a.check_fingerprint(one, two) == []
+        assert check_fingerprint(one, two) == []
         return
     with pytest.raises(WrongBackboneError) as caught:
-        a.check_fingerprint(one, two)
+        check_fingerprint(one, two)
     if dtype != "gptq":
         assert f"sketch distance {sketch_distance(one.sketch, two.sketch):.3g}, allowed" in str(caught.value)
-    (warning,) = a.check_fingerprint(one, two, allow_other_weights=True)
+    (warning,) = check_fingerprint(one, two, allow_other_weights=True)
     assert str(caught.value).startswith(warning)
 
 

@@ -13,6 +13,7 @@ import yaml
 from studies import instance_prompts, task_prompt_vectors
 
 import local
+import softprompts
 from softprompts import assets, errors
 from softprompts.artifacts import artifact
 from softprompts.cli.train import QUICKSTART
@@ -130,6 +131,23 @@ def test_evaluate_repeats_the_run_s_own_figure(trained, call):
     assert status == 0, err
     results = json.loads((trained / "out" / "results.json").read_text())
     assert json.loads(out)["scores"]["accuracy"]["value"] == results["summary"]["after"]["value"]
+
+
+def test_python_users_get_what_the_command_shows(trained, call):
+    prompt = trained / "out" / "prompt"
+    texts = ["the thing 1 is red", "the thing 2 is green"]
+    shown = call("predict", prompt, "--dtype", "float32", stdin="\n".join(texts))[1]
+    predictions = softprompts.predict(prompt, texts=texts, model={"dtype": "float32"})
+    assert list(predictions) == list(enumerate(lines(shown), 1))
+    shown = call("evaluate", prompt, "--json", "--dtype", "float32")[1]
+    results = softprompts.evaluate_prompts([prompt], model={"dtype": "float32"})
+    assert results["scores"]["accuracy"] == json.loads(shown)["scores"]["accuracy"]
+
+
+def test_every_public_name_loads():
+    assert sorted(softprompts.__all__) == sorted(softprompts._PUBLIC)
+    for name in softprompts.__all__:
+        assert getattr(softprompts, name).__name__ == name
 
 
 def test_evaluate_on_other_rows_with_other_label_words(trained, call, tmp_path):

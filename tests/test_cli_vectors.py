@@ -10,9 +10,10 @@ import torch
 import yaml
 
 import local
+from softprompts import search_coefficient
 from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
-from softprompts.recipes.evaluator import Evaluator
+from softprompts.recipes.evaluate_prompts import Evaluator
 from softprompts.recipes.run import run as job
 from test_study_vectors import study_values
 
@@ -223,6 +224,8 @@ def test_search_writes_the_prompt_of_the_best_coefficient(call, here, tmp_path):
     assert set(found["test"]) == {"alpha", "beta"}
     assert f"with coefficient {found['coefficient']:g}" in out
     assert "score by coefficient" in (tmp_path / "s/report.html").read_text().lower()
+    results = search_coefficient("alpha + beta", tmp_path / "python", grid=(0, 0.5, 1))
+    assert (results["coefficient"], results["test"]) == (found["coefficient"], found["test"])
     # on another task's rows only
     status, _, err = call("vector", "search", "alpha", "--on", "beta", "--coefficients", "1", "--out", tmp_path / "t")
     assert status == 0, err

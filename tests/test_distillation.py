@@ -16,6 +16,7 @@ from prompted import methods_of, plain, several
 from softprompts import injection
 from softprompts.artifacts import artifact
 from softprompts.config import DistillationConfig, PromptConfig, parse
+from softprompts.config.schema import DISTILLATION_OBJECTIVES
 from softprompts.data import collate
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
@@ -111,7 +112,7 @@ def step_of(student, teacher, temperature=1.0, row=None):
     row = torch.arange(len(student)) if row is None else row
     output = Output(student, torch.zeros(len(student), dtype=torch.long), row, label_states=student, head=lambda s: s)
     batch = rows.batch("llama", rows.texts("llama")[: int(row.max()) + 1])
-    return Step(batch, None, output, None, TeacherBatch(teacher, {}, temperature))
+    return Step(batch, None, output, TeacherBatch(teacher, {}, temperature))
 
 
 def divergence(p, q, temperature):
@@ -141,7 +142,7 @@ def test_hidden_by_the_mean_of_rows():
         None, None, torch.tensor([0, 1, 1, 1]), layer_states={key: student}, token_counts={"text": torch.tensor([2, 3])}
     )
     step = Step(
-        rows.batch("llama", rows.texts("llama")[:2]), None, output, None, TeacherBatch(torch.zeros(0), {key: teacher})
+        rows.batch("llama", rows.texts("llama")[:2]), None, output, TeacherBatch(torch.zeros(0), {key: teacher})
     )
     square = (student - teacher).square()
     expected = 0.25 * square[:2].mean() + 0.75 * square[2:].mean()
@@ -158,7 +159,7 @@ def test_hidden_by_the_mean_of_rows():
 
 def test_a_step_without_a_teacher_says_so():
     step = replace(step_of(rows.random(1, 2, 4), rows.random(1, 2, 4)), teacher=None)
-    for name in objectives.TAUGHT:
+    for name in DISTILLATION_OBJECTIVES:
         with pytest.raises(ValueError, match=r"the step has none; name them in training\.distillation"):
             objectives.OBJECTIVES[name](step)
 

@@ -15,7 +15,7 @@ from prompted import by_tensor, methods_of, prompted, spec_of, tensors
 from rows import INPUT, called
 from softprompts import backbone as b
 from softprompts import injection
-from softprompts.errors import PromptError
+from softprompts.errors import BackboneError, PromptError
 from softprompts.injection.generation import generate
 from softprompts.methods import METHODS, build, build_tasks, find, fold
 from softprompts.model import SoftPromptModel
@@ -374,7 +374,7 @@ def test_scores_and_writing_react_to_every_block(name: str, site: injection.Site
 
     def both() -> tuple[Tensor, Tensor]:
         prompt = made.make_prompts(batch)
-        step = Step(batch, prompt, made.score(batch, prompts=prompt), lambda other: made.score(batch, prompts=other))
+        step = Step(batch, prompt, made.score(batch, prompts=prompt))
         options = {"max_new_tokens": 2, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
         written = generate(made.backbone, texts, made.make_prompts(texts), site, **options)
         return objectives.task(step), torch.stack(written.scores)
@@ -426,6 +426,6 @@ def test_a_head_that_reads_something_else_is_noticed() -> None:
 
     output = bb.trunk(input_ids=torch.tensor([[5, 6]]))
     bb.model.forward = elsewhere
-    with pytest.raises(b.BackboneError, match="the head of LlamaForCausalLM does not read its trunk's output"):  # noqa: SIM117
+    with pytest.raises(BackboneError, match="the head of LlamaForCausalLM does not read its trunk's output"):  # noqa: SIM117
         with bb.replay(output):
             bb.model(input_ids=torch.tensor([[5, 6]]))

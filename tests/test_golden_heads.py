@@ -169,7 +169,7 @@ def losses(name: str, head: str, labels: Tensor, classes: int = 3) -> tuple[Tens
         given = {}
     out = bb.model(input_ids=full, **given)
     theirs = out.loss if head != "span" else spans(out, [*range(place), *range(place + 4, 10)], labels)
-    return objectives.task(Step(batch, prompt, output, lambda _: output)), theirs
+    return objectives.task(Step(batch, prompt, output)), theirs
 
 
 @torch.no_grad()
@@ -197,19 +197,18 @@ def test_losses_of_batches() -> None:
     output = injection.score(bb, batch, prompt, INPUT)
     assert output.logits.shape == (4, 1)
     expected = (output.logits[:, 0] - batch.labels).square().mean()
-    torch.testing.assert_close(objectives.task(Step(batch, prompt, output, lambda _: output)), expected)
+    torch.testing.assert_close(objectives.task(Step(batch, prompt, output)), expected)
 
 
 def test_no_labels_no_loss() -> None:
     bb = tiny.backbone("llama")
     batch = rows.batch("llama", rows.texts("llama"))
     prompt = rows.single(rows.random(0, 3, 32), 4)
-    bare = injection.score(bb, batch, None, INPUT)
     for labels in (None, torch.full_like(batch.labels, IGNORE)):
         output = injection.score(bb, replace(batch, labels=labels), prompt, INPUT)
         assert output.last_state is not None
         with pytest.raises(ValueError, match="the batch holds no label to learn from"):
-            objectives.task(Step(batch, prompt, output, lambda _: bare))
+            objectives.task(Step(batch, prompt, output))
 
 
 def test_labels_are_optional() -> None:

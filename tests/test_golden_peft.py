@@ -60,7 +60,7 @@ def loss(output: Output) -> Tensor:
     """Our task loss."""
     batch = Batch(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1))
     prompt = Prompt(torch.zeros(1, 1, 1), torch.zeros(1, 1), torch.zeros(1))
-    return objectives.task(Step(batch, prompt, output, lambda _: output))
+    return objectives.task(Step(batch, prompt, output))
 
 
 def same_loss_and_gradient(name: str, batch: Batch, path: str) -> None:

@@ -26,7 +26,7 @@ TEXTS = (5, 9, 1, 7, 3, 4)
 def loss(bb: b.Backbone, batch: Batch, prompt: Prompt, site: injection.Site, path: str | None) -> tuple[Tensor, Output]:
     """The task loss, as training sees it."""
     output = injection.score(bb, batch, prompt, site, path=path)
-    return objectives.task(Step(batch, prompt, output, lambda _: output)), output
+    return objectives.task(Step(batch, prompt, output)), output
 
 
 def apart(one: Tensor, other: Tensor) -> float:

@@ -10,13 +10,12 @@ import transformers
 import yaml
 
 import local
-from softprompts import SoftPromptModel
+from softprompts import SoftPromptModel, pretrain
 from softprompts.artifacts import artifact
 from softprompts.config import EvaluationConfig, parse
 from softprompts.errors import ArtifactError, ConfigError, TrainingError
 from softprompts.evaluation import evaluate
 from softprompts.model.soft_prompt_model import open_prompts
-from softprompts.recipes import pretrain
 from softprompts.recipes.run import run as job
 
 LENGTH = 18
@@ -206,7 +205,7 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
     run = parse(topics(values, tmp_path / "topics", **given))
     prepared = job.prepare(run)
     before = prepared.model.registry.method(prepared.prompts[0]).state_dict()
-    results = pretrain.run(run)
+    results = pretrain(run)
     assert json.loads((tmp_path / "topics" / "results.json").read_text())["scores"] == results["scores"]
     assert (tmp_path / "topics" / "report.html").is_file()
     assert results["summary"]["after"]["value"] > max(0.9, results["majority"])
@@ -227,28 +226,26 @@ def test_pretraining_is_where_a_run_begins(values: dict[str, Any], tmp_path: Pat
 
 
 def test_pretraining_goes_on_bit_for_bit(values: dict[str, Any], tmp_path: Path) -> None:
-    pretrain.run(parse(topics(values, tmp_path / "whole")))
+    pretrain(parse(topics(values, tmp_path / "whole")))
     cut = parse(topics(values, tmp_path / "cut"))
     with pytest.raises(KeyboardInterrupt):
-        pretrain.run(cut, stopping(33))
+        pretrain(cut, stopping(33))
     assert not (tmp_path / "cut" / "results.json").exists()
-    results = pretrain.run(cut)
+    results = pretrain(cut)
     assert [step["step"] for step in results["curve"]] == list(range(1, 61))
     one, two = (artifact.load(tmp_path / name / "prompt") for name in ("whole", "cut"))
     assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
     with pytest.raises(TrainingError, match=r"belongs to a run with other settings .*rate was 0.3, is now 0.2"):
-        pretrain.run(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
+        pretrain(cut.model_copy(update={"training": cut.training.model_copy(update={"learning_rate": 0.2})}))
 
 
 def test_what_is_found_wrong_before_and_after(values: dict[str, Any], tmp_path: Path) -> None:
     """A place that cannot be written to before any step, and, opened, that a table alone answers nothing."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write into .*file/out: .*choose another directory with --out"):
-        pretrain.run(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
+        pretrain(parse(topics(values, tmp_path / "file" / "out")), stopping(0))
     run = parse(topics(values, tmp_path / "topics", base="start"))
-    pretrain.run(
-        run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})})
-    )
+    pretrain(run.model_copy(update={"training": run.training.model_copy(update={"max_steps": 2, "eval_steps": None})}))
     with pytest.raises(
         ArtifactError, match="holds what pretraining taught method ipt and answers no task; train a run"
     ):
@@ -260,7 +257,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
     for seed in (0, 1):
         run = parse({**topics(values, tmp_path / f"topics{seed}"), "seed": seed})
         short = run.training.model_copy(update={"max_steps": 2, "eval_steps": None})
-        pretrain.run(run.model_copy(update={"training": short}))
+        pretrain(run.model_copy(update={"training": short}))
     values["prompt"]["init"] = {"state": str(tmp_path / "state")}
     (tmp_path / "topics0" / "prompt").rename(tmp_path / "state")
     job.run(parse(values))
@@ -289,7 +286,7 @@ def test_a_run_does_not_go_on_from_another_pretraining(values: dict[str, Any], t
 )
 def test_what_pretraining_refuses(values: dict[str, Any], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        pretrain.run(parse({**values, **changes}))
+        pretrain(parse({**values, **changes}))
 
 
 def test_the_commands(values: dict[str, Any], call: Any, tmp_path: Path) -> None:

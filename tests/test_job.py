@@ -10,6 +10,7 @@ import local
 import tokenizers_tiny
 from softprompts import SoftPromptModel, assets, backbone, injection, methods
 from softprompts.artifacts import artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.backbone import loading
 from softprompts.backbone.kernels import Kernels
 from softprompts.config import EvaluationConfig, Run, parse
@@ -48,7 +49,7 @@ def test_the_artifact_tells_where_it_came_from(values, tmp_path):
     assert torch.equal(made.initial, again.init.prompt)
     assert made.config["task"]["template"] == "{text}:"
     assert made.scores["accuracy"]["value"] == results["summary"]["after"]["value"]
-    artifact.check_fingerprint(made.fingerprint, backbone.fingerprint(again.model.backbone))
+    check_fingerprint(made.fingerprint, backbone.fingerprint(again.model.backbone))
 
 
 class Halved(PromptTuning):

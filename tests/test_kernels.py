@@ -25,6 +25,8 @@ USED = [2, 0, 0, 1, 2, 0, 1, 1, 0, 2]
 MANY = {
     "onednn": Kernels(matmul_backend="onednn"),
     "fused": Kernels(packed_attention="fused"),
+    "fused parts": Kernels(),
+    "fused parts, cache": Kernels(path="shared"),
     "whole last layer": Kernels(trim_last_layer=False),
     "again": Kernels(gradient_checkpointing=True),
     "again, onednn": Kernels(gradient_checkpointing=True, matmul_backend="onednn"),
@@ -63,7 +65,8 @@ def test_kernels(name: str, site: injection.Site, kind: str) -> None:
             step(changed, name, site)
         return
     path = rows.paths(name, site)[-1] if name in tiny.CAUSAL else None
-    expected, gradients = step(replace(plain, kernels=Kernels(path="shared")), name, site, path=path)
+    stock = replace(plain, kernels=Kernels(path="shared", fuse_elementwise=False))
+    expected, gradients = step(stock, name, site, path=path)
     before = state(plain)
     output, found = step(changed, name, site)
     assert state(plain) == before
@@ -90,6 +93,128 @@ def test_the_model_is_as_before_after_an_error() -> None:
         step(bb, "llama", INPUT)
     handle.remove()
     assert state(bb) == before
+
+
+FUSED = {
+    "llama": (7, 1),
+    "qwen3": (13, 1),
+    "gemma2": (13, 1),
+    "gemma3": (19, 1),
+    "phi": (0, 1),
+    "gpt2": (0, 0),
+    "t5": (12, 0),
+}
+"""RMS norms (of every layer, and the last one) and modules with a rotation by halves."""
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_norms_and_rotations_of_frozen_models_are_fused(name: str) -> None:
+    parts = kernels.FusedParts.of(tiny.backbone(name).model)
+    assert (len(parts.norms), len(parts.rotary_globals)) == FUSED[name]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_fused_norm_has_the_stock_norm_s_values_and_gradient(name: str) -> None:
+    parts = kernels.FusedParts.of(tiny.backbone(name).model)
+    assert parts.norms
+    for norm, fused in parts.norms.items():
+        x = (3 * rows.random(1, 6, norm.weight.shape[0])).requires_grad_()
+        upstream = rows.random(2, 6, norm.weight.shape[0])
+        (gradient,) = torch.autograd.grad(fused(x), x, upstream)
+        (stock_gradient,) = torch.autograd.grad(norm(x), x, upstream)
+        torch.testing.assert_close(fused(x), norm(x), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradient, stock_gradient, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_of_fused_parts_agree_with_finite_differences() -> None:
+    x = rows.random(1, 3, 8).double().requires_grad_()
+    scale = rows.random(2, 1, 8)[0].double()
+    angles = rows.random(3, 3, 8).double()
+    assert torch.autograd.gradcheck(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3), x)
+    assert torch.autograd.gradcheck(lambda x: kernels._Rotation.apply(x, angles.cos(), angles.sin()), x)
+    # Cosines and sines of pairs need not be equal: models with scaled angles multiply them.
+    assert torch.autograd.gradcheck(lambda x: kernels._Rotation.apply(x, angles, angles.flip(0)), x)
+
+
+def test_a_trained_norm_is_the_stock_norm() -> None:
+    model = b.wrap(tiny.model("llama")).model
+    parts = kernels.FusedParts.of(model)
+    norm, fused = next(iter(parts.norms.items()))
+    norm.weight.requires_grad_(True)
+    x = rows.random(1, 6, 32)
+    fused(x).square().sum().backward()
+    assert norm.weight.grad is not None
+    assert norm.weight.grad.abs().sum() > 0
+    assert norm not in kernels.FusedParts.of(model).norms
+    norm.to(torch.float64)
+    assert fused(x.double()).dtype == torch.float64
+
+
+def test_parts_of_other_types_are_not_fused() -> None:
+    model = b.wrap(tiny.model("llama")).model
+    for dtype in (torch.float64, torch.bfloat16):
+        assert not kernels.FusedParts.of(model.to(dtype)).norms
+    assert kernels.FusedParts.of(model.to(torch.float32)).norms
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 8), (1, 2, 3, 12)])
+def test_rotations_that_differ_stay_with_the_model(shape: tuple[int, ...]) -> None:
+    """Angles for a part of each head, and another type, are rotated by the model's own function."""
+    calls = []
+
+    def stock(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        calls.append(unsqueeze_dim)
+        return q, k
+
+    q = torch.zeros(shape)
+    cos = torch.ones(1, 3, 8)
+    kernels._rotate(stock, q, q, cos, cos, unsqueeze_dim=1)
+    assert calls == ([1] if shape[-1] != 8 else [])
+    kernels._rotate(stock, q.double(), q.double(), cos.double(), cos.double())
+    assert calls[-1:] == [1]
+
+
+def test_other_rotations_are_told_apart() -> None:
+    def interleaved(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        def rotate(x: Tensor) -> Tensor:
+            turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+            return x * cos.unsqueeze(unsqueeze_dim) + turned * sin.unsqueeze(unsqueeze_dim)
+
+        return rotate(q), rotate(k)
+
+    assert not kernels._rotates_halves(interleaved)
+    assert not kernels._rotates_halves(lambda q, k, cos: (q, k))
+    assert not kernels._rotates_halves(None)
+
+
+def test_the_model_s_rotation_is_back_after_an_error() -> None:
+    from transformers.models.llama import modeling_llama
+
+    stock = modeling_llama.apply_rotary_pos_emb
+    model = tiny.backbone("llama").model
+    rotations = []
+
+    def broken(*_: Any) -> None:
+        rotations.append(modeling_llama.apply_rotary_pos_emb)
+        raise RuntimeError("broken")
+
+    handle = model.get_input_embeddings().register_forward_hook(broken)
+    with pytest.raises(RuntimeError, match="broken"), kernels.use_kernels(model, Kernels(), {}):
+        model(torch.ones(1, 2, dtype=torch.long))
+    handle.remove()
+    assert rotations != [stock]
+    assert modeling_llama.apply_rotary_pos_emb is stock
+
+
+@pytest.mark.parametrize("path", ["packed", "shared"])
+def test_recomputed_layers_use_the_same_fused_parts(path: str) -> None:
+    """The backward pass comes after the kernels' context has ended, and must round as the first run did."""
+    stored, recomputed = (
+        step(replace(tiny.backbone("llama"), kernels=Kernels(path=path, gradient_checkpointing=again)), "llama", INPUT)
+        for again in (False, True)
+    )
+    for gradient, again in zip(stored[1], recomputed[1], strict=True):
+        assert torch.equal(gradient, again)
 
 
 def seen(module: Any, run: Callable[[], Any]) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ from softprompts.types import IGNORE, Output, Step
 
 def loss(logits, labels):
     output = Output(torch.tensor(logits), torch.tensor(labels), torch.arange(len(labels)))
-    return float(objectives.task(Step(None, None, output, None)))
+    return float(objectives.task(Step(None, None, output)))
 
 
 def test_classes_count_but_ignored_labels_do_not():
@@ -31,7 +31,7 @@ def test_nothing_to_learn_from_is_said():
 
 
 def test_objectives_are_weighed_and_unknown_ones_refused():
-    step = Step(None, None, Output(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), torch.tensor([0])), None)
+    step = Step(None, None, Output(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), torch.tensor([0])))
     assert float(objectives.weigh({"task": 0.5})(step)) == pytest.approx(0.5 * math.log(2))
     with pytest.raises(ConfigError, match="did you mean 'task'"):
         objectives.weigh({"tusk": 1.0})

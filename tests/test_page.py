@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from softprompts.artifacts import io
+from softprompts.errors import ArtifactError
 from softprompts.evaluation.metrics import confusion, per_class, score
 from softprompts.evaluation.page import write_page, write_results
 from softprompts.evaluation.plots import COLORS, Line, heatmap, interval_plot, line_plot, smooth, thin
@@ -354,12 +356,12 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, write):
     write(path, {"title": "old", "task": "x"})
     old = path.read_bytes()
 
-    def fail(self, *rest, **more):
-        self.write_bytes(b"half")
+    def fail(target, data):
+        target.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(io, "_write_through", fail)
+    with pytest.raises(ArtifactError, match="cannot be written: disk full"):
         write(path, {"title": "new", "task": "x"})
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]

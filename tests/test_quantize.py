@@ -14,7 +14,7 @@ from prompted import prompted
 from rows import called
 from softprompts import assets, backbone, injection
 from softprompts.artifacts import artifact
-from softprompts.artifacts.fingerprint import BANDS, sketch_distance
+from softprompts.artifacts.fingerprint import BANDS, check_fingerprint, sketch_distance
 from softprompts.backbone import loading, quantization
 from softprompts.config import parse
 from softprompts.errors import BackboneError, WrongBackboneError
@@ -196,9 +196,7 @@ def test_a_model_that_transformers_quantized_is_named():
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     assert backbone.wrap(model).quantization == "gptq"
     with pytest.raises(WrongBackboneError, match="sketches in gptq cannot be compared"):
-        artifact.check_fingerprint(
-            backbone.fingerprint(tiny.backbone("llama")), backbone.fingerprint(backbone.wrap(model))
-        )
+        check_fingerprint(backbone.fingerprint(tiny.backbone("llama")), backbone.fingerprint(backbone.wrap(model)))
 
 
 @pytest.mark.parametrize(("trained", "used"), [(None, "int8"), ("int8", None), ("int8", "int8")])

@@ -16,8 +16,8 @@ from softprompts.config import parse
 from softprompts.errors import ArtifactError, BackboneError, ConfigError, DataError, TrainingError
 from softprompts.recipes.comparison import ALL_TARGETS, ArmResult, ArmRun, Comparison
 from softprompts.recipes.multitask import Plan, execute
-from softprompts.recipes.multitask.runs import Origins, select_arms, source_runs, target_run, teacher_runs
-from softprompts.recipes.multitask.summary import summarize
+from softprompts.recipes.multitask.plan import Origins, select_arms, source_runs, target_run, teacher_runs
+from softprompts.recipes.multitask.stages import summarize
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
 from softprompts.training import backbone_weights, distillation

@@ -17,7 +17,7 @@ from softprompts.artifacts import artifact, vectors
 from softprompts.config import parse
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.recipes import coefficient_search as coefficient
-from softprompts.recipes.evaluator import Evaluator
+from softprompts.recipes.evaluate_prompts import Evaluator
 from softprompts.recipes.run import run as job
 from softprompts.recipes.run.prepare import ProgressReporter
 from softprompts.training import objectives

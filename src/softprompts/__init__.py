@@ -8,22 +8,26 @@ __version__ = "0.1.0"
 # Names are loaded when first used, so that the command's help does not wait for torch.
 _PUBLIC = {
     "Artifact": "softprompts.artifacts.artifact",
-    "MultitaskPromptEmbedding": "softprompts.model.peft",
-    "MultitaskPromptTuningConfig": "softprompts.model.peft",
-    "MultitaskPromptTuningInit": "softprompts.model.peft",
+    "MultitaskPromptEmbedding": "softprompts.model.peft.multitask",
+    "MultitaskPromptTuningConfig": "softprompts.model.peft.multitask",
+    "MultitaskPromptTuningInit": "softprompts.model.peft.multitask",
     "PromptConfig": "softprompts.config",
-    "PromptEmbedding": "softprompts.model.peft",
-    "PromptTuningConfig": "softprompts.model.peft",
-    "PromptTuningInit": "softprompts.model.peft",
+    "PromptEmbedding": "softprompts.model.peft.prompt_tuning",
+    "PromptTuningConfig": "softprompts.model.peft.prompt_tuning",
+    "PromptTuningInit": "softprompts.model.peft.prompt_tuning",
     "Run": "softprompts.config",
     "SoftPromptModel": "softprompts.model",
     "SoftPromptsError": "softprompts.errors",
     "TaskConfig": "softprompts.config",
     "TaskTemplate": "softprompts.data",
-    "TaskType": "softprompts.model.peft",
+    "TaskType": "softprompts.model.peft.prompt_tuning",
     "TrainConfig": "softprompts.config",
     "evaluate": "softprompts.evaluation.evaluate",
+    "evaluate_prompts": "softprompts.recipes.evaluate_prompts",
     "load_task": "softprompts.data",
+    "predict": "softprompts.recipes.predict",
+    "pretrain": "softprompts.recipes.pretrain",
+    "search_coefficient": "softprompts.recipes.coefficient_search",
     "train": "softprompts.training.loop",
 }
 
@@ -38,13 +42,17 @@ if TYPE_CHECKING:
     from softprompts.errors import SoftPromptsError as SoftPromptsError
     from softprompts.evaluation.evaluate import evaluate as evaluate
     from softprompts.model import SoftPromptModel as SoftPromptModel
-    from softprompts.model.peft import MultitaskPromptEmbedding as MultitaskPromptEmbedding
-    from softprompts.model.peft import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
-    from softprompts.model.peft import MultitaskPromptTuningInit as MultitaskPromptTuningInit
-    from softprompts.model.peft import PromptEmbedding as PromptEmbedding
-    from softprompts.model.peft import PromptTuningConfig as PromptTuningConfig
-    from softprompts.model.peft import PromptTuningInit as PromptTuningInit
-    from softprompts.model.peft import TaskType as TaskType
+    from softprompts.model.peft.multitask import MultitaskPromptEmbedding as MultitaskPromptEmbedding
+    from softprompts.model.peft.multitask import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from softprompts.model.peft.multitask import MultitaskPromptTuningInit as MultitaskPromptTuningInit
+    from softprompts.model.peft.prompt_tuning import PromptEmbedding as PromptEmbedding
+    from softprompts.model.peft.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from softprompts.model.peft.prompt_tuning import PromptTuningInit as PromptTuningInit
+    from softprompts.model.peft.prompt_tuning import TaskType as TaskType
+    from softprompts.recipes.coefficient_search import search_coefficient as search_coefficient
+    from softprompts.recipes.evaluate_prompts import evaluate_prompts as evaluate_prompts
+    from softprompts.recipes.predict import predict as predict
+    from softprompts.recipes.pretrain import pretrain as pretrain
     from softprompts.training.loop import train as train
 
 __all__ = [
@@ -64,7 +72,11 @@ __all__ = [
     "TaskType",
     "TrainConfig",
     "evaluate",
+    "evaluate_prompts",
     "load_task",
+    "predict",
+    "pretrain",
+    "search_coefficient",
     "train",
 ]
 

@@ -306,14 +306,12 @@ class Step:
         batch: The rows.
         prompt: Their prompts.
         output: Their scores.
-        rerun: Scores the batch with another prompt; None: without one.
         teacher: A teacher's outputs for the same rows, or None.
     """
 
     batch: Batch
     prompt: Prompt
     output: Output
-    rerun: Callable[[Prompt | None], Output]
     teacher: TeacherBatch | None = None
 
 
@@ -467,7 +465,7 @@ def _mix_measures(prompts: Sequence[Prompt], rows: Sequence[Tensor]) -> dict[str
     for name in names:
         parts = [prompt.aux[name] for prompt in prompts]
         if all(part.dim() == 0 for part in parts):
-            counts = torch.tensor([len(index) for index in rows], device=parts[0].device, dtype=parts[0].dtype)
+            counts = torch.tensor(list(map(len, rows)), device=parts[0].device, dtype=parts[0].dtype)
             mixed[name] = (torch.stack(parts) * counts).sum() / counts.sum()
         elif len({part.shape[1:] for part in parts}) == 1:
             mixed[name] = torch.cat(parts)[order]

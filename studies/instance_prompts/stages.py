@@ -11,8 +11,9 @@ from softprompts.config.sweep import sweep
 from softprompts.data import Task
 from softprompts.errors import ConfigError
 from softprompts.evaluation import page
-from softprompts.recipes import comparison, pretrain, stages
+from softprompts.recipes import comparison, stages
 from softprompts.recipes.comparison import ArmResult, ArmRun, Comparison, size_name
+from softprompts.recipes.pretrain import pretrain
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter, prepare
 from softprompts.training import backbone_weights
@@ -61,7 +62,7 @@ def _pretrain(study: Study, reporter: ProgressReporter) -> dict[str, dict[str, A
         if study.known[name].pretrain:
             run = pretrain_run(study, name)
             settings = {"run": stages.explicit_settings(run)}
-            make_results = functools.partial(pretrain.run, run, reporter)
+            make_results = functools.partial(pretrain, run, reporter)
             title = f"pretraining of {name}"
             results[name] = stages.run_stage(title, Path(run.output_dir), settings, reporter, make_results)
     return results

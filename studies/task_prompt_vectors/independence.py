@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
-from softprompts.recipes.evaluator import Evaluator
+from softprompts.recipes.evaluate_prompts import Evaluator
 from softprompts.recipes.run.run import ProgressReporter
 
 CONDITIONS = {

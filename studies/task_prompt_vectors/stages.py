@@ -22,7 +22,7 @@ from softprompts.evaluation import page
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.recipes import multitask, stages
-from softprompts.recipes.evaluator import Evaluator, load_evaluator
+from softprompts.recipes.evaluate_prompts import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
 from softprompts.recipes.run.run import ProgressReporter
 from studies.task_prompt_vectors import independence, sums

@@ -9,7 +9,7 @@ from torch import Tensor
 from softprompts.artifacts import vectors
 from softprompts.artifacts.vectors import Vector
 from softprompts.recipes.coefficient_search import choose_coefficient
-from softprompts.recipes.evaluator import Evaluator
+from softprompts.recipes.evaluate_prompts import Evaluator
 from softprompts.recipes.run.run import ProgressReporter
 
 KEPT_SHARE = 0.9

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from softprompts.artifacts import collection, peft_files
-from softprompts.artifacts.fingerprint import check_fingerprint as check_fingerprint
-from softprompts.artifacts.fingerprint import rms
+from softprompts.artifacts.fingerprint import rms, tensor_bytes
 from softprompts.artifacts.io import (
+    add_prefix,
     decode_tensors,
     encode_json,
     encode_tensors,
@@ -26,6 +26,7 @@ from softprompts.artifacts.io import (
     read_json,
     read_tensors,
     replace_directory,
+    take_prefix,
     to_json,
     to_number,
 )
@@ -125,7 +126,7 @@ class Artifact:
             tensors = [self.prompt]
         sha256 = hashlib.sha256(json.dumps(to_json(facts, "digest"), sort_keys=True).encode() + b"\0")
         for tensor in tensors:
-            sha256.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            sha256.update(tensor_bytes(tensor))
         return sha256.hexdigest()
 
     @property
@@ -230,7 +231,7 @@ def inspect(directory: str | Path) -> dict[str, Any]:
         "rms_initial": None if initial is None else rms(initial),
         "distance": distance,
         "fingerprint": _fingerprint_facts(artifact.fingerprint),
-        "peft": _why_not_peft(artifact) or True,
+        "peft": why_not_peft(artifact) or True,
         "parents": list(artifact.parents),
         "segments": list(artifact.segments),
         "sum": artifact.vector_sum,
@@ -246,7 +247,7 @@ def _count_parameters(artifact: Artifact) -> int:
     state = artifact.state
     if not state and artifact.prompt is not None:
         state = {"prompt": artifact.prompt}
-    count = sum(value.numel() for value in artifact.heads.values())
+    count = sum(map(torch.numel, artifact.heads.values()))
     for name, value in state.items():
         if name.split(".")[-1] not in frozen:
             count += value.numel()
@@ -256,7 +257,7 @@ def _count_parameters(artifact: Artifact) -> int:
 def _contents(artifact: Artifact, path: Path) -> dict[str, bytes]:
     """Every file of the directory, made and checked before the disk is touched."""
     _check(artifact, path)
-    reason = _why_not_peft(artifact)
+    reason = why_not_peft(artifact)
     tensor_files = {TENSORS: encode_tensors(_tensors(artifact), {"format": "pt"}, path / TENSORS)}
     if reason is None:
         tensors = peft_files.adapter_tensors(artifact.require_prompt(path), artifact.heads)
@@ -278,17 +279,21 @@ def _contents(artifact: Artifact, path: Path) -> dict[str, bytes]:
     files[MANIFEST] = encode_json(manifest, path / MANIFEST)
     files[CARD] = _card(artifact, reason).encode()
     if reason is None:
-        config = peft_files.adapter_config(
-            shape=(artifact.shape[0], artifact.shape[1]),
-            family=artifact.family,
-            head=artifact.head,
-            heads=artifact.heads,
-            backbone=artifact.backbone,
-            revision=artifact.revision,
-            architecture=artifact.fingerprint.architecture if artifact.fingerprint else {},
-        )
-        files[peft_files.CONFIG] = encode_json(config, path / peft_files.CONFIG)
+        files[peft_files.CONFIG] = encode_json(peft_config(artifact), path / peft_files.CONFIG)
     return files
+
+
+def peft_config(artifact: Artifact) -> dict[str, Any]:
+    """The content of PEFT's `adapter_config.json` for an artifact."""
+    return peft_files.adapter_config(
+        shape=(artifact.shape[0], artifact.shape[1]),
+        family=artifact.family,
+        head=artifact.head,
+        heads=artifact.heads,
+        backbone=artifact.backbone,
+        revision=artifact.revision,
+        architecture=artifact.fingerprint.architecture if artifact.fingerprint else {},
+    )
 
 
 def _check(artifact: Artifact, path: Path) -> None:
@@ -315,8 +320,7 @@ def _check(artifact: Artifact, path: Path) -> None:
 
 def _tensors(artifact: Artifact) -> dict[str, Tensor]:
     """The tensors of `softprompts.safetensors`."""
-    tensors = {f"state.{name}": value for name, value in artifact.state.items()}
-    tensors |= {f"head.{name}": value for name, value in artifact.heads.items()}
+    tensors = add_prefix("state.", artifact.state) | add_prefix("head.", artifact.heads)
     if artifact.prompt is not None:
         tensors["prompt"] = artifact.prompt
     if artifact.initial is not None:
@@ -334,14 +338,13 @@ def _load_softprompts(path: Path) -> Artifact:
     fingerprint = None
     if manifest.fingerprint is not None:
         fingerprint = Fingerprint(sketch=tensors["sketch"], **manifest.fingerprint.model_dump())
-    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
     converted = ("fingerprint", "parents", "segments")
     artifact = Artifact(
         **{key: getattr(manifest, key) for key in _SHARED_KEYS if key not in converted},
         prompt=tensors.get("prompt"),
         initial=tensors.get("initial"),
-        state=upgrade_state(manifest.method, state, manifest.format_version),
-        heads={name.removeprefix("head."): value for name, value in tensors.items() if name.startswith("head.")},
+        state=upgrade_state(manifest.method, take_prefix("state.", tensors), manifest.format_version),
+        heads=take_prefix("head.", tensors),
         fingerprint=fingerprint,
         parents=tuple(manifest.parents),
         segments=tuple(manifest.segments),
@@ -441,7 +444,7 @@ def _fingerprint_facts(fingerprint: Fingerprint | None) -> dict[str, Any] | None
     return {key: getattr(fingerprint, key) for key in ("architecture", "tokenizer", "dtype")}
 
 
-def _why_not_peft(artifact: Artifact) -> str | None:
+def why_not_peft(artifact: Artifact) -> str | None:
     """Why PEFT cannot load the prompt; None where it can."""
     if artifact.prompt is None:
         return f"method {artifact.method}: it has no plain prompt, and PEFT stores one matrix"
@@ -516,6 +519,6 @@ def _null_nonfinite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _null_nonfinite(score) for key, score in value.items()}
     if isinstance(value, list | tuple):
-        return [_null_nonfinite(score) for score in value]
+        return list(map(_null_nonfinite, value))
     value = to_number(value)
     return None if isinstance(value, float) and not math.isfinite(value) else value

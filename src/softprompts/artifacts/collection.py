@@ -77,7 +77,7 @@ def write_index(path: Path, index: CollectionIndex, peft: PeftFiles | str | None
     """
     values: dict[str, Any] = {"tasks": list(index.tasks)}
     if index.groups:
-        values["groups"] = [list(group) for group in index.groups]
+        values["groups"] = list(map(list, index.groups))
     if isinstance(peft, PeftFiles):
         write_tensors(path / peft_files.TENSORS, peft.tensors, {"format": "pt"})
         write_json(path / peft_files.CONFIG, peft.config)
@@ -129,8 +129,7 @@ def member_groups(path: Path) -> list[list[CollectionMember]]:
         group_of: dict[str, tuple[str, ...]] = {name: (name,) for name in index.tasks}
         for group in index.groups:
             group_of |= dict.fromkeys(group, group)
-        distinct = dict.fromkeys(group_of[name] for name in index.tasks)
-        return [[members[name] for name in group] for group in distinct]
+        return [[members[name] for name in group] for group in dict.fromkeys(group_of.values())]
     count = 1
     if not (path / MANIFEST).is_file() and (path / peft_files.CONFIG).is_file():
         count = peft_files.count_tasks(read_json(path / peft_files.CONFIG))
@@ -197,7 +196,7 @@ def _are_names(value: Any) -> bool:
 
 def _are_groups(value: Any, tasks: list[str]) -> bool:
     """Whether a JSON value is a list of lists with names of tasks, each at most once."""
-    if not isinstance(value, list) or not all(_are_names(group) for group in value):
+    if not isinstance(value, list) or not all(map(_are_names, value)):
         return False
     names = list(itertools.chain.from_iterable(value))
     return len(set(names)) == len(names) and set(names) <= set(tasks)

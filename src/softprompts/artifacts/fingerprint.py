@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from softprompts.artifacts.io import to_json
@@ -64,6 +65,11 @@ def sketch_distance(saved: Tensor, current: Tensor) -> float:
     if size:
         return difference / size
     return 0.0 if difference == 0 else math.inf
+
+
+def tensor_bytes(value: Tensor) -> bytes:
+    """The bits of a tensor of any shape and dtype, for digests."""
+    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def rms(value: Tensor) -> float:

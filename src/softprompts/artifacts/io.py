@@ -30,7 +30,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     Raises:
         ArtifactError: safetensors cannot hold the tensors, or the disk does not take the file.
     """
-    _write(Path(path), encode_tensors(tensors, metadata, Path(path)))
+    write_bytes(Path(path), encode_tensors(tensors, metadata, Path(path)))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -48,7 +48,7 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
         ArtifactError: JSON cannot hold the value, or the disk does not take the file.
     """
-    _write(Path(path), encode_json(value, Path(path)))
+    write_bytes(Path(path), encode_json(value, Path(path)))
 
 
 def read_json(path: str | Path) -> Any:
@@ -116,6 +116,16 @@ def decode_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str
         raise ArtifactError(f"{path} is cut short or is not safetensors: {_one_line(error)}") from None
     # safetensors returns tensors in a random order, and sums over all of them must not depend on it.
     return dict(sorted(tensors.items())), header.get("__metadata__", {})
+
+
+def add_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, with `prefix` in front of their names."""
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+def take_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def to_json(value: Any, name: str) -> Any:
@@ -215,7 +225,12 @@ def _move_other_files(old: Path, new: Path, known: Collection[str]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one step, as `write_tensors` does.
+
+    Raises:
+        ArtifactError: The disk does not take the file.
+    """
     new = path.with_name(f".{path.name}.new-{secrets.token_hex(4)}")
     try:
         try:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from softprompts.artifacts.io import add_prefix
+
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PEFT_SITE = "input"
@@ -165,7 +167,7 @@ def adapter_config(
 
 def adapter_tensors(prompt: Tensor, heads: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `adapter_model.safetensors` under PEFT's names, for one prompt [P, D]."""
-    return {_PROMPT: prompt, **{_PREFIX + key: value for key, value in heads.items()}}
+    return {_PROMPT: prompt, **add_prefix(_PREFIX, heads)}
 
 
 def multitask_config(single: Mapping[str, Any], tasks: int, ranks: int) -> dict[str, Any]:
@@ -308,7 +310,7 @@ def count_tasks(config: Any) -> int:
 
 def _task_position(task: int | str | None, count: int) -> int:
     """The position that `task` names among `count` tasks."""
-    names = [str(position) for position in range(count)]
+    names = list(map(str, range(count)))
     if task is None and count == 1:
         return 0
     if task is None or isinstance(task, bool) or str(task) not in names:
@@ -356,7 +358,7 @@ def _belongs_to(key: str, modules: Sequence[Any]) -> bool:
     """Whether a tensor is inside one of the modules. As in PEFT, a module's name counts by its end."""
     parts = key.split(".")
     owners = [".".join(parts[:end]) for end in range(1, len(parts))]
-    endings = tuple(str(module) for module in modules)
+    endings = tuple(map(str, modules))
     return any(owner.endswith(endings) for owner in owners)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from softprompts.config import OLD_KEYS, update_old_keys, update_old_options
+from softprompts.config.old_keys import rename
 from softprompts.errors import ArtifactError
 
 FORMAT = 4
@@ -110,14 +111,13 @@ def _to_format_3(values: dict[str, Any], complaint: str, path: Path) -> dict[str
 def _to_format_4(values: dict[str, Any], complaint: str, path: Path) -> dict[str, Any]:
     """Format 4 renamed keys of the manifest, of the template and of methods' options."""
     _refuse_keys(OLD_MANIFEST_KEYS.values(), values, complaint, path)
-    renamed = {OLD_MANIFEST_KEYS.get(key, key): value for key, value in values.items()}
-    template, options = renamed.get("template"), renamed.get("options")
+    renamed = rename(values, OLD_MANIFEST_KEYS)
+    template = renamed.get("template")
     if isinstance(template, Mapping):
-        names = OLD_KEYS["TaskTemplate"]
-        _refuse_keys(names.values(), template, complaint, path)
-        renamed["template"] = {names.get(key, key): value for key, value in template.items()}
-    if isinstance(options, Mapping):
-        renamed["options"] = update_old_options(str(renamed.get("method")), options)
+        _refuse_keys(OLD_KEYS["TaskTemplate"].values(), template, complaint, path)
+        renamed["template"] = rename(template, OLD_KEYS["TaskTemplate"])
+    if isinstance(renamed.get("options"), Mapping):
+        renamed["options"] = update_old_options(str(renamed.get("method")), renamed["options"])
     return renamed
 
 

@@ -2,6 +2,5 @@
 
 from softprompts.assets.catalog import ASSETS, Asset, Package, is_asset
 from softprompts.assets.download import cache_dir, fetch, where
-from softprompts.errors import AssetError
 
-__all__ = ["ASSETS", "Asset", "AssetError", "Package", "cache_dir", "fetch", "is_asset", "where"]
+__all__ = ["ASSETS", "Asset", "Package", "cache_dir", "fetch", "is_asset", "where"]

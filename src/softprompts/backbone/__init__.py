@@ -3,7 +3,7 @@
 `loading`, `devices`, `cache` and `quantization` are separate modules.
 """
 
-from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family, family_of, head_of
+from softprompts.backbone.families import CAUSAL, FAMILIES, MASKED, SEQ2SEQ, Family
 from softprompts.backbone.kernels import Kernels
 from softprompts.backbone.model import Backbone, fingerprint, freeze, wrap
 
@@ -15,9 +15,7 @@ __all__ = [
     "Backbone",
     "Family",
     "Kernels",
-    "family_of",
     "fingerprint",
     "freeze",
-    "head_of",
     "wrap",
 ]

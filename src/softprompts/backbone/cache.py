@@ -92,7 +92,7 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
 
 def unsupported_layers(cache: Cache) -> list[str]:
     """The sorted kinds of layers in `cache` that cannot hold a prompt's keys and values."""
-    kinds = {type(layer) for layer in cache.layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    kinds = set(map(type, cache.layers)) - {DynamicLayer, DynamicSlidingWindowLayer}
     return sorted(kind.__name__ for kind in kinds)
 
 

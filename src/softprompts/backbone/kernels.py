@@ -6,6 +6,7 @@ Context managers replace forwards and attention, and put them back; no module is
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Kernels:
         packed_attention: The attention of packed rows: math, fused.
         attn_implementation: transformers' own implementation on the other paths; None: as the model was loaded.
         matmul_backend: torch, onednn.
+        fuse_elementwise: Whether RMS norms and rotations in float32 on the CPU run as one operation each, which passes
+            over memory half as often.
         compiled: Whether norms and MLPs run through torch.compile.
         trim_last_layer: Whether the last layer of packed rows computes only the tokens that are asked for.
         gradient_checkpointing: Whether the backward pass computes layers again, so that their states are not stored.
@@ -42,6 +45,7 @@ class Kernels:
     packed_attention: str = "math"
     attn_implementation: str | None = None
     matmul_backend: str = "torch"
+    fuse_elementwise: bool = True
     compiled: bool = False
     trim_last_layer: bool = True
     gradient_checkpointing: bool = False
@@ -71,6 +75,12 @@ def use_kernels(model: Any, kernels: Kernels, facts: dict[str, Any]) -> Iterator
     if kernels.matmul_backend == "onednn":
         for linear in frozen_linears(model):
             forwards[linear] = functools.partial(_onednn_linear, linear)
+    rotary_globals: list[dict[str, Any]] = []
+    if kernels.fuse_elementwise:
+        if "fused" not in facts:
+            facts["fused"] = FusedParts.of(model)
+        forwards |= facts["fused"].norms
+        rotary_globals = facts["fused"].rotary_globals
     if kernels.compiled:
         if "compiled" not in facts:
             facts["compiled"] = compile_parts(model, kernels)
@@ -78,8 +88,12 @@ def use_kernels(model: Any, kernels: Kernels, facts: dict[str, Any]) -> Iterator
     if kernels.gradient_checkpointing and torch.is_grad_enabled():
         for layer in _checkpointable_layers(model):
             if not isinstance(layer.__dict__.get("forward"), CheckpointedForward):
-                forwards[layer] = CheckpointedForward(layer, forwards)
-    with replace_forwards(forwards), _use_attention(model, kernels.attn_implementation):
+                forwards[layer] = CheckpointedForward(layer, forwards, rotary_globals)
+    with (
+        replace_forwards(forwards),
+        _replace_rotations(rotary_globals),
+        _use_attention(model, kernels.attn_implementation),
+    ):
         yield
 
 
@@ -116,7 +130,7 @@ def _use_attention(model: Any, name: str | None) -> Iterator[None]:
 
 def frozen_linears(model: nn.Module) -> list[nn.Module]:
     """The modules of `model` that are plain matrix products of frozen float weights on the CPU."""
-    return [module for module in model.modules() if _is_frozen_linear(module)]
+    return list(filter(_is_frozen_linear, model.modules()))
 
 
 def _is_frozen_linear(module: nn.Module) -> bool:
@@ -154,6 +168,148 @@ class _OneDNNLinear(torch.autograd.Function):
         return torch.ops.mkldnn._linear_pointwise(gradient, weight.t(), None, "none", [], ""), None, None
 
 
+ROTARY = "apply_rotary_pos_emb"
+"""The function of transformers' modules that rotates queries and keys by their positions."""
+
+
+@dataclass(frozen=True)
+class FusedParts:
+    """The parts of a frozen float32 model on the CPU that run as one operation each.
+
+    Attributes:
+        norms: The forward of each RMS norm.
+        rotary_globals: The namespaces of the model's attention code, whose `ROTARY` is replaced.
+    """
+
+    norms: dict[nn.Module, Forward]
+    rotary_globals: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "FusedParts":
+        """The parts of `model` that give the fused results on random input, up to rounding."""
+        norms: dict[nn.Module, Forward] = {}
+        rotary_globals: list[dict[str, Any]] = []
+        for module in model.modules():
+            norm = _fused_norm(module)
+            if norm is not None:
+                norms[module] = norm
+            if hasattr(module, "layer_idx"):
+                namespace = getattr(inspect.unwrap(type(module).forward), "__globals__", {})
+                if not any(namespace is known for known in rotary_globals) and _rotates_halves(namespace.get(ROTARY)):
+                    rotary_globals.append(namespace)
+        return cls(norms, rotary_globals)
+
+
+def _fused_norm(module: nn.Module) -> Forward | None:
+    """The fused forward of an RMS norm; None for another module, or where its weight is not frozen in float32."""
+    weight = module._parameters.get("weight")
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    is_norm = len(module._parameters) == 1 and not module._modules and not module._buffers
+    if not is_norm or not isinstance(weight, nn.Parameter) or not isinstance(eps, float) or weight.dim() != 1:
+        return None
+    if weight.dtype != torch.float32 or not weight.is_cpu or weight.requires_grad or "forward" in module.__dict__:
+        return None
+    states = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0))
+    for offset in (0.0, 1.0):  # Gemma stores the scale less one
+        scale = weight.detach() + offset if offset else weight.detach()
+        if torch.allclose(_RMSNorm.apply(states, scale, eps), module(states), rtol=1e-5, atol=1e-6):
+            return functools.partial(_rms_norm, module, offset, eps)
+    return None
+
+
+def _rms_norm(module: nn.Module, offset: float, eps: float, x: Tensor) -> Tensor:
+    """The forward of an RMS norm, x [..., H] -> [..., H]; the stock forward for a trained weight or another type."""
+    weight: Any = module.weight
+    if weight.requires_grad or x.dtype != weight.dtype or weight.dtype != torch.float32:
+        return type(module).forward(module, x)
+    scale = weight + offset if offset else weight
+    return _RMSNorm.apply(x, scale, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last dimension, with a frozen scale."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse_rms = (norm.square() / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, scale, inverse_rms)
+        return (x * inverse_rms).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, scale, inverse_rms = ctx.saved_tensors
+        scaled = gradients[0] * scale
+        dot = (scaled * x).sum(-1, keepdim=True)
+        factor = dot * inverse_rms.pow(3) / x.shape[-1]
+        return scaled.mul_(inverse_rms).addcmul_(x, factor, value=-1), None, None
+
+
+def _rotates_halves(function: Any) -> bool:
+    """Whether `function` rotates as Llama does: each pair of numbers half a head apart by its angle."""
+    if function is None:
+        return False
+    random = torch.Generator().manual_seed(0)
+    queries, keys = torch.randn(2, 1, 2, 3, 8, generator=random)
+    cos, sin = torch.randn(2, 1, 3, 8, generator=random)
+    try:
+        rotated = function(queries, keys, cos, sin)
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
+    fused = (_Rotation.apply(queries, cos[:, None], sin[:, None]), _Rotation.apply(keys, cos[:, None], sin[:, None]))
+    pairs = zip(rotated, fused, strict=True)
+    return all(torch.allclose(stock, ours, rtol=1e-5, atol=1e-6) for stock, ours in pairs)
+
+
+@contextlib.contextmanager
+def _replace_rotations(namespaces: list[dict[str, Any]]) -> Iterator[None]:
+    """Inside, the attention code in these namespaces rotates with `_Rotation` where it can."""
+    stock = [namespace[ROTARY] for namespace in namespaces]
+    for namespace, function in zip(namespaces, stock, strict=True):
+        namespace[ROTARY] = functools.partial(_rotate, function)
+    try:
+        yield
+    finally:
+        for namespace, function in zip(namespaces, stock, strict=True):
+            namespace[ROTARY] = function
+
+
+def _rotate(stock: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+    """Queries and keys [B, heads, M, d] rotated by the angles of their positions; cos and sin [B, M, d].
+
+    The rotation is x * cos + (-x2, x1) * sin, where x1 and x2 are the halves of x (Su et al. 2021, in Llama's order).
+    """
+    plain = q.dtype == k.dtype == cos.dtype == sin.dtype == torch.float32 and q.is_cpu and not cos.requires_grad
+    if not plain or not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+        return stock(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    return _Rotation.apply(q, cos, sin), _Rotation.apply(k, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """x * cos + (-x2, x1) * sin for the halves x1, x2 of the last dimension; angles get no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        half = x.shape[-1] // 2
+        rotated = x * cos
+        rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+        rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
+        return rotated
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        cos, sin = ctx.saved_tensors
+        gradient = gradients[0]
+        half = gradient.shape[-1] // 2
+        turned_back = gradient * cos
+        turned_back[..., :half].addcmul_(gradient[..., half:], sin[..., half:])
+        turned_back[..., half:].addcmul_(gradient[..., :half], sin[..., :half], value=-1)
+        return turned_back, None, None
+
+
 def compile_parts(model: nn.Module, kernels: Kernels) -> dict[nn.Module, Forward]:
     """Norms, and MLPs where torch does their products, as compiled functions for any number of tokens.
 
@@ -164,7 +320,7 @@ def compile_parts(model: nn.Module, kernels: Kernels) -> dict[nn.Module, Forward
     for layer in _checkpointable_layers(model):
         for part in layer.children():
             has_children = any(part.children())
-            has_parameters = any(True for _ in part.parameters())
+            has_parameters = next(part.parameters(), None) is not None
             is_norm = not has_children and not isinstance(part, nn.Linear | Conv1D | nn.Dropout)
             is_mlp = has_children and not any(hasattr(module, "layer_idx") for module in part.modules())
             if has_parameters and (is_norm or (is_mlp and kernels.matmul_backend == "torch")):
@@ -189,8 +345,11 @@ class CheckpointedForward:
     separate cache both times: the second run would otherwise find what the first one had added.
     """
 
-    def __init__(self, layer: nn.Module, forwards: dict[nn.Module, Forward]) -> None:
+    def __init__(
+        self, layer: nn.Module, forwards: dict[nn.Module, Forward], rotary_globals: list[dict[str, Any]]
+    ) -> None:
         self.plain_forward: Forward = layer.forward
+        self.rotary_globals = rotary_globals
         self.part_forwards = {module: forwards[module] for module in layer.modules() if module in forwards}
         self.layer_name = type(layer).__name__
         self.layer_index: int | None = None
@@ -205,7 +364,7 @@ class CheckpointedForward:
         if cache is None:
 
             def run(*args: Any, **kwargs: Any) -> Any:
-                with replace_forwards(self.part_forwards), enter_context():
+                with self._with_parts(), enter_context():
                     return self.plain_forward(*args, **kwargs)
 
             return checkpoint(run, *args, use_reentrant=False, **kwargs)
@@ -215,6 +374,12 @@ class CheckpointedForward:
                 f"not possible here; leave it off, or use site 'input'"
             )
         return self._call_with_cache(cache, enter_context, args, kwargs)
+
+    @contextlib.contextmanager
+    def _with_parts(self) -> Iterator[None]:
+        """Inside, the layer's parts run as in the first run: the backward pass comes after `use_kernels` has ended."""
+        with replace_forwards(self.part_forwards), _replace_rotations(self.rotary_globals):
+            yield
 
     def _call_with_cache(
         self, cache: Any, enter_context: ContextFactory, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -233,7 +398,7 @@ class CheckpointedForward:
             run_cache.layers[self.layer_index] = run_layer
             run_args = [run_cache if value is cache else value for value in args]
             run_kwargs = {name: run_cache if value is cache else value for name, value in kwargs.items()}
-            with replace_forwards(self.part_forwards), enter_context():
+            with self._with_parts(), enter_context():
                 output = self.plain_forward(*run_args, **run_kwargs)
             filled_layers.append(run_layer)
             return output, run_layer.keys, run_layer.values

@@ -8,9 +8,9 @@ import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from softprompts.backbone import Backbone, freeze, wrap
 from softprompts.backbone.devices import choose_device, choose_dtype, return_memory
 from softprompts.backbone.families import family_of_config
+from softprompts.backbone.model import Backbone, freeze, wrap
 from softprompts.backbone.quantization import quantize as quantize_model
 from softprompts.errors import BackboneError
 
@@ -91,7 +91,7 @@ def load(
 
 def _check_whole(source: str, model: Any, missing_keys: Iterable[str]) -> None:
     """Raise BackboneError where the checkpoint at `source` lacks weights of `model`, which are then drawn at random."""
-    names = sorted({*missing_keys} & {name for name, _ in model.named_parameters()})
+    names = sorted(set(missing_keys).intersection(dict(model.named_parameters())))
     if names:
         raise BackboneError(
             f"'{source}' holds no complete language model: {', '.join(names[:3])}{' ...' * (len(names) > 3)} would be "
@@ -135,5 +135,5 @@ def _first_device(device_map: str | Mapping[str, str | int], device: str, quanti
             f"it with transformers' own quantization and wrap it"
         )
     names = [] if isinstance(device_map, str) else [name for name in device_map.values() if name != "disk"]
-    devices = [choose_device(name) for name in names]  # all of them, so that each is checked
+    devices = list(map(choose_device, names))  # all of them, so that each is checked
     return devices[0] if devices else choose_device("auto")

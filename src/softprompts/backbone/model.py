@@ -159,8 +159,10 @@ class Backbone:
 
     def _first_setting(self, *names: str) -> int | None:
         """The first of these settings that the model's configuration has; families name the same thing differently."""
-        values = (getattr(self.model.config, name, None) for name in names)
-        return next((value for value in values if value), None)
+        for name in names:
+            if value := getattr(self.model.config, name, None):
+                return int(value)
+        return None
 
     def _layer_stack(self, module: nn.Module, count: int | None) -> nn.ModuleList:
         for part in module.modules():
@@ -174,8 +176,12 @@ class Backbone:
     @cached_property
     def kv_shapes(self) -> tuple[tuple[int, int], ...]:
         """(kv_heads, head_dim) of the keys that each layer's cache holds, read off a run of one token."""
+        layers = self.read_into_cache(torch.zeros(1, 1, dtype=torch.long, device=self.device))
+        return tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in layers)
+
+    def read_into_cache(self, ids: Tensor) -> list[Any]:
+        """The layers of a new cache after the model has read `ids [1, P]`; a decoder's encoder reads the same words."""
         cache = self.new_cache()
-        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         with torch.no_grad():
             if self.family is SEQ2SEQ:
                 encoder_states = self.encoder(input_ids=ids).last_hidden_state
@@ -184,7 +190,7 @@ class Backbone:
             else:
                 self.trunk(input_ids=ids, **cache_argument(self.trunk, cache))
         layers: list[Any] = cache.layers
-        return tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in layers)
+        return layers
 
     def new_cache(self) -> DynamicCache:
         """An empty cache with the model's own layer kinds (sliding windows included)."""

@@ -16,10 +16,10 @@ from softprompts.cli.options import (
     Prompt,
     Prompts,
     Quantize,
-    key_help,
     model_changes,
 )
 from softprompts.cli.screen import counting, log, progress, quiet, show_json, show_table
+from softprompts.config.reference import key_help
 from softprompts.errors import ConfigError
 
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help=key_help("evaluation.max_new_tokens"))]
@@ -81,10 +81,13 @@ def _mapping(text: str | None) -> dict[str, str] | None:
     """`a=b,c=d` as a dictionary."""
     if not text:
         return None
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    if not all(label.strip() and name.strip() for label, _, name in pairs):
-        raise ConfigError(f"--map {text}: write it as label=name,label=name")
-    return {label.strip(): name.strip() for label, _, name in pairs}
+    mapping = {}
+    for pair in text.split(","):
+        label, _, name = map(str.strip, pair.partition("="))
+        if not label or not name:
+            raise ConfigError(f"--map {text}: write it as label=name,label=name")
+        mapping[label] = name
+    return mapping
 
 
 def predict(

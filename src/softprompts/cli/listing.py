@@ -29,8 +29,8 @@ def config(
 ) -> None:
     """Every key of a configuration: type, default and meaning; --set and YAML files take them."""
     from softprompts.config.reference import json_schema, list_keys
-    from softprompts.methods import find, names
-    from softprompts.recipes.multitask import Plan
+    from softprompts.methods.registry import find, names
+    from softprompts.recipes.multitask.plan import Plan
 
     plans: dict[str, Any] = {"run": Run, "multitask": Plan}
     if of in plans:
@@ -56,7 +56,7 @@ def methods(
 
     Parameters are those of the method without options, at the first of its sites that the model has.
     """
-    from softprompts.methods import find, names
+    from softprompts.methods.registry import find, names
 
     if length < 1:
         raise ConfigError(f"--length must be 1 or more, given {length}")
@@ -108,7 +108,7 @@ def _count_parameters(
     """
     import torch
 
-    from softprompts.methods import build
+    from softprompts.methods.registry import build
     from softprompts.types import PromptInit
 
     why = None
@@ -182,7 +182,7 @@ def inspect(
         stored = opened.registry.records[opened.task].artifact
         assert stored is not None
         nearest = nearest_tokens(opened.backbone, stored.require_prompt(prompt))
-        facts["nearest_words"] = [vars(row) for row in nearest]
+        facts["nearest_words"] = list(map(vars, nearest))
     if as_json:
         show_json(facts)
         return

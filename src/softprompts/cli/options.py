@@ -5,20 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softprompts.config import Run, Section
-from softprompts.config.old_keys import section_in
-
-
-def key_help(path: str) -> str:
-    """The help of a key of a run, such as `training.max_steps`."""
-    *sections, name = path.split(".")
-    owner: type[Section] = Run
-    for key in sections:
-        inside = section_in(owner.model_fields[key].annotation)
-        assert inside is not None
-        owner = inside
-    return str(owner.model_fields[name].description)
-
+from softprompts.config.reference import key_help
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 Sets = Annotated[list[str], typer.Option("--set", help="Set one key of the configuration: section.key=value.")]

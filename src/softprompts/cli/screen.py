@@ -89,7 +89,7 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     """Print rows of cells as a table; what looks like markup in a cell is shown as it is."""
     table = Table(*columns, title=Text(title))
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
+        table.add_row(*map(Text, map(str, row)))
     out.print(table)
 
 

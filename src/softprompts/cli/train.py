@@ -1,27 +1,20 @@
 """The commands that train: quickstart, train, and the recipes multitask and pretrain."""
 
+import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from softprompts.cli.options import (
-    Device,
-    Dtype,
-    Json,
-    Model,
-    OutDirectory,
-    Quantize,
-    Sets,
-    key_help,
-    model_changes,
-)
+from softprompts.cli.options import Device, Dtype, Json, Model, OutDirectory, Quantize, Sets, model_changes
 from softprompts.cli.screen import log, out, progress, quiet, show, show_arms, show_files, show_json, show_runs
 from softprompts.config import Run, Section, TaskConfig, override, parse, read
+from softprompts.config.reference import key_help
 from softprompts.config.sweep import grid
-from softprompts.errors import ConfigError
+from softprompts.errors import ConfigError, TrainingError
 
 QUICKSTART: dict[str, Any] = {
     "model": {"name": "smollm2-135m"},
@@ -31,6 +24,9 @@ QUICKSTART: dict[str, Any] = {
     "output_dir": "runs/quickstart",
 }
 """The run of `softprompts quickstart`."""
+
+PlanParts = tuple[type[Section], Callable[..., dict[str, Any]], Callable[[dict[str, Any]], None]]
+"""The class of a plan, the function that carries it out, and the function that shows its results."""
 
 
 def quickstart(
@@ -43,8 +39,12 @@ def quickstart(
 ) -> None:
     """Teach the packaged model to classify questions, in a few minutes."""
     model = QUICKSTART["model"] | model_changes(None, device, dtype, quantize)
-    values = override({**QUICKSTART, "model": model, "output_dir": str(out_dir)}, sets)
-    _train(parse(values), as_json)
+    run = parse(override({**QUICKSTART, "model": model, "output_dir": str(out_dir)}, sets))
+    from softprompts.recipes.run import run as recipe
+
+    with reporting(functools.partial(_run_leftovers, run)) as reporter:
+        results = recipe.run(run, reporter)
+    _show_results(run, results, as_json)
 
 
 def train(
@@ -92,69 +92,105 @@ def train(
         "training.learning_rate": _listed("--rates", rates, rate, float),
     }
     given_lists = {key: values for key, values in lists.items() if values}
-    _train(grid(run, given_lists) if given_lists else run, as_json)
+    if given_lists:
+        run = grid(run, given_lists)
+    from softprompts.recipes.run import run as recipe
+
+    with reporting(functools.partial(_run_leftovers, run)) as reporter:
+        results = recipe.run(run, reporter)
+    _show_results(run, results, as_json)
 
 
-def multitask(
-    config: Annotated[Path, typer.Option("--config", help="A YAML file with sources and targets.")],
-    out_dir: OutDirectory = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    sets: Sets = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+def plan_command(config_help: str) -> Callable[[Callable[[], PlanParts]], Callable[..., None]]:
+    """A decorator that makes a command which carries out a plan: of a recipe, or of a study.
+
+    The decorated function gives the parts of the plan. The command has its name and its docstring.
+
+    Args:
+        config_help: The help of the option `--config`.
+    """
+
+    def decorate(load_parts: Callable[[], PlanParts]) -> Callable[..., None]:
+        def command(
+            config: Annotated[Path, typer.Option("--config", help=config_help)],
+            out_dir: OutDirectory = None,
+            model: Model = None,
+            device: Device = None,
+            dtype: Dtype = None,
+            quantize: Quantize = None,
+            sets: Sets = [],  # noqa: B006
+            as_json: Json = False,
+        ) -> None:
+            plan_class, execute, show_plan = load_parts()
+            options = [("output_dir", None if out_dir is None else str(out_dir))]
+            model_overrides = _model_overrides(model_changes(model, device, dtype, quantize))
+            plan = read(config, [*_overrides(options), *model_overrides, *sets], plan_class)
+            directory = Path(plan.output_dir)
+            with reporting(functools.partial(_plan_leftovers, directory)) as reporter:
+                results = execute(plan, reporter)
+            if as_json:
+                show_json(results)
+                return
+            show_plan(results)
+            show_files(results=directory / "results.json", report=directory / "report.html")
+
+        command.__name__ = load_parts.__name__
+        command.__doc__ = load_parts.__doc__
+        return command
+
+    return decorate
+
+
+@plan_command("A YAML file with sources and targets.")
+def multitask() -> PlanParts:
     """Teach sources, train a prompt that they share, adapt it to targets, and compare with other ways to start."""
-    from softprompts.recipes.multitask import Plan, execute
+    from softprompts.recipes.multitask.plan import Plan
+    from softprompts.recipes.multitask.stages import execute
 
-    plan = read_plan(config, Plan, out_dir, model_changes(model, device, dtype, quantize), sets)
-    carry_out(plan, execute, show_arms, as_json)
+    return Plan, execute, show_arms
 
 
-def pretrain(
-    config: Annotated[Path, typer.Option("--config", help="A YAML file as for `train`; its task must have classes.")],
-    out_dir: OutDirectory = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    quantize: Quantize = None,
-    sets: Sets = [],  # noqa: B006
-    as_json: Json = False,
-) -> None:
+@plan_command("A YAML file as for `train`; its task must have classes.")
+def pretrain() -> PlanParts:
     """Teach what reads the text in a method, such as ipt's table, to tell topics apart; a run starts from it."""
-    from softprompts.recipes import pretrain as recipe
+    from softprompts.recipes.pretrain import pretrain as pretrain_run
 
-    run = read_plan(config, Run, out_dir, model_changes(model, device, dtype, quantize), sets)
-    carry_out(run, recipe.run, show, as_json)
-
-
-def read_plan(config: Path, kind: type[Section], out_dir: Path | None, model: dict[str, Any], sets: list[str]) -> Any:
-    """The plan of class `kind` in a file, with what the command line changes."""
-    options = [("output_dir", None if out_dir is None else str(out_dir))]
-    return read(config, [*_overrides(options), *_model_overrides(model), *sets], kind)
+    return Run, pretrain_run, show
 
 
-def carry_out(
-    plan: Any, execute: Callable[..., dict[str, Any]], present: Callable[[dict[str, Any]], None], as_json: bool
-) -> None:
-    """Run a recipe or a study, show its results, and say after an interruption whether something is kept."""
+@contextmanager
+def reporting(describe_leftovers: Callable[[], str]) -> Iterator[Any]:
+    """Give a ProgressReporter, and say after an interruption what is on disk.
+
+    Args:
+        describe_leftovers: Says after an interruption what is on disk.
+    """
     quiet()
-    directory = Path(plan.output_dir)
     try:
         with progress() as reporter:
-            results = execute(plan, reporter)
+            yield reporter
     except KeyboardInterrupt:
-        if directory.is_dir() and any(directory.iterdir()):
-            log(f"interrupted; finished stages are in {directory}: the same command continues")
-        else:
-            log("interrupted; nothing was done yet")
+        log(f"interrupted; {describe_leftovers()}")
         raise
-    if as_json:
-        show_json(results)
-        return
-    present(results)
-    show_files(results=directory / "results.json", report=directory / "report.html")
+
+
+def _run_leftovers(run: Run) -> str:
+    """What an interrupted run has left, and what the same command does with it."""
+    from softprompts.training.checkpoint import CHECKPOINT
+
+    directory = Path(run.output_dir)
+    if run.training.target != "prompt":
+        return "weights are saved only when training ends; the same command starts again"
+    if any(directory.glob(f"*/{CHECKPOINT}" if run.runs else CHECKPOINT)):
+        return f"the checkpoint is in {directory}: the same command continues"
+    return "nothing was trained yet"
+
+
+def _plan_leftovers(directory: Path) -> str:
+    """What an interrupted recipe or study has left, and what the same command does with it."""
+    if directory.is_dir() and any(directory.iterdir()):
+        return f"finished stages are in {directory}: the same command continues"
+    return "nothing was done yet"
 
 
 def _overrides(options: Sequence[tuple[str, Any]]) -> list[str]:
@@ -180,36 +216,26 @@ def _listed(option: str, text: str | None, single: float | None, kind: type[int]
         raise ConfigError(f"{option} {text}: write numbers with commas between them, such as {example}") from None
 
 
-def _train(run: Run, as_json: bool) -> None:
-    from softprompts.errors import TrainingError
-    from softprompts.recipes.run import run as recipe
-    from softprompts.training.checkpoint import CHECKPOINT
+def _show_results(run: Run, results: dict[str, Any], as_json: bool) -> None:
+    """Show the results of a run in the first of several processes.
 
-    quiet()
-    directory = Path(run.output_dir)
-    try:
-        with progress() as reporter:
-            results = recipe.run(run, reporter)
-    except KeyboardInterrupt:
-        checkpoints = directory.glob(f"*/{CHECKPOINT}" if run.runs else CHECKPOINT)
-        if run.training.target != "prompt":
-            log("interrupted; weights are saved only when training ends; the same command starts again")
-        elif any(checkpoints):
-            log(f"interrupted; the checkpoint is in {directory}: the same command continues")
-        else:
-            log("interrupted; nothing was trained yet")
-        raise
-    if not recipe.is_main_process():
+    Raises:
+        TrainingError: A run of a list failed.
+    """
+    from softprompts.training.loop import is_main_process
+
+    if not is_main_process():
         return
     if as_json:
         show_json(results)
     else:
-        _show_results(run, results)
+        _show_pages(run, results)
     if run.runs and results["warnings"]:
         raise TrainingError("; ".join(results["warnings"]))
 
 
-def _show_results(run: Run, results: dict[str, Any]) -> None:
+def _show_pages(run: Run, results: dict[str, Any]) -> None:
+    """Show scores, files and the next commands."""
     directory = Path(run.output_dir)
     if run.runs:
         show_runs(results)

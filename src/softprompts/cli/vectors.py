@@ -81,9 +81,9 @@ def add(
     prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
 ) -> None:
     """The sum of vectors, added to a start."""
-    from softprompts.artifacts import vectors
+    from softprompts.artifacts.vectors import merging
 
-    _combine(vectors.weighted(_read(prompts)), out_dir, start, start_of, as_json)
+    _combine(merging.weighted(_read(prompts)), out_dir, start, start_of, as_json)
 
 
 @app.command()
@@ -91,10 +91,10 @@ def sub(
     prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
 ) -> None:
     """The first vector minus the others, added to a start."""
-    from softprompts.artifacts import vectors
+    from softprompts.artifacts.vectors import merging
 
     terms = _read(prompts)
-    _combine(vectors.weighted(terms, [1, *[-1] * (len(terms) - 1)]), out_dir, start, start_of, as_json)
+    _combine(merging.weighted(terms, [1, *[-1] * (len(terms) - 1)]), out_dir, start, start_of, as_json)
 
 
 @app.command()
@@ -123,9 +123,9 @@ def average(
     prompts: Sums, out_dir: Out, start: StartOption = None, start_of: StartOf = None, as_json: Json = False
 ) -> None:
     """The mean of vectors, as over the seeds of a task, added to a start."""
-    from softprompts.artifacts import vectors
+    from softprompts.artifacts.vectors import merging
 
-    _combine(vectors.average(_read(prompts)), out_dir, start, start_of, as_json)
+    _combine(merging.average(_read(prompts)), out_dir, start, start_of, as_json)
 
 
 @app.command()
@@ -142,11 +142,11 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """One vector of several as in the literature on merging models, added to a start."""
-    from softprompts.artifacts import vectors
+    from softprompts.artifacts.vectors import merging
 
-    settings = vectors.MergeOptions(None if weights is None else _numbers("--weights", weights), density, t, seed)
+    settings = merging.MergeOptions(None if weights is None else _numbers("--weights", weights), density, t, seed)
     terms = _read(prompts)
-    _combine(vectors.merge(terms, how, settings), out_dir, start, start_of, as_json, terms)
+    _combine(merging.merge(terms, how, settings), out_dir, start, start_of, as_json, terms)
 
 
 @app.command()
@@ -172,22 +172,22 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Cosines, lengths and distances of vectors: a table, and a page with heatmaps."""
-    from softprompts.artifacts import vectors
+    from softprompts.artifacts.vectors import measures
     from softprompts.evaluation import page as report
 
-    if how not in vectors.COSINES:
-        raise ConfigError(f"no cosine '{how}'; possible: {', '.join(vectors.COSINES)}")
+    if how not in measures.COSINES:
+        raise ConfigError(f"no cosine '{how}'; possible: {', '.join(measures.COSINES)}")
     if len(set(prompts)) != len(prompts):
         raise ConfigError(f"a comparison takes each prompt once, given {', '.join(prompts)}")
-    comparison = vectors.compare(dict(zip(prompts, _read(prompts), strict=True)))
+    comparison = measures.compare(dict(zip(prompts, _read(prompts), strict=True)))
     results: dict[str, Any] = {
         "format": 1,
         "title": "Task prompt vectors compared",
         "task": ", ".join(prompts),
         **comparison,
     }
-    labels, norms, ratios = (comparison[key] for key in ("labels", "norms", "ratios"))
-    lengths = [[*row] for row in zip(labels, norms, ratios, strict=True)]
+    labels = comparison["labels"]
+    lengths = list(zip(labels, comparison["norms"], comparison["ratios"], strict=True))
     distances = [[name, *row] for name, row in zip(labels, comparison["distances"], strict=True)]
     heatmaps = []
     for kind, matrix in comparison["cosines"].items():
@@ -206,11 +206,11 @@ def compare(
         show_json(results)
         return
     rows = []
-    for name, norm, ratio, cosines in zip(labels, norms, ratios, comparison["cosines"][f"vectors, {how}"], strict=True):
+    for (name, norm, ratio), cosines in zip(lengths, comparison["cosines"][f"vectors, {how}"], strict=True):
         shown = "-" if ratio is None else f"{ratio:.3g}"
         rows.append((name, f"{norm:.3g}", shown, *(f"{cosine:.3f}" for cosine in cosines)))
     columns = ("vector", "norm", "norm / start's", *labels)
-    table_or_lines(f"cosines ({how}: {vectors.COSINES[how]})", columns, rows)
+    table_or_lines(f"cosines ({how}: {measures.COSINES[how]})", columns, rows)
     show_files(results=out_dir / "results.json", report=out_dir / "report.html")
 
 
@@ -234,7 +234,7 @@ def search(
     quiet()
     tried = coefficient_search.GRID if coefficients is None else _numbers("--coefficients", coefficients)
     with progress() as reporter:
-        results = coefficient_search.search(
+        results = coefficient_search.search_coefficient(
             prompt,
             out_dir,
             start=_start(start, start_of),
@@ -260,12 +260,12 @@ def search(
 def _read(prompts: list[str]) -> list[Any]:
     from softprompts.artifacts import vectors
 
-    return [vectors.read_expression(text) for text in prompts]
+    return list(map(vectors.read_expression, prompts))
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(map(float, text.split(",")))
     except ValueError:
         raise ConfigError(f"{option} {text}: write numbers with commas between them, such as 1,0.5") from None
 
@@ -299,22 +299,24 @@ def _combine(
 ) -> None:
     """Add `by * total` to a start, and write the prompt that this gives; sources: what a merge made it of."""
     from softprompts.artifacts import vectors
+    from softprompts.artifacts.vectors import merging
     from softprompts.recipes.coefficient_search import resolve_start
 
     # The result of a merge has no start; it takes the common start of its sources.
-    initial = resolve_start(vectors.weighted(sources) if sources else total, _start(start, start_of))
+    initial = resolve_start(merging.weighted(sources) if sources else total, _start(start, start_of))
     _save(total * by, vectors.to_artifact(total, initial, by), out_dir, as_json)
 
 
 def _save(total: Any, prompt: Any, out_dir: Path, as_json: bool) -> None:
-    from softprompts.artifacts import artifact, vectors
+    from softprompts.artifacts import artifact
+    from softprompts.artifacts.vectors import measures
 
     artifact.save(prompt, out_dir)
-    ratio = vectors.norm_ratio(total.value, prompt.initial)
+    ratio = measures.norm_ratio(total.value, prompt.initial)
     facts = {
         "directory": str(out_dir),
         "vector": total.name,
-        "norm": vectors.norm(total.value),
+        "norm": measures.norm(total.value),
         "norm_ratio": ratio,
         "parents": list(total.parents),
     }

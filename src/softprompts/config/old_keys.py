@@ -102,14 +102,17 @@ def update_old_keys(values: Mapping[str, Any], model: type[Section] = Run) -> di
 
 def update_old_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The stored options of a method with the names of today."""
-    names = OLD_OPTIONS.get(method, {})
-    return {names.get(name, name): value for name, value in options.items()}
+    return rename(options, OLD_OPTIONS.get(method, {}))
 
 
 def original_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a method with the names that they had first, so that a digest outlives a new name."""
-    names = {today: name for name, today in OLD_OPTIONS.get(method, {}).items()}
-    return {names.get(name, name): value for name, value in options.items()}
+    return rename(options, {today: name for name, today in OLD_OPTIONS.get(method, {}).items()})
+
+
+def rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The values, with the keys that are in `names` renamed."""
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def section_in(annotation: Any) -> type[Section] | None:

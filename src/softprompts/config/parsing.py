@@ -116,7 +116,7 @@ def _follows(problem: Any, problems: Iterable[Any]) -> bool:
 
 
 def _explain(error: Any, model: type[Section], origin: str) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+    where = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
         owner = _section_at(model, error["loc"][:-1])
         known = list(owner.model_fields) if owner else []

@@ -7,7 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from softprompts.config.schema import Run
+from softprompts.config.old_keys import section_in
+from softprompts.config.schema import Run, Section
 
 BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 
@@ -38,6 +39,17 @@ def list_keys(model: type[BaseModel] = Run) -> list[Key]:
     schema = model.model_json_schema()
     _list_section(schema, schema.get("$defs", {}), "", {}, {}, keys)
     return keys
+
+
+def key_help(path: str) -> str:
+    """The help of a key of a run, such as `training.max_steps`."""
+    *sections, name = path.split(".")
+    owner: type[Section] = Run
+    for key in sections:
+        inside = section_in(owner.model_fields[key].annotation)
+        assert inside is not None
+        owner = inside
+    return str(owner.model_fields[name].description)
 
 
 def json_schema(model: type[BaseModel] = Run, options: Mapping[str, type[BaseModel]] | None = None) -> dict[str, Any]:
@@ -127,7 +139,7 @@ def _section_of(field: Mapping[str, Any]) -> tuple[str | None, str]:
 def _type(field: Mapping[str, Any]) -> str:
     """What values a field allows, in words."""
     if "anyOf" in field:
-        return " | ".join(_type(part) for part in field["anyOf"])
+        return " | ".join(map(_type, field["anyOf"]))
     if "enum" in field:
         return " | ".join(map(str, field["enum"]))
     if "const" in field:
@@ -136,8 +148,8 @@ def _type(field: Mapping[str, Any]) -> str:
         return "section"
     kind = field.get("type", "any")
     if kind == "array":
-        items = [_type(part) for part in field["prefixItems"]] if "prefixItems" in field else [_type(field["items"])]
-        return f"list of {_grouped(', '.join(dict.fromkeys(items)))}"
+        items = field["prefixItems"] if "prefixItems" in field else [field["items"]]
+        return f"list of {_grouped(', '.join(dict.fromkeys(map(_type, items))))}"
     if kind == "object":
         values = field.get("additionalProperties")
         return f"mapping to {_grouped(_type(values))}" if isinstance(values, Mapping) else "mapping"

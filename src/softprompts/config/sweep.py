@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from softprompts.config import ModelConfig, Run, assign, parse
+from softprompts.config.parsing import assign, parse
+from softprompts.config.schema import ModelConfig, Run
 from softprompts.errors import ConfigError
 
 REPLACED_WHOLE = ("options", "limit", "verbalizer", "objectives", "learning_rates", "teachers", "distillation")

@@ -1,11 +1,10 @@
 """From files to batches: sources give rows, `ExampleTokenizer` encodes them by the task, `collate` makes batches."""
 
-from softprompts.assets.datasets import PACKAGED, PackagedDataset
+from softprompts.assets.datasets import PACKAGED
 from softprompts.data.collation import collate
 from softprompts.data.encoding import EncodedExample, ExampleTokenizer
 from softprompts.data.sampling import ExampleBatches, TaskBatches, evaluation_order, training_order
-from softprompts.data.sources import read_splits, stream_rows
-from softprompts.data.splits import Splits
+from softprompts.data.sources import read_splits
 from softprompts.data.task import Task, TaskTemplate, answer_text, classes, decode_answer, load_task, resolve_placement
 from softprompts.types import Row
 
@@ -14,9 +13,7 @@ __all__ = [
     "EncodedExample",
     "ExampleBatches",
     "ExampleTokenizer",
-    "PackagedDataset",
     "Row",
-    "Splits",
     "Task",
     "TaskBatches",
     "TaskTemplate",
@@ -28,6 +25,5 @@ __all__ = [
     "load_task",
     "read_splits",
     "resolve_placement",
-    "stream_rows",
     "training_order",
 ]

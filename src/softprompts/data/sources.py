@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -184,7 +185,7 @@ def _read_source(source: str) -> dict[str, Table]:
     if path.is_file():
         return read_file(path)
     if _format_of(source) or source.startswith((".", "/", "~")) or source.count("/") > 1:
-        siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
+        siblings = os.listdir(path.parent) if path.parent.is_dir() else []
         raise DataError(f"no file {source}{closest(path.name, siblings).removesuffix(';')}")
     if "/" in source:
         return _read_hub(source)
@@ -198,8 +199,10 @@ def _read_folder(path: Path) -> dict[str, Table]:
         from datasets import load_from_disk
 
         return _tables_of(str(path), load_from_disk(str(path)))
-    files = [f for f in sorted(path.rglob("*")) if _format_of(f.name)]
-    files = [f for f in files if not re.match(r"[._]|dataset_infos?\.", f.name)]
+    files = []
+    for file in sorted(path.rglob("*")):
+        if _format_of(file.name) and not re.match(r"[._]|dataset_infos?\.", file.name):
+            files.append(file)
     if not files:
         raise DataError(f"{path} holds no data set and none of the files read here: {', '.join(FORMATS)}")
     if len(files) == 1:
@@ -289,7 +292,7 @@ def _read_delimited(path: Path, delimiter: str, quoting: Any) -> NumberedRows:
     try:
         for cells in reader:
             if header is None and cells:
-                header = [cell.strip() for cell in cells]
+                header = list(map(str.strip, cells))
                 _check_header(path, header, delimiter)
             elif header is not None and cells:
                 if len(cells) != len(header):
@@ -339,9 +342,11 @@ def _read_parquet(path: Path) -> NumberedRows:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(PARQUET_BATCH)
-            tables = (pyarrow.Table.from_batches([batch], schema=file.schema_arrow) for batch in batches)
-            yield from enumerate(itertools.chain.from_iterable(_dataset_rows(Dataset(table)) for table in tables), 1)
+            begin = 1
+            for batch in file.iter_batches(PARQUET_BATCH):
+                rows = _dataset_rows(Dataset(pyarrow.Table.from_batches([batch], schema=file.schema_arrow)))
+                yield from enumerate(rows, begin)
+                begin += len(rows)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
 

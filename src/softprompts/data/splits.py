@@ -127,7 +127,7 @@ class _Division:
     def note_repeated_test_texts(self) -> None:
         """Note how many texts of the source's own test split are repeated; none is removed."""
         rows = self.splits["test"]
-        repeated = len(rows) - len({self._text(row) for row in rows})
+        repeated = len(rows) - len(set(map(self._text, rows)))
         if repeated:
             self.notes.append(f"test: kept as the source has it, with {repeated} repeated texts")
 
@@ -170,8 +170,8 @@ class _Division:
     def draw(self, role: str, fraction: float) -> None:
         """Move `fraction` of the training texts, with all their rows, to the split `role`."""
         rows = self.splits["train"]
-        texts = [self._text(row) for row in rows]
-        strata = {text: self._stratum(row) for text, row in zip(texts, rows, strict=True)}
+        texts = list(map(self._text, rows))
+        strata = dict(zip(texts, map(self._stratum, rows), strict=True))
         count = round(fraction * len(strata))
         if fraction and not count and len(strata) > 2:
             count = 1
@@ -210,7 +210,7 @@ class _Division:
     def _keep(self, role: str, condition: Callable[[Row], bool]) -> int:
         """Keep the rows of a split that meet a condition; returns the number of removed rows."""
         before = len(self.splits[role])
-        self.splits[role] = [row for row in self.splits[role] if condition(row)]
+        self.splits[role] = list(filter(condition, self.splits[role]))
         return before - len(self.splits[role])
 
     def _labeled_rows(self, table: Table) -> list[Row]:

@@ -289,4 +289,4 @@ def decode_answer(template: TaskTemplate, text: str) -> str | None:
         if label is None:
             return None
         labels.append(label)
-    return joiner.join(label for label in labels if label)
+    return joiner.join(filter(None, labels))

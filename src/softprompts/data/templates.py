@@ -230,7 +230,7 @@ def cell_text(value: Any) -> str:
     if is_missing(value):
         return ""
     if isinstance(value, list | tuple):
-        return " ".join(cell_text(item) for item in value)
+        return " ".join(map(cell_text, value))
     return str(value)
 
 
@@ -243,7 +243,7 @@ def split_words(value: Any) -> list[str]:
     """The words of a cell: its items, or its text cut at spaces."""
     if isinstance(value, str):
         return value.split()
-    return [cell_text(item) for item in value or ()]
+    return list(map(cell_text, value or ()))
 
 
 def label_name(value: Any) -> str:
@@ -274,7 +274,7 @@ def label_names(value: Any, kind: str) -> tuple[str, ...]:
         return tuple(label_name(item) for item in items if item.strip())
     if not isinstance(value, Sequence):
         return (label_name(value),)
-    return tuple(label_name(item) for item in value)
+    return tuple(map(label_name, value))
 
 
 def answer_offsets(value: Any, name: str) -> tuple[int, int] | None:

@@ -27,7 +27,7 @@ from softprompts.data.task import require_label
 from softprompts.data.templates import label_names, require_column, split_words
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
-from softprompts.injection import generation
+from softprompts.injection import continuations, generation
 from softprompts.model import SoftPromptModel
 from softprompts.model.prefix_cache import PrefixCache
 from softprompts.types import IGNORE, Batch
@@ -327,8 +327,9 @@ def _split_leading(cache: PrefixCache, examples: list[EncodedExample]) -> tuple[
     if not cache.reads_leading or too_few or any(example.prompt_offsets for example in examples):
         return (), examples
     # All sequences share the beginning that the smallest and the largest of them share.
-    smallest = min(example.input_ids for example in examples)
-    largest = max(example.input_ids for example in examples)
+    token_ids = [example.input_ids for example in examples]
+    smallest = min(token_ids)
+    largest = max(token_ids)
     length = min(len(smallest), len(largest))
     while smallest[:length] != largest[:length]:
         length -= 1
@@ -343,11 +344,15 @@ def _rank(
 ) -> list[Answer]:
     """Answer with the label whose words are most probable as a whole (rank classification)."""
     candidates = encoder.candidates()
-    labels = list(candidates)
     log_probs_of = _causal_log_probs if encoder.family == "causal" else _filled_log_probs
     log_probs = log_probs_of(cache, encoder, prompted_rows, candidates, config)
     if config.normalize:
-        log_probs = log_probs / torch.tensor([len(candidates[label]) for label in labels])
+        log_probs = log_probs / torch.tensor(list(map(len, candidates.values())))
+    return _best_labels(list(candidates), log_probs)
+
+
+def _best_labels(labels: Sequence[str], log_probs: Tensor) -> list[Answer]:
+    """Answer each row with the most probable of the labels; log_probs [rows, labels]."""
     answers = []
     for best, scores in zip(log_probs.argmax(1).tolist(), log_probs.tolist(), strict=True):
         answers.append(Answer(labels[best], scores=dict(zip(labels, scores, strict=True))))
@@ -366,10 +371,10 @@ def _causal_log_probs(
     labels = list(candidates.values())
     log_probs = torch.empty(len(prompted_rows), len(labels), dtype=torch.float64)
     leading, examples = _split_leading(cache, _encode_texts(encoder, prompted_rows))
-    label_tokens = len(injection.candidate_tree(labels).token_ids)
+    label_tokens = len(continuations.candidate_tree(labels).token_ids)
     for indices, batch in _batches(examples, cache, encoder, config, extra_tokens=label_tokens):
         prompt, prefix = cache.prompts(batch, leading)
-        scores = injection.score_continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
+        scores = continuations.score_continuations(model.backbone, batch, prompt, cache.site, labels, prefix=prefix)
         log_probs[torch.tensor(indices)] = scores.cpu()
     return log_probs
 
@@ -387,12 +392,16 @@ def _filled_log_probs(
     """
     labels = list(candidates)
     log_probs = torch.full((len(prompted_rows), len(labels)), -torch.inf, dtype=torch.float64)
-    single = [index for index, label in enumerate(labels) if len(candidates[label]) == 1]
-    groups = [single] if single else []
-    groups += [[index] for index in range(len(labels)) if index not in single]
+    single: list[int] = []
+    groups = [single]
+    for index, token_ids in enumerate(candidates.values()):
+        if len(token_ids) == 1:
+            single.append(index)
+        else:
+            groups.append([index])
     texts = _encode_texts(encoder, prompted_rows) if encoder.family == "seq2seq" else []
     max_rows = injection.MAX_LOGITS // cache.model.backbone.vocab_size
-    for group in groups:
+    for group in filter(None, groups):
         label = labels[group[0]]
         if encoder.family == "seq2seq":
             examples = [replace(text, labels=list(candidates[label])) for text in texts]
@@ -505,13 +514,12 @@ def _decode_classes(
     if kind == "regression":
         return [Answer(value) for value in logits[:, 0].tolist()]
     names = classes(encoder.template)
-    log_probs = functional.logsigmoid(logits) if kind == "multilabel" else logits.log_softmax(-1)
-    scores = [dict(zip(names, values, strict=True)) for values in log_probs.tolist()]
-    if kind == "multilabel":
-        values = [list(itertools.compress(names, positive)) for positive in (logits > 0).tolist()]
-    else:
-        values = [names[best] for best in logits.argmax(1).tolist()]
-    return [Answer(value, scores=scores_of_row) for value, scores_of_row in zip(values, scores, strict=True)]
+    if kind != "multilabel":
+        return _best_labels(names, logits.log_softmax(-1))
+    answers = []
+    for positive, scores in zip((logits > 0).tolist(), functional.logsigmoid(logits).tolist(), strict=True):
+        answers.append(Answer(list(itertools.compress(names, positive)), scores=dict(zip(names, scores, strict=True))))
+    return answers
 
 
 def _decode_tags(encoder: ExampleTokenizer, rows: Sequence[Row], logits: Tensor, row_indices: Tensor) -> list[Answer]:

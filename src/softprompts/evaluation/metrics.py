@@ -12,8 +12,8 @@ import difflib
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -150,6 +150,19 @@ def score(
     return Score(value, low, high, len(references), illegal, note or ("undefined here" if math.isnan(value) else ""))
 
 
+def plain_scores(scores: Mapping[str, Score]) -> dict[str, dict[str, Any]]:
+    """Scores by metric, as results.json has them."""
+    return {name: asdict(score_of_metric) for name, score_of_metric in scores.items()}
+
+
+def class_tables(predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable]) -> dict[str, Any]:
+    """The scores of each label and the confusion matrix, as results.json has them."""
+    return {
+        "per_class": list(map(asdict, per_class(predictions, references, labels))),
+        "confusion": {"labels": list(labels), "matrix": confusion(predictions, references, labels).tolist()},
+    }
+
+
 def default_metrics(kind: str) -> tuple[str, ...]:
     """The metrics of a task kind, the headline first; raises ValueError for an unknown kind."""
     if kind not in KINDS:
@@ -174,7 +187,7 @@ def confusion(predictions: Sequence[Any], references: Sequence[Any], labels: Seq
     from sklearn.metrics import confusion_matrix
 
     rows = Rows(predictions, references)
-    codes = {label: code for code, label in enumerate(labels)}
+    codes = _codes(labels)
     kind = "tagging" if isinstance(references[0], (list, tuple, np.ndarray)) else "label"
     predicted_codes: list[int] = []
     reference_codes: list[int] = []
@@ -188,13 +201,11 @@ def confusion(predictions: Sequence[Any], references: Sequence[Any], labels: Seq
     return np.asarray(matrix[:-1], dtype=np.int64)
 
 
-def per_class(
-    predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable], *, kind: str | None = None
-) -> list[ClassScore]:
-    """Score each of `labels`, in their order; rows and `kind` as in `score`."""
+def per_class(predictions: Sequence[Any], references: Sequence[Any], labels: Sequence[Hashable]) -> list[ClassScore]:
+    """Score each of `labels`, in their order; rows as in `score`."""
     from sklearn.metrics import precision_recall_fscore_support
 
-    table = _label_table(Rows(predictions, references, kind), labels)
+    table = _label_table(Rows(predictions, references), labels)
     codes = [table.codes[label] for label in labels]
     columns = precision_recall_fscore_support(*table.for_sklearn, labels=codes, zero_division=0.0)
     scores = []
@@ -310,14 +321,18 @@ def _label_table(rows: Rows, more_labels: Sequence[Hashable] = ()) -> LabelTable
     labels_of_rows = _labels_of_rows(rows, kind)
     predicted: list[Any] = []
     references: list[Any] = []
-    for predicted_labels, reference_labels in labels_of_rows:
+    row_of_predicted: list[int] = []
+    row_of_reference: list[int] = []
+    for row, (predicted_labels, reference_labels) in enumerate(labels_of_rows):
         predicted += predicted_labels
         references += reference_labels
+        row_of_predicted += [row] * len(predicted_labels)
+        row_of_reference += [row] * len(reference_labels)
     codes = _label_codes(predicted, references, more_labels)
     predicted_codes = np.array([codes.get(label, len(codes)) for label in predicted], dtype=np.int64)
     reference_codes = np.array([codes[label] for label in references], dtype=np.int64)
-    predicted_rows = np.repeat(np.arange(len(labels_of_rows)), [len(labels) for labels, _ in labels_of_rows])
-    reference_rows = np.repeat(np.arange(len(labels_of_rows)), [len(labels) for _, labels in labels_of_rows])
+    predicted_rows = np.array(row_of_predicted, dtype=np.int64)
+    reference_rows = np.array(row_of_reference, dtype=np.int64)
     shape = (len(labels_of_rows), len(codes) + 1)
     predicted_table = _sparse_counts(predicted_rows, predicted_codes, shape)
     reference_table = _sparse_counts(reference_rows, reference_codes, shape)
@@ -344,13 +359,18 @@ def _label_codes(predicted: Sequence[Any], references: Sequence[Any], more_label
     predicted_labels = set(predicted) - {None}
     if None in reference_labels:
         raise ValueError("a reference holds the label None; only a prediction may be missing")
-    reference_types = {isinstance(label, str) for label in reference_labels}
+    reference_types = set(map(_is_string, reference_labels))
     if predicted_labels and reference_labels and reference_types.isdisjoint(map(_is_string, predicted_labels)):
         raise ValueError(
             f"predictions {reprlib.repr(predicted_labels)} can never equal references {reprlib.repr(reference_labels)}"
         )
     labels = reference_labels | predicted_labels | set(more_labels)
-    return {label: code for code, label in enumerate(sorted(labels, key=lambda label: (_is_string(label), label)))}
+    return _codes(sorted(labels, key=lambda label: (_is_string(label), label)))
+
+
+def _codes(labels: Sequence[Any]) -> dict[Any, int]:
+    """The place of each label."""
+    return dict(zip(labels, range(len(labels)), strict=True))
 
 
 def _is_string(label: Any) -> bool:
@@ -477,10 +497,10 @@ def _correlation(ranked: bool) -> Callable[[Rows], Measurement]:
     """Pearson's correlation, or Spearman's: Pearson's of the ranks that the numbers have in each resample."""
 
     def measure(rows: Rows) -> Measurement:
-        references = np.array([float(reference) for reference in rows.references])
+        references = np.array(rows.references, dtype=np.float64)
         if not np.isfinite(references).all():
             raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is not a finite number")
-        predictions = np.array([math.nan if number is None else float(number) for number in rows.predictions])
+        predictions = np.array(rows.predictions, dtype=np.float64)  # nan for None
         illegal = ~np.isfinite(predictions)
         predictions[illegal] = references.mean()
         constants = []

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
+from softprompts.artifacts.io import write_bytes
 from softprompts.evaluation.metrics import METRICS
 from softprompts.evaluation.plots import (
     Line,
@@ -54,7 +53,7 @@ def write_results(path: str | Path, results: Mapping[str, Any]) -> Path:
     Raises:
         TypeError: A value has another type; the message names its key.
     """
-    return _replace_file(Path(path), json.dumps(_plain(results, "results"), indent=1, allow_nan=False) + "\n")
+    return _write(Path(path), json.dumps(_plain(results, "results"), indent=1, allow_nan=False) + "\n")
 
 
 def write_page(path: str | Path, results: Mapping[str, Any]) -> Path:
@@ -74,7 +73,7 @@ def write_page(path: str | Path, results: Mapping[str, Any]) -> Path:
             raise ValueError(f"results hold no {key!r}; keys: {', '.join(plain) or 'none'}")
     if plain.get("format", 1) != 1:
         raise ValueError(f"results of format {plain['format']!r}; this version writes pages of format 1")
-    return _replace_file(Path(path), _render(plain))
+    return _write(Path(path), _render(plain))
 
 
 def _render(results: Mapping[str, Any]) -> str:
@@ -90,11 +89,11 @@ def _render(results: Mapping[str, Any]) -> str:
     return template.render(
         style=style,
         title=results["title"],
-        about=" · ".join(str(part) for part in (results["task"], results.get("created")) if part),
+        about=" · ".join(map(str, filter(None, (results["task"], results.get("created"))))),
         headline=_headline(results.get("summary") or {}),
         facts=_facts(results),
         warnings=results.get("warnings") or (),
-        study_tables=[_study_table(table) for table in results.get("tables") or []],
+        study_tables=list(map(_study_table, results.get("tables") or [])),
         study_plots=_study_plots(results),
         similarities=_similarities(results),
         runs=_run_table(results),
@@ -134,15 +133,9 @@ def _plain(value: Any, where: str) -> Any:
     raise TypeError(f"{where} is a {type(value).__name__}; results hold strings, numbers, lists and dictionaries")
 
 
-def _replace_file(path: Path, text: str) -> Path:
+def _write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_bytes(path, text.encode())
     return path
 
 
@@ -233,7 +226,7 @@ def make_table(names: Sequence[str], rows: Iterable[Sequence[Any]], caption: str
     rows = list(rows)
     first = rows[0] if rows else [""] * len(names)
     columns = [Column(name, _is_numeric(value)) for name, value in zip(names, first, strict=True)]
-    return Table(title, caption, columns, [[_cell(value) for value in row] for row in rows])
+    return Table(title, caption, columns, [list(map(_cell, row)) for row in rows])
 
 
 def _is_numeric(value: Any) -> bool:
@@ -328,7 +321,7 @@ def _duration(seconds: float) -> str:
 
 def _study_table(table: Mapping[str, Any]) -> Table:
     """A table of a study: title, columns, and rows whose cells may be {mean, sd, n}."""
-    rows = [[_mean_cell(value) for value in row] for row in table["rows"]]
+    rows = [list(map(_mean_cell, row)) for row in table["rows"]]
     return make_table(table["columns"], rows, title=table["title"])
 
 
@@ -424,7 +417,7 @@ def _score_table(results: Mapping[str, Any]) -> Table:
     rows = []
     for name, score in (results.get("scores") or {}).items():
         about = METRICS[name].about if name in METRICS else ""
-        row: list[Any] = [Text(name, note=" · ".join(part for part in (about, score.get("note")) if part))]
+        row: list[Any] = [Text(name, note=" · ".join(filter(None, (about, score.get("note")))))]
         if before:
             row.append(_number((before.get(name) or {}).get("value"), 3))
         rows.append([*row, _number(score.get("value"), 3), _interval(score), score.get("n"), score.get("illegal")])
@@ -491,15 +484,18 @@ def _settings(results: Mapping[str, Any]) -> list[Table]:
     for title in ("Configuration", "Seeds", "Machine", "Versions"):
         settings = results.get("config" if title == "Configuration" else title.lower())
         if settings:
-            rows = [[name, Text(str(value), "code")] for name, value in _flatten(settings)]
+            rows = []
+            for name, value in flatten(settings):
+                text = str(value) if isinstance(value, (str, int, float)) else json.dumps(value)
+                rows.append([name, Text(text, "code")])
             tables.append(make_table(["name", "value"], rows, title))
     return tables
 
 
-def _flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The leaves of nested mappings with their dotted names."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
-            yield from _flatten(item, f"{name}.{key}" if name else key)
+            yield from flatten(item, f"{name}.{key}" if name else key)
     else:
-        yield name, value if isinstance(value, (str, int, float)) else json.dumps(value)
+        yield name, value

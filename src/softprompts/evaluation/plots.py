@@ -115,8 +115,11 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Average neighbors until at most MAX_POINTS are left: a page of 50,000 steps stays small."""
     if len(points) <= MAX_POINTS:
         return list(points)
-    means = [part.mean(axis=0) for part in np.array_split(np.array(points, dtype=np.float64), MAX_POINTS)]
-    return [(float(x), float(y)) for x, y in means]
+    means = []
+    for part in np.array_split(np.array(points, dtype=np.float64), MAX_POINTS):
+        x, y = part.mean(axis=0)
+        means.append((float(x), float(y)))
+    return means
 
 
 def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -154,9 +157,11 @@ def line_plot(title: str, lines: Sequence[Line], axis: str = "step") -> Plot | N
         return tips
 
     steps, values = zip(*lines[0].points, strict=True)
-    figures = {"first": values[0], "last": values[-1], "lowest": min(values), "highest": max(values)}
-    label = f"{title} from {axis} {format_number(steps[0])} to {format_number(steps[-1])}: "
-    label += ", ".join(f"{name} {format_number(value)}" for name, value in figures.items())
+    label = (
+        f"{title} from {axis} {format_number(steps[0])} to {format_number(steps[-1])}: "
+        f"first {format_number(values[0])}, last {format_number(values[-1])}, "
+        f"lowest {format_number(min(values))}, highest {format_number(max(values))}"
+    )
     legend = [LegendKey(line.name, line.look) for line in lines] if len(lines) > 1 else []
     return _plot(title, label, draw, (WIDTH, HEIGHT), legend)
 
@@ -176,17 +181,13 @@ def _format_axes(axes: Axes, name: str, lines: Sequence[Line]) -> None:
         axes.set_ylim(low - abs(low) / 20, high + abs(high) / 20)
     axes.grid(axis="y")
     axes.set_xlabel(name)
-    xs: list[float] = []
-    largest = 0.0
-    for line in lines:
-        xs += [x for x, _ in line.points]
-        largest = max(largest, *(abs(y) for _, y in line.points))
-    whole = all(float(x).is_integer() for x in xs)
+    xs, ys = np.concatenate([line.points for line in lines]).T
+    whole = bool((xs % 1 == 0).all())
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole, steps=_STEPS))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if whole else "{x:g}"))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=_STEPS))
     axes.yaxis.set_major_formatter(
-        StrMethodFormatter("{x:,.0f}") if largest >= 1000 else ScalarFormatter(useOffset=False)
+        StrMethodFormatter("{x:,.0f}") if np.abs(ys).max() >= 1000 else ScalarFormatter(useOffset=False)
     )
 
 
@@ -197,16 +198,20 @@ def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, 
         The plot; None where no score has a value.
     """
     dots_of_metrics: dict[str, dict[str, Mapping[str, Any]]] = {}
+    parts = []
+    looks = set()
     for name, after in scores.items():
         dots = {}
         for look, score in (("before", before.get(name) or {}), ("after", after)):
             if score.get("value") is not None:
                 dots[look] = score
+                looks.add(look)
+                parts.append(f"{name} {look} {format_score(score)}")
         if dots:
             dots_of_metrics[name] = dots
     if not dots_of_metrics:
         return None
-    height = sum(len(dots) + 1.2 for dots in dots_of_metrics.values())  # the name of a metric has a separate line
+    height = len(parts) + 1.2 * len(dots_of_metrics)  # the name of a metric has a separate line
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         from matplotlib.ticker import MaxNLocator
@@ -224,20 +229,14 @@ def interval_plot(scores: Mapping[str, Mapping[str, Any]], before: Mapping[str, 
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=_STEPS))
         return {}
 
-    parts = []
-    for name, dots in dots_of_metrics.items():
-        parts += [f"{name} {look} {format_score(score)}" for look, score in dots.items()]
-    legend = []
-    for look in ("before", "after"):
-        if any(look in dots for dots in dots_of_metrics.values()):
-            legend.append(LegendKey(look, look))
+    legend = [LegendKey(look, look) for look in ("before", "after") if look in looks]
     return _plot("95 % intervals", "; ".join(parts), draw, (WIDTH, round(36 + 24 * height)), legend)
 
 
 def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> Plot:
     """Draw the confusion matrix: counts, shaded by their share of the row; an empty illegal column is left out."""
     counts = np.array(matrix, dtype=np.int64).reshape(len(labels), -1)
-    rows = [str(label) for label in labels]
+    rows = list(map(str, labels))
     columns = [*rows, "no label"][: counts.shape[1]]
     if len(columns) > len(rows) and not counts[:, -1].any():
         columns = columns[:-1]
@@ -245,14 +244,7 @@ def heatmap(labels: Sequence[Any], matrix: Sequence[Sequence[int]]) -> Plot:
 
     def draw(figure: Figure) -> dict[str, list[str]]:
         shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        texts = [list(map(str, row)) for row in counts.tolist()]
-        _draw_cells(figure, rows, columns, shares, texts)
-        tips = []
-        for gold, row in zip(rows, texts, strict=True):
-            tips += [
-                f"gold {gold}, predicted {predicted}: {text}" for predicted, text in zip(columns, row, strict=True)
-            ]
-        return {"cells": tips}
+        return _draw_cells(figure, rows, columns, shares, counts.astype(str), "gold {}, predicted {}: {}")
 
     right = int(np.trace(counts))
     label = f"Confusion matrix of {len(rows)} labels: {right} of {counts.sum()} predictions on the diagonal"
@@ -270,14 +262,9 @@ def similarity_plot(title: str, labels: Sequence[str], matrix: Sequence[Sequence
     if not labels:
         return None
     values = np.array(matrix, dtype=np.float64)
-    texts = [[f"{value:.2f}" for value in row] for row in values.tolist()]
 
     def draw(figure: Figure) -> dict[str, list[str]]:
-        _draw_cells(figure, labels, labels, values.clip(0, 1), texts)
-        tips = []
-        for label, row in zip(labels, texts, strict=True):
-            tips += [f"{label}, {other}: {text}" for other, text in zip(labels, row, strict=True)]
-        return {"cells": tips}
+        return _draw_cells(figure, labels, labels, values.clip(0, 1), np.char.mod("%.2f", values), "{}, {}: {}")
 
     off_diagonal = values[~np.eye(len(labels), dtype=bool)]
     label = f"{title}, {len(labels)} by {len(labels)}"
@@ -300,9 +287,13 @@ def _draw_interval(axes: Axes, y: float, look: str, score: Mapping[str, Any]) ->
 
 
 def _draw_cells(
-    figure: Figure, rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, texts: Sequence[Sequence[str]]
-) -> None:
-    """Draw a cell for each row and column, as dark as its share (0 to 1), with its text, and the names outside."""
+    figure: Figure, rows: Sequence[str], columns: Sequence[str], shares: np.ndarray, texts: np.ndarray, tip: str
+) -> dict[str, list[str]]:
+    """Draw a cell for each row and column, as dark as its share (0 to 1), with its text, and the names outside.
+
+    Returns:
+        The tips of the cells: `tip` with the names of row and column and the text.
+    """
     from matplotlib.collections import PatchCollection
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
@@ -312,17 +303,21 @@ def _draw_cells(
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelcolor=COLORS["quiet"])
     style: Any = {"rotation": 40, "ha": "left", "va": "baseline", "rotation_mode": "anchor"}
-    axes.set_xticks(np.arange(len(columns)) + 0.5, [_short(name) for name in columns], **style)
-    axes.set_yticks(np.arange(len(rows)) + 0.5, [_short(name) for name in rows])
-    positions = list(np.ndindex(*shares.shape))
-    boxes = [Rectangle((column + 0.02, row + 0.02), 0.96, 0.96) for row, column in positions]
-    shades = [to_rgba(COLORS["accent"], 0.03 + 0.52 * float(shares[position])) for position in positions]
-    axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors="none", gid="cells", clip_on=False))
-    for row, column in positions:
-        text = texts[row][column]
+    axes.set_xticks(np.arange(len(columns)) + 0.5, list(map(_short, columns)), **style)
+    axes.set_yticks(np.arange(len(rows)) + 0.5, list(map(_short, rows)))
+    boxes = []
+    shades = []
+    tips = []
+    for row, column in np.ndindex(*shares.shape):
+        text = str(texts[row, column])
+        boxes.append(Rectangle((column + 0.02, row + 0.02), 0.96, 0.96))
+        shades.append(to_rgba(COLORS["accent"], 0.03 + 0.52 * float(shares[row, column])))
+        tips.append(tip.format(rows[row], columns[column], text))
         style = {"color": COLORS["ink"], "alpha": 0.45 if text == "0" else 1.0, "fontsize": min(13, 64 / len(text))}
         style |= {"ha": "center", "va": "center_baseline"}
         axes.text(column + 0.5, row + 0.5, text, **style).set_in_layout(False)
+    axes.add_collection(PatchCollection(boxes, facecolors=shades, edgecolors="none", gid="cells", clip_on=False))
+    return {"cells": tips}
 
 
 def _printable(text: str) -> str:

@@ -18,7 +18,6 @@ from softprompts.injection.forward import (
     prefill,
     run_trunk,
 )
-from softprompts.injection.generation import generate
 from softprompts.injection.hidden_states import check_layers
 from softprompts.injection.layout import add_delta, assemble_embeddings, layout_rows
 from softprompts.injection.packed import Prefix, why_not_packed
@@ -34,7 +33,6 @@ from softprompts.injection.scoring import (
 )
 from softprompts.injection.sites import (
     Site,
-    check_site,
     prompt_spec,
     prompt_width,
     resolve_placement,
@@ -53,9 +51,7 @@ __all__ = [
     "can_compute_prefix",
     "candidate_tree",
     "check_layers",
-    "check_site",
     "compute_prefix",
-    "generate",
     "layout_rows",
     "prefill",
     "prompt_offsets",

@@ -15,7 +15,14 @@ from softprompts.errors import BackboneError
 from softprompts.injection.encoder_decoder import decode, decoder_input
 from softprompts.injection.hidden_states import CapturedStates, capture, check_layers
 from softprompts.injection.layout import Layout, align_texts, assemble_embeddings, check_room, layout_rows
-from softprompts.injection.packed import Prefix, check_branch_room, packed_prefix, run_packed, why_not_packed
+from softprompts.injection.packed import (
+    PackedOutput,
+    Prefix,
+    check_branch_room,
+    packed_prefix,
+    run_packed,
+    why_not_packed,
+)
 from softprompts.injection.placement import place_prompts
 from softprompts.injection.sites import (
     Site,
@@ -164,7 +171,17 @@ def run_trunk(
         if path == "shared":
             return _run_shared(call, prefix)
         tokens = None if needed_tokens is None else needed_tokens(token_order, text_mask)
-        return _run_packed(call, prefix, tokens, branches)
+        assert prompt is not None
+        packed = run_packed(
+            backbone,
+            aligned,
+            prompt,
+            site,
+            prefix=prefix if prefix is not None and prefix.path == "packed" else None,
+            needed_tokens=tokens,
+            branches=branches,
+        )
+        return _packed_output(call, packed, branches)
 
 
 def prefill(backbone: Backbone, prompt: Prompt, site: Site) -> tuple[Cache, Tensor | None]:
@@ -287,22 +304,8 @@ def _check_position_ids(backbone: Backbone, batch: Batch) -> None:
         )
 
 
-def _run_packed(
-    call: _TrunkCall, prefix: Prefix | None, needed_tokens: Tensor | None, branches: Tensor | None
-) -> TrunkOutput:
-    """All rows in one sequence without padding, behind the distinct prompts."""
-    assert call.prompt is not None
-    if prefix is not None and prefix.path != "packed":
-        prefix = None
-    packed = run_packed(
-        call.backbone,
-        call.batch,
-        call.prompt,
-        call.site,
-        prefix=prefix,
-        needed_tokens=needed_tokens,
-        branches=branches,
-    )
+def _packed_output(call: _TrunkCall, packed: PackedOutput, branches: Tensor | None) -> TrunkOutput:
+    """The output for rows that ran in one sequence without padding, behind the distinct prompts."""
     layer_states = {layer: packed.unpack_texts(states) for layer, states in call.layer_states().items()}
     text_output = _text_output(call, packed.text_states, packed.prompt_states, layer_states)
     text_output = replace(text_output, output=packed.output, path="packed")

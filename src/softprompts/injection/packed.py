@@ -164,7 +164,7 @@ def run_packed(
         windows=layer_windows(backbone),
         prefix_keys_values=None if prefix is None else prefix.keys_values,
     )
-    output = _run_trunk(
+    with _packed_pass(
         backbone,
         packing,
         prompt if prefix is None else None,
@@ -172,7 +172,8 @@ def run_packed(
         text_embeddings=batch.inputs_embeds.flatten(0, 1)[text_group.padded_index],
         text_position_ids=_text_position_ids(batch, prompt, branches)[text_group.padded_index],
         needed_tokens=needed_tokens,
-    )
+    ) as arguments:
+        output = backbone.trunk(**arguments)
     if prompt_group is None:
         prompt_tokens = 0
         prompt_states = None if prefix is None else prefix.last_state
@@ -200,16 +201,17 @@ def packed_prefix(backbone: Backbone, prompt: Prompt, site: Site) -> Prefix:
         windows=layer_windows(backbone),
         records_prompts=True,
     )
-    with backbone.with_kernels():
-        output = _run_trunk(
-            backbone,
-            packing,
-            prompt,
-            site,
-            text_embeddings=prompt.values.new_zeros(0, backbone.embedding_size).to(backbone.dtype),
-            text_position_ids=prompt.prompt_index.new_zeros(0),
-            needed_tokens=None,
-        )
+    packed_pass = _packed_pass(
+        backbone,
+        packing,
+        prompt,
+        site,
+        text_embeddings=prompt.values.new_zeros(0, backbone.embedding_size).to(backbone.dtype),
+        text_position_ids=prompt.prompt_index.new_zeros(0),
+        needed_tokens=None,
+    )
+    with backbone.with_kernels(), packed_pass as arguments:
+        output = backbone.trunk(**arguments)
     keys_values = tuple(packing.prompt_keys_values[layer] for layer in range(len(packing.windows)))
     last_state = output.last_hidden_state[0].index_select(0, prompt_group.packed_index[:, -1])
     return Prefix(keys_values, prompt.mask.bool(), last_state)
@@ -220,7 +222,8 @@ def layer_windows(backbone: Backbone) -> tuple[int | None, ...]:
     return window_sizes(backbone.new_cache())
 
 
-def _run_trunk(
+@contextlib.contextmanager
+def _packed_pass(
     backbone: Backbone,
     packing: Packing,
     prompt: Prompt | None,
@@ -229,8 +232,8 @@ def _run_trunk(
     text_embeddings: Tensor,
     text_position_ids: Tensor,
     needed_tokens: Tensor | None,
-) -> Any:
-    """The trunk's output over packed prompts and texts.
+) -> Iterator[dict[str, Any]]:
+    """Inside, the trunk runs over packed prompts and texts.
 
     Args:
         backbone: A causal model.
@@ -240,6 +243,12 @@ def _run_trunk(
         text_embeddings: [tokens, H].
         text_position_ids: [tokens].
         needed_tokens: [B, T], the text tokens whose last states are needed; None: all.
+
+    Yields:
+        The arguments of the trunk.
+
+    Raises:
+        Unpackable: A layer has not attended to the packing.
     """
     inject_prompt: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     embeddings = text_embeddings
@@ -256,11 +265,10 @@ def _run_trunk(
         position_ids = torch.cat([prompt_position_ids, text_position_ids])
     attention = use_packed_attention(backbone.model, packing, backbone.kernels.packed_attention)
     with attention, inject_prompt, _trim_last_layer(backbone, packing, needed_tokens):
-        output = backbone.trunk(inputs_embeds=embeddings[None], position_ids=position_ids[None], use_cache=False)
+        yield {"inputs_embeds": embeddings[None], "position_ids": position_ids[None], "use_cache": False}
     layers = len(packing.windows)
     if sorted(packing.attended_layers) != list(range(layers)):
         raise Unpackable(f"{len(packing.attended_layers)} of {layers} layers attend through transformers' switch")
-    return output
 
 
 def _inject_at_packed_layers(

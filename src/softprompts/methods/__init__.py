@@ -1,6 +1,6 @@
 """The methods: each makes one task's prompt. One file a method; `registry` finds them by name."""
 
-from softprompts.methods.base import SITES, MethodConfig, PromptMethod, fold, make_prompts
+from softprompts.methods.base import MethodConfig, PromptMethod, fold, make_prompts
 from softprompts.methods.registry import (
     METHODS,
     build,
@@ -14,7 +14,6 @@ from softprompts.methods.registry import (
 
 __all__ = [
     "METHODS",
-    "SITES",
     "MethodConfig",
     "PromptMethod",
     "build",

@@ -107,7 +107,7 @@ class PromptMethod(nn.Module):
     @property
     def shares_parameters(self) -> bool:
         """Whether tasks of one run train parameters together."""
-        return self.shared is not None and any(True for _ in self.shared.parameters())
+        return self.shared is not None and next(self.shared.parameters(), None) is not None
 
     @property
     def shares_all(self) -> bool:

@@ -16,9 +16,10 @@ from torch import Tensor
 from softprompts import errors
 from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.artifacts.vectors import similarity
-from softprompts.backbone import SEQ2SEQ, Backbone, fingerprint
-from softprompts.backbone.cache import EncoderDecoderCache, cache_argument
+from softprompts.artifacts.vectors.expression import read_expression
+from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import InitConfig, closest
 from softprompts.errors import ArtifactError, BackboneError, ConfigError
 from softprompts.injection import Site
@@ -166,23 +167,13 @@ def _layer_inputs(backbone: Backbone, site: Site, ids: Tensor) -> list[Tensor]:
             handle.remove()
     embedded = backbone.embed(ids)[0]
     if site.mode == "add":  # what is added at layer 0 is carried on by the model itself
-        return [embedded, *[torch.zeros_like(part) for part in inputs[1:]]]
+        return [embedded, *map(torch.zeros_like, inputs[1:])]
     return [embedded, *inputs[1:]]
 
 
 def _keys_and_values(backbone: Backbone, ids: Tensor) -> list[Tensor]:
-    """Each layer's keys and values [P, 2, heads, size] after reading `ids [1, P]`.
-
-    A decoder also has an encoder to look at: it reads the same words.
-    """
-    cache = backbone.new_cache()
-    if backbone.family is SEQ2SEQ:
-        state = backbone.encoder(input_ids=ids).last_hidden_state
-        pair = EncoderDecoderCache(cache, backbone.new_cache())
-        backbone.decoder(input_ids=ids, encoder_hidden_states=state, **cache_argument(backbone.decoder, pair))
-    else:
-        backbone.trunk(input_ids=ids, **cache_argument(backbone.trunk, cache))
-    layers: list[Any] = cache.layers
+    """Each layer's keys and values [P, 2, heads, size] after reading `ids [1, P]`."""
+    layers = backbone.read_into_cache(ids)
     if any(layer.keys.shape[2] != ids.shape[1] for layer in layers):
         raise BackboneError(
             f"a sliding window of {backbone.config.sliding_window} positions cannot hold {ids.shape[1]} prompt tokens; "
@@ -216,13 +207,16 @@ def _from_labels(
         )
     if not site.at_embeddings:
         raise BackboneError(f"a start from class labels is for sites input and decoder, not {site.name}; use text")
+    rows = []
+    for word in words:
+        ids = text_pieces(backbone.tokenizer, word)
+        if not len(ids):
+            raise BackboneError(f"the label word {word!r} has no tokens; name words in init.labels or the verbalizer")
+        rows.append(from_ids(backbone, site, ids).mean(0, keepdim=True))
     filler = sample_vocabulary(backbone, spec.length - len(words), population, generator)
-    pieces = {word: text_pieces(backbone.tokenizer, word) for word in words}
-    empty = [word for word, ids in pieces.items() if not len(ids)]
-    if empty:
-        raise BackboneError(f"the label word {empty[0]!r} has no tokens; name words in init.labels or the verbalizer")
-    rows = [from_ids(backbone, site, pieces[word]).mean(0, keepdim=True) for word in words]
-    return torch.cat([*rows, *([from_ids(backbone, site, filler)] if len(filler) else [])])
+    if len(filler):
+        rows.append(from_ids(backbone, site, filler))
+    return torch.cat(rows)
 
 
 def text_pieces(tokenizer: Any, text: str) -> Tensor:
@@ -253,7 +247,7 @@ def _check_fits(
     opened: Artifact, path: str | Path, weights: Fingerprint, site: Site, spec: PromptSpec, allow_other_weights: bool
 ) -> None:
     try:
-        artifact.check_fingerprint(opened.fingerprint, weights, allow_other_weights)
+        check_fingerprint(opened.fingerprint, weights, allow_other_weights)
     except errors.WrongBackboneError as error:
         raise errors.WrongBackboneError(f"{path}: {error}") from None
     if opened.site != site.name or opened.shape != (spec.length, spec.width):
@@ -274,24 +268,15 @@ def _from_vector(
 ) -> PromptInit:
     """A start plus a sum of task prompt vectors (Belanec et al. 2024, section 3)."""
     assert config.vector is not None
-    total = vectors.read_expression(config.vector)
+    total = read_expression(config.vector)
     _check_fits(total.reference, config.vector, fingerprint(backbone), site, spec, allow_other_weights)
     if config.start is not None:
         began = initialize(
             config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
-    common = vectors.common_start(total)
-    if common is None and not total.summands:
-        raise ConfigError(
-            f"the sum '{config.vector}' is zero, so it has no start; set init.start, such as init.start: "
-            f"{{kind: vocabulary}}"
-        )
-    if common is None:
-        raise ConfigError(
-            f"the prompts of '{config.vector}' did not all begin at the same start; set init.start, to which "
-            f"their sum is added, such as init.start: {{kind: vocabulary}}"
-        )
+    advice = "set init.start, such as init.start: {kind: vocabulary}"
+    common = vectors.require_common_start(total, advice, f"the sum '{config.vector}'")
     return PromptInit(vectors.apply(total, common), parents=total.parents)
 
 

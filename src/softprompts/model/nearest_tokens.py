@@ -32,21 +32,14 @@ def nearest_tokens(backbone: Backbone, prompt: Tensor, count: int = 5) -> list[N
     known = min(backbone.vocab_size, len(tokenizer))
     with torch.no_grad():
         rows = functional.normalize(prompt.float().to(backbone.device), dim=1)
-        cosines = torch.cat(
-            [
-                rows @ functional.normalize(backbone.embed(ids).float(), dim=1).T
-                for ids in torch.arange(known, device=backbone.device).split(8192)
-            ],
-            1,
-        )
-        best = cosines.topk(min(count, known), dim=1)
-    return [
-        NearestTokens(
-            i,
-            float(prompt[i].float().norm()),
-            tuple(
-                (tokenizer.decode([index]), round(float(value), 4)) for index, value in zip(ids, values, strict=True)
-            ),
-        )
-        for i, (ids, values) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    ]
+        cosines = []
+        for ids in torch.arange(known, device=backbone.device).split(8192):
+            cosines.append(rows @ functional.normalize(backbone.embed(ids).float(), dim=1).T)
+        best = torch.cat(cosines, 1).topk(min(count, known), dim=1)
+    nearest = []
+    for row, (indices, values) in enumerate(zip(best.indices.tolist(), best.values.tolist(), strict=True)):
+        words = []
+        for index, value in zip(indices, values, strict=True):
+            words.append((tokenizer.decode([index]), round(value, 4)))
+        nearest.append(NearestTokens(row, float(prompt[row].float().norm()), tuple(words)))
+    return nearest

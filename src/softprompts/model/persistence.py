@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from softprompts import __version__, injection
 from softprompts.artifacts import artifact, collection, peft_files
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import PromptConfig, closest
 from softprompts.data import TaskTemplate
@@ -149,14 +150,16 @@ def head_names(backbone: Backbone, modules: Sequence[str] | None) -> tuple[str, 
     for name in tuple(known):
         if name.split(".")[0] not in known:
             known.append(name.split(".")[0])
+    prefixes: tuple[str, ...] = ()
     for module in modules:
-        if not any(name == module or name.endswith(f".{module}") for name in known):
+        matching = tuple(f"{name}." for name in known if f".{name}".endswith(f".{module}"))
+        if not matching:
             raise ConfigError(
                 f"modules_to_save '{module}' is not a module of the head of {type(backbone.model).__name__}"
                 f"{closest(module, known)} possible: {', '.join(known) or 'none'}"
             )
-    inside = [m for m in known if any(m == module or m.endswith(f".{module}") for module in modules)]
-    return tuple(name for name in backbone.head_names if any(name.startswith(f"{m}.") for m in inside))
+        prefixes += matching
+    return tuple(name for name in backbone.head_names if name.startswith(prefixes))
 
 
 def _tree(tensors: Mapping[str, Tensor]) -> nn.Module | None:
@@ -202,7 +205,7 @@ def open_artifact(
         ConfigError: Its method or options are not known here.
     """
     opened = artifact.load(path, member) if loaded is None else loaded
-    warnings = artifact.check_fingerprint(opened.fingerprint, fingerprint(backbone), allow_other_weights)
+    warnings = check_fingerprint(opened.fingerprint, fingerprint(backbone), allow_other_weights)
     if opened.head != backbone.head or opened.family not in (None, backbone.family.name):
         raise ArtifactError(
             f"{path} holds a prompt for a {opened.family or 'any'} model with head '{opened.head}', but "
@@ -351,8 +354,8 @@ def pack(
         initial=record.initial,
         method=record.config.method,
         options=dict(record.config.options),
-        state={key: value.detach().cpu().clone() for key, value in method.state_dict().items()},
-        heads={key: value.detach().cpu().clone() for key, value in registry.head(name).items()},
+        state=_cpu_copies(method.state_dict()),
+        heads=_cpu_copies(registry.head(name)),
         site=record.site.name,
         mode=record.site.mode,
         placement=record.site.placement,
@@ -375,14 +378,19 @@ def pack(
     return replace(packed, scores=stored_scores, parents=source.parents if same else (source.digest,))
 
 
+def _cpu_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().clone() for name, value in tensors.items()}
+
+
 def unchanged(before: Artifact, now: Artifact) -> bool:
     """Whether two artifacts answer alike: the same prompt, or without one the same state, and the same heads."""
-    pairs = [(before.heads, now.heads)]
     if before.prompt is not None and now.prompt is not None:
-        pairs.append(({"prompt": before.prompt}, {"prompt": now.prompt}))
-    else:
-        pairs.append((before.state, now.state))
-    return all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+        return torch.equal(before.prompt, now.prompt) and _are_equal(before.heads, now.heads)
+    return _are_equal(before.state, now.state) and _are_equal(before.heads, now.heads)
+
+
+def _are_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def save(backbone: Backbone, registry: PromptRegistry, directory: Path) -> None:
@@ -419,29 +427,13 @@ def _peft(groups: Sequence[Sequence[Artifact]]) -> collection.PeftFiles | str:
         return f"{len(groups)} groups: PEFT's files hold one"
     if first.method != peft_files.MULTITASK:
         return f"method {first.method}: PEFT shares a prompt in multitask prompt tuning only"
-    reason = peft_files.why_peft_cannot_load(
-        site=first.site,
-        placement=first.placement,
-        family=first.family,
-        head=first.head,
-        heads=first.heads,
-        template=first.template,
-    )
+    reason = artifact.why_not_peft(first)
     if reason is not None:
         return reason
     for member in members:
-        if any(not torch.equal(value, member.heads[name]) for name, value in first.heads.items()):
+        if not _are_equal(first.heads, member.heads):
             return f"head {first.head} of each task: PEFT has one for all"
-    single = peft_files.adapter_config(
-        shape=(first.shape[0], first.shape[1]),
-        family=first.family,
-        head=first.head,
-        heads=first.heads,
-        backbone=first.backbone,
-        revision=first.revision,
-        architecture=first.fingerprint.architecture if first.fingerprint else {},
-    )
     states = [member.state for member in members]
-    columns = peft_files.MULTITASK_STATE[1]
-    config = peft_files.multitask_config(single, tasks=len(members), ranks=states[0][columns].shape[1])
+    ranks = states[0][peft_files.MULTITASK_STATE[1]].shape[1]
+    config = peft_files.multitask_config(artifact.peft_config(first), tasks=len(members), ranks=ranks)
     return collection.PeftFiles(config, peft_files.multitask_tensors(states, first.heads))

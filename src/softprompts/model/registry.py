@@ -194,6 +194,5 @@ class PromptRegistry:
         if batch.segment_lengths is not None or not any(site.segments for site in sites.values()):
             return batch
         sizes = {i: site.segments or (self.records[used[i]].config.num_virtual_tokens,) for i, site in sites.items()}
-        most = max(map(len, sizes.values()))
-        lengths = [[*sizes[index], *[0] * (most - len(sizes[index]))] for index in rows]
-        return replace(batch, segment_lengths=torch.tensor(lengths, device=batch.task_ids.device))
+        lengths = nn.utils.rnn.pad_sequence([torch.tensor(sizes[index]) for index in rows], batch_first=True)
+        return replace(batch, segment_lengths=lengths.to(batch.task_ids.device))

@@ -233,7 +233,7 @@ def autotune(
         requested |= {"path": "packed", "packed_attention": PACKED[attention]}
     elif attention is not None:
         requested["path"] = "shared"
-    size = sum(parameter.numel() for parameter in backbone.model.parameters())
+    size = sum(map(torch.numel, backbone.model.parameters()))
     if (attention is not None and matmul_backend != "auto") or size < WORTH:
         return TunedKernels(replace(default, **requested), {})
     entry = _cached_measurement(backbone, retune, log)

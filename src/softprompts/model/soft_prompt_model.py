@@ -24,7 +24,7 @@ from softprompts.model import stock_outputs as stock
 from softprompts.model.persistence import AnyConfig, Start
 from softprompts.model.prefix_cache import PrefixCache
 from softprompts.model.registry import NewPrompt, PromptRegistry, key
-from softprompts.types import Batch, Context, Output, Prompt, PromptInit, mask_before_labels
+from softprompts.types import Batch, Context, Output, Prompt, PromptInit
 
 
 class SoftPromptModel(nn.Module):
@@ -444,8 +444,7 @@ class SoftPromptModel(nn.Module):
 
     def _readable(self, batch: Batch) -> Tensor:
         """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
-        scored = self.backbone.head == "lm" and self.backbone.family.scores_next_token
-        return mask_before_labels(batch.attention_mask, batch.labels if scored else None)
+        return stock_inputs.readable(self.backbone, batch.attention_mask, batch.labels)
 
     @contextlib.contextmanager
     def _in_mode(self, training: bool | None) -> Iterator[None]:
@@ -527,7 +526,7 @@ class SoftPromptModel(nn.Module):
         }
         self._tune()
         if not self._prompted:
-            return self.model(**{name: value for name, value in arguments.items() if value is not None})
+            return self.model(**stock_inputs.without_none(arguments))
         batch, prompt, site = self._read({**arguments, "words": words, "prompt_places": prompt_places}, tasks, task_ids)
         if self.training and labels is not None and logits_to_keep is None and self.backbone.head == "lm":
             loss = stock.training_output(self.backbone, batch, prompt, site, labels.to(self.device), num_items_in_batch)
@@ -575,7 +574,7 @@ class SoftPromptModel(nn.Module):
         self._tune()
         if not self._prompted:
             stock_model: Any = self.model
-            return stock_model.generate(**{k: v for k, v in arguments.items() if v is not None}, **options)
+            return stock_model.generate(**stock_inputs.without_none(arguments), **options)
         with torch.no_grad():
             batch, prompt, site = self._read(
                 {**arguments, "words": words, "prompt_places": prompt_places}, tasks, task_ids
@@ -601,7 +600,7 @@ class SoftPromptModel(nn.Module):
         )
         batch = stock_inputs.batch(self.backbone, arguments, places)
         site = self.registry.site_of(tuple(self.registry.used(batch.task_ids).values()))
-        readable = stock_inputs.readable(self.backbone, batch.attention_mask, arguments)
+        readable = stock_inputs.readable(self.backbone, batch.attention_mask, stock_inputs.labels(arguments))
         batch = self.registry.place(self.backbone, batch, readable)
         ids_are_text = batch.inputs_embeds is None
         return batch, self.registry.make(self.backbone, batch, readable, ids_are_text=ids_are_text), site

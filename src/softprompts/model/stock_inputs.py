@@ -97,7 +97,12 @@ def text_mask(ids: Tensor, options: Mapping[str, Any], config: Any) -> Tensor:
     return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
 
 
-def readable(backbone: Backbone, mask: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+def readable(backbone: Backbone, mask: Tensor, token_labels: Tensor | None) -> Tensor:
     """What of the text a prompt may be made from, [B, T]: where the model scores its own text, no label."""
     scored = backbone.head == "lm" and backbone.family.scores_next_token
-    return mask_before_labels(mask, labels(arguments) if scored else None)
+    return mask_before_labels(mask, token_labels if scored else None)
+
+
+def without_none(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a caller gave."""
+    return {name: value for name, value in arguments.items() if value is not None}

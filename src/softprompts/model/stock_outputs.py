@@ -165,11 +165,9 @@ def _span(
     loss = None
     if wish.labels is not None:
         length = start.shape[1]
-        places = wish.labels.clamp(0, length)  # as the stock head: a span outside the text is not scored
-        pair = [
-            functional.cross_entropy(x, y, ignore_index=length) for x, y in zip((start, end), places.T, strict=True)
-        ]
-        loss = (pair[0] + pair[1]) / 2
+        starts, ends = wish.labels.clamp(0, length).T  # as the stock head: a span outside the text is not scored
+        start_loss = functional.cross_entropy(start, starts, ignore_index=length)
+        loss = (start_loss + functional.cross_entropy(end, ends, ignore_index=length)) / 2
     return {"start_logits": start, "end_logits": end}, loss
 
 

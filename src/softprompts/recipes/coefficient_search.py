@@ -5,8 +5,7 @@ The search evaluates every coefficient of a grid on validation rows, and the cho
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,18 +14,21 @@ from torch import Tensor
 
 from softprompts.artifacts import artifact, vectors
 from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.artifacts.vectors import Vector
+from softprompts.artifacts.vectors.expression import locate_prompt, parse_expression, read_expression
 from softprompts.backbone import fingerprint
-from softprompts.config import ModelConfig, TaskConfig, parse
+from softprompts.config import TaskConfig, parse
 from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation import page
 from softprompts.evaluation.evaluate import evaluation_config
+from softprompts.evaluation.metrics import plain_scores
 from softprompts.injection import Site
 from softprompts.model.setup import load_backbone
 from softprompts.model.soft_prompt_model import backbone_config
-from softprompts.recipes.evaluator import Evaluator, load_evaluator
-from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.run import ProgressReporter, versions
+from softprompts.recipes.evaluate_prompts import Evaluator, load_evaluator
+from softprompts.recipes.run.prepare import SILENT, ProgressReporter
+from softprompts.recipes.run.results import header, versions
 
 GRID = tuple(round(0.05 * step, 2) for step in range(21))
 """The paper's coefficients: 0, 0.05, ..., 1."""
@@ -67,19 +69,18 @@ def choose_coefficient(
     for evaluator in evaluators:
         task = evaluator.task
         scores[task.name] = evaluator.scores(prompts, task.validation, task.name, reporter.on_eval)
-    means = [fmean(values) for values in zip(*scores.values(), strict=True)]
+    means = list(map(fmean, zip(*scores.values(), strict=True)))
     best = max(range(len(grid)), key=lambda index: (means[index], -abs(grid[index])))
     return Choice(grid[best], tuple(grid), scores, means)
 
 
-def search(
+def search_coefficient(
     text: str,
     out: str | Path,
     *,
     start: Artifact | None = None,
     on: Sequence[str] = (),
     grid: Sequence[float] = GRID,
-    model: ModelConfig | None = None,
     changes: Mapping[str, Any] | None = None,
     reporter: ProgressReporter = SILENT,
 ) -> dict[str, Any]:
@@ -93,7 +94,6 @@ def search(
         start: The artifact whose prompt the sum is added to; None: the start that all prompts of the sum share.
         on: Prompts whose tasks choose the coefficient; none: those in the sum.
         grid: The coefficients.
-        model: The backbone, where it is not the one that the prompts name.
         changes: Keys of the section `model` that differ from the prompts' own.
         reporter: Shows progress.
 
@@ -105,13 +105,13 @@ def search(
             evaluation.
     """
     began = time.time()
-    total = vectors.read_expression(text)
+    total = read_expression(text)
     initial = resolve_start(total, start)
-    names = on or vectors.parse_expression(text)
-    prompts = _prompts_of_tasks({name: artifact.load(vectors.locate_prompt(name)) for name in names})
+    names = on or parse_expression(text)
+    prompts = _prompts_of_tasks({name: artifact.load(locate_prompt(name)) for name in names})
     like = total.reference
-    backbone = load_backbone(backbone_config(like, model, changes), log=reporter.log)
-    artifact.check_fingerprint(like.fingerprint, fingerprint(backbone), False)
+    backbone = load_backbone(backbone_config(like, changes=changes), log=reporter.log)
+    check_fingerprint(like.fingerprint, fingerprint(backbone), False)
     site = Site(like.site, like.mode, like.placement)
     evaluators = []
     for config, prompt in prompts.values():
@@ -129,10 +129,7 @@ def search(
         task = evaluator.task
         rows[task.name] = {"validation": len(task.validation), "test": len(task.test)}
     results = {
-        "format": 1,
-        "title": f"How much of {total.name} to add",
-        "task": ", ".join(prompts),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"How much of {total.name} to add", ", ".join(prompts)),
         "seconds": round(time.time() - began, 1),
         "sum": total.name,
         "coefficient": choice.best,
@@ -166,8 +163,7 @@ def _evaluate_on_test(
     for evaluator in evaluators:
         task = evaluator.task
         if task.test:
-            scores = evaluator.evaluate(prompt, task.test).scores
-            scores_of_tasks[task.name] = {metric: asdict(score) for metric, score in scores.items()}
+            scores_of_tasks[task.name] = plain_scores(evaluator.evaluate(prompt, task.test).scores)
         else:
             warnings.append(
                 f"{task.name} has no test rows, so the coefficient has no score on rows that did not "
@@ -187,18 +183,8 @@ def resolve_start(total: Vector, start: Artifact | None) -> Tensor:
     if start is not None:
         vectors.check_start(start, total, "the start")
         return start.require_prompt("the start")
-    common = vectors.common_start(total)
-    if common is None and not total.summands:
-        raise ConfigError(
-            "the sum is zero, so it has no start; give a prompt to add it to with --start PROMPT, or the start of "
-            "a prompt with --start-of PROMPT"
-        )
-    if common is None:
-        raise ConfigError(
-            f"the prompts of '{total.name}' did not all begin at the same start; give a prompt to add their sum to "
-            f"with --start PROMPT, or the start of a prompt with --start-of PROMPT"
-        )
-    return common
+    advice = "give a prompt to add it to with --start PROMPT, or the start of a prompt with --start-of PROMPT"
+    return vectors.require_common_start(total, advice)
 
 
 def page_of(results: Mapping[str, Any]) -> dict[str, Any]:

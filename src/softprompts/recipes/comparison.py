@@ -193,14 +193,17 @@ class Comparison:
         tuned_tasks = [task for task in tasks if tune_on is None or task in tune_on] or tasks[:1]
         tried_runs: list[ArmRun] = []
         for arm in arms:
-            tried_runs += [ArmRun(arm, rate, self.stage.seeds[0]) for rate in self._rates(arm)]
+            for rate in self._rates(arm):
+                tried_runs.append(ArmRun(arm, rate, self.stage.seeds[0]))
         tried = {task: self.run(task, shots, tried_runs, "rates") for task in tuned_tasks}
-        rates = {arm: self._choose_rate(arm, tried_runs, tried, shots) for arm in arms}
+        seed_runs = self._seed_runs({arm: self._choose_rate(arm, tried, shots) for arm in arms})
         for task in tasks:
-            wanted_runs = self._seed_runs(rates)
-            results = [result for result in tried.get(task, ()) if result.arm_run in wanted_runs]
-            done = {result.arm_run for result in results}
-            missing = [arm_run for arm_run in wanted_runs if arm_run not in done]
+            missing = list(seed_runs)
+            results = []
+            for result in tried.get(task, ()):
+                if result.arm_run in seed_runs:
+                    missing.remove(result.arm_run)
+                    results.append(result)
             if missing:
                 results += self.run(task, shots, missing, "seeds")
             self._add(task, shots, results)
@@ -215,20 +218,18 @@ class Comparison:
     def _add(self, task: str, shots: int | None, results: Sequence[ArmResult]) -> None:
         self.results.setdefault((task, shots), []).extend(results)
 
-    def _choose_rate(
-        self, arm: str, tried_runs: Sequence[ArmRun], tried: Mapping[str, Sequence[ArmResult]], shots: int | None
-    ) -> float:
+    def _choose_rate(self, arm: str, tried: Mapping[str, Sequence[ArmResult]], shots: int | None) -> float:
         """The rate with the best mean validation score over the tasks it was tried on; of equal ones the smaller."""
-        scores: dict[float, float] = {}
-        for arm_run in tried_runs:
-            if arm_run.arm != arm:
+        failed: set[float] = set()
+        scores_of_tasks: dict[float, list[float]] = {}
+        for result in chain.from_iterable(tried.values()):
+            if result.arm_run.arm != arm:
                 continue
-            scores_of_tasks: list[float | None] = []
-            for results in tried.values():
-                scores_of_tasks += [result.validation for result in results if result.arm_run == arm_run]
-            known = [score for score in scores_of_tasks if score is not None]
-            if len(known) == len(scores_of_tasks):
-                scores[arm_run.rate] = statistics.fmean(known)
+            if result.validation is None:
+                failed.add(result.arm_run.rate)
+            else:
+                scores_of_tasks.setdefault(result.arm_run.rate, []).append(result.validation)
+        scores = {rate: statistics.fmean(scores_of_tasks[rate]) for rate in scores_of_tasks if rate not in failed}
         if not scores:
             raise TrainingError(f"arm '{arm}', {size_name(shots)}, failed at every rate; give lower ones")
         best = max(scores, key=lambda rate: (scores[rate], -rate))
@@ -315,9 +316,9 @@ def scores(results: Results, shots: int | None, tasks: Sequence[str], about: Map
     Returns:
         For each arm, its trained numbers and for each task mean and standard deviation over the seeds.
     """
-    size = {key: results_of_task for key, results_of_task in results.items() if key[1] == shots}
+    results_of_size = {key: results_of_task for key, results_of_task in results.items() if key[1] == shots}
     pages: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for arm_run, page in all_pages(size):
+    for arm_run, page in all_pages(results_of_size):
         pages.setdefault(arm_run.arm, {}).setdefault(page["task"], []).append(page)
     # Arms that train weights evaluate a float32 copy, so the stock model's score is that of the other arms.
     stock: dict[str, list[float]] = {}

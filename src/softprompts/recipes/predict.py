@@ -123,7 +123,7 @@ def continue_text(
 
 def answer_line(row: Row, columns: Sequence[str], answer: Answer) -> dict[str, Any]:
     """What is written about a row: its columns, the answer, and the generated text or the scores of the labels."""
-    line = {**{column: row[column] for column in columns}, "answer": answer.value}
+    line = {**_cells(row, columns), "answer": answer.value}
     if answer.text is not None:
         line["output"] = answer.text
     if answer.scores:
@@ -241,5 +241,10 @@ def _answers_row(line: bytes, row: Row, columns: Sequence[str]) -> bool:
         written = json.loads(line)
     except ValueError:
         return False
-    expected = json.loads(json_line({column: row[column] for column in columns}))
-    return isinstance(written, dict) and {column: written.get(column) for column in columns} == expected
+    expected = json.loads(json_line(_cells(row, columns)))
+    return isinstance(written, dict) and _cells(written, columns) == expected
+
+
+def _cells(row: Mapping[str, Any], columns: Sequence[str]) -> dict[str, Any]:
+    """The cells of a row in these columns; None where it has none."""
+    return dict(zip(columns, map(row.get, columns), strict=True))

@@ -10,20 +10,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from softprompts.artifacts import artifact
 from softprompts.artifacts.artifact import Artifact
 from softprompts.config import Run, TrainConfig
-from softprompts.data import EncodedExample, ExampleTokenizer, Row, classes
+from softprompts.data import ExampleTokenizer, Row, classes
+from softprompts.data.encoding import EncodedExample
 from softprompts.errors import ConfigError
 from softprompts.evaluation import evaluate, metrics, page
-from softprompts.methods import find, names
+from softprompts.methods.registry import find, names
 from softprompts.recipes.run.prepare import SILENT
-from softprompts.recipes.run.results import validation_curve
+from softprompts.recipes.run.results import header, tokens_per_second, validation_curve
 from softprompts.recipes.run.run import (
     PreparedRun,
     ProgressReporter,
@@ -46,7 +48,7 @@ USED = (
 """The keys of `training` that pretraining uses; `head_learning_rate` is the classifier's."""
 
 
-def run(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
+def pretrain(run: Run, reporter: ProgressReporter = SILENT) -> dict[str, Any]:
     """Pretrain a run's method on the classes of its task; write what `prompt.init.state` takes to `output_dir/prompt`.
 
     results.json and report.html beside it have the classifier's scores on the test rows. An interrupted run continues
@@ -107,9 +109,12 @@ def _class_examples(prepared: PreparedRun) -> dict[str, list[EncodedExample]]:
     encoder, task = prepared.encoders[0], prepared.tasks[0]
     if task.template.kind != "label":
         raise ConfigError(f"pretraining tells classes apart, and {task.name} is of kind {task.template.kind}")
-    numbers = {label: number for number, label in enumerate(classes(task.template))}
-    splits = {"train": task.train, "validation": task.validation, "test": task.test}
-    return {split: [_class_example(encoder, row, numbers) for row in rows] for split, rows in splits.items()}
+    labels = classes(task.template)
+    numbers = dict(zip(labels, range(len(labels)), strict=True))
+    examples = {}
+    for split, rows in (("train", task.train), ("validation", task.validation), ("test", task.test)):
+        examples[split] = [_class_example(encoder, row, numbers) for row in rows]
+    return examples
 
 
 def _class_example(encoder: ExampleTokenizer, row: Row, numbers: Mapping[str, int]) -> EncodedExample:
@@ -145,8 +150,6 @@ def _page(
     """The content of results.json and of the page."""
     run, task = prepared.run, prepared.tasks[0]
     evaluation = _evaluate(prepared, classifier, examples)
-    training_seconds = sum(progress.seconds for progress in history)
-    tokens = sum(progress.tokens for progress in history)
     parameters = classifier.method_parameters()
     moved = 0
     for name, initial in prepared.initial_parameters.items():
@@ -154,21 +157,18 @@ def _page(
         if name.startswith("prompts.") and tensor in parameters:
             moved += int((parameters[tensor] != initial).sum())
     return {
-        "format": 1,
-        "title": f"{run.prompt.method} pretrained on {task.name}",
-        "task": task.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"{run.prompt.method} pretrained on {task.name}", task.name),
         "summary": {
             "metric": next(iter(evaluation["scores"]), None),
             "before": None,
             "after": next(iter(evaluation["scores"].values()), None),
             "steps": len(history),
             "seconds": round(seconds, 1),
-            "trainable": sum(value.numel() for value in parameters.values()),
+            "trainable": sum(map(torch.numel, parameters.values())),
             "moved": moved,
-            "tokens_per_second": tokens / training_seconds if training_seconds else None,
+            "tokens_per_second": tokens_per_second(history),
         },
-        "curve": [asdict(progress) for progress in history],
+        "curve": list(map(asdict, history)),
         "validation": validation_curve(history),
         **evaluation,
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
@@ -194,14 +194,9 @@ def _evaluate(
     options: dict[str, Any] = {"resamples": run.evaluation.resamples, "seed": run.seed, "kind": "label"}
     scores = {}
     for name in template.metrics or metrics.default_metrics("label"):
-        score = metrics.score(name, predictions, references, positive=template.positive, **options)
-        scores[name] = asdict(score)
+        scores[name] = metrics.score(name, predictions, references, positive=template.positive, **options)
     return {
-        "scores": scores,
+        "scores": metrics.plain_scores(scores),
         "majority": references.count(labels[most_common]) / len(references),
-        "per_class": [asdict(row) for row in metrics.per_class(predictions, references, labels)],
-        "confusion": {
-            "labels": list(labels),
-            "matrix": metrics.confusion(predictions, references, labels).tolist(),
-        },
+        **metrics.class_tables(predictions, references, labels),
     }

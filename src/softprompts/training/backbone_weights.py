@@ -56,7 +56,7 @@ class BackboneWeights:
     @property
     def count(self) -> int:
         """The number of trained numbers."""
-        return sum(parameter.numel() for parameter in self.trained.values())
+        return sum(map(torch.numel, self.trained.values()))
 
     def with_kernels(self, kernels: Kernels) -> Backbone:
         """The same weights with faster kernels for evaluation, which are equal up to rounding."""

@@ -108,7 +108,7 @@ def machine_line(backbone: Backbone) -> str:
 
 def initial(parameters: Mapping[str, nn.Parameter]) -> Checkpoint:
     """The state of a run that has not made a step."""
-    return Checkpoint(0, _copies(parameters))
+    return Checkpoint(0, copies(parameters))
 
 
 def capture(
@@ -132,14 +132,14 @@ def capture(
     """
     tensors: dict[str, Tensor] = {}
     if resumable:
-        tensors = _copies(parameters)
+        tensors = copies(parameters)
         for name, parameter in parameters.items():
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone()
     best, best_step = previous.best, previous.best_step
     if progress.score is not None and (best is None or progress.score > best):
         best, best_step = progress.score, progress.step
-        tensors |= _copies(parameters, BEST)
+        tensors |= copies(parameters, BEST)
     else:
         tensors |= {name: value for name, value in previous.tensors.items() if name.startswith(BEST)}
     return Checkpoint(progress.step, tensors, best, best_step, (*previous.history, progress))
@@ -174,7 +174,7 @@ def write(checkpoints: Sequence[tuple[CheckpointFile, Checkpoint]]) -> None:
     for file, state in checkpoints:
         facts: dict[str, Any] = {"step": state.step, "best": state.best, "best_step": state.best_step}
         facts |= {"settings": file.settings, "failed": state.failed, "token": token}
-        history = json.dumps([asdict(progress) for progress in state.history])
+        history = json.dumps(list(map(asdict, state.history)))
         file.path.parent.mkdir(parents=True, exist_ok=True)
         path = file.path if len(checkpoints) == 1 else file.path.with_name(STAGED)
         write_tensors(path, state.tensors, {"facts": json.dumps(facts), "history": history})
@@ -189,7 +189,7 @@ def recover(paths: Sequence[Path]) -> None:
     The staged checkpoints of a write count once one of them has replaced its predecessor; else they are deleted.
     """
     staged = [path.with_name(STAGED) for path in paths]
-    if not any(path.exists() for path in staged):
+    if not any(map(Path.exists, staged)):
         return
     tokens = {_facts(path).get("token") for path in paths if path.exists()}
     for path, waiting in zip(paths, staged, strict=True):
@@ -199,7 +199,8 @@ def recover(paths: Sequence[Path]) -> None:
             waiting.unlink(missing_ok=True)
 
 
-def _copies(parameters: Mapping[str, nn.Parameter], prefix: str = "") -> dict[str, Tensor]:
+def copies(parameters: Mapping[str, nn.Parameter], prefix: str = "") -> dict[str, Tensor]:
+    """Copies of parameters, without their graph; `prefix` begins the names."""
     return {f"{prefix}{name}": value.detach().clone() for name, value in parameters.items()}
 
 

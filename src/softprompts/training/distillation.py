@@ -17,13 +17,17 @@ from torch import Tensor
 
 from softprompts import injection
 from softprompts.artifacts import artifact
+from softprompts.artifacts.fingerprint import check_fingerprint
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone, fingerprint
 from softprompts.config import DistillationConfig, closest
-from softprompts.data import EncodedExample, collate, evaluation_order
+from softprompts.data.collation import collate
+from softprompts.data.encoding import EncodedExample
+from softprompts.data.sampling import evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.training.checkpoint import machine_of
+from softprompts.training.shared_batch import pad_token
 from softprompts.types import Output, Prompt, TeacherBatch
 
 FILE = "teacher-states.safetensors"
@@ -74,11 +78,12 @@ class TeacherOutputs:
     def of(self, examples: Sequence[EncodedExample], device: torch.device) -> TeacherBatch:
         """The teachers' outputs for a batch of these very examples."""
         places = [self.index[id(example)] for example in examples]
-        layers = {}
-        for key, layer in self.layers.items():
-            layers[key] = torch.cat([layer[place] for place in places]).to(device)
-        states = torch.cat([self.states[place] for place in places]).to(device)
-        return TeacherBatch(states, layers, self.temperature)
+
+        def join(states: Sequence[Tensor]) -> Tensor:
+            return torch.cat([states[place] for place in places]).to(device)
+
+        layers = {key: join(states) for key, states in self.layers.items()}
+        return TeacherBatch(join(self.states), layers, self.temperature)
 
 
 def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequence[str]) -> tuple[TaskTeacher, ...]:
@@ -106,7 +111,7 @@ def load_teachers(backbone: Backbone, config: DistillationConfig, tasks: Sequenc
 
 def _load_teacher(backbone: Backbone, task: str, path: str, weights: Any) -> TaskTeacher:
     loaded = artifact.load(path)
-    artifact.check_fingerprint(loaded.fingerprint, weights, False)
+    check_fingerprint(loaded.fingerprint, weights, False)
     if loaded.head != backbone.head or backbone.head != "lm":
         raise ConfigError(
             f"the teacher of {task}, {path}, reads head '{loaded.head}' and the model has '{backbone.head}'; teachers "
@@ -188,9 +193,10 @@ def _compute(
             progress(done, len(examples))
     cache = {}
     for name in of_examples[0]:
-        cache[name] = torch.cat([tensors[name] for tensors in of_examples])
+        states = [tensors[name] for tensors in of_examples]
         counts = f"tokens.{name.split('.')[1]}" if name.startswith("layers.") else f"{name}.counts"
-        cache[counts] = torch.tensor([len(tensors[name]) for tensors in of_examples])
+        cache[name] = torch.cat(states)
+        cache[counts] = torch.tensor(list(map(len, states)))
     return cache
 
 
@@ -198,8 +204,7 @@ def _read(
     backbone: Backbone, teacher: TaskTeacher, examples: Sequence[EncodedExample], layers: Collection[int]
 ) -> Output:
     """The backbone's output for examples behind the prompt of their teacher."""
-    pad = 0 if backbone.tokenizer is None else backbone.tokenizer.pad_token_id or 0
-    batch = collate(examples, pad).to(backbone.device)
+    batch = collate(examples, pad_token(backbone)).to(backbone.device)
     if batch.segment_lengths is not None and teacher.site.placement != "template":
         # The slots of the rows are for the student's prompt.
         batch = replace(batch, prompt_offsets=None, segment_lengths=None)
@@ -217,7 +222,7 @@ def _by_row(output: Output, rows: int) -> list[dict[str, Tensor]]:
     split = {"states": output.label_states.cpu().split(counts)}
     for (side, number), states in output.layer_states.items():
         split[f"layers.{side}.{number}"] = states.cpu().split(output.token_counts[side].tolist())
-    return [{name: tensors[row] for name, tensors in split.items()} for row in range(rows)]
+    return [dict(zip(split, tensors, strict=True)) for tensors in zip(*split.values(), strict=True)]
 
 
 def _cache_key(

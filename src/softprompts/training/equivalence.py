@@ -11,7 +11,7 @@ from softprompts.backbone import Backbone
 from softprompts.backbone.kernels import Kernels
 from softprompts.errors import TrainingError
 from softprompts.model import SoftPromptModel
-from softprompts.types import Batch, Objective, Output, Prompt, Step, TeacherBatch
+from softprompts.types import Batch, Objective, Step, TeacherBatch
 
 ALLOWED: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-9, 1e-7),
@@ -173,20 +173,14 @@ def _loss_and_gradient(
 ) -> tuple[float, str, Tensor]:
     """Loss, path and flat gradient of one step; all ways draw the same, and the random stream is put back."""
     layers = sorted({number for _, number in teacher.layer_states}) if teacher else []
-
-    def score(prompt: Prompt | None) -> Output:
-        if prompt is None:
-            with model.no_prompt():
-                return model.score(batch, path=path)
-        return model.score(batch, prompts=prompt, path=path, return_logits=True if teacher else None, layers=layers)
-
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # on every device, so that both ways drop out alike; each step seeds itself anyway
         prompt = model.make_prompts(batch, training=True)
-        output = score(prompt)
-        loss = objective(Step(batch, prompt, output, score, teacher))
+        output = model.score(batch, prompts=prompt, path=path, return_logits=True if teacher else None, layers=layers)
+        loss = objective(Step(batch, prompt, output, teacher))
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = []
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        flat.append(torch.zeros(parameter.numel()) if gradient is None else gradient.detach().cpu().flatten())
-    return float(loss.detach()), output.path, torch.cat([part.double() for part in flat])
+        part = torch.zeros(parameter.numel()) if gradient is None else gradient.detach().cpu().flatten()
+        flat.append(part.double())
+    return float(loss.detach()), output.path, torch.cat(flat)

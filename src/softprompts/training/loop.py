@@ -24,7 +24,8 @@ from accelerate.utils.environment import get_cpu_distributed_information
 from torch import Tensor, nn
 
 from softprompts.config import TrainConfig
-from softprompts.data import EncodedExample, ExampleBatches, TaskBatches
+from softprompts.data.encoding import EncodedExample
+from softprompts.data.sampling import ExampleBatches, TaskBatches
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.model import SoftPromptModel
 from softprompts.training import checkpoint, objectives
@@ -88,9 +89,8 @@ class TrainingRun:
 
     def batch(self, step: int, part: int, examples: Sequence[EncodedExample], share: float = 1.0) -> RunBatch:
         """Examples of micro-batch `part` of a step, with separate random streams, whatever other runs draw."""
-        prompt_seed, objective_seed = (
-            (self.seed * 1_000_003 + step + (draw << 40)) % 2**63 for draw in (2 * part, 2 * part + 1)
-        )
+        prompt_seed = (self.seed * 1_000_003 + step + (2 * part << 40)) % 2**63
+        objective_seed = (prompt_seed + (1 << 40)) % 2**63
         return RunBatch(self.name, examples, self.objective, prompt_seed, objective_seed, share)
 
 

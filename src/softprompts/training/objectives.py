@@ -108,9 +108,6 @@ def _wide(values: Tensor) -> Tensor:
 
 OBJECTIVES: dict[str, Objective] = {"task": task, "distill-logits": distill_logits, "distill-hidden": distill_hidden}
 
-TAUGHT = ("distill-logits", "distill-hidden")
-"""The objectives that need a teacher."""
-
 
 def weigh(weights: Mapping[str, float]) -> Objective:
     """The weighted sum of objectives; one with weight 0 is not computed.

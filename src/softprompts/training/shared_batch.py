@@ -1,6 +1,5 @@
 """One batch with the rows of several runs, which the frozen backbone reads in one pass."""
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import Backbone
-from softprompts.data import EncodedExample, collate
+from softprompts.data.collation import collate
+from softprompts.data.encoding import EncodedExample
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.model import SoftPromptModel
@@ -48,7 +48,7 @@ class SharedBatch:
             examples: The examples of each run.
             seeds: The seed of each run's random stream, from which its methods draw.
         """
-        sizes = [len(part) for part in examples]
+        sizes = list(map(len, examples))
         alone = [prompt_batch(model, names, part) for names, part in zip(prompts, examples, strict=True)]
         whole = alone[0]
         if len(examples) > 1:
@@ -85,16 +85,7 @@ def training_step(model: SoftPromptModel, batch: Batch) -> Step:
     if batch.inputs_embeds is None:
         batch = replace(batch, inputs_embeds=model.backbone.embed(batch.input_ids))
     prompt = model.make_prompts(batch, training=True)
-    again = functools.partial(score_again, model, batch)
-    return Step(batch, prompt, again(prompt), again)
-
-
-def score_again(model: SoftPromptModel, batch: Batch, prompt: Prompt | None) -> Output:
-    """Score a batch with another prompt; None scores it without one."""
-    if prompt is not None:
-        return model.score(batch, prompts=prompt)
-    with model.no_prompt():
-        return model.score(batch)
+    return Step(batch, prompt, model.score(batch, prompts=prompt))
 
 
 def prompt_batch(model: SoftPromptModel, prompts: Sequence[str], examples: Sequence[EncodedExample]) -> Batch:
@@ -126,7 +117,7 @@ def label_count(example: EncodedExample, backbone: Backbone, site: Site | None) 
     first_is_unscored = site is None or not site.scores_first_token or bool(tokens_before_prompt)
     if backbone.head == "lm" and backbone.family.scores_next_token and first_is_unscored:
         labels = labels[1:]
-    return sum(label != IGNORE for label in labels)
+    return len(labels) - labels.count(IGNORE)
 
 
 def check_shared_batch(model: SoftPromptModel, runs: Mapping[str, Sequence[str]]) -> None:

@@ -1,6 +1,5 @@
 """What the training loop can train: prompts, the weights of a backbone, a method's features with a classifier."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -12,7 +11,9 @@ from torch import Tensor, nn
 from softprompts import injection
 from softprompts.backbone import Backbone
 from softprompts.config import TrainConfig
-from softprompts.data import EncodedExample, collate, evaluation_order
+from softprompts.data.collation import collate
+from softprompts.data.encoding import EncodedExample
+from softprompts.data.sampling import evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
 from softprompts.model import SoftPromptModel
@@ -27,7 +28,6 @@ from softprompts.training.shared_batch import (
     label_count,
     pad_token,
     prompt_batch,
-    score_again,
 )
 from softprompts.types import Batch, Objective, Output, Prompt, Step, in_mode
 
@@ -122,7 +122,7 @@ class TrainablePrompts:
     """The prompts of one run, or of several runs that share every batch: prompts of one model.
 
     The rows of all runs go through the backbone in one pass. Every run has the prompts, batch and output that it would
-    have alone; only `Step.again` reads the rows of its run alone.
+    have alone.
     """
 
     resumable = True
@@ -171,10 +171,11 @@ class TrainablePrompts:
         examples = [batch.examples for batch in batches]
         shared = SharedBatch.of(self.model, prompts, examples, [batch.prompt_seed for batch in batches])
         layers: set[int] = set()
+        with_teacher = False
         for batch in batches:
             if batch.run in self.teachers:
                 layers.update(self.teachers[batch.run].layer_numbers)
-        with_teacher = any(batch.run in self.teachers for batch in batches)
+                with_teacher = True
         output = self.model.score(
             shared.batch, prompts=shared.prompt, return_logits=True if with_teacher else None, layers=sorted(layers)
         )
@@ -208,14 +209,13 @@ class TrainablePrompts:
 
     def _step(self, batch: RunBatch, collated: Batch, prompt: Prompt, output: Output) -> Step:
         """What the objective of a run sees."""
-        again = functools.partial(score_again, self.model, collated)
         teacher = self.teachers.get(batch.run)
         if teacher is None:
-            return Step(collated, prompt, output, again)
+            return Step(collated, prompt, output)
         # Other runs of the batch may ask for other layers.
         layers = {key: states for key, states in output.layer_states.items() if key in teacher.layers}
         targets = teacher.of(batch.examples, self.device)
-        return Step(collated, prompt, replace(output, layer_states=layers), again, targets)
+        return Step(collated, prompt, replace(output, layer_states=layers), targets)
 
 
 class TrainableWeights:
@@ -269,17 +269,13 @@ class TrainableWeights:
         """See `Trainable`."""
         (batch,) = batches
         collated = collate(batch.examples, pad_token(self.backbone)).to(self.device)
-
-        def forward(prompt: Prompt | None) -> Output:
-            # The loss of large vocabularies is computed in chunks, which give the head's weights no gradient.
-            return injection.score(self.backbone, collated, prompt, Site(), return_logits=True)
-
+        # The loss of large vocabularies is computed in chunks, which give the head's weights no gradient.
+        output = injection.score(self.backbone, collated, None, Site(), return_logits=True)
         index = torch.zeros_like(collated.task_ids)
         values = torch.zeros(1, 0, self.backbone.embedding_size, device=self.device)
         no_prompt = Prompt(values, torch.ones(1, 0, dtype=torch.bool, device=self.device), index)
-        output = forward(None)
         torch.manual_seed(batch.objective_seed)
-        value = batch.objective(Step(collated, no_prompt, output, forward))
+        value = batch.objective(Step(collated, no_prompt, output))
         return [Loss(value, output.path)]
 
     def state(self, run: str) -> TrainableState:

@@ -14,11 +14,11 @@ from softprompts.artifacts.vectors.expression import (
 from softprompts.artifacts.vectors.measures import COSINES, compare, cosine, cosines, distances, norm, norm_ratio
 from softprompts.artifacts.vectors.merging import MERGES, MergeOptions, average, dare, merge, slerp, ties, weighted
 from softprompts.artifacts.vectors.vector import (
-    Summand,
     Vector,
     apply,
     check_start,
     common_start,
+    require_common_start,
     task_vector,
     to_artifact,
 )
@@ -27,7 +27,6 @@ __all__ = [
     "COSINES",
     "MERGES",
     "MergeOptions",
-    "Summand",
     "Vector",
     "apply",
     "average",
@@ -45,6 +44,7 @@ __all__ = [
     "norm_ratio",
     "parse_expression",
     "read_expression",
+    "require_common_start",
     "slerp",
     "task_vector",
     "ties",

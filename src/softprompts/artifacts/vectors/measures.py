@@ -1,10 +1,10 @@
 """How long vectors are and which way they point; everything in float64."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from softprompts.artifacts.vectors import similarity
@@ -57,10 +57,7 @@ def cosines(values: Sequence[Tensor], kind: CosineKind = "flat") -> Tensor:
     Returns:
         [N, N] float64.
     """
-    rows = []
-    for first in values:
-        rows.append([cosine(first, second, kind) for second in values])
-    return torch.tensor(rows, dtype=torch.float64)
+    return similarity.pairwise(functools.partial(cosine, kind=kind), values)
 
 
 def norm(value: Tensor) -> float:
@@ -94,10 +91,7 @@ def distances(values: Sequence[Tensor]) -> Tensor:
         if other.shape != values[0].shape:
             shapes = f"{list(values[0].shape)} and {list(other.shape)}"
             raise ArtifactError(f"a distance is between matrices [P, D] of one shape, given {shapes}")
-    rows = []
-    for first in values:
-        rows.append([norm(first.double() - second.double()) for second in values])
-    return torch.tensor(rows, dtype=torch.float64)
+    return similarity.pairwise(lambda first, second: norm(first.double() - second.double()), values)
 
 
 def compare(vectors: Mapping[str, Vector]) -> dict[str, Any]:
@@ -128,6 +122,6 @@ def compare(vectors: Mapping[str, Vector]) -> dict[str, Any]:
         "labels": list(vectors),
         "cosines": tables,
         "distances": distances(values).tolist(),
-        "norms": [norm(value) for value in values],
+        "norms": list(map(norm, values)),
         "ratios": ratios,
     }

@@ -193,7 +193,7 @@ def _check_weights(vectors: Sequence[Vector], weights: Sequence[Coefficient] | N
         return [1] * len(vectors)
     if len(weights) != len(vectors):
         raise ArtifactError(f"{len(weights)} weights for {len(vectors)} vectors; give one for each")
-    return [exact_fraction(weight) for weight in weights]
+    return list(map(exact_fraction, weights))
 
 
 def _check_density(density: float) -> None:

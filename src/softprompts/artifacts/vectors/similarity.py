@@ -4,8 +4,9 @@ A prompt represents its task: similar tasks have similar prompts, and the prompt
 functions take prompts [P, D] and compute in float64.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -57,9 +58,14 @@ def similarity_matrix(prompts: Sequence[Tensor], measure: SimilarityMeasure = "m
     Returns:
         [N, N] float64.
     """
+    return pairwise(functools.partial(similarity, measure=measure), prompts)
+
+
+def pairwise(function: Callable[[Tensor, Tensor], float], matrices: Sequence[Tensor]) -> Tensor:
+    """The values [N, N] float64 of a function of every two of N matrices."""
     rows = []
-    for first in prompts:
-        rows.append([similarity(first, second, measure) for second in prompts])
+    for first in matrices:
+        rows.append([function(first, second) for second in matrices])
     return torch.tensor(rows, dtype=torch.float64)
 
 

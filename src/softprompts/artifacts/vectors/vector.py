@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softprompts.artifacts.artifact import Artifact, check_fingerprint
-from softprompts.errors import ArtifactError, WrongBackboneError
+from softprompts.artifacts.artifact import Artifact
+from softprompts.artifacts.fingerprint import check_fingerprint, tensor_bytes
+from softprompts.errors import ArtifactError, ConfigError, WrongBackboneError
 
 Coefficient = int | float | Fraction
 """What multiplies a vector. It is kept exactly, so that (a + b) + c equals a + (b + c)."""
@@ -130,7 +131,7 @@ def task_vector(artifact: Artifact, name: str | Path = "") -> Vector:
             f"the start); give the start: softprompts vector make {title} --start START --out DIRECTORY"
         )
     # The digest does not cover the start, and two artifacts may differ in their starts alone.
-    key = hashlib.sha256(artifact.digest.encode() + _bits(artifact.initial)).hexdigest()
+    key = hashlib.sha256(artifact.digest.encode() + tensor_bytes(artifact.initial)).hexdigest()
     provenance = {"name": title, "task": artifact.task, "parents": [artifact.digest]}
     return Vector((Summand(key, Fraction(1), tuned, artifact.initial, provenance),), artifact)
 
@@ -174,6 +175,25 @@ def common_start(vector: Vector) -> Tensor | None:
         if "how" in summand.provenance or not torch.equal(summand.initial, start):
             return None
     return start
+
+
+def require_common_start(vector: Vector, advice: str, title: str = "the sum") -> Tensor:
+    """The start [P, D] from which all summands were trained.
+
+    Args:
+        vector: The vector.
+        advice: How a user gives another start, for messages.
+        title: What messages call a vector of zero.
+
+    Raises:
+        ConfigError: The summands share no start, or there are none.
+    """
+    start = common_start(vector)
+    if start is not None:
+        return start
+    if not vector.summands:
+        raise ConfigError(f"{title} is zero, so it has no start; {advice}")
+    raise ConfigError(f"the prompts of '{vector.name}' did not all begin at the same start; {advice}")
 
 
 def to_artifact(vector: Vector, start: Tensor, scale: Coefficient = 1) -> Artifact:
@@ -254,7 +274,7 @@ def merged_vector(value: Tensor, sources: Sequence[Vector], provenance: dict[str
         digests |= set(source.parents)
     parents = sorted(digests)
     # The provenance is not part of the identity, because the names of the sources do not change the merge.
-    identity = f"{_frame(reference)}\n{provenance['how']} {parents}\n".encode() + _bits(value)
+    identity = f"{_frame(reference)}\n{provenance['how']} {parents}\n".encode() + tensor_bytes(value)
     summand = Summand(
         key=hashlib.sha256(identity).hexdigest(),
         coefficient=Fraction(1),
@@ -368,7 +388,3 @@ def _term(summand: Summand) -> str:
     if not _PLAIN_NAME.fullmatch(name) or _NUMBER.fullmatch(name):
         name = f'"{name}"'
     return name if coefficient == 1 else f"{float(coefficient):g}*{name}"
-
-
-def _bits(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -14,12 +14,12 @@ from softprompts.data.templates import slot_sizes
 from softprompts.errors import ConfigError
 from softprompts.evaluation import metrics
 from softprompts.injection import Site
-from softprompts.methods import check_site, find, sentence_encoders
+from softprompts.methods.registry import check_site, find, sentence_encoders
 from softprompts.model import SoftPromptModel, initialization
 from softprompts.model.persistence import Start
 from softprompts.model.setup import example_tokenizer, head_size, load_backbone
 from softprompts.model.soft_prompt_model import label_words
-from softprompts.training import backbone_weights, objectives
+from softprompts.training import backbone_weights, checkpoint, objectives
 from softprompts.training.backbone_weights import BackboneWeights
 from softprompts.training.distillation import TaskTeacher, load_teachers
 from softprompts.types import Progress, PromptInit
@@ -134,11 +134,12 @@ def _load_tasks(runs: Mapping[str, Run], reporter: ProgressReporter) -> dict[str
     loaded: dict[str, Task] = {}
     tasks: dict[str, tuple[Task, ...]] = {}
     for name, run in runs.items():
-        keys = [config.model_dump_json() for config in run.tasks]
-        for key, config in zip(keys, run.tasks, strict=True):
+        tasks[name] = ()
+        for config in run.tasks:
+            key = config.model_dump_json()
             if key not in loaded:
                 loaded[key] = _load_task(config, reporter)
-        tasks[name] = tuple(loaded[key] for key in keys)
+            tasks[name] += (loaded[key],)
     return tasks
 
 
@@ -157,7 +158,7 @@ def _prepare_prompts(name: str, run: Run, model: SoftPromptModel, tasks: tuple[T
     """The run with a prompt in the model for each of its tasks, at its start, named `RUN/TASK`."""
     backbone, length = model.backbone, run.prompt.num_virtual_tokens
     templates = [task.template for task in tasks]
-    config = run.prompt.model_copy(update={"placement": resolve_placement(run.prompt.placement, templates)})
+    config = run.prompt.model_copy(update={"placement": _placement(run, tasks)})
     site = Site(config.site, config.mode, config.placement)
     spec = injection.prompt_spec(backbone, site, length, model.registry.encoders.widths)
     encoders = _encoders(backbone, tasks, length, site.placement)
@@ -182,17 +183,22 @@ def _prepare_prompts(name: str, run: Run, model: SoftPromptModel, tasks: tuple[T
         tasks=tasks,
         encoders=encoders,
         teachers=teachers,
-        initial_parameters={name: value.detach().clone() for name, value in model.trainable(prompts).items()},
+        initial_parameters=checkpoint.copies(model.trainable(prompts)),
     )
 
 
 def _prepare_weights(run: Run, backbone: Backbone, tasks: tuple[Task, ...]) -> PreparedRun:
     """The run that trains the weights of a copy of the backbone; no prompt takes room from its texts."""
     weights = backbone_weights.copy_backbone(backbone, run.training, run.seed)
-    place = resolve_placement(run.prompt.placement, [task.template for task in tasks])
     # The kernels of evaluation are faster and equal up to rounding.
     model = SoftPromptModel(weights.with_kernels(backbone.kernels))
-    return PreparedRun(run, model, (), None, tasks, _encoders(backbone, tasks, 0, place), weights=weights)
+    encoders = _encoders(backbone, tasks, 0, _placement(run, tasks))
+    return PreparedRun(run, model, (), None, tasks, encoders, weights=weights)
+
+
+def _placement(run: Run, tasks: Sequence[Task]) -> str:
+    """The placement of the run's prompts in its tasks."""
+    return resolve_placement(run.prompt.placement, [task.template for task in tasks])
 
 
 def _encoders(backbone: Backbone, tasks: Sequence[Task], length: int, place: str) -> tuple[ExampleTokenizer, ...]:
@@ -232,10 +238,9 @@ def _check_training(train: TrainConfig, method: str) -> None:
 def _check_placement(run: Run, tasks: Sequence[Task]) -> None:
     """Raise ConfigError where a task's template does not fit the place of the prompt."""
     prompt = run.prompt
-    in_template = resolve_placement(prompt.placement, [task.template for task in tasks]) == "template"
+    if _placement(run, tasks) != "template" or run.training.target != "prompt":
+        return
     for task in tasks:
-        if not in_template or run.training.target != "prompt":
-            continue
         sizes = slot_sizes(task.template.templates, prompt.num_virtual_tokens, task.name)
         if prompt.segments and sizes != prompt.segments:
             raise ConfigError(

@@ -13,10 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from softprompts import __version__
 from softprompts.config import Run
 from softprompts.data import ExampleTokenizer, Row, Task, classes
-from softprompts.evaluation import metrics
+from softprompts.evaluation import metrics, page
 from softprompts.evaluation.evaluate import Answer, Evaluation
 from softprompts.methods import fold
 from softprompts.model.nearest_tokens import nearest_tokens
@@ -38,6 +40,11 @@ def versions() -> dict[str, str]:
     libraries = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
     numbers = {name: version(name) for name in libraries}
     return {"softprompts": __version__, "python": platform.python_version(), **numbers}
+
+
+def header(title: str, task: str) -> dict[str, Any]:
+    """What results.json begins with."""
+    return {"format": 1, "title": title, "task": task, "created": datetime.now(UTC).isoformat(timespec="seconds")}
 
 
 def machine_changes(history: Sequence[Progress]) -> list[str]:
@@ -74,18 +81,13 @@ def page_of(
     """
     run, backbone, task = prepared.run, prepared.model.backbone, prepared.tasks[index]
     weights = prepared.weights
-    tokens = sum(progress.tokens for progress in history)
-    training_seconds = sum(progress.seconds for progress in history)
     trainable = _parameters_per_task(prepared) if weights is None else weights.count
     library_versions = versions()
     if run.training.target == "lora":
         library_versions["peft"] = version("peft")
     machine = machine_of(backbone if weights is None else weights.backbone)
     content: dict[str, Any] = {
-        "format": 1,
-        "title": f"{task.name} with {backbone.name}{TRAINED[run.training.target]}",
-        "task": task.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"{task.name} with {backbone.name}{TRAINED[run.training.target]}", task.name),
         "summary": {
             "metric": next(iter(after.scores)) if after else None,
             "before": asdict(before.headline) if before else None,
@@ -96,12 +98,12 @@ def page_of(
             # The backbone's parameters count as numbers, however they are stored.
             "share": trainable / int(backbone.model.num_parameters()),
             "moved": _moved_per_task(prepared) if weights is None else None,
-            "tokens_per_second": tokens / training_seconds if training_seconds else None,
+            "tokens_per_second": tokens_per_second(history),
         },
-        "curve": [_curve_row(progress) for progress in history],
+        "curve": list(map(_curve_row, history)),
         "validation": validation_curve(history),
-        "scores": {name: asdict(score) for name, score in after.scores.items()} if after else {},
-        "scores_before": {name: asdict(score) for name, score in before.scores.items()} if before else {},
+        "scores": metrics.plain_scores(after.scores) if after else {},
+        "scores_before": metrics.plain_scores(before.scores) if before else {},
         "rows": {"train": len(task.train), "validation": len(task.validation), "test": len(task.test)},
         "config": run.model_dump(mode="json", exclude={"runs"}),
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
@@ -116,8 +118,14 @@ def page_of(
     if prompt_name is not None and registry.records[prompt_name].site.at_embeddings:
         prompt = fold(registry.method(prompt_name))
         if prompt is not None:
-            content["nearest_words"] = [asdict(row) for row in nearest_tokens(backbone, prompt)]
+            content["nearest_words"] = list(map(asdict, nearest_tokens(backbone, prompt)))
     return content
+
+
+def tokens_per_second(history: Sequence[Progress]) -> float | None:
+    """The speed over all steps; None where no step took time."""
+    seconds = sum(progress.seconds for progress in history)
+    return sum(progress.tokens for progress in history) / seconds if seconds else None
 
 
 def validation_curve(history: Sequence[Progress]) -> list[dict[str, Any]]:
@@ -126,14 +134,13 @@ def validation_curve(history: Sequence[Progress]) -> list[dict[str, Any]]:
 
 
 def _curve_row(progress: Progress) -> dict[str, Any]:
-    speed = progress.tokens / progress.seconds if progress.seconds else None
-    return {**asdict(progress), "tokens_per_second": speed}
+    return {**asdict(progress), "tokens_per_second": tokens_per_second([progress])}
 
 
 def _parameters_per_task(prepared: PreparedRun) -> int:
     """The number of trained numbers for each task."""
     parameters = prepared.model.trainable(prepared.prompts)
-    return sum(value.numel() for value in parameters.values()) // len(prepared.tasks)
+    return sum(map(torch.numel, parameters.values())) // len(prepared.tasks)
 
 
 def _moved_per_task(prepared: PreparedRun) -> int:
@@ -188,10 +195,7 @@ def compare(
             )
     backbone = next(iter(prepared.values())).model.backbone
     return {
-        "format": 1,
-        "title": f"{len(prepared)} runs with {backbone.name}",
-        "task": ", ".join(dict.fromkeys(str(row["task"]) for row in rows)),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **header(f"{len(prepared)} runs with {backbone.name}", ", ".join(dict.fromkeys(row["task"] for row in rows))),
         "seconds": round(seconds, 1),
         "runs": rows,
         "groups": _seed_groups(rows),
@@ -205,26 +209,23 @@ def compare(
 
 def _differences(runs: Mapping[str, Run]) -> dict[str, dict[str, Any]]:
     """The settings that differ between the runs, as dotted keys, with each run's value."""
-    flat = {name: _flatten(run.model_dump(mode="json", exclude={"output_dir", "runs"})) for name, run in runs.items()}
-    values: dict[str, set[str]] = {}
-    for settings in flat.values():
-        for key in settings:
-            values[key] = {json.dumps(other.get(key)) for other in flat.values()}
-    keys = sorted(key for key, distinct in values.items() if len(distinct) > 1)
-    return {name: {key: settings.get(key) for key in keys} for name, settings in flat.items()}
+    settings = {name: _flat_settings(run) for name, run in runs.items()}
+    differences: dict[str, dict[str, Any]] = {name: {} for name in runs}
+    for key in sorted(set().union(*settings.values())):
+        values = [settings_of_run.get(key) for settings_of_run in settings.values()]
+        if len(set(map(json.dumps, values))) > 1:
+            for name, value in zip(runs, values, strict=True):
+                differences[name][key] = value
+    return differences
 
 
-def _flatten(values: Any, name: str = "") -> dict[str, Any]:
-    """Nested values as the dotted keys with which a user sets them; the only task of a run is called `task`."""
-    if isinstance(values, list) and name == "tasks":
-        values = {"task": values[0]} if len(values) == 1 else {f"tasks.{i}": task for i, task in enumerate(values)}
-        name = ""
-    if not isinstance(values, dict) or not values:
-        return {name: values}
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flatten(value, f"{name}.{key}".strip("."))
-    return flat
+def _flat_settings(run: Run) -> dict[str, Any]:
+    """The settings of a run by the dotted keys with which a user sets them; the only task of a run is called `task`."""
+    settings = run.model_dump(mode="json", exclude={"output_dir", "runs"})
+    tasks = settings.pop("tasks")
+    for index, task in enumerate(tasks):
+        settings["task" if len(tasks) == 1 else f"tasks.{index}"] = task
+    return dict(page.flatten(settings))
 
 
 def _seed_groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -279,11 +280,8 @@ def _details(task: Task, encoder: ExampleTokenizer, before: Evaluation | None, a
     """The tables of classes, and example answers."""
     details: dict[str, Any] = {"examples": _examples(task, encoder, before, after)}
     if task.template.kind == "label":
-        labels = classes(task.template)
         predictions = [answer.value for answer in after.answers]
-        details["per_class"] = [asdict(row) for row in metrics.per_class(predictions, after.references, labels)]
-        matrix = metrics.confusion(predictions, after.references, labels)
-        details["confusion"] = {"labels": list(labels), "matrix": matrix.tolist()}
+        details |= metrics.class_tables(predictions, after.references, classes(task.template))
     return details
 
 

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError, TrainingError
 from softprompts.evaluation import evaluate, page
 from softprompts.evaluation.evaluate import Evaluation
+from softprompts.evaluation.metrics import plain_scores
 from softprompts.model import initialization
 from softprompts.model.setup import load_backbone
 from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, prepare, prepare_many
@@ -133,7 +133,7 @@ def _training_runs(prepared: Mapping[str, PreparedRun], reporter: ProgressReport
         for index, (encoder, task) in enumerate(zip(prepared_run.encoders, prepared_run.tasks, strict=True)):
             key = _reading_key(prepared_run, index)
             if key not in encoded:
-                encoded[key] = [encoder.example(row) for row in task.train]
+                encoded[key] = list(map(encoder.example, task.train))
                 truncated = sum(example.truncated_tokens > 0 for example in encoded[key])
                 if truncated:
                     reporter.log(
@@ -375,5 +375,5 @@ def pack(prepared: PreparedRun, index: int, evaluation: Evaluation | None) -> Ar
         index: The number of the task.
         evaluation: The evaluation of the trained prompt.
     """
-    scores = {} if evaluation is None else {name: asdict(score) for name, score in evaluation.scores.items()}
+    scores = {} if evaluation is None else plain_scores(evaluation.scores)
     return prepared.model.pack(prepared.prompts[index], task=prepared.tasks[index].name, scores=scores)
