@@ -73,10 +73,10 @@ class Ours:
         """See `workload.Side`; the texts are encoded on the way, as a user's file is."""
         rows = [{"text": text} for text in texts]
         config = EvaluationConfig(by="rank", batch_size=size)
-        found = evaluate.answers(
+        answers = evaluate.answers(
             self.model, rows, prompt="benchmark", encoder=self._encoder(tuple(labels)), config=config
         )
-        return torch.tensor([[answer.scores[label] for label in labels] for answer in found])
+        return torch.tensor([[answer.scores[label] for label in labels] for answer in answers])
 
     def candidates(self, answers: Sequence[str]) -> dict[str, list[int]]:
         """The tokens of each answer, as both sides score them."""

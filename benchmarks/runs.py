@@ -82,7 +82,7 @@ def grid(
     it has at least one pair. Texts have half of the longest length to all of it.
     """
     ours, theirs = Ours(model, dtype, device, prompt), Theirs(model, dtype, device, prompt)
-    found: list[dict[str, Any]] = []
+    cells_measured: list[dict[str, Any]] = []
     for rows, longest in cells:
         size = Shape(prompt, rows, longest // 2, longest)
         batch = workload.rows(size, _vocabulary(ours), "causal")
@@ -95,7 +95,7 @@ def grid(
         more = min(pairs, max(1, int(budget / pair))) - 1
         later = interleave(calls, more, device)
         seconds = {name: times + later[name] for name, times in seconds.items()}
-        found.append(
+        cells_measured.append(
             {
                 "shape": asdict(size),
                 "pairs": more + 1,
@@ -104,8 +104,8 @@ def grid(
                 "parity": parity,
             }
         )
-        progress(f"{size}: {found[-1]['ratio']['value']:.2f} times, {more + 1} pairs")
-    return {"model": model, "dtype": dtype, "cells": found}
+        progress(f"{size}: {cells_measured[-1]['ratio']['value']:.2f} times, {more + 1} pairs")
+    return {"model": model, "dtype": dtype, "cells": cells_measured}
 
 
 def scoring(
@@ -163,11 +163,11 @@ def scoring(
 def peak(side: str, model: str, device: str, dtype: str, shape: Sequence[int], steps: int = 5) -> dict[str, float]:
     """Memory of `steps` training steps of one side, above the loaded model; this process must have done nothing yet."""
     size = Shape(*shape)
-    one: Any = (Ours if side == "ours" else Theirs)(model, dtype, device, size.prompt)
-    rows = workload.rows(size, _vocabulary(one), models.kind(model), models.CLASSES)
-    one.touch()
+    measured_side: Any = (Ours if side == "ours" else Theirs)(model, dtype, device, size.prompt)
+    rows = workload.rows(size, _vocabulary(measured_side), models.kind(model), models.CLASSES)
+    measured_side.touch()
     watch = memory.watch(device)
-    call = _ready(one, rows)
+    call = _ready(measured_side, rows)
     for _ in range(steps):
         call()
     return watch()
@@ -179,14 +179,15 @@ def peaks(model: str, device: str, dtype: str, shape: Sequence[int], repeats: in
     The ratio's interval reaches from the least to the most that any two of them give.
     """
     arguments = {"model": model, "device": device, "dtype": dtype, "shape": shape}
-    found: dict[str, list[dict[str, float]]] = {"ours": [], "PEFT": []}
+    processes: dict[str, list[dict[str, float]]] = {"ours": [], "PEFT": []}
     for number in range(repeats):
-        for side, made in found.items():
-            made.append(fresh.call("peak", {"side": side, **arguments}, threads))
-            progress(f"{side} {number + 1} of {repeats}: {made[-1]['above']:.0f} MiB")
+        for side, of_side in processes.items():
+            of_side.append(fresh.call("peak", {"side": side, **arguments}, threads))
+            progress(f"{side} {number + 1} of {repeats}: {of_side[-1]['above']:.0f} MiB")
 
     def share(figure: str) -> Ratio:
-        ours, theirs = ([one[figure] for one in found[side]] for side in ("ours", "PEFT"))
+        ours = [process[figure] for process in processes["ours"]]
+        theirs = [process[figure] for process in processes["PEFT"]]
         middle = statistics.median(ours) / statistics.median(theirs)
         return Ratio(middle, min(ours) / max(theirs), max(ours) / min(theirs))
 
@@ -195,10 +196,10 @@ def peaks(model: str, device: str, dtype: str, shape: Sequence[int], repeats: in
         "dtype": dtype,
         "shape": asdict(Shape(*shape)),
         "mib": {
-            side: {name: statistics.median(one[name] for one in made) for name in made[0]}
-            for side, made in found.items()
+            side: {name: statistics.median(process[name] for process in of_side) for name in of_side[0]}
+            for side, of_side in processes.items()
         },
-        "processes": found,
+        "processes": processes,
         "ratio": asdict(share("above")),
         "ratio_of_steps": asdict(share("of_steps")),
     }
@@ -210,12 +211,12 @@ def exact(model: str, device: str, dtypes: Sequence[str], shape: Sequence[int]) 
     reference = Theirs(model, "float64", device, size.prompt)
     rows = workload.rows(size, _vocabulary(reference), models.kind(model), models.CLASSES)
     _ready(reference, rows)()
-    found = {}
+    parities = {}
     for name, side in _sides(model, device, dtypes, size.prompt).items():
         _ready(side, rows)()
-        found[name] = _parity(side, reference)
-        progress(f"{name}: gradient differs from float64's by {found[name]['gradient']:.1e}")
-    return {"model": model, "shape": asdict(size), "sides": found}
+        parities[name] = _parity(side, reference)
+        progress(f"{name}: gradient differs from float64's by {parities[name]['gradient']:.1e}")
+    return {"model": model, "shape": asdict(size), "sides": parities}
 
 
 def _vocabulary(side: Any) -> int:
@@ -241,12 +242,12 @@ def _sides(model: str, device: str, dtypes: Sequence[str], prompt: int) -> dict[
 
 def _parities(sides: Mapping[str, Any], dtypes: Sequence[str]) -> dict[str, dict[str, float]]:
     """How far ours is from PEFT's in each dtype; and in the later ones, how far each gradient is from the first's."""
-    found = {dtype: _parity(sides[f"ours {dtype}"], sides[f"PEFT {dtype}"]) for dtype in dtypes}
+    parities = {dtype: _parity(sides[f"ours {dtype}"], sides[f"PEFT {dtype}"]) for dtype in dtypes}
     exact = sides[f"PEFT {dtypes[0]}"].gradient()
     for dtype in dtypes[1:]:
-        found[dtype]["ours_from_first"] = relative(sides[f"ours {dtype}"].gradient(), exact)
-        found[dtype]["theirs_from_first"] = relative(sides[f"PEFT {dtype}"].gradient(), exact)
-    return found
+        parities[dtype]["ours_from_first"] = relative(sides[f"ours {dtype}"].gradient(), exact)
+        parities[dtype]["theirs_from_first"] = relative(sides[f"PEFT {dtype}"].gradient(), exact)
+    return parities
 
 
 def _parity(ours: Side, theirs: Side) -> dict[str, float]:
@@ -284,11 +285,11 @@ def _side(seconds: Sequence[float], rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _ratios(seconds: Mapping[str, Sequence[float]], dtypes: Sequence[str], best: bool) -> dict[str, Any]:
-    found: dict[str, Ratio] = {d: ratio(seconds[f"PEFT {d}"], seconds[f"ours {d}"]) for d in dtypes}
+    ratios: dict[str, Ratio] = {d: ratio(seconds[f"PEFT {d}"], seconds[f"ours {d}"]) for d in dtypes}
     for dtype in dtypes:
         if f"PEFT eager {dtype}" in seconds:
-            found[f"{dtype}, PEFT eager"] = ratio(seconds[f"PEFT eager {dtype}"], seconds[f"ours {dtype}"])
-    result: dict[str, Any] = {name: asdict(value) for name, value in found.items()}
+            ratios[f"{dtype}, PEFT eager"] = ratio(seconds[f"PEFT eager {dtype}"], seconds[f"ours {dtype}"])
+    result: dict[str, Any] = {name: asdict(value) for name, value in ratios.items()}
     if best:
         fastest = min(dtypes, key=lambda dtype: statistics.median(seconds[f"ours {dtype}"]))
         result["best"] = {

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.plan import WAITING
 from benchmarks.targets import verdicts
 
 BEGIN, END = "<!-- speed -->", "<!-- /speed -->"
@@ -125,9 +126,10 @@ def _busy(results: Mapping[str, Any]) -> str:
     rows = []
     for name, result in _of(results, "busy/"):
         medians = result["medians"]
-        policy = name.partition("/")[2]
-        rows.append((policy, f"{medians['quiet']:.3f}", f"{medians['busy']:.3f}", _interval(result["ratio"])))
-    columns = ("OMP_WAIT_POLICY", "quiet step, seconds", "beside one busy core", "times the quiet step")
+        environment = WAITING[name.partition("/")[2]]
+        settings = " ".join(f"{key}={value}" for key, value in environment.items())
+        rows.append((settings, f"{medians['quiet']:.3f}", f"{medians['busy']:.3f}", _interval(result["ratio"])))
+    columns = ("environment", "quiet step, seconds", "beside one busy core", "times the quiet step")
     return _table("One busy neighbor", columns, rows)
 
 

@@ -275,7 +275,7 @@ def _from_vector(
             config.start, backbone, site, spec, seed=seed, labels=labels, allow_other_weights=allow_other_weights
         )
         return PromptInit(vectors.apply(total, began.prompt), parents=(*total.parents, *began.parents))
-    advice = "set init.start, such as init.start: {kind: vocabulary}"
+    advice = "set init.start, to which it is added, such as init.start: {kind: vocabulary}"
     common = vectors.require_common_start(total, advice, f"the sum '{config.vector}'")
     return PromptInit(vectors.apply(total, common), parents=total.parents)
 
