@@ -151,6 +151,33 @@ def test_a_trained_norm_is_the_stock_norm() -> None:
     assert fused(x.double()).dtype == torch.float64
 
 
+class GatedNorm(torch.nn.Module):
+    """An RMS norm that may take a gate too, as in Mamba 2 and Qwen3-Next."""
+
+    def __init__(self, needs_gate: bool) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8), requires_grad=False)
+        self.variance_epsilon = 1e-6
+        self.needs_gate = needs_gate
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        if self.needs_gate and gate is None:
+            raise TypeError("gate is missing")
+        return torch.nn.functional.rms_norm(hidden_states, (8,), self.weight, self.variance_epsilon)
+
+
+class StrictNorm(GatedNorm):
+    """A norm whose forward refuses the states of the trial."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        raise KeyError(hidden_states.shape)
+
+
+@pytest.mark.parametrize("norm", [GatedNorm(True), GatedNorm(False), StrictNorm(False)])
+def test_norms_that_take_more_than_states_keep_their_forward(norm: torch.nn.Module) -> None:
+    assert kernels.FusedParts.of(norm).norms == {}
+
+
 def test_a_copied_model_has_fused_parts_with_its_weights() -> None:
     parts = kernels.FusedParts.of(tiny.backbone("llama").model)
     model, copied = copy.deepcopy((tiny.backbone("llama").model, parts))

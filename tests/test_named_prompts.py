@@ -1,5 +1,6 @@
 """The ten lines of the README: a model by name, prompts with templates, training, evaluation, artifacts both ways."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,13 @@ from prompted import prompted, tensors
 from rows import INPUT, KV
 from softprompts import injection
 from softprompts.artifacts import artifact
+from softprompts.backbone.kernels import Kernels
 from softprompts.config import EvaluationConfig, InitConfig, ModelConfig, PromptConfig, TrainConfig
-from softprompts.data import load_task
+from softprompts.data import TaskTemplate, load_task
 from softprompts.errors import BackboneError, ConfigError
 from softprompts.evaluation import evaluate
 from softprompts.methods import build, build_tasks, fold
-from softprompts.model import SoftPromptModel
+from softprompts.model import SoftPromptModel, setup, soft_prompt_model
 from softprompts.training.loop import train
 from softprompts.types import PromptInit
 
@@ -133,3 +135,75 @@ def test_prompts_of_other_sites_and_heads_are_batched_apart() -> None:
     with pytest.raises(BackboneError, match="separate classification heads are scored one by one, given one, two"):
         heads.score(batch)
     assert heads.score(batch.rows(torch.tensor([1]))).logits.shape == (1, 3)
+
+
+def test_the_message_on_other_modes_names_the_modes() -> None:
+    model = SoftPromptModel(tiny.backbone("llama"))
+    for mode in ("replace", "add"):
+        model.add_prompt(mode, PromptConfig(num_virtual_tokens=3, site="layers", mode=mode, init=InitConfig(kind="random")))
+    with pytest.raises(BackboneError, match=r"replace at layers \(replace\), add at layers \(add\)"):
+        model.registry.site_of(("replace", "add"))
+
+
+def shared_model() -> SoftPromptModel:
+    """A model with two prompts that share one, the first with a template."""
+    model = SoftPromptModel(tiny.backbone("llama"))
+    config = PromptConfig(method="multitask-prompt-tuning", num_virtual_tokens=3, init=InitConfig(kind="random"))
+    model.add_prompt("first", config, TaskTemplate("first", "{text}", verbalizer={"1": "yes"}), seed=0)
+    return model
+
+
+def test_a_prompt_that_shares_has_its_own_template_seed_and_history() -> None:
+    model = shared_model()
+    model.registry.describe("first", (), {"seed": 7})
+    template = TaskTemplate("second", "Text: {text}", verbalizer={"1": "no"})
+    model.add_prompt("second", template=template, seed=1)
+    model.add_prompt("again", template=template, seed=1)
+    model.add_prompt("other", seed=2)
+    records = model.registry.records
+    assert records["second"].template == template
+    assert records["other"].template is None
+    assert (records["second"].run, records["second"].parents) == ({}, ())
+    prompts = {name: fold(model.registry.method(name)) for name in ("second", "again", "other")}
+    assert torch.equal(prompts["second"], prompts["again"])
+    assert not torch.equal(prompts["second"], prompts["other"])
+    with pytest.raises(ConfigError, match="'late' shares the prompt of 'first' and starts there; leave init out"):
+        model.add_prompt("late", init=PromptInit(torch.zeros(3, 32)))
+    assert "late" not in model.tasks
+
+
+def test_a_model_inside_another_module_loads_what_it_saves() -> None:
+    """As in DistributedDataParallel, whose state has a prefix."""
+    nets = []
+    for seed in (0, 1):
+        model = shared_model()
+        model.add_prompt("second", seed=seed)
+        nets.append(torch.nn.Sequential(model, torch.nn.Linear(2, 2)))
+    state = {name: value.clone() for name, value in nets[0].state_dict().items()}
+    assert not any(name.startswith("0.model.") for name in state)
+    assert nets[1].load_state_dict(state) == ([], [])
+    for name in ("first", "second"):
+        expected, loaded = (fold(net[0].registry.method(name)) for net in nets)
+        assert torch.equal(loaded, expected)
+    missing = dict(state)
+    del missing[next(name for name in state if name.startswith("0.prompts.second"))]
+    with pytest.raises(RuntimeError, match=r"0\.prompts\.second"):
+        nets[1].load_state_dict(missing)
+
+
+def test_span_models_take_the_arguments_of_all_models() -> None:
+    arguments = inspect.signature(SoftPromptModel.forward).parameters
+    of_spans = inspect.signature(soft_prompt_model._Spans.forward).parameters
+    assert set(of_spans) <= set(arguments)
+    assert {"words", "tasks", "task_ids", "prompt_places", "start_positions"} <= set(of_spans)
+
+
+def test_a_named_model_without_autotune_measures_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "WORTH", 0)
+    monkeypatch.setattr(setup, "measure", lambda *_: pytest.fail("measured"))
+    directory = local.model_directory(tmp_path / "llama")
+    config = ModelConfig(dtype="float32", threads=1)
+    model = SoftPromptModel.from_pretrained(directory, config=config, autotune=False)
+    assert model.backbone.kernels == Kernels()
+    stock = SoftPromptModel.from_pretrained(tiny.model("llama"), autotune=False)
+    assert stock._autotune is False

@@ -1,6 +1,8 @@
-"""How the frozen model's own modules are run: matrix products, compiled parts, recomputation.
+"""How the frozen model's own modules are run: matrix products, fused and compiled parts, recomputation.
 
-Context managers replace forwards and attention, and put them back; no module is replaced and no weight touched.
+Context managers replace the forwards of modules, the attention and the rotation function of transformers' own code, and put
+them back. No module is replaced and no weight touched. Other models of the process that run inside such a context, in
+another thread, rotate with the same function: their results are equal up to rounding.
 """
 
 import contextlib
@@ -210,10 +212,18 @@ def _fused_norm(module: nn.Module) -> Forward | None:
         return None
     if weight.dtype != torch.float32 or not weight.is_cpu or weight.requires_grad or "forward" in module.__dict__:
         return None
+    if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm takes the gate too
+        return None
     states = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0))
+    try:
+        stock_states = module(states)
+    except Exception:  # any model's own code runs here; a norm that wants something else keeps its forward
+        return None
+    if not isinstance(stock_states, Tensor) or stock_states.shape != states.shape:
+        return None
     for offset in (0.0, 1.0):  # Gemma stores the scale less one
         scale = weight.detach() + offset if offset else weight.detach()
-        if torch.allclose(_RMSNorm.apply(states, scale, eps), module(states), rtol=1e-5, atol=1e-6):
+        if torch.allclose(_RMSNorm.apply(states, scale, eps), stock_states, rtol=1e-5, atol=1e-6):
             return functools.partial(_rms_norm, module, offset, eps)
     return None
 
@@ -255,7 +265,9 @@ def _rotates_halves(function: Any) -> bool:
     cos, sin = torch.randn(2, 1, 3, 8, generator=random)
     try:
         rotated = function(queries, keys, cos, sin)
-    except (TypeError, ValueError, RuntimeError, IndexError):
+    except Exception:  # any model's own code runs here
+        return False
+    if not isinstance(rotated, tuple) or [getattr(part, "shape", None) for part in rotated] != 2 * [queries.shape]:
         return False
     fused = (_Rotation.apply(queries, cos[:, None], sin[:, None]), _Rotation.apply(keys, cos[:, None], sin[:, None]))
     pairs = zip(rotated, fused, strict=True)

@@ -121,15 +121,35 @@ def create(
 
 
 def create_sharing(
-    backbone: Backbone, registry: PromptRegistry, name: str, other: str, modules_to_save: Sequence[str] | None
+    backbone: Backbone,
+    registry: PromptRegistry,
+    name: str,
+    other: str,
+    *,
+    template: TaskTemplate | None = None,
+    seed: int | None = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> NewPrompt:
-    """A new prompt that shares with the prompt `other` what its method shares; its own parameters start anew."""
+    """A new prompt that shares with the prompt `other` what its method shares; its own parameters start anew.
+
+    Args:
+        backbone: The frozen backbone.
+        registry: The prompts.
+        name: The new prompt's name.
+        other: The prompt whose configuration it has.
+        template: The template of its task.
+        seed: Of what the method draws for the new prompt; None: it draws from torch's global generator.
+        modules_to_save: Modules of the head that are trained along.
+    """
     record, method = registry.records[other], registry.method(other)
     begin = torch.zeros(method.spec.length, method.spec.width) if record.initial is None else record.initial
     init = PromptInit(begin, method.sources)
+    if seed is not None:
+        torch.manual_seed(seed)
     created = build(record.config.method, record.config.options, method.spec, init, method.shared)
     prompt = fold(created)
-    record = replace(record, initial=record.initial if prompt is None else prompt, artifact=None)
+    site = replace(record.site, segments=record.config.segments)
+    record = PromptRecord(site, record.config, record.initial if prompt is None else prompt, template)
     return NewPrompt(name, created.to(backbone.device), record, _new_head(backbone, modules_to_save))
 
 

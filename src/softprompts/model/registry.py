@@ -154,7 +154,7 @@ class PromptRegistry:
         """The site where all of these prompts enter; raises BackboneError where they differ."""
         sites = {name: self.records[name].site for name in names}
         if len({(site.name, site.mode) for site in sites.values()}) > 1:
-            where = ", ".join(f"{name} at {site.name}" for name, site in sites.items())
+            where = ", ".join(f"{name} at {site.name} ({site.mode})" for name, site in sites.items())
             raise BackboneError(
                 f"prompts that enter at different sites cannot share a batch: {where}; put them into separate batches"
             )

@@ -62,6 +62,7 @@ def load_backbone(
     config: ModelConfig,
     *,
     labels: int | None = None,
+    autotuned: bool = True,
     retune: bool = False,
     log: Callable[[str], None] = no_log,
 ) -> Backbone:
@@ -70,6 +71,7 @@ def load_backbone(
     Args:
         config: The model, its number format, device and kernels.
         labels: Classes of the head; None: as the model has them.
+        autotuned: Whether the kernels that `config` leaves open are measured; if not, the defaults are taken.
         retune: Whether to measure the kernels again.
         log: Receives a line about each step.
 
@@ -101,11 +103,13 @@ def load_backbone(
         raise BackboneError(
             f"attention '{config.attention}' cannot be used here: {error} Leave model.attention out, or use sdpa"
         ) from None
-    return _with_kernels(loaded, config, retune, log)
+    return _with_kernels(loaded, config, autotuned, retune, log)
 
 
-def _with_kernels(loaded: Backbone, config: ModelConfig, retune: bool, log: Callable[[str], None]) -> Backbone:
-    """The backbone with the kernels that `config` asks for, and for the rest the fastest here."""
+def _with_kernels(
+    loaded: Backbone, config: ModelConfig, autotuned: bool, retune: bool, log: Callable[[str], None]
+) -> Backbone:
+    """The backbone with the kernels that `config` asks for, and for the rest the fastest here, or the defaults."""
     if config.torch_compile:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(assets.cache_dir() / "compiled"))
     choice = autotune(
@@ -113,6 +117,7 @@ def _with_kernels(loaded: Backbone, config: ModelConfig, retune: bool, log: Call
         attention=config.attention,
         matmul_backend=config.matmul_backend,
         torch_compile=config.torch_compile,
+        measured=autotuned,
         retune=retune,
         log=log,
     )
@@ -202,6 +207,7 @@ def autotune(
     attention: str | None = None,
     matmul_backend: str = "auto",
     torch_compile: bool = False,
+    measured: bool = True,
     retune: bool = False,
     log: Callable[[str], None] = no_log,
 ) -> TunedKernels:
@@ -216,6 +222,7 @@ def autotune(
             leaves it open.
         matmul_backend: "torch", "onednn", or "auto", which leaves it open.
         torch_compile: Whether norms and MLPs are compiled.
+        measured: Whether what is left open is measured; if not, it has its default.
         retune: Whether to measure again.
         log: Gets a line before a measurement.
 
@@ -234,7 +241,7 @@ def autotune(
     elif attention is not None:
         requested["path"] = "shared"
     size = sum(map(torch.numel, backbone.model.parameters()))
-    if (attention is not None and matmul_backend != "auto") or size < WORTH:
+    if not measured or (attention is not None and matmul_backend != "auto") or size < WORTH:
         return TunedKernels(replace(default, **requested), {})
     entry = _cached_measurement(backbone, retune, log)
     return TunedKernels(replace(default, **{**entry["kernels"], **requested}), entry["seconds"])

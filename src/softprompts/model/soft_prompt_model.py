@@ -104,6 +104,7 @@ class SoftPromptModel(nn.Module):
         allow_other_weights: bool = False,
         *,
         config: ModelConfig | None = None,
+        autotune: bool = True,
         log: Callable[[str], None] = setup.no_log,
     ) -> "SoftPromptModel":
         """A model in eval mode, with prompts where there are some.
@@ -116,7 +117,8 @@ class SoftPromptModel(nn.Module):
             allow_other_weights: Whether prompts that were made for other weights only cost a warning.
             config: How a named model is loaded: number format, device, head, kernels. What it leaves out is as by
                 default or, for prompts, as in the run that made them. Its name does not count.
-            log: Receives a line about each step of loading.
+            autotune: Whether the kernels that the configuration leaves open are measured, once per model and machine.
+            log: Receives a line about each step of loading a named model.
 
         Raises:
             ArtifactError: As `load_prompt` does.
@@ -130,14 +132,14 @@ class SoftPromptModel(nn.Module):
             else:
                 changes["name"] = str(model)
             if path is None:
-                prompted = cls(setup.load_backbone(parse(changes, ModelConfig, "model"), log=log))
+                prompted = cls(setup.load_backbone(parse(changes, ModelConfig, "model"), autotuned=autotune, log=log))
             else:
                 member = collection.member_groups(Path(path))[0][0]
                 first = artifact.load(member.path, member.task)
                 loading = backbone_config(first, changes=changes)
-                prompted = cls(setup.load_backbone(loading, labels=head_rows(first), log=log))
+                prompted = cls(setup.load_backbone(loading, labels=head_rows(first), autotuned=autotune, log=log))
         else:
-            prompted = cls(model, tokenizer=tokenizer)
+            prompted = cls(model, tokenizer=tokenizer, autotune=autotune)
         if path is not None:
             prompted.load_prompts(path, allow_other_weights)
         return prompted.eval()
@@ -180,20 +182,34 @@ class SoftPromptModel(nn.Module):
             name: Its name.
             config: What it is; None: like the active prompt, sharing with it what its method shares.
             template: How a row of the task is put into words; its label words are those of `init: labels`.
-            init: Where it starts; None: as `config` says.
+            init: Where it starts; None: as `config` says. A prompt that shares parameters starts at the shared ones.
             seed: Of the start and of what the method draws for itself.
             modules_to_save: Modules of the head that are trained along; None takes what `config` says, else the whole
                 classification head.
 
         Raises:
-            ConfigError: The name is taken, or the head does not have the modules.
+            ConfigError: The name is taken, the head does not have the modules, or `init` is given for a prompt that
+                starts at shared parameters.
             BackboneError: The model does not have the site.
         """
         if config is None:
             config = self.registry.records[self.task].config
             if self.registry.method(self.task).shares_parameters:
                 self.registry.check_new((name,))
-                shared = persistence.create_sharing(self.backbone, self.registry, name, self.task, modules_to_save)
+                if init is not None:
+                    raise ConfigError(
+                        f"'{name}' shares the prompt of '{self.task}' and starts there; leave init out, or give a "
+                        f"config for a separate prompt"
+                    )
+                shared = persistence.create_sharing(
+                    self.backbone,
+                    self.registry,
+                    name,
+                    self.task,
+                    template=template,
+                    seed=seed,
+                    modules_to_save=modules_to_save,
+                )
                 self.registry.add(shared, self.device)
                 return
         labels = () if template is None else label_words(template)
@@ -559,7 +575,7 @@ class SoftPromptModel(nn.Module):
     ) -> Any:
         """Continue each row with its task's prompt; `options` are those of transformers' generate.
 
-        Comes back what the stock model gives; see `generate.generate`; further arguments as in `forward`.
+        Comes back what the stock model gives; see `injection.generation.generate`; further arguments as in `forward`.
         """
         ids = inputs if input_ids is None else input_ids
         if attention_mask is None and ids is not None:
@@ -631,6 +647,16 @@ class SoftPromptModel(nn.Module):
                 state |= dict.fromkeys(names, stored)
         return self._trained().load_state_dict(state, strict=strict, assign=assign)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        """Load as a part of another module, which looks for the frozen model and for shared tensors under each name."""
+        for name, tensor in self.model.state_dict(prefix=f"{prefix}model.").items():
+            state_dict.setdefault(name, tensor)
+        for names in self._shared_names():
+            stored = next((state_dict[prefix + name] for name in names if prefix + name in state_dict), None)
+            if stored is not None:
+                state_dict.update({prefix + name: stored for name in names})
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def _shared_names(self) -> list[list[str]]:
         """The names of each tensor that has several, because prompts share it."""
         trained = self._trained()
@@ -664,8 +690,9 @@ class SoftPromptModel(nn.Module):
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Refuse: transformers checkpoints in training mode only, and drops a prefix's cache when it does."""
         raise BackboneError(
-            "gradient checkpointing has no effect here: the frozen model is in eval mode, and transformers drops a "
-            "prefix cache under it; leave it off and use smaller batches with gradient accumulation instead"
+            "transformers' gradient checkpointing has no effect here: the frozen model is in eval mode, and transformers "
+            "drops a prefix cache under it; load the model with from_pretrained(NAME, "
+            "config=ModelConfig(gradient_checkpointing=True)), or use smaller batches with gradient accumulation"
         )
 
     activation_checkpointing_enable = gradient_checkpointing_enable
@@ -726,6 +753,7 @@ class _Spans(SoftPromptModel):
         end_positions: Tensor | None = None,
         tasks: stock_inputs.Names = None,
         task_ids: stock_inputs.Places = None,
+        words: Tensor | None = None,
         prompt_places: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> Any:
@@ -740,6 +768,7 @@ class _Spans(SoftPromptModel):
             end_positions=end_positions,
             tasks=tasks,
             task_ids=task_ids,
+            words=words,
             prompt_places=prompt_places,
             return_dict=return_dict,
         )
@@ -830,7 +859,7 @@ def open_prompts(
             if getattr(other, fact) != getattr(first, fact)
         ]
         if {**(other.template or {}), "name": ""} != {**(first.template or {}), "name": ""}:
-            differs.append("task format")
+            differs.append("template")
         if differs or other.shape != first.shape:
             raise ConfigError(f"{path} and {paths[0]} differ in {', '.join(differs) or 'shape'}: open them one by one")
     if len(opened) > 1 and any(artifact_opened.heads for artifact_opened in opened):
