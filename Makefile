@@ -4,7 +4,7 @@
 PYTHON ?=
 # An index that serves CPU builds of torch, for machines where pip's usual index serves a CUDA build.
 TORCH_INDEX ?=
-# Test processes (one thread each), and more arguments for pytest or the benchmarks.
+# Test processes (one thread each), and more arguments for pytest or the benchmarks: make test ARGS="-k word".
 WORKERS = 2
 ARGS =
 
@@ -14,7 +14,7 @@ SETUP = PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/setup-env.sh
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 SPREAD = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Threads that wait must sleep: with threads that spin, one busy neighbor makes a training step three times as long.
+# Threads that wait must sleep: with threads that spin, one busy neighbor makes a training step about three times as long.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
@@ -33,7 +33,7 @@ demo: env ## train a soft prompt for the default model and try it
 	@echo "Running the demo."
 	@$(VENV)/bin/softprompts quickstart
 
-test: env ## run all tests; ARGS="-k word" passes more to pytest
+test: env ## run all tests; make test ARGS="-k word" passes more to pytest
 	@echo "Running the tests in $(WORKERS) processes."
 	@$(PYTEST) $(VENV)/bin/python -m pytest $(SPREAD) $(ARGS)
 
@@ -48,7 +48,7 @@ test-wheels: env ## ask the package index for every dependency on Python 3.11 to
 house: env ## print the measures of the source: size, names, layers
 	@$(VENV)/bin/python -m tests.house
 
-bench: env ## measure speed and memory beside PEFT, about 40 minutes; ARGS="--resume" continues
+bench: env ## measure speed and memory beside PEFT, about 40 minutes; make bench ARGS="--resume" continues
 	@echo "Running the benchmarks; the machine must have nothing else to do."
 	@$(VENV)/bin/python -m benchmarks $(ARGS)
 

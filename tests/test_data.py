@@ -31,7 +31,7 @@ from softprompts.data import (
 )
 from softprompts.data.templates import parse_template, render, template_columns
 from softprompts.data.tokenization import TextTokenizer
-from softprompts.errors import DataError
+from softprompts.errors import ConfigError, DataError
 from softprompts.types import IGNORE
 from tokenizers_tiny import byte_bpe, unigram, wordpiece
 
@@ -599,11 +599,11 @@ def test_collate_by_kind_of_label():
         ((1, 2.0), "labels of different kinds"),
         (([1.0], [1.0, 0.0]), "labels of different kinds"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(DataError, match=message):
             labels(*values)
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(DataError, match="at least one row"):
         collate([], 0)
-    with pytest.raises(ValueError, match="two tokenizers"):
+    with pytest.raises(DataError, match="two tokenizers"):
         collate([encoded([1], token_type_ids=[0]), encoded([1])], 0)
 
 
@@ -628,11 +628,11 @@ def test_order_changes_with_seed_and_epoch_and_saves_padding():
     assert firsts != sorted(firsts)
     one_pool = [min(lengths[i] for i in batch) for batch in training_order(lengths[:400], 8, 0, 0)]
     assert one_pool != sorted(one_pool)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, given 0"):
         training_order([1], 0, 0, 0)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, given 0"):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, given 0"):
         evaluation_order([1], 0)
-    with pytest.raises(ValueError, match="tokens must be at least 1, given 0"):
+    with pytest.raises(ConfigError, match="tokens must be at least 1, given 0"):
         evaluation_order([1], 1, 0)
 
 

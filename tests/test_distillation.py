@@ -160,7 +160,7 @@ def test_hidden_by_the_mean_of_rows():
 def test_a_step_without_a_teacher_says_so():
     step = replace(step_of(rows.random(1, 2, 4), rows.random(1, 2, 4)), teacher=None)
     for name in DISTILLATION_OBJECTIVES:
-        with pytest.raises(ValueError, match=r"the step has none; name them in training\.distillation"):
+        with pytest.raises(ConfigError, match=r"the step has none; name them in training\.distillation"):
             objectives.OBJECTIVES[name](step)
 
 

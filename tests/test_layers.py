@@ -22,7 +22,10 @@ LAYERS = (
     ("recipes",),
     ("cli", "peft", "__init__", "__main__"),
 )
-"""A row may import the rows above it, and nothing else; the entries of a row do not import each other."""
+"""A row may import the rows above it, and nothing else; the entries of a row do not import each other.
+
+`serve` is planned and does not exist yet. The tables below already limit what it may import.
+"""
 
 LAST = LAYERS[-1]
 """The row whose entries may import each other."""

@@ -13,6 +13,7 @@ from rouge_score import rouge_scorer
 from sacrebleu.metrics.bleu import BLEU
 from scipy import stats
 
+from softprompts.errors import ConfigError, DataError, SoftPromptsError
 from softprompts.evaluation.metrics import (
     KINDS,
     METRICS,
@@ -155,7 +156,7 @@ def test_confusion_and_classes():
         assert (found.precision, found.recall, found.f1, found.support) == pytest.approx([part[at] for part in parts])
     assert confusion([["O", "X"]], [["O", "B"]], ["O", "B"]).tolist() == [[1, 0, 0], [0, 0, 1]]
     assert per_class(["a"], ["a"], ["b"]) == [ClassScore("b", 0.0, 0.0, 0.0, 0)]
-    with pytest.raises(ValueError, match="none of the labels"):
+    with pytest.raises(DataError, match="none of the labels"):
         confusion(["a"], ["z"], ["a"])
 
 
@@ -349,7 +350,7 @@ def test_vote_by_hand():
     assert majority_vote(["c", "a", "b", "b", "a"]) == "a"
     assert majority_vote([None, None, "a"]) == "a"
     assert majority_vote([None, None]) is None
-    with pytest.raises(ValueError, match="no votes"):
+    with pytest.raises(DataError, match="no votes"):
         majority_vote([])
 
 
@@ -387,7 +388,7 @@ def test_vote_invariants(votes):
     ],
 )
 def test_errors_say_what_to_do(arguments, more, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(SoftPromptsError, match=message):
         score(*arguments, **more)
 
 
@@ -405,5 +406,5 @@ def test_default_metrics_fit_their_kind():
     for kind in KINDS:
         assert all(kind in METRICS[name].kinds for name in default_metrics(kind))
         assert all(some(name, kind).n == len(SAMPLES[kind][0]) for name in default_metrics(kind))
-    with pytest.raises(ValueError, match="no task kind 'labels'"):
+    with pytest.raises(ConfigError, match="no task kind 'labels'"):
         default_metrics("labels")

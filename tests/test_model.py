@@ -388,9 +388,9 @@ def test_mistakes_are_named() -> None:
         model(two, tasks=["mnli", "deep"])
     with pytest.raises(ConfigError, match="prompt 'mnli' already exists"):
         model.add_task("mnli")
-    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+    with pytest.raises(ConfigError, match="either input_ids or inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match="attention_mask must be"):
+    with pytest.raises(ConfigError, match="attention_mask must be"):
         model(two, attention_mask=torch.ones(2, 1, 4, 4))
     with pytest.raises(BackboneError, match="gradient checkpointing has no effect"):
         model.gradient_checkpointing_enable()
@@ -400,7 +400,7 @@ def test_mistakes_are_named() -> None:
         model.add_task("typo", PromptConfig(method="prompt-tunning"))
     with pytest.raises(ConfigError, match=r"prompt.options of method prompt-tuning: .*'rank'"):
         model.add_task("typo", PromptConfig(options={"rank": 3}))
-    with pytest.raises(ValueError, match="labels or decoder_input_ids"):
+    with pytest.raises(ConfigError, match="labels or decoder_input_ids"):
         prompted("t5")(two)
 
 

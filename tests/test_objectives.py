@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from softprompts.errors import ConfigError
+from softprompts.errors import ConfigError, DataError
 from softprompts.training import objectives
 from softprompts.types import IGNORE, Output, Step
 
@@ -26,7 +26,7 @@ def test_values_and_several_labels():
 
 
 def test_nothing_to_learn_from_is_said():
-    with pytest.raises(ValueError, match="no label to learn from"):
+    with pytest.raises(DataError, match="no label to learn from"):
         loss([[1.0, 2.0]], torch.empty(0, dtype=torch.long).tolist())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from softprompts.artifacts import io
-from softprompts.errors import ArtifactError
+from softprompts.errors import ArtifactError, ConfigError
 from softprompts.evaluation.metrics import confusion, per_class, score
 from softprompts.evaluation.page import write_page, write_results
 from softprompts.evaluation.plots import COLORS, Line, heatmap, interval_plot, line_plot, smooth, thin
@@ -250,9 +250,9 @@ def test_the_least_page(tmp_path):
 
 @pytest.mark.parametrize("key", ["title", "task"])
 def test_title_and_task_are_needed(tmp_path, key):
-    with pytest.raises(ValueError, match=f"no '{key}'"):
+    with pytest.raises(ConfigError, match=f"no '{key}'"):
         write_page(tmp_path / "p.html", {"title": "t", "task": "x"} | {key: ""})
-    with pytest.raises(ValueError, match="format 2"):
+    with pytest.raises(ConfigError, match="format 2"):
         write_page(tmp_path / "p.html", {"title": "t", "task": "x", "format": 2})
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Train, combine and serve soft prompts for frozen transformers."""
+"""Train, combine and use soft prompts for frozen transformers."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Train, combine and serve soft prompts for frozen transformers.",
+    help="Train, combine and use soft prompts for frozen transformers.",
 )
 
 
@@ -45,7 +45,7 @@ app.add_typer(assets_app, name="assets")
 def main(command: typer.Typer = app) -> None:
     """Run a command; an error of the library or of the system about a file becomes one line and exit status 1."""
     # torch reads it when it is imported. Without it, threads spin at barriers, and one busy neighbor on two cores makes
-    # a training step three times as long.
+    # a training step about three times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where it is installed, it is imported with others and complains about parts that only 4-bit models need.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from softprompts.data.encoding import EncodedExample
+from softprompts.errors import DataError
 from softprompts.types import IGNORE, Batch
 
 
@@ -29,14 +30,14 @@ def collate(rows: Sequence[EncodedExample], pad: int) -> Batch:
         instruction_mask [B, T] where a row says which tokens are its template's; of other rows, all count.
 
     Raises:
-        ValueError: There are no rows, only some rows have labels, slots or token types, or labels differ in kind.
+        DataError: There are no rows, only some rows have labels, slots or token types, or labels differ in kind.
     """
     if not rows:
-        raise ValueError("a batch needs at least one row")
+        raise DataError("a batch needs at least one row")
     prompt_offsets, segment_lengths = _collate_offsets(rows)
     token_types = [row.token_type_ids for row in rows if row.token_type_ids is not None]
     if token_types and len(token_types) != len(rows):
-        raise ValueError("some rows of the batch have token types and some have none: they come from two tokenizers")
+        raise DataError("some rows of the batch have token types and some have none: they come from two tokenizers")
     return Batch(
         input_ids=_pad([row.input_ids for row in rows], pad),
         attention_mask=_pad([[1] * len(row.input_ids) for row in rows], 0),
@@ -77,7 +78,7 @@ def _collate_offsets(rows: Sequence[EncodedExample]) -> tuple[Tensor | None, Ten
         starts = [row_offsets[0] for row_offsets in offsets]
         return torch.tensor(starts) if any(itertools.chain.from_iterable(offsets)) else None, None
     if not all(has_slots):
-        raise ValueError("some rows of the batch have slots for the prompt and some have none: they are of tasks that "
+        raise DataError("some rows of the batch have slots for the prompt and some have none: they are of tasks that "
                          "cannot share a batch")  # fmt: skip
     segments = max(map(len, offsets))
     padded = [[*row_offsets, *[row_offsets[-1]] * (segments - len(row_offsets))] for row_offsets in offsets]
@@ -90,7 +91,7 @@ def _collate_labels(rows: Sequence[EncodedExample]) -> Tensor | None:
     if not labels:
         return None
     if len(labels) != len(rows):
-        raise ValueError(f"{len(rows) - len(labels)} of the {len(rows)} rows of the batch have no labels")
+        raise DataError(f"{len(rows) - len(labels)} of the {len(rows)} rows of the batch have no labels")
     if all(isinstance(label, int) for label in labels):
         return torch.tensor(labels, dtype=torch.long)
     if all(isinstance(label, float) for label in labels):
@@ -102,4 +103,4 @@ def _collate_labels(rows: Sequence[EncodedExample]) -> Tensor | None:
             return _pad([list(map(int, label)) for label in lists], IGNORE)
         if False not in are_floats and len(set(map(len, lists))) == 1:
             return torch.tensor(lists, dtype=torch.float32)
-    raise ValueError("the rows of the batch have labels of different kinds: tasks that share a batch must share a head")
+    raise DataError("the rows of the batch have labels of different kinds: tasks that share a batch must share a head")

@@ -6,6 +6,7 @@ import numpy as np
 
 from softprompts.config import SamplingConfig
 from softprompts.data.encoding import EncodedExample
+from softprompts.errors import ConfigError
 
 POOL_BATCHES = 50
 """Batches that are sorted by length together: enough to pad little, few enough that an epoch stays random."""
@@ -30,7 +31,7 @@ def training_order(
         The row indices of each batch.
 
     Raises:
-        ValueError: `batch_size` or `tokens` is below 1.
+        ConfigError: `batch_size` or `tokens` is below 1.
     """
     random = np.random.default_rng([seed, epoch])
     shuffled = random.permutation(len(lengths)).tolist()
@@ -54,7 +55,7 @@ def evaluation_order(lengths: Sequence[int], batch_size: int, tokens: int | None
         The row indices of each batch.
 
     Raises:
-        ValueError: `batch_size` or `tokens` is below 1.
+        ConfigError: `batch_size` or `tokens` is below 1.
     """
     indices = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return _cut_batches(indices, lengths, batch_size, tokens)
@@ -65,7 +66,7 @@ def _cut_batches(
 ) -> list[list[int]]:
     for name, limit in (("batch_size", batch_size), ("tokens", tokens)):
         if limit is not None and limit < 1:
-            raise ValueError(f"{name} must be at least 1, given {limit}")
+            raise ConfigError(f"{name} must be at least 1, given {limit}")
     batches: list[list[int]] = []
     longest = 0
     for index in indices:

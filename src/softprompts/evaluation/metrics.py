@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from softprompts.errors import ConfigError, DataError
 from softprompts.evaluation import text_metrics
 from softprompts.evaluation.text_metrics import MetricOfCounts, TextMetric
 
@@ -73,14 +74,14 @@ class Rows:
 
     def __post_init__(self) -> None:
         if len(self.references) != len(self.predictions):
-            raise ValueError(
+            raise DataError(
                 f"{len(self.predictions)} predictions for {len(self.references)} references; give one for each row"
             )
         if len(self.references) == 0:
-            raise ValueError("no rows to score: predictions and references are empty")
+            raise DataError("no rows to score: predictions and references are empty")
         for row, reference in enumerate(self.references):
             if reference is None:
-                raise ValueError(f"reference {row} is None; only a prediction may be missing")
+                raise DataError(f"reference {row} is None; only a prediction may be missing")
 
 
 class Measurement(NamedTuple):
@@ -134,17 +135,18 @@ def score(
         The value and its interval.
 
     Raises:
-        ValueError: The metric or the kind is unknown, there are no rows, the lengths differ, a reference is missing, or
-            predictions have a type that can never equal that of the references.
+        ConfigError: The metric or the kind is unknown, or `positive` or `kind` is missing.
+        DataError: There are no rows, the lengths differ, a reference is missing, or predictions have a type that can
+            never equal that of the references.
     """
     metric = METRICS.get(name)
     if metric is None:
         suggestions = [f"did you mean {match!r}? " for match in difflib.get_close_matches(name, METRICS, 1)]
-        raise ValueError(f"no metric {name!r}; {''.join(suggestions)}metrics: {', '.join(METRICS)}")
+        raise ConfigError(f"no metric {name!r}; {''.join(suggestions)}metrics: {', '.join(METRICS)}")
     rows = Rows(predictions, references, kind, positive)
     kind = "multilabel" if kind is None and isinstance(references[0], Set) else kind
     if kind is not None and kind not in metric.kinds:
-        raise ValueError(f"{name} does not measure tasks of kind {kind!r}, only {', '.join(metric.kinds)}")
+        raise ConfigError(f"{name} does not measure tasks of kind {kind!r}, only {', '.join(metric.kinds)}")
     value, of_counts, illegal, note = metric.measure(rows)
     low, high = _interval(of_counts, len(references), resamples, seed, value)
     return Score(value, low, high, len(references), illegal, note or ("undefined here" if math.isnan(value) else ""))
@@ -164,9 +166,9 @@ def class_tables(predictions: Sequence[Any], references: Sequence[Any], labels: 
 
 
 def default_metrics(kind: str) -> tuple[str, ...]:
-    """The metrics of a task kind, the headline first; raises ValueError for an unknown kind."""
+    """The metrics of a task kind, the headline first; raises ConfigError for an unknown kind."""
     if kind not in KINDS:
-        raise ValueError(f"no task kind {kind!r}; kinds: {', '.join(KINDS)}")
+        raise ConfigError(f"no task kind {kind!r}; kinds: {', '.join(KINDS)}")
     return KINDS[kind]
 
 
@@ -182,7 +184,7 @@ def confusion(predictions: Sequence[Any], references: Sequence[Any], labels: Seq
         Counts [K, K + 1]: references are rows, predictions are columns, and the last column is illegal.
 
     Raises:
-        ValueError: A reference is none of `labels`.
+        DataError: A reference is none of `labels`.
     """
     from sklearn.metrics import confusion_matrix
 
@@ -194,7 +196,7 @@ def confusion(predictions: Sequence[Any], references: Sequence[Any], labels: Seq
     for predicted, gold in _labels_of_rows(rows, kind):
         for label in gold:
             if label not in codes:
-                raise ValueError(f"reference {label!r} is none of the labels {reprlib.repr(list(labels))}")
+                raise DataError(f"reference {label!r} is none of the labels {reprlib.repr(list(labels))}")
             reference_codes.append(codes[label])
         predicted_codes += [codes.get(label, len(codes)) for label in predicted]
     matrix = confusion_matrix(reference_codes, predicted_codes, labels=range(len(codes) + 1))
@@ -218,11 +220,11 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
     """Elect one of the answers of several prompts, given in the order of the prompts.
 
     The most frequent string wins; of those that tie, the one of the prompt that comes first. `None` (an illegal output)
-    is elected only where there is nothing else. Raises ValueError for no answers.
+    is elected only where there is nothing else. Raises DataError for no answers.
     Source: Lester et al. 2021, section 6 (majority vote; the paper leaves ties open).
     """
     if not answers:
-        raise ValueError("no votes: give the answers of at least one prompt")
+        raise DataError("no votes: give the answers of at least one prompt")
     votes = Counter(answer for answer in answers if answer is not None)
     most = max(votes.values(), default=0)
     return next((answer for answer in answers if answer is not None and votes[answer] == most), None)
@@ -292,7 +294,7 @@ def _labels_of_rows(rows: Rows, kind: str) -> list[tuple[list[Any], list[Any]]]:
         if kind == "label":
             labels.append(([prediction], [reference]))
         elif isinstance(prediction, str) or isinstance(reference, str):
-            raise ValueError(
+            raise DataError(
                 f"row {row} is one string where {kind} needs a list or a set: {prediction!r}, {reference!r}"
             )
         elif kind == "multilabel":
@@ -312,12 +314,12 @@ def _label_table(rows: Rows, more_labels: Sequence[Hashable] = ()) -> LabelTable
         more_labels: Labels that get a code even where no row has them.
 
     Raises:
-        ValueError: Rows are lists and their kind is unknown, a reference holds None, or the types of predictions and
-            references differ.
+        ConfigError: Rows are lists and their kind is unknown.
+        DataError: A reference holds None, or the types of predictions and references differ.
     """
     kind = rows.kind or ("multilabel" if isinstance(rows.references[0], Set) else "label")
     if rows.kind is None and isinstance(rows.references[0], (list, tuple, np.ndarray)):
-        raise ValueError("a list may hold tags in order or labels; say kind='tagging' or kind='multilabel'")
+        raise ConfigError("a list may hold tags in order or labels; say kind='tagging' or kind='multilabel'")
     labels_of_rows = _labels_of_rows(rows, kind)
     predicted: list[Any] = []
     references: list[Any] = []
@@ -354,14 +356,14 @@ def _label_table(rows: Rows, more_labels: Sequence[Hashable] = ()) -> LabelTable
 
 
 def _label_codes(predicted: Sequence[Any], references: Sequence[Any], more_labels: Sequence[Any]) -> dict[Any, int]:
-    """The code of each label; raises ValueError for labels that cannot be compared."""
+    """The code of each label; raises DataError for labels that cannot be compared."""
     reference_labels = set(references)
     predicted_labels = set(predicted) - {None}
     if None in reference_labels:
-        raise ValueError("a reference holds the label None; only a prediction may be missing")
+        raise DataError("a reference holds the label None; only a prediction may be missing")
     reference_types = set(map(_is_string, reference_labels))
     if predicted_labels and reference_labels and reference_types.isdisjoint(map(_is_string, predicted_labels)):
-        raise ValueError(
+        raise DataError(
             f"predictions {reprlib.repr(predicted_labels)} can never equal references {reprlib.repr(reference_labels)}"
         )
     labels = reference_labels | predicted_labels | set(more_labels)
@@ -405,7 +407,7 @@ def _f1(rows: Rows) -> Measurement:
     """F1 of the positive label."""
     table = _label_table(rows)
     if rows.positive is None:
-        raise ValueError(f"f1 needs the positive label: positive=..., one of {reprlib.repr(list(table.codes))}")
+        raise ConfigError(f"f1 needs the positive label: positive=..., one of {reprlib.repr(list(table.codes))}")
     codes = [table.codes[rows.positive]] if rows.positive in table.codes else []
     references = table.references[:, codes]
     predictions = table.predictions[:, codes]
@@ -499,7 +501,7 @@ def _correlation(ranked: bool) -> Callable[[Rows], Measurement]:
     def measure(rows: Rows) -> Measurement:
         references = np.array(rows.references, dtype=np.float64)
         if not np.isfinite(references).all():
-            raise ValueError(f"reference {int(np.argmin(np.isfinite(references)))} is not a finite number")
+            raise DataError(f"reference {int(np.argmin(np.isfinite(references)))} is not a finite number")
         predictions = np.array(rows.predictions, dtype=np.float64)  # nan for None
         illegal = ~np.isfinite(predictions)
         predictions[illegal] = references.mean()

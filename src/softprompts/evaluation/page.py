@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from softprompts.artifacts.io import write_bytes
+from softprompts.errors import ConfigError
 from softprompts.evaluation.metrics import METRICS
 from softprompts.evaluation.plots import (
     Line,
@@ -65,14 +66,14 @@ def write_page(path: str | Path, results: Mapping[str, Any]) -> Path:
         The path.
 
     Raises:
-        ValueError: The title or the task is missing, or the results have another format than 1.
+        ConfigError: The title or the task is missing, or the results have another format than 1.
     """
     plain = _plain(results, "results")
     for key in ("title", "task"):
         if not plain.get(key):
-            raise ValueError(f"results hold no {key!r}; keys: {', '.join(plain) or 'none'}")
+            raise ConfigError(f"results hold no {key!r}; keys: {', '.join(plain) or 'none'}")
     if plain.get("format", 1) != 1:
-        raise ValueError(f"results of format {plain['format']!r}; this version writes pages of format 1")
+        raise ConfigError(f"results of format {plain['format']!r}; this version writes pages of format 1")
     return _write(Path(path), _render(plain))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from softprompts.backbone import CAUSAL, Backbone
-from softprompts.errors import BackboneError
+from softprompts.errors import BackboneError, ConfigError
 from softprompts.injection.forward import TrunkOutput, choose_path, run_trunk
 from softprompts.injection.packed import Prefix, why_not_packed
 from softprompts.injection.placement import place_prompts
@@ -44,9 +44,9 @@ class CandidateTree:
 
 
 def candidate_tree(candidates: Sequence[Sequence[int]]) -> CandidateTree:
-    """Lay `candidates` out as chains. Raises ValueError for none, and for one without tokens."""
+    """Lay `candidates` out as chains. Raises ConfigError for none, and for one without tokens."""
     if not candidates or not all(candidates):
-        raise ValueError(f"candidates must be lists of at least one token, given {[list(c) for c in candidates]}")
+        raise ConfigError(f"candidates must be lists of at least one token, given {[list(c) for c in candidates]}")
     row_after: dict[Tokens, int] = {(): 0}  # the row of scored_ids behind each beginning of a candidate
     tokens: list[int] = []
     branches: list[int] = []
@@ -116,7 +116,7 @@ def score_continuations(
         prefix: The distinct prompts, computed before.
 
     Raises:
-        ValueError: There is no candidate, or an empty one.
+        ConfigError: There is no candidate, or an empty one.
         BackboneError: The model is another one, prompt and text do not fit its positions, or the path is not possible.
     """
     if backbone.family is not CAUSAL or backbone.head != "lm":

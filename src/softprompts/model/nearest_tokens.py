@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts.backbone import Backbone
+from softprompts.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,10 +22,10 @@ class NearestTokens:
 def nearest_tokens(backbone: Backbone, prompt: Tensor, count: int = 5) -> list[NearestTokens]:
     """The `count` words of the embedding table with the highest cosine to each row of `prompt [P, features]`.
 
-    Raises ValueError for prompts of another width, such as those of sites layers and kv.
+    Raises ConfigError for prompts of another width, such as those of sites layers and kv.
     """
     if prompt.shape[1] != backbone.embedding_size:
-        raise ValueError(
+        raise ConfigError(
             f"prompt rows of width {prompt.shape[1]} are no word embeddings (width {backbone.embedding_size}); "
             f"nearest words exist at sites input and decoder only"
         )

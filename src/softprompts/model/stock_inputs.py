@@ -51,16 +51,16 @@ def batch(backbone: Backbone, arguments: Mapping[str, Any], place: Callable[[int
     """The arguments of a stock model as a batch; `place` gives the tasks of that many rows."""
     text, embeds, mask = arguments["input_ids"], arguments["inputs_embeds"], arguments["attention_mask"]
     if (text is None) == (embeds is None):
-        raise ValueError("give either input_ids or inputs_embeds")
+        raise ConfigError("give either input_ids or inputs_embeds")
     shape = (text if embeds is None else embeds).shape[:2]
     mask = torch.ones(shape, dtype=torch.long) if mask is None else mask
     for name, value in (("attention_mask", mask), ("words", arguments["words"])):
         if value is not None and value.shape != shape:
-            raise ValueError(f"{name} must be [rows, tokens] as the text, {list(shape)}, not {list(value.shape)}")
+            raise ConfigError(f"{name} must be [rows, tokens] as the text, {list(shape)}, not {list(value.shape)}")
     decoding = backbone.family is SEQ2SEQ and backbone.head == "lm"
     wanted = labels(arguments) if decoding else None
     if decoding and "labels" in arguments and wanted is None and arguments["decoder_input_ids"] is None:
-        raise ValueError("an encoder-decoder model needs labels or decoder_input_ids")
+        raise ConfigError("an encoder-decoder model needs labels or decoder_input_ids")
     return Batch(
         torch.full(shape, -1) if text is None else text,  # -1: no token, so that whoever looks it up notices
         mask,

@@ -15,7 +15,7 @@ from softprompts.injection import Site, TrunkOutput
 from softprompts.types import IGNORE, Batch, Prompt
 
 Heads = Mapping[int, Mapping[str, Tensor]]
-"""Tensors that replace the model's head, for each place in Batch.task; empty where no task has its own head."""
+"""Tensors that replace the model's head, for each value in Batch.task_ids; empty where no task has its own head."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Procedures of more than one fit: their stages are directories, reused where they are finished."""
+"""Whole procedures: runs, predictions, evaluations, and comparisons of many runs, whose finished stages are reused."""

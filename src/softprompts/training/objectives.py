@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from softprompts.config import closest
-from softprompts.errors import ConfigError
+from softprompts.errors import ConfigError, DataError
 from softprompts.types import IGNORE, Objective, Step, TeacherBatch
 
 
@@ -24,13 +24,13 @@ def task(step: Step) -> Tensor:
         The mean loss [].
 
     Raises:
-        ValueError: The batch has no label to learn from.
+        DataError: The batch has no label to learn from.
     """
     logits, labels = step.output.logits, step.output.labels
     if step.output.nll is not None:
         return step.output.nll.mean()
     if logits is None or labels is None or labels.numel() == 0:
-        raise ValueError("the batch holds no label to learn from; check the task's template, label column and head")
+        raise DataError("the batch holds no label to learn from; check the task's template, label column and head")
     logits = _wide(logits)
     if not labels.is_floating_point():
         return functional.cross_entropy(logits, labels, ignore_index=IGNORE)
@@ -52,7 +52,7 @@ def distill_logits(step: Step) -> Tensor:
         The mean divergence [].
 
     Raises:
-        ValueError: The step has no teacher.
+        ConfigError: The step has no teacher.
     """
     teacher, output = _teacher(step), step.output
     assert output.logits is not None
@@ -78,7 +78,7 @@ def distill_hidden(step: Step) -> Tensor:
         The mean over layers, text tokens and elements [].
 
     Raises:
-        ValueError: The step has no teacher.
+        ConfigError: The step has no teacher.
     """
     teacher, output = _teacher(step), step.output
     rows = len(step.batch.input_ids)
@@ -95,7 +95,7 @@ def distill_hidden(step: Step) -> Tensor:
 
 def _teacher(step: Step) -> TeacherBatch:
     if step.teacher is None:
-        raise ValueError(
+        raise ConfigError(
             "this objective compares with a teacher, and the step has none; name them in training.distillation"
         )
     return step.teacher

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from softprompts.errors import ConfigError
+
 SimilarityMeasure = Literal["mean", "pairs"]
 
 
@@ -27,14 +29,14 @@ def similarity(first: Tensor, second: Tensor, measure: SimilarityMeasure = "mean
         measure: "mean", the cosine of the mean tokens; "pairs", the mean cosine over all pairs of tokens.
 
     Raises:
-        ValueError: The prompts have other shapes, or the measure is unknown.
+        ConfigError: The prompts have other shapes, or the measure is unknown.
     """
     matrices = first.dim() == 2 and second.dim() == 2
     if not matrices or first.shape[1] != second.shape[1] or 0 in (len(first), len(second)):
         shapes = f"{list(first.shape)} and {list(second.shape)}"
-        raise ValueError(f"prompts to compare must be [P, D] with the same D, given {shapes}")
+        raise ConfigError(f"prompts to compare must be [P, D] with the same D, given {shapes}")
     if measure not in ("mean", "pairs"):
-        raise ValueError(f"no similarity '{measure}'; possible: mean, pairs")
+        raise ConfigError(f"no similarity '{measure}'; possible: mean, pairs")
     cosine = float(_direction(first, measure) @ _direction(second, measure))
     return max(-1.0, min(1.0, cosine))  # rounding may leave the range by one unit
 
@@ -87,10 +89,10 @@ def retrieve(
         (name, weight, similarity) of each; the weights sum to one.
 
     Raises:
-        ValueError: k is not between 1 and the number of sources, or as in `similarity`.
+        ConfigError: k is not between 1 and the number of sources, or as in `similarity`.
     """
     if not 1 <= k <= len(sources):
-        raise ValueError(f"k must be from 1 to the number of sources, {len(sources)}; given {k}")
+        raise ConfigError(f"k must be from 1 to the number of sources, {len(sources)}; given {k}")
     similarities = {name: similarity(target, prompt, measure) for name, prompt in sources.items()}
     best = sorted(similarities, key=lambda name: (-similarities[name], name))[:k]
     positive = [max(similarities[name], 0.0) for name in best]
