@@ -153,7 +153,7 @@ class TrainablePrompts:
 
     def parameters(self, run: str) -> dict[str, nn.Parameter]:
         """See `Trainable`: by the names that they would have in a model of this run alone."""
-        return self.model.trainable({prompt: prompt.rpartition("/")[2] for prompt in self.runs[run]})
+        return self.model.trainable(self._names_alone(run))
 
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
         """See `Trainable`."""
@@ -206,6 +206,16 @@ class TrainablePrompts:
         teacher = self.teachers.get(batch.run)
         targets = None if teacher is None else teacher.of(batch.examples, self.device)
         return equivalence.check(self.model, collated, batch.objective, targets, prompts)
+
+    def _names_alone(self, run: str) -> dict[str, str]:
+        """The prompts of a run with the names that they would have in a model of this run alone.
+
+        A recipe calls the prompt of a task RUN/TASK where it trains several runs.
+        """
+        prompts, prefix = self.runs[run], f"{run}/"
+        if run and all(prompt.startswith(prefix) for prompt in prompts):
+            return {prompt: prompt.removeprefix(prefix) for prompt in prompts}
+        return {prompt: prompt for prompt in prompts}
 
     def _step(self, batch: RunBatch, collated: Batch, prompt: Prompt, output: Output) -> Step:
         """What the objective of a run sees."""
