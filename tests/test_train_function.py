@@ -13,7 +13,9 @@ from softprompts import SoftPromptModel
 from softprompts.config import InitConfig, PromptConfig, TrainConfig
 from softprompts.data import EncodedExample
 from softprompts.errors import ConfigError
-from softprompts.types import IGNORE
+from softprompts.training.optimizer import prompt_param_groups
+from softprompts.training.trainables import TrainablePrompts
+from softprompts.types import IGNORE, ParamGroup
 
 
 def prompted_model(methods: dict[str, str], *, backbone: str = "llama", seed: int = 0) -> SoftPromptModel:
@@ -61,3 +63,39 @@ def test_two_prompts_cannot_have_one_name_in_the_result() -> None:
     model = prompted_model({"a": "prompt-tuning", "b": "prompt-tuning"})
     with pytest.raises(ConfigError, match="prompts need different names in the result, given c, c"):
         model.trainable({"a": "c", "b": "c"})
+
+
+@pytest.mark.parametrize("other", ["multitask-prompt-tuning", "low-rank"])
+@pytest.mark.parametrize("order", ["mp", "pm"])
+def test_each_prompt_learns_at_the_rates_of_its_method(other: str, order: str) -> None:
+    model = prompted_model({name: {"m": other, "p": "prompt-tuning"}[name] for name in order})
+    before = copies(model)
+    trainable, config = TrainablePrompts(model, {"": tuple(order)}), train_config(learning_rates={"factors": 0.25})
+    rates = {}
+    for group in trainable.param_groups("", config):
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["rate"]
+    rms_rate = 0.5 * model.backbone.embedding_rms
+    plain_rate = 0.25 if other == "multitask-prompt-tuning" else 0.5
+    for name, parameter in model.trainable().items():
+        is_factor = name.endswith(".columns") or (other == "multitask-prompt-tuning" and name.endswith(".rows"))
+        assert rates[id(parameter)] == pytest.approx(plain_rate if is_factor else rms_rate), name
+    list(softprompts.train(model, {name: encoded(index) for index, name in enumerate(order)}, train_config()))
+    assert unmoved(model, before) == []
+
+
+def test_prompts_of_one_method_share_their_groups() -> None:
+    """The optimizer of several prompts of one method has one group for each of the method's groups, in its order."""
+    model = prompted_model({"a": "low-rank", "b": "low-rank"})
+    groups = TrainablePrompts(model, {"": ("a", "b")}).param_groups("", train_config())
+    names = {id(parameter): name for name, parameter in model.trainable().items()}
+    assert [[names[id(parameter)] for parameter in group["params"]] for group in groups] == [
+        ["prompts.a.rows", "prompts.b.rows"],
+        ["prompts.a.columns", "prompts.b.columns"],
+    ]
+
+
+def test_a_parameter_in_no_group_is_refused() -> None:
+    model = prompted_model({"a": "prompt-tuning"})
+    with pytest.raises(ConfigError, match=r"groups \(rows\) hold no parameter prompts\.a\.prompt"):
+        prompt_param_groups({"rows": ParamGroup(("rows",))}, model.trainable(), train_config(), 1.0)

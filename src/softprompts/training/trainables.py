@@ -16,6 +16,7 @@ from softprompts.data.encoding import EncodedExample
 from softprompts.data.sampling import evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
+from softprompts.methods import PromptMethod
 from softprompts.model import SoftPromptModel
 from softprompts.training import equivalence
 from softprompts.training.backbone_weights import BackboneWeights
@@ -156,9 +157,16 @@ class TrainablePrompts:
         return self.model.trainable(self._names_alone(run))
 
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
-        """See `Trainable`."""
-        groups = self.model.registry.method(self.runs[run][0]).groups
-        return prompt_param_groups(groups, self.parameters(run), config, self.model.backbone.embedding_rms)
+        """See `Trainable`: the groups of each method of the run, in the order of their first prompts."""
+        backbone, registry = self.model.backbone, self.model.registry
+        prompts_of_methods: dict[type[PromptMethod], dict[str, str]] = {}
+        for prompt, name_alone in self._names_alone(run).items():
+            prompts_of_methods.setdefault(type(registry.method(prompt)), {})[prompt] = name_alone
+        param_groups = []
+        for prompts in prompts_of_methods.values():
+            groups = registry.method(next(iter(prompts))).groups
+            param_groups += prompt_param_groups(groups, self.model.trainable(prompts), config, backbone.embedding_rms)
+        return param_groups
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`."""
