@@ -1,5 +1,9 @@
 """`softprompts.train`: all prompts of a call learn, whatever their names, each at the rates of its own method."""
 
+import copy
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +14,15 @@ import rows
 import softprompts
 import tiny
 from softprompts import SoftPromptModel
+from softprompts.backbone import wrap
 from softprompts.config import InitConfig, PromptConfig, TrainConfig
 from softprompts.data import EncodedExample
-from softprompts.errors import ConfigError
+from softprompts.errors import ConfigError, TrainingError
+from softprompts.training.checkpoint import CHECKPOINT
 from softprompts.training.optimizer import prompt_param_groups
 from softprompts.training.trainables import TrainablePrompts
-from softprompts.types import IGNORE, ParamGroup
+from softprompts.types import IGNORE, ParamGroup, PromptInit
+from trainees import fit
 
 
 def prompted_model(methods: dict[str, str], *, backbone: str = "llama", seed: int = 0) -> SoftPromptModel:
@@ -99,3 +106,106 @@ def test_a_parameter_in_no_group_is_refused() -> None:
     model = prompted_model({"a": "prompt-tuning"})
     with pytest.raises(ConfigError, match=r"groups \(rows\) hold no parameter prompts\.a\.prompt"):
         prompt_param_groups({"rows": ParamGroup(("rows",))}, model.trainable(), train_config(), 1.0)
+
+
+def other_weights(model: SoftPromptModel) -> SoftPromptModel:
+    """The model with the same prompts over weights of which one norm differs."""
+    stock_model = copy.deepcopy(model.backbone.model)
+    with torch.no_grad():
+        next(value for name, value in stock_model.named_parameters() if "norm" in name).mul_(1.01)
+    other = SoftPromptModel(wrap(stock_model, name="llama"))
+    for name in model.tasks:
+        other.add_prompt(name, model.registry.records[name].config, seed=0)
+    return other
+
+
+def with_given_start(value: float) -> SoftPromptModel:
+    """A tiny model with a prompt that starts from a constant."""
+    model = SoftPromptModel(tiny.backbone("llama"))
+    model.add_prompt("a", PromptConfig(num_virtual_tokens=4), init=PromptInit(torch.full((4, 32), value)))
+    return model
+
+
+OTHER_MODELS: dict[str, tuple[Callable[[], SoftPromptModel], str]] = {
+    "weights": (lambda: other_weights(prompted_model({"a": "prompt-tuning"})), r"backbone\.weights was \w+, is now"),
+    "method": (lambda: prompted_model({"a": "low-rank"}), r"prompts\.a\.method was prompt-tuning, is now low-rank"),
+    "start": (lambda: prompted_model({"a": "prompt-tuning"}, seed=1), r"prompts\.a\.start\.seed was 0, is now 1"),
+    "given": (lambda: with_given_start(0.5), r"prompts\.a\.start\.init was None, is now \w+"),
+    "name": (lambda: prompted_model({"b": "prompt-tuning"}), r"prompts\.a was {.*, is now None; prompts\.b was None"),
+}
+
+
+@pytest.mark.parametrize(
+    ("seed", "learning_rate", "message"),
+    [
+        (1, 0.5, r"examples was \w+, is now \w+"),
+        (0, 0.25, r"training\.learning_rate was 0\.5, is now 0\.25"),
+    ],
+)
+def test_a_checkpoint_of_other_rows_or_settings_is_refused(
+    tmp_path: Path, seed: int, learning_rate: float, message: str
+) -> None:
+    model = prompted_model({"a": "prompt-tuning"})
+    list(softprompts.train(model, {"a": encoded(0)}, train_config(), directory=tmp_path))
+    config = train_config(learning_rate=learning_rate)
+    with pytest.raises(TrainingError, match=message):
+        list(softprompts.train(model, {"a": encoded(seed)}, config, directory=tmp_path))
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str) -> None:
+    make_other, message = OTHER_MODELS[name]
+    model = prompted_model({"a": "prompt-tuning"})
+    list(softprompts.train(model, {"a": encoded(0)}, train_config(), directory=tmp_path))
+    checkpoint = (tmp_path / CHECKPOINT).read_bytes()
+    other = make_other()
+    before = copies(other)
+    steps = softprompts.train(other, {other.task: encoded(0)}, train_config(), directory=tmp_path)
+    with pytest.raises(TrainingError, match=message) as caught:
+        list(steps)
+    assert str(tmp_path / CHECKPOINT) in str(caught.value)
+    assert len(str(caught.value)) < 1200
+    assert len(unmoved(other, before)) == len(before)
+    assert (tmp_path / CHECKPOINT).read_bytes() == checkpoint
+
+
+def test_the_start_that_a_caller_gives_counts(tmp_path: Path) -> None:
+    rows_of_prompts = {"a": encoded(0)}
+    list(softprompts.train(with_given_start(0.5), rows_of_prompts, train_config(), directory=tmp_path))
+    again = list(softprompts.train(with_given_start(0.5), rows_of_prompts, train_config(), directory=tmp_path))
+    assert len(again) == 3
+    with pytest.raises(TrainingError, match=r"prompts\.a\.start\.init was \w+, is now \w+"):
+        list(softprompts.train(with_given_start(0.25), rows_of_prompts, train_config(), directory=tmp_path))
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_training_continues_bit_for_bit_in_a_new_model_and_in_the_same(tmp_path: Path, fresh: bool) -> None:
+    methods = {"a/x": "prompt-tuning", "b/x": "low-rank"}
+    rows_of_prompts = {"a/x": encoded(0), "b/x": encoded(1)}
+    whole = prompted_model(methods)
+    losses = [progress.loss for progress in softprompts.train(whole, rows_of_prompts, train_config())]
+    model = prompted_model(methods)
+    with closing(softprompts.train(model, rows_of_prompts, train_config(), directory=tmp_path)) as steps:
+        next(steps)
+        next(steps)
+    model = prompted_model(methods) if fresh else model
+    resumed = softprompts.train(model, rows_of_prompts, train_config(save_steps=1), directory=tmp_path)
+    assert [progress.loss for progress in resumed] == losses
+    assert len(unmoved(model, copies(whole))) == len(copies(whole))
+
+
+def test_a_checkpoint_with_other_parameters_is_refused(tmp_path: Path) -> None:
+    """Recipes name their own settings; whatever these say, the names and shapes of the parameters must fit."""
+    model = prompted_model({"a": "prompt-tuning", "b": "prompt-tuning"})
+    list(fit(model, encoded(0), train_config(), prompts=("a",), directory=tmp_path))
+    message = r"prompts\.a\.prompt was \[4, 32\], is now None; prompts\.b\.prompt was None, is now \[4, 32\]"
+    with pytest.raises(TrainingError, match=message):
+        list(fit(model, encoded(0), train_config(), prompts=("b",), directory=tmp_path))
+
+
+def test_unknown_prompts_and_none_are_refused() -> None:
+    model = prompted_model({"colors": "prompt-tuning"})
+    with pytest.raises(ConfigError, match="no prompt 'colours'; did you mean 'colors'"):
+        list(softprompts.train(model, {"colours": encoded(0)}, train_config()))
+    with pytest.raises(ConfigError, match="there is no prompt to train"):
+        list(softprompts.train(model, {}, train_config()))
