@@ -209,3 +209,46 @@ def test_unknown_prompts_and_none_are_refused() -> None:
         list(softprompts.train(model, {"colours": encoded(0)}, train_config()))
     with pytest.raises(ConfigError, match="there is no prompt to train"):
         list(softprompts.train(model, {}, train_config()))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("scores", "best_step"), [((NAN, 0.25, 0.5, 0.25), 3), ((0.5, NAN, NAN, 0.25), 1), ((NAN, NAN, 0.25, NAN), 3)]
+)
+def test_a_score_that_is_no_number_is_never_the_best(scores: tuple[float, ...], best_step: int) -> None:
+    model = prompted_model({"a": "prompt-tuning"})
+    states = [copies(model)]
+    remaining = iter(scores)
+
+    def validate() -> float:
+        states.append(copies(model))
+        return next(remaining)
+
+    config = train_config(max_steps=4, eval_steps=1)
+    list(softprompts.train(model, {"a": encoded(0)}, config, validate=validate))
+    assert len(unmoved(model, states[best_step])) == 1
+
+
+def test_patience_counts_from_the_best_number() -> None:
+    scores = iter([NAN, NAN, NAN, 0.5, NAN, 0.25, 0.75])
+    config = train_config(max_steps=9, eval_steps=1, early_stopping_patience=2)
+    steps = softprompts.train(
+        prompted_model({"a": "prompt-tuning"}), {"a": encoded(0)}, config, validate=lambda: next(scores)
+    )
+    assert len(list(steps)) == 6
+
+
+def test_without_any_number_the_last_state_remains_and_the_log_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    states, models = [], [prompted_model({"a": "prompt-tuning"}) for _ in range(2)]
+    config = train_config(max_steps=4, eval_steps=1, early_stopping_patience=2)
+    for model, score in zip(models, (NAN, 0.5), strict=True):
+        caplog.clear()
+        steps = softprompts.train(model, {"a": encoded(0)}, config, validate=lambda score=score: score)
+        states.append((len(list(steps)), caplog.messages))
+    note = "no validation score is a number, so none is the best; the state after step 4 is kept"
+    assert states == [(4, [note]), (3, [])]
+    plain = prompted_model({"a": "prompt-tuning"})
+    list(softprompts.train(plain, {"a": encoded(0)}, train_config(max_steps=4)))
+    assert len(unmoved(plain, copies(models[0]))) == 1

@@ -6,6 +6,7 @@ batch holds the same rows.
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -51,7 +52,7 @@ class Checkpoint:
     Attributes:
         step: The number of steps that were made.
         tensors: Parameters by name, their optimizer state as `optimizer.NAME.KEY`, the best parameters as `best.NAME`.
-        best: The best validation score so far.
+        best: The best validation score so far; None without one that is a number.
         best_step: The step with that score.
         history: The progress of every step.
         failed: The reason why the run cannot be continued; empty where it can.
@@ -186,8 +187,9 @@ def capture(
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone()
     best, best_step = previous.best, previous.best_step
-    if progress.score is not None and (best is None or progress.score > best):
-        best, best_step = progress.score, progress.step
+    score = progress.score
+    if score is not None and not math.isnan(score) and (best is None or score > best):
+        best, best_step = score, progress.step
         tensors |= copies(parameters, BEST)
     else:
         tensors |= {name: value for name, value in previous.tensors.items() if name.startswith(BEST)}
@@ -215,6 +217,14 @@ def restore_best(state: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> N
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors.get(f"{BEST}{name}", parameter))
+
+
+def undefined_scores(history: Sequence[Progress]) -> str:
+    """A note that no validation score was a number; empty where one was, and without validation."""
+    scores = [progress.score for progress in history if progress.score is not None]
+    if not scores or not all(map(math.isnan, scores)):
+        return ""
+    return f"no validation score is a number, so none is the best; the state after step {history[-1].step} is kept"
 
 
 def write(checkpoints: Sequence[tuple[CheckpointFile, Checkpoint]]) -> None:

@@ -8,6 +8,7 @@ checkpoint needs only tensors and a few numbers, and a killed run continues bit 
 
 import contextlib
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -111,7 +112,8 @@ def train(
             template; tokenized examples do not.
         config: How to train.
         seed: The seed of the order of the examples and of every random stream.
-        validate: Gives a score, higher is better, every `config.eval_steps` steps.
+        validate: Gives a score, higher is better, every `config.eval_steps` steps. NaN is never the best; where all
+            are NaN, a line of the log says so, and the prompts stay as the last step made them.
         directory: Where checkpoints are written, and where training continues from one. It then must have the same
             backbone, prompts, examples, seed and settings, and `validate` where it had one.
 
@@ -214,6 +216,8 @@ def train_many(trainable: Trainable, runs: Sequence[TrainingRun]) -> Generator[t
     for state in states.values():
         if not state.current.failed:
             checkpoint.restore_best(state.current, state.parameters)
+    if accelerator.is_main_process:
+        _log_undefined_scores(states)
     _raise_failures(states)
 
 
@@ -474,6 +478,14 @@ def _save(states: Iterable[RunState], accelerator: Accelerator) -> None:
         if state.resumable and state.run.checkpoint_file is not None:
             checkpoints.append((state.run.checkpoint_file, state.current))
     checkpoint.write(checkpoints)
+
+
+def _log_undefined_scores(states: Mapping[str, RunState]) -> None:
+    """Show, through Python's logging, which runs have no best state."""
+    for name, state in states.items():
+        note = "" if state.current.failed else checkpoint.undefined_scores(state.current.history)
+        if note:
+            logging.getLogger("softprompts").warning(f"run '{name}': {note}" if name else note)
 
 
 def _raise_failures(states: Mapping[str, RunState]) -> None:
