@@ -1,6 +1,7 @@
 """The recipe of multitask prompt tuning on a tiny model: stages, what is reused, what is refused, the page."""
 
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -146,6 +147,20 @@ def test_lines_are_means_over_seeds_after_training(tmp_path):
     assert results["similarity"]["matrix"] == [pytest.approx([1, -1]), pytest.approx([-1, 1])]
     assert found["gamma", 2][1].validation == 0.7  # the state that is kept is the best one
     assert found["gamma", 2][3].validation is None
+
+
+def test_a_score_that_is_no_number_chooses_no_rate():
+    """NaN of a run of this process, and null where results.json was read."""
+
+    def result(rate, *values):
+        validation = [{"step": 2 * place, "value": value} for place, value in enumerate(values)]
+        return ArmResult(ArmRun("mpt", rate, 0), [{"validation": validation}])
+
+    nan = float("nan")
+    results = [result(0.1, nan, None), result(0.2, nan, 0.25, 0.5), result(0.4, None, 0.25)]
+    assert [each.validation for each in results] == [-math.inf, 0.5, 0.25]
+    comparison = Comparison(None, lambda *_: [])
+    assert comparison._choose_rate("mpt", {"gamma": results}, 2) == 0.2
 
 
 def test_targets_start_where_their_arm_says(done):

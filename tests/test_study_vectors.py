@@ -632,6 +632,18 @@ class Poison:
         pytest.fail("test rows were read")
 
 
+def test_a_mean_that_is_no_number_chooses_no_coefficient(monkeypatch):
+    """Such as that of a correlation with equal predictions."""
+    from types import SimpleNamespace
+
+    nan = float("nan")
+    task = SimpleNamespace(name="a", validation=[{}])
+    evaluator = SimpleNamespace(task=task, scores=lambda *_: [nan, 0.25, 0.5, nan, 0.25])
+    monkeypatch.setattr(coefficient.vectors, "apply", lambda *_: None)
+    grid = (0, 0.25, 0.5, 0.75, 1)
+    assert coefficient.choose_coefficient([evaluator], None, None, grid, ProgressReporter()).best == 0.5
+
+
 def test_the_search_never_reads_test_rows(done):
     """With test rows that cannot be read the same coefficient is found."""
     from dataclasses import replace

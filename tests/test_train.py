@@ -174,6 +174,14 @@ def test_a_checkpoint_of_other_settings_is_refused(values, tmp_path):
         next(again)
 
 
+def test_a_checkpoint_of_other_rows_is_refused(values, tmp_path):
+    """The file of the data set was replaced by another one with as many rows."""
+    job.run(parse(values))
+    local.colors(tmp_path / "colors.csv", seed=1)
+    with pytest.raises(errors.TrainingError, match=r"examples was \w+, is now \w+"):
+        job.run(parse(values))
+
+
 def test_the_rate_follows_its_schedule(values):
     _, reports = fitted(values, lr_scheduler_type="linear", warmup_steps=2, learning_rate=1.0)
     unit = reports[1].rate

@@ -24,6 +24,7 @@ from softprompts.model.setup import load_backbone
 from softprompts.recipes import multitask, stages
 from softprompts.recipes.evaluate_prompts import Evaluator, load_evaluator
 from softprompts.recipes.run.prepare import SILENT
+from softprompts.recipes.run.results import best_validation
 from softprompts.recipes.run.run import ProgressReporter
 from studies.task_prompt_vectors import independence, sums
 from studies.task_prompt_vectors.plan import Study, prompt_path
@@ -110,7 +111,7 @@ def _choose_rate(study: Study, reporter: ProgressReporter) -> tuple[float, dict[
             name = f"rate{rate:g}"
             if name not in failed:
                 validation = stages.read_results(Path(run.output_dir) / name)["validation"]
-                scores[rate].append(max(point["value"] for point in validation))
+                scores[rate].append(best_validation(validation))
     means = {rate: fmean(scores[rate]) for rate in rates if len(scores[rate]) == len(titles)}
     if not means:
         raise TrainingError("every rate failed on some task; give lower ones in vectors.learning_rates")

@@ -5,6 +5,7 @@ states at every layer, or their keys and values. So a prompt that starts from wo
 """
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from softprompts import errors
 from softprompts.artifacts import artifact, collection, peft_files, vectors
 from softprompts.artifacts.artifact import Artifact
-from softprompts.artifacts.fingerprint import check_fingerprint
+from softprompts.artifacts.fingerprint import check_fingerprint, tensor_bytes
 from softprompts.artifacts.vectors import similarity
 from softprompts.artifacts.vectors.expression import read_expression
 from softprompts.backbone import Backbone, fingerprint
@@ -34,6 +35,13 @@ DRAWN = 1 << 40
 
 READ = ("artifact", "mean", "multitask", "vector")
 """The kinds that are read from artifacts."""
+
+
+def digest(init: PromptInit) -> str:
+    """A digest of the tensors of a start."""
+    tensors = (init.prompt, init.sources, *(init.factors or ()), *(init.state or {}).values())
+    content = b"".join(tensor_bytes(tensor) for tensor in tensors if tensor is not None)
+    return hashlib.sha256(content).hexdigest()
 
 
 def initialize(

@@ -100,6 +100,7 @@ def create(
         modules_to_save = config.modules_to_save if modules_to_save is None else modules_to_save
         config, described = config.describe(backbone)
         init = described if init is None else init
+    init_digest = None if init is None else initialization.digest(init)
     check_site(config.method, config.site)
     site = Site(config.site, config.mode, config.placement, config.segments)
     encoders.fetch(sentence_encoders(config.method, config.options), backbone)
@@ -114,7 +115,9 @@ def create(
     for name, template in zip(names, templates or [None] * len(names), strict=True):
         prompt = fold(methods[name])
         initial = init.prompt.detach().float().cpu().clone() if prompt is None else prompt
-        record = PromptRecord(site, config, initial, template, parents=init.parents)
+        record = PromptRecord(
+            site, config, initial, template, parents=init.parents, seed=start.seed, init_digest=init_digest
+        )
         head = _new_head(backbone, modules_to_save)
         prompts.append(NewPrompt(name, methods[name].to(backbone.device), record, head))
     return prompts

@@ -31,6 +31,8 @@ class PromptRecord:
         artifact: The artifact that it was loaded from.
         run: The configuration of the run that trains it, which its artifact keeps.
         parents: Digests of the artifacts that it starts from.
+        seed: The seed of its start; None where none was given.
+        init_digest: The digest of a start that is not drawn as `config` describes; None where it is.
     """
 
     site: Site
@@ -40,6 +42,8 @@ class PromptRecord:
     artifact: Artifact | None = field(default=None, repr=False)
     run: Mapping[str, Any] = field(default_factory=dict, repr=False)
     parents: tuple[str, ...] = ()
+    seed: int | None = None
+    init_digest: str | None = None
 
     @property
     def task_template(self) -> TaskTemplate | None:

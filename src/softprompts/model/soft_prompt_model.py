@@ -423,11 +423,16 @@ class SoftPromptModel(nn.Module):
 
         Args:
             names: The prompts, or the prompts with what each is called in the result; None: all.
+
+        Raises:
+            ConfigError: Two prompts have one name in the result.
         """
         trainable: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
         names = self.tasks if names is None else names
         labels = names if isinstance(names, Mapping) else {name: name for name in names}
+        if len(set(labels.values())) < len(labels):
+            raise ConfigError(f"prompts need different names in the result, given {', '.join(labels.values())}")
         for part, modules in (("prompts", self.prompts), ("heads", self.heads)):
             for name, label in labels.items():
                 if key(name) not in modules:

@@ -3,6 +3,7 @@
 The search evaluates every coefficient of a grid on validation rows, and the chosen one once on test rows.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -49,6 +50,8 @@ def choose_coefficient(
 ) -> Choice:
     """Choose the coefficient with the best mean headline score on validation rows; of equal ones the smallest.
 
+    A mean that is not a number is below all others.
+
     Args:
         evaluators: The tasks whose validation rows choose.
         total: The task prompt vector.
@@ -70,7 +73,8 @@ def choose_coefficient(
         task = evaluator.task
         scores[task.name] = evaluator.scores(prompts, task.validation, task.name, reporter.on_eval)
     means = list(map(fmean, zip(*scores.values(), strict=True)))
-    best = max(range(len(grid)), key=lambda index: (means[index], -abs(grid[index])))
+    numbers = [-math.inf if math.isnan(mean) else mean for mean in means]
+    best = max(range(len(grid)), key=lambda index: (numbers[index], -abs(grid[index])))
     return Choice(grid[best], tuple(grid), scores, means)
 
 
@@ -123,6 +127,9 @@ def search_coefficient(
     for index, (_, prompt) in enumerate(prompts.values()):
         evaluators[index] = replace(evaluators[index], config=evaluation_config(prompt))
     test_scores, warnings = _evaluate_on_test(evaluators, chosen.prompt, reporter)
+    if all(map(math.isnan, choice.means)):
+        warnings.append("no coefficient has a validation score that is a number, so nothing chose among them")
+        reporter.log(warnings[-1])
     artifact.save(replace(chosen, scores=test_scores), Path(out) / "prompt")
     rows = {}
     for evaluator in evaluators:

@@ -14,6 +14,7 @@ from softprompts.config import Run, Section, TaskConfig, TrainConfig, closest
 from softprompts.config.schema import Count, Seed
 from softprompts.errors import TrainingError
 from softprompts.recipes import stages
+from softprompts.recipes.run.results import best_validation
 from softprompts.recipes.run.run import ProgressReporter
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -146,9 +147,7 @@ class ArmResult:
     @property
     def validation(self) -> float | None:
         """The best validation score, which is that of the saved weights; None for a run that failed."""
-        if not self.pages:
-            return None
-        return max(float(point["value"]) for point in self.pages[0]["validation"])
+        return best_validation(self.pages[0]["validation"]) if self.pages else None
 
 
 Results = Mapping[tuple[str, int | None], Sequence[ArmResult]]

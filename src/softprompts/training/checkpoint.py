@@ -4,7 +4,9 @@ Runs that share a batch write their checkpoints as one. After a crash all of the
 batch holds the same rows.
 """
 
+import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -16,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
+from softprompts.artifacts.fingerprint import tensor_bytes
 from softprompts.artifacts.io import read_tensors, write_tensors
 from softprompts.backbone import Backbone
 from softprompts.backbone.devices import chip_name
+from softprompts.config import TrainConfig
+from softprompts.data.encoding import EncodedExample
 from softprompts.errors import TrainingError
 from softprompts.types import Progress
 
@@ -26,6 +31,15 @@ CHECKPOINT = "checkpoint.safetensors"
 
 STAGED = "checkpoint.next.safetensors"
 """A checkpoint that waits until the checkpoints of all runs of the batch are on the disk."""
+
+CHANGEABLE = {"save_steps", "lora", "save_model"}
+"""Keys of `training` that may differ when a run is continued: runs that train weights write no checkpoints."""
+
+SAMPLES = 256
+"""The most numbers of each tensor of the backbone that its digest covers."""
+
+SHOWN_CHARACTERS = 80
+"""The longest value in a message about settings that differ."""
 
 BEST = "best."
 """The prefix of the best parameters' names."""
@@ -38,7 +52,7 @@ class Checkpoint:
     Attributes:
         step: The number of steps that were made.
         tensors: Parameters by name, their optimizer state as `optimizer.NAME.KEY`, the best parameters as `best.NAME`.
-        best: The best validation score so far.
+        best: The best validation score so far; None without one that is a number.
         best_step: The step with that score.
         history: The progress of every step.
         failed: The reason why the run cannot be continued; empty where it can.
@@ -61,24 +75,34 @@ class CheckpointFile:
 
     @classmethod
     def of(
-        cls, directory: str | Path | None, examples: int, seed: int, settings: Mapping[str, Any] | None
+        cls,
+        directory: str | Path | None,
+        examples: Sequence[EncodedExample],
+        seed: int,
+        settings: Mapping[str, Any] | None,
     ) -> "CheckpointFile | None":
-        """The checkpoint file of a run with so many examples, this seed and these settings; None without directory."""
+        """The checkpoint file of a run with these examples, seed and settings; None without directory."""
         if directory is None:
             return None
+        facts = {"seed": seed, "rows": len(examples), "examples": examples_digest(examples), **(settings or {})}
         # The settings come back from the file through JSON, so they go through JSON here too.
-        settings = json.loads(json.dumps({"seed": seed, "rows": examples, **(settings or {})}))
-        return cls(Path(directory) / CHECKPOINT, settings)
+        return cls(Path(directory) / CHECKPOINT, json.loads(json.dumps(facts)))
 
-    def read(self) -> Checkpoint:
+    def read(self, parameters: Mapping[str, nn.Parameter] | None = None) -> Checkpoint:
         """Read the checkpoint.
 
+        Args:
+            parameters: The trained parameters by name, whose names and shapes those of the file must equal; None: they
+                are not compared.
+
         Raises:
-            TrainingError: The checkpoint belongs to a run with other settings; the message names them.
+            TrainingError: The checkpoint belongs to a run with other settings or parameters; the message names them.
         """
         tensors, metadata = read_tensors(self.path)
         facts = json.loads(metadata["facts"])
         differences = _differences(facts["settings"], self.settings)
+        if parameters is not None:
+            differences += _differences(_shapes(tensors), _shapes(parameters))
         if differences:
             raise TrainingError(
                 f"{self.path} belongs to a run with other settings ({'; '.join(differences[:4])}); "
@@ -87,6 +111,32 @@ class CheckpointFile:
         history = tuple(Progress(**progress) for progress in json.loads(metadata["history"]))
         failed = facts.get("failed", "")
         return Checkpoint(facts["step"], tensors, facts["best"], facts["best_step"], history, failed)
+
+
+def training_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings of training that must be the same when a run is continued."""
+    settings: dict[str, Any] = config.model_dump(mode="json", exclude=CHANGEABLE)
+    return settings
+
+
+def examples_digest(examples: Sequence[EncodedExample]) -> str:
+    """A digest of all fields of examples, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(vars(example), default=str).encode())
+    return digest.hexdigest()
+
+
+def backbone_settings(backbone: Backbone) -> dict[str, Any]:
+    """Name, dtype and a digest of a backbone's weights: up to `SAMPLES` numbers of each tensor, evenly spread."""
+    digest = hashlib.sha256()
+    for name, parameter in backbone.model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)}".encode())
+        if not parameter.is_meta:  # weights that accelerate keeps on the disk
+            flat = parameter.detach().reshape(-1)
+            digest.update(tensor_bytes(flat[:: max(1, len(flat) // SAMPLES)]))
+    dtype = backbone.quantization or str(backbone.dtype).removeprefix("torch.")
+    return {"name": backbone.name, "dtype": dtype, "weights": digest.hexdigest()}
 
 
 def machine_of(backbone: Backbone) -> dict[str, Any]:
@@ -137,8 +187,9 @@ def capture(
             for key, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value).detach().clone()
     best, best_step = previous.best, previous.best_step
-    if progress.score is not None and (best is None or progress.score > best):
-        best, best_step = progress.score, progress.step
+    score = progress.score
+    if score is not None and not math.isnan(score) and (best is None or score > best):
+        best, best_step = score, progress.step
         tensors |= copies(parameters, BEST)
     else:
         tensors |= {name: value for name, value in previous.tensors.items() if name.startswith(BEST)}
@@ -166,6 +217,14 @@ def restore_best(state: Checkpoint, parameters: Mapping[str, nn.Parameter]) -> N
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state.tensors.get(f"{BEST}{name}", parameter))
+
+
+def undefined_scores(history: Sequence[Progress]) -> str:
+    """A note that no validation score was a number; empty where one was, and without validation."""
+    scores = [progress.score for progress in history if progress.score is not None]
+    if not scores or not all(map(math.isnan, scores)):
+        return ""
+    return f"no validation score is a number, so none is the best; the state after step {history[-1].step} is kept"
 
 
 def write(checkpoints: Sequence[tuple[CheckpointFile, Checkpoint]]) -> None:
@@ -213,6 +272,15 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts
 
 
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The shapes of parameters by name, without those of the optimizer's state and the best parameters."""
+    shapes = {}
+    for name, tensor in tensors.items():
+        if not name.startswith(("optimizer.", BEST)):
+            shapes[name] = str(list(tensor.shape))
+    return shapes
+
+
 def _differences(saved: Any, current: Any, where: str = "") -> list[str]:
     """One line for each setting that differs, with its dotted key and both values."""
     pairs: list[tuple[str, Any, Any]] = []
@@ -223,8 +291,14 @@ def _differences(saved: Any, current: Any, where: str = "") -> list[str]:
         for index, (before, after) in enumerate(zip(saved, current, strict=True)):
             pairs.append((f"{where}.{index}", before, after))
     else:
-        return [] if saved == current else [f"{where} was {saved}, is now {current}"]
+        return [] if saved == current else [f"{where} was {_shown(saved)}, is now {_shown(current)}"]
     lines = []
     for key, before, after in pairs:
         lines += _differences(before, after, key)
     return lines
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    text = str(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."

@@ -8,6 +8,7 @@ checkpoint needs only tensors and a few numbers, and a killed run continues bit 
 
 import contextlib
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -75,7 +76,7 @@ class TrainingRun:
     @cached_property
     def checkpoint_file(self) -> CheckpointFile | None:
         """The run's checkpoint file; None without a directory."""
-        return CheckpointFile.of(self.directory, len(self.examples), self.seed, self.settings)
+        return CheckpointFile.of(self.directory, self.examples, self.seed, self.settings)
 
     def check_checkpoint(self) -> None:
         """Raise TrainingError where the directory holds the checkpoint of a run with other settings."""
@@ -111,22 +112,28 @@ def train(
             template; tokenized examples do not.
         config: How to train.
         seed: The seed of the order of the examples and of every random stream.
-        validate: Gives a score, higher is better, every `config.eval_steps` steps.
-        directory: Where checkpoints are written, and where training continues from one.
+        validate: Gives a score, higher is better, every `config.eval_steps` steps. NaN is never the best; where all
+            are NaN, a line of the log says so, and the prompts stay as the last step made them.
+        directory: Where checkpoints are written, and where training continues from one. It then must have the same
+            backbone, prompts, examples, seed and settings, and `validate` where it had one.
 
     Yields:
         The progress of every step.
 
     Raises:
-        ConfigError: There are no examples, or a prompt has no template.
+        ConfigError: There are no examples, or a prompt does not exist or has no template.
         TrainingError: The loss was not finite, or the checkpoint belongs to another training.
     """
+    if not examples:
+        raise ConfigError("there is no prompt to train; name prompts with their rows")
     encoded: list[EncodedExample] = []
     for task_id, (prompt, rows) in enumerate(examples.items()):
+        model.index(prompt)
         for row in rows:
             example = row if isinstance(row, EncodedExample) else model.example_tokenizer(prompt).example(row)
             encoded.append(replace(example, task_id=task_id))
-    run = TrainingRun("", encoded, config, seed, validate=validate, directory=directory)
+    settings = None if directory is None else _fixed_settings(model, tuple(examples), config, validate)
+    run = TrainingRun("", encoded, config, seed, validate=validate, directory=directory, settings=settings)
     yield from train_run(TrainablePrompts(model, {"": tuple(examples)}), run)
 
 
@@ -209,6 +216,8 @@ def train_many(trainable: Trainable, runs: Sequence[TrainingRun]) -> Generator[t
     for state in states.values():
         if not state.current.failed:
             checkpoint.restore_best(state.current, state.parameters)
+    if accelerator.is_main_process:
+        _log_undefined_scores(states)
     _raise_failures(states)
 
 
@@ -360,6 +369,24 @@ def is_main_process() -> bool:
     return bool(get_cpu_distributed_information().rank == 0)
 
 
+def _fixed_settings(
+    model: SoftPromptModel, prompts: Sequence[str], config: TrainConfig, validate: Callable[[], float] | None
+) -> dict[str, Any]:
+    """What must be the same when training of prompts is continued from its checkpoint, beside seed and examples."""
+    settings_of_prompts = {}
+    for name in prompts:
+        record = model.registry.records[name]
+        artifact = None if record.artifact is None else record.artifact.digest
+        start = {"seed": record.seed, "init": record.init_digest, "artifact": artifact, "parents": record.parents}
+        settings_of_prompts[name] = {**record.config.model_dump(mode="json"), "start": start}
+    return {
+        "backbone": checkpoint.backbone_settings(model.backbone),
+        "prompts": settings_of_prompts,
+        "training": checkpoint.training_settings(config),
+        "validated": validate is not None and config.eval_steps is not None,
+    }
+
+
 def _start(trainable: Trainable, runs: Sequence[TrainingRun]) -> Accelerator:
     """Check the runs, and finish or undo a write of their checkpoints that was cut."""
     names = [run.name for run in runs]
@@ -386,7 +413,7 @@ def _initial_state(trainable: Trainable, run: TrainingRun) -> RunState:
     if trainable.resumable:
         state = checkpoint.initial(parameters)
         if run.checkpoint_file is not None and run.checkpoint_file.path.exists():
-            state = run.checkpoint_file.read()
+            state = run.checkpoint_file.read(parameters)
             checkpoint.restore(state, parameters, optimizer)
     return RunState(run, parameters, optimizer, state, state, trainable.resumable)
 
@@ -451,6 +478,14 @@ def _save(states: Iterable[RunState], accelerator: Accelerator) -> None:
         if state.resumable and state.run.checkpoint_file is not None:
             checkpoints.append((state.run.checkpoint_file, state.current))
     checkpoint.write(checkpoints)
+
+
+def _log_undefined_scores(states: Mapping[str, RunState]) -> None:
+    """Show, through Python's logging, which runs have no best state."""
+    for name, state in states.items():
+        note = "" if state.current.failed else checkpoint.undefined_scores(state.current.history)
+        if note:
+            logging.getLogger("softprompts").warning(f"run '{name}': {note}" if name else note)
 
 
 def _raise_failures(states: Mapping[str, RunState]) -> None:

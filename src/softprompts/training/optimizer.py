@@ -9,6 +9,7 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from softprompts.config import TrainConfig
+from softprompts.errors import ConfigError
 from softprompts.types import ParamGroup
 
 
@@ -28,7 +29,7 @@ def param_group(parameters: Sequence[nn.Parameter], rate: float, weight_decay: f
 def prompt_param_groups(
     groups: Mapping[str, ParamGroup], parameters: Mapping[str, nn.Parameter], config: TrainConfig, rms: float
 ) -> list[dict[str, Any]]:
-    """The parameter groups of prompts and of classification heads.
+    """The parameter groups of prompts of one method and of classification heads.
 
     Args:
         groups: The groups of the method's parameters, which may have separate learning rates.
@@ -39,6 +40,9 @@ def prompt_param_groups(
 
     Returns:
         The groups that have parameters, the prompts' first.
+
+    Raises:
+        ConfigError: A parameter is in no group, so that nothing would train it.
     """
     chosen = []
     for name, group in groups.items():
@@ -47,14 +51,18 @@ def prompt_param_groups(
         chosen.append(("prompts", group.parameters, rate * unit, config.weight_decay if group.decay else 0.0))
     chosen.append(("heads", ("",), config.head_learning_rate, config.weight_decay))
     param_groups = []
+    missing = dict.fromkeys(parameters)
     for part, prefixes, rate, weight_decay in chosen:
         members = []
         for name, parameter in parameters.items():
             parameter_part, _, tensor = name.split(".", 2)
             if parameter_part == part and tensor.startswith(prefixes):
                 members.append(parameter)
+                missing.pop(name, None)
         if members:
             param_groups.append(param_group(members, rate, weight_decay))
+    if missing:
+        raise ConfigError(f"the method's groups ({', '.join(groups)}) hold no parameter {', '.join(missing)}")
     return param_groups
 
 

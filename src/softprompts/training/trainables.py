@@ -16,6 +16,7 @@ from softprompts.data.encoding import EncodedExample
 from softprompts.data.sampling import evaluation_order
 from softprompts.errors import ConfigError
 from softprompts.injection import Site
+from softprompts.methods import PromptMethod
 from softprompts.model import SoftPromptModel
 from softprompts.training import equivalence
 from softprompts.training.backbone_weights import BackboneWeights
@@ -153,12 +154,19 @@ class TrainablePrompts:
 
     def parameters(self, run: str) -> dict[str, nn.Parameter]:
         """See `Trainable`: by the names that they would have in a model of this run alone."""
-        return self.model.trainable({prompt: prompt.rpartition("/")[2] for prompt in self.runs[run]})
+        return self.model.trainable(self._names_alone(run))
 
     def param_groups(self, run: str, config: TrainConfig) -> list[dict[str, Any]]:
-        """See `Trainable`."""
-        groups = self.model.registry.method(self.runs[run][0]).groups
-        return prompt_param_groups(groups, self.parameters(run), config, self.model.backbone.embedding_rms)
+        """See `Trainable`: the groups of each method of the run, in the order of their first prompts."""
+        backbone, registry = self.model.backbone, self.model.registry
+        prompts_of_methods: dict[type[PromptMethod], dict[str, str]] = {}
+        for prompt, name_alone in self._names_alone(run).items():
+            prompts_of_methods.setdefault(type(registry.method(prompt)), {})[prompt] = name_alone
+        param_groups = []
+        for prompts in prompts_of_methods.values():
+            groups = registry.method(next(iter(prompts))).groups
+            param_groups += prompt_param_groups(groups, self.model.trainable(prompts), config, backbone.embedding_rms)
+        return param_groups
 
     def label_count(self, run: str, example: EncodedExample) -> int:
         """See `Trainable`."""
@@ -206,6 +214,16 @@ class TrainablePrompts:
         teacher = self.teachers.get(batch.run)
         targets = None if teacher is None else teacher.of(batch.examples, self.device)
         return equivalence.check(self.model, collated, batch.objective, targets, prompts)
+
+    def _names_alone(self, run: str) -> dict[str, str]:
+        """The prompts of a run with the names that they would have in a model of this run alone.
+
+        A recipe calls the prompt of a task RUN/TASK where it trains several runs.
+        """
+        prompts, prefix = self.runs[run], f"{run}/"
+        if run and all(prompt.startswith(prefix) for prompt in prompts):
+            return {prompt: prompt.removeprefix(prefix) for prompt in prompts}
+        return {prompt: prompt for prompt in prompts}
 
     def _step(self, batch: RunBatch, collated: Batch, prompt: Prompt, output: Output) -> Step:
         """What the objective of a run sees."""

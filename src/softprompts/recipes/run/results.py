@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import platform
 import shlex
 import statistics
@@ -23,7 +24,7 @@ from softprompts.evaluation.evaluate import Answer, Evaluation
 from softprompts.methods import fold
 from softprompts.model.nearest_tokens import nearest_tokens
 from softprompts.recipes.run.prepare import PreparedRun
-from softprompts.training.checkpoint import machine_of
+from softprompts.training.checkpoint import machine_of, undefined_scores
 from softprompts.types import Progress
 
 TRAINED = {"prompt": "", "backbone": ", all weights trained", "lora": ", trained with LoRA"}
@@ -109,7 +110,7 @@ def page_of(
         "seeds": {"run": run.seed, "split": run.tasks[index].split.seed},
         "versions": library_versions,
         "machine": {**machine, "paths": dict(Counter(progress.path for progress in history))},
-        "warnings": [*task.notes, *machine_changes(history)],
+        "warnings": [*task.notes, *machine_changes(history), *filter(None, [undefined_scores(history)])],
         "next": next_commands(run, task) if weights is None else [],
     }
     if after is not None:
@@ -131,6 +132,13 @@ def tokens_per_second(history: Sequence[Progress]) -> float | None:
 def validation_curve(history: Sequence[Progress]) -> list[dict[str, Any]]:
     """The steps with a validation score, and the score."""
     return [{"step": row.step, "value": row.score} for row in history if row.score is not None]
+
+
+def best_validation(curve: Sequence[Mapping[str, Any]]) -> float:
+    """The best score of a `validation_curve`; minus infinity where none is a number: NaN, which JSON has as null."""
+    scores = [point["value"] for point in curve]
+    numbers = [float(score) for score in scores if score is not None and not math.isnan(score)]
+    return max(numbers, default=-math.inf)
 
 
 def _curve_row(progress: Progress) -> dict[str, Any]:

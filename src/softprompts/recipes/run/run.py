@@ -4,7 +4,6 @@ A run that trains weights (`training.target`) goes the same way, and keeps weigh
 """
 
 import functools
-import hashlib
 import tempfile
 import time
 from collections import Counter
@@ -26,7 +25,7 @@ from softprompts.model import initialization
 from softprompts.model.setup import load_backbone
 from softprompts.recipes.run.prepare import SILENT, PreparedRun, ProgressReporter, prepare, prepare_many
 from softprompts.recipes.run.results import compare, machine_changes, next_commands, page_of, prompt_directory, versions
-from softprompts.training import backbone_weights, distillation
+from softprompts.training import backbone_weights, checkpoint, distillation
 from softprompts.training.distillation import TeacherOutputs
 from softprompts.training.loop import TrainingRun, is_main_process, train_many
 from softprompts.training.trainables import Trainable, TrainablePrompts, TrainableWeights
@@ -166,18 +165,13 @@ def fixed_settings(prepared: PreparedRun) -> dict[str, Any]:
 
     The artifacts that a run starts from, mixes or learns from may have been replaced in the meantime.
     """
-    changeable: Any = {
-        "output_dir": True,
-        "evaluation": True,
-        "runs": True,
-        "training": {"save_steps", "lora", "save_model"},
-    }
-    settings: dict[str, Any] = prepared.run.model_dump(mode="json", exclude=changeable)
+    settings: dict[str, Any] = prepared.run.model_dump(
+        mode="json", exclude={"output_dir", "evaluation", "runs", "training"}
+    )
+    settings["training"] = checkpoint.training_settings(prepared.run.training)
     config, init = prepared.run.prompt.init, prepared.init
     if init is not None and (config.sources or config.state or config.kind in initialization.READ):
-        tensors = (init.prompt, init.sources, *(init.factors or ()), *(init.state or {}).values())
-        content = b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors if tensor is not None)
-        settings["start"] = hashlib.sha256(content).hexdigest()
+        settings["start"] = initialization.digest(init)
     if prepared.teachers:
         settings["teachers"] = [teacher.digest for teacher in prepared.teachers]
     return settings
