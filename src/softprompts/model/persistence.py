@@ -152,7 +152,8 @@ def create_sharing(
     created = build(record.config.method, record.config.options, method.spec, init, method.shared)
     prompt = fold(created)
     site = replace(record.site, segments=record.config.segments)
-    record = PromptRecord(site, record.config, record.initial if prompt is None else prompt, template)
+    initial = record.initial if prompt is None else prompt
+    record = PromptRecord(site, record.config, initial, template, seed=seed)
     return NewPrompt(name, created.to(backbone.device), record, _new_head(backbone, modules_to_save))
 
 
