@@ -384,7 +384,7 @@ def test_mistakes_are_named() -> None:
         model(two, tasks="sst2", task_ids=[0])
     with pytest.raises(ConfigError, match="loaded: 0 sst2, 1 mnli, 2 deep"):
         model(two, task_ids=[0, 3])
-    with pytest.raises(BackboneError, match="mnli at input, deep at kv"):
+    with pytest.raises(BackboneError, match=r"mnli at input \(replace\), deep at kv \(replace\)"):
         model(two, tasks=["mnli", "deep"])
     with pytest.raises(ConfigError, match="prompt 'mnli' already exists"):
         model.add_task("mnli")

@@ -1,8 +1,8 @@
 """How the frozen model's own modules are run: matrix products, fused and compiled parts, recomputation.
 
-Context managers replace the forwards of modules, the attention and the rotation function of transformers' own code, and put
-them back. No module is replaced and no weight touched. Other models of the process that run inside such a context, in
-another thread, rotate with the same function: their results are equal up to rounding.
+Context managers replace the forwards of modules, the attention and the rotation function of transformers' own code, and
+put them back. No module is replaced and no weight touched. Other models of the process that run inside such a context,
+in another thread, rotate with the same function: their results are equal up to rounding.
 """
 
 import contextlib

@@ -695,8 +695,8 @@ class SoftPromptModel(nn.Module):
     def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Refuse: transformers checkpoints in training mode only, and drops a prefix's cache when it does."""
         raise BackboneError(
-            "transformers' gradient checkpointing has no effect here: the frozen model is in eval mode, and transformers "
-            "drops a prefix cache under it; load the model with from_pretrained(NAME, "
+            "transformers' gradient checkpointing has no effect here: the frozen model is in eval mode, and "
+            "transformers drops a prefix cache under it; load the model with from_pretrained(NAME, "
             "config=ModelConfig(gradient_checkpointing=True)), or use smaller batches with gradient accumulation"
         )
 
