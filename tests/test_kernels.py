@@ -1,5 +1,6 @@
 """Golden: whatever the frozen model is run with, loss and gradient are the same, and the model is as before."""
 
+import contextvars
 import copy
 from collections.abc import Callable
 from dataclasses import replace
@@ -131,10 +132,53 @@ def test_gradients_of_fused_parts_agree_with_finite_differences() -> None:
     x = rows.random(1, 3, 8).double().requires_grad_()
     scale = rows.random(2, 1, 8)[0].double()
     angles = rows.random(3, 3, 8).double()
-    assert torch.autograd.gradcheck(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3), x)
+    assert torch.autograd.gradcheck(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3)[0], x)
     assert torch.autograd.gradcheck(lambda x: kernels._Rotation.apply(x, angles.cos(), angles.sin()), x)
     # Cosines and sines of pairs need not be equal: models with scaled angles multiply them.
     assert torch.autograd.gradcheck(lambda x: kernels._Rotation.apply(x, angles, angles.flip(0)), x)
+
+
+def test_gradients_of_fused_parts_can_be_differentiated() -> None:
+    x = rows.random(1, 3, 8).double().requires_grad_()
+    scale = rows.random(2, 1, 8)[0].double()
+    angles = rows.random(3, 3, 8).double()
+    assert torch.autograd.gradgradcheck(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3)[0], x)
+    assert torch.autograd.gradgradcheck(lambda x: kernels._Rotation.apply(x, angles.cos(), angles.sin()), x)
+    gradient = torch.func.grad(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3)[0].square().sum())(x.detach())
+    (expected,) = torch.autograd.grad(kernels._RMSNorm.apply(x, scale, 1e-3)[0].square().sum(), x)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_rotations_of_overlapping_contexts_are_put_back() -> None:
+    """As in two threads: the context that was entered first is left first."""
+    from transformers.models.llama import modeling_llama
+
+    stock = modeling_llama.apply_rotary_pos_emb
+    name = modeling_llama.__name__
+    for _ in range(3):
+        first, second = kernels._replace_rotations([name]), kernels._replace_rotations([name])
+        threads = [contextvars.copy_context(), contextvars.copy_context()]
+        threads[0].run(first.__enter__)
+        threads[1].run(second.__enter__)
+        assert modeling_llama.apply_rotary_pos_emb.args == (stock,)
+        threads[0].run(first.__exit__, None, None, None)
+        assert modeling_llama.apply_rotary_pos_emb is not stock
+        threads[1].run(second.__exit__, None, None, None)
+        assert modeling_llama.apply_rotary_pos_emb is stock
+
+
+def test_other_threads_rotate_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    fused = []
+    monkeypatch.setattr(kernels, "_rotate", lambda *arguments: fused.append(1) or arguments[1:3])
+    states = torch.zeros(1, 2, 3, 8)
+    angles = torch.zeros(1, 3, 8)
+    with kernels._replace_rotations([modeling_llama.__name__]):
+        contextvars.Context().run(modeling_llama.apply_rotary_pos_emb, states, states, angles, angles)
+        assert fused == []
+        modeling_llama.apply_rotary_pos_emb(states, states, angles, angles)
+        assert fused == [1]
 
 
 def test_a_trained_norm_is_the_stock_norm() -> None:

@@ -1,8 +1,7 @@
 """How the frozen model's own modules are run: matrix products, fused and compiled parts, recomputation.
 
 Context managers replace the forwards of modules, the attention and the rotation function of transformers' own code, and
-put them back. No module is replaced and no weight touched. Other models of the process that run inside such a context,
-in another thread, rotate with the same function: their results are equal up to rounding.
+put them back. No module is replaced and no weight touched. Other models of the process rotate as before.
 """
 
 import contextlib
@@ -10,6 +9,7 @@ import copy
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -223,7 +223,7 @@ def _fused_norm(module: nn.Module) -> Forward | None:
         return None
     for offset in (0.0, 1.0):  # Gemma stores the scale less one
         scale = weight.detach() + offset if offset else weight.detach()
-        if torch.allclose(_RMSNorm.apply(states, scale, eps), stock_states, rtol=1e-5, atol=1e-6):
+        if torch.allclose(_RMSNorm.apply(states, scale, eps)[0], stock_states, rtol=1e-5, atol=1e-6):
             return functools.partial(_rms_norm, module, offset, eps)
     return None
 
@@ -234,26 +234,40 @@ def _rms_norm(module: nn.Module, offset: float, eps: float, x: Tensor) -> Tensor
     if weight.requires_grad or x.dtype != weight.dtype or weight.dtype != torch.float32:
         return type(module).forward(module, x)
     scale = weight + offset if offset else weight
-    return _RMSNorm.apply(x, scale, eps)
+    normalized: Tensor = _RMSNorm.apply(x, scale, eps)[0]
+    return normalized
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * scale over the last dimension, with a frozen scale."""
+    """y = x / sqrt(mean(x^2) + eps) * scale over the last dimension, with a frozen scale; also gives 1 / sqrt(...)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse_rms = (norm.square() / x.shape[-1] + eps).rsqrt()
-        ctx.save_for_backward(x, scale, inverse_rms)
-        return (x * inverse_rms).mul_(scale)
+    def forward(x: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        inverse_rms = _inverse_rms(x, eps)
+        return (x * inverse_rms).mul_(scale), inverse_rms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+        x, scale, ctx.eps = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, scale, output[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, scale, inverse_rms = ctx.saved_tensors
         scaled = gradients[0] * scale
-        dot = (scaled * x).sum(-1, keepdim=True)
-        factor = dot * inverse_rms.pow(3) / x.shape[-1]
+        if torch.is_grad_enabled():  # somebody differentiates the gradient, so it must be a function of x
+            inverse_rms = _inverse_rms(x, ctx.eps)
+            factor = (scaled * x).sum(-1, keepdim=True) * inverse_rms.pow(3) / x.shape[-1]
+            return scaled * inverse_rms - x * factor, None, None
+        factor = (scaled * x).sum(-1, keepdim=True) * inverse_rms.pow(3) / x.shape[-1]
         return scaled.mul_(inverse_rms).addcmul_(x, factor, value=-1), None, None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return (norm.square() / x.shape[-1] + eps).rsqrt()
 
 
 def _rotates_halves(function: Any) -> bool:
@@ -274,17 +288,40 @@ def _rotates_halves(function: Any) -> bool:
     return all(torch.allclose(stock, ours, rtol=1e-5, atol=1e-6) for stock, ours in pairs)
 
 
+_fuses_rotations: ContextVar[bool] = ContextVar("softprompts_fuses_rotations", default=False)
+_rotation_users: dict[str, int] = {}
+_stock_rotations: dict[str, Forward] = {}
+_rotation_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def _replace_rotations(modules: list[str]) -> Iterator[None]:
-    """Inside, the attention code of these Python modules rotates with `_Rotation` where it can."""
-    stock = {name: getattr(sys.modules[name], ROTARY) for name in modules}
-    for name, function in stock.items():
-        setattr(sys.modules[name], ROTARY, functools.partial(_rotate, function))
+    """Inside, the attention code of these Python modules rotates with `_Rotation` where it can.
+
+    The first context that is entered in any thread replaces the function of a module, and the last one that is left puts
+    it back. Other threads rotate as before.
+    """
+    with _rotation_lock:
+        for name in modules:
+            if not _rotation_users.get(name):
+                _stock_rotations[name] = getattr(sys.modules[name], ROTARY)
+                setattr(sys.modules[name], ROTARY, functools.partial(_switch_rotation, _stock_rotations[name]))
+            _rotation_users[name] = _rotation_users.get(name, 0) + 1
+    token = _fuses_rotations.set(_fuses_rotations.get() or bool(modules))
     try:
         yield
     finally:
-        for name, function in stock.items():
-            setattr(sys.modules[name], ROTARY, function)
+        _fuses_rotations.reset(token)
+        with _rotation_lock:
+            for name in modules:
+                _rotation_users[name] -= 1
+                if not _rotation_users[name]:
+                    setattr(sys.modules[name], ROTARY, _stock_rotations.pop(name))
+
+
+def _switch_rotation(stock: Forward, *args: Any, **kwargs: Any) -> Any:
+    """Rotate with `_Rotation` in the contexts that want it, and as the stock code does elsewhere."""
+    return _rotate(stock, *args, **kwargs) if _fuses_rotations.get() else stock(*args, **kwargs)
 
 
 def _rotate(stock: Forward, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
@@ -304,13 +341,16 @@ class _Rotation(torch.autograd.Function):
     """x * cos + (-x2, x1) * sin for the halves x1, x2 of the last dimension; angles get no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
+    def forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = x.shape[-1] // 2
         rotated = x * cos
         rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
         rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
         return rotated
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
