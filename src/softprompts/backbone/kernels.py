@@ -298,8 +298,8 @@ _rotation_lock = threading.Lock()
 def _replace_rotations(modules: list[str]) -> Iterator[None]:
     """Inside, the attention code of these Python modules rotates with `_Rotation` where it can.
 
-    The first context that is entered in any thread replaces the function of a module, and the last one that is left puts
-    it back. Other threads rotate as before.
+    The first context that any thread enters replaces the function of a module, and the last one that ends puts it back.
+    Other threads rotate as before.
     """
     with _rotation_lock:
         for name in modules:
