@@ -21,6 +21,7 @@ from softprompts.methods.prompt_tuning import PromptTuning
 from softprompts.model import setup
 from softprompts.model.soft_prompt_model import open_prompts
 from softprompts.recipes.run import run
+from softprompts.recipes.run.results import evenly_spaced
 from softprompts.types import Batch, Prompt, PromptInit
 
 
@@ -273,3 +274,18 @@ def test_an_attention_whose_package_is_missing_is_one_line(values, monkeypatch):
     values["model"] |= {"attention": "flash_attention_2"}
     with pytest.raises(BackboneError, match="'flash_attention_2' cannot be used here: flash is not here"):
         run.prepare(parse(values))
+
+
+@pytest.mark.parametrize(
+    ("size", "indices"),
+    [
+        (0, []),
+        (1, [0]),
+        (3, [0, 1, 2]),
+        (10, list(range(10))),
+        (19, list(range(0, 19, 2))),
+        (91, list(range(0, 91, 10))),
+    ],
+)
+def test_examples_of_a_page_are_different_rows(size: int, indices: list[int]) -> None:
+    assert evenly_spaced(size, 10) == indices

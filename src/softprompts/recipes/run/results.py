@@ -296,10 +296,9 @@ def _details(task: Task, encoder: ExampleTokenizer, before: Evaluation | None, a
 def _examples(
     task: Task, encoder: ExampleTokenizer, before: Evaluation | None, after: Evaluation, count: int = 10
 ) -> list[dict[str, Any]]:
-    """`count` test rows, spread evenly over the set, with their answers."""
+    """Up to `count` different test rows, spread evenly over the set, with their answers."""
     examples = []
-    for number in range(min(count, len(task.test))):
-        index = round(number * (len(task.test) - 1) / max(1, count - 1))
+    for index in evenly_spaced(len(task.test), count):
         answer, reference = after.answers[index], _as_text(after.references[index])
         examples.append(
             {
@@ -311,6 +310,12 @@ def _examples(
             }
         )
     return examples
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """Up to `count` different indices below `size`, from the first to the last in even steps."""
+    count = min(count, size)
+    return [round(number * (size - 1) / max(1, count - 1)) for number in range(count)]
 
 
 def _input_text(encoder: ExampleTokenizer, row: Row) -> str:
