@@ -128,10 +128,14 @@ def test_a_fused_norm_has_the_stock_norm_s_values_and_gradient(name: str) -> Non
         torch.testing.assert_close(gradient, stock_gradient, atol=1e-5, rtol=1e-5)
 
 
+def norm_and_rotation_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """States [3, 8] that need a gradient, a scale [8] and angles [3, 8], in float64."""
+    states = rows.random(1, 3, 8).double().requires_grad_()
+    return states, rows.random(2, 1, 8)[0].double(), rows.random(3, 3, 8).double()
+
+
 def test_gradients_of_fused_parts_agree_with_finite_differences() -> None:
-    x = rows.random(1, 3, 8).double().requires_grad_()
-    scale = rows.random(2, 1, 8)[0].double()
-    angles = rows.random(3, 3, 8).double()
+    x, scale, angles = norm_and_rotation_inputs()
     assert torch.autograd.gradcheck(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3)[0], x)
     assert torch.autograd.gradcheck(lambda x: kernels._Rotation.apply(x, angles.cos(), angles.sin()), x)
     # Cosines and sines of pairs need not be equal: models with scaled angles multiply them.
@@ -139,9 +143,7 @@ def test_gradients_of_fused_parts_agree_with_finite_differences() -> None:
 
 
 def test_gradients_of_fused_parts_can_be_differentiated() -> None:
-    x = rows.random(1, 3, 8).double().requires_grad_()
-    scale = rows.random(2, 1, 8)[0].double()
-    angles = rows.random(3, 3, 8).double()
+    x, scale, angles = norm_and_rotation_inputs()
     assert torch.autograd.gradgradcheck(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3)[0], x)
     assert torch.autograd.gradgradcheck(lambda x: kernels._Rotation.apply(x, angles.cos(), angles.sin()), x)
     gradient = torch.func.grad(lambda x: kernels._RMSNorm.apply(x, scale, 1e-3)[0].square().sum())(x.detach())
